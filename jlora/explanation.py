@@ -1,0 +1,93 @@
+"""The table that `explain` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from jlora.factored.probe import Axes
+
+
+class Row(NamedTuple):
+    """One weight.
+
+    Attributes:
+        axes: What its axes do; None when it takes part in no product or look-up.
+        adapter: The family and rank that a rule gives it, or "frozen".
+        parameters: How many numbers the adapter has for it.
+        base_parameters: How many the weight has.
+        factored: The primitives that use it without its dense sum.
+        dense: Why, elsewhere, the dense sum is formed.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: Axes | None
+    adapter: str
+    parameters: int
+    base_parameters: int
+    factored: tuple[str, ...]
+    dense: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Every weight of a model and how it is computed; `print` shows it as a table.
+
+    Attributes:
+        rows: One for each weight, in the order of the tree.
+        problems: Why `init` would refuse the rules; empty when it would not.
+    """
+
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter has in all."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def trainable_share(self) -> float:
+        """The adapter's numbers over the base's."""
+        return self.parameters / max(1, sum(row.base_parameters for row in self.rows))
+
+    def __str__(self) -> str:
+        header = ("weight", "shape", "axes", "adapter", "parameters", "computed")
+        cells = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(header) - 1)]
+        lines = [
+            "  ".join(
+                [*(c.ljust(w) for c, w in zip(row[:-1], widths, strict=True)), row[-1]]
+            ).rstrip()
+            for row in cells
+        ]
+        lines.insert(1, "  ".join("-" * width for width in (*widths, len(header[-1]))))
+        adapted = sum(row.parameters > 0 for row in self.rows)
+        lines.append(
+            f"{adapted} of {len(self.rows)} weights adapted, {self.parameters:,} parameters, "
+            f"{self.trainable_share:.2%} of the base's."
+        )
+        lines.extend(f"init refuses: {problem}" for problem in self.problems)
+        return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    roles = ""
+    if row.axes is not None:
+        names = zip(("batch", "in", "out"), row.axes, strict=True)
+        roles = " ".join(f"{name} {','.join(map(str, axes))}" for name, axes in names if axes)
+    computed = []
+    if row.factored:
+        computed.append("factored: " + ", ".join(row.factored))
+    if row.dense:
+        computed.append("dense: " + ", ".join(row.dense))
+    return (
+        row.path,
+        "x".join(map(str, row.shape)) or "scalar",
+        roles or "-",
+        row.adapter,
+        f"{row.parameters:,}" if row.parameters else "-",
+        "; ".join(computed) or "unused",
+    )

@@ -1,0 +1,379 @@
+"""Equations that hold programs: how factored weights enter them.
+
+Every rule calls the public function that made the equation (`jax.lax.scan`, `jax.checkpoint`,
+`jax.shard_map`, ...) on a body that evaluates the held program with factored weights, so it runs,
+differentiates and shards as the original did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jlora.factored import releases
+from jlora.factored.network import Atom, Dropout, Factored, Network, Operand
+
+Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]
+Run = Callable[[Any, Sequence[Any], Evaluate], list[Any] | None]
+
+
+class Body(NamedTuple):
+    """A program held by an equation, for those who only want to look inside.
+
+    Attributes:
+        sources: For each of the program's inputs, the equation's input that it is.
+        sliced: Which of them the program sees one leading index at a time.
+        returns: Whether the program's outputs are the equation's.
+    """
+
+    program: releases.Program
+    sources: Sequence[int]
+    sliced: frozenset[int] = frozenset()
+    returns: bool = False
+
+
+class Control(NamedTuple):
+    """How to look into an equation and how to run it (None: with dense weights, after all)."""
+
+    bodies: Callable[[Any], list[Body]]
+    run: Run
+
+
+def is_factored(value: Any) -> bool:
+    return isinstance(value, Factored)
+
+
+def densify(value: Any) -> Any:
+    return value.dense() if is_factored(value) else value
+
+
+def _as_declared(values: Sequence[Any], atoms: Sequence[Any]) -> list[Any]:
+    """Loop carries as arrays of the traced type: a literal would come in as a Python number."""
+    return [
+        value if isinstance(value, jax.Array) else jnp.asarray(value, atom.aval.dtype)
+        for value, atom in zip(values, atoms, strict=True)
+    ]
+
+
+# --- jit, remat ----------------------------------------------------------------------------------
+
+
+def _whole(key: str) -> Callable[[Any], list[Body]]:
+    def bodies(eqn: Any) -> list[Body]:
+        return [Body(releases.program(eqn.params[key]), range(len(eqn.invars)), returns=True)]
+
+    return bodies
+
+
+def _jit(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
+    # Inlined: the whole of `apply` is meant to run under the caller's own jit.
+    with jax.named_scope(eqn.params.get("name") or "call"):
+        outputs = evaluate(releases.program(eqn.params["jaxpr"]), values)
+    shardings = eqn.params.get("out_shardings", ())
+    return [
+        lax.with_sharding_constraint(output, sharding)
+        if isinstance(sharding, jax.sharding.Sharding) and not is_factored(output)
+        else output
+        for output, sharding in zip(outputs, shardings or [None] * len(outputs), strict=True)
+    ]
+
+
+def _call(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
+    return evaluate(releases.program(eqn.params["call_jaxpr"]), values)
+
+
+def _remat(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
+    held = releases.program(eqn.params["jaxpr"])
+    rerun = jax.checkpoint(
+        lambda inputs: evaluate(held, inputs),
+        prevent_cse=eqn.params["prevent_cse"],
+        policy=eqn.params["policy"],
+    )
+    return rerun(list(values))
+
+
+# --- scan ----------------------------------------------------------------------------------------
+
+
+def _scan_bodies(eqn: Any) -> list[Body]:
+    parts = releases.scan_parts(eqn)
+    scanned = range(parts.num_consts + parts.num_carry, len(eqn.invars))
+    program = releases.program(eqn.params["jaxpr"])
+    return [Body(program, range(len(eqn.invars)), sliced=frozenset(scanned))]
+
+
+def _scan(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
+    parts = releases.scan_parts(eqn)
+    held = releases.program(eqn.params["jaxpr"])
+    first = parts.num_consts + parts.num_carry
+    consts, xs = list(values[: parts.num_consts]), values[first:]
+    carry = _Carry(held, parts.num_consts, parts.num_carry, values[parts.num_consts : first])
+    stacks = [_unstack(x) if is_factored(x) else _Stack(x, lambda item: item) for x in xs]
+    moving = carry.initial(eqn.invars[parts.num_consts : first])
+
+    def body(state: tuple[Any, list[Any]], items: list[Any]) -> tuple[Any, list[Any]]:
+        step, arrays = state
+        inputs = [
+            *(_step_keys(const, step) for const in consts),
+            *(_step_keys(value, step) for value in carry.full(arrays)),
+            *(stack.rebuild(item) for stack, item in zip(stacks, items, strict=True)),
+        ]
+        outputs = evaluate(held, inputs)
+        following = carry.moving(outputs[: parts.num_carry])
+        return (step + 1, following), [densify(y) for y in outputs[parts.num_carry :]]
+
+    (_, last), ys = lax.scan(
+        body,
+        (jnp.int32(0), moving),
+        [stack.arrays for stack in stacks],
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry.full(last), *ys]
+
+
+class _Carry:
+    """The carries of a loop, of which factored ones that never change stay out of it."""
+
+    def __init__(
+        self, held: releases.Program, start: int, count: int, values: Sequence[Any]
+    ) -> None:
+        self._values = list(values)
+        self._fixed = [
+            is_factored(value) and forwarded(held, held.outputs[i]) == start + i
+            for i, value in enumerate(self._values)
+        ]
+        assert len(self._values) == count
+
+    def initial(self, atoms: Sequence[Any]) -> list[Any]:
+        moving = [i for i, fixed in enumerate(self._fixed) if not fixed]
+        return _as_declared(
+            [densify(self._values[i]) for i in moving], [atoms[i] for i in moving]
+        )
+
+    def full(self, arrays: Sequence[Any]) -> list[Any]:
+        following = iter(arrays)
+        return [
+            value if fixed else next(following)
+            for value, fixed in zip(self._values, self._fixed, strict=True)
+        ]
+
+    def moving(self, outputs: Sequence[Any]) -> list[Any]:
+        return [
+            densify(output)
+            for output, fixed in zip(outputs, self._fixed, strict=True)
+            if not fixed
+        ]
+
+
+def forwarded(held: releases.Program, outvar: Any) -> int | None:
+    """Which input of the program an output is, unchanged; None when it is computed."""
+    if releases.is_literal(outvar):
+        return None
+    if outvar in held.inputs:
+        return held.inputs.index(outvar)
+    for eqn in held.jaxpr.eqns:
+        if outvar in eqn.outvars and eqn.primitive.name in ("jit", "pjit"):
+            inner = releases.program(eqn.params["jaxpr"])
+            source = forwarded(inner, inner.outputs[eqn.outvars.index(outvar)])
+            return None if source is None else forwarded(held, eqn.invars[source])
+    return None
+
+
+class _Stack(NamedTuple):
+    """What a scan slices, and what makes a value of one slice."""
+
+    arrays: Any
+    rebuild: Callable[[Any], Any]
+
+
+def _unstack(factored: Factored) -> _Stack:
+    """A stacked weight as arrays with the stack's axis first; operands without it are shared."""
+    leading, *rest = factored.network.axes
+    if len(leading) != 1:
+        return _Stack(factored.dense(), lambda item: item)
+    (atom,) = leading
+    operands: list[Any] = []
+
+    def collect(operand: Operand) -> Operand:
+        if atom in operand.atoms:
+            operands.append(jnp.moveaxis(operand.array, operand.atoms.index(atom), 0))
+        return operand
+
+    factored.network.map(collect)
+
+    def rebuild(item: tuple[Any, list[Any]]) -> Factored:
+        base, arrays = item
+        slices = iter(arrays)
+
+        def replace(operand: Operand) -> Operand:
+            if atom not in operand.atoms:
+                return operand
+            return Operand(next(slices), tuple(a for a in operand.atoms if a is not atom))
+
+        return Factored(base, factored.network.map(replace).with_axes(rest))
+
+    return _Stack((factored.base, operands), rebuild)
+
+
+def _step_keys(value: Any, step: Any) -> Any:
+    """A weight that every step of a loop shares, with dropout keys of this step's own."""
+    if not is_factored(value) or not any(term.dropout for term in value.network.terms):
+        return value
+
+    def fold(dropout: Dropout) -> Dropout:
+        folded = dropout.keys.map(
+            lambda keys: jax.vmap(lambda key: jax.random.fold_in(key, step))(
+                keys.reshape(-1)
+            ).reshape(keys.shape)
+        )
+        return Dropout(dropout.rate, folded)
+
+    terms = [
+        term.__class__(term.operands, term.dropout and fold(term.dropout))
+        for term in value.network.terms
+    ]
+    network = value.network
+    return Factored(
+        value.base, Network(network.axes, network.path, network.gains, tuple(terms))
+    )
+
+
+# --- while, cond ---------------------------------------------------------------------------------
+
+
+def _while_bodies(eqn: Any) -> list[Body]:
+    cond_count, body_count = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = range(cond_count + body_count, len(eqn.invars))
+    return [
+        Body(releases.program(eqn.params["cond_jaxpr"]), [*range(cond_count), *carry]),
+        Body(
+            releases.program(eqn.params["body_jaxpr"]),
+            [*range(cond_count, cond_count + body_count), *carry],
+        ),
+    ]
+
+
+def _while(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
+    condition, body = _while_bodies(eqn)
+    cond_consts = values[: eqn.params["cond_nconsts"]]
+    first = len(cond_consts) + eqn.params["body_nconsts"]
+    body_consts = values[len(cond_consts) : first]
+    carry = _Carry(body.program, len(body_consts), len(values) - first, values[first:])
+
+    def proceed(state: tuple[Any, list[Any]]) -> Any:
+        return evaluate(condition.program, [*cond_consts, *carry.full(state[1])])[0]
+
+    def advance(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        step, arrays = state
+        inputs = [_step_keys(value, step) for value in (*body_consts, *carry.full(arrays))]
+        return step + 1, carry.moving(evaluate(body.program, inputs))
+
+    _, last = lax.while_loop(proceed, advance, (jnp.int32(0), carry.initial(eqn.invars[first:])))
+    return carry.full(last)
+
+
+def _cond_bodies(eqn: Any) -> list[Body]:
+    sources = range(1, len(eqn.invars))
+    return [Body(releases.program(branch), sources) for branch in eqn.params["branches"]]
+
+
+def _cond(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | None:
+    if eqn.params.get("branches_platforms") is not None:
+        return None  # A choice by platform, made while compiling: no public function remakes it.
+    index, *operands = values
+
+    def branch(held: releases.Program) -> Callable[[], list[Any]]:
+        return lambda: [densify(output) for output in evaluate(held, operands)]
+
+    return lax.switch(index, [branch(body.program) for body in _cond_bodies(eqn)])
+
+
+# --- shard_map -----------------------------------------------------------------------------------
+
+
+def _shard_map(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
+    held = releases.program(eqn.params["jaxpr"])
+    mesh = eqn.params["mesh"]
+    parts = [
+        _by_shard(value, spec, mesh) if is_factored(value) else _Sharded(value, spec, lambda x: x)
+        for value, spec in zip(values, eqn.params["in_specs"], strict=True)
+    ]
+
+    def body(*shards: Any) -> list[Any]:
+        inputs = [part.rebuild(shard) for part, shard in zip(parts, shards, strict=True)]
+        return [densify(output) for output in evaluate(held, inputs)]
+
+    run = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=tuple(part.specs for part in parts),
+        out_specs=list(eqn.params["out_specs"]),
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+    return run(*(part.arrays for part in parts))
+
+
+class _Sharded(NamedTuple):
+    arrays: Any
+    specs: Any
+    rebuild: Callable[[Any], Any]
+
+
+def _by_shard(factored: Factored, spec: PartitionSpec, mesh: Any) -> _Sharded:
+    """A weight whose operands are split over the mesh as the axes of the weight that they hold."""
+    network = factored.network
+    axis_spec = [*spec, *[None] * (len(network.axes) - len(spec))]
+    if any(s is not None and len(g) != 1 for s, g in zip(axis_spec, network.axes, strict=True)):
+        return _Sharded(factored.dense(), spec, lambda shard: shard)
+    placed = {
+        group[0]: entry
+        for group, entry in zip(network.axes, axis_spec, strict=True)
+        if entry is not None
+    }
+    local = {
+        atom: Atom(atom.size // _ways(entry, mesh), atom.root, atom.indexed)
+        for atom, entry in placed.items()
+    }
+    operands: list[Operand] = []
+    network.map(lambda operand: operands.append(operand) or operand)
+    specs = [PartitionSpec(*(placed.get(a) for a in operand.atoms)) for operand in operands]
+
+    def rebuild(shard: tuple[Any, list[Any]]) -> Factored:
+        base, arrays = shard
+        pieces = iter(arrays)
+        axes = [tuple(local.get(atom, atom) for atom in group) for group in network.axes]
+        inner = network.map(
+            lambda operand: Operand(next(pieces), tuple(local.get(a, a) for a in operand.atoms))
+        )
+        return Factored(base, inner.with_axes(axes))
+
+    arrays = (factored.base, [operand.array for operand in operands])
+    return _Sharded(arrays, (spec, specs), rebuild)
+
+
+def _ways(entry: Any, mesh: Any) -> int:
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return functools.reduce(lambda total, name: total * mesh.shape[name], names, 1)
+
+
+RULES: dict[str, Control] = {
+    "jit": Control(_whole("jaxpr"), _jit),
+    "pjit": Control(_whole("jaxpr"), _jit),
+    "closed_call": Control(_whole("call_jaxpr"), _call),
+    "core_call": Control(_whole("call_jaxpr"), _call),
+    "remat2": Control(_whole("jaxpr"), _remat),
+    "checkpoint": Control(_whole("jaxpr"), _remat),
+    "scan": Control(_scan_bodies, _scan),
+    "while": Control(_while_bodies, _while),
+    "cond": Control(_cond_bodies, _cond),
+    "shard_map": Control(_whole("jaxpr"), _shard_map),
+}

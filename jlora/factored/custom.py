@@ -1,0 +1,216 @@
+"""Functions with derivatives of their own (`jax.custom_vjp`, `jax.custom_jvp`).
+
+Their rule must be kept: it may be a straight-through estimator, which differentiating the body
+would silently replace. So the rule itself is traced and evaluated with factored weights. What it
+returns for the weight is usually one product, `x^T dy`; kept as that product, its meeting with `A`
+and `B` goes through the rank, and the gradient of the full weight is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.factored import products, releases, structure
+from jlora.factored.control import Control, Evaluate, _whole, densify, is_factored
+from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
+
+# Moves between the product and the rule's result that a pair of operands can follow.
+_MOVES = ("transpose", "convert_element_type", "reshape", "squeeze", "copy", "copy_p")
+
+
+def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | None:
+    held = releases.program(eqn.params["call_jaxpr"])
+    if not _multiplies(held):
+        return None
+    for value in values:
+        if is_factored(value) and any(term.dropout for term in value.network.terms):
+            raise ValueError(
+                f"The dropout of the adapter on {value.network.path!r} cannot be applied inside a "
+                f"function with a derivative of its own (jax.{eqn.primitive.name[:10]}): its rule "
+                f"would see the input that was not dropped. Give its rule dropout=0.0."
+            )
+    shapes = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in eqn.invars]
+    backward = _Backward(eqn, shapes)
+
+    @jax.custom_vjp
+    def run(values: list[Any]) -> list[Any]:
+        return [densify(output) for output in evaluate(held, values)]
+
+    def forward(values: list[Any]) -> tuple[list[Any], Any]:
+        results = evaluate(backward.forward, values)
+        outputs = [densify(output) for output in results[: len(eqn.outvars)]]
+        return outputs, (values, results[len(eqn.outvars) :])
+
+    def pull_back(saved: Any, cotangents: list[Any]) -> tuple[list[Any]]:
+        values, residuals = saved
+        return (backward(values, residuals, cotangents, evaluate),)
+
+    run.defvjp(forward, pull_back)
+    return run(list(values))
+
+
+def _multiplies(held: releases.Program) -> bool:
+    """Whether a program holds any product that a weight could take part in."""
+    return any(
+        eqn.primitive.name in products.RULES
+        or any(
+            _multiplies(releases.program(jaxpr))
+            for value in eqn.params.values()
+            for jaxpr in (value if isinstance(value, tuple) else (value,))
+            if hasattr(jaxpr, "eqns")
+        )
+        for eqn in held.jaxpr.eqns
+    )
+
+
+class _Backward:
+    """The equation's own rule, traced in two halves: values with residuals, and cotangents."""
+
+    def __init__(self, eqn: Any, shapes: Sequence[jax.ShapeDtypeStruct]) -> None:
+        structure_of_rule: list[Any] = []
+        self._inexact = [jnp.issubdtype(shape.dtype, jnp.inexact) for shape in shapes]
+
+        def first_half(*arrays: Any) -> tuple[list[Any], list[Any]]:
+            fixed = list(arrays)
+
+            def differentiable(*inexact: Any) -> list[Any]:
+                moving = iter(inexact)
+                return releases.bind(
+                    eqn,
+                    [
+                        next(moving) if kind else a
+                        for a, kind in zip(fixed, self._inexact, strict=True)
+                    ],
+                )
+
+            outputs, rule = jax.vjp(
+                differentiable, *(a for a, kind in zip(arrays, self._inexact, strict=True) if kind)
+            )
+            residuals, tree = jax.tree.flatten(rule)
+            structure_of_rule.append(tree)
+            return outputs, residuals
+
+        self.forward = releases.trace(first_half, *shapes)
+        self._rule = structure_of_rule[0]
+
+    def __call__(
+        self,
+        values: Sequence[Any],
+        residuals: Sequence[Any],
+        cotangents: Sequence[Any],
+        evaluate: Evaluate,
+    ) -> list[Any]:
+        """A cotangent for every input: None for integers, a factored one for factored weights."""
+        shapes = [
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+            for v in self.forward.outputs[len(cotangents) :]
+        ]
+        held = releases.trace(
+            lambda residuals, cotangents: jax.tree.unflatten(self._rule, residuals)(cotangents),
+            shapes,
+            list(cotangents),
+        )
+        inputs = [*residuals, *cotangents]
+        wanted = iter(held.outputs)
+        results: list[Any] = []
+        for value, kind in zip(values, self._inexact, strict=True):
+            results.append(next(wanted) if kind else None)
+        pairs = {
+            i: _as_product(held, results[i])
+            for i, value in enumerate(values)
+            if is_factored(value) and not value.network.gains
+        }
+        needed = [a for a in results if a is not None]
+        needed += [a for pair in pairs.values() if pair for a in pair[0].invars]
+        computed = iter(evaluate(held._replace(outputs=needed), inputs))
+        dense = [None if a is None else densify(next(computed)) for a in results]
+        cotangent: list[Any] = list(dense)
+        for i, value in enumerate(values):
+            if is_factored(value):
+                pair = pairs.get(i)
+                update = pair and _product_network(pair, densify(next(computed)), densify(next(computed)))
+                cotangent[i] = _to_operands(value, dense[i], update)
+        return cotangent
+
+
+def _as_product(held: releases.Program, outvar: Any) -> tuple[Any, list[Any]] | None:
+    """The product that an output is, and the moves after it; None if it is anything else."""
+    made_by = {var: eqn for eqn in held.jaxpr.eqns for var in eqn.outvars}
+    moves: list[Any] = []
+    while outvar in made_by if not releases.is_literal(outvar) else False:
+        eqn = made_by[outvar]
+        if eqn.primitive.name == "dot_general":
+            return eqn, moves[::-1]
+        if eqn.primitive.name not in _MOVES:
+            return None
+        moves.append(eqn)
+        outvar = eqn.invars[0]
+    return None
+
+
+def _product_network(pair: tuple[Any, list[Any]], left: Any, right: Any) -> Network | None:
+    """The result of the product and the moves as a network of the product's two factors."""
+    eqn, moves = pair
+    (contracting, batch) = eqn.params["dimension_numbers"]
+    shapes = [atom.aval.shape for atom in eqn.invars]
+    left_atoms = [Atom(length) for length in shapes[0]]
+    right_atoms = [Atom(length) for length in shapes[1]]
+    for paired in (contracting, batch):
+        for i, j in zip(*paired, strict=True):
+            right_atoms[j] = left_atoms[i]
+    summed = {left_atoms[i] for i in contracting[0]}
+    out = [left_atoms[i] for i in batch[0]]
+    out += [atom for atom in (*left_atoms, *right_atoms) if atom not in summed and atom not in out]
+    term = Term((Operand(left, tuple(left_atoms)), Operand(right, tuple(right_atoms))))
+    network: Network | None = Network(tuple((atom,) for atom in out), "", (), (term,))
+    for move in moves:
+        moved = structure.RULES[move.primitive.name](move, [network], [None])
+        network = moved[0] if moved else None
+        if network is None:
+            return None
+    return network
+
+
+def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factored:
+    """The cotangent of a factored weight from that of its dense sum."""
+    atoms = value.network.atoms
+    split = update and structure.regroup(update, [atom.size for atom in atoms])
+    if split is None or any(len(group) != 1 for group in split.axes):
+        _, pull_back = jax.vjp(Factored.dense, value)
+        return pull_back(dense.astype(value.base.dtype))[0]
+    renamed = {group[0]: atom for group, atom in zip(split.axes, atoms, strict=True)}
+    factors = [
+        Operand(operand.array, tuple(renamed.get(atom, atom) for atom in operand.atoms))
+        for operand in split.terms[0].operands
+    ]
+
+    def cotangent(term: Term) -> Term:
+        operands = []
+        for operand in term.operands:
+            others = [other for other in term.operands if other is not operand]
+            # Begin where an operand can be absorbed: the factors' own product is the full weight.
+            first, second = sorted(
+                factors,
+                key=lambda factor: not any(set(factor.atoms) & set(o.atoms) for o in others),
+            )
+            wanted = {*second.atoms, *operand.atoms}
+            met = dict.fromkeys(a for o in (first, *others) for a in o.atoms if a in wanted)
+            through_rank = Operand(contract(first, others, list(met)), tuple(met))
+            array = contract(through_rank, [second], operand.atoms)
+            operands.append(Operand(array.astype(operand.array.dtype), operand.atoms))
+        return Term(tuple(operands))
+
+    network = value.network
+    terms = tuple(cotangent(term) for term in network.terms)
+    return Factored(
+        dense.astype(value.base.dtype), Network(network.axes, network.path, (), terms)
+    )
+
+
+RULES: dict[str, Control] = {
+    name: Control(_whole("call_jaxpr"), _run) for name in ("custom_vjp_call", "custom_jvp_call")
+}

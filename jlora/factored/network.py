@@ -1,0 +1,301 @@
+"""A weight as its frozen array and a small tensor network beside it.
+
+An adapted weight is `gain * base + sum of terms`, where every term is a product of small arrays
+(operands) whose axes carry labels (atoms): LoRA is one term, `A[in, r] B[r, out]`. A model
+transposes, reshapes, slices and stacks its weights before it multiplies with them; all of that is
+relabelling, slicing or padding of operands, so the dense sum is never needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Atom:
+    """One axis that is never torn further: equal only to itself.
+
+    Attributes:
+        size: Its length.
+        root: The axis of the original weight that it is (a part of), if any.
+        indexed: Whether it runs over looked-up rows of the root rather than over the root.
+    """
+
+    size: int
+    root: int | None = None
+    indexed: bool = False
+
+
+Axes = tuple[tuple[Atom, ...], ...]  # One group of atoms per axis, slowest first.
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms"]
+)
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array whose axes are atoms."""
+
+    array: Any
+    atoms: tuple[Atom, ...]
+
+    def map(self, fn: Callable[[Any], Any]) -> Operand:
+        return Operand(fn(self.array), self.atoms)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Drops entries of a term's input with probability `rate`.
+
+    Attributes:
+        keys: Random keys, one for every index of the weight's batch axes (layers, experts).
+    """
+
+    rate: float
+    keys: Operand
+
+    def __call__(self, x: Any, use: int) -> Any:
+        # Batch axes that the product itself carries leave several keys here: x then has those axes
+        # too, so one key draws an independent mask for each.
+        key = self.keys.array.reshape(-1)[0]
+        kept = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A product of operands, added to the weight."""
+
+    operands: tuple[Operand, ...]
+    dropout: Dropout | None = None
+
+    def map(self, fn: Callable[[Operand], Operand]) -> Term:
+        dropout = self.dropout
+        if dropout is not None:
+            dropout = Dropout(dropout.rate, fn(dropout.keys))
+        return Term(tuple(fn(operand) for operand in self.operands), dropout)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gains", "terms"],
+    meta_fields=["axes", "path"],
+)
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Everything about an adapted weight but its base array.
+
+    Attributes:
+        axes: The atoms of each axis, as the traced program sees the weight at this point.
+        path: Where the weight came from, for messages.
+        gains: Factors on the base; none means one.
+        terms: What is added.
+    """
+
+    axes: Axes
+    path: str
+    gains: tuple[Operand, ...] = ()
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(size(group) for group in self.axes)
+
+    @property
+    def atoms(self) -> tuple[Atom, ...]:
+        return tuple(atom for group in self.axes for atom in group)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether rows were looked up with an array of indices, which makes it an activation."""
+        return any(atom.indexed for atom in self.atoms)
+
+    def with_axes(self, axes: Sequence[tuple[Atom, ...]]) -> Network:
+        return dataclasses.replace(self, axes=tuple(axes))
+
+    def map(self, fn: Callable[[Operand], Operand]) -> Network:
+        """The network with `fn` applied to every operand, its axes as they were."""
+        return dataclasses.replace(
+            self,
+            gains=tuple(fn(gain) for gain in self.gains),
+            terms=tuple(term.map(fn) for term in self.terms),
+        )
+
+    def replace_atom(
+        self, old: Atom, new: tuple[Atom, ...], fn: Callable[[Any, int], Any]
+    ) -> Network:
+        """The network with `old` replaced by `new` everywhere, `fn(array, axis)` doing the same to
+        the arrays that hold it."""
+
+        def change(operand: Operand) -> Operand:
+            if old not in operand.atoms:
+                return operand
+            axis = operand.atoms.index(old)
+            atoms = (*operand.atoms[:axis], *new, *operand.atoms[axis + 1 :])
+            return Operand(fn(operand.array, axis), atoms)
+
+        axes = [
+            tuple(a for atom in group for a in (new if atom is old else (atom,)))
+            for group in self.axes
+        ]
+        return self.map(change).with_axes(axes)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "network"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """An adapted weight: its base as the traced program sees it, and its network."""
+
+    base: Any
+    network: Network
+
+    def dense(self) -> Any:
+        """The adapted weight as one array of the base's type.
+
+        The sum is made in float32 or wider and rounded once.
+
+        Raises:
+            ValueError: When a term has a dropout, which needs the input of a product.
+        """
+        for term in self.network.terms:
+            if term.dropout is not None:
+                raise ValueError(
+                    f"The dropout of the adapter on {self.network.path!r} cannot be applied: this "
+                    f"weight is used by more than products (lora.explain shows by what), so its "
+                    f"input is unknown. Give its rule dropout=0.0, or leave out dropout_key."
+                )
+        dtype = jnp.promote_types(self.base.dtype, jnp.float32)
+        total = self.base.astype(dtype)
+        for gain in self.network.gains:
+            total = total * expand((gain,), self.network, dtype)
+        for term in self.network.terms:
+            total = total + expand(term.operands, self.network, dtype)
+        return total.astype(self.base.dtype)
+
+
+def size(atoms: Sequence[Atom]) -> int:
+    """The number of indices that the atoms make together."""
+    return math.prod(atom.size for atom in atoms)
+
+
+def build(
+    path: str,
+    shape: Sequence[int],
+    *,
+    gains: Sequence[tuple[Any, Sequence[Hashable]]] = (),
+    terms: Sequence[Sequence[tuple[Any, Sequence[Hashable]]]] = (),
+    dropout: tuple[float, Any, Sequence[int]] | None = None,
+) -> Network:
+    """The network of a weight of this shape.
+
+    Args:
+        path: Where the weight is in its tree.
+        shape: The weight's shape.
+        gains: Arrays with a label per axis: the number of one of the weight's axes.
+        terms: Products of such arrays. A label that is not an axis number is summed over.
+        dropout: A rate, an array of random keys, and the weight's axes that the keys run over.
+    """
+    atoms: dict[Hashable, Atom] = {axis: Atom(n, root=axis) for axis, n in enumerate(shape)}
+
+    def operand(array: Any, labels: Sequence[Hashable]) -> Operand:
+        for label, length in zip(labels, array.shape, strict=True):
+            atoms.setdefault(label, Atom(length))
+            assert atoms[label].size == length, (path, label, length, atoms[label].size)
+        return Operand(array, tuple(atoms[label] for label in labels))
+
+    drop = None if dropout is None else Dropout(dropout[0], operand(dropout[1], dropout[2]))
+    return Network(
+        axes=tuple((atoms[axis],) for axis in range(len(shape))),
+        path=path,
+        gains=tuple(operand(*gain) for gain in gains),
+        terms=tuple(Term(tuple(operand(*pair) for pair in term), drop) for term in terms),
+    )
+
+
+def contract(
+    first: Operand,
+    others: Sequence[Operand],
+    out: Sequence[Atom],
+    *,
+    precision: Any = None,
+    out_dtype: Any = None,
+) -> Any:
+    """The product of all operands, summed over every atom that is not in `out`.
+
+    Starts at `first` (an activation) and absorbs one operand at a time, always the one that leaves
+    the smallest result, so `x A B` goes through the rank and never forms `A B`. Operands are cast
+    to `first`'s type; `out_dtype` is the type of the last product.
+    """
+    labels: dict[Atom, int] = {}
+
+    def ids(atoms: Sequence[Atom]) -> list[int]:
+        return [labels.setdefault(atom, len(labels)) for atom in atoms]
+
+    current, remaining = first, list(others)
+    while remaining:
+        following, kept = min(
+            ((other, _kept(current, other, remaining, out)) for other in remaining),
+            # An operand that shares nothing would make an outer product.
+            key=lambda choice: (
+                not set(current.atoms) & set(choice[0].atoms),
+                size(choice[1]),
+            ),
+        )
+        remaining = [other for other in remaining if other is not following]
+        if not remaining:
+            kept = [atom for atom in out if atom in kept]
+        product = jnp.einsum(
+            current.array,
+            ids(current.atoms),
+            following.array.astype(current.array.dtype),
+            ids(following.atoms),
+            ids(kept),
+            precision=precision,
+            preferred_element_type=None if remaining else out_dtype,
+        )
+        current = Operand(product, tuple(kept))
+    if not others:
+        present = [atom for atom in out if atom in current.atoms]
+        array = jnp.einsum(current.array, ids(current.atoms), ids(present))
+        current = Operand(array.astype(out_dtype or array.dtype), tuple(present))
+    return _spread(current, out)
+
+
+def _kept(a: Operand, b: Operand, remaining: Sequence[Operand], out: Sequence[Atom]) -> list[Atom]:
+    needed = {atom for other in remaining if other is not b for atom in other.atoms} | set(out)
+    return [atom for atom in dict.fromkeys((*a.atoms, *b.atoms)) if atom in needed]
+
+
+def _spread(operand: Operand, out: Sequence[Atom]) -> Any:
+    """Repeats the operand, whose atoms are some of `out` in order, along those it lacks."""
+    missing = [axis for axis, atom in enumerate(out) if atom not in operand.atoms]
+    if not missing:
+        return operand.array
+    array = jnp.expand_dims(operand.array, missing)
+    return jnp.broadcast_to(array, [atom.size for atom in out])
+
+
+def expand(operands: Sequence[Operand], network: Network, dtype: Any) -> Any:
+    """The product of the operands as a dense array laid out like the weight."""
+    first, *others = operands
+    dense = contract(
+        first.map(lambda array: array.astype(dtype)),
+        others,
+        network.atoms,
+        # A merge must not lose what training found to the short products of a TPU or GPU.
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return dense.reshape(network.shape)

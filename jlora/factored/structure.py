@@ -1,0 +1,361 @@
+"""Equations that move a weight's entries about, as the same moves on its network.
+
+A rule takes an equation, the networks of its inputs (None for plain arrays) and the inputs, and
+returns the networks of its outputs, or None where the move cannot be made on the operands.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.factored.network import Atom, Axes, Network, Operand, size
+
+Networks = list[Network | None]
+Rule = Callable[[Any, Networks, Sequence[Any]], list[Network] | None]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    def register(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(primitives, fn))
+        return fn
+
+    return register
+
+
+@rule("copy", "copy_p", "name", "pvary", "reduce_precision", "sharding_constraint", "mesh_cast")
+def _same(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del eqn, values
+    (network,) = networks
+    return None if network is None else [network]
+
+
+@rule("optimization_barrier")
+def _barrier(eqn: Any, networks: Networks, values: Sequence[Any]) -> Any:
+    del eqn, values
+    return networks
+
+
+@rule("stop_gradient")
+def _stop_gradient(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del eqn, values
+    (network,) = networks
+    return network and [network.map(lambda operand: operand.map(lax.stop_gradient))]
+
+
+@rule("convert_element_type")
+def _convert(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    (network,) = networks
+    # Operands keep their type and are cast at the product, so nothing small is rounded twice.
+    floating = jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
+    return [network] if floating and network else None
+
+
+@rule("neg")
+def _negative(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del eqn, values
+    (network,) = networks
+    return network and [_times(network, jnp.negative)]
+
+
+@rule("mul", "div")
+def _scalar(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    left, right = networks
+    scalar = [value.aval.shape == () for value in eqn.invars]
+    if eqn.primitive.name == "mul" and left is None and right and scalar[0]:
+        return [_times(right, lambda array: array * values[0])]
+    if right is None and left and scalar[1]:
+        scaled = jnp.multiply if eqn.primitive.name == "mul" else jnp.divide
+        return [_times(left, lambda array: scaled(array, values[1]))]
+    return None
+
+
+def _times(network: Network, fn: Callable[[Any], Any]) -> Network:
+    """The network with one operand of every term changed by `fn`; the base was already."""
+    terms = [
+        term.__class__((term.operands[0].map(fn), *term.operands[1:]), term.dropout)
+        for term in network.terms
+    ]
+    return network.__class__(network.axes, network.path, network.gains, tuple(terms))
+
+
+@rule("transpose")
+def _transpose(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    (network,) = networks
+    return network and [network.with_axes([network.axes[i] for i in eqn.params["permutation"]])]
+
+
+@rule("reshape")
+def _reshape(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    network = networks[0]
+    if network is None or eqn.params["dimensions"] is not None:
+        return None
+    return _one(regroup(network, eqn.outvars[0].aval.shape))
+
+
+def _one(network: Network | None) -> list[Network] | None:
+    return None if network is None else [network]
+
+
+def regroup(network: Network, shape: Sequence[int]) -> Network | None:
+    """The network with its atoms grouped into axes of these sizes, splitting atoms where an axis
+    ends inside one; None where no whole atom fits."""
+    atoms = list(network.atoms)
+    axes: list[tuple[Atom, ...]] = []
+    for length in shape:
+        group: list[Atom] = []
+        while size(group) < length and atoms:
+            atom = atoms.pop(0)
+            wanted = length // size(group)
+            if atom.size > wanted:
+                if length % size(group) or atom.size % wanted or atom.indexed:
+                    return None
+                parts = (Atom(wanted, atom.root), Atom(atom.size // wanted, atom.root))
+                network = network.replace_atom(
+                    atom,
+                    parts,
+                    lambda array, axis, parts=parts: array.reshape(
+                        *array.shape[:axis], *(p.size for p in parts), *array.shape[axis + 1 :]
+                    ),
+                )
+                atom = parts[0]
+                atoms.insert(0, parts[1])
+            group.append(atom)
+        if size(group) != length:
+            return None
+        axes.append(tuple(group))
+    if size(atoms) != 1 or (atoms and not axes):
+        return None
+    if atoms:
+        # Axes of length one that no new axis asked for ride along with the last.
+        axes[-1] = (*axes[-1], *atoms)
+    return network.with_axes(axes)
+
+
+@rule("squeeze")
+def _squeeze(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    (network,) = networks
+    if network is None:
+        return None
+    dropped = {axis % len(network.axes) for axis in eqn.params["dimensions"]}
+    return [drop(network, dropped)]
+
+
+def drop(network: Network, dropped: set[int]) -> Network:
+    """The network without these axes of length one."""
+    for axis in dropped:
+        for atom in network.axes[axis]:
+            network = network.replace_atom(
+                atom, (), lambda array, place: jnp.squeeze(array, place)
+            )
+    return network.with_axes([g for axis, g in enumerate(network.axes) if axis not in dropped])
+
+
+@rule("broadcast_in_dim")
+def _broadcast(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    network = networks[0]
+    if network is None:
+        return None
+    source = dict(
+        zip(eqn.params["broadcast_dimensions"], range(len(network.axes)), strict=True)
+    )
+    axes: list[tuple[Atom, ...]] = []
+    for axis, length in enumerate(eqn.params["shape"]):
+        if axis in source and size(network.axes[source[axis]]) == length:
+            axes.append(network.axes[source[axis]])
+        else:
+            axes.append(() if length == 1 else (Atom(length),))
+    stretched = {
+        i for axis, i in source.items() if size(network.axes[i]) != eqn.params["shape"][axis]
+    }
+    return [drop(network, stretched).with_axes(axes)]
+
+
+@rule("rev")
+def _reverse(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    (network,) = networks
+    if network is None:
+        return None
+    for axis in eqn.params["dimensions"]:
+        for atom in network.axes[axis]:
+            network = network.replace_atom(
+                atom, (Atom(atom.size, atom.root, atom.indexed),), lambda a, i: jnp.flip(a, i)
+            )
+    return [network]
+
+
+@rule("slice")
+def _slice(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    (network,) = networks
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
+        network = network and cut(
+            network,
+            axis,
+            len(range(start, limit, stride)),
+            lambda array, place, cut=(start, limit, stride): lax.slice_in_dim(
+                array, *cut, axis=place
+            ),
+        )
+    return _one(network)
+
+
+@rule("split")
+def _split(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    del values
+    (network,) = networks
+    parts, start = [], 0
+    for length in map(int, eqn.params["sizes"]):
+        part = network and cut(
+            network,
+            eqn.params["axis"],
+            length,
+            lambda array, place, cut=(start, start + length): lax.slice_in_dim(
+                array, *cut, axis=place
+            ),
+        )
+        if part is None:
+            return None
+        parts.append(part)
+        start += length
+    return parts
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    network = networks[0]
+    for axis, length in enumerate(eqn.params["slice_sizes"]):
+        network = network and cut(
+            network,
+            axis,
+            length,
+            lambda array, place, start=values[axis + 1], length=length: (
+                lax.dynamic_slice_in_dim(array, start, length, place)
+            ),
+        )
+    return _one(network)
+
+
+def cut(
+    network: Network, axis: int, length: int, fn: Callable[[Any, int], Any]
+) -> Network | None:
+    """The network with `length` entries of one axis kept by `fn(array, axis)`; None where the
+    axis is several atoms, which no slice of one operand can express."""
+    group = network.axes[axis]
+    if size(group) == length:
+        return network
+    if len(group) != 1:
+        return None
+    (atom,) = group
+    return network.replace_atom(atom, (Atom(length, atom.root, atom.indexed),), fn)
+
+
+@rule("concatenate")
+def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    axis = eqn.params["dimension"]
+    lengths = [value.aval.shape[axis] for value in eqn.invars]
+    total = sum(lengths)
+    present = [network for network in networks if network is not None]
+    if any(len(group) != 1 for network in present for group in network.axes):
+        return None
+    # Entries other than the joined axis's are the same places in every part: one set of atoms.
+    joined: Axes = tuple(
+        (Atom(total if i == axis else atom.size, atom.root),)
+        for i, (atom,) in enumerate(present[0].axes)
+    )
+    gains, terms, start = [], [], 0
+    for network, length in zip(networks, lengths, strict=True):
+        if network is not None:
+            (place,) = network.axes[axis]
+            # Beside this part a gain is one, so it must lie along the joined axis alone; a term is
+            # zero there, so one of its operands must have that axis; keys cannot be padded.
+            if any(gain.atoms != (place,) for gain in network.gains) or any(
+                all(place not in operand.atoms for operand in term.operands)
+                or (term.dropout is not None and place in term.dropout.keys.atoms)
+                for term in network.terms
+            ):
+                return None
+            moved = functools.partial(
+                _pad, network=network, axes=joined, axis=axis, around=(start, total - start - length)
+            )
+            gains += [moved(gain, fill=1) for gain in network.gains]
+            terms += [term.map(functools.partial(moved, fill=0)) for term in network.terms]
+        start += length
+    return [Network(joined, present[0].path, tuple(gains), tuple(terms))]
+
+
+def _pad(
+    operand: Operand, *, network: Network, axes: Axes, axis: int, around: tuple[int, int], fill: int
+) -> Operand:
+    """The operand in the joined weight's atoms, filled where other parts of it lie."""
+    renamed = {old: new for (old,), (new,) in zip(network.axes, axes, strict=True)}
+    old = network.axes[axis][0]
+    widths = [around if atom is old else (0, 0) for atom in operand.atoms]
+    array = operand.array
+    if any(widths):
+        array = jnp.pad(array, widths, constant_values=fill)
+    return Operand(array, tuple(renamed.get(atom, atom) for atom in operand.atoms))
+
+
+@rule("gather")
+def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    """Whole rows looked up along some axes (an embedding table, one expert per token)."""
+    network, indices = networks[0], values[1]
+    numbers = eqn.params["dimension_numbers"]
+    rows = numbers.start_index_map
+    if network is None or networks[1] is not None or numbers.operand_batching_dims:
+        return None
+    whole = [1 if axis in rows else n for axis, n in enumerate(network.shape)]
+    if (
+        tuple(eqn.params["slice_sizes"]) != tuple(whole)
+        or set(numbers.collapsed_slice_dims) != set(rows)
+        or any(len(network.axes[axis]) != 1 for axis in rows)
+        or network.indexed
+    ):
+        return None
+    looked_up = [network.axes[axis][0] for axis in rows]
+    out = eqn.outvars[0].aval.shape
+    root = looked_up[0].root
+    places = [axis for axis in range(len(out)) if axis not in numbers.offset_dims]
+    batch = {axis: Atom(out[axis], root, indexed=True) for axis in places}
+    offsets = iter(group for axis, group in enumerate(network.axes) if axis not in rows)
+    axes = [(batch[axis],) if axis in batch else next(offsets) for axis in range(len(out))]
+
+    def look_up(operand: Operand) -> Operand:
+        columns = [i for i, atom in enumerate(looked_up) if atom in operand.atoms]
+        if not columns:
+            return operand
+        own = [operand.atoms.index(looked_up[i]) for i in columns]
+        kept = [i for i in range(len(operand.atoms)) if i not in own]
+        array = lax.gather(
+            operand.array,
+            indices[..., jnp.array(columns)],
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(len(places), len(places) + len(kept))),
+                collapsed_slice_dims=tuple(sorted(own)),
+                start_index_map=tuple(own),
+            ),
+            slice_sizes=[1 if i in own else n for i, n in enumerate(operand.array.shape)],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            unique_indices=eqn.params["unique_indices"],
+            mode=eqn.params["mode"],
+            fill_value=eqn.params["fill_value"],
+        )
+        return Operand(array, (*batch.values(), *(operand.atoms[i] for i in kept)))
+
+    return [network.map(look_up).with_axes(axes)]
