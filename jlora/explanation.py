@@ -78,16 +78,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.axes is not None:
         names = zip(("batch", "in", "out"), row.axes, strict=True)
         roles = " ".join(f"{name} {','.join(map(str, axes))}" for name, axes in names if axes)
-    computed = []
-    if row.factored:
-        computed.append("factored: " + ", ".join(row.factored))
-    if row.dense:
-        computed.append("dense: " + ", ".join(row.dense))
+    used = ", ".join((*row.factored, *row.dense)) or "unused"
+    if row.parameters:
+        ways = (("factored: ", row.factored), ("dense: ", row.dense))
+        used = "; ".join(way + ", ".join(by) for way, by in ways if by)
     return (
         row.path,
         "x".join(map(str, row.shape)) or "scalar",
         roles or "-",
         row.adapter,
         f"{row.parameters:,}" if row.parameters else "-",
-        "; ".join(computed) or "unused",
+        used,
     )

@@ -14,8 +14,7 @@ from jlora.adapters.protocol import (
     AdapterConfig,
     AdapterLeaf,
     Weight,
-    check_fits,
-    is_leaf,
+    places,
 )
 from jlora.explanation import Explanation, Row
 from jlora.factored import control, probe, releases
@@ -116,7 +115,7 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
     ) -> Any:
         traced = _trace(fn, params, inputs, kwargs)
         values = list(traced.arrays)
-        for path, place in _places(traced.flat, adapter).items():
+        for path, place in places(traced.flat, adapter).items():
             # Arrays of params come first among the traced, in their tree's order.
             index = traced.param_index[place]
             values[index] = _factored(path, values[index], adapter[path], dropout_key)
@@ -143,7 +142,7 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
     """
     flat = tree.flatten(params)
     leaves = list(flat.leaves)
-    for path, place in _places(flat, adapter).items():
+    for path, place in places(flat, adapter).items():
         leaves[place] = _factored(path, jnp.asarray(leaves[place]), adapter[path], None).dense()
     return jax.tree.unflatten(flat.treedef, leaves)
 
@@ -165,26 +164,6 @@ def _key_for(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def _places(flat: tree.Flat, adapter: Any) -> dict[str, int]:
-    """Where each adapted weight is among the leaves of params, after checking that it fits."""
-    if not isinstance(adapter, Mapping) or not all(map(is_leaf, adapter.values())):
-        raise TypeError(
-            f"adapter={type(adapter).__name__} is not what init returns: a dict from the paths of "
-            f"weights to their adapters. Pass the adapter alone, after params."
-        )
-    index = {path: i for i, path in enumerate(flat.paths)}
-    missing = [path for path in adapter if path not in index]
-    if missing:
-        raise ValueError(
-            f"The adapter has {missing[0]!r} ({len(missing)} such of {len(adapter)}), which params "
-            f"does not. The nearest paths are {tree.nearest(missing[0], flat.paths)}. Pass the tree "
-            f"that init was given, with the same outer keys."
-        )
-    for path, leaf in adapter.items():
-        check_fits(path, leaf, flat.leaves[index[path]])
-    return {path: index[path] for path in adapter}
-
-
 # --- tracing -------------------------------------------------------------------------------------
 
 
@@ -204,13 +183,13 @@ def _trace(
     flat = tree.flatten(params)
     rest, rest_tree = jax.tree.flatten((inputs, kwargs))
     leaves = [*flat.leaves, *rest]
-    places = [i for i, leaf in enumerate(leaves) if tree.is_array(leaf)]
+    indices = [i for i, leaf in enumerate(leaves) if tree.is_array(leaf)]
     outputs: dict[str, Any] = {}
 
     def call(*arrays: Any) -> list[Any]:
         filled = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            filled[place] = array
+        for index, array in zip(indices, arrays, strict=True):
+            filled[index] = array
         count = len(flat.leaves)
         own_params = jax.tree.unflatten(flat.treedef, filled[:count])
         own_inputs, own_kwargs = jax.tree.unflatten(rest_tree, filled[count:])
@@ -219,7 +198,7 @@ def _trace(
         outputs["is_array"] = [tree.is_array(result) for result in results]
         return [result for result in results if tree.is_array(result)]
 
-    arrays = [leaves[place] for place in places]
+    arrays = [leaves[index] for index in indices]
     program = releases.trace(call, *arrays)
 
     def restore(computed: Sequence[Any]) -> Any:
@@ -230,7 +209,7 @@ def _trace(
         ]
         return jax.tree.unflatten(outputs["tree"], results)
 
-    param_index = {place: i for i, place in enumerate(places) if place < len(flat.leaves)}
+    param_index = {place: i for i, place in enumerate(indices) if place < len(flat.leaves)}
     return _Traced(program, flat, param_index, arrays, restore)
 
 

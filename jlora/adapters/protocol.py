@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkab
 
 import jax
 
+from jlora import tree
 from jlora.factored.probe import Axes
 
 Labelled = tuple[Any, Sequence[Hashable]]  # An array and the label of each of its axes.
@@ -132,12 +133,32 @@ def is_leaf(node: Any) -> bool:
     return isinstance(node, AdapterLeaf)
 
 
-def check_fits(path: str, leaf: AdapterLeaf, weight: Any) -> None:
-    """Refuses an adapter that was made for another weight, or whose arrays do not belong together.
+def places(flat: tree.Flat, adapter: Any) -> dict[str, int]:
+    """Where each adapted weight is among the leaves of params, after checking that it fits.
 
     Raises:
-        ValueError: Naming the path, what came and what was expected.
+        TypeError: When `adapter` is not one.
+        ValueError: When params lacks a path of it, or has another shape there.
     """
+    if not isinstance(adapter, Mapping) or not all(map(is_leaf, adapter.values())):
+        raise TypeError(
+            f"adapter={type(adapter).__name__} is not what init returns: a dict from the paths of "
+            f"weights to their adapters. Pass the adapter alone, after params."
+        )
+    index = {path: i for i, path in enumerate(flat.paths)}
+    missing = [path for path in adapter if path not in index]
+    if missing:
+        raise ValueError(
+            f"The adapter has {missing[0]!r} ({len(missing)} such of {len(adapter)}), which params "
+            f"does not. The nearest paths are {tree.nearest(missing[0], flat.paths)}. Pass the tree "
+            f"that init was given, with the same outer keys."
+        )
+    for path, leaf in adapter.items():
+        _check_fits(path, leaf, flat.leaves[index[path]])
+    return {path: index[path] for path in adapter}
+
+
+def _check_fits(path: str, leaf: AdapterLeaf, weight: Any) -> None:
     if tuple(weight.shape) != leaf.shape:
         raise ValueError(
             f"The adapter on {path!r} was made for a weight of shape {leaf.shape}, but params has "

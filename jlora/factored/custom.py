@@ -9,7 +9,7 @@ and `B` goes through the rank, and the gradient of the full weight is never form
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,40 +125,52 @@ class _Backward:
             if is_factored(value) and not value.network.gains
         }
         needed = [a for a in results if a is not None]
-        needed += [a for pair in pairs.values() if pair for a in pair[0].invars]
-        computed = iter(evaluate(held._replace(outputs=needed), inputs))
-        dense = [None if a is None else densify(next(computed)) for a in results]
-        cotangent: list[Any] = list(dense)
+        needed += [a for pair in pairs.values() if pair for a in pair.atoms]
+        computed = map(densify, evaluate(held._replace(outputs=needed), inputs))
+        cotangent = [None if a is None else next(computed) for a in results]
         for i, value in enumerate(values):
             if is_factored(value):
                 pair = pairs.get(i)
-                update = pair and _product_network(pair, densify(next(computed)), densify(next(computed)))
-                cotangent[i] = _to_operands(value, dense[i], update)
+                update = pair and _product_network(pair, [next(computed) for _ in pair.atoms])
+                cotangent[i] = _to_operands(value, cotangent[i], update)
         return cotangent
 
 
-def _as_product(held: releases.Program, outvar: Any) -> tuple[Any, list[Any]] | None:
-    """The product that an output is, and the moves after it; None if it is anything else."""
+class _Product(NamedTuple):
+    """A product of two arrays, and the moves and scalings after it, in order."""
+
+    product: Any
+    after: list[Any]
+
+    @property
+    def atoms(self) -> list[Any]:
+        """What has to be computed for it: both factors, and the numbers of the scalings."""
+        scalings = ((eqn, structure.scaling(eqn)) for eqn in self.after)
+        numbers = [eqn.invars[s.number] for eqn, s in scalings if s and s.number is not None]
+        return [*self.product.invars, *numbers]
+
+
+def _as_product(held: releases.Program, outvar: Any) -> _Product | None:
+    """The product that an output is; None if it is anything else."""
     made_by = {var: eqn for eqn in held.jaxpr.eqns for var in eqn.outvars}
-    moves: list[Any] = []
-    while outvar in made_by if not releases.is_literal(outvar) else False:
+    after: list[Any] = []
+    while not releases.is_literal(outvar) and outvar in made_by:
         eqn = made_by[outvar]
         if eqn.primitive.name == "dot_general":
-            return eqn, moves[::-1]
-        if eqn.primitive.name not in _MOVES:
+            return _Product(eqn, after[::-1])
+        scaling = structure.scaling(eqn)
+        if eqn.primitive.name not in _MOVES and scaling is None:
             return None
-        moves.append(eqn)
-        outvar = eqn.invars[0]
+        after.append(eqn)
+        outvar = eqn.invars[scaling.side if scaling else 0]
     return None
 
 
-def _product_network(pair: tuple[Any, list[Any]], left: Any, right: Any) -> Network | None:
-    """The result of the product and the moves as a network of the product's two factors."""
-    eqn, moves = pair
-    (contracting, batch) = eqn.params["dimension_numbers"]
-    shapes = [atom.aval.shape for atom in eqn.invars]
-    left_atoms = [Atom(length) for length in shapes[0]]
-    right_atoms = [Atom(length) for length in shapes[1]]
+def _product_network(pair: _Product, values: Sequence[Any]) -> Network | None:
+    """The result of the product and what follows, as a network of the product's two factors."""
+    (contracting, batch) = pair.product.params["dimension_numbers"]
+    left, right, *numbers = values
+    left_atoms, right_atoms = ([Atom(n) for n in a.aval.shape] for a in pair.product.invars)
     for paired in (contracting, batch):
         for i, j in zip(*paired, strict=True):
             right_atoms[j] = left_atoms[i]
@@ -167,11 +179,17 @@ def _product_network(pair: tuple[Any, list[Any]], left: Any, right: Any) -> Netw
     out += [atom for atom in (*left_atoms, *right_atoms) if atom not in summed and atom not in out]
     term = Term((Operand(left, tuple(left_atoms)), Operand(right, tuple(right_atoms))))
     network: Network | None = Network(tuple((atom,) for atom in out), "", (), (term,))
-    for move in moves:
-        moved = structure.RULES[move.primitive.name](move, [network], [None])
-        network = moved[0] if moved else None
-        if network is None:
+    following = iter(numbers)
+    for eqn in pair.after:
+        scaling = structure.scaling(eqn)
+        if scaling is not None:
+            number = None if scaling.number is None else next(following)
+            network = structure.scaled(network, scaling.factor(number))
+            continue
+        moved = structure.RULES[eqn.primitive.name](eqn, [network], [None])
+        if not moved:
             return None
+        (network,) = moved
     return network
 
 

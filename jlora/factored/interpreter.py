@@ -64,6 +64,12 @@ def _run(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         outputs = CONTROL[name].run(eqn, values, evaluate)
         if outputs is not None:
             return outputs
+    scaling = structure.scaling(eqn)
+    if scaling is not None and [isinstance(v, Factored) for v in values].count(True) == 1:
+        weight = values[scaling.side]
+        if isinstance(weight, Factored):
+            number = None if scaling.number is None else values[scaling.number]
+            return [Factored(weight.base, structure.scaled(weight.network, scaling.factor(number)))]
     if name in structure.RULES:
         networks = [_network(value) for value in values]
         moved = structure.RULES[name](eqn, networks, values)

@@ -142,6 +142,9 @@ class _Walk:
     ) -> list[_Followed] | None:
         """The weight behind an equation that only moves entries; None where it is not one."""
         name = eqn.primitive.name
+        scaling = structure.scaling(eqn)
+        if scaling is not None and scaling.side == side:
+            return [weight]
         if name not in structure.RULES:
             return None
         if name == "concatenate" and any(_is_data(value) for value in values):
@@ -183,7 +186,7 @@ class _Walk:
         what the equation does. Either way its dense sum is formed here."""
         if weight.network.indexed:
             return None  # Looked-up rows are summed as rows; no weight is made dense.
-        reason = f"{eqn.primitive.name} needs its entries"
+        reason = eqn.primitive.name
         if weight.dense is None:
             self._record(weight, Use(eqn.primitive.name, reason, None, _is_data(rest)))
         shape = tuple(eqn.invars[side].aval.shape)
@@ -248,13 +251,20 @@ def axes_of(found: Iterable[Use], ndim: int) -> Axes | None:
     known = [use for use in found if use.roles is not None]
     if not known:
         return None
-    decisive = min(known, key=lambda use: (not is_lookup(use, known), not use.meets_data))
+    decisive = min(known, key=lambda use: _rank(use, known))
     roles = decisive.roles or {}
     axes = [
         tuple(axis for axis in range(ndim) if roles.get(axis) is role)
         for role in (Role.BATCH, Role.INPUT, Role.OUTPUT)
     ]
     return Axes(*axes)
+
+
+def _rank(use: Use, known: Sequence[Use]) -> tuple[int, bool]:
+    if is_lookup(use, known):
+        return 0, False
+    # Rows looked up only to be multiplied with (one expert per token) leave it to the product.
+    return (2 if use.by == "gather" else 1), not use.meets_data
 
 
 def is_lookup(use: Use, known: Sequence[Use]) -> bool:

@@ -87,15 +87,12 @@ def _add_terms(
     return total
 
 
-def _gain(network: Network, gain: Operand, groups: Sequence[tuple[Atom, ...]], dtype: Any) -> Any:
+def _gain(gain: Operand, groups: Sequence[tuple[Atom, ...]], dtype: Any) -> Any:
     """The gain as a factor on an array whose axes are these groups."""
-    atoms = tuple(atom for group in groups for atom in group)
-    array = contract(gain, (), [atom for atom in atoms if atom in gain.atoms])
-    array = array.reshape([atom.size if atom in gain.atoms else 1 for atom in atoms])
-    full = jnp.broadcast_to(array, [atom.size for atom in atoms]).reshape(
-        [size(group) for group in groups]
-    )
-    return full.astype(dtype)
+    held = [group for group in groups if set(group) & set(gain.atoms)]
+    array = contract(gain, (), [atom for group in held for atom in group])
+    lengths = [size(group) if group in held else 1 for group in groups]
+    return array.reshape(lengths).astype(dtype)
 
 
 def _with_gains(
@@ -114,12 +111,12 @@ def _with_gains(
         if set(gain.atoms) <= out_atoms:
             after.append(gain)
         elif set(gain.atoms) <= x_atoms:
-            x = x * _gain(factored.network, gain, x_groups, x.dtype)
+            x = x * _gain(gain, x_groups, x.dtype)
         else:
             base = base * expand((gain,), factored.network, base.dtype)
     result = product(x, base)
     for gain in after:
-        result = result * _gain(factored.network, gain, out_groups, result.dtype)
+        result = result * _gain(gain, out_groups, result.dtype)
     return result
 
 

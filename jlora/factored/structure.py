@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.factored.network import Atom, Axes, Network, Operand, size
+from jlora.factored.network import Atom, Axes, Network, Operand, Term, size
 
 Networks = list[Network | None]
 Rule = Callable[[Any, Networks, Sequence[Any]], list[Network] | None]
@@ -59,32 +59,42 @@ def _convert(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Networ
     return [network] if floating and network else None
 
 
-@rule("neg")
-def _negative(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
-    del eqn, values
-    (network,) = networks
-    return network and [_times(network, jnp.negative)]
+class Scaling(NamedTuple):
+    """An equation that multiplies all of an array by one number.
+
+    Attributes:
+        side: Which input is the array.
+        number: Which input is the number; None for a negation.
+        factor: From the number to what it multiplies by.
+    """
+
+    side: int
+    number: int | None
+    factor: Callable[[Any], Any]
 
 
-@rule("mul", "div")
-def _scalar(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
-    left, right = networks
-    scalar = [value.aval.shape == () for value in eqn.invars]
-    if eqn.primitive.name == "mul" and left is None and right and scalar[0]:
-        return [_times(right, lambda array: array * values[0])]
-    if right is None and left and scalar[1]:
-        scaled = jnp.multiply if eqn.primitive.name == "mul" else jnp.divide
-        return [_times(left, lambda array: scaled(array, values[1]))]
-    return None
+def scaling(eqn: Any) -> Scaling | None:
+    """How an equation scales an array; None when it does not."""
+    name, scalar = eqn.primitive.name, [value.aval.shape == () for value in eqn.invars]
+    if name == "neg":
+        return Scaling(0, None, lambda _: -1)
+    if name in ("mul", "div") and scalar[1]:
+        return Scaling(0, 1, (lambda x: x) if name == "mul" else lambda x: 1 / x)
+    return Scaling(1, 0, lambda x: x) if name == "mul" and scalar[0] else None
 
 
-def _times(network: Network, fn: Callable[[Any], Any]) -> Network:
-    """The network with one operand of every term changed by `fn`; the base was already."""
+def scaled(network: Network, factor: Any) -> Network:
+    """The network of the weight times a number, whose base stays as it is.
+
+    The number may depend on the adapter (a spectral norm): multiplying the base by it would make
+    its gradient need the gradient of the full weight.
+    """
     terms = [
-        term.__class__((term.operands[0].map(fn), *term.operands[1:]), term.dropout)
+        Term((term.operands[0].map(lambda array: array * factor), *term.operands[1:]), term.dropout)
         for term in network.terms
     ]
-    return network.__class__(network.axes, network.path, network.gains, tuple(terms))
+    gains = (*network.gains, Operand(jnp.asarray(factor), ()))
+    return Network(network.axes, network.path, gains, tuple(terms))
 
 
 @rule("transpose")
@@ -284,7 +294,7 @@ def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Ne
             (place,) = network.axes[axis]
             # Beside this part a gain is one, so it must lie along the joined axis alone; a term is
             # zero there, so one of its operands must have that axis; keys cannot be padded.
-            if any(gain.atoms != (place,) for gain in network.gains) or any(
+            if any(gain.atoms not in ((), (place,)) for gain in network.gains) or any(
                 all(place not in operand.atoms for operand in term.operands)
                 or (term.dropout is not None and place in term.dropout.keys.atoms)
                 for term in network.terms
@@ -293,7 +303,11 @@ def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Ne
             moved = functools.partial(
                 _pad, network=network, axes=joined, axis=axis, around=(start, total - start - length)
             )
-            gains += [moved(gain, fill=1) for gain in network.gains]
+            along = [
+                gain if gain.atoms else Operand(jnp.repeat(gain.array, length), (place,))
+                for gain in network.gains
+            ]
+            gains += [moved(gain, fill=1) for gain in along]
             terms += [term.map(functools.partial(moved, fill=0)) for term in network.terms]
         start += length
     return [Network(joined, present[0].path, tuple(gains), tuple(terms))]

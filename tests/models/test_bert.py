@@ -139,9 +139,11 @@ def test_mean_pool_of_padding_only_is_zero():
     np.testing.assert_array_equal(pooled, [[0.0] * 4, [1.0] * 4])
 
 
-def test_mean_pool_counts_past_what_bfloat16_holds():
-    hidden = jnp.ones((1, 509, 2), jnp.bfloat16)
-    np.testing.assert_array_equal(bert.mean_pool(hidden, jnp.ones((1, 509))), [[1.0, 1.0]])
+def test_mean_pool_is_float32_because_bfloat16_does_not_count_to_509():
+    hidden = jnp.full((1, 509, 2), 1.5, jnp.bfloat16)
+    pooled = bert.mean_pool(hidden, jnp.ones((1, 509), jnp.bfloat16))
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_array_equal(pooled, [[1.5, 1.5]])
 
 
 def test_input_past_the_last_position_is_refused():

@@ -1,0 +1,219 @@
+"""An adapter as one safetensors file that says what it is and whose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jlora import tree
+from jlora.adapters.protocol import FAMILIES, array_fields, places, static_facts
+from jlora.factored.probe import Axes
+
+PyTree = Any
+FORMAT = 1  # Raised when a reader of the old number would misread a file of the new.
+_SAMPLES = 64  # Entries of a weight that its fingerprint reads.
+
+
+def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, Any], params: PyTree) -> None:
+    """Writes an adapter to one safetensors file, which replaces a file of that name at once.
+
+    The file's metadata has the families, axes, ranks and scales, and a fingerprint of every weight
+    of the base that is adapted, so that loading it onto another base can be refused.
+
+    Args:
+        path: Where to; its folder must exist.
+        adapter: What `init` returned, trained.
+        params: The base it was trained on.
+
+    Raises:
+        TypeError: When `adapter` is not an adapter.
+        ValueError: When it does not fit `params`, or holds an array that is not finite.
+    """
+    weights = _weights(params, adapter)
+    tensors: dict[str, np.ndarray] = {}
+    leaves: dict[str, Any] = {}
+    for weight_path, leaf in adapter.items():
+        leaves[weight_path] = {"family": leaf.family, **static_facts(leaf)}
+        for field in array_fields(leaf):
+            value = np.asarray(jax.device_get(getattr(leaf, field.name)))
+            _check_finite(f"{weight_path}/{field.name}", value)
+            tensors[f"{weight_path}/{field.name}"] = np.ascontiguousarray(value)
+    metadata = {
+        "format": "jlora",
+        "version": str(FORMAT),
+        "adapter": json.dumps(leaves, sort_keys=True),
+        "base": json.dumps({p: fingerprint(weights[p]) for p in adapter}, sort_keys=True),
+    }
+    _write_atomically(pathlib.Path(path), safetensors.numpy.save(tensors, metadata))
+
+
+def load_adapter(
+    path: str | os.PathLike[str], params: PyTree, *, allow_other_base: bool = False
+) -> dict[str, Any]:
+    """The adapter that `save_adapter` wrote.
+
+    Args:
+        path: The file.
+        params: The base that it will be used with.
+        allow_other_base: Accept a base with the same paths and shapes but other numbers.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is no such file, damaged, of a newer format, or of another base.
+    """
+    path = pathlib.Path(path)
+    metadata, tensors = _read(path)
+    leaves = {
+        weight_path: _leaf(path, weight_path, facts, tensors)
+        for weight_path, facts in _json(path, metadata, "adapter").items()
+    }
+    if tensors:
+        raise ValueError(
+            f"{path} holds tensors that its description does not name: {sorted(tensors)[:3]}. It "
+            f"was changed after jlora wrote it; save the adapter again."
+        )
+    weights = _weights(params, leaves)
+    if not allow_other_base:
+        _check_base(path, _json(path, metadata, "base"), weights)
+    return leaves
+
+
+def fingerprint(weight: Any) -> str:
+    """A hash of a weight's shape and of entries spread over it.
+
+    Entries are rounded to bfloat16 first, so the same checkpoint loaded in float32 and in bfloat16
+    has one fingerprint.
+    """
+    chosen = np.arange(weight.size) if weight.size <= _SAMPLES else _spread(weight.size)
+    index = np.unravel_index(chosen, weight.shape)
+    entries = np.asarray(jax.device_get(weight[index])).astype(ml_dtypes.bfloat16)
+    content = repr(tuple(weight.shape)).encode() + entries.tobytes()
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _spread(size: int) -> np.ndarray:
+    """Places drawn once and for all for a size: the same in every release and process."""
+    state, places = size, []
+    for _ in range(_SAMPLES):
+        # Knuth's MMIX generator; Python's integers keep it exact.
+        state = (6364136223846793005 * state + 1442695040888963407) % 2**64
+        places.append((state >> 11) % size)
+    return np.array(sorted(places))
+
+
+def _check_finite(name: str, value: np.ndarray) -> None:
+    if not np.isfinite(value.astype(np.float32)).all():
+        raise ValueError(
+            f"{name!r} holds NaN or infinity, so every output would. Go back to a checkpoint from "
+            f"before the training diverged."
+        )
+
+
+def _weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapted weights by path, after checking that the adapter fits them."""
+    flat = tree.flatten(params)
+    return {path: flat.leaves[place] for path, place in places(flat, adapter).items()}
+
+
+def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+    # A reader sees the old file or the new one, also after a crash in the middle.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        pathlib.Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file. Give the file that save_adapter wrote.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # The reader raises types of its own and of Rust's.
+        raise ValueError(
+            f"{path} is no readable safetensors file: {error}. It may be cut short; copy it again."
+        ) from error
+    if metadata.get("format") != "jlora":
+        raise ValueError(
+            f"{path} was not written by jlora.save_adapter (its format is "
+            f"{metadata.get('format', 'unnamed')!r})."
+        )
+    version = metadata.get("version", "")
+    if not version.isdigit() or int(version) > FORMAT:
+        raise ValueError(
+            f"{path} was made by format {version!r}, this jlora reads up to {FORMAT}. Use a newer "
+            f"jlora."
+        )
+    return metadata, tensors
+
+
+def _json(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no readable {key!r} in its metadata: {error!r}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} has {type(value).__name__} as {key!r} in its metadata.")
+    return value
+
+
+def _leaf(
+    path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, np.ndarray]
+) -> Any:
+    """One adapter from its description; the tensors it takes are removed from `tensors`."""
+    facts = dict(facts) if isinstance(facts, dict) else {}
+    name = facts.pop("family", None)
+    if name not in FAMILIES:
+        raise ValueError(
+            f"{path} adapts {weight_path!r} by the family {name!r}, which this jlora does not have "
+            f"(it has {sorted(FAMILIES)}). Use the jlora that wrote it."
+        )
+    cls = FAMILIES[name]
+    arrays = {}
+    for field in array_fields(cls):
+        key = f"{weight_path}/{field.name}"
+        if key not in tensors:
+            raise ValueError(f"{path} lacks the tensor {key!r}. Save the adapter again.")
+        value = tensors.pop(key)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{path} holds {key!r} as {value.dtype}, not as floats.")
+        _check_finite(key, value)
+        arrays[field.name] = jnp.asarray(value)
+    try:
+        facts["shape"] = tuple(facts["shape"])
+        facts["axes"] = Axes(*(tuple(group) for group in facts["axes"]))
+        return cls(**arrays, **facts)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} describes {weight_path!r} wrongly: {error}.") from error
+
+
+def _check_base(
+    path: pathlib.Path, expected: Mapping[str, Any], weights: Mapping[str, Any]
+) -> None:
+    other = [name for name in expected if fingerprint(weights[name]) != expected[name]]
+    if other:
+        raise ValueError(
+            f"{path} was trained on another base: {other[0]!r} ({len(other)} of {len(expected)} "
+            f"adapted weights) has other numbers in params. Load the base it was trained on, or "
+            f"pass allow_other_base=True."
+        )

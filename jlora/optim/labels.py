@@ -1,0 +1,131 @@
+"""Which arrays of a tree are trained and how: labels, optimizers by label, and partitions."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from jlora import tree
+from jlora.adapters.protocol import AdapterLeaf, is_leaf
+
+PyTree = Any
+
+FROZEN = "frozen"
+FULL = "full"
+
+
+def labels(params: PyTree) -> PyTree:
+    """A tree of the same structure with a label for every array.
+
+    Arrays of adapters have their family's labels (`"a"` and `"b"` for LoRA); everything under a
+    top-level key `"base"` is `"frozen"`; any other array (a new head) is `"full"`.
+    """
+    if isinstance(params, Mapping) and "base" in params:
+        rest = {key: value for key, value in params.items() if key != "base"}
+        base = jax.tree.map(lambda _: FROZEN, params["base"])
+        return type(params)({"base": base, **labels(rest)})  # type: ignore[call-arg]
+
+    def label(node: Any) -> Any:
+        if not is_leaf(node):
+            return FULL
+        names = type(node).labels()
+        # A hole that partition left has no array and gets no label.
+        return jax.tree_util.tree_map_with_path(lambda path, _: names[path[0].name], node)
+
+    return jax.tree.map(label, params, is_leaf=is_leaf)
+
+
+def lora_optimizer(
+    transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """An optimizer for an adapter, alone or in one tree with its base and with new heads.
+
+    It is `optax.multi_transform` by the labels of `jlora.labels`. What is labelled `"frozen"` gets
+    `optax.set_to_zero`: no state and no change.
+
+    Args:
+        transforms: One transformation for everything that is trained, each label with a state of
+            its own; or one for each label, such as `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
+
+    Raises:
+        TypeError: When it is neither.
+        ValueError: From `init`, when the tree has a label that the mapping lacks or the mapping one
+            that the tree lacks.
+    """
+    mapping = transforms if isinstance(transforms, Mapping) else None
+    for transform in mapping.values() if mapping is not None else (transforms,):
+        if not isinstance(transform, optax.GradientTransformation):
+            raise TypeError(
+                f"lora_optimizer got {transform!r}. Give an optax transformation, such as "
+                f"optax.adamw(1e-3), or a mapping from labels to such."
+            )
+
+    def build(params: PyTree) -> optax.GradientTransformation:
+        of_tree = labels(params)
+        present = set(jax.tree.leaves(of_tree))
+        trained = sorted(present - {FROZEN})
+        if mapping is None:
+            chosen = {TRAINED: transforms, FROZEN: optax.set_to_zero()}
+            return optax.multi_transform(
+                chosen, jax.tree.map(lambda one: FROZEN if one == FROZEN else TRAINED, of_tree)
+            )
+        unknown = sorted(present - {FROZEN} - set(mapping))
+        unused = sorted(set(mapping) - present)
+        if unknown or unused:
+            raise ValueError(
+                f"lora_optimizer has transformations for {sorted(mapping)}, but the tree's labels "
+                f"are {trained}. Give exactly one for each of those; 'full' is for arrays outside "
+                f"any adapter and outside 'base'."
+            )
+        return optax.multi_transform({FROZEN: optax.set_to_zero(), **mapping}, of_tree)
+
+    def init(params: PyTree) -> optax.OptState:
+        return build(params).init(params)
+
+    def update(updates: PyTree, state: optax.OptState, params: PyTree = None) -> Any:
+        return build(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+TRAINED = "trained"
+
+
+def partition(
+    adapter: PyTree, trained: Callable[[str], bool] = lambda label: label != FROZEN
+) -> tuple[PyTree, PyTree]:
+    """The adapter as two trees, `(trained, rest)`, each with None where the other has an array.
+
+    Args:
+        adapter: Any tree that `jlora.labels` takes.
+        trained: Whether arrays of a label belong to the first tree; by default all that the
+            family trains.
+    """
+    of_tree = labels(adapter)
+    first = jax.tree.map(lambda label, x: x if trained(label) else None, of_tree, adapter)
+    second = jax.tree.map(lambda label, x: None if trained(label) else x, of_tree, adapter)
+    return first, second
+
+
+def combine(*parts: PyTree) -> PyTree:
+    """The tree whose every array comes from the one part that has it.
+
+    Raises:
+        ValueError: When two parts have an array in one place, or none has.
+    """
+
+    def choose(path: Any, *values: Any) -> Any:
+        present = [value for value in values if value is not None]
+        if len(present) != 1:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{len(present)} of the {len(values)} parts have an array at {where}. Combine the "
+                f"two trees of one partition."
+            )
+        return present[0]
+
+    return jax.tree_util.tree_map_with_path(choose, *parts, is_leaf=lambda node: node is None)
