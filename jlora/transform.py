@@ -113,10 +113,10 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
         dropout_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
+        where = places(tree.flatten(params), adapter)  # Before fn could fail on wrong params.
         traced = _trace(fn, params, inputs, kwargs)
         values = list(traced.arrays)
-        for path, place in places(traced.flat, adapter).items():
-            # Arrays of params come first among the traced, in their tree's order.
+        for path, place in where.items():
             index = traced.param_index[place]
             values[index] = _factored(path, values[index], adapter[path], dropout_key)
         outputs = evaluate(traced.program, values)

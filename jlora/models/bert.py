@@ -235,9 +235,9 @@ def _layer_norm(config: BertConfig) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, name="norm")
 
 
-def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+def mean_pool(hidden: jax.Array, mask: jax.typing.ArrayLike) -> jax.Array:
     """The mean hidden state of each text's tokens, (batch, width); zeros where all is padding."""
-    weight = mask.astype(jnp.float32)  # A narrower type does not count past 256.
+    weight = jnp.asarray(mask, jnp.float32)  # A narrower type does not count past 256.
     total = jnp.einsum("blw,bl->bw", hidden, weight)
     return total / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
 
