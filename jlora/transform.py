@@ -151,7 +151,7 @@ def _factored(path: str, base: Any, leaf: AdapterLeaf, key: jax.Array | None) ->
     dropout = None
     if key is not None and leaf.dropout > 0:
         batch = leaf.axes.batch
-        keys = jax.random.split(_key_for(key, path), [leaf.shape[axis] for axis in batch])
+        keys = jax.random.split(_key_for(key, path), tuple(leaf.shape[axis] for axis in batch))
         dropout = (leaf.dropout, keys, batch)
     gains, terms = leaf.expression(base)
     return Factored(base, build(path, leaf.shape, gains=gains, terms=terms, dropout=dropout))

@@ -21,7 +21,7 @@ class Flat(NamedTuple):
 
     paths: tuple[str, ...]
     leaves: list[Any]
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
 
 
 def is_array(leaf: Any) -> bool:
@@ -133,7 +133,7 @@ def assign(rules: Mapping[str, Any], paths: Sequence[str]) -> Assignment:
                 f"{matches[0]!r}, was taken by the earlier rule {assigned[matches[0]][0]!r}. Put "
                 f"the narrower rule first."
             )
-        assigned.update({path: (pattern, config) for path in new})
+        assigned.update(dict.fromkeys(new, (pattern, config)))
     return Assignment(assigned, tuple(problems))
 
 

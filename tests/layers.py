@@ -176,9 +176,9 @@ add(
 add(
     "in_while_weight_carried",
     plain(
-        lambda p, x: lax.fori_loop(
-            0, 3, lambda i, c: (jnp.tanh(c[0] @ c[1]), c[1]), (x, p["w"])
-        )[0],
+        lambda p, x: lax.fori_loop(0, 3, lambda i, c: (jnp.tanh(c[0] @ c[1]), c[1]), (x, p["w"]))[
+            0
+        ],
         (6, 6),
         (4, 6),
     ),
@@ -197,7 +197,9 @@ add(
     "in_scan_over_time",
     plain(
         lambda p, x: lax.scan(
-            lambda c, step: (jnp.tanh(c + step @ p["w"]), step @ p["w"]), jnp.zeros((2, 5), x.dtype), x
+            lambda c, step: (jnp.tanh(c + step @ p["w"]), step @ p["w"]),
+            jnp.zeros((2, 5), x.dtype),
+            x,
         ),
         (6, 5),
         (4, 2, 6),
@@ -453,9 +455,7 @@ add("nnx_linear", nnx_layer(lambda d, r: nnx.Linear(6, 5, dtype=d, rngs=r), (4, 
 add("nnx_conv", nnx_layer(lambda d, r: nnx.Conv(6, 5, 3, dtype=d, rngs=r), (2, 7, 6)), "kernel")
 add(
     "nnx_einsum",
-    nnx_layer(
-        lambda d, r: nnx.Einsum("td,dhk->htk", (6, 2, 5), (2, 5), dtype=d, rngs=r), (4, 6)
-    ),
+    nnx_layer(lambda d, r: nnx.Einsum("td,dhk->htk", (6, 2, 5), (2, 5), dtype=d, rngs=r), (4, 6)),
     "kernel",
 )
 add("nnx_scan", nnx_layer(NnxStack, (4, 6)), "kernel")

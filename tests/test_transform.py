@@ -27,7 +27,9 @@ class Model(nn.Module):
         x = nn.Embed(11, 6, name="embed")(tokens)
         for number in range(2):
             y = nn.LayerNorm(name=f"norm_{number}")(x)
-            x = x + nn.MultiHeadDotProductAttention(2, qkv_features=10, name=f"attention_{number}")(y)
+            x = x + nn.MultiHeadDotProductAttention(2, qkv_features=10, name=f"attention_{number}")(
+                y
+            )
         x = nn.BatchNorm(use_running_average=not train, name="batch")(x)
         x = nn.Dropout(0.5, deterministic=not train)(x)
         return {"logits": nn.Dense(3, name="head")(x), "mode": mode, "steps": 7}
@@ -351,7 +353,9 @@ def test_dropout_acts_on_the_input_of_a_alone() -> None:
     # Each entry is a mean of 500 draws of 0 or 4/3: deviation 0.026, the mean of 40 rows 0.004.
     np.testing.assert_allclose(kept.mean(), 1, atol=0.015)
     assert 0.01 < kept[:, 0].std() < 0.05
-    base = lora.apply(params, jax.tree.map(jnp.zeros_like, counting), x, dropout_key=jax.random.key(5))
+    base = lora.apply(
+        params, jax.tree.map(jnp.zeros_like, counting), x, dropout_key=jax.random.key(5)
+    )
     np.testing.assert_array_equal(base, 0)
 
 

@@ -150,8 +150,8 @@ def places(flat: tree.Flat, adapter: Any) -> dict[str, int]:
     if missing:
         raise ValueError(
             f"The adapter has {missing[0]!r} ({len(missing)} such of {len(adapter)}), which params "
-            f"does not. The nearest paths are {tree.nearest(missing[0], flat.paths)}. Pass the tree "
-            f"that init was given, with the same outer keys."
+            f"does not. The nearest paths are {tree.nearest(missing[0], flat.paths)}. Pass the "
+            f"tree that init was given, with the same outer keys."
         )
     for path, leaf in adapter.items():
         _check_fits(path, leaf, flat.leaves[index[path]])

@@ -177,9 +177,7 @@ def _json(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> dict[str
     return value
 
 
-def _leaf(
-    path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, np.ndarray]
-) -> Any:
+def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, np.ndarray]) -> Any:
     """One adapter from its description; the tensors it takes are removed from `tensors`."""
     facts = dict(facts) if isinstance(facts, dict) else {}
     name = facts.pop("family", None)

@@ -64,7 +64,9 @@ def _as_declared(values: Sequence[Any], atoms: Sequence[Any]) -> list[Any]:
 # --- jit, remat ----------------------------------------------------------------------------------
 
 
-def _whole(key: str) -> Callable[[Any], list[Body]]:
+def whole(key: str) -> Callable[[Any], list[Body]]:
+    """The bodies of an equation that runs one program, held under this parameter, on its inputs."""
+
     def bodies(eqn: Any) -> list[Body]:
         return [Body(releases.program(eqn.params[key]), range(len(eqn.invars)), returns=True)]
 
@@ -82,10 +84,6 @@ def _jit(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
         else output
         for output, sharding in zip(outputs, shardings or [None] * len(outputs), strict=True)
     ]
-
-
-def _call(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
-    return evaluate(releases.program(eqn.params["call_jaxpr"]), values)
 
 
 def _remat(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
@@ -154,9 +152,7 @@ class _Carry:
 
     def initial(self, atoms: Sequence[Any]) -> list[Any]:
         moving = [i for i, fixed in enumerate(self._fixed) if not fixed]
-        return _as_declared(
-            [densify(self._values[i]) for i in moving], [atoms[i] for i in moving]
-        )
+        return _as_declared([densify(self._values[i]) for i in moving], [atoms[i] for i in moving])
 
     def full(self, arrays: Sequence[Any]) -> list[Any]:
         following = iter(arrays)
@@ -167,9 +163,7 @@ class _Carry:
 
     def moving(self, outputs: Sequence[Any]) -> list[Any]:
         return [
-            densify(output)
-            for output, fixed in zip(outputs, self._fixed, strict=True)
-            if not fixed
+            densify(output) for output, fixed in zip(outputs, self._fixed, strict=True) if not fixed
         ]
 
 
@@ -180,7 +174,7 @@ def forwarded(held: releases.Program, outvar: Any) -> int | None:
     if outvar in held.inputs:
         return held.inputs.index(outvar)
     for eqn in held.jaxpr.eqns:
-        if outvar in eqn.outvars and eqn.primitive.name in ("jit", "pjit"):
+        if outvar in eqn.outvars and eqn.primitive.name == "jit":
             inner = releases.program(eqn.params["jaxpr"])
             source = forwarded(inner, inner.outputs[eqn.outvars.index(outvar)])
             return None if source is None else forwarded(held, eqn.invars[source])
@@ -241,9 +235,7 @@ def _step_keys(value: Any, step: Any) -> Any:
         for term in value.network.terms
     ]
     network = value.network
-    return Factored(
-        value.base, Network(network.axes, network.path, network.gains, tuple(terms))
-    )
+    return Factored(value.base, Network(network.axes, network.path, network.gains, tuple(terms)))
 
 
 # --- while, cond ---------------------------------------------------------------------------------
@@ -366,14 +358,10 @@ def _ways(entry: Any, mesh: Any) -> int:
 
 
 RULES: dict[str, Control] = {
-    "jit": Control(_whole("jaxpr"), _jit),
-    "pjit": Control(_whole("jaxpr"), _jit),
-    "closed_call": Control(_whole("call_jaxpr"), _call),
-    "core_call": Control(_whole("call_jaxpr"), _call),
-    "remat2": Control(_whole("jaxpr"), _remat),
-    "checkpoint": Control(_whole("jaxpr"), _remat),
+    "jit": Control(whole("jaxpr"), _jit),
+    "remat2": Control(whole("jaxpr"), _remat),
     "scan": Control(_scan_bodies, _scan),
     "while": Control(_while_bodies, _while),
     "cond": Control(_cond_bodies, _cond),
-    "shard_map": Control(_whole("jaxpr"), _shard_map),
+    "shard_map": Control(whole("jaxpr"), _shard_map),
 }

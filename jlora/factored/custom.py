@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.factored import products, releases, structure
-from jlora.factored.control import Control, Evaluate, _whole, densify, is_factored
+from jlora.factored.control import Control, Evaluate, whole, densify, is_factored
 from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
 
 # Moves between the product and the rule's result that a pair of operands can follow.
@@ -116,9 +116,7 @@ class _Backward:
         )
         inputs = [*residuals, *cotangents]
         wanted = iter(held.outputs)
-        results: list[Any] = []
-        for value, kind in zip(values, self._inexact, strict=True):
-            results.append(next(wanted) if kind else None)
+        results = [next(wanted) if kind else None for kind in self._inexact]
         pairs = {
             i: _as_product(held, results[i])
             for i, value in enumerate(values)
@@ -224,11 +222,9 @@ def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factore
 
     network = value.network
     terms = tuple(cotangent(term) for term in network.terms)
-    return Factored(
-        dense.astype(value.base.dtype), Network(network.axes, network.path, (), terms)
-    )
+    return Factored(dense.astype(value.base.dtype), Network(network.axes, network.path, (), terms))
 
 
 RULES: dict[str, Control] = {
-    name: Control(_whole("call_jaxpr"), _run) for name in ("custom_vjp_call", "custom_jvp_call")
+    name: Control(whole("call_jaxpr"), _run) for name in ("custom_vjp_call", "custom_jvp_call")
 }

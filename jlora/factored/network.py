@@ -36,9 +36,7 @@ class Atom:
 Axes = tuple[tuple[Atom, ...], ...]  # One group of atoms per axis, slowest first.
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms"])
 @dataclasses.dataclass(frozen=True)
 class Operand:
     """An array whose axes are atoms."""
@@ -136,7 +134,8 @@ class Network:
         self, old: Atom, new: tuple[Atom, ...], fn: Callable[[Any, int], Any]
     ) -> Network:
         """The network with `old` replaced by `new` everywhere, `fn(array, axis)` doing the same to
-        the arrays that hold it."""
+        the arrays that hold it.
+        """
 
         def change(operand: Operand) -> Operand:
             if old not in operand.atoms:

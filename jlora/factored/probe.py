@@ -183,7 +183,8 @@ class _Walk:
         self, eqn: Any, side: int, weight: _Followed, rest: Value
     ) -> list[_Followed] | None:
         """The weight behind arithmetic with other weights, entry by entry; None when that is not
-        what the equation does. Either way its dense sum is formed here."""
+        what the equation does. Either way its dense sum is formed here.
+        """
         if weight.network.indexed:
             return None  # Looked-up rows are summed as rows; no weight is made dense.
         reason = eqn.primitive.name

@@ -8,6 +8,7 @@ equation, times the gains, plus `(x A) B` for every term.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,10 +80,8 @@ def _add_terms(
     """`base` plus the products of `x` with every term, where `out` are the result's atoms."""
     total = base
     for use, term in enumerate(factored.network.terms):
-        dropped = x if term.dropout is None else x.map(lambda a, t=term, u=use: t.dropout(a, u))
-        update = contract(
-            dropped, term.operands, out, precision=precision, out_dtype=base.dtype
-        )
+        dropped = x if term.dropout is None else x.map(functools.partial(term.dropout, use=use))
+        update = contract(dropped, term.operands, out, precision=precision, out_dtype=base.dtype)
         total = total + update.reshape(base.shape)
     return total
 
@@ -103,7 +102,8 @@ def _with_gains(
     product: Callable[[Any, Any], Any],
 ) -> Any:
     """The product of `x` with the base, every gain applied where it is smallest: to the result if
-    its atoms are there, to the activation if they are all there, to the base otherwise."""
+    its atoms are there, to the activation if they are all there, to the base otherwise.
+    """
     base, after = factored.base, []
     out_atoms = {atom for group in out_groups for atom in group}
     x_atoms = {atom for group in x_groups for atom in group}

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -119,7 +118,8 @@ def _one(network: Network | None) -> list[Network] | None:
 
 def regroup(network: Network, shape: Sequence[int]) -> Network | None:
     """The network with its atoms grouped into axes of these sizes, splitting atoms where an axis
-    ends inside one; None where no whole atom fits."""
+    ends inside one; None where no whole atom fits.
+    """
     atoms = list(network.atoms)
     axes: list[tuple[Atom, ...]] = []
     for length in shape:
@@ -166,9 +166,7 @@ def drop(network: Network, dropped: set[int]) -> Network:
     """The network without these axes of length one."""
     for axis in dropped:
         for atom in network.axes[axis]:
-            network = network.replace_atom(
-                atom, (), lambda array, place: jnp.squeeze(array, place)
-            )
+            network = network.replace_atom(atom, (), lambda array, place: jnp.squeeze(array, place))
     return network.with_axes([g for axis, g in enumerate(network.axes) if axis not in dropped])
 
 
@@ -178,9 +176,7 @@ def _broadcast(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Netw
     network = networks[0]
     if network is None:
         return None
-    source = dict(
-        zip(eqn.params["broadcast_dimensions"], range(len(network.axes)), strict=True)
-    )
+    source = dict(zip(eqn.params["broadcast_dimensions"], range(len(network.axes)), strict=True))
     axes: list[tuple[Atom, ...]] = []
     for axis, length in enumerate(eqn.params["shape"]):
         if axis in source and size(network.axes[source[axis]]) == length:
@@ -254,18 +250,17 @@ def _dynamic_slice(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[
             network,
             axis,
             length,
-            lambda array, place, start=values[axis + 1], length=length: (
-                lax.dynamic_slice_in_dim(array, start, length, place)
+            lambda array, place, start=values[axis + 1], length=length: lax.dynamic_slice_in_dim(
+                array, start, length, place
             ),
         )
     return _one(network)
 
 
-def cut(
-    network: Network, axis: int, length: int, fn: Callable[[Any, int], Any]
-) -> Network | None:
+def cut(network: Network, axis: int, length: int, fn: Callable[[Any, int], Any]) -> Network | None:
     """The network with `length` entries of one axis kept by `fn(array, axis)`; None where the
-    axis is several atoms, which no slice of one operand can express."""
+    axis is several atoms, which no slice of one operand can express.
+    """
     group = network.axes[axis]
     if size(group) == length:
         return network
@@ -301,7 +296,11 @@ def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Ne
             ):
                 return None
             moved = functools.partial(
-                _pad, network=network, axes=joined, axis=axis, around=(start, total - start - length)
+                _pad,
+                network=network,
+                axes=joined,
+                axis=axis,
+                around=(start, total - start - length),
             )
             along = [
                 gain if gain.atoms else Operand(jnp.repeat(gain.array, length), (place,))

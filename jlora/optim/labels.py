@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
-from jlora import tree
-from jlora.adapters.protocol import AdapterLeaf, is_leaf
+from jlora.adapters.protocol import is_leaf
 
 PyTree = Any
 
@@ -49,7 +47,7 @@ def lora_optimizer(
 
     Args:
         transforms: One transformation for everything that is trained, each label with a state of
-            its own; or one for each label, such as `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
+            its own; or one for each label: `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
 
     Raises:
         TypeError: When it is neither.
@@ -69,7 +67,7 @@ def lora_optimizer(
         present = set(jax.tree.leaves(of_tree))
         trained = sorted(present - {FROZEN})
         if mapping is None:
-            chosen = {TRAINED: transforms, FROZEN: optax.set_to_zero()}
+            chosen: dict[Any, Any] = {TRAINED: transforms, FROZEN: optax.set_to_zero()}
             return optax.multi_transform(
                 chosen, jax.tree.map(lambda one: FROZEN if one == FROZEN else TRAINED, of_tree)
             )

