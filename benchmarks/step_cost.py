@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax
 import flax.linen as nn
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import optax
 
 import jlora
+
+Implementation = Literal["xla", "cudnn"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Row:
     Attributes:
         step_ms: Median over the repeats; every step waited for.
         tokens_per_s: Of the batch, at the median.
-        tflop: Counted by XLA for the compiled step; products in vendor libraries may be missing.
+        tflop: Counted by XLA for the step lowered for a CPU with plain attention: a GPU's compiler
+            moves products into library calls, which its own count leaves out.
         peak_mib: Arguments, results and temporaries, as planned by the compiler.
         trained: How many numbers are trained.
     """
@@ -70,6 +73,7 @@ class Layer(nn.Module):
     """One pre-norm block with grouped-query attention, rotary positions and SwiGLU."""
 
     shape: Shape
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -85,10 +89,7 @@ class Layer(nn.Module):
         q = rotate(dense((s.heads, head), "q")(y), *rope)
         k = rotate(dense((s.kv_heads, head), "k")(y), *rope)
         v = dense((s.kv_heads, head), "v")(y)
-        on_gpu = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
-        mixed = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="cudnn" if on_gpu else None
-        )
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.attention)
         x = x + dense(s.width, "o", (-2, -1))(mixed)
         y = nn.RMSNorm(dtype=dtype, name="mlp_norm")(x)
         y = nn.silu(dense(s.hidden, "gate")(y)) * dense(s.hidden, "up")(y)
@@ -106,11 +107,12 @@ class Decoder(nn.Module):
     """Token ids (batch, length) to logits (batch, length, vocabulary)."""
 
     shape: Shape
+    attention: Implementation = None
 
     def setup(self) -> None:
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         self.embed = nn.Embed(s.vocabulary, s.width, dtype=dtype, param_dtype=dtype)
-        self.blocks = [Layer(s) for _ in range(s.layers)]
+        self.blocks = [Layer(s, self.attention) for _ in range(s.layers)]
         self.norm = nn.RMSNorm(dtype=dtype)
         self.head = nn.Dense(s.vocabulary, use_bias=False, dtype=dtype, param_dtype=dtype)
 
@@ -137,13 +139,14 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 class Methods:
     """Every way to make a step, as `(step, state)` with `step(params, state, tokens) -> state`."""
 
-    def __init__(self, shape: Shape, rank: int) -> None:
-        self.model = Decoder(shape)
-        self.tokens = jax.random.randint(
-            jax.random.key(1), (shape.batch, shape.length), 0, shape.vocabulary
-        )
+    def __init__(self, shape: Shape, rank: int, *, abstract: bool = False) -> None:
+        on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
+        self.model = Decoder(shape, "cudnn" if on_gpu and not abstract else None)
+        self._make = jax.eval_shape if abstract else lambda fn, *args: jax.jit(fn)(*args)
+        draw = lambda key: jax.random.randint(key, (shape.batch, shape.length), 0, shape.vocabulary)
+        self.tokens = self._make(draw, jax.random.key(1))
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), self.tokens)
-        self.params = jax.jit(_random)(shapes)
+        self.params = self._make(_random, shapes)
         self.lora = jlora.lora_transform(
             self.model.apply,
             {r"/(q|k|v|o|gate|up|down)/kernel": jlora.LoRA(rank=rank, alpha=rank)},
@@ -168,7 +171,7 @@ class Methods:
             return jax.grad(lambda x: cross_entropy(logits(x), tokens))(rows)
 
         table = self.params["params"]["embed"]["embedding"]
-        return step, jax.jit(lambda t: table[t])(self.tokens)
+        return step, self._make(lambda table, tokens: table[tokens], table, self.tokens)
 
     def full(self) -> tuple[Callable[..., Any], Any]:
         """Every weight trained by plain SGD, which needs no optimizer state."""
@@ -178,7 +181,7 @@ class Methods:
             gradient = jax.grad(loss)(params)
             return jax.tree.map(lambda p, g: p - 1e-4 * g.astype(p.dtype), params, gradient)
 
-        return step, jax.tree.map(jnp.copy, self.params)
+        return step, self._make(_copy, self.params)
 
     def merge(self) -> tuple[Callable[..., Any], Any]:
         """LoRA by adding the update to the weight inside the loss."""
@@ -195,8 +198,13 @@ class Methods:
             updates, moments = self.optimizer.update(jax.grad(loss)(adapter), moments)
             return optax.apply_updates(adapter, updates), moments
 
-        adapter = jax.tree.map(jnp.copy, self.adapter)
+        adapter = _copy(self.adapter)
         return step, (adapter, self.optimizer.init(adapter))
+
+
+def _copy(tree: Any) -> Any:
+    """The same arrays in buffers that a step may take over."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _random(shapes: Any) -> Any:
@@ -211,13 +219,22 @@ def _random(shapes: Any) -> Any:
     return jax.tree.unflatten(treedef, values)
 
 
-def measure(name: str, methods: Methods, repeats: int) -> Row:
-    """The cost of one method's step, compiled once and run `repeats` times after two warm-ups."""
+def measure(name: str, methods: Methods, abstract: Methods, repeats: int) -> Row:
+    """The cost of one method's step, compiled once and run `repeats` times after two warm-ups.
+
+    Args:
+        name: A method of `Methods`.
+        methods: With arrays, to run.
+        abstract: The same with shapes for arrays, to count operations with.
+        repeats: How many steps the median is of.
+    """
     step, state = getattr(methods, name)()
     donated = (1,) if name in ("full", "merge", "apply") else ()
-    compiled = (
-        jax.jit(step, donate_argnums=donated).lower(methods.params, state, methods.tokens).compile()
-    )
+    lowered = jax.jit(step, donate_argnums=donated).lower(methods.params, state, methods.tokens)
+    compiled = lowered.compile()
+    counted_step, counted_state = getattr(abstract, name)()
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = jax.jit(counted_step).lower(abstract.params, counted_state, abstract.tokens)
     trained = sum(x.size for x in jax.tree.leaves(state if name == "full" else methods.adapter))
     times_ms = []
     for _ in range(repeats + 2):
@@ -226,7 +243,7 @@ def measure(name: str, methods: Methods, repeats: int) -> Row:
         times_ms.append(1e3 * (time.perf_counter() - start))
         state = result if donated else state
     memory: Any = compiled.memory_analysis()
-    counts: Any = compiled.cost_analysis() or {}
+    counts: Any = on_cpu.cost_analysis() or {}
     planned = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -242,6 +259,12 @@ def measure(name: str, methods: Methods, repeats: int) -> Row:
         peak_mib=round(planned / 2**20, 1),
         trained=0 if name in ("forward", "floor") else trained,
     )
+
+
+def command(output: pathlib.Path) -> str:
+    """How the program was called; of where it wrote, the file's name only."""
+    words = [output.name if word == str(output) else word for word in sys.argv[1:]]
+    return " ".join(["python benchmarks/step_cost.py", *words])
 
 
 def table(rows: list[Row]) -> str:
@@ -269,13 +292,14 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
     options = parser.parse_args()
     methods = Methods(SHAPES[options.shape], options.rank)
-    rows = [measure(name, methods, options.repeats) for name in options.methods]
+    abstract = Methods(SHAPES[options.shape], options.rank, abstract=True)
+    rows = [measure(name, methods, abstract, options.repeats) for name in options.methods]
     print(f"{options.shape}: {SHAPES[options.shape]}, rank {options.rank}")
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     print(table(rows))
     if options.output:
         result = {
-            "command": f"python benchmarks/step_cost.py {' '.join(sys.argv[1:])}",
+            "command": command(options.output),
             "device": jax.devices()[0].device_kind,
             "versions": {
                 "python": sys.version.split()[0],

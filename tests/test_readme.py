@@ -1,0 +1,54 @@
+"""The README is code that runs, and its numbers are those of committed results."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_blocks_of_the_readme_run_in_order(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README block {number}", "exec"), namespace)
+
+
+def test_the_files_the_readme_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_quickstarts_table_is_the_committed_one() -> None:
+    result = json.loads((ROOT / "benchmarks/results/quickstart.json").read_text())
+    for figure in result["accuracy"].values():
+        assert f"{figure:.3f}" in README, figure
+
+
+def test_the_step_cost_table_is_the_committed_one() -> None:
+    result = json.loads((ROOT / "benchmarks/results/step_cost_h100.json").read_text())
+    for row in result["rows"]:
+        assert f"{row['step_ms']:.1f}" in README, row
+        assert f"{row['tokens_per_s']:,}" in README, row
+
+
+def test_every_dependency_is_named() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["quickstart"]]
+    for requirement in needed:
+        name = re.match(r"[\w-]+", requirement)
+        assert name
+        assert f"`{name[0]}`" in README, requirement
+    assert os.fspath(ROOT)
