@@ -233,6 +233,20 @@ add(
 )
 
 
+add(
+    "scans_over_both_axes_in_turn",
+    plain(
+        lambda p, x: lax.scan(
+            lambda c, outer: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), c, outer),
+            x,
+            jnp.moveaxis(p["w"], 1, 0),
+        )[0],
+        (2, 3, 6, 6),
+        (4, 6),
+    ),
+)
+
+
 @layer()
 def in_custom_vjp(dtype: Any, factor: float = 2) -> Any:
     @jax.custom_vjp
