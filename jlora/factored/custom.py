@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.factored import products, releases, structure
-from jlora.factored.control import Control, Evaluate, whole, densify, is_factored
+from jlora.factored.control import Control, Evaluate, densify, is_factored, whole
 from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
 
 # Moves between the product and the rule's result that a pair of operands can follow.

