@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import re
 import sysconfig
@@ -479,6 +480,8 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
         "steps": len(course.losses),
         "tokens_per_s": course.tokens_per_s,
         "settings": dataclasses.asdict(settings),
+        "command": "python examples/quickstart.py",
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": versions(),
     }
     plot_losses(course.losses, output / "loss.png")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora import tree
 from jlora.adapters.protocol import (
@@ -29,7 +30,9 @@ Rules = AdapterConfig | Mapping[str, AdapterConfig | None]
 
 
 class InitFn(Protocol):
-    def __call__(self, key: jax.Array, params: PyTree, *inputs: Any, **kwargs: Any) -> Adapter: ...
+    def __call__(
+        self, key: jax.Array, params: PyTree, /, *inputs: Any, **kwargs: Any
+    ) -> Adapter: ...
 
 
 class ApplyFn(Protocol):
@@ -37,6 +40,7 @@ class ApplyFn(Protocol):
         self,
         params: PyTree,
         adapter: Adapter,
+        /,
         *inputs: Any,
         dropout_key: jax.Array | None = None,
         **kwargs: Any,
@@ -48,7 +52,7 @@ class MergeFn(Protocol):
 
 
 class ExplainFn(Protocol):
-    def __call__(self, params: PyTree, *inputs: Any, **kwargs: Any) -> Explanation: ...
+    def __call__(self, params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation: ...
 
 
 class LoraTransform(NamedTuple):
@@ -96,7 +100,8 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
         )
     tree.check_rules(rules, lambda node: isinstance(node, AdapterConfig))
 
-    def init(key: jax.Array, params: PyTree, *inputs: Any, **kwargs: Any) -> Adapter:
+    def init(key: jax.Array, params: PyTree, /, *inputs: Any, **kwargs: Any) -> Adapter:
+        _check_key("key", key)
         traced = _trace(fn, params, inputs, kwargs)
         plan = _plan(rules, traced)
         for problem in plan.problems:
@@ -109,10 +114,13 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
     def apply(
         params: PyTree,
         adapter: Adapter,
+        /,
         *inputs: Any,
         dropout_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
+        if dropout_key is not None:
+            _check_key("dropout_key", dropout_key)
         where = places(tree.flatten(params), adapter)  # Before fn could fail on wrong params.
         traced = _trace(fn, params, inputs, kwargs)
         values = list(traced.arrays)
@@ -120,9 +128,10 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
             index = traced.param_index[place]
             values[index] = _factored(path, values[index], adapter[path], dropout_key)
         outputs = evaluate(traced.program, values)
-        return traced.restore([control.densify(output) for output in outputs])
+        # A constant comes back as a literal of JAX's own.
+        return traced.restore([jnp.asarray(control.densify(output)) for output in outputs])
 
-    def explain(params: PyTree, *inputs: Any, **kwargs: Any) -> Explanation:
+    def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:
         return _explain(rules, _trace(fn, params, inputs, kwargs))
 
     return LoraTransform(init, apply, merge, explain)
@@ -157,9 +166,16 @@ def _factored(path: str, base: Any, leaf: AdapterLeaf, key: jax.Array | None) ->
     return Factored(base, build(path, leaf.shape, gains=gains, terms=terms, dropout=dropout))
 
 
+def _check_key(name: str, key: Any) -> None:
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name}={key!r} is a {type(key).__name__}, not a random key. Give jax.random.key(0)."
+        )
+
+
 def _key_for(key: jax.Array, path: str) -> jax.Array:
     """A key of the weight's own, so that adapting one more weight moves no other draw."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # A key of the old kind.
         key = jax.random.wrap_key_data(key)
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
@@ -288,7 +304,7 @@ def _refusal(weight: Weight, config: AdapterConfig, uses: Sequence[probe.Use]) -
         return f"its type is {weight.value.dtype}, which has no gradient"
     if not any(use.roles is not None for use in uses):
         by = ", ".join(dict.fromkeys(use.by for use in uses)) or "nothing"
-        return f"it feeds no product and no look-up (it is used by: {by})"
+        return f"it feeds no product and no look-up that jlora can follow (it is used by: {by})"
     return config.refusal(weight)
 
 
@@ -300,6 +316,14 @@ def _narrow(path: str) -> str:
 def _explain(rules: Rules, traced: _Traced) -> Explanation:
     plan = _plan(rules, traced)
     configs = {weight.path: (weight, config) for weight, config in plan.adapted}
+    # What happens to a weight can depend on which others are adapted: of a product of two weights
+    # only one can stay factored.
+    weights = {
+        index: (traced.flat.paths[place], tuple(traced.flat.leaves[place].shape))
+        for place, index in traced.param_index.items()
+        if traced.flat.paths[place] in configs
+    }
+    uses = plan.uses | probe.uses(traced.program, weights)
     rows = []
     for place in traced.param_index:
         path, leaf = traced.flat.paths[place], traced.flat.leaves[place]
@@ -320,10 +344,8 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
                 adapter=adapter,
                 parameters=parameters,
                 base_parameters=leaf.size,
-                factored=tuple(
-                    dict.fromkeys(use.by for use in plan.uses[path] if use.dense is None)
-                ),
-                dense=tuple(dict.fromkeys(use.dense for use in plan.uses[path] if use.dense)),
+                factored=tuple(dict.fromkeys(use.by for use in uses[path] if use.dense is None)),
+                dense=tuple(dict.fromkeys(use.dense for use in uses[path] if use.dense)),
             )
         )
     return Explanation(tuple(rows), tuple(str(problem) for problem in plan.problems))

@@ -43,8 +43,11 @@ def flatten(tree: PyTree) -> Flat:
     boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
     paths: list[str] = []
     for keys, box in boxed:
-        path = "/".join(_name(key) for key in keys)
-        paths.extend([path] * len(jax.tree.leaves(box)))
+        inside, _ = jax.tree_util.tree_flatten_with_path(box)
+        for inner, _ in inside:
+            # The key of a box that holds one array says nothing; those of a tree in a box do.
+            names = (*keys, *inner) if len(inside) > 1 else keys
+            paths.append("/".join(_name(key) for key in names))
     repeated = [path for path, count in collections.Counter(paths).items() if count > 1]
     if repeated:
         raise ValueError(

@@ -96,6 +96,8 @@ class LoRA:
 
     def refusal(self, weight: Weight) -> str | None:
         """Why a weight has no low-rank update; None when it has."""
+        if 0 in weight.value.shape:
+            return f"its shape {tuple(weight.value.shape)} holds no numbers"
         if not weight.axes.inputs or not weight.axes.outputs:
             return (
                 f"as a weight of shape {tuple(weight.value.shape)} with axes {weight.axes} it is a "

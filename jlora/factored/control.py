@@ -8,7 +8,8 @@ differentiates and shards as the original did.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +30,16 @@ class Body(NamedTuple):
     Attributes:
         sources: For each of the program's inputs, the equation's input that it is.
         sliced: Which of them the program sees one leading index at a time.
+        carried: Which of the program's inputs a loop carries, and whether unchanged.
+        dense: Which of the equation's inputs become dense sums on the way in.
         returns: Whether the program's outputs are the equation's.
     """
 
     program: releases.Program
     sources: Sequence[int]
     sliced: frozenset[int] = frozenset()
+    carried: Mapping[int, bool] = types.MappingProxyType({})
+    dense: frozenset[int] = frozenset()
     returns: bool = False
 
 
@@ -103,7 +108,9 @@ def _scan_bodies(eqn: Any) -> list[Body]:
     parts = releases.scan_parts(eqn)
     scanned = range(parts.num_consts + parts.num_carry, len(eqn.invars))
     program = releases.program(eqn.params["jaxpr"])
-    return [Body(program, range(len(eqn.invars)), sliced=frozenset(scanned))]
+    carried = _unchanged(program, parts.num_consts, parts.num_carry)
+    sliced = frozenset(scanned)
+    return [Body(program, range(len(eqn.invars)), sliced=sliced, carried=carried)]
 
 
 def _scan(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
@@ -118,8 +125,8 @@ def _scan(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
     def body(state: tuple[Any, list[Any]], items: list[Any]) -> tuple[Any, list[Any]]:
         step, arrays = state
         inputs = [
-            *(_step_keys(const, step) for const in consts),
-            *(_step_keys(value, step) for value in carry.full(arrays)),
+            *(fold_keys(const, step) for const in consts),
+            *(fold_keys(value, step) for value in carry.full(arrays)),
             *(stack.rebuild(item) for stack, item in zip(stacks, items, strict=True)),
         ]
         outputs = evaluate(held, inputs)
@@ -144,11 +151,10 @@ class _Carry:
         self, held: releases.Program, start: int, count: int, values: Sequence[Any]
     ) -> None:
         self._values = list(values)
+        unchanged = _unchanged(held, start, count).values()
         self._fixed = [
-            is_factored(value) and forwarded(held, held.outputs[i]) == start + i
-            for i, value in enumerate(self._values)
+            is_factored(value) and same for value, same in zip(values, unchanged, strict=True)
         ]
-        assert len(self._values) == count
 
     def initial(self, atoms: Sequence[Any]) -> list[Any]:
         moving = [i for i, fixed in enumerate(self._fixed) if not fixed]
@@ -165,6 +171,11 @@ class _Carry:
         return [
             densify(output) for output, fixed in zip(outputs, self._fixed, strict=True) if not fixed
         ]
+
+
+def _unchanged(held: releases.Program, start: int, count: int) -> dict[int, bool]:
+    """For the inputs of a loop's body that are its carries, whether they stay what they are."""
+    return {start + i: forwarded(held, held.outputs[i]) == start + i for i in range(count)}
 
 
 def forwarded(held: releases.Program, outvar: Any) -> int | None:
@@ -217,14 +228,14 @@ def _unstack(factored: Factored) -> _Stack:
     return _Stack((factored.base, operands), rebuild)
 
 
-def _step_keys(value: Any, step: Any) -> Any:
-    """A weight that every step of a loop shares, with dropout keys of this step's own."""
+def fold_keys(value: Any, number: Any) -> Any:
+    """A weight with dropout keys of its own for this step of a loop, or this use."""
     if not is_factored(value) or not any(term.dropout for term in value.network.terms):
         return value
 
     def fold(dropout: Dropout) -> Dropout:
         folded = dropout.keys.map(
-            lambda keys: jax.vmap(lambda key: jax.random.fold_in(key, step))(
+            lambda keys: jax.vmap(lambda key: jax.random.fold_in(key, number))(
                 keys.reshape(-1)
             ).reshape(keys.shape)
         )
@@ -244,12 +255,13 @@ def _step_keys(value: Any, step: Any) -> Any:
 def _while_bodies(eqn: Any) -> list[Body]:
     cond_count, body_count = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     carry = range(cond_count + body_count, len(eqn.invars))
+    body = releases.program(eqn.params["body_jaxpr"])
+    unchanged = _unchanged(body, body_count, len(carry))
+    tested = {cond_count - body_count + place: same for place, same in unchanged.items()}
+    condition = releases.program(eqn.params["cond_jaxpr"])
     return [
-        Body(releases.program(eqn.params["cond_jaxpr"]), [*range(cond_count), *carry]),
-        Body(
-            releases.program(eqn.params["body_jaxpr"]),
-            [*range(cond_count, cond_count + body_count), *carry],
-        ),
+        Body(condition, [*range(cond_count), *carry], carried=tested),
+        Body(body, [*range(cond_count, cond_count + body_count), *carry], carried=unchanged),
     ]
 
 
@@ -265,7 +277,7 @@ def _while(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
 
     def advance(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         step, arrays = state
-        inputs = [_step_keys(value, step) for value in (*body_consts, *carry.full(arrays))]
+        inputs = [fold_keys(value, step) for value in (*body_consts, *carry.full(arrays))]
         return step + 1, carry.moving(evaluate(body.program, inputs))
 
     _, last = lax.while_loop(proceed, advance, (jnp.int32(0), carry.initial(eqn.invars[first:])))
@@ -274,12 +286,20 @@ def _while(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
 
 def _cond_bodies(eqn: Any) -> list[Body]:
     sources = range(1, len(eqn.invars))
-    return [Body(releases.program(branch), sources) for branch in eqn.params["branches"]]
+    dense = frozenset(sources) if _by_platform(eqn) else frozenset[int]()
+    return [
+        Body(releases.program(branch), sources, dense=dense) for branch in eqn.params["branches"]
+    ]
+
+
+def _by_platform(eqn: Any) -> bool:
+    """Whether the choice is made while compiling: no public function remakes such a choice."""
+    return eqn.params.get("branches_platforms") is not None
 
 
 def _cond(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | None:
-    if eqn.params.get("branches_platforms") is not None:
-        return None  # A choice by platform, made while compiling: no public function remakes it.
+    if _by_platform(eqn):
+        return None
     index, *operands = values
 
     def branch(held: releases.Program) -> Callable[[], list[Any]]:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.factored import products, releases, structure
-from jlora.factored.control import Control, Evaluate, densify, is_factored, whole
+from jlora.factored.control import Body, Control, Evaluate, densify, is_factored, whole
 from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
 
 # Moves between the product and the rule's result that a pair of operands can follow.
-_MOVES = ("transpose", "convert_element_type", "reshape", "squeeze", "copy", "copy_p")
+_MOVES = ("transpose", "convert_element_type", "reshape", "squeeze", "copy")
 
 
 def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | None:
@@ -30,27 +30,32 @@ def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | Non
         if is_factored(value) and any(term.dropout for term in value.network.terms):
             raise ValueError(
                 f"The dropout of the adapter on {value.network.path!r} cannot be applied inside a "
-                f"function with a derivative of its own (jax.{eqn.primitive.name[:10]}): its rule "
+                f"function with a derivative of its own (jax.{eqn.primitive.name.removesuffix('_call')}): its rule "
                 f"would see the input that was not dropped. Give its rule dropout=0.0."
             )
-    shapes = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in eqn.invars]
-    backward = _Backward(eqn, shapes)
+    # What the function closed over stays closed over, so that differentiating by it is refused by
+    # JAX, as without an adapter, and is not silently zero.
+    count = eqn.params["num_consts"]
+    closed, arguments = list(values[:count]), list(values[count:])
+    if any(is_factored(value) for value in closed):
+        return None
+    backward = _Backward(eqn, closed, [_plain(value) for value in arguments])
 
     @jax.custom_vjp
-    def run(values: list[Any]) -> list[Any]:
-        return [densify(output) for output in evaluate(held, values)]
+    def run(arguments: list[Any]) -> list[Any]:
+        return [densify(output) for output in evaluate(held, [*closed, *arguments])]
 
-    def forward(values: list[Any]) -> tuple[list[Any], Any]:
-        results = evaluate(backward.forward, values)
+    def forward(arguments: list[Any]) -> tuple[list[Any], Any]:
+        results = evaluate(backward.forward, arguments)
         outputs = [densify(output) for output in results[: len(eqn.outvars)]]
-        return outputs, (values, results[len(eqn.outvars) :])
+        return outputs, (arguments, results[len(eqn.outvars) :])
 
     def pull_back(saved: Any, cotangents: list[Any]) -> tuple[list[Any]]:
-        values, residuals = saved
-        return (backward(values, residuals, cotangents, evaluate),)
+        arguments, residuals = saved
+        return (backward(arguments, residuals, cotangents, evaluate),)
 
     run.defvjp(forward, pull_back)
-    return run(list(values))
+    return run(arguments)
 
 
 def _multiplies(held: releases.Program) -> bool:
@@ -67,12 +72,17 @@ def _multiplies(held: releases.Program) -> bool:
     )
 
 
+def _plain(value: Any) -> Any:
+    """An array of the value's shape, type and (in a shard_map) varying axes."""
+    return value.base if is_factored(value) else value
+
+
 class _Backward:
     """The equation's own rule, traced in two halves: values with residuals, and cotangents."""
 
-    def __init__(self, eqn: Any, shapes: Sequence[jax.ShapeDtypeStruct]) -> None:
-        structure_of_rule: list[Any] = []
-        self._inexact = [jnp.issubdtype(shape.dtype, jnp.inexact) for shape in shapes]
+    def __init__(self, eqn: Any, closed: Sequence[Any], arrays: Sequence[Any]) -> None:
+        structure_of_rule: list[Any] = []  # Filled while tracing.
+        self._inexact = [jnp.issubdtype(a.dtype, jnp.inexact) for a in arrays]
 
         def first_half(*arrays: Any) -> tuple[list[Any], list[Any]]:
             fixed = list(arrays)
@@ -82,8 +92,11 @@ class _Backward:
                 return releases.bind(
                     eqn,
                     [
-                        next(moving) if kind else a
-                        for a, kind in zip(fixed, self._inexact, strict=True)
+                        *closed,
+                        *(
+                            next(moving) if kind else a
+                            for a, kind in zip(fixed, self._inexact, strict=True)
+                        ),
                     ],
                 )
 
@@ -94,7 +107,7 @@ class _Backward:
             structure_of_rule.append(tree)
             return outputs, residuals
 
-        self.forward = releases.trace(first_half, *shapes)
+        self.forward = releases.trace(first_half, *arrays)
         self._rule = structure_of_rule[0]
 
     def __call__(
@@ -105,13 +118,9 @@ class _Backward:
         evaluate: Evaluate,
     ) -> list[Any]:
         """A cotangent for every input: None for integers, a factored one for factored weights."""
-        shapes = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-            for v in self.forward.outputs[len(cotangents) :]
-        ]
         held = releases.trace(
             lambda residuals, cotangents: jax.tree.unflatten(self._rule, residuals)(cotangents),
-            shapes,
+            [_plain(residual) for residual in residuals],
             list(cotangents),
         )
         inputs = [*residuals, *cotangents]
@@ -182,7 +191,7 @@ def _product_network(pair: _Product, values: Sequence[Any]) -> Network | None:
         scaling = structure.scaling(eqn)
         if scaling is not None:
             number = None if scaling.number is None else next(following)
-            network = structure.scaled(network, scaling.factor(number))
+            network = structure.scaled(network, scaling.factor(number), base_too=True)
             continue
         moved = structure.RULES[eqn.primitive.name](eqn, [network], [None])
         if not moved:
@@ -225,6 +234,13 @@ def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factore
     return Factored(dense.astype(value.base.dtype), Network(network.axes, network.path, (), terms))
 
 
+def _bodies(eqn: Any) -> list[Body]:
+    (body,) = whole("call_jaxpr")(eqn)
+    if _multiplies(body.program):
+        return [body]
+    return [body._replace(dense=frozenset(range(len(eqn.invars))))]
+
+
 RULES: dict[str, Control] = {
-    name: Control(whole("call_jaxpr"), _run) for name in ("custom_vjp_call", "custom_jvp_call")
+    name: Control(_bodies, _run) for name in ("custom_vjp_call", "custom_jvp_call")
 }

@@ -30,7 +30,7 @@ def evaluate(held: releases.Program, inputs: Sequence[Any]) -> list[Any]:
     for number, eqn in enumerate(held.jaxpr.eqns):
         arguments = [read(atom) for atom in eqn.invars]
         with _scope(eqn):
-            outputs = _run(eqn, arguments)
+            outputs = _run(eqn, arguments, number)
         values.update(zip(eqn.outvars, outputs, strict=True))
         for done in uses.get(number, ()):
             values.pop(done, None)  # Frees activations when run outside jit.
@@ -56,10 +56,13 @@ def _last_uses(held: releases.Program) -> dict[int, list[Any]]:
     return uses
 
 
-def _run(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+def _run(eqn: Any, values: Sequence[Any], number: int) -> Sequence[Any]:
     if not any(isinstance(value, Factored) for value in values):
         return releases.bind(eqn, values)
     name = eqn.primitive.name
+    if name in CONTROL or name in products.RULES:
+        # Two uses of one weight drop different inputs.
+        values = [control.fold_keys(value, number) for value in values]
     if name in CONTROL:
         outputs = CONTROL[name].run(eqn, values, evaluate)
         if outputs is not None:
@@ -68,8 +71,13 @@ def _run(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     if scaling is not None and [isinstance(v, Factored) for v in values].count(True) == 1:
         weight = values[scaling.side]
         if isinstance(weight, Factored):
-            number = None if scaling.number is None else values[scaling.number]
-            return [Factored(weight.base, structure.scaled(weight.network, scaling.factor(number)))]
+            factor = scaling.factor(None if scaling.number is None else values[scaling.number])
+            constant = scaling.number is None or releases.is_literal(eqn.invars[scaling.number])
+            network = structure.scaled(weight.network, factor, base_too=constant)
+            if constant:
+                (base,) = releases.bind(eqn, [_base(value) for value in values])
+                return [Factored(base, network)]
+            return [Factored(weight.base, network)]
     if name in structure.RULES:
         networks = [_network(value) for value in values]
         moved = structure.RULES[name](eqn, networks, values)

@@ -176,7 +176,7 @@ class Factored:
                     f"weight is used by more than products (lora.explain shows by what), so its "
                     f"input is unknown. Give its rule dropout=0.0, or leave out dropout_key."
                 )
-        dtype = jnp.promote_types(self.base.dtype, jnp.float32)
+        dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
         total = self.base.astype(dtype)
         for gain in self.network.gains:
             total = total * expand((gain,), self.network, dtype)

@@ -115,7 +115,7 @@ class _Walk:
             for weight in _weights(value):
                 moved = self._moved(eqn, side, weight, values)
                 if moved is None and name in products.RULES:
-                    self._multiply(eqn, side, weight, rest)
+                    self._multiply(eqn, side, weight, values)
                 elif moved is None:
                     moved = self._combined(eqn, side, weight, rest)
                 for output, network in zip(followed, moved or [], strict=bool(moved)):
@@ -123,19 +123,57 @@ class _Walk:
         return [tuple(output) or rest for output in followed]
 
     def _enter(self, eqn: Any, values: Sequence[Value], rest: Value) -> Sequence[Value]:
-        outputs: Sequence[Value] = [rest] * len(eqn.outvars)
-        for body in _CONTROL[eqn.primitive.name].bodies(eqn):
+        name = eqn.primitive.name
+        outputs: list[Value] = [rest] * len(eqn.outvars)
+        for body in _CONTROL[name].bodies(eqn):
             inputs = [
-                _slice_leading(values[source]) if source in body.sliced else values[source]
-                for source in body.sources
+                self._passed(eqn, values[source], place, source, body)
+                for place, source in enumerate(body.sources)
             ]
-            if eqn.primitive.name == "shard_map":
-                local = body.program.inputs
-                inputs = [_localised(v, var) for v, var in zip(inputs, local, strict=True)]
             inner = self.follow(body.program, inputs)
-            if body.returns and eqn.primitive.name != "shard_map":
-                outputs = inner
+            if name == "shard_map":
+                continue
+            if body.returns:
+                return inner
+            first = min(body.carried, default=0)
+            for i, value in enumerate(inner[: len(outputs)]):
+                if body.carried.get(first + i) and i < len(body.carried):
+                    outputs[i] = inputs[first + i]
+                    continue
+                for weight in _weights(value):
+                    self._made_dense(weight, f"returned by {name}")
+                alike = inner and name == "cond" and _weights(value)
+                if (alike and not _is_data(outputs[i])) or (alike and _weights(outputs[i])):
+                    outputs[i] = (*_weights(outputs[i]), *(_dense(w, name) for w in alike))
         return outputs
+
+    def _passed(self, eqn: Any, value: Value, place: int, source: int, body: Any) -> Value:
+        """What a value of the equation is inside a program that it holds."""
+        name = eqn.primitive.name
+        if isinstance(value, _Data):
+            return value
+        if place in body.carried and not value:
+            return DATA  # Constant at first, but not for long.
+        if source in body.dense or body.carried.get(place) is False:
+            reason = f"changed by {name}" if place in body.carried else name
+            value = tuple(self._made_dense(weight, reason) for weight in value)
+        if source in body.sliced:
+            return _slice_leading(value)
+        if name == "shard_map":
+            spec = eqn.params["in_specs"][source]
+            value = tuple(
+                self._made_dense(weight, "shard_map over merged axes")
+                if _splits_merged(weight.network, spec)
+                else weight
+                for weight in value
+            )
+            return _localised(value, body.program.inputs[place])
+        return value
+
+    def _made_dense(self, weight: _Followed, reason: str) -> _Followed:
+        if weight.dense is None and not weight.network.indexed:
+            self._record(weight, Use(reason, reason, None))
+        return _dense(weight, reason)
 
     def _moved(
         self, eqn: Any, side: int, weight: _Followed, values: Sequence[Value]
@@ -157,15 +195,26 @@ class _Walk:
             self._record(weight, Use(name, None, self._roles(weight, moved[0])))
         return [_Followed(network, weight.dense) for network in moved]
 
-    def _multiply(self, eqn: Any, side: int, weight: _Followed, rest: Value) -> None:
+    def _multiply(self, eqn: Any, side: int, weight: _Followed, values: Sequence[Value]) -> None:
         name = eqn.primitive.name
+        # What was computed from weights (learned queries behind a norm) is an activation too; a
+        # weight itself (the vector of a power iteration) is not.
+        others = [value for i, value in enumerate(values) if i != side]
+        meets_data = not any(
+            weight.dense is None and not weight.network.indexed
+            for value in others
+            for weight in _weights(value)
+        )
         roles = products.RULES[name].roles(eqn, side, weight.network)
         if isinstance(roles, products.Dense):
             if not weight.network.indexed:
-                self._record(weight, Use(name, str(roles), None, _is_data(rest)))
+                self._record(weight, Use(name, str(roles), None, meets_data))
             return
         by_root = self._completed(weight, _by_root(roles))
-        self._record(weight, Use(name, weight.dense, by_root, _is_data(rest)))
+        between = weight.dense
+        if side > 0 and not meets_data:
+            between = between or "product of two weights"
+        self._record(weight, Use(name, between, by_root, meets_data))
 
     def _roles(self, weight: _Followed, looked_up: Network) -> dict[int, Role]:
         """Roles at a look-up: the rows are inputs, what they hold are outputs."""
@@ -198,6 +247,16 @@ class _Walk:
 
     def _record(self, weight: _Followed, use: Use) -> None:
         self._found[weight.network.path].append(use)
+
+
+def _dense(weight: _Followed, reason: str) -> _Followed:
+    return _Followed(weight.network, weight.dense or reason)
+
+
+def _splits_merged(network: Network, spec: Any) -> bool:
+    """Whether a sharding splits an axis of several atoms, which has no sharding of operands."""
+    entries = zip(spec, network.axes, strict=False)
+    return any(entry is not None and len(group) != 1 for entry, group in entries)
 
 
 def _by_root(roles: dict[Atom, Role]) -> dict[int, Role]:

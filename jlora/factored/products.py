@@ -94,6 +94,17 @@ def _gain(gain: Operand, groups: Sequence[tuple[Atom, ...]], dtype: Any) -> Any:
     return array.reshape(lengths).astype(dtype)
 
 
+def _product_dtype(x: Any, base: Any, result: Any) -> Any:
+    """The type to multiply in: the operands' own, unless they differ or are of 8 bits, which are
+    scaled for the base and not for the factors.
+    """
+    if x.dtype == base.dtype and x.dtype.itemsize > 1:
+        return x.dtype
+    if min(x.dtype.itemsize, base.dtype.itemsize) > 1:
+        return max((x.dtype, base.dtype), key=lambda dtype: dtype.itemsize)
+    return result.dtype
+
+
 def _with_gains(
     factored: Factored,
     x: Any,
@@ -161,7 +172,7 @@ def _dot(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -
         return bind(base, x) if side == 0 else bind(x, base)
 
     result = _with_gains(factored, x, groups, out_groups, product)
-    x = jnp.asarray(x).astype(jnp.promote_types(x.dtype, factored.base.dtype))
+    x = jnp.asarray(x).astype(_product_dtype(x, factored.base, result))
     out = [atom for group in out_groups for atom in group]
     return _add_terms(result, factored, _split_axes(x, groups), out, eqn.params["precision"])
 

@@ -29,7 +29,7 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
     return register
 
 
-@rule("copy", "copy_p", "name", "pvary", "reduce_precision", "sharding_constraint", "mesh_cast")
+@rule("copy", "name", "pvary", "reduce_precision", "sharding_constraint", "mesh_cast", "reshard")
 def _same(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
     del eqn, values
     (network,) = networks
@@ -82,18 +82,27 @@ def scaling(eqn: Any) -> Scaling | None:
     return Scaling(1, 0, lambda x: x) if name == "mul" and scalar[0] else None
 
 
-def scaled(network: Network, factor: Any) -> Network:
-    """The network of the weight times a number, whose base stays as it is.
+def scaled(network: Network, factor: Any, *, base_too: bool) -> Network:
+    """The network of the weight times a number.
 
-    The number may depend on the adapter (a spectral norm): multiplying the base by it would make
-    its gradient need the gradient of the full weight.
+    Args:
+        base_too: Whether the base has been multiplied already. Where the number may depend on the
+            adapter (a spectral norm) it must not be: the number's gradient would then need the
+            gradient of the full weight.
     """
-    terms = [
-        Term((term.operands[0].map(lambda array: array * factor), *term.operands[1:]), term.dropout)
+    factor = jnp.asarray(factor)
+    terms = tuple(
+        Term(
+            (
+                term.operands[0].map(lambda array: array * factor.astype(array.dtype)),
+                *term.operands[1:],
+            ),
+            term.dropout,
+        )
         for term in network.terms
-    ]
-    gains = (*network.gains, Operand(jnp.asarray(factor), ()))
-    return Network(network.axes, network.path, gains, tuple(terms))
+    )
+    gains = network.gains if base_too else (*network.gains, Operand(factor, ()))
+    return Network(network.axes, network.path, gains, terms)
 
 
 @rule("transpose")
@@ -107,9 +116,11 @@ def _transpose(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Netw
 def _reshape(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
     del values
     network = networks[0]
-    if network is None or eqn.params["dimensions"] is not None:
+    if network is None:
         return None
-    return _one(regroup(network, eqn.outvars[0].aval.shape))
+    order = eqn.params["dimensions"] or range(len(network.axes))
+    moved = network.with_axes([network.axes[axis] for axis in order])
+    return _one(regroup(moved, eqn.outvars[0].aval.shape))
 
 
 def _one(network: Network | None) -> list[Network] | None:
@@ -214,8 +225,8 @@ def _slice(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network]
             network,
             axis,
             len(range(start, limit, stride)),
-            lambda array, place, cut=(start, limit, stride): lax.slice_in_dim(
-                array, *cut, axis=place
+            lambda array, place, kept=(start, limit, stride): lax.slice_in_dim(
+                array, *kept, axis=place
             ),
         )
     return _one(network)
@@ -231,8 +242,8 @@ def _split(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network]
             network,
             eqn.params["axis"],
             length,
-            lambda array, place, cut=(start, start + length): lax.slice_in_dim(
-                array, *cut, axis=place
+            lambda array, place, kept=(start, start + length): lax.slice_in_dim(
+                array, *kept, axis=place
             ),
         )
         if part is None:
@@ -264,9 +275,11 @@ def cut(network: Network, axis: int, length: int, fn: Callable[[Any, int], Any])
     group = network.axes[axis]
     if size(group) == length:
         return network
-    if len(group) != 1:
+    # Axes of length one that a reshape merged into this one are not what is cut.
+    longer = [atom for atom in group if atom.size > 1] or list(group)
+    if len(longer) != 1:
         return None
-    (atom,) = group
+    (atom,) = longer
     return network.replace_atom(atom, (Atom(length, atom.root, atom.indexed),), fn)
 
 
@@ -280,7 +293,13 @@ def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Ne
         return None
     # Entries other than the joined axis's are the same places in every part: one set of atoms.
     joined: Axes = tuple(
-        (Atom(total if i == axis else atom.size, atom.root),)
+        (
+            Atom(
+                total if i == axis else atom.size,
+                atom.root,
+                any(network.axes[i][0].indexed for network in present),
+            ),
+        )
         for i, (atom,) in enumerate(present[0].axes)
     )
     gains, terms, start = [], [], 0
@@ -325,9 +344,39 @@ def _pad(
     return Operand(array, tuple(renamed.get(atom, atom) for atom in operand.atoms))
 
 
+@rule("pad")
+def _pad_edges(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
+    network = networks[0]
+    for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        if network is None or min(low, high) < 0 or inner:
+            return None
+        if not low and not high:
+            continue
+        if len(network.axes[axis]) != 1:
+            return None
+        (atom,) = network.axes[axis]
+        if network.gains or any(
+            all(atom not in operand.atoms for operand in term.operands)
+            or (term.dropout is not None and atom in term.dropout.keys.atoms)
+            for term in network.terms
+        ):
+            return None
+        network = network.replace_atom(
+            atom,
+            (Atom(low + atom.size + high, atom.root, atom.indexed),),
+            lambda array, place, edges=(low, high): jnp.pad(
+                array, [edges if i == place else (0, 0) for i in range(array.ndim)]
+            ),
+        )
+    return _one(network)
+
+
 @rule("gather")
 def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
-    """Whole rows looked up along some axes (an embedding table, one expert per token)."""
+    """Whole rows looked up along some axes (an embedding table, one expert per token).
+
+    Dropout ends here: as in the reference, a look-up has no input to drop.
+    """
     network, indices = networks[0], values[1]
     numbers = eqn.params["dimension_numbers"]
     rows = numbers.start_index_map
@@ -349,7 +398,14 @@ def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network
     offsets = iter(group for axis, group in enumerate(network.axes) if axis not in rows)
     axes = [(batch[axis],) if axis in batch else next(offsets) for axis in range(len(out))]
 
-    def look_up(operand: Operand) -> Operand:
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP and any(
+        all(atom not in operand.atoms for operand in term.operands)
+        for term in network.terms
+        for atom in looked_up
+    ):
+        return None  # A row outside the table would get an update all the same.
+
+    def look_up(operand: Operand, fill: int) -> Operand:
         columns = [i for i, atom in enumerate(looked_up) if atom in operand.atoms]
         if not columns:
             return operand
@@ -364,11 +420,16 @@ def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network
                 start_index_map=tuple(own),
             ),
             slice_sizes=[1 if i in own else n for i, n in enumerate(operand.array.shape)],
-            indices_are_sorted=eqn.params["indices_are_sorted"],
-            unique_indices=eqn.params["unique_indices"],
+            # Some columns alone may repeat where all of them did not.
+            indices_are_sorted=eqn.params["indices_are_sorted"] and len(own) == len(rows),
+            unique_indices=eqn.params["unique_indices"] and len(own) == len(rows),
             mode=eqn.params["mode"],
-            fill_value=eqn.params["fill_value"],
+            fill_value=fill,
         )
         return Operand(array, (*batch.values(), *(operand.atoms[i] for i in kept)))
 
-    return [network.map(look_up).with_axes(axes)]
+    # Rows outside the table are the base's filling alone. (Filling operands with its NaN would also
+    # put NaN into the gradient of rows that the model masks.)
+    gains = tuple(look_up(gain, 1) for gain in network.gains)
+    terms = tuple(Term(tuple(look_up(o, 0) for o in term.operands)) for term in network.terms)
+    return [Network(tuple(axes), network.path, gains, terms)]

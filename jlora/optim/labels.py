@@ -14,6 +14,7 @@ PyTree = Any
 
 FROZEN = "frozen"
 FULL = "full"
+_TRAINED = "trained"  # All labels but frozen, where they share one transformation.
 
 
 def labels(params: PyTree) -> PyTree:
@@ -22,7 +23,8 @@ def labels(params: PyTree) -> PyTree:
     Arrays of adapters have their family's labels (`"a"` and `"b"` for LoRA); everything under a
     top-level key `"base"` is `"frozen"`; any other array (a new head) is `"full"`.
     """
-    if isinstance(params, Mapping) and "base" in params:
+    # An adapter may have a weight of that very path.
+    if isinstance(params, Mapping) and "base" in params and not is_leaf(params["base"]):
         rest = {key: value for key, value in params.items() if key != "base"}
         base = jax.tree.map(lambda _: FROZEN, params["base"])
         return type(params)({"base": base, **labels(rest)})  # type: ignore[call-arg]
@@ -39,15 +41,15 @@ def labels(params: PyTree) -> PyTree:
 
 def lora_optimizer(
     transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer for an adapter, alone or in one tree with its base and with new heads.
 
     It is `optax.multi_transform` by the labels of `jlora.labels`. What is labelled `"frozen"` gets
     `optax.set_to_zero`: no state and no change.
 
     Args:
-        transforms: One transformation for everything that is trained, each label with a state of
-            its own; or one for each label: `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
+        transforms: One transformation for everything that is trained; or one for each label, such
+            as `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
 
     Raises:
         TypeError: When it is neither.
@@ -62,14 +64,14 @@ def lora_optimizer(
                 f"optax.adamw(1e-3), or a mapping from labels to such."
             )
 
-    def build(params: PyTree) -> optax.GradientTransformation:
+    def build(params: PyTree) -> optax.GradientTransformationExtraArgs:
         of_tree = labels(params)
         present = set(jax.tree.leaves(of_tree))
         trained = sorted(present - {FROZEN})
         if mapping is None:
-            chosen: dict[Any, Any] = {TRAINED: transforms, FROZEN: optax.set_to_zero()}
+            chosen: dict[Any, Any] = {_TRAINED: transforms, FROZEN: optax.set_to_zero()}
             return optax.multi_transform(
-                chosen, jax.tree.map(lambda one: FROZEN if one == FROZEN else TRAINED, of_tree)
+                chosen, jax.tree.map(lambda one: FROZEN if one == FROZEN else _TRAINED, of_tree)
             )
         unknown = sorted(present - {FROZEN} - set(mapping))
         unused = sorted(set(mapping) - present)
@@ -84,13 +86,10 @@ def lora_optimizer(
     def init(params: PyTree) -> optax.OptState:
         return build(params).init(params)
 
-    def update(updates: PyTree, state: optax.OptState, params: PyTree = None) -> Any:
-        return build(updates).update(updates, state, params)
+    def update(updates: PyTree, state: optax.OptState, params: PyTree = None, **extra: Any) -> Any:
+        return build(updates).update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(init, update)
-
-
-TRAINED = "trained"
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def partition(
