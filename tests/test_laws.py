@@ -13,6 +13,7 @@ import pytest
 from cases import BY_NAME, case, errors, total, widened
 
 import jlora
+from jlora.factored.network import Factored
 
 NAMES = list(BY_NAME)
 # Reverse mode does not exist for a loop whose length is not known.
@@ -134,6 +135,23 @@ def test_law_explain_says_what_is_dense(name: str) -> None:
     assert all(bool(row.dense) == one.layer.dense for row in adapted), adapted
     assert explanation.parameters == sum(leaf.size for leaf in jax.tree.leaves(one.adapter))
     assert not explanation.problems
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_law_explain_is_what_happens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = case(name, "float32")
+    seen = set()
+    dense = Factored.dense
+
+    def spied(factored: Factored) -> Any:
+        if not factored.network.indexed:
+            seen.add(factored.network.path)
+        return dense(factored)
+
+    monkeypatch.setattr(Factored, "dense", spied)
+    jax.eval_shape(lambda: one.lora.apply(one.params, one.adapter, *one.inputs))
+    rows = one.lora.explain(one.params, *one.inputs).rows
+    assert seen == {row.path for row in rows if row.parameters and row.dense}
 
 
 @pytest.mark.parametrize(

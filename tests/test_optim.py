@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from cases import case, total
 
@@ -97,6 +98,23 @@ def test_each_label_has_its_own_transformation() -> None:
 def test_labels_that_do_not_match_are_refused(transforms: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         jlora.lora_optimizer(transforms).init(case("attention", "float32").adapter)
+
+
+def test_a_weight_of_the_path_base_is_still_trained() -> None:
+    fn = lambda p, x: x @ p["base"]
+    params, x = {"base": jnp.ones((6, 5))}, jnp.ones((2, 6))
+    adapter = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2)).init(
+        jax.random.key(0), params, x
+    )
+    assert set(jax.tree.leaves(jlora.labels(adapter))) == {"a", "b"}
+
+
+def test_extra_arguments_reach_the_transformation() -> None:
+    one = case("attention", "float32")
+    optimizer = jlora.lora_optimizer(optax.contrib.reduce_on_plateau())
+    state = optimizer.init(one.adapter)
+    updates, _ = optimizer.update(one.adapter, state, one.adapter, value=1.0)
+    chex.assert_trees_all_close(updates, one.adapter)
 
 
 def test_partition_and_combine_are_inverse() -> None:

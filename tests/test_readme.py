@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
+import tomllib
 
 import pytest
 
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_blocks_of_the_readme_run_in_order(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -22,6 +22,8 @@ def test_the_blocks_of_the_readme_run_in_order(
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), namespace)
+        if "print(lora.explain" in block:
+            assert capsys.readouterr().out in README
 
 
 def test_the_files_the_readme_names_exist() -> None:
@@ -43,12 +45,9 @@ def test_the_step_cost_table_is_the_committed_one() -> None:
 
 
 def test_every_dependency_is_named() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["quickstart"]]
     for requirement in needed:
         name = re.match(r"[\w-]+", requirement)
         assert name
         assert f"`{name[0]}`" in README, requirement
-    assert os.fspath(ROOT)

@@ -72,6 +72,37 @@ def test_the_first_matching_rule_wins_and_none_freezes() -> None:
     assert not any("bias" in path for path in adapter)
 
 
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.OptimizedLSTMCell])
+def test_a_bare_config_adapts_recurrent_kernels_though_the_state_starts_constant(cell: Any) -> None:
+    model = nn.RNN(cell(5))
+    x = jnp.ones((2, 4, 6))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    adapter = jlora.lora_transform(model.apply, CONFIG).init(jax.random.key(1), params, x)
+    kernels = {path for path in jlora.tree.flatten(params).paths if path.endswith("kernel")}
+    assert set(adapter) == kernels
+
+
+def test_a_bare_config_adapts_what_multiplies_learned_queries_but_not_the_queries() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        latents = p["latents"]
+        normed = (latents - latents.mean(-1, keepdims=True)) / latents.std(-1, keepdims=True)
+        return jax.nn.softmax((normed @ p["q"]) @ (x @ p["k"]).T) @ x
+
+    params = {"latents": jnp.ones((3, 6)), "q": jnp.ones((6, 5)), "k": jnp.ones((6, 5))}
+    lora = jlora.lora_transform(fn, CONFIG)
+    assert set(lora.init(jax.random.key(0), params, jnp.ones((4, 6)))) == {"q", "k"}
+
+
+def test_of_a_product_of_two_adapted_weights_explain_names_the_dense_one() -> None:
+    params = {"a": jnp.ones((6, 5)), "b": jnp.ones((5, 3))}
+    fn = lambda p, x: x @ (p["a"] @ p["b"])
+    x = jnp.ones((4, 6))
+    both = jlora.lora_transform(fn, {"a|b": CONFIG}).explain(params, x)
+    assert {row.path: bool(row.dense) for row in both.rows} == {"a": False, "b": True}
+    (_, b) = jlora.lora_transform(fn, {"b": CONFIG}).explain(params, x).rows
+    assert b.factored == ("dot_general",)
+
+
 def test_an_embedding_can_be_named() -> None:
     (leaf,) = adapter_for({"embedding": CONFIG}).values()
     assert leaf.axes == ((), (0,), (1,))
@@ -242,6 +273,35 @@ def test_the_update_is_the_papers_equation(stabilized: bool, scale: float) -> No
     np.testing.assert_allclose(lora.apply(params, adapter, x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_identifier_beyond_the_table_leaves_gradients_finite() -> None:
+    params = {"e": jax.random.normal(jax.random.key(7), (7, 5))}
+    tokens = jnp.array([1, 2, 7])
+
+    def fn(p: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.where((tokens < 7)[:, None], jnp.take(p["e"], tokens, axis=0), 0.0)
+
+    lora = jlora.lora_transform(fn, {"e": CONFIG})
+    adapter = moved(lora.init(jax.random.key(0), params, tokens))
+    gradient = jax.grad(lambda a: total(lora.apply(params, a, tokens)))(adapter)
+    merged = jax.grad(lambda a: total(fn(jlora.merge(params, a), tokens)))(adapter)
+    chex.assert_tree_all_finite(gradient)
+    # Float32 sums of three products.
+    chex.assert_trees_all_close(gradient, merged, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_key_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="key=0 is a int, not a random key"):
+        transform().init(0, PARAMS, TOKENS)
+    with pytest.raises(TypeError, match="dropout_key=0"):
+        transform().apply(PARAMS, {}, TOKENS, dropout_key=0)
+
+
+def test_a_weight_without_entries_is_refused() -> None:
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], {"w": CONFIG})
+    with pytest.raises(ValueError, match=r"\(0, 5\) holds no numbers"):
+        lora.init(jax.random.key(0), {"w": jnp.ones((0, 5))}, jnp.ones((2, 0)))
+
+
 # --- arguments -----------------------------------------------------------------------------------
 
 
@@ -299,6 +359,21 @@ def test_what_is_no_adapter_or_does_not_fit_is_refused() -> None:
     turned["params/head/kernel"] = jax.tree.map(lambda x: x.T, leaf)
     with pytest.raises(ValueError, match=r"'a'.*\(2, 6\) \(it looks transposed\).*\(6, 2\)"):
         jlora.merge(PARAMS, turned)
+
+
+def test_a_model_may_have_arguments_of_our_names() -> None:
+    fn = lambda p, x, *, params, key, adapter: x @ p["w"] + params + key + adapter
+    lora = jlora.lora_transform(fn, CONFIG)
+    own = {"params": jnp.ones(()), "key": jnp.ones(()), "adapter": jnp.ones(())}
+    p, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+    adapter = lora.init(jax.random.key(0), p, x, **own)
+    # A fresh adapter adds nothing.
+    chex.assert_trees_all_close(lora.apply(p, adapter, x, **own), fn(p, x, **own))
+
+
+def test_a_box_around_a_tree_keeps_the_trees_keys() -> None:
+    box = nn.Partitioned({"u": jnp.ones((6, 5)), "v": jnp.ones((6, 4))}, (None, None))
+    assert jlora.tree.flatten({"b": box}).paths == ("b/value/u", "b/value/v")
 
 
 def test_two_leaves_of_one_path_are_refused() -> None:
@@ -379,6 +454,23 @@ def test_dropout_differs_by_key_weight_layer_and_step() -> None:
     masks = [one["single"], other["single"], *one["layers"], *one["steps"]]
     for i, mask in enumerate(masks):
         assert not any(np.array_equal(mask, other) for other in masks[i + 1 :]), i
+
+
+def test_two_uses_of_one_weight_drop_different_inputs() -> None:
+    params, x = {"w": jnp.zeros((50, 3))}, jnp.ones((4, 50))
+    fn = lambda p, x: (x @ p["w"], x @ p["w"])
+    lora = jlora.lora_transform(fn, jlora.LoRA(rank=1, alpha=1, dropout=0.5))
+    adapter = jax.tree.map(jnp.ones_like, lora.init(jax.random.key(0), params, x))
+    one, other = lora.apply(params, adapter, x, dropout_key=jax.random.key(1))
+    assert not np.array_equal(one, other)
+
+
+def test_a_look_up_has_no_input_to_drop() -> None:
+    one = case("embed", "float32")
+    lora, adapter = dropped(0.5, "embed")
+    key = jax.random.key(0)
+    with_key = lora.apply(one.params, adapter, *one.inputs, dropout_key=key)
+    chex.assert_trees_all_close(with_key, one.output, rtol=1e-6, atol=1e-6)
 
 
 def test_dropout_gradient_is_that_of_the_dropped_function() -> None:

@@ -24,38 +24,41 @@ _MOVES = ("transpose", "convert_element_type", "reshape", "squeeze", "copy")
 
 def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | None:
     held = releases.program(eqn.params["call_jaxpr"])
-    if not _multiplies(held):
+    if not _enters(eqn):
         return None
     for value in values:
         if is_factored(value) and any(term.dropout for term in value.network.terms):
             raise ValueError(
                 f"The dropout of the adapter on {value.network.path!r} cannot be applied inside a "
-                f"function with a derivative of its own (jax.{eqn.primitive.name.removesuffix('_call')}): its rule "
-                f"would see the input that was not dropped. Give its rule dropout=0.0."
+                f"function with a derivative of its own ({eqn.primitive.name}): its rule would "
+                f"see the input that was not dropped. Give its rule dropout=0.0."
             )
-    # What the function closed over stays closed over, so that differentiating by it is refused by
-    # JAX, as without an adapter, and is not silently zero.
-    count = eqn.params["num_consts"]
-    closed, arguments = list(values[:count]), list(values[count:])
-    if any(is_factored(value) for value in closed):
-        return None
-    backward = _Backward(eqn, closed, [_plain(value) for value in arguments])
+    backward = _Backward(eqn, [_plain(value) for value in values])
 
     @jax.custom_vjp
-    def run(arguments: list[Any]) -> list[Any]:
-        return [densify(output) for output in evaluate(held, [*closed, *arguments])]
+    def run(values: list[Any]) -> list[Any]:
+        return [densify(output) for output in evaluate(held, values)]
 
-    def forward(arguments: list[Any]) -> tuple[list[Any], Any]:
-        results = evaluate(backward.forward, arguments)
+    def forward(values: list[Any]) -> tuple[list[Any], Any]:
+        results = evaluate(backward.forward, values)
         outputs = [densify(output) for output in results[: len(eqn.outvars)]]
-        return outputs, (arguments, results[len(eqn.outvars) :])
+        return outputs, (values, results[len(eqn.outvars) :])
 
     def pull_back(saved: Any, cotangents: list[Any]) -> tuple[list[Any]]:
-        arguments, residuals = saved
-        return (backward(arguments, residuals, cotangents, evaluate),)
+        values, residuals = saved
+        return (backward(values, residuals, cotangents, evaluate),)
 
     run.defvjp(forward, pull_back)
-    return run(arguments)
+    return run(list(values))
+
+
+def _enters(eqn: Any) -> bool:
+    """Whether a function's rule can be evaluated on factored weights, and is worth it.
+
+    A rule that closes over arrays cannot be traced apart from the program that made them.
+    """
+    held = releases.program(eqn.params["call_jaxpr"])
+    return eqn.params["num_consts"] == 0 and _multiplies(held)
 
 
 def _multiplies(held: releases.Program) -> bool:
@@ -80,7 +83,7 @@ def _plain(value: Any) -> Any:
 class _Backward:
     """The equation's own rule, traced in two halves: values with residuals, and cotangents."""
 
-    def __init__(self, eqn: Any, closed: Sequence[Any], arrays: Sequence[Any]) -> None:
+    def __init__(self, eqn: Any, arrays: Sequence[Any]) -> None:
         structure_of_rule: list[Any] = []  # Filled while tracing.
         self._inexact = [jnp.issubdtype(a.dtype, jnp.inexact) for a in arrays]
 
@@ -92,11 +95,8 @@ class _Backward:
                 return releases.bind(
                     eqn,
                     [
-                        *closed,
-                        *(
-                            next(moving) if kind else a
-                            for a, kind in zip(fixed, self._inexact, strict=True)
-                        ),
+                        next(moving) if kind else a
+                        for a, kind in zip(fixed, self._inexact, strict=True)
                     ],
                 )
 
@@ -236,7 +236,7 @@ def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factore
 
 def _bodies(eqn: Any) -> list[Body]:
     (body,) = whole("call_jaxpr")(eqn)
-    if _multiplies(body.program):
+    if _enters(eqn):
         return [body]
     return [body._replace(dense=frozenset(range(len(eqn.invars))))]
 

@@ -142,9 +142,9 @@ class _Walk:
                     continue
                 for weight in _weights(value):
                     self._made_dense(weight, f"returned by {name}")
-                alike = inner and name == "cond" and _weights(value)
-                if (alike and not _is_data(outputs[i])) or (alike and _weights(outputs[i])):
-                    outputs[i] = (*_weights(outputs[i]), *(_dense(w, name) for w in alike))
+                if name == "cond" and _weights(value):
+                    picked = tuple(_dense(weight, name) for weight in _weights(value))
+                    outputs[i] = (*_weights(outputs[i]), *picked)
         return outputs
 
     def _passed(self, eqn: Any, value: Value, place: int, source: int, body: Any) -> Value:

@@ -85,10 +85,9 @@ def scaling(eqn: Any) -> Scaling | None:
 def scaled(network: Network, factor: Any, *, base_too: bool) -> Network:
     """The network of the weight times a number.
 
-    Args:
-        base_too: Whether the base has been multiplied already. Where the number may depend on the
-            adapter (a spectral norm) it must not be: the number's gradient would then need the
-            gradient of the full weight.
+    With `base_too` the base has been multiplied already. Where the number may depend on the adapter
+    (a spectral norm) it must not be: the number's gradient would then need the gradient of the full
+    weight.
     """
     factor = jnp.asarray(factor)
     terms = tuple(
