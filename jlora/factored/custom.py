@@ -85,7 +85,7 @@ class _Backward:
 
     def __init__(self, eqn: Any, arrays: Sequence[Any]) -> None:
         structure_of_rule: list[Any] = []  # Filled while tracing.
-        self._inexact = [jnp.issubdtype(a.dtype, jnp.inexact) for a in arrays]
+        self._inexact = [jnp.issubdtype(a.aval.dtype, jnp.inexact) for a in eqn.invars]
 
         def first_half(*arrays: Any) -> tuple[list[Any], list[Any]]:
             fixed = list(arrays)
