@@ -305,7 +305,7 @@ add(
     "changed_by_a_loop",
     plain(
         lambda p, x: lax.fori_loop(
-            0, 3, lambda i, c: (jnp.tanh(c[0] @ c[1]), c[1] * 1.1), (x, p["w"])
+            0, 3, lambda i, c: (jnp.tanh(c[0] @ c[1]), c[0].T @ c[0]), (x, p["w"])
         )[0],
         (6, 6),
         (4, 6),

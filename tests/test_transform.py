@@ -77,9 +77,24 @@ def test_a_bare_config_adapts_recurrent_kernels_though_the_state_starts_constant
     model = nn.RNN(cell(5))
     x = jnp.ones((2, 4, 6))
     params = jax.eval_shape(model.init, jax.random.key(0), x)
-    adapter = jlora.lora_transform(model.apply, CONFIG).init(jax.random.key(1), params, x)
+    lora = jlora.lora_transform(model.apply, CONFIG)
+    adapter = lora.init(jax.random.key(1), params, x)
     kernels = {path for path in jlora.tree.flatten(params).paths if path.endswith("kernel")}
     assert set(adapter) == kernels
+
+
+def test_a_bias_beside_a_state_that_starts_constant_is_still_a_bias() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        step = lambda c, row: (jnp.tanh(c @ p["w"] + p["bias"]) @ p["v"] + row, None)
+        return jax.lax.scan(step, jnp.zeros((1, 5)), x)[0]
+
+    params = {"w": jnp.ones((5, 6)), "bias": jnp.ones(6), "v": jnp.ones((6, 5))}
+    explanation = jlora.lora_transform(fn, CONFIG).explain(params, jnp.ones((4, 1, 5)))
+    assert {row.path: row.axes is None for row in explanation.rows} == {
+        "bias": True,
+        "v": False,
+        "w": False,
+    }
 
 
 def test_a_bare_config_adapts_what_multiplies_learned_queries_but_not_the_queries() -> None:
