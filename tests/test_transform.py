@@ -488,6 +488,17 @@ def test_a_look_up_has_no_input_to_drop() -> None:
     chex.assert_trees_all_close(with_key, one.output, rtol=1e-6, atol=1e-6)
 
 
+def test_experts_looked_up_for_each_row_drop_inputs_row_by_row() -> None:
+    fn = lambda p, x: jnp.einsum("td,tdf->tf", x, p["w"][jnp.array([2, 0, 2, 2])])
+    params, x = {"w": jnp.zeros((3, 50, 4))}, jnp.ones((4, 50))
+    lora = jlora.lora_transform(fn, jlora.LoRA(rank=1, alpha=1, dropout=0.5))
+    adapter = jax.tree.map(jnp.ones_like, lora.init(jax.random.key(0), params, x))
+    kept = lora.apply(params, adapter, x, dropout_key=jax.random.key(1))[:, 0] / 2
+    # Sums of fifty draws of 0 or 1 (after the rescaling by two): 25 with a deviation of 3.5.
+    np.testing.assert_array_less(np.abs(kept - 25), 5 * 3.5)
+    assert len(set(np.asarray(kept).tolist())) > 1
+
+
 def test_dropout_gradient_is_that_of_the_dropped_function() -> None:
     lora, adapter = dropped(0.5)
     one = case("dense", "float32")

@@ -7,6 +7,7 @@ alone suffices to apply, merge, save and load it.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -72,7 +73,7 @@ class AdapterConfig(Protocol):
         ...
 
 
-class AdapterLeaf:
+class AdapterLeaf(abc.ABC):
     """The arrays of one adapted weight, and the static facts that give them meaning.
 
     Subclasses are frozen dataclasses under `@family`. A field made by `array` is a child of the
@@ -85,13 +86,13 @@ class AdapterLeaf:
     axes: Axes
     dropout: float
 
+    @abc.abstractmethod
     def expression(self, base: Any) -> Expression:
         """The adapted weight; `base` is the frozen array, which additive families ignore."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that every array must have."""
-        raise NotImplementedError
 
     @classmethod
     def labels(cls) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # The reader raises types of its own and of Rust's.
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is no readable safetensors file: {error}. It may be cut short; copy it again."
         ) from error

@@ -170,7 +170,8 @@ class Factored:
             ValueError: When a term has a dropout, which needs the input of a product.
         """
         for term in self.network.terms:
-            if term.dropout is not None:
+            # As in the reference, a look-up has no input to drop.
+            if term.dropout is not None and not self.network.indexed:
                 raise ValueError(
                     f"The dropout of the adapter on {self.network.path!r} cannot be applied: this "
                     f"weight is used by more than products (lora.explain shows by what), so its "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.factored.network import Atom, Axes, Network, Operand, Term, size
+from jlora.factored.network import Atom, Axes, Dropout, Network, Operand, Term, size
 
 Networks = list[Network | None]
 Rule = Callable[[Any, Networks, Sequence[Any]], list[Network] | None]
@@ -305,13 +305,10 @@ def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Ne
     for network, length in zip(networks, lengths, strict=True):
         if network is not None:
             (place,) = network.axes[axis]
-            # Beside this part a gain is one, so it must lie along the joined axis alone; a term is
-            # zero there, so one of its operands must have that axis; keys cannot be padded.
-            if any(gain.atoms not in ((), (place,)) for gain in network.gains) or any(
-                all(place not in operand.atoms for operand in term.operands)
-                or (term.dropout is not None and place in term.dropout.keys.atoms)
-                for term in network.terms
-            ):
+            # Beside this part a gain is one, so it must lie along the joined axis alone.
+            if any(gain.atoms not in ((), (place,)) for gain in network.gains):
+                return None
+            if not _ends(network, place):
                 return None
             moved = functools.partial(
                 _pad,
@@ -328,6 +325,17 @@ def _concatenate(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Ne
             terms += [term.map(functools.partial(moved, fill=0)) for term in network.terms]
         start += length
     return [Network(joined, present[0].path, tuple(gains), tuple(terms))]
+
+
+def _ends(network: Network, atom: Atom) -> bool:
+    """Whether every term can be made zero beyond this atom: an operand must hold it, and no random
+    keys, which cannot be padded.
+    """
+    return all(
+        any(atom in operand.atoms for operand in term.operands)
+        and (term.dropout is None or atom not in term.dropout.keys.atoms)
+        for term in network.terms
+    )
 
 
 def _pad(
@@ -354,11 +362,7 @@ def _pad_edges(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Netw
         if len(network.axes[axis]) != 1:
             return None
         (atom,) = network.axes[axis]
-        if network.gains or any(
-            all(atom not in operand.atoms for operand in term.operands)
-            or (term.dropout is not None and atom in term.dropout.keys.atoms)
-            for term in network.terms
-        ):
+        if network.gains or not _ends(network, atom):
             return None
         network = network.replace_atom(
             atom,
@@ -372,10 +376,7 @@ def _pad_edges(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Netw
 
 @rule("gather")
 def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network] | None:
-    """Whole rows looked up along some axes (an embedding table, one expert per token).
-
-    Dropout ends here: as in the reference, a look-up has no input to drop.
-    """
+    """Whole rows looked up along some axes (an embedding table, one expert per token)."""
     network, indices = networks[0], values[1]
     numbers = eqn.params["dimension_numbers"]
     rows = numbers.start_index_map
@@ -430,5 +431,13 @@ def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network
     # Rows outside the table are the base's filling alone. (Filling operands with its NaN would also
     # put NaN into the gradient of rows that the model masks.)
     gains = tuple(look_up(gain, 1) for gain in network.gains)
-    terms = tuple(Term(tuple(look_up(o, 0) for o in term.operands)) for term in network.terms)
+    terms = tuple(
+        # One key serves all rows: what they multiply has an axis for them, and so a mask for each.
+        Term(
+            tuple(look_up(operand, 0) for operand in term.operands),
+            term.dropout
+            and Dropout(term.dropout.rate, Operand(term.dropout.keys.array.reshape(-1)[0], ())),
+        )
+        for term in network.terms
+    )
     return [Network(tuple(axes), network.path, gains, terms)]
