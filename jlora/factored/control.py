@@ -7,6 +7,7 @@ differentiates and shards as the original did.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jlora.factored import releases
+from jlora.factored import balance, releases
 from jlora.factored.network import Atom, Dropout, Factored, Network, Operand
 
 Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]
@@ -94,11 +95,13 @@ def _jit(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
 def _remat(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
     held = releases.program(eqn.params["jaxpr"])
     rerun = jax.checkpoint(
-        lambda inputs: evaluate(held, inputs),
+        lambda inputs: balance.with_losses(lambda: evaluate(held, inputs)),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
-    return rerun(list(values))
+    outputs, losses = rerun(list(values))
+    balance.add(losses)
+    return outputs
 
 
 # --- scan ----------------------------------------------------------------------------------------
@@ -122,18 +125,18 @@ def _scan(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
     stacks = [_unstack(x) if is_factored(x) else _Stack(x, lambda item: item) for x in xs]
     moving = carry.initial(eqn.invars[parts.num_consts : first])
 
-    def body(state: tuple[Any, list[Any]], items: list[Any]) -> tuple[Any, list[Any]]:
+    def body(state: tuple[Any, list[Any]], items: list[Any]) -> tuple[Any, Any]:
         step, arrays = state
         inputs = [
             *(fold_keys(const, step) for const in consts),
             *(fold_keys(value, step) for value in carry.full(arrays)),
             *(stack.rebuild(item) for stack, item in zip(stacks, items, strict=True)),
         ]
-        outputs = evaluate(held, inputs)
+        outputs, losses = balance.with_losses(lambda: evaluate(held, inputs))
         following = carry.moving(outputs[: parts.num_carry])
-        return (step + 1, following), [densify(y) for y in outputs[parts.num_carry :]]
+        return (step + 1, following), ([densify(y) for y in outputs[parts.num_carry :]], losses)
 
-    (_, last), ys = lax.scan(
+    (_, last), (ys, losses) = lax.scan(
         body,
         (jnp.int32(0), moving),
         [stack.arrays for stack in stacks],
@@ -141,6 +144,7 @@ def _scan(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
+    balance.add(steps.sum() for steps in losses)
     return [*carry.full(last), *ys]
 
 
@@ -242,7 +246,7 @@ def fold_keys(value: Any, number: Any) -> Any:
         return Dropout(dropout.rate, folded)
 
     terms = [
-        term.__class__(term.operands, term.dropout and fold(term.dropout))
+        dataclasses.replace(term, dropout=term.dropout and fold(term.dropout))
         for term in value.network.terms
     ]
     network = value.network
@@ -280,7 +284,10 @@ def _while(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]:
         inputs = [fold_keys(value, step) for value in (*body_consts, *carry.full(arrays))]
         return step + 1, carry.moving(evaluate(body.program, inputs))
 
-    _, last = lax.while_loop(proceed, advance, (jnp.int32(0), carry.initial(eqn.invars[first:])))
+    # Nothing trains through a loop of unknown length, so its mixtures need no balance.
+    with balance.collecting():
+        start = jnp.int32(0), carry.initial(eqn.invars[first:])
+        _, last = lax.while_loop(proceed, advance, start)
     return carry.full(last)
 
 
@@ -302,10 +309,17 @@ def _cond(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | No
         return None
     index, *operands = values
 
-    def branch(held: releases.Program) -> Callable[[], list[Any]]:
-        return lambda: [densify(output) for output in evaluate(held, operands)]
+    def branch(held: releases.Program) -> Callable[[], Any]:
+        def run() -> tuple[list[Any], Any]:
+            outputs, losses = balance.with_losses(lambda: evaluate(held, operands))
+            # One loss for each branch, for they may hold different numbers of mixtures.
+            return [densify(output) for output in outputs], balance.total(losses)
 
-    return lax.switch(index, [branch(body.program) for body in _cond_bodies(eqn)])
+        return run
+
+    outputs, loss = lax.switch(index, [branch(body.program) for body in _cond_bodies(eqn)])
+    balance.add([loss])
+    return outputs
 
 
 # --- shard_map -----------------------------------------------------------------------------------
@@ -319,19 +333,24 @@ def _shard_map(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any]
         for value, spec in zip(values, eqn.params["in_specs"], strict=True)
     ]
 
-    def body(*shards: Any) -> list[Any]:
+    names = tuple(eqn.params["newly_manual_axes"])
+
+    def body(*shards: Any) -> tuple[list[Any], list[Any]]:
         inputs = [part.rebuild(shard) for part, shard in zip(parts, shards, strict=True)]
-        return [densify(output) for output in evaluate(held, inputs)]
+        outputs, losses = balance.with_losses(lambda: evaluate(held, inputs))
+        return [densify(output) for output in outputs], [loss[None] for loss in losses]
 
     run = jax.shard_map(
         body,
         mesh=mesh,
         in_specs=tuple(part.specs for part in parts),
-        out_specs=list(eqn.params["out_specs"]),
+        out_specs=(list(eqn.params["out_specs"]), PartitionSpec(names)),
         axis_names=set(eqn.params["newly_manual_axes"]),
         check_vma=eqn.params["check_vma"],
     )
-    return run(*(part.arrays for part in parts))
+    outputs, losses = run(*(part.arrays for part in parts))
+    balance.add(shards.mean() for shards in losses)
+    return outputs
 
 
 class _Sharded(NamedTuple):

@@ -27,6 +27,12 @@ def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | Non
     if not _enters(eqn):
         return None
     for value in values:
+        if is_factored(value) and any(term.gate for term in value.network.terms):
+            raise ValueError(
+                f"The mixture on {value.network.path!r} cannot be used inside a function with a "
+                f"derivative of its own ({eqn.primitive.name}): its rule would choose experts by "
+                f"the gradient. Leave this weight out of the rule."
+            )
         if is_factored(value) and any(term.dropout for term in value.network.terms):
             raise ValueError(
                 f"The dropout of the adapter on {value.network.path!r} cannot be applied inside a "
@@ -205,13 +211,19 @@ def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factore
     atoms = value.network.atoms
     split = update and structure.regroup(update, [atom.size for atom in atoms])
     if split is None or any(len(group) != 1 for group in split.axes):
-        _, pull_back = jax.vjp(Factored.dense, value)
-        return pull_back(dense.astype(value.base.dtype))[0]
+        return _through_the_sum(value, dense)
     renamed = {group[0]: atom for group, atom in zip(split.axes, atoms, strict=True)}
     factors = [
         Operand(operand.array, tuple(renamed.get(atom, atom) for atom in operand.atoms))
         for operand in split.terms[0].operands
     ]
+    # Where operands share an axis of one factor (a Hadamard product), what is left after one of
+    # them is larger than the full weight.
+    ends = set(factors[0].atoms) ^ set(factors[1].atoms)
+    for term in value.network.terms:
+        held = [atom for operand in term.operands for atom in operand.atoms if atom in ends]
+        if len(held) > len(set(held)):
+            return _through_the_sum(value, dense)
 
     def cotangent(term: Term) -> Term:
         operands = []
@@ -232,6 +244,12 @@ def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factore
     network = value.network
     terms = tuple(cotangent(term) for term in network.terms)
     return Factored(dense.astype(value.base.dtype), Network(network.axes, network.path, (), terms))
+
+
+def _through_the_sum(value: Factored, dense: Any) -> Factored:
+    """The cotangent of a factored weight by differentiating its dense sum."""
+    _, pull_back = jax.vjp(Factored.dense, value)
+    return pull_back(dense.astype(value.base.dtype))[0]
 
 
 def _bodies(eqn: Any) -> list[Body]:

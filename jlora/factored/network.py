@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+import types
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ class Atom:
 
 
 Axes = tuple[tuple[Atom, ...], ...]  # One group of atoms per axis, slowest first.
+Labelled = tuple[Any, Sequence[Hashable]]  # An array and the label of each of its axes.
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["atoms"])
@@ -69,20 +71,44 @@ class Dropout:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["router"], meta_fields=["choices", "top_k"]
+)
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Weighs the entries along one axis of a term by the input: a mixture.
+
+    Attributes:
+        router: From the input to a score for each choice.
+        choices: The axis that is chosen along; operands of the term hold it too.
+        top_k: How many choices every input keeps.
+    """
+
+    router: Operand
+    choices: Atom
+    top_k: int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operands", "dropout", "gate"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A product of operands, added to the weight."""
+    """A product of operands, added to the weight.
+
+    A term with a gate depends on the input, so it is part of no dense weight.
+    """
 
     operands: tuple[Operand, ...]
     dropout: Dropout | None = None
+    gate: Gate | None = None
 
     def map(self, fn: Callable[[Operand], Operand]) -> Term:
-        dropout = self.dropout
+        dropout, gate = self.dropout, self.gate
         if dropout is not None:
             dropout = Dropout(dropout.rate, fn(dropout.keys))
-        return Term(tuple(fn(operand) for operand in self.operands), dropout)
+        if gate is not None:
+            gate = Gate(fn(gate.router), gate.choices, gate.top_k)
+        return Term(tuple(fn(operand) for operand in self.operands), dropout, gate)
 
 
 @functools.partial(
@@ -167,9 +193,16 @@ class Factored:
         The sum is made in float32 or wider and rounded once.
 
         Raises:
-            ValueError: When a term has a dropout, which needs the input of a product.
+            ValueError: When a term has a dropout or a gate, which need the input of a product.
         """
         for term in self.network.terms:
+            if term.gate is not None:
+                raise ValueError(
+                    f"The mixture on {self.network.path!r} weighs its experts by the input, so no "
+                    f"single weight computes the same, and none can be merged or used outside "
+                    f"a product (lora.explain shows by what each is used). Keep it apart and call "
+                    f"apply, or leave this weight out of the rule."
+                )
             # As in the reference, a look-up has no input to drop.
             if term.dropout is not None and not self.network.indexed:
                 raise ValueError(
@@ -195,8 +228,10 @@ def build(
     path: str,
     shape: Sequence[int],
     *,
-    gains: Sequence[tuple[Any, Sequence[Hashable]]] = (),
-    terms: Sequence[Sequence[tuple[Any, Sequence[Hashable]]]] = (),
+    gains: Sequence[Labelled] = (),
+    terms: Sequence[Sequence[Labelled]] = (),
+    splits: Mapping[int, Sequence[int]] = types.MappingProxyType({}),
+    gate: tuple[Labelled, Hashable, int] | None = None,
     dropout: tuple[float, Any, Sequence[int]] | None = None,
 ) -> Network:
     """The network of a weight of this shape.
@@ -206,9 +241,23 @@ def build(
         shape: The weight's shape.
         gains: Arrays with a label per axis: the number of one of the weight's axes.
         terms: Products of such arrays. A label that is not an axis number is summed over.
+        splits: Axes of the weight that arrays see as several, slowest first, with their sizes.
+            Part `i` of axis `n` has the label `(n, i)`.
+        gate: For every term, a router, the label of what it chooses from, and how many it keeps.
         dropout: A rate, an array of random keys, and the weight's axes that the keys run over.
     """
-    atoms: dict[Hashable, Atom] = {axis: Atom(n, root=axis) for axis, n in enumerate(shape)}
+    atoms: dict[Hashable, Atom] = {
+        axis: Atom(n, root=axis) for axis, n in enumerate(shape) if axis not in splits
+    }
+    atoms |= {
+        (axis, part): Atom(n, root=axis)
+        for axis, sizes in splits.items()
+        for part, n in enumerate(sizes)
+    }
+
+    def group(axis: int) -> tuple[Atom, ...]:
+        parts = range(len(splits.get(axis, ())))
+        return tuple(atoms[axis, part] for part in parts) or (atoms[axis],)
 
     def operand(array: Any, labels: Sequence[Hashable]) -> Operand:
         for label, length in zip(labels, array.shape, strict=True):
@@ -217,11 +266,16 @@ def build(
         return Operand(array, tuple(atoms[label] for label in labels))
 
     drop = None if dropout is None else Dropout(dropout[0], operand(dropout[1], dropout[2]))
+    products = [tuple(operand(*pair) for pair in term) for term in terms]
+    chosen = None
+    if gate is not None:
+        router, label, top_k = gate
+        chosen = Gate(operand(*router), atoms[label], top_k)
     return Network(
-        axes=tuple((atoms[axis],) for axis in range(len(shape))),
+        axes=tuple(group(axis) for axis in range(len(shape))),
         path=path,
         gains=tuple(operand(*gain) for gain in gains),
-        terms=tuple(Term(tuple(operand(*pair) for pair in term), drop) for term in terms),
+        terms=tuple(Term(operands, drop, chosen) for operands in products),
     )
 
 
@@ -232,39 +286,35 @@ def contract(
     *,
     precision: Any = None,
     out_dtype: Any = None,
+    cast: bool = True,
 ) -> Any:
     """The product of all operands, summed over every atom that is not in `out`.
 
     Starts at `first` (an activation) and absorbs one operand at a time, always the one that leaves
     the smallest result, so `x A B` goes through the rank and never forms `A B`. Operands are cast
-    to `first`'s type; `out_dtype` is the type of the last product.
+    to `first`'s type unless `cast` is off; `out_dtype` is the type of the last product.
     """
     labels: dict[Atom, int] = {}
 
     def ids(atoms: Sequence[Atom]) -> list[int]:
         return [labels.setdefault(atom, len(labels)) for atom in atoms]
 
-    current, remaining = first, list(others)
-    while remaining:
-        following, kept = min(
-            ((other, _kept(current, other, remaining, out)) for other in remaining),
-            # An operand that shares nothing would make an outer product.
-            key=lambda choice: (
-                not set(current.atoms) & set(choice[0].atoms),
-                size(choice[1]),
-            ),
-        )
-        remaining = [other for other in remaining if other is not following]
-        if not remaining:
+    summed = {atom for atom in first.atoms if atom not in out}
+    remaining = fused(others, summed, {*first.atoms, *out}, precision)
+    order = path(first.atoms, [operand.atoms for operand in remaining], out)
+    current = first
+    for position, (number, kept) in enumerate(order, 1):
+        last, following = position == len(order), remaining[number]
+        if last:
             kept = [atom for atom in out if atom in kept]
         product = jnp.einsum(
             current.array,
             ids(current.atoms),
-            following.array.astype(current.array.dtype),
+            following.array.astype(current.array.dtype) if cast else following.array,
             ids(following.atoms),
             ids(kept),
             precision=precision,
-            preferred_element_type=None if remaining else out_dtype,
+            preferred_element_type=out_dtype if last else None,
         )
         current = Operand(product, tuple(kept))
     if not others:
@@ -274,9 +324,72 @@ def contract(
     return _spread(current, out)
 
 
-def _kept(a: Operand, b: Operand, remaining: Sequence[Operand], out: Sequence[Atom]) -> list[Atom]:
-    needed = {atom for other in remaining if other is not b for atom in other.atoms} | set(out)
-    return [atom for atom in dict.fromkeys((*a.atoms, *b.atoms)) if atom in needed]
+def fused(
+    operands: Sequence[Operand], summed: set[Atom], kept: set[Atom], precision: Any = None
+) -> list[Operand]:
+    """The operands, multiplied with one another until each of `summed` is in one of them alone.
+
+    An activation that is summed over an axis of several operands (a Hadamard product) has to meet
+    their product: with one after the other it would keep that axis between them. The pair with the
+    smallest result goes first.
+
+    Args:
+        operands: Factors of one product.
+        summed: Atoms that will be summed over with the activation.
+        kept: Atoms that something else than these operands still needs.
+        precision: Of the products.
+    """
+    remaining = list(operands)
+    while any(sum(atom in operand.atoms for operand in remaining) > 1 for atom in summed):
+        pairs = [
+            (i, j)
+            for j, second in enumerate(remaining)
+            for i, first in enumerate(remaining[:j])
+            if set(first.atoms) & set(second.atoms)
+        ]
+
+        def left(pair: tuple[int, int]) -> list[Atom]:
+            first, second = (remaining[i].atoms for i in pair)  # noqa: B023
+            rest = [o.atoms for i, o in enumerate(remaining) if i not in pair]  # noqa: B023
+            return _kept(first, second, rest, [*summed, *kept])
+
+        best = min(pairs, key=lambda pair: size(left(pair)))
+        first, second = (remaining[i] for i in best)
+        out = left(best)
+        array = contract(first, [second], out, precision=precision, cast=False)
+        remaining = [o for i, o in enumerate(remaining) if i not in best]
+        remaining.append(Operand(array, tuple(out)))
+    return remaining
+
+
+def path(
+    first: Sequence[Atom], operands: Sequence[Sequence[Atom]], out: Sequence[Atom]
+) -> list[tuple[int, list[Atom]]]:
+    """In which order to absorb operands, and the atoms that are left after each.
+
+    Always next is what leaves the smallest result, but for an operand that shares no atom: with it
+    the result would be an outer product.
+    """
+    order: list[tuple[int, list[Atom]]] = []
+    current, remaining = list(first), list(range(len(operands)))
+    while remaining:
+
+        def left(number: int) -> list[Atom]:
+            rest = [operands[other] for other in remaining if other != number]  # noqa: B023
+            return _kept(current, operands[number], rest, out)  # noqa: B023
+
+        best = min(remaining, key=lambda n: (not set(current) & set(operands[n]), size(left(n))))
+        current, remaining = left(best), [number for number in remaining if number != best]
+        order.append((best, current))
+    return order
+
+
+def _kept(
+    a: Sequence[Atom], b: Sequence[Atom], rest: Sequence[Sequence[Atom]], out: Iterable[Atom]
+) -> list[Atom]:
+    """The atoms of a product of two that `rest` or the result still needs."""
+    needed = {atom for atoms in rest for atom in atoms} | set(out)
+    return [atom for atom in dict.fromkeys((*a, *b)) if atom in needed]
 
 
 def _spread(operand: Operand, out: Sequence[Atom]) -> Any:

@@ -7,22 +7,28 @@ equation, times the gains, plus `(x A) B` for every term.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.factored import balance
 from jlora.factored.network import (
     Atom,
     Factored,
+    Gate,
     Network,
     Operand,
     Term,
     contract,
     expand,
+    fused,
+    path,
     size,
 )
 
@@ -80,10 +86,39 @@ def _add_terms(
     """`base` plus the products of `x` with every term, where `out` are the result's atoms."""
     total = base
     for use, term in enumerate(factored.network.terms):
+        operands = list(term.operands)
+        if term.gate is not None:
+            operands.append(_gate_weights(term.gate, x, out, precision))
         dropped = x if term.dropout is None else x.map(functools.partial(term.dropout, use=use))
-        update = contract(dropped, term.operands, out, precision=precision, out_dtype=base.dtype)
+        update = contract(dropped, operands, out, precision=precision, out_dtype=base.dtype)
         total = total + update.reshape(base.shape)
     return total
+
+
+def _gate_weights(gate: Gate, x: Operand, out: Sequence[Atom], precision: Any) -> Operand:
+    """The weight of every choice for every input, and its load-balancing loss handed on.
+
+    The softmax is over the `top_k` best scores alone. The loss is
+    `n sum_e (share of inputs that keep e) (mean probability of e)`, one where all are used alike.
+
+    References:
+        Jiang et al., Mixtral of Experts, arXiv:2401.04088, section 2.1, for the weights.
+        Fedus et al., Switch Transformers, arXiv:2101.03961, section 2.2, for the loss.
+    """
+    tokens = [atom for atom in x.atoms if atom in out]
+    router = gate.router.map(lambda array: array.astype(jnp.float32))
+    wide = x.map(lambda array: array.astype(jnp.float32))
+    scores = contract(wide, [router], [*tokens, gate.choices], precision=precision)
+    best, _ = lax.top_k(scores, gate.top_k)
+    kept = scores >= best[..., -1:]
+    # Of equal scores the first are kept, so that never more than top_k are.
+    kept &= jnp.cumsum(kept, -1) <= gate.top_k
+    weights = jax.nn.softmax(scores, axis=-1, where=kept)
+    count = gate.choices.size
+    axes = tuple(range(len(tokens)))
+    share = lax.stop_gradient(kept.astype(jnp.float32).mean(axes)) / gate.top_k
+    balance.add([count * jnp.sum(share * jax.nn.softmax(scores, -1).mean(axes))])
+    return Operand(weights, (*tokens, gate.choices))
 
 
 def _gain(gain: Operand, groups: Sequence[tuple[Atom, ...]], dtype: Any) -> Any:
@@ -202,75 +237,76 @@ def _ragged_roles(eqn: Any, side: int, network: Network) -> Roles | Dense:
 
 
 def _ragged(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -> Any:
+    """Rows times the matrix of their group, one operand of a term after another."""
     x, factored, group_sizes = values
     network: Network = factored.network
     group, inputs, outputs = network.axes
 
-    def rows_times(rows: Any, matrices: Any, out_dtype: Any) -> Any:
-        matrices = matrices.astype(x.dtype)
-        options = {"precision": eqn.params["precision"], "preferred_element_type": out_dtype}
-        if matrices.ndim == 2:
-            return jnp.matmul(rows, matrices, **options)
-        return lax.ragged_dot(rows, matrices, group_sizes, **options)
+    @functools.cache
+    def group_of_row() -> Any:
+        return jnp.repeat(
+            jnp.arange(size(group)), group_sizes, total_repeat_length=x.shape[0]
+        )  # Rows of no group get the last: what they meet is zero.
 
-    # A gain that differs by group would need the group of each row; the base takes it instead.
-    base = factored.base
-    for gain in network.gains:
-        base = base * expand((gain,), network, base.dtype)
-    total = bind(x, base, group_sizes)
+    def by_row(operand: Operand) -> Operand:
+        """The operand with its entries for each row's group."""
+        if not set(group) & set(operand.atoms):
+            return operand
+        rest = [atom for atom in operand.atoms if atom not in group]
+        array = contract(operand, (), [*group, *rest]).reshape(size(group), *(a.size for a in rest))
+        return Operand(array[group_of_row()], (row, *rest))
+
+    row = Atom(x.shape[0])
+    x_groups, out_groups = [(row,), inputs], [(row,), outputs]
+    rowwise = dataclasses.replace(
+        factored,
+        network=dataclasses.replace(network, gains=tuple(map(by_row, network.gains))),
+    )
+    total = _with_gains(
+        rowwise, x, x_groups, out_groups, lambda x, base: bind(x, base, group_sizes)
+    )
+    precision = eqn.params["precision"]
     for use, term in enumerate(network.terms):
+        if term.gate is not None:
+            raise ValueError(
+                f"The mixture on {network.path!r} cannot be used by lax.ragged_dot, whose rows "
+                f"have experts already. Leave this weight out of the rule."
+            )
         rows = x if term.dropout is None else term.dropout(x, use)
-        near, middle, far = _stages(term, network, set(inputs), set(outputs))
-        if far is None:
-            update = rows_times(rows, _matrices(near, group, inputs, outputs), total.dtype)
-        else:
-            rows = rows_times(rows, _matrices(near, group, inputs, middle), None)
-            update = rows_times(rows, _matrices(far, group, middle, outputs), total.dtype)
-        total = total + update
+        current, ragged = _split_axes(rows, x_groups), False
+        operands = fused(term.operands, set(inputs), {*outputs, *group}, precision)
+        ungrouped = [[a for a in operand.atoms if a not in group] for operand in operands]
+        for number, kept in path(current.atoms, ungrouped, [row, *outputs]):
+            operand = operands[number].map(lambda array: array.astype(x.dtype))
+            summed = [a for a in operand.atoms if a in current.atoms and a not in kept]
+            held = [a for a in operand.atoms if a in current.atoms and a in kept]
+            grouped = bool(set(group) & set(operand.atoms))
+            if held or not summed or not grouped:
+                array = contract(
+                    current, [by_row(operand) if grouped else operand], kept, precision=precision
+                )
+                current = Operand(array, tuple(kept))
+                continue
+            ragged = True
+            fresh = [a for a in operand.atoms if a not in (*group, *summed)]
+            middle = [a for a in current.atoms if a is not row and a not in summed]
+            array = contract(current, (), [row, *middle, *summed])
+            array = lax.ragged_dot(
+                array.reshape(-1, size(summed)),
+                contract(operand, (), [*group, *summed, *fresh]).reshape(
+                    size(group), size(summed), size(fresh)
+                ),
+                group_sizes * size(middle),
+                precision=precision,
+            )
+            atoms = (row, *middle, *fresh)
+            current = Operand(array.reshape([atom.size for atom in atoms]), atoms)
+        update = contract(current, (), [row, *outputs], out_dtype=total.dtype)
+        if not ragged:
+            # The product with the base gives rows of no group zeros.
+            update = jnp.where(jnp.arange(row.size)[:, None] < group_sizes.sum(), update, 0)
+        total = total + update.reshape(total.shape)
     return total
-
-
-def _matrices(
-    operand: Operand, group: Sequence[Atom], rows: Sequence[Atom], columns: Sequence[Atom]
-) -> Any:
-    """The operand as one matrix, or as one for each index of the group's atoms if it has them."""
-    atoms = [*(atom for atom in group if atom in operand.atoms), *rows, *columns]
-    array = contract(operand, (), atoms)
-    leading = (size(group),) if any(atom in operand.atoms for atom in group) else ()
-    return array.reshape(*leading, size(rows), size(columns))
-
-
-class _Stages(NamedTuple):
-    """A term as one array that meets the activation and one that follows."""
-
-    near: Operand
-    middle: tuple[Atom, ...]  # The atoms they share and sum over: the rank.
-    far: Operand | None
-
-
-def _stages(term: Term, network: Network, inputs: set[Atom], outputs: set[Atom]) -> _Stages:
-    near = [operand for operand in term.operands if inputs & set(operand.atoms)]
-    far = [operand for operand in term.operands if not inputs & set(operand.atoms)]
-    near_atoms = {atom for operand in near for atom in operand.atoms}
-    far_atoms = {atom for operand in far for atom in operand.atoms}
-    if inputs - near_atoms or near_atoms & outputs or outputs - far_atoms:
-        # One array over inputs and outputs at once (a term that is not of low rank).
-        dense = expand(term.operands, network, jnp.float32)
-        atoms = network.atoms
-        return _Stages(Operand(dense.reshape([atom.size for atom in atoms]), atoms), (), None)
-    known = set(network.atoms)
-    middle = [a for a in dict.fromkeys(a for o in near for a in o.atoms) if a in far_atoms - known]
-
-    def fused(operands: list[Operand], ends: set[Atom]) -> Operand:
-        kept = dict.fromkeys(
-            atom
-            for operand in operands
-            for atom in operand.atoms
-            if atom in ends or atom in middle or atom in known
-        )
-        return Operand(contract(operands[0], operands[1:], list(kept)), tuple(kept))
-
-    return _Stages(fused(near, inputs), tuple(middle), fused(far, outputs))
 
 
 # --- conv_general_dilated ------------------------------------------------------------------------
@@ -292,69 +328,131 @@ def _conv_roles(eqn: Any, side: int, network: Network) -> Roles | Dense:
 
 
 def _conv(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -> Any:
-    """A convolution with the base, plus one into the rank followed by a 1 x 1 convolution.
-
-    With feature groups every group of input channels has the same `A`, as the update of each
-    output channel in `A B` says.
-    """
+    """A convolution with the base, plus for every term one with what holds its window."""
     x, factored = values
     network: Network = factored.network
-    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    out_axis, in_axis = numbers.rhs_spec[:2]
-    feature = numbers.out_spec[1]
-    shape = eqn.outvars[0].aval.shape
-    outputs = network.axes[out_axis]
-    inputs = [a for axis, group in enumerate(network.axes) if axis != out_axis for a in group]
-
-    x_groups = _labelled(
-        eqn.invars[0].aval.shape,
-        {numbers.lhs_spec[1]: network.axes[in_axis]} if groups == 1 else {},
-    )
-    out_groups = _labelled(shape, {feature: outputs})
+    form = _Convolution(eqn, network)
+    x_groups = _labelled(x.shape, {form.channel: form.inputs} if form.groups == 1 else {})
+    out_groups = _labelled(eqn.outvars[0].aval.shape, {form.feature: form.outputs})
     total = _with_gains(factored, x, x_groups, out_groups, bind)
-
-    def convolve(x: Any, kernel: Any, out_dtype: Any) -> Any:
-        names = (
-            "window_strides",
-            "padding",
-            "lhs_dilation",
-            "rhs_dilation",
-            "dimension_numbers",
-            "feature_group_count",
-            "precision",
-        )
-        return lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            **{name: eqn.params[name] for name in names},
-            preferred_element_type=out_dtype,
-        )
-
-    def kernel(near: Operand, features: tuple[Atom, ...], count: int) -> Any:
-        axes = [features if axis == out_axis else g for axis, g in enumerate(network.axes)]
-        array = contract(near, (), [atom for group in axes for atom in group])
-        array = array.reshape([size(group) for group in axes])
-        return jnp.concatenate([array] * count, out_axis) if count > 1 else array
-
     for use, term in enumerate(network.terms):
         image = x if term.dropout is None else term.dropout(x, use)
-        near, middle, far = _stages(term, network, set(inputs), set(outputs))
-        if far is None:
-            total = total + convolve(image, kernel(near, outputs, 1), total.dtype)
-            continue
-        hidden = jnp.moveaxis(convolve(image, kernel(near, middle, groups), None), feature, -1)
-        rank, per_group = size(middle), size(outputs) // groups
-        last = _matrices(far, (), middle, outputs).reshape(rank, groups, per_group)
+        update = form.grouped if form.groups > 1 else form.windowed
+        total = total + update(image, term, total.dtype)
+    return total
+
+
+class _Convolution:
+    """The products of an image with the terms of a kernel, convolved as an equation says."""
+
+    def __init__(self, eqn: Any, network: Network) -> None:
+        numbers = eqn.params["dimension_numbers"]
+        self._eqn, self._network = eqn, network
+        self._precision = eqn.params["precision"]
+        self._out_axis, self._in_axis, *window_axes = numbers.rhs_spec
+        # The axes of images and of results, features last.
+        self._image_axes = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+        self._result_axes = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+        self.channel, self.feature = numbers.lhs_spec[1], numbers.out_spec[1]
+        self.groups = eqn.params["feature_group_count"]
+        self.inputs = network.axes[self._in_axis]
+        self.outputs = network.axes[self._out_axis]
+        self._window = [atom for axis in window_axes for atom in network.axes[axis]]
+
+    def windowed(self, image: Any, term: Term, dtype: Any) -> Any:
+        """The operands that hold the window convolve, and what follows are products.
+
+        LoRA's is a convolution with `A` into the rank and a product with `B`. Channels that the
+        window has nothing to do with (those of the other Kronecker factor) wait in the batch.
+        """
+        operands = self._fused(term)
+        windowed = [o for o in operands if set(self._window) & set(o.atoms)]
+        held = {atom for operand in operands for atom in operand.atoms}
+        if len(windowed) != 1 or not held >= {*self._window, *self.inputs, *self.outputs}:
+            return self._dense(image, term, dtype)
+        (near,) = windowed
+        others = [operand for operand in operands if operand is not near]
+        taken = [atom for atom in self.inputs if atom in near.atoms]
+        waiting = [atom for atom in self.inputs if atom not in near.atoms]
+        made = [atom for atom in near.atoms if atom not in (*self._window, *taken)]
+
+        image = jnp.transpose(image, self._image_axes)
+        images, *places, _ = (Atom(length) for length in image.shape)
+        image = _split_axes(image, [(images,), *((p,) for p in places), self.inputs])
+        array = contract(image, (), [images, *waiting, *places, *taken])
+        array = array.reshape(-1, *(p.size for p in places), size(taken))
+        array = jnp.transpose(array, _inverse(self._image_axes))
+        hidden = self._convolve(array, self._kernel(near, taken, made), 1, None)
+        hidden = jnp.transpose(hidden, self._result_axes)
+        places = [Atom(length) for length in hidden.shape[1:-1]]
+        atoms = (images, *waiting, *places, *made)
+        update = contract(
+            Operand(hidden.reshape([atom.size for atom in atoms]), atoms),
+            others,
+            [images, *places, *self.outputs],
+            precision=self._precision,
+            out_dtype=dtype,
+        )
+        update = update.reshape(images.size, *(p.size for p in places), size(self.outputs))
+        return jnp.transpose(update, _inverse(self._result_axes))
+
+    def grouped(self, image: Any, term: Term, dtype: Any) -> Any:
+        """With feature groups every group of input channels has the same `A`, as the update of
+        each output channel in `A B` says.
+        """
+        ends = {*self._window, *self.inputs}
+        operands = self._fused(term)
+        near = [operand for operand in operands if ends & set(operand.atoms)]
+        others = [operand for operand in operands if not ends & set(operand.atoms)]
+        if len(near) != 1 or not others or set(near[0].atoms) & set(self.outputs):
+            return self._dense(image, term, dtype)
+        made = [atom for atom in near[0].atoms if atom not in ends]
+        kernel = jnp.concatenate(
+            [self._kernel(near[0], self.inputs, made)] * self.groups, self._out_axis
+        )
+        hidden = jnp.moveaxis(self._convolve(image, kernel, self.groups, None), self.feature, -1)
+        last = contract(others[0], others[1:], [*made, *self.outputs], precision=self._precision)
         update = jnp.einsum(
             "...gr,rgo->...go",
-            hidden.reshape(*hidden.shape[:-1], groups, rank),
-            last.astype(x.dtype),
-            precision=eqn.params["precision"],
-            preferred_element_type=total.dtype,
+            hidden.reshape(*hidden.shape[:-1], self.groups, size(made)),
+            last.reshape(size(made), self.groups, -1).astype(hidden.dtype),
+            precision=self._precision,
+            preferred_element_type=dtype,
         )
-        update = update.reshape(*hidden.shape[:-1], groups * per_group)
-        total = total + jnp.moveaxis(update, -1, feature)
-    return total
+        return jnp.moveaxis(
+            update.reshape(*hidden.shape[:-1], size(self.outputs)), -1, self.feature
+        )
+
+    def _fused(self, term: Term) -> list[Operand]:
+        summed = {*self._window, *self.inputs}
+        return fused(term.operands, summed, {*self.outputs}, self._precision)
+
+    def _dense(self, image: Any, term: Term, dtype: Any) -> Any:
+        """A term that is one array over the whole kernel."""
+        kernel = expand(term.operands, self._network, jnp.float32)
+        return self._convolve(image, kernel, self.groups, dtype)
+
+    def _kernel(self, near: Operand, taken: Sequence[Atom], made: Sequence[Atom]) -> Any:
+        """The operand laid out as this convolution's kernel, from these channels to those."""
+        ends = {self._in_axis: tuple(taken), self._out_axis: tuple(made)}
+        axes = [ends.get(axis, group) for axis, group in enumerate(self._network.axes)]
+        array = contract(near, (), [atom for group in axes for atom in group])
+        return array.reshape([size(group) for group in axes])
+
+    def _convolve(self, image: Any, kernel: Any, groups: int, dtype: Any) -> Any:
+        names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
+        return lax.conv_general_dilated(
+            image,
+            kernel.astype(image.dtype),
+            **{name: self._eqn.params[name] for name in names},
+            feature_group_count=groups,
+            precision=self._precision,
+            preferred_element_type=dtype,
+        )
+
+
+def _inverse(permutation: Sequence[int]) -> list[int]:
+    return sorted(range(len(permutation)), key=lambda axis: permutation[axis])
 
 
 RULES: dict[str, Product] = {

@@ -6,6 +6,7 @@ returns the networks of its outputs, or None where the move cannot be made on th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -91,12 +92,12 @@ def scaled(network: Network, factor: Any, *, base_too: bool) -> Network:
     """
     factor = jnp.asarray(factor)
     terms = tuple(
-        Term(
-            (
+        dataclasses.replace(
+            term,
+            operands=(
                 term.operands[0].map(lambda array: array * factor.astype(array.dtype)),
                 *term.operands[1:],
             ),
-            term.dropout,
         )
         for term in network.terms
     )
