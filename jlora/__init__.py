@@ -1,6 +1,22 @@
 """LoRA for JAX and Flax: a transform of a function and its parameter tree."""
 
+from jlora.adapters import inits as inits
+from jlora.adapters.adalora import AdaLoRA as AdaLoRA
+from jlora.adapters.dora import DoRA as DoRA
+from jlora.adapters.dylora import DyLoRA as DyLoRA
+from jlora.adapters.fourierft import FourierFT as FourierFT
+from jlora.adapters.full import BitFit as BitFit
+from jlora.adapters.full import Full as Full
+from jlora.adapters.hira import HiRA as HiRA
+from jlora.adapters.ia3 import IA3 as IA3
+from jlora.adapters.loha import LoHa as LoHa
+from jlora.adapters.lokr import LoKr as LoKr
 from jlora.adapters.lora import LoRA as LoRA
+from jlora.adapters.lora_fa import LoRAFA as LoRAFA
+from jlora.adapters.mixture import LoRAMixture as LoRAMixture
+from jlora.adapters.sora import SoRA as SoRA
+from jlora.adapters.vb_lora import VBLoRA as VBLoRA
+from jlora.adapters.vera import VeRA as VeRA
 from jlora.checkpoints.adapter_file import load_adapter as load_adapter
 from jlora.checkpoints.adapter_file import save_adapter as save_adapter
 from jlora.explanation import Explanation as Explanation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jlora.factored.probe import Axes
@@ -14,7 +15,7 @@ class Row(NamedTuple):
     Attributes:
         axes: What its axes do; None when it takes part in no product or look-up.
         adapter: The family and rank that a rule gives it, or "frozen".
-        parameters: How many numbers the adapter has for it.
+        parameters: How many numbers the adapter trains for it.
         base_parameters: How many the weight has.
         factored: The primitives that use it without its dense sum.
         dense: Why, elsewhere, the dense sum is formed.
@@ -38,15 +39,17 @@ class Explanation:
     Attributes:
         rows: One for each weight, in the order of the tree.
         problems: Why `init` would refuse the rules; empty when it would not.
+        shared: For what several weights share, by name, how many numbers of it are trained.
     """
 
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+    shared: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter has in all."""
-        return sum(row.parameters for row in self.rows)
+        """How many numbers of the adapter are trained in all."""
+        return sum(row.parameters for row in self.rows) + sum(self.shared.values())
 
     @property
     def trainable_share(self) -> float:
@@ -64,7 +67,8 @@ class Explanation:
             for row in cells
         ]
         lines.insert(1, "  ".join("-" * width for width in (*widths, len(header[-1]))))
-        adapted = sum(row.parameters > 0 for row in self.rows)
+        lines.extend(f"shared as {name!r}: {n:,} parameters" for name, n in self.shared.items())
+        adapted = sum(row.adapter != "frozen" for row in self.rows)
         lines.append(
             f"{adapted} of {len(self.rows)} weights adapted, {self.parameters:,} parameters, "
             f"{self.trainable_share:.2%} of the base's."
@@ -79,7 +83,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         names = zip(("batch", "in", "out"), row.axes, strict=True)
         roles = " ".join(f"{name} {','.join(map(str, axes))}" for name, axes in names if axes)
     used = ", ".join((*row.factored, *row.dense)) or "unused"
-    if row.parameters:
+    if row.adapter != "frozen":
         ways = (("factored: ", row.factored), ("dense: ", row.dense))
         used = "; ".join(way + ", ".join(by) for way, by in ways if by)
     return (

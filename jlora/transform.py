@@ -14,17 +14,22 @@ from jlora import tree
 from jlora.adapters.protocol import (
     AdapterConfig,
     AdapterLeaf,
+    Kind,
     Weight,
+    expression_of,
+    leaves_of,
     places,
+    trained_size,
 )
 from jlora.explanation import Explanation, Row
-from jlora.factored import control, probe, releases
+from jlora.factored import balance, control, probe, releases
 from jlora.factored.interpreter import evaluate
-from jlora.factored.network import Factored, build
+from jlora.factored.network import Factored, build, watching_sums
 
 PyTree = Any
 Adapter = dict[str, Any]
-"""One leaf for each adapted weight, keyed by the weight's `/`-joined path."""
+"""One leaf for each adapted weight, keyed by the weight's `/`-joined path; and what several weights
+share, under its name."""
 
 Rules = AdapterConfig | Mapping[str, AdapterConfig | None]
 
@@ -47,6 +52,18 @@ class ApplyFn(Protocol):
     ) -> Any: ...
 
 
+class ApplyWithBalanceFn(Protocol):
+    def __call__(
+        self,
+        params: PyTree,
+        adapter: Adapter,
+        /,
+        *inputs: Any,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, jax.Array]: ...
+
+
 class MergeFn(Protocol):
     def __call__(self, params: PyTree, adapter: Adapter) -> PyTree: ...
 
@@ -65,13 +82,18 @@ class LoraTransform(NamedTuple):
     Attributes:
         init: `(key, params, *inputs)` to a fresh adapter. Arrays may be `jax.ShapeDtypeStruct`s.
         apply: `(params, adapter, *inputs, dropout_key=None)` to what `fn` returns. Run it under
-            `jax.jit`: it traces `fn` at every call.
+            `jax.jit`: it traces `fn` at every call. The key drops inputs and draws the ranks of a
+            step; without it nothing is random.
+        apply_with_balance: As `apply`, to `(what fn returns, load-balancing loss)`: a float32, the
+            sum over all mixtures of experts, each one where its experts are used alike; zero where
+            there are none. Mixtures inside a `while_loop` are not counted.
         merge: `(params, adapter)` to parameters that `fn` itself takes.
         explain: `(params, *inputs)` to a printable table of every weight and how it is computed.
     """
 
     init: InitFn
     apply: ApplyFn
+    apply_with_balance: ApplyWithBalanceFn
     merge: MergeFn
     explain: ExplainFn
 
@@ -106,10 +128,13 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
         plan = _plan(rules, traced)
         for problem in plan.problems:
             raise problem
-        return {
-            weight.path: config.init(_key_for(key, weight.path), weight)
+        adapter: Adapter = {
+            weight.path: config.leaf(_key_for(key, weight.path), weight)
             for weight, config in plan.adapted
         }
+        for name, (config, weights) in plan.shared.items():
+            adapter[name] = config.shared(_key_for(key, name), weights)
+        return adapter
 
     def apply(
         params: PyTree,
@@ -123,18 +148,24 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
             _check_key("dropout_key", dropout_key)
         where = places(tree.flatten(params), adapter)  # Before fn could fail on wrong params.
         traced = _trace(fn, params, inputs, kwargs)
-        values = list(traced.arrays)
-        for path, place in where.items():
-            index = traced.param_index[place]
-            values[index] = _factored(path, values[index], adapter[path], dropout_key)
-        outputs = evaluate(traced.program, values)
-        # A constant comes back as a literal of JAX's own.
-        return traced.restore([jnp.asarray(control.densify(output)) for output in outputs])
+        return traced.restore(_evaluate(traced, where, adapter, dropout_key))
+
+    def apply_with_balance(
+        params: PyTree,
+        adapter: Adapter,
+        /,
+        *inputs: Any,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, jax.Array]:
+        with balance.collecting() as losses:
+            outputs = apply(params, adapter, *inputs, dropout_key=dropout_key, **kwargs)
+        return outputs, balance.total(losses)
 
     def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:
         return _explain(rules, _trace(fn, params, inputs, kwargs))
 
-    return LoraTransform(init, apply, merge, explain)
+    return LoraTransform(init, apply, apply_with_balance, merge, explain)
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
@@ -152,18 +183,32 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
     flat = tree.flatten(params)
     leaves = list(flat.leaves)
     for path, place in places(flat, adapter).items():
-        leaves[place] = _factored(path, jnp.asarray(leaves[place]), adapter[path], None).dense()
+        leaves[place] = _factored(path, jnp.asarray(leaves[place]), adapter, None).dense()
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
-def _factored(path: str, base: Any, leaf: AdapterLeaf, key: jax.Array | None) -> Factored:
-    dropout = None
+def _evaluate(
+    traced: _Traced, where: Mapping[str, int], adapter: Adapter, key: jax.Array | None
+) -> list[Any]:
+    """The outputs of the traced program with adapted weights in it."""
+    values: list[Any] = list(traced.arrays)
+    for path, place in where.items():
+        index = traced.param_index[place]
+        factored = _factored(path, values[index], adapter, key)
+        values[index] = factored.dense() if adapter[path].whole else factored
+    # A constant comes back as a literal of JAX's own.
+    outputs = evaluate(traced.program, values)
+    return [jnp.asarray(control.densify(output)) for output in outputs]
+
+
+def _factored(path: str, base: Any, adapter: Adapter, key: jax.Array | None) -> Factored:
+    leaf, dropout = adapter[path], None
     if key is not None and leaf.dropout > 0:
         batch = leaf.axes.batch
         keys = jax.random.split(_key_for(key, path), tuple(leaf.shape[axis] for axis in batch))
         dropout = (leaf.dropout, keys, batch)
-    gains, terms = leaf.expression(base)
-    return Factored(base, build(path, leaf.shape, gains=gains, terms=terms, dropout=dropout))
+    expression = expression_of(adapter, path, base, key)
+    return Factored(base, build(path, leaf.shape, **expression._asdict(), dropout=dropout))
 
 
 def _check_key(name: str, key: Any) -> None:
@@ -236,6 +281,7 @@ class _Plan(NamedTuple):
     """Which weights a rule adapts, and what is wrong with the rules."""
 
     adapted: list[tuple[Weight, AdapterConfig]]
+    shared: dict[str, tuple[AdapterConfig, list[Weight]]]
     uses: dict[str, list[probe.Use]]
     axes: dict[str, probe.Axes | None]
     problems: list[Exception]
@@ -250,26 +296,50 @@ def _plan(rules: Rules, traced: _Traced) -> _Plan:
     }
     uses = probe.uses(traced.program, weights)
     axes = {path: probe.axes_of(uses[path], len(leaf.shape)) for path, leaf in leaves.items()}
-    plan = _Plan([], uses, axes, [])
+    plan = _Plan([], {}, uses, axes, [])
 
     def weight_at(path: str) -> Weight:
-        found = axes[path] or probe.Axes((), (), ())
         known = [use for use in uses[path] if use.roles is not None]
-        looked_up = any(use.by == "gather" and probe.is_lookup(use, known) for use in known)
-        return Weight(path, leaves[path], found, looked_up)
+        by = tuple(dict.fromkeys(use.by for use in uses[path]))
+        multiplies = any(use.meets_data for use in known)
+        found = axes[path] or probe.Axes((), (), ())
+        return Weight(
+            path=path,
+            value=leaves[path],
+            axes=found,
+            kind=_kind(known, by),
+            multiplies=multiplies,
+            uses=by,
+            window=probe.window_of(uses[path]),
+            dense=tuple(dict.fromkeys(use.dense for use in uses[path] if use.dense)),
+        )
+
+    def adapt(weight: Weight, config: AdapterConfig) -> None:
+        plan.adapted.append((weight, config))
+        if config.share is not None:
+            sharing, weights = plan.shared.setdefault(config.share, (config, []))
+            weights.append(weight)
+            if sharing != config or config.share in leaves:
+                other = "a weight of that path" if sharing == config else repr(sharing)
+                plan.problems.append(
+                    ValueError(
+                        f"{config!r} shares arrays under the name {config.share!r}, which {other} "
+                        f"has too. Give it another name with share=..."
+                    )
+                )
 
     if not isinstance(rules, Mapping):
         for path in leaves:
             weight = weight_at(path)
-            multiplies = any(use.roles is not None and use.meets_data for use in uses[path])
-            if multiplies and not weight.embedding and not _refusal(weight, rules, uses[path]):
-                plan.adapted.append((weight, rules))
+            if rules.selects(weight) and not _refusal(weight, rules):
+                adapt(weight, rules)
         if not plan.adapted:
             plan.problems.append(
                 ValueError(
-                    f"rules={rules!r} adapts nothing: none of the {len(leaves)} weights feeds a "
-                    f"matrix product or convolution. lora.explain(params, ...) lists how each is "
-                    f"used; a mapping can name an embedding."
+                    f"rules={rules!r} adapts nothing: none of the {len(leaves)} weights "
+                    f"{_WANTED.get(rules.kinds, 'feeds a matrix product or convolution')}. "
+                    f"lora.explain(params, ...) lists how each is used; a mapping can name an "
+                    f"embedding."
                 )
             )
         return plan
@@ -280,9 +350,9 @@ def _plan(rules: Rules, traced: _Traced) -> _Plan:
         if config is None:
             continue
         weight = weight_at(path)
-        refusal = _refusal(weight, config, uses[path])
+        refusal = _refusal(weight, config)
         if refusal is None:
-            plan.adapted.append((weight, config))
+            adapt(weight, config)
         else:
             kind = TypeError if not _is_float(weight) else ValueError
             plan.problems.append(
@@ -295,16 +365,26 @@ def _plan(rules: Rules, traced: _Traced) -> _Plan:
     return plan
 
 
+_WANTED = {frozenset({"bias"}): "is a bias"}
+
+
+def _kind(known: Sequence[probe.Use], by: Sequence[str]) -> Kind:
+    """What a weight is, by its uses in products and look-ups and by the names of all its uses."""
+    if not known:
+        return "bias" if by and set(by) <= {"add", "sub", "add_any"} else "other"
+    if any(use.by == "gather" and probe.is_lookup(use, known) for use in known):
+        return "embedding"
+    convolved = any(use.by == "conv_general_dilated" for use in known)
+    return "convolution" if convolved else "linear"
+
+
 def _is_float(weight: Weight) -> bool:
     return jnp.issubdtype(weight.value.dtype, jnp.floating)
 
 
-def _refusal(weight: Weight, config: AdapterConfig, uses: Sequence[probe.Use]) -> str | None:
+def _refusal(weight: Weight, config: AdapterConfig) -> str | None:
     if not _is_float(weight):
         return f"its type is {weight.value.dtype}, which has no gradient"
-    if not any(use.roles is not None for use in uses):
-        by = ", ".join(dict.fromkeys(use.by for use in uses)) or "nothing"
-        return f"it feeds no product and no look-up that jlora can follow (it is used by: {by})"
     return config.refusal(weight)
 
 
@@ -315,7 +395,7 @@ def _narrow(path: str) -> str:
 
 def _explain(rules: Rules, traced: _Traced) -> Explanation:
     plan = _plan(rules, traced)
-    configs = {weight.path: (weight, config) for weight, config in plan.adapted}
+    configs = {weight.path: config for weight, config in plan.adapted}
     # What happens to a weight can depend on which others are adapted: of a product of two weights
     # only one can stay factored.
     weights = {
@@ -324,28 +404,64 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
         if traced.flat.paths[place] in configs
     }
     uses = plan.uses | probe.uses(traced.program, weights)
+    adapter = _abstract_adapter(plan)
+    summed = _summed(traced, adapter)
     rows = []
     for place in traced.param_index:
         path, leaf = traced.flat.paths[place], traced.flat.leaves[place]
-        parameters, adapter = 0, "frozen"
-        if path in configs:
-            weight, config = configs[path]
-            shaped = jax.eval_shape(lambda w=weight, c=config: c.init(jax.random.key(0), w))
-            trained = jax.tree.leaves(shaped)
-            parameters = sum(array.size for array in trained)
-            rank = getattr(config, "rank", None)
-            adapter = type(config).__name__ + (f" rank {rank}" if rank else "")
+        made = adapter.get(path)
+        dense = tuple(dict.fromkeys(use.dense for use in uses[path] if use.dense))
+        if made is not None:
+            because = "trained whole" if made.whole else "cut across the update's own axes"
+            dense = (dense if not made.whole and dense else (because,)) if path in summed else ()
+        whole = made is not None and made.whole
+        factored = [use.by for use in uses[path] if use.dense is None and not whole]
         rows.append(
             Row(
                 path=path,
                 shape=tuple(leaf.shape),
                 dtype=str(leaf.dtype),
                 axes=plan.axes[path],
-                adapter=adapter,
-                parameters=parameters,
+                adapter="frozen" if made is None else _named(configs[path], made),
+                parameters=0 if made is None else trained_size(made),
                 base_parameters=leaf.size,
-                factored=tuple(dict.fromkeys(use.by for use in uses[path] if use.dense is None)),
-                dense=tuple(dict.fromkeys(use.dense for use in uses[path] if use.dense)),
+                factored=tuple(dict.fromkeys(factored)),
+                dense=dense,
             )
         )
-    return Explanation(tuple(rows), tuple(str(problem) for problem in plan.problems))
+    shared = {name: trained_size(adapter[name]) for name in plan.shared}
+    return Explanation(tuple(rows), tuple(str(problem) for problem in plan.problems), shared)
+
+
+def _named(config: AdapterConfig, leaf: AdapterLeaf) -> str:
+    rank = getattr(config, "rank", None)
+    name = type(config).__name__ + (f" rank {rank}" if rank else "")
+    return name + (", full-size" if leaf.weight_sized and not leaf.whole else "")
+
+
+def _abstract_adapter(plan: _Plan) -> Adapter:
+    """The adapter that init would make, as shapes."""
+
+    def make(values: dict[str, Any]) -> Adapter:
+        key = jax.random.key(0)
+        placed = lambda weight: weight._replace(value=values[weight.path])  # noqa: E731
+        made: Adapter = {w.path: config.leaf(key, placed(w)) for w, config in plan.adapted}
+        for name, (config, weights) in plan.shared.items():
+            made[name] = config.shared(key, [placed(weight) for weight in weights])
+        return made
+
+    values = {weight.path: weight.value for weight, _ in plan.adapted}
+    return jax.eval_shape(make, values)
+
+
+def _summed(traced: _Traced, adapter: Adapter) -> set[str]:
+    """The paths of weights whose dense sum `apply` forms."""
+    places_of = {path: place for place, path in enumerate(traced.flat.paths)}
+    where = {path: places_of[path] for path in leaves_of(adapter)}
+    with watching_sums() as summed:
+        jax.eval_shape(
+            lambda arrays, adapter: _evaluate(traced._replace(arrays=arrays), where, adapter, None),
+            traced.arrays,
+            adapter,
+        )
+    return set(summed)

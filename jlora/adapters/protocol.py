@@ -2,7 +2,8 @@
 
 A family is one file with two frozen dataclasses. The config is what users write in rules. The leaf
 is what training changes: a pytree of the family's arrays beside static facts, so that an adapter
-alone suffices to apply, merge, save and load it.
+alone suffices to apply, merge, save and load it. Arrays that several weights share are a third
+dataclass, kept once in the adapter under a name.
 """
 
 from __future__ import annotations
@@ -11,14 +12,33 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jlora import tree
+from jlora.adapters import checks
+from jlora.factored.network import Labelled
 from jlora.factored.probe import Axes
 
-Labelled = tuple[Any, Sequence[Hashable]]  # An array and the label of each of its axes.
+FROZEN = "frozen"  # The label of arrays that are not trained.
+
+Kind = Literal["linear", "convolution", "embedding", "bias", "other"]
+MATRICES: frozenset[Kind] = frozenset({"linear", "convolution", "embedding"})
+
+
+class Groups(NamedTuple):
+    """The lengths of a weight's axes, by what they do."""
+
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def groups(shape: Sequence[int], axes: Axes) -> Groups:
+    """The lengths of the axes of each group, in the order of `axes`."""
+    return Groups(*(tuple(shape[axis] for axis in group) for group in axes))
 
 
 class Weight(NamedTuple):
@@ -28,21 +48,72 @@ class Weight(NamedTuple):
         path: Where it is in the parameter tree.
         value: The array, or a `jax.ShapeDtypeStruct` where only shapes are known.
         axes: What each of its axes does.
-        embedding: Whether rows of it are looked up.
+        kind: A convolution's kernel, an embedding (rows of it are looked up), a bias (it is only
+            added), any other that feeds a product ("linear"), or none of these.
+        multiplies: Whether it is multiplied with what depends on the model's inputs.
+        uses: The primitives that use it.
+        window: Those of its input axes that a convolution slides over.
+        dense: Why, at some uses, its dense sum will be formed.
     """
 
     path: str
     value: Any
     axes: Axes
-    embedding: bool
+    kind: Kind
+    multiplies: bool
+    uses: tuple[str, ...]
+    window: tuple[int, ...] = ()
+    dense: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def groups(self) -> Groups:
+        return groups(self.shape, self.axes)
 
     @property
     def fan_in(self) -> int:
-        return math.prod(self.value.shape[axis] for axis in self.axes.inputs)
+        return math.prod(self.groups.inputs)
 
     @property
     def fan_out(self) -> int:
-        return math.prod(self.value.shape[axis] for axis in self.axes.outputs)
+        return math.prod(self.groups.outputs)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Its input axes but the window's."""
+        return tuple(axis for axis in self.axes.inputs if axis not in self.window)
+
+    def matrices(self, why: str) -> jax.Array:
+        """The value as (batch, fan_in, fan_out) in float32 or wider: one matrix for each index.
+
+        Args:
+            why: What needs the numbers, for the error.
+
+        Raises:
+            TypeError: When only the shape is known.
+        """
+        if isinstance(self.value, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{why} needs the numbers of {self.path!r}, of which only the shape was given. "
+                f"Call init with the loaded parameters."
+            )
+        return as_matrices(self.value, self.axes)
+
+
+def as_matrices(array: Any, axes: Axes) -> jax.Array:
+    """An array laid out like a weight, as (batch, fan_in, fan_out) in float32 or wider."""
+    sizes = groups(array.shape, axes)
+    moved = jnp.transpose(jnp.asarray(array), [axis for group in axes for axis in group])
+    return wide(moved.reshape([math.prod(group) for group in sizes]))
+
+
+def wide(array: Any) -> jax.Array:
+    """The array in float32, or float64 where it is."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 class Expression(NamedTuple):
@@ -54,41 +125,102 @@ class Expression(NamedTuple):
     Attributes:
         gains: Factors on the base.
         terms: Products of arrays that are added.
+        splits: Axes of the weight that arrays see as several, slowest first, with their sizes. Part
+            `i` of axis `n` has the label `(n, i)`.
+        gate: A router, the label of what it chooses from, and how many of those every input keeps.
+        observed: Arrays whose gradients are made to be moments of the inputs; `network.Moments`.
     """
 
     gains: Sequence[Labelled] = ()
     terms: Sequence[Sequence[Labelled]] = ()
+    splits: Mapping[int, Sequence[int]] = {}
+    gate: tuple[Labelled, Hashable, int] | None = None
+    observed: Sequence[Labelled] = ()
 
 
-@runtime_checkable
-class AdapterConfig(Protocol):
-    """One family's hyperparameters, as users write them in rules."""
+class Given(NamedTuple):
+    """What a leaf may look at when it says what it adds.
+
+    Attributes:
+        base: The frozen array, which most additive families ignore.
+        shared: The arrays shared under the leaf's `share`.
+        key: The random key of the step, the same for every weight; None outside training.
+    """
+
+    base: Any
+    shared: Any = None
+    key: jax.Array | None = None
+
+
+class About(NamedTuple):
+    """A family's row in the table of families.
+
+    Attributes:
+        name: What it is called.
+        formula: The adapted weight.
+        parameters: How many numbers are trained for a weight (d, k), as an expression in Python.
+        good_for: When to choose it.
+        paper: Where it comes from.
+    """
+
+    name: str
+    formula: str
+    parameters: str
+    good_for: str
+    paper: str
+
+
+class AdapterConfig(abc.ABC):
+    """One family's hyperparameters, as users write them in rules.
+
+    Subclasses are frozen dataclasses. Fields with the names of `jlora.adapters.checks` are checked.
+    """
+
+    about: ClassVar[About]
+    kinds: ClassVar[frozenset[Kind]] = MATRICES
+    share: Any = None  # The name under which the adapter has what its weights share.
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self)
+
+    def selects(self, weight: Weight) -> bool:
+        """Whether the config alone, as a rule for all weights, is meant for this one."""
+        return weight.multiplies and weight.kind != "embedding"
 
     def refusal(self, weight: Weight) -> str | None:
-        """Why this family cannot adapt the weight, with the mend; None when it can."""
-        ...
+        """Why this family cannot adapt the weight; None when it can."""
+        if 0 in weight.shape:
+            return f"its shape {weight.shape} holds no numbers"
+        if weight.kind not in MATRICES:
+            by = ", ".join(weight.uses) or "nothing"
+            return f"it feeds no product and no look-up that jlora can follow (it is used by: {by})"
+        if weight.kind not in self.kinds:
+            known = " and ".join(sorted(self.kinds))
+            return f"it is of the kind {weight.kind}, and {self.about.name} is defined for {known}"
+        if not weight.axes.inputs or not weight.axes.outputs:
+            return (
+                f"as a weight of shape {weight.shape} with axes {weight.axes} it is a vector: low "
+                f"rank means nothing there"
+            )
+        return None
 
-    def init(self, key: jax.Array, weight: Weight) -> Any:
+    @abc.abstractmethod
+    def leaf(self, key: jax.Array, weight: Weight) -> AdapterLeaf:
         """A fresh leaf for the weight."""
-        ...
+
+    def shared(self, key: jax.Array, weights: Sequence[Weight]) -> SharedArrays:
+        """What these weights share, for families with a `share`."""
+        raise NotImplementedError(type(self).__name__)
 
 
-class AdapterLeaf(abc.ABC):
-    """The arrays of one adapted weight, and the static facts that give them meaning.
+class Arrays(abc.ABC):
+    """Arrays that are part of an adapter, and the static facts that give them meaning.
 
     Subclasses are frozen dataclasses under `@family`. A field made by `array` is a child of the
     pytree; every other field is static, and of a type that JSON can hold.
     """
 
     family: ClassVar[str]
-
-    shape: tuple[int, ...]  # Of the weight.
-    axes: Axes
-    dropout: float
-
-    @abc.abstractmethod
-    def expression(self, base: Any) -> Expression:
-        """The adapted weight; `base` is the frozen array, which additive families ignore."""
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -100,17 +232,49 @@ class AdapterLeaf(abc.ABC):
         return {field.name: field.metadata["label"] for field in array_fields(cls)}
 
 
-FAMILIES: dict[str, type[AdapterLeaf]] = {}
+class SharedArrays(Arrays):
+    """Arrays that several weights share."""
 
-LeafType = TypeVar("LeafType", bound=type[AdapterLeaf])
+
+class AdapterLeaf(Arrays):
+    """The arrays of one adapted weight."""
+
+    shape: tuple[int, ...]  # Of the weight.
+    axes: Axes
+    dropout: float = 0.0
+    share: Any = None  # The name of what it shares with other weights, if anything.
+    whole: ClassVar[bool] = False  # Whether the weight is used as its sum, whatever uses it.
+
+    @property
+    def weight_sized(self) -> bool:
+        """Whether a step forms arrays of the weight's size, as no low-rank family does."""
+        return self.whole
+
+    @property
+    def groups(self) -> Groups:
+        return groups(self.shape, self.axes)
+
+    @abc.abstractmethod
+    def expression(self, given: Given) -> Expression:
+        """The adapted weight."""
 
 
-def array(label: str) -> Any:
-    """A dataclass field that holds an array, with its label for the optimizer."""
+FAMILIES: dict[str, type[Arrays]] = {}
+
+LeafType = TypeVar("LeafType", bound=type[Arrays])
+
+
+def array(label: str, *, optional: bool = False) -> Any:
+    """A dataclass field that holds an array, with its label for the optimizer.
+
+    One that is optional is None in leaves that have no use for it.
+    """
+    if optional:
+        return dataclasses.field(default=None, metadata={"label": label})
     return dataclasses.field(metadata={"label": label})
 
 
-def array_fields(leaf: AdapterLeaf | type[AdapterLeaf]) -> list[dataclasses.Field[Any]]:
+def array_fields(leaf: Arrays | type[Arrays]) -> list[dataclasses.Field[Any]]:
     """The fields of a leaf that hold arrays."""
     return [field for field in dataclasses.fields(leaf) if "label" in field.metadata]  # type: ignore
 
@@ -130,8 +294,40 @@ def family(name: str) -> Callable[[LeafType], LeafType]:
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether a node of a tree is the adapter of one weight."""
-    return isinstance(node, AdapterLeaf)
+    """Whether a node of a tree is a part of an adapter: of one weight, or shared."""
+    return isinstance(node, Arrays)
+
+
+def leaves_of(adapter: Mapping[str, Any]) -> dict[str, AdapterLeaf]:
+    """The parts of an adapter that belong to one weight each, by its path."""
+    return {path: node for path, node in adapter.items() if isinstance(node, AdapterLeaf)}
+
+
+def trained_size(node: Any) -> int:
+    """How many numbers of a part of an adapter are trained."""
+    names = [name for name, label in node.labels().items() if label != FROZEN]
+    arrays = (getattr(node, name) for name in names)
+    return sum(array.size for array in arrays if array is not None)
+
+
+def expression_of(
+    adapter: Mapping[str, Any], path: str, base: Any, key: jax.Array | None = None
+) -> Expression:
+    """What the adapter makes of the weight at a path.
+
+    Raises:
+        ValueError: When the adapter lacks the arrays that the weight's leaf shares.
+    """
+    leaf = adapter[path]
+    shared = None
+    if leaf.share is not None:
+        shared = adapter.get(leaf.share)
+        if not isinstance(shared, SharedArrays):
+            raise ValueError(
+                f"The adapter on {path!r} shares arrays under {leaf.share!r}, which the adapter "
+                f"lacks. Keep that entry with every part of the adapter."
+            )
+    return leaf.expression(Given(base, shared, key))
 
 
 def places(flat: tree.Flat, adapter: Any) -> dict[str, int]:
@@ -146,38 +342,46 @@ def places(flat: tree.Flat, adapter: Any) -> dict[str, int]:
             f"adapter={type(adapter).__name__} is not what init returns: a dict from the paths of "
             f"weights to their adapters. Pass the adapter alone, after params."
         )
+    leaves = leaves_of(adapter)
     index = {path: i for i, path in enumerate(flat.paths)}
-    missing = [path for path in adapter if path not in index]
+    missing = [path for path in leaves if path not in index]
     if missing:
         raise ValueError(
-            f"The adapter has {missing[0]!r} ({len(missing)} such of {len(adapter)}), which params "
+            f"The adapter has {missing[0]!r} ({len(missing)} such of {len(leaves)}), which params "
             f"does not. The nearest paths are {tree.nearest(missing[0], flat.paths)}. Pass the "
             f"tree that init was given, with the same outer keys."
         )
-    for path, leaf in adapter.items():
-        _check_fits(path, leaf, flat.leaves[index[path]])
-    return {path: index[path] for path in adapter}
+    for path, leaf in leaves.items():
+        shape = tuple(flat.leaves[index[path]].shape)
+        if shape != leaf.shape:
+            raise ValueError(
+                f"The adapter on {path!r} was made for a weight of shape {leaf.shape}, but params "
+                f"has {shape} there. Use the params it was initialised with, or init anew."
+            )
+    for path, node in adapter.items():
+        _check_arrays(path, node)
+    return {path: index[path] for path in leaves}
 
 
-def _check_fits(path: str, leaf: AdapterLeaf, weight: Any) -> None:
-    if tuple(weight.shape) != leaf.shape:
-        raise ValueError(
-            f"The adapter on {path!r} was made for a weight of shape {leaf.shape}, but params has "
-            f"{tuple(weight.shape)} there. Use the params it was initialised with, or init anew."
-        )
-    for name, shape in leaf.shapes().items():
-        value = getattr(leaf, name)
+def _check_arrays(path: str, node: Arrays) -> None:
+    shapes = node.shapes()
+    for field in array_fields(node):
+        name, value = field.name, getattr(node, field.name)
+        if name not in shapes and value is None:
+            continue
+        shape = shapes.get(name)
         if tuple(getattr(value, "shape", ())) != shape:
             got = getattr(value, "shape", type(value).__name__)
             hint = " (it looks transposed)" if tuple(got)[::-1] == shape else ""
+            facts = {key: fact for key, fact in static_facts(node).items() if key != "positions"}
             raise ValueError(
                 f"The array {name!r} of the adapter on {path!r} has shape {got}{hint}, expected "
-                f"{shape} for a weight of shape {leaf.shape} with axes {leaf.axes}. If a part of "
-                f"the adapter was left out, put it back with jlora.combine."
+                f"{shape} for {facts}. If a part of the adapter was left out, put it back with "
+                f"jlora.combine."
             )
 
 
-def static_facts(leaf: AdapterLeaf) -> Mapping[str, Any]:
+def static_facts(leaf: Arrays) -> Mapping[str, Any]:
     """The fields of a leaf that are not arrays."""
     arrays = {field.name for field in array_fields(leaf)}
     fields = dataclasses.fields(leaf)  # type: ignore

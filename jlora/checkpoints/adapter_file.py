@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from jlora import tree
-from jlora.adapters.protocol import FAMILIES, array_fields, places, static_facts
+from jlora.adapters.protocol import FAMILIES, AdapterLeaf, array_fields, places, static_facts
 from jlora.factored.probe import Axes
 
 PyTree = Any
@@ -47,6 +47,8 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, Any], param
     for weight_path, leaf in adapter.items():
         leaves[weight_path] = {"family": leaf.family, **static_facts(leaf)}
         for field in array_fields(leaf):
+            if getattr(leaf, field.name) is None:
+                continue
             value = np.asarray(jax.device_get(getattr(leaf, field.name)))
             _check_finite(f"{weight_path}/{field.name}", value)
             tensors[f"{weight_path}/{field.name}"] = np.ascontiguousarray(value)
@@ -54,7 +56,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, Any], param
         "format": "jlora",
         "version": str(FORMAT),
         "adapter": json.dumps(leaves, sort_keys=True),
-        "base": json.dumps({p: fingerprint(weights[p]) for p in adapter}, sort_keys=True),
+        "base": json.dumps({p: fingerprint(weights[p]) for p in weights}, sort_keys=True),
     }
     _write_atomically(pathlib.Path(path), safetensors.numpy.save(tensors, metadata))
 
@@ -190,6 +192,8 @@ def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, n
     arrays = {}
     for field in array_fields(cls):
         key = f"{weight_path}/{field.name}"
+        if key not in tensors and field.default is None:
+            continue
         if key not in tensors:
             raise ValueError(f"{path} lacks the tensor {key!r}. Save the adapter again.")
         value = tensors.pop(key)
@@ -198,8 +202,9 @@ def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, n
         _check_finite(key, value)
         arrays[field.name] = jnp.asarray(value)
     try:
-        facts["shape"] = tuple(facts["shape"])
-        facts["axes"] = Axes(*(tuple(group) for group in facts["axes"]))
+        facts = {key: tuple(f) if isinstance(f, list) else f for key, f in facts.items()}
+        if issubclass(cls, AdapterLeaf):
+            facts["axes"] = Axes(*(tuple(group) for group in facts["axes"]))
         return cls(**arrays, **facts)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} describes {weight_path!r} wrongly: {error}.") from error

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.factored import balance, releases
-from jlora.factored.network import Atom, Dropout, Factored, Network, Operand
+from jlora.factored.network import Atom, Dropout, Factored, Operand
 
 Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]
 Run = Callable[[Any, Sequence[Any], Evaluate], list[Any] | None]
@@ -249,8 +249,7 @@ def fold_keys(value: Any, number: Any) -> Any:
         dataclasses.replace(term, dropout=term.dropout and fold(term.dropout))
         for term in value.network.terms
     ]
-    network = value.network
-    return Factored(value.base, Network(network.axes, network.path, network.gains, tuple(terms)))
+    return Factored(value.base, dataclasses.replace(value.network, terms=tuple(terms)))
 
 
 # --- while, cond ---------------------------------------------------------------------------------

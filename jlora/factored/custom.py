@@ -8,6 +8,7 @@ and `B` goes through the rank, and the gradient of the full weight is never form
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | Non
                 f"function with a derivative of its own ({eqn.primitive.name}): its rule would "
                 f"see the input that was not dropped. Give its rule dropout=0.0."
             )
+    values = [_unobserved(value) for value in values]
     backward = _Backward(eqn, [_plain(value) for value in values])
 
     @jax.custom_vjp
@@ -56,6 +58,13 @@ def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | Non
 
     run.defvjp(forward, pull_back)
     return run(list(values))
+
+
+def _unobserved(value: Any) -> Any:
+    """The value without arrays for moments: the rule of the function knows nothing of them."""
+    if not is_factored(value) or not value.network.observed:
+        return value
+    return dataclasses.replace(value, network=dataclasses.replace(value.network, observed=()))
 
 
 def _enters(eqn: Any) -> bool:

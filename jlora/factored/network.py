@@ -8,11 +8,13 @@ relabelling, slicing or padding of operands, so the dense sum is never needed.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +115,7 @@ class Term:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["gains", "terms"],
+    data_fields=["gains", "terms", "observed"],
     meta_fields=["axes", "path"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +127,14 @@ class Network:
         path: Where the weight came from, for messages.
         gains: Factors on the base; none means one.
         terms: What is added.
+        observed: Arrays whose gradients products make to be moments of what the weight meets.
     """
 
     axes: Axes
     path: str
     gains: tuple[Operand, ...] = ()
     terms: tuple[Term, ...] = ()
+    observed: tuple[Operand, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -154,6 +158,7 @@ class Network:
             self,
             gains=tuple(fn(gain) for gain in self.gains),
             terms=tuple(term.map(fn) for term in self.terms),
+            observed=tuple(fn(operand) for operand in self.observed),
         )
 
     def replace_atom(
@@ -210,6 +215,9 @@ class Factored:
                     f"weight is used by more than products (lora.explain shows by what), so its "
                     f"input is unknown. Give its rule dropout=0.0, or leave out dropout_key."
                 )
+        watched = _sums.get()
+        if watched is not None and not self.network.indexed:
+            watched.append(self.network.path)
         dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
         total = self.base.astype(dtype)
         for gain in self.network.gains:
@@ -217,6 +225,20 @@ class Factored:
         for term in self.network.terms:
             total = total + expand(term.operands, self.network, dtype)
         return total.astype(self.base.dtype)
+
+
+_sums: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("sums", default=None)
+
+
+@contextlib.contextmanager
+def watching_sums() -> Iterator[list[str]]:
+    """A list of the paths of weights whose dense sum is formed inside the context."""
+    paths: list[str] = []
+    token = _sums.set(paths)
+    try:
+        yield paths
+    finally:
+        _sums.reset(token)
 
 
 def size(atoms: Sequence[Atom]) -> int:
@@ -232,6 +254,7 @@ def build(
     terms: Sequence[Sequence[Labelled]] = (),
     splits: Mapping[int, Sequence[int]] = types.MappingProxyType({}),
     gate: tuple[Labelled, Hashable, int] | None = None,
+    observed: Sequence[Labelled] = (),
     dropout: tuple[float, Any, Sequence[int]] | None = None,
 ) -> Network:
     """The network of a weight of this shape.
@@ -244,6 +267,7 @@ def build(
         splits: Axes of the weight that arrays see as several, slowest first, with their sizes.
             Part `i` of axis `n` has the label `(n, i)`.
         gate: For every term, a router, the label of what it chooses from, and how many it keeps.
+        observed: Arrays whose gradients products make to be moments of what the weight meets.
         dropout: A rate, an array of random keys, and the weight's axes that the keys run over.
     """
     atoms: dict[Hashable, Atom] = {
@@ -276,6 +300,7 @@ def build(
         path=path,
         gains=tuple(operand(*gain) for gain in gains),
         terms=tuple(Term(operands, drop, chosen) for operands in products),
+        observed=tuple(operand(*one) for one in observed),
     )
 
 

@@ -265,7 +265,9 @@ def _by_root(roles: dict[Atom, Role]) -> dict[int, Role]:
     for root in {atom.root for atom in roles if atom.root is not None}:
         parts = {atom: role for atom, role in roles.items() if atom.root == root}
         longer = {role for atom, role in parts.items() if atom.size > 1} or set(parts.values())
-        ranked = (role for role in (Role.INPUT, Role.OUTPUT, Role.BATCH) if role in longer)
+        ranked = (
+            role for role in (Role.INPUT, Role.WINDOW, Role.OUTPUT, Role.BATCH) if role in longer
+        )
         by_root[root] = next(ranked)
     return by_root
 
@@ -308,16 +310,25 @@ def axes_of(found: Iterable[Use], ndim: int) -> Axes | None:
 
     A look-up decides first (a tied embedding is an embedding), then a product with data.
     """
-    known = [use for use in found if use.roles is not None]
-    if not known:
+    roles = _decisive(found)
+    if roles is None:
         return None
-    decisive = min(known, key=lambda use: _rank(use, known))
-    roles = decisive.roles or {}
     axes = [
-        tuple(axis for axis in range(ndim) if roles.get(axis) is role)
-        for role in (Role.BATCH, Role.INPUT, Role.OUTPUT)
+        tuple(axis for axis in range(ndim) if roles.get(axis) in group)
+        for group in ((Role.BATCH,), (Role.INPUT, Role.WINDOW), (Role.OUTPUT,))
     ]
     return Axes(*axes)
+
+
+def window_of(found: Iterable[Use]) -> tuple[int, ...]:
+    """Those of a weight's input axes that a convolution slides over."""
+    roles = _decisive(found) or {}
+    return tuple(sorted(axis for axis, role in roles.items() if role is Role.WINDOW))
+
+
+def _decisive(found: Iterable[Use]) -> dict[int, Role] | None:
+    known = [use for use in found if use.roles is not None]
+    return min(known, key=lambda use: _rank(use, known)).roles if known else None
 
 
 def _rank(use: Use, known: Sequence[Use]) -> tuple[int, bool]:

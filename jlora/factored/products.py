@@ -37,6 +37,7 @@ class Role(enum.Enum):
     """What an axis of a weight does in a product."""
 
     INPUT = "input"  # Contracted with the activation.
+    WINDOW = "window"  # Contracted too, while a convolution slides over it.
     OUTPUT = "output"  # Appears in the result.
     BATCH = "batch"  # Pairs off with an axis of the activation: one matrix for each index.
 
@@ -129,6 +130,42 @@ def _gain(gain: Operand, groups: Sequence[tuple[Atom, ...]], dtype: Any) -> Any:
     return array.reshape(lengths).astype(dtype)
 
 
+def _observed(x: Operand, network: Network, inputs: Sequence[Atom]) -> Any:
+    """The activation, whose backward pass hands its moments to the network's observed arrays.
+
+    Those are the count of inputs, their sum, and the sum of their outer products, for each of the
+    weight's matrices. What reaches them is no derivative of anything.
+    """
+    count, first, second = network.observed
+    ordered = [atom for atom in first.atoms if atom in inputs]
+    if size(ordered) ** 2 * count.array.size != second.array.size:
+        raise ValueError(
+            f"The moments of the inputs of {network.path!r} cannot be taken: the model uses a part "
+            f"of this weight's inputs. Leave it out of the rules."
+        )
+    matrices = [atom for atom in first.atoms if atom in x.atoms and atom not in inputs]
+    tokens = [atom for atom in x.atoms if atom not in (*matrices, *inputs)]
+
+    @jax.custom_vjp
+    def meet(array: Any, sums: list[Any]) -> Any:
+        del sums
+        return array
+
+    def backward(array: Any, cotangent: Any) -> tuple[Any, list[Any]]:
+        rows = contract(Operand(array, x.atoms), (), [*matrices, *tokens, *ordered])
+        rows = rows.reshape(size(matrices), size(tokens), size(ordered)).astype(jnp.float32)
+        outer = jnp.einsum("bti,btj->bij", rows, rows, precision=lax.Precision.HIGHEST)
+        sums = [jnp.full(len(rows), size(tokens)), rows.sum(1), outer]
+        shaped = [
+            value.reshape(operand.array.shape).astype(operand.array.dtype)
+            for value, operand in zip(sums, network.observed, strict=True)
+        ]
+        return cotangent, shaped
+
+    meet.defvjp(lambda array, sums: (array, array), backward)
+    return meet(x.array, [operand.array for operand in network.observed])
+
+
 def _product_dtype(x: Any, base: Any, result: Any) -> Any:
     """The type to multiply in: the operands' own, unless they differ or are of 8 bits, which are
     scaled for the base and not for the factors.
@@ -206,6 +243,9 @@ def _dot(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -
     def product(x: Any, base: Any) -> Any:
         return bind(base, x) if side == 0 else bind(x, base)
 
+    if network.observed:
+        contracted = [atom for axis in x_contracting for atom in groups[axis]]
+        x = _observed(_split_axes(jnp.asarray(x), groups), network, contracted).reshape(x.shape)
     result = _with_gains(factored, x, groups, out_groups, product)
     x = jnp.asarray(x).astype(_product_dtype(x, factored.base, result))
     out = [atom for group in out_groups for atom in group]
@@ -319,9 +359,10 @@ def _conv_roles(eqn: Any, side: int, network: Network) -> Roles | Dense:
         return Dense("convolution with batch groups")
     if network.indexed:
         return Dense("looked-up rows, which are an activation")
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    out_axis, in_axis, *_ = eqn.params["dimension_numbers"].rhs_spec
+    known = {out_axis: Role.OUTPUT, in_axis: Role.INPUT}
     return {
-        atom: Role.OUTPUT if axis == out_axis else Role.INPUT
+        atom: known.get(axis, Role.WINDOW)
         for axis, group in enumerate(network.axes)
         for atom in group
     }
@@ -332,7 +373,7 @@ def _conv(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) 
     x, factored = values
     network: Network = factored.network
     form = _Convolution(eqn, network)
-    x_groups = _labelled(x.shape, {form.channel: form.inputs} if form.groups == 1 else {})
+    x_groups = _labelled(x.shape, {form.channel: (Atom(form.groups), *form.inputs)})
     out_groups = _labelled(eqn.outvars[0].aval.shape, {form.feature: form.outputs})
     total = _with_gains(factored, x, x_groups, out_groups, bind)
     for use, term in enumerate(network.terms):

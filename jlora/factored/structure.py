@@ -102,7 +102,7 @@ def scaled(network: Network, factor: Any, *, base_too: bool) -> Network:
         for term in network.terms
     )
     gains = network.gains if base_too else (*network.gains, Operand(factor, ()))
-    return Network(network.axes, network.path, gains, terms)
+    return dataclasses.replace(network, gains=gains, terms=terms)
 
 
 @rule("transpose")

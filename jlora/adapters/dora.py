@@ -1,0 +1,123 @@
+"""DoRA: magnitude and direction of a weight apart, the direction with a low-rank update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters import pair
+from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.adapters.protocol import (
+    About,
+    Expression,
+    Given,
+    Weight,
+    array,
+    as_matrices,
+    family,
+    wide,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """`m (W + s A B) / ||W + s A B||`, the norm that of what makes one output, `m` trained.
+
+    Attributes:
+        rank: As in `LoRA`, like all other fields but the next.
+        through_norm: Whether gradients also pass through the norm. The paper leaves that out
+            (section 4.3), at no cost in accuracy.
+
+    Raises:
+        TypeError: From `init`, where only the shapes of the parameters are known: `m` starts as the
+            weight's own norm.
+
+    References:
+        Liu et al., DoRA, arXiv:2402.09353, sections 4.1 and 4.3.
+    """
+
+    about = About(
+        name="DoRA",
+        formula="m (W + s A B) / norm(W + s A B), s = alpha / r",
+        parameters="r * (d + k) + k",
+        good_for="low ranks, where it is nearer to full fine-tuning than LoRA",
+        paper="Liu et al. 2402.09353",
+    )
+
+    through_norm: bool = False
+
+    def leaf(self, key: jax.Array, weight: Weight) -> DoRALeaf:
+        """Factors as `init` makes them, and the norms of what they make."""
+        made = super().leaf(key, weight)
+        facts = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        batch, _, outputs = weight.groups
+        matrices = weight.matrices("DoRA")
+        if not made.residual:  # A residual base gives way to the factors: their sum is the weight.
+            a, b = _as_matrices(made)
+            matrices = matrices + made.scale * a @ b
+        magnitude = jnp.linalg.norm(matrices, axis=-2).reshape(*batch, *outputs)
+        return DoRALeaf(
+            **facts, magnitude=magnitude.astype(self.dtype), through_norm=self.through_norm
+        )
+
+
+def _as_matrices(leaf: LoRALeaf) -> tuple[jax.Array, jax.Array]:
+    """The factors as (batch, fan_in, rank) and (batch, rank, fan_out)."""
+    batch, *_ = leaf.groups
+    count = math.prod(batch)
+    return wide(leaf.a).reshape(count, -1, leaf.rank), wide(leaf.b).reshape(count, leaf.rank, -1)
+
+
+@family("dora")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRALeaf(LoRALeaf):
+    """The factors and magnitudes of one weight.
+
+    Attributes:
+        a: (*batch, *inputs, rank), in the order of `axes`.
+        b: (*batch, rank, *outputs).
+        magnitude: (*batch, *outputs).
+    """
+
+    magnitude: jax.Array = array("magnitude")
+    through_norm: bool = False
+
+    def expression(self, given: Given) -> Expression:
+        """`g W + g s A B` with `g = m / norm`, a factor on each output."""
+        batch, _, outputs = self.axes
+        norm = self.norm(given.base)
+        if not self.through_norm:
+            norm = jax.lax.stop_gradient(norm)
+        sizes = self.groups
+        gain = self.magnitude / norm.reshape(*sizes.batch, *sizes.outputs)
+        beside_rank = gain.reshape(*sizes.batch, 1, *sizes.outputs)
+        return Expression(
+            gains=[(gain, (*batch, *outputs))],
+            terms=[pair.labelled(self, self.a, self.b * beside_rank * self.scale)],
+        )
+
+    def norm(self, base: Any) -> jax.Array:
+        """`||W + s A B||` over what makes each output, (batch, fan_out), without the sum.
+
+        It is the root of `||w||^2 + 2 s (A^T W) . b + s^2 b^T (A^T A) b` for every output's columns
+        `w` and `b`: nothing here is larger than the factors.
+        """
+        matrices = as_matrices(base, self.axes)
+        a, b = _as_matrices(self)
+        exact = jax.lax.Precision.HIGHEST
+        crossed = jnp.einsum("nir,nio->nro", a, matrices, precision=exact)
+        gram = jnp.einsum("nir,nis->nrs", a, a, precision=exact)
+        met = jnp.einsum("nrs,nso->nro", gram, b, precision=exact)
+        squared = (matrices**2).sum(-2)
+        squared += ((2 * self.scale * crossed + self.scale**2 * met) * b).sum(-2)
+        # A column of zeros has no direction; and rounding may leave a square below zero.
+        tiny = jnp.finfo(squared.dtype).tiny
+        return jnp.sqrt(jnp.maximum(squared, tiny))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        batch, _, outputs = self.groups
+        return {**super().shapes(), "magnitude": (*batch, *outputs)}

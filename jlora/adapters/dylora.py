@@ -1,0 +1,92 @@
+"""DyLoRA: LoRA whose every prefix of ranks works."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters import checks, pair
+from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.adapters.protocol import About, Expression, Given, Weight, family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DyLoRA(LoRA):
+    """LoRA trained at a rank `b` drawn anew for each step: `W + (alpha / b) A[:, :b] B[:b]`.
+
+    The step's rank is drawn from the `dropout_key` given to `apply`, the same for every weight;
+    without a key all ranks are used. Afterwards `jlora.truncate(adapter, r)` is the adapter of any
+    rank from `least_rank` up.
+
+    Attributes:
+        rank: The largest. All other fields but the next two are as in `LoRA`.
+        least_rank: The smallest that is drawn.
+        last_only: Whether a step trains only the last of its ranks, as the paper's faster variant.
+
+    References:
+        Valipour et al., DyLoRA, arXiv:2210.07558, algorithm 1.
+    """
+
+    about = About(
+        name="DyLoRA",
+        formula="W + (alpha / b) A[:, :b] B[:b], b drawn at each step",
+        parameters="r * (d + k)",
+        good_for="one training run for all ranks: choose after it",
+        paper="Valipour et al. 2210.07558",
+    )
+
+    least_rank: int = 1
+    last_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.count("DyLoRA.least_rank", self.least_rank)
+        checks.flag("DyLoRA.last_only", self.last_only)
+        if self.least_rank > self.rank:
+            raise ValueError(
+                f"DyLoRA.least_rank={self.least_rank} exceeds rank={self.rank}. Use at most that."
+            )
+        if self.init.residual:
+            raise ValueError(
+                f"DyLoRA.init={self.init!r} needs all its ranks to be where the base was. Use one "
+                f"that starts at zero, such as inits.uniform."
+            )
+
+    def leaf(self, key: jax.Array, weight: Weight) -> DyLoRALeaf:
+        """Factors as `init` makes them."""
+        made = super().leaf(key, weight)
+        facts = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        return DyLoRALeaf(**facts, least_rank=int(self.least_rank), last_only=self.last_only)
+
+
+@family("dylora")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DyLoRALeaf(LoRALeaf):
+    """The factors of one weight, of which any first few ranks are an adapter."""
+
+    least_rank: int
+    last_only: bool
+
+    def expression(self, given: Given) -> Expression:
+        """All ranks, or those of a step: the others are masked, for shapes cannot depend on it."""
+        if given.key is None:
+            return super().expression(given)
+        key = jax.random.fold_in(given.key, zlib.crc32(b"DyLoRA"))
+        drawn = jax.random.randint(key, (), self.least_rank, self.rank + 1)
+        number = jnp.arange(self.rank)
+        outputs = len(self.axes.outputs)
+
+        def trained(factor: jax.Array, last: jax.Array) -> jax.Array:
+            frozen = jax.lax.stop_gradient(factor)
+            return jnp.where(last, factor, frozen) if self.last_only else factor
+
+        by_row = number.reshape(-1, *[1] * outputs)  # The rank as it lies in `b`.
+        a = trained(self.a, number == drawn - 1)
+        b = trained(self.b, by_row == drawn - 1)
+        scale = pair.scale_of(1, self.alpha) / (jnp.sqrt(drawn) if self.rank_stabilized else drawn)
+        return Expression(
+            terms=[pair.labelled(self, a, b * jnp.where(by_row < drawn, scale, 0).astype(b.dtype))]
+        )

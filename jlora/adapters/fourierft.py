@@ -1,0 +1,173 @@
+"""FourierFT: an update with few entries in its spectrum."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapters import checks
+from jlora.adapters.protocol import (
+    About,
+    AdapterConfig,
+    AdapterLeaf,
+    Expression,
+    Given,
+    Weight,
+    array,
+    family,
+)
+from jlora.factored.probe import Axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FourierFT(AdapterConfig):
+    """`W + alpha * Re(ifft2(S))`, with `frequencies` entries of `S` trained and the others zero.
+
+    Which entries is drawn from `seed`, the same for all weights of one shape. Few frequencies are
+    computed through their waves, a low-rank update of twice their number; many through the inverse
+    transform, as one more product with an array of the weight's size.
+
+    Attributes:
+        frequencies: How many entries; the paper uses 200 to 1000.
+        alpha: The scale put on the update.
+        seed: Draws which entries.
+        std: The deviation of the entries at the start. As in the paper it is one, so a fresh
+            adapter changes the model a little; 0.0 starts at the base.
+        dropout: Probability of dropping an entry of the input while training.
+        dtype: Of the entries.
+
+    References:
+        Gao et al., FourierFT, arXiv:2405.03003, section 3.
+    """
+
+    about = About(
+        name="FourierFT",
+        formula="W + alpha Re(ifft2(S)), n entries of S trained",
+        parameters="n",
+        good_for="the fewest numbers that depend on no width",
+        paper="Gao et al. 2405.03003",
+    )
+    kinds = frozenset({"linear"})
+
+    frequencies: int
+    alpha: float = 300.0
+    seed: int = 2024
+    std: float = 1.0
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.count("FourierFT.frequencies", self.frequencies)
+
+    def refusal(self, weight: Weight) -> str | None:
+        """As for any family, and where there are fewer entries than wanted."""
+        entries = weight.fan_in * weight.fan_out
+        if self.frequencies > entries:
+            return f"FourierFT.frequencies={self.frequencies}, and it has {entries} entries"
+        return super().refusal(weight)
+
+    def leaf(self, key: jax.Array, weight: Weight) -> FourierFTLeaf:
+        """Entries drawn normal."""
+        entries = weight.fan_in * weight.fan_out
+        chosen = np.random.default_rng(self.seed).choice(entries, self.frequencies, replace=False)
+        shape = (*weight.groups.batch, self.frequencies)
+        return FourierFTLeaf(
+            spectrum=self.std * jax.random.normal(key, shape, self.dtype),
+            shape=weight.shape,
+            axes=weight.axes,
+            frequencies=int(self.frequencies),
+            positions=encoded(chosen),
+            alpha=float(self.alpha),
+            dropout=float(self.dropout),
+        )
+
+
+def encoded(positions: Any) -> str:
+    """Places in a flattened (fan_in, fan_out) spectrum, as a text that a file can hold.
+
+    A text is also compared and hashed at once, which `jit` does at every call.
+    """
+    return base64.b64encode(np.asarray(positions, "<u8").tobytes()).decode()
+
+
+@family("fourierft")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FourierFTLeaf(AdapterLeaf):
+    """The entries of one weight's spectrum, (*batch, frequencies)."""
+
+    spectrum: jax.Array = array("spectrum")
+    shape: tuple[int, ...]
+    axes: Axes
+    frequencies: int
+    positions: str
+    alpha: float
+    dropout: float
+
+    def expression(self, given: Given) -> Expression:
+        """Through the waves where that is less work for a step than a product of full size.
+
+        For every token a step multiplies four times with each wave's two parts on both sides,
+        against three times with the whole update.
+        """
+        del given
+        return self._transform() if self.weight_sized else self._waves()
+
+    @property
+    def weight_sized(self) -> bool:
+        sizes = self.groups
+        fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
+        return 8 * self.frequencies * (fan_in + fan_out) >= 6 * fan_in * fan_out
+
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The row and column of each entry."""
+        flat = np.frombuffer(base64.b64decode(self.positions), "<u8")
+        return np.divmod(flat.astype(np.int64), math.prod(self.groups.outputs))
+
+    def _waves(self) -> Expression:
+        """`Re(e^{i(a + b)}) = cos a cos b - sin a sin b`, one pair of products for each entry."""
+        batch, inputs, outputs = self.axes
+        sizes = self.groups
+        fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
+        rows, columns = self._places()
+
+        def angles(places: np.ndarray, length: int) -> Any:
+            # Modulo a turn while still integers, so that no phase is rounded.
+            steps = np.outer(np.arange(length), places) % length
+            return jnp.asarray(2 * np.pi * steps / length, jnp.float32)
+
+        a, b = angles(rows, fan_in), angles(columns, fan_out)
+        near = jnp.stack([jnp.cos(a), jnp.sin(a)], -1)
+        far = jnp.stack([jnp.cos(b), -jnp.sin(b)], -1)
+        scale = self.alpha / (fan_in * fan_out)
+        waves = ("wave", "part")
+        return Expression(
+            terms=[
+                [
+                    (near.reshape(*sizes.inputs, -1, 2), (*inputs, *waves)),
+                    (self.spectrum * scale, (*batch, "wave")),
+                    (far.reshape(*sizes.outputs, -1, 2), (*outputs, *waves)),
+                ]
+            ]
+        )
+
+    def _transform(self) -> Expression:
+        """The whole update."""
+        batch, inputs, outputs = self.axes
+        sizes = self.groups
+        fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
+        rows, columns = self._places()
+        spectrum = jnp.zeros((*sizes.batch, fan_in, fan_out), self.spectrum.dtype)
+        spectrum = spectrum.at[..., rows, columns].set(self.spectrum)
+        update = self.alpha * jnp.fft.ifft2(spectrum).real.astype(self.spectrum.dtype)
+        update = update.reshape(*sizes.batch, *sizes.inputs, *sizes.outputs)
+        return Expression(terms=[[(update, (*batch, *inputs, *outputs))]])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"spectrum": (*self.groups.batch, self.frequencies)}

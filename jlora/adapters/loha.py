@@ -1,0 +1,178 @@
+"""LoHa: the Hadamard product of two low-rank updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters import checks, pair
+from jlora.adapters.inits import within
+from jlora.adapters.protocol import (
+    About,
+    AdapterConfig,
+    AdapterLeaf,
+    Expression,
+    Given,
+    Weight,
+    array,
+    family,
+    groups,
+)
+from jlora.factored.probe import Axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHa(AdapterConfig):
+    """`W + (alpha / rank) * (A1 B1) o (A2 B2)`, whose rank goes up to the square of `rank`.
+
+    It is computed as the low-rank update that it is: what one input gives is the products of all
+    pairs of columns of `A1` and `A2`, so a step costs what LoRA of rank `rank ** 2` costs.
+
+    Attributes:
+        rank: Of each of the two.
+        alpha: Numerator of the scale put on the update; positive.
+        dropout: Probability of dropping an entry of the input while training.
+        tucker: Give a convolution two factors over its channels alone and a core over its window,
+            which is smaller. Other weights, and windows of one place, have no core.
+        dtype: Of all factors.
+
+    References:
+        Hyeon-Woo et al., FedPara, arXiv:2108.06098, propositions 1 and 3.
+        Yeh et al., LyCORIS, arXiv:2309.14859, section 3.
+    """
+
+    about = About(
+        name="LoHa",
+        formula="W + (alpha / r) (A1 B1) o (A2 B2)",
+        parameters="2 * r * (d + k)",
+        good_for="ranks up to r^2 for twice LoRA's numbers; images",
+        paper="Hyeon-Woo et al. 2108.06098; Yeh et al. 2309.14859",
+    )
+    kinds = frozenset({"linear", "convolution"})
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    tucker: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.flag("LoHa.tucker", self.tucker)
+
+    def leaf(self, key: jax.Array, weight: Weight) -> LoHaLeaf:
+        """Every factor uniform but `a2`, which is zero."""
+        facts = {
+            "shape": weight.shape,
+            "axes": weight.axes,
+            "rank": int(self.rank),
+            "alpha": float(self.alpha),
+            "dropout": float(self.dropout),
+        }
+        window = math.prod(weight.shape[axis] for axis in weight.window)
+        with_core = self.tucker and window > 1
+        cls = LoHaTuckerLeaf if with_core else LoHaLeaf
+        if with_core:
+            facts["window"] = weight.window
+        channels = math.prod(weight.shape[axis] for axis in weight.channels)
+        fan_in = {"a": channels if with_core else weight.fan_in, "b": self.rank}
+        fan_in["core"] = self.rank * window
+        shapes = cls.shapes_of(weight.shape, weight.axes, self.rank, facts.get("window", ()))
+        arrays = {}
+        for number, (name, shape) in enumerate(shapes.items()):
+            one = jax.random.fold_in(key, number)
+            arrays[name] = within(one, shape, fan_in[name[:-1]], self.dtype)
+        arrays["a2"] = jnp.zeros_like(arrays["a2"])
+        return cls(**arrays, **facts)
+
+
+@family("loha")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHaLeaf(AdapterLeaf):
+    """The factors of one weight: `a1`, `a2` (*batch, *inputs, rank) and `b1`, `b2`
+    (*batch, rank, *outputs).
+    """
+
+    a1: jax.Array = array("a")
+    b1: jax.Array = array("b")
+    a2: jax.Array = array("a")
+    b2: jax.Array = array("b")
+    shape: tuple[int, ...]
+    axes: Axes
+    rank: int
+    alpha: float
+    dropout: float
+
+    @property
+    def scale(self) -> float:
+        return pair.scale_of(self.rank, self.alpha)
+
+    def expression(self, given: Given) -> Expression:
+        """All four factors as one term, with an axis of rank for each pair."""
+        del given
+        first = pair.labelled(self, self.a1, self.b1 * self.scale, "rank 1")
+        second = pair.labelled(self, self.a2, self.b2, "rank 2")
+        return Expression(terms=[[*first, *second]])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.shapes_of(self.shape, self.axes, self.rank, ())
+
+    @staticmethod
+    def shapes_of(
+        shape: tuple[int, ...], axes: Axes, rank: int, window: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes for a weight of this shape; `window` is for leaves with cores."""
+        del window
+        one = pair.shapes_of(groups(shape, axes), rank)
+        return {f"{name}{number}": one[name] for number in (1, 2) for name in ("a", "b")}
+
+
+@family("loha_tucker")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHaTuckerLeaf(LoHaLeaf):
+    """The factors of a convolution: `a1`, `a2` (*batch, *channels, rank), cores (*batch, rank of
+    a, rank of b, *window), and `b1`, `b2` (*batch, rank, *outputs).
+    """
+
+    core1: jax.Array = array("core")
+    core2: jax.Array = array("core")
+    window: tuple[int, ...]
+
+    def expression(self, given: Given) -> Expression:
+        """Each `a` and its core make one factor over the window and the channels."""
+        widened = dataclasses.replace(
+            self,
+            a1=self._over_window(self.a1, self.core1),
+            a2=self._over_window(self.a2, self.core2),
+        )
+        return LoHaLeaf.expression(widened, given)
+
+    def _over_window(self, a: jax.Array, core: jax.Array) -> jax.Array:
+        batch, inputs, _ = self.axes
+        channels = [axis for axis in inputs if axis not in self.window]
+        first, second = len(self.shape), len(self.shape) + 1  # The ranks of a and b.
+        return jnp.einsum(
+            a,
+            [*batch, *channels, first],
+            core,
+            [*batch, first, second, *self.window],
+            [*batch, *inputs, second],
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.shapes_of(self.shape, self.axes, self.rank, self.window)
+
+    @staticmethod
+    def shapes_of(
+        shape: tuple[int, ...], axes: Axes, rank: int, window: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes for a convolution's kernel of this shape."""
+        channels = axes._replace(inputs=tuple(n for n in axes.inputs if n not in window))
+        shapes = LoHaLeaf.shapes_of(shape, channels, rank, ())
+        batch = tuple(shape[axis] for axis in axes.batch)
+        core = (*batch, rank, rank, *(shape[axis] for axis in window))
+        return {**shapes, "core1": core, "core2": core}

@@ -1,0 +1,50 @@
+"""The pair of factors `A B` that most families are built on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+
+from jlora.adapters.inits import Initialization
+from jlora.adapters.protocol import AdapterLeaf, Groups, Weight
+from jlora.factored.network import Labelled
+
+
+def draw(
+    key: jax.Array, weight: Weight, init: Initialization, rank: int, scale: float, dtype: Any
+) -> dict[str, jax.Array]:
+    """Fresh `a` (*batch, *inputs, rank) and `b` (*batch, rank, *outputs) for a weight.
+
+    Args:
+        key: Draws whatever is random.
+        weight: What they will adapt.
+        init: How.
+        rank: The length of the axis they share.
+        scale: What their product is multiplied by.
+        dtype: Of both.
+    """
+    a, b = init.factors(key, weight, rank, scale)
+    shapes = shapes_of(weight.groups, rank)
+    return {"a": a.reshape(shapes["a"]).astype(dtype), "b": b.reshape(shapes["b"]).astype(dtype)}
+
+
+def shapes_of(groups: Groups, rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of `a` and `b`."""
+    batch, inputs, outputs = groups
+    return {"a": (*batch, *inputs, rank), "b": (*batch, rank, *outputs)}
+
+
+def labelled(
+    leaf: AdapterLeaf, a: Any, b: Any, rank: Hashable = "rank"
+) -> tuple[Labelled, Labelled]:
+    """Factors of these shapes with their labels."""
+    batch, inputs, outputs = leaf.axes
+    return (a, (*batch, *inputs, rank)), (b, (*batch, rank, *outputs))
+
+
+def scale_of(rank: int, alpha: float, rank_stabilized: bool = False) -> float:
+    """`alpha / rank`, or `alpha / sqrt(rank)`."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)

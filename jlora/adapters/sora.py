@@ -1,0 +1,62 @@
+"""SoRA: LoRA with a gate on every rank, which sparsity closes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters import pair
+from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.adapters.protocol import About, Expression, Given, Weight, array, family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoRA(LoRA):
+    """`W + (alpha / rank) * A diag(g) B`, the gates `g` driven to zero where they do little.
+
+    Train it with `optax.chain(optimizer, jlora.soft_threshold(learning_rate * strength))`: the
+    proximal step for a penalty of `strength` on the absolute gates. `jlora.prune` then leaves out
+    the ranks whose gate is zero. Gates start at one.
+
+    Attributes:
+        rank: What training starts with; all other fields are as in `LoRA`.
+
+    References:
+        Ding et al., SoRA, arXiv:2311.11696, section 3.2 and equation 8. Its code draws the gates
+        normal; from one every rank starts alike.
+    """
+
+    about = About(
+        name="SoRA",
+        formula="W + (alpha / r) A diag(g) B, g made sparse",
+        parameters="r * (d + k + 1)",
+        good_for="finding each weight's rank without a budget",
+        paper="Ding et al. 2311.11696",
+    )
+
+    def leaf(self, key: jax.Array, weight: Weight) -> SoRALeaf:
+        """Factors as `init` makes them, and open gates."""
+        made = super().leaf(key, weight)
+        facts = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        gate = jnp.ones((*weight.groups.batch, self.rank), self.dtype)
+        return SoRALeaf(**facts, gate=gate)
+
+
+@family("sora")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoRALeaf(LoRALeaf):
+    """The factors of one weight, and its gates (*batch, rank)."""
+
+    gate: jax.Array = array("gate")
+
+    def expression(self, given: Given) -> Expression:
+        """`W + scale * A diag(g) B`."""
+        del given
+        a, b = pair.labelled(self, self.a, self.b)
+        return Expression(terms=[[a, (self.gate * self.scale, (*self.axes.batch, "rank")), b]])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        batch, *_ = self.groups
+        return {**super().shapes(), "gate": (*batch, self.rank)}

@@ -1,0 +1,140 @@
+"""VeRA: random factors shared by all layers, and trained vectors that scale them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters import checks
+from jlora.adapters.protocol import (
+    FROZEN,
+    About,
+    AdapterConfig,
+    AdapterLeaf,
+    Expression,
+    Given,
+    SharedArrays,
+    Weight,
+    array,
+    family,
+)
+from jlora.factored.probe import Axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRA(AdapterConfig):
+    """`W + A diag(d) B diag(b)`, with `A` and `B` random, frozen, and the same for all weights.
+
+    The shared pair is as large as the largest of its weights asks for; smaller ones use its first
+    rows and columns. It is in the adapter once, under the name `share`.
+
+    Attributes:
+        rank: Of the shared pair; far higher than LoRA's, for it costs no trained numbers but
+            `rank` for each weight. The paper uses 256 to 1024.
+        d_initial: What `d` starts at. `b` starts at zero.
+        dropout: Probability of dropping an entry of the input while training.
+        share: The name of the shared pair. Configs that differ need different names.
+        dtype: Of all arrays.
+
+    References:
+        Kopiczko et al., VeRA, arXiv:2310.11454, section 3.1; shared over shapes as PEFT does.
+    """
+
+    about = About(
+        name="VeRA",
+        formula="W + A diag(d) B diag(b), A and B random and shared",
+        parameters="r + k",
+        good_for="the fewest numbers per adapter: many adapters, little storage",
+        paper="Kopiczko et al. 2310.11454",
+    )
+    kinds = frozenset({"linear"})
+
+    rank: int
+    d_initial: float = 0.1
+    dropout: float = 0.0
+    share: str = "vera"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.scale("VeRA.d_initial", self.d_initial)
+
+    def leaf(self, key: jax.Array, weight: Weight) -> VeRALeaf:
+        """`d` at its initial value, `b` at zero."""
+        del key
+        batch, _, outputs = weight.groups
+        return VeRALeaf(
+            d=jnp.full((*batch, self.rank), self.d_initial, self.dtype),
+            b=jnp.zeros((*batch, *outputs), self.dtype),
+            shape=weight.shape,
+            axes=weight.axes,
+            rank=int(self.rank),
+            dropout=float(self.dropout),
+            share=self.share,
+        )
+
+    def shared(self, key: jax.Array, weights: Sequence[Weight]) -> VeRAShared:
+        """A random pair for the largest of the weights, uniform as Kaiming's for ReLU."""
+        fan_in = max(weight.fan_in for weight in weights)
+        fan_out = max(weight.fan_out for weight in weights)
+        key_a, key_b = jax.random.split(key)
+        wide, narrow = math.sqrt(6 / fan_in), math.sqrt(6 / self.rank)
+        a = jax.random.uniform(key_a, (fan_in, self.rank), self.dtype, -wide, wide)
+        b = jax.random.uniform(key_b, (self.rank, fan_out), self.dtype, -narrow, narrow)
+        return VeRAShared(a=a, b=b, rank=int(self.rank), fan_in=fan_in, fan_out=fan_out)
+
+
+@family("vera_shared")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRAShared(SharedArrays):
+    """The random pair: `a` (fan_in, rank) and `b` (rank, fan_out)."""
+
+    a: jax.Array = array(FROZEN)
+    b: jax.Array = array(FROZEN)
+    rank: int
+    fan_in: int
+    fan_out: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (self.fan_in, self.rank), "b": (self.rank, self.fan_out)}
+
+
+@family("vera")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRALeaf(AdapterLeaf):
+    """The vectors of one weight: `d` (*batch, rank) and `b` (*batch, *outputs)."""
+
+    d: jax.Array = array("d")
+    b: jax.Array = array("b")
+    shape: tuple[int, ...]
+    axes: Axes
+    rank: int
+    dropout: float
+    share: str
+
+    def expression(self, given: Given) -> Expression:
+        """`b` is folded into `B`: its gradient then needs the rank of `x A`, and no result."""
+        batch, inputs, outputs = self.axes
+        sizes = self.groups
+        fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
+        a = jax.lax.stop_gradient(given.shared.a)[:fan_in].reshape(*sizes.inputs, self.rank)
+        b = jax.lax.stop_gradient(given.shared.b)[:, :fan_out].reshape(self.rank, *sizes.outputs)
+        beside_rank = self.b.reshape(*sizes.batch, 1, *sizes.outputs)
+        return Expression(
+            terms=[
+                [
+                    (a, (*inputs, "rank")),
+                    (self.d, (*batch, "rank")),
+                    (b * beside_rank, (*batch, "rank", *outputs)),
+                ]
+            ]
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        batch, _, outputs = self.groups
+        return {"d": (*batch, self.rank), "b": (*batch, *outputs)}
