@@ -139,19 +139,20 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 class Methods:
     """Every way to make a step, as `(step, state)` with `step(params, state, tokens) -> state`."""
 
-    def __init__(self, shape: Shape, rank: int, *, abstract: bool = False) -> None:
+    def __init__(
+        self, shape: Shape, config: Any, *, params: Any = None, abstract: bool = False
+    ) -> None:
         on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
         self.model = Decoder(shape, "cudnn" if on_gpu and not abstract else None)
         self._make = jax.eval_shape if abstract else lambda fn, *args: jax.jit(fn)(*args)
         draw = lambda key: jax.random.randint(key, (shape.batch, shape.length), 0, shape.vocabulary)
         self.tokens = self._make(draw, jax.random.key(1))
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), self.tokens)
-        self.params = self._make(_random, shapes)
-        self.lora = jlora.lora_transform(
-            self.model.apply,
-            {r"/(q|k|v|o|gate|up|down)/kernel": jlora.LoRA(rank=rank, alpha=rank)},
-        )
-        self.adapter = self.lora.init(jax.random.key(2), shapes, self.tokens)
+        self.params = self._make(_random, shapes) if params is None else params
+        rules = {r"/(q|k|v|o|gate|up|down)/kernel": config}
+        self.lora = jlora.lora_transform(self.model.apply, rules)
+        init = lambda params: self.lora.init(jax.random.key(2), params, self.tokens)
+        self.adapter = self._make(init, self.params)
         self.optimizer = optax.adam(1e-4)
 
     def logits(self, params: Any, *inputs: Any, **kwargs: Any) -> jax.Array:
@@ -193,13 +194,14 @@ class Methods:
 
     def _train(self, forward: Callable[..., jax.Array]) -> tuple[Callable[..., Any], Any]:
         def step(params: Any, state: Any, tokens: jax.Array) -> Any:
-            adapter, moments = state
-            loss = lambda a: cross_entropy(forward(params, a, tokens), tokens)
-            updates, moments = self.optimizer.update(jax.grad(loss)(adapter), moments)
-            return optax.apply_updates(adapter, updates), moments
+            trained, rest, moments = state
+            adapter = lambda trained: jlora.combine(trained, rest)
+            loss = lambda t: cross_entropy(forward(params, adapter(t), tokens), tokens)
+            updates, moments = self.optimizer.update(jax.grad(loss)(trained), moments)
+            return optax.apply_updates(trained, updates), rest, moments
 
-        adapter = _copy(self.adapter)
-        return step, (adapter, self.optimizer.init(adapter))
+        trained, rest = jlora.partition(self._make(_copy, self.adapter))
+        return step, (trained, rest, self._make(self.optimizer.init, trained))
 
 
 def _copy(tree: Any) -> Any:
@@ -235,7 +237,7 @@ def measure(name: str, methods: Methods, abstract: Methods, repeats: int) -> Row
     counted_step, counted_state = getattr(abstract, name)()
     with jax.default_device(jax.devices("cpu")[0]):
         on_cpu = jax.jit(counted_step).lower(abstract.params, counted_state, abstract.tokens)
-    trained = sum(x.size for x in jax.tree.leaves(state if name == "full" else methods.adapter))
+    trained = jax.tree.leaves(methods.params if name == "full" else state[0] if donated else ())
     times_ms = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -257,7 +259,7 @@ def measure(name: str, methods: Methods, abstract: Methods, repeats: int) -> Row
         tokens_per_s=round(1e3 * methods.tokens.size / median_ms),
         tflop=round(counts.get("flops", 0) / 1e12, 4),
         peak_mib=round(planned / 2**20, 1),
-        trained=0 if name in ("forward", "floor") else trained,
+        trained=sum(array.size for array in trained),
     )
 
 
@@ -291,8 +293,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
     options = parser.parse_args()
-    methods = Methods(SHAPES[options.shape], options.rank)
-    abstract = Methods(SHAPES[options.shape], options.rank, abstract=True)
+    config = jlora.LoRA(rank=options.rank, alpha=options.rank)
+    methods = Methods(SHAPES[options.shape], config)
+    abstract = Methods(SHAPES[options.shape], config, abstract=True)
     rows = [measure(name, methods, abstract, options.repeats) for name in options.methods]
     print(f"{options.shape}: {SHAPES[options.shape]}, rank {options.rank}")
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")

@@ -38,7 +38,7 @@ class Explanation:
 
     Attributes:
         rows: One for each weight, in the order of the tree.
-        problems: Why `init` would refuse the rules; empty when it would not.
+        problems: Why `init` would refuse the rules, or `apply` the adapter; often empty.
         shared: For what several weights share, by name, how many numbers of it are trained.
     """
 
@@ -73,7 +73,7 @@ class Explanation:
             f"{adapted} of {len(self.rows)} weights adapted, {self.parameters:,} parameters, "
             f"{self.trainable_share:.2%} of the base's."
         )
-        lines.extend(f"init refuses: {problem}" for problem in self.problems)
+        lines.extend(f"refused: {problem}" for problem in self.problems)
         return "\n".join(lines)
 
 

@@ -405,7 +405,11 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
     }
     uses = plan.uses | probe.uses(traced.program, weights)
     adapter = _abstract_adapter(plan)
-    summed = _summed(traced, adapter)
+    try:
+        summed = _summed(traced, adapter)
+    except ValueError as error:  # A mixture where no input is known.
+        plan.problems.append(error)
+        summed = set()
     rows = []
     for place in traced.param_index:
         path, leaf = traced.flat.paths[place], traced.flat.leaves[place]

@@ -25,6 +25,8 @@ ALLOWED = {
     "optim": {"tree", "factored", "adapters", "transform"},
     "checkpoints": {"tree", "factored", "adapters", "transform"},
     "models": {"tree", "transform", "checkpoints"},
+    "conversion": {"tree", "factored", "adapters", "transform"},
+    "calibration": {"tree", "factored", "adapters", "transform"},
 }
 
 

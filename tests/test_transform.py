@@ -151,7 +151,7 @@ def test_bad_rules_are_refused_with_the_mend(rules: Any, error: Any, parts: list
 def test_a_misspelt_rule_still_lets_explain_list_every_weight() -> None:
     explanation = transform({"atention_0/query": CONFIG}).explain(PARAMS, TOKENS)
     assert "attention_0/query/kernel" in str(explanation)
-    assert "init refuses: The rule 'atention_0/query' matches none" in str(explanation)
+    assert "refused: The rule 'atention_0/query' matches none" in str(explanation)
 
 
 def test_an_integer_leaf_is_refused_by_its_type() -> None:

@@ -9,6 +9,7 @@ that `jlora.residual_base` makes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ def pissa(iterations: int | None = None) -> Initialization:
             u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
         else:
             keys = jax.random.split(key, matrices.shape[0])
-            decompose = lambda k, m: randomized_svd(k, m, rank, iterations)  # noqa: E731
+            decompose = functools.partial(randomized_svd, rank=rank, iterations=iterations)
             u, s, vt = jax.vmap(decompose)(keys, matrices)
         return _halves(u[..., :rank], s[..., :rank] / scale, vt[..., :rank, :])
 

@@ -279,18 +279,23 @@ def array_fields(leaf: Arrays | type[Arrays]) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(leaf) if "label" in field.metadata]  # type: ignore
 
 
+def register(cls: LeafType) -> LeafType:
+    """Makes a dataclass a pytree of its arrays."""
+    arrays = [field.name for field in array_fields(cls)]
+    static = [f.name for f in dataclasses.fields(cls) if f.name not in arrays]  # type: ignore
+    jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=static)
+    return cls
+
+
 def family(name: str) -> Callable[[LeafType], LeafType]:
     """Makes a dataclass a pytree and known by this name in files."""
 
-    def register(cls: LeafType) -> LeafType:
-        arrays = [field.name for field in array_fields(cls)]
-        static = [f.name for f in dataclasses.fields(cls) if f.name not in arrays]  # type: ignore
-        jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=static)
+    def known(cls: LeafType) -> LeafType:
         cls.family = name
-        FAMILIES[name] = cls
+        FAMILIES[name] = register(cls)
         return cls
 
-    return register
+    return known
 
 
 def is_leaf(node: Any) -> bool:

@@ -265,11 +265,11 @@ def _by_root(roles: dict[Atom, Role]) -> dict[int, Role]:
     for root in {atom.root for atom in roles if atom.root is not None}:
         parts = {atom: role for atom, role in roles.items() if atom.root == root}
         longer = {role for atom, role in parts.items() if atom.size > 1} or set(parts.values())
-        ranked = (
-            role for role in (Role.INPUT, Role.WINDOW, Role.OUTPUT, Role.BATCH) if role in longer
-        )
-        by_root[root] = next(ranked)
+        by_root[root] = next(role for role in _RANKED if role in longer)
     return by_root
+
+
+_RANKED = (Role.INPUT, Role.WINDOW, Role.OUTPUT, Role.BATCH)
 
 
 def _is_data(value: Value) -> bool:

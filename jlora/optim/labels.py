@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,8 @@ def labels(params: PyTree) -> PyTree:
 
 def lora_optimizer(
     transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+    *,
+    ratios: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer for an adapter, alone or in one tree with its base and with new heads.
 
@@ -50,11 +53,16 @@ def lora_optimizer(
     Args:
         transforms: One transformation for everything that is trained; or one for each label, such
             as `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
+        ratios: With one transformation, what the steps of some labels are multiplied by: a learning
+            rate of their own. `{"b": 16}` is LoRA+.
 
     Raises:
         TypeError: When it is neither.
         ValueError: From `init`, when the tree has a label that the mapping lacks or the mapping one
             that the tree lacks.
+
+    References:
+        Hayou et al., LoRA+, arXiv:2402.12354, section 4, for the ratio of `B` to `A`.
     """
     mapping = transforms if isinstance(transforms, Mapping) else None
     for transform in mapping.values() if mapping is not None else (transforms,):
@@ -63,11 +71,28 @@ def lora_optimizer(
                 f"lora_optimizer got {transform!r}. Give an optax transformation, such as "
                 f"optax.adamw(1e-3), or a mapping from labels to such."
             )
+    if mapping is not None and ratios is not None:
+        raise TypeError(
+            "lora_optimizer got ratios and a mapping. Give one transformation with ratios, or a "
+            "mapping whose learning rates have them."
+        )
+    for label, ratio in (ratios or {}).items():
+        if not ratio > 0:
+            raise ValueError(
+                f"ratios[{label!r}]={ratio!r} is no multiple of a learning rate. Use a positive "
+                f"number, such as 16."
+            )
 
     def build(params: PyTree) -> optax.GradientTransformationExtraArgs:
         of_tree = labels(params)
         present = set(jax.tree.leaves(of_tree))
         trained = sorted(present - {FROZEN})
+        missing = sorted(set(ratios or {}) - present)
+        if missing:
+            raise ValueError(
+                f"lora_optimizer has ratios for {missing}, but the tree's labels are {trained}. "
+                f"Leave them out."
+            )
         if mapping is None:
             chosen: dict[Any, Any] = {_TRAINED: transforms, FROZEN: optax.set_to_zero()}
             return optax.multi_transform(
@@ -87,7 +112,13 @@ def lora_optimizer(
         return build(params).init(params)
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree = None, **extra: Any) -> Any:
-        return build(updates).update(updates, state, params, **extra)
+        of_tree = labels(updates)
+        updates, state = build(updates).update(updates, state, params, **extra)
+        multiples = dict(ratios or {})
+        if multiples:
+            scale = lambda label, step: step * multiples.get(label, 1)  # noqa: E731
+            updates = jax.tree.map(scale, of_tree, updates)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -117,6 +148,14 @@ def combine(*parts: PyTree) -> PyTree:
 
     def choose(path: Any, *values: Any) -> Any:
         present = [value for value in values if value is not None]
+        if present and is_leaf(present[0]):
+            shapes = present[0].shapes()
+            fields = {
+                name: choose((*path, jax.tree_util.GetAttrKey(name)), *_each(values, name))
+                for name in present[0].labels()
+                if name in shapes  # The others are None in every part.
+            }
+            return dataclasses.replace(present[0], **fields)
         if len(present) != 1:
             where = jax.tree_util.keystr(path)
             raise ValueError(
@@ -125,4 +164,10 @@ def combine(*parts: PyTree) -> PyTree:
             )
         return present[0]
 
-    return jax.tree_util.tree_map_with_path(choose, *parts, is_leaf=lambda node: node is None)
+    return jax.tree_util.tree_map_with_path(
+        choose, *parts, is_leaf=lambda node: node is None or is_leaf(node)
+    )
+
+
+def _each(nodes: Sequence[Any], name: str) -> list[Any]:
+    return [None if node is None else getattr(node, name) for node in nodes]

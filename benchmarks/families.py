@@ -1,0 +1,112 @@
+"""What one training step costs with each adapter family, on one transformer.
+
+Prints a table and writes JSON. On a CPU: `python benchmarks/families.py --shape tiny`; on one GPU:
+`python benchmarks/families.py --shape 1b --output benchmarks/results/families.json`. With
+`--append` the rows of several runs on one device come to one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import pathlib
+import sys
+from typing import Any
+
+import flax
+import jax
+import optax
+from step_cost import SHAPES, Methods, Row, measure
+
+import jlora
+
+RANK = 16
+# Every family at one rank where it has one, so that what differs is the family.
+FAMILIES: dict[str, Any] = {
+    "LoRA": jlora.LoRA(rank=RANK, alpha=RANK),
+    "LoRA-FA": jlora.LoRAFA(rank=RANK, alpha=RANK),
+    "DoRA": jlora.DoRA(rank=RANK, alpha=RANK),
+    "DoRA, through the norm": jlora.DoRA(rank=RANK, alpha=RANK, through_norm=True),
+    "VeRA": jlora.VeRA(rank=RANK),
+    "VeRA, rank 256": jlora.VeRA(rank=256),
+    "AdaLoRA": jlora.AdaLoRA(rank=RANK, alpha=RANK),
+    "DyLoRA": jlora.DyLoRA(rank=RANK, alpha=RANK),
+    "SoRA": jlora.SoRA(rank=RANK, alpha=RANK),
+    "LoHa, rank 4": jlora.LoHa(rank=4, alpha=4),
+    "LoKr": jlora.LoKr(rank=RANK, alpha=RANK),
+    "HiRA": jlora.HiRA(rank=RANK),
+    "FourierFT, 64 waves": jlora.FourierFT(frequencies=64),
+    "FourierFT, 1000": jlora.FourierFT(frequencies=1000),
+    "IA3": jlora.IA3(),
+    "VB-LoRA": jlora.VBLoRA(rank=4, vectors=64, length=64),
+    "Full": jlora.Full(),
+    "Mixture of 4 LoRAs": jlora.LoRAMixture(experts=4, rank=RANK, alpha=RANK),
+}
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, with each step over LoRA's."""
+    lora = next((row for row in rows if row.method == "LoRA"), None)
+    lines = [f"{'family':24} {'step ms':>9} {'/ LoRA':>7} {'TFLOP':>9} {'MiB':>9} {'trained':>13}"]
+    for row in rows:
+        ratio = f"{row.step_ms / lora.step_ms:.2f}" if lora else "-"
+        lines.append(
+            f"{row.method:24} {row.step_ms:9.2f} {ratio:>7} {row.tflop:9.4f} "
+            f"{row.peak_mib:9,.1f} {row.trained:13,}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures the families asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--append", action="store_true", help="keep the rows that it has")
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    params, rows = None, []
+    for name in options.families:
+        methods = Methods(shape, FAMILIES[name], params=params)
+        params = methods.params
+        abstract = Methods(shape, FAMILIES[name], abstract=True)
+        row = measure("apply", methods, abstract, options.repeats)
+        rows.append(dataclasses.replace(row, method=name))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        del methods
+        gc.collect()
+    print(f"{options.shape}: {shape}")
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    if options.output:
+        found = {
+            "command": "python benchmarks/families.py --shape " + options.shape,
+            "device": jax.devices()[0].device_kind,
+            "versions": {
+                "python": sys.version.split()[0],
+                "jax": jax.__version__,
+                "flax": flax.__version__,
+                "optax": optax.__version__,
+            },
+            "shape": dataclasses.asdict(shape),
+            "repeats": options.repeats,
+            "configs": {name: repr(config) for name, config in FAMILIES.items()},
+        }
+        earlier = []
+        if options.append and options.output.exists():
+            known = json.loads(options.output.read_text())
+            if {key: known[key] for key in found} != found:
+                parser.error(f"{options.output} was measured otherwise; write another file.")
+            names = {row.method for row in rows}
+            earlier = [Row(**row) for row in known["rows"] if row["method"] not in names]
+        rows = sorted(earlier + rows, key=lambda row: list(FAMILIES).index(row.method))
+        found["rows"] = [dataclasses.asdict(row) for row in rows]
+        options.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

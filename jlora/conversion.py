@@ -1,0 +1,364 @@
+"""From one kind of adapter to another, and the base that belongs to some."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.adapters.adalora import AdaLoRALeaf
+from jlora.adapters.dylora import DyLoRALeaf
+from jlora.adapters.lora import LoRALeaf
+from jlora.adapters.lora_fa import LoRAFALeaf
+from jlora.adapters.protocol import (
+    AdapterLeaf,
+    Expression,
+    Given,
+    as_matrices,
+    expression_of,
+    leaves_of,
+    places,
+    wide,
+)
+from jlora.adapters.sora import SoRALeaf
+from jlora.factored.network import Factored, build
+
+PyTree = Any
+Adapter = Mapping[str, Any]
+
+
+def delta(params: PyTree, adapter: Adapter) -> dict[str, jax.Array]:
+    """What the adapter changes: for every adapted weight its path and the difference, laid out like
+    the weight, in float32 or wider.
+
+    Args:
+        params: The base.
+        adapter: What `init` returned, trained.
+
+    Raises:
+        ValueError: When the adapter does not fit the parameters, or is a mixture.
+    """
+    flat = tree.flatten(params)
+    changes = {}
+    for path, place in places(flat, adapter).items():
+        base = wide(flat.leaves[place])
+        expression = expression_of(adapter, path, base)
+        changes[path] = _difference(path, base, expression)
+    return changes
+
+
+def _difference(path: str, base: jax.Array, expression: Expression) -> jax.Array:
+    """The terms alone where there are no gains: a sum with the base would round them."""
+    network = build(path, base.shape, **expression._asdict())
+    if not expression.gains:
+        return Factored(jnp.zeros_like(base), network).dense()
+    return Factored(base, network).dense() - base
+
+
+# --- initialisations that change the base --------------------------------------------------------
+
+
+def residual_base(params: PyTree, adapter: Adapter) -> PyTree:
+    """The base that belongs to an adapter whose factors were taken out of the weights.
+
+    PiSSA, OLoRA, MiLoRA and LoRA-GA start with an update that is not zero. On this base, which
+    lacks it, the model starts where it was: `apply(residual_base(params, adapter), adapter, x)` is
+    `fn(params, x)` up to rounding in the weights' type. Train and serve the adapter on it, or turn
+    it into one for the original base with `on_original_base`.
+
+    Args:
+        params: The original base; it is not changed.
+        adapter: Fresh from `init`. After a step of training it would be too late.
+
+    Raises:
+        ValueError: When nothing of the adapter was taken out of the weights.
+    """
+    flat = tree.flatten(params)
+    leaves = list(flat.leaves)
+    taken = [path for path, leaf in leaves_of(adapter).items() if _is_residual(leaf)]
+    if not taken:
+        raise ValueError(
+            "residual_base got an adapter whose update starts at zero: its base is params. Only "
+            "the initialisations pissa, olora, milora and lora_ga need another."
+        )
+    for path, place in places(flat, adapter).items():
+        if path in taken:
+            base = jnp.asarray(leaves[place])
+            # A DoRA's gains, and a gate of ones, are beside the point: the product is taken out.
+            product = _plain(adapter[path]).expression(Given(base))
+            network = build(path, base.shape, **product._asdict())
+            update = Factored(jnp.zeros_like(wide(base)), network).dense()
+            leaves[place] = (wide(base) - update).astype(base.dtype)
+    return jax.tree.unflatten(flat.treedef, leaves)
+
+
+def on_original_base(adapter: Adapter, fresh: Adapter) -> dict[str, Any]:
+    """A plain LoRA for the original base, from one trained on `residual_base`.
+
+    What the training changed is `A B - A0 B0`, a LoRA of twice the rank. Parts of the adapter that
+    were on the original base already stay as they are.
+
+    Args:
+        adapter: The trained adapter.
+        fresh: What `init` had returned.
+
+    Raises:
+        ValueError: When the two are not of the same weights.
+        TypeError: For DoRA and others whose change is no difference of two products.
+    """
+    if set(adapter) != set(fresh):
+        raise ValueError(
+            f"adapter and fresh differ in {sorted(set(adapter) ^ set(fresh))[:3]}. Give what init "
+            f"returned before this adapter was trained."
+        )
+    converted = dict(adapter)
+    for path, leaf in leaves_of(adapter).items():
+        if not _is_residual(leaf):
+            continue
+        if type(leaf) not in (LoRALeaf, LoRAFALeaf):
+            raise TypeError(
+                f"The adapter on {path!r} is a {type(leaf).__name__}, whose change on the residual "
+                f"base is no LoRA on the original one. Merge it into its residual base instead."
+            )
+        start = fresh[path]
+        rank = leaf.rank + start.rank
+        axis = len(leaf.groups.batch)
+        converted[path] = LoRALeaf(
+            a=jnp.concatenate([leaf.a, start.a], -1),
+            b=jnp.concatenate([leaf.b * leaf.scale, -start.b * start.scale], axis),
+            shape=leaf.shape,
+            axes=leaf.axes,
+            rank=rank,
+            alpha=float(rank),
+            dropout=leaf.dropout,
+        )
+    return converted
+
+
+def _is_residual(leaf: AdapterLeaf) -> TypeGuard[LoRALeaf]:
+    return isinstance(leaf, LoRALeaf) and leaf.residual
+
+
+def _plain(leaf: LoRALeaf, **changes: Any) -> LoRALeaf:
+    """The leaf's factors as those of plain LoRA."""
+    facts = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(LoRALeaf)}
+    return LoRALeaf(**{**facts, **changes})
+
+
+# --- fewer ranks ---------------------------------------------------------------------------------
+
+
+def truncate(adapter: Adapter, rank: int) -> dict[str, Any]:
+    """A DyLoRA adapter at a lower rank, as plain LoRA: its first `rank` ranks.
+
+    Args:
+        adapter: With DyLoRA leaves; all others stay as they are.
+        rank: From the least that was trained to all.
+
+    Raises:
+        ValueError: When there is no DyLoRA leaf, or the rank was not trained.
+    """
+    cut = dict(adapter)
+    found = False
+    for path, leaf in leaves_of(adapter).items():
+        if not isinstance(leaf, DyLoRALeaf):
+            continue
+        found = True
+        if not leaf.least_rank <= rank <= leaf.rank:
+            raise ValueError(
+                f"rank={rank} was not trained on {path!r}: its ranks are {leaf.least_rank} to "
+                f"{leaf.rank}. Choose one of those."
+            )
+        axis = len(leaf.groups.batch)
+        b = jax.lax.slice_in_dim(leaf.b, 0, rank, axis=axis)
+        cut[path] = _plain(leaf, a=leaf.a[..., :rank], b=b, rank=rank)
+    if not found:
+        raise ValueError(
+            "truncate found no DyLoRA leaf, and of other adapters the first ranks alone are no "
+            "adapter. Use jlora.to_lora(adapter, params, rank) for the best of a lower rank."
+        )
+    return cut
+
+
+def prune(adapter: Adapter) -> dict[str, Any]:
+    """An AdaLoRA or SoRA adapter without the ranks that training set to zero, as plain LoRA.
+
+    Every weight gets its own rank (a stack of layers the largest of its layers'). A weight with
+    none left is left out.
+
+    Args:
+        adapter: With AdaLoRA or SoRA leaves, as concrete arrays; all others stay as they are.
+
+    Raises:
+        ValueError: When there is neither.
+    """
+    pruned = dict(adapter)
+    found = False
+    for path, leaf in leaves_of(adapter).items():
+        if not isinstance(leaf, AdaLoRALeaf | SoRALeaf):
+            continue
+        found = True
+        weights = leaf.s if isinstance(leaf, AdaLoRALeaf) else leaf.gate
+        kept = _kept(path, leaf, np.asarray(weights))
+        if kept is None:
+            del pruned[path]
+        else:
+            pruned[path] = kept
+    if not found:
+        raise ValueError(
+            "prune found no AdaLoRA or SoRA leaf. Only those set ranks to zero; use jlora.to_lora "
+            "for a lower rank of any other."
+        )
+    return pruned
+
+
+def _kept(path: str, leaf: AdaLoRALeaf | SoRALeaf, weights: np.ndarray) -> LoRALeaf | None:
+    if not np.isfinite(weights).all():
+        raise ValueError(
+            f"The adapter on {path!r} has gates that are not finite. Go back to a checkpoint from "
+            f"before the training diverged."
+        )
+    rank = int((weights != 0).sum(-1).max())
+    if rank == 0:
+        return None
+    batch, inputs, outputs = leaf.groups
+    first = np.argsort(weights == 0, axis=-1, kind="stable")[..., :rank]  # (*batch, rank)
+    a = np.asarray(leaf.a).reshape(*batch, -1, leaf.rank)
+    b = np.asarray(leaf.b).reshape(*batch, leaf.rank, -1)
+    a = np.take_along_axis(a, first[..., None, :], -1)
+    b = np.take_along_axis(b, first[..., :, None], -2)
+    gates = np.take_along_axis(weights, first, -1)[..., :, None]
+    return LoRALeaf(
+        a=jnp.asarray(a.reshape(*batch, *inputs, rank)),
+        b=jnp.asarray((b * gates).reshape(*batch, rank, *outputs)),
+        shape=leaf.shape,
+        axes=leaf.axes,
+        rank=rank,
+        alpha=leaf.scale * rank,
+        dropout=leaf.dropout,
+    )
+
+
+# --- to LoRA -------------------------------------------------------------------------------------
+
+
+class Converted(NamedTuple):
+    """A plain LoRA, and how much of what it was made from it keeps.
+
+    Attributes:
+        adapter: For every weight a LoRA leaf.
+        energy: For every weight the share of the change's squared norm that its best approximation
+            of this rank keeps; one where nothing is lost.
+    """
+
+    adapter: dict[str, LoRALeaf]
+    energy: dict[str, float]
+
+
+def to_lora(adapter: Adapter, params: PyTree, rank: int) -> Converted:
+    """The nearest plain LoRA of a rank, by a singular value decomposition of the change.
+
+    Where the family says its change as a product of two thin factors, the decomposition is made
+    from those: nothing of the weight's size is formed. For the others (Kronecker products, DoRA,
+    HiRA, whole weights) it is made of the change itself, one weight at a time.
+
+    Args:
+        adapter: Any but a mixture.
+        params: Its base.
+        rank: Of the result; lower where a weight's own rank is.
+
+    Raises:
+        ValueError: When the adapter does not fit, changes a bias or a norm, or is a mixture.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank} leaves nothing. Use a rank of 1 or more.")
+    flat = tree.flatten(params)
+    converted = Converted({}, {})
+    for path, place in places(flat, adapter).items():
+        leaf = adapter[path]
+        if not leaf.axes.inputs or not leaf.axes.outputs:
+            raise ValueError(
+                f"The adapter changes {path!r}, which has no low rank. Merge that part first: "
+                f"jlora.merge(params, {{{path!r}: adapter[{path!r}]}}), and leave it out here."
+            )
+        base = wide(flat.leaves[place])
+        expression = expression_of(adapter, path, base)
+        u, s, vt = _decomposed(path, leaf, base, expression)
+        kept = min(rank, s.shape[-1])
+        squares = np.asarray(s, np.float64) ** 2
+        whole = squares.sum()
+        converted.energy[path] = float(squares[..., :kept].sum() / whole) if whole else 1.0
+        root = jnp.sqrt(s[..., :kept])
+        batch, inputs, outputs = leaf.groups
+        a, b = u[..., :kept] * root[..., None, :], root[..., :, None] * vt[..., :kept, :]
+        converted.adapter[path] = LoRALeaf(
+            a=a.reshape(*batch, *inputs, kept),
+            b=b.reshape(*batch, kept, *outputs),
+            shape=leaf.shape,
+            axes=leaf.axes,
+            rank=kept,
+            alpha=float(kept),
+        )
+    return converted
+
+
+def _decomposed(
+    path: str, leaf: AdapterLeaf, base: jax.Array, expression: Expression
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The singular triplets of the change, for each of the weight's matrices."""
+    thin = _thin_factors(leaf, expression)
+    if thin is None:
+        change = as_matrices(_difference(path, base, expression), leaf.axes)
+        u, s, vt = jnp.linalg.svd(change, full_matrices=False)
+        return u, s, vt
+    a, b = thin
+    left, inner_a = jnp.linalg.qr(a)
+    right, inner_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    exact = jax.lax.Precision.HIGHEST
+    core = jnp.matmul(inner_a, jnp.swapaxes(inner_b, -1, -2), precision=exact)
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    vt = jnp.matmul(vt, jnp.swapaxes(right, -1, -2), precision=exact)
+    return jnp.matmul(left, u, precision=exact), s, vt
+
+
+def _thin_factors(leaf: AdapterLeaf, expression: Expression) -> tuple[jax.Array, jax.Array] | None:
+    """The change as a product (batch, fan_in, m) (batch, m, fan_out), where it is one of a few
+    arrays with the inputs, a few with the outputs, and a small `m` between.
+    """
+    if expression.gains or expression.splits or expression.gate or len(expression.terms) != 1:
+        return None
+    batch, inputs, outputs = leaf.axes
+    (term,) = expression.terms
+    length: dict[Any, int] = dict(enumerate(leaf.shape))
+    for array, labels in term:
+        length.update(zip(labels, array.shape, strict=True))
+    middle = [label for label in length if label not in range(len(leaf.shape))]
+    near = [one for one in term if set(one[1]) & set(inputs)]
+    far = [one for one in term if not set(one[1]) & set(inputs)]
+    near_labels, far_labels = ({a for _, labels in side for a in labels} for side in (near, far))
+    size = math.prod(length[label] for label in middle)
+    fan_in = math.prod(length[axis] for axis in inputs)
+    fan_out = math.prod(length[axis] for axis in outputs)
+    crossed = near_labels & set(outputs)
+    missing = (set(inputs) - near_labels) | (set(outputs) - far_labels)
+    if crossed or missing or size >= min(fan_in, fan_out):
+        return None
+    number = {label: i for i, label in enumerate(length)}
+
+    def product(side: list[Any], kept: list[Any]) -> jax.Array:
+        operands: list[Any] = []
+        for array, labels in side:
+            operands += [wide(array), [number[label] for label in labels]]
+        for label in kept:  # Ones for what no array of this side has.
+            operands += [jnp.ones(length[label]), [number[label]]]
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum(*operands, [number[label] for label in kept], precision=exact)
+
+    a, b = product(near, [*batch, *inputs, *middle]), product(far, [*batch, *middle, *outputs])
+    return a.reshape(-1, fan_in, size), b.reshape(-1, size, fan_out)
