@@ -97,10 +97,10 @@ class AdaLoRALeaf(AdapterLeaf):
         return pair.scale_of(self.rank, self.alpha)
 
     def expression(self, given: Given) -> Expression:
-        """`W + scale * A diag(s) B`."""
+        """`W + scale * A diag(s) B`; `s` is folded into `B`."""
         del given
-        a, b = pair.labelled(self, self.a, self.b)
-        return Expression(terms=[[a, (self.s * self.scale, (*self.axes.batch, "rank")), b]])
+        b = pair.gated(self, self.s * self.scale, self.b)
+        return Expression(terms=[pair.labelled(self, self.a, b)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, *_ = self.groups

@@ -72,6 +72,19 @@ def _as_matrices(leaf: LoRALeaf) -> tuple[jax.Array, jax.Array]:
     return wide(leaf.a).reshape(count, -1, leaf.rank), wide(leaf.b).reshape(count, leaf.rank, -1)
 
 
+def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
+    """`A^T W`, (batch, rank, fan_out), as exact as `A`, for a `W` that may be of a narrow type."""
+    if matrices.dtype != jnp.bfloat16:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("nir,nio->nro", a, wide(matrices), precision=exact)
+    # Two narrow parts of A keep 16 of its 24 bits, and W need not be copied into a wider type.
+    high = a.astype(jnp.bfloat16)
+    low = (a - high.astype(a.dtype)).astype(jnp.bfloat16)
+    parts = jnp.concatenate([high, low], -1)
+    product = jnp.einsum("nir,nio->nro", parts, matrices, preferred_element_type=jnp.float32)
+    return product[:, : a.shape[-1]] + product[:, a.shape[-1] :]
+
+
 @family("dora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRALeaf(LoRALeaf):
@@ -87,17 +100,16 @@ class DoRALeaf(LoRALeaf):
     through_norm: bool = False
 
     def expression(self, given: Given) -> Expression:
-        """`g W + g s A B` with `g = m / norm`, a factor on each output."""
+        """`g (W + s A B)` with `g = m / norm`, a factor on each output."""
         batch, _, outputs = self.axes
         norm = self.norm(given.base)
         if not self.through_norm:
             norm = jax.lax.stop_gradient(norm)
         sizes = self.groups
         gain = self.magnitude / norm.reshape(*sizes.batch, *sizes.outputs)
-        beside_rank = gain.reshape(*sizes.batch, 1, *sizes.outputs)
         return Expression(
             gains=[(gain, (*batch, *outputs))],
-            terms=[pair.labelled(self, self.a, self.b * beside_rank * self.scale)],
+            terms=[pair.labelled(self, self.a, self.b * self.scale)],
         )
 
     def norm(self, base: Any) -> jax.Array:
@@ -109,10 +121,10 @@ class DoRALeaf(LoRALeaf):
         matrices = as_matrices(base, self.axes)
         a, b = _as_matrices(self)
         exact = jax.lax.Precision.HIGHEST
-        crossed = jnp.einsum("nir,nio->nro", a, matrices, precision=exact)
+        crossed = _transposed_product(a, matrices)
         gram = jnp.einsum("nir,nis->nrs", a, a, precision=exact)
         met = jnp.einsum("nrs,nso->nro", gram, b, precision=exact)
-        squared = (matrices**2).sum(-2)
+        squared = (wide(matrices) ** 2).sum(-2)
         squared += ((2 * self.scale * crossed + self.scale**2 * met) * b).sum(-2)
         # A column of zeros has no direction; and rounding may leave a square below zero.
         tiny = jnp.finfo(squared.dtype).tiny

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.adapters.protocol import Weight, as_matrices
+from jlora.adapters.protocol import Weight, as_matrices, wide
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 """`(key, shape, dtype)` to an array, as in `jax.nn.initializers`."""
@@ -331,7 +331,7 @@ def lora_ga(gradient: Any, *, gamma: float = 16.0) -> Initialization:
                 f"jax.grad(loss)(params), with the outer keys that init is given."
             )
         _check_rank("lora_ga", weight, 2 * rank)
-        matrices = as_matrices(by_path[weight.path], weight.axes)
+        matrices = wide(as_matrices(by_path[weight.path], weight.axes))
         u, _, vt = jnp.linalg.svd(matrices, full_matrices=False)
         size = weight.fan_out**0.25 / math.sqrt(gamma)
         return Factors(size * u[..., :rank], size * vt[..., rank : 2 * rank, :])

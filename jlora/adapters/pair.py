@@ -45,6 +45,11 @@ def labelled(
     return (a, (*batch, *inputs, rank)), (b, (*batch, rank, *outputs))
 
 
+def gated(leaf: AdapterLeaf, gates: jax.Array, b: jax.Array) -> jax.Array:
+    """`diag(gates) B`, for gates (*batch, rank) and `b` (*batch, rank, *outputs)."""
+    return gates.reshape(*gates.shape, *[1] * len(leaf.axes.outputs)) * b
+
+
 def scale_of(rank: int, alpha: float, rank_stabilized: bool = False) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)`."""
     return alpha / (math.sqrt(rank) if rank_stabilized else rank)

@@ -100,14 +100,14 @@ class Weight(NamedTuple):
                 f"{why} needs the numbers of {self.path!r}, of which only the shape was given. "
                 f"Call init with the loaded parameters."
             )
-        return as_matrices(self.value, self.axes)
+        return wide(as_matrices(self.value, self.axes))
 
 
 def as_matrices(array: Any, axes: Axes) -> jax.Array:
-    """An array laid out like a weight, as (batch, fan_in, fan_out) in float32 or wider."""
+    """An array laid out like a weight, as (batch, fan_in, fan_out)."""
     sizes = groups(array.shape, axes)
     moved = jnp.transpose(jnp.asarray(array), [axis for group in axes for axis in group])
-    return wide(moved.reshape([math.prod(group) for group in sizes]))
+    return moved.reshape([math.prod(group) for group in sizes])
 
 
 def wide(array: Any) -> jax.Array:
@@ -117,14 +117,14 @@ def wide(array: Any) -> jax.Array:
 
 
 class Expression(NamedTuple):
-    """An adapted weight as `gains * base + sum of terms`.
+    """An adapted weight as `gains * (base + sum of terms)`.
 
     Axes of arrays are labelled with the number of the weight's axis they run along; any other
     label is summed over.
 
     Attributes:
-        gains: Factors on the base.
-        terms: Products of arrays that are added.
+        gains: Factors on the sum.
+        terms: Products of arrays that are added to the base.
         splits: Axes of the weight that arrays see as several, slowest first, with their sizes. Part
             `i` of axis `n` has the label `(n, i)`.
         gate: A router, the label of what it chooses from, and how many of those every input keeps.

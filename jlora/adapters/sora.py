@@ -52,10 +52,10 @@ class SoRALeaf(LoRALeaf):
     gate: jax.Array = array("gate")
 
     def expression(self, given: Given) -> Expression:
-        """`W + scale * A diag(g) B`."""
+        """`W + scale * A diag(g) B`; the gates are folded into `B`."""
         del given
-        a, b = pair.labelled(self, self.a, self.b)
-        return Expression(terms=[[a, (self.gate * self.scale, (*self.axes.batch, "rank")), b]])
+        b = pair.gated(self, self.gate * self.scale, self.b)
+        return Expression(terms=[pair.labelled(self, self.a, b)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, *_ = self.groups

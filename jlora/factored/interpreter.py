@@ -97,7 +97,8 @@ def _multiply(eqn: Any, values: Sequence[Any]) -> Any:
     side = products.side_of(eqn, [_network(value) for value in values])
     assert side is not None
     values = [v if i == side else control.densify(v) for i, v in enumerate(values)]
-    if isinstance(rule.roles(eqn, side, values[side].network), products.Dense):
+    roles = rule.roles(eqn, side, values[side].network)
+    if isinstance(roles, products.Dense) or products.mixes(values[side].network, roles):
         return releases.bind(eqn, [control.densify(value) for value in values])[0]
     return rule.multiply(eqn, lambda *arrays: releases.bind(eqn, arrays)[0], side, values)
 

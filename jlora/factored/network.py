@@ -1,6 +1,6 @@
 """A weight as its frozen array and a small tensor network beside it.
 
-An adapted weight is `gain * base + sum of terms`, where every term is a product of small arrays
+An adapted weight is `gains * (base + sum of terms)`, where every term is a product of small arrays
 (operands) whose axes carry labels (atoms): LoRA is one term, `A[in, r] B[r, out]`. A model
 transposes, reshapes, slices and stacks its weights before it multiplies with them; all of that is
 relabelling, slicing or padding of operands, so the dense sum is never needed.
@@ -125,8 +125,8 @@ class Network:
     Attributes:
         axes: The atoms of each axis, as the traced program sees the weight at this point.
         path: Where the weight came from, for messages.
-        gains: Factors on the base; none means one.
-        terms: What is added.
+        gains: Factors on the sum of base and terms; none means one.
+        terms: What is added to the base.
         observed: Arrays whose gradients products make to be moments of what the weight meets.
     """
 
@@ -220,10 +220,10 @@ class Factored:
             watched.append(self.network.path)
         dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
         total = self.base.astype(dtype)
-        for gain in self.network.gains:
-            total = total * expand((gain,), self.network, dtype)
         for term in self.network.terms:
             total = total + expand(term.operands, self.network, dtype)
+        for gain in self.network.gains:
+            total = total * expand((gain,), self.network, dtype)
         return total.astype(self.base.dtype)
 
 

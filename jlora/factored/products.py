@@ -7,7 +7,6 @@ equation, times the gains, plus `(x A) B` for every term.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
@@ -47,6 +46,17 @@ class Dense(str):
 
 
 Roles = dict[Atom, Role]
+
+
+def mixes(network: Network, roles: Roles) -> bool:
+    """Whether a gain runs along what is summed over and along what is not, or along a window: then
+    neither the activation nor the result can be scaled by it.
+    """
+    for gain in network.gains:
+        along = {roles[atom] for atom in gain.atoms} - {Role.BATCH}
+        if along - {Role.OUTPUT} and along - {Role.INPUT}:
+            return True
+    return False
 
 
 class Product(NamedTuple):
@@ -122,12 +132,17 @@ def _gate_weights(gate: Gate, x: Operand, out: Sequence[Atom], precision: Any) -
     return Operand(weights, (*tokens, gate.choices))
 
 
-def _gain(gain: Operand, groups: Sequence[tuple[Atom, ...]], dtype: Any) -> Any:
-    """The gain as a factor on an array whose axes are these groups."""
+def _scaled(array: Any, gain: Operand, groups: Sequence[tuple[Atom, ...]]) -> Any:
+    """The array, whose axes are these groups, times a gain along some of them.
+
+    The product is made in float32 or wider: a gain that differs little from one would be one in a
+    narrow type.
+    """
     held = [group for group in groups if set(group) & set(gain.atoms)]
-    array = contract(gain, (), [atom for group in held for atom in group])
-    lengths = [size(group) if group in held else 1 for group in groups]
-    return array.reshape(lengths).astype(dtype)
+    factor = contract(gain, (), [atom for group in held for atom in group])
+    factor = factor.reshape([size(group) if group in held else 1 for group in groups])
+    wide = jnp.promote_types(array.dtype, jnp.float32)
+    return (array.astype(wide) * factor.astype(wide)).astype(array.dtype)
 
 
 def _observed(x: Operand, network: Network, inputs: Sequence[Atom]) -> Any:
@@ -178,28 +193,23 @@ def _product_dtype(x: Any, base: Any, result: Any) -> Any:
 
 
 def _with_gains(
-    factored: Factored,
+    gains: Sequence[Operand],
     x: Any,
     x_groups: Sequence[tuple[Atom, ...]],
     out_groups: Sequence[tuple[Atom, ...]],
-    product: Callable[[Any, Any], Any],
+    product: Callable[[Any], Any],
 ) -> Any:
-    """The product of `x` with the base, every gain applied where it is smallest: to the result if
-    its atoms are there, to the activation if they are all there, to the base otherwise.
+    """What `product` makes of `x`, with every gain on the result, or on `x` where it runs along
+    what is summed over.
     """
-    base, after = factored.base, []
     out_atoms = {atom for group in out_groups for atom in group}
-    x_atoms = {atom for group in x_groups for atom in group}
-    for gain in factored.network.gains:
-        if set(gain.atoms) <= out_atoms:
-            after.append(gain)
-        elif set(gain.atoms) <= x_atoms:
-            x = x * _gain(gain, x_groups, x.dtype)
-        else:
-            base = base * expand((gain,), factored.network, base.dtype)
-    result = product(x, base)
+    after = [gain for gain in gains if set(gain.atoms) <= out_atoms]
+    for gain in gains:
+        if not set(gain.atoms) <= out_atoms:
+            x = _scaled(x, gain, x_groups)
+    result = product(x)
     for gain in after:
-        result = result * _gain(gain, out_groups, result.dtype)
+        result = _scaled(result, gain, out_groups)
     return result
 
 
@@ -240,16 +250,17 @@ def _dot(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -
     lhs_free, rhs_free = (own, free) if side == 0 else (free, own)
     out_groups = [*(network.axes[axis] for axis in batch), *lhs_free, *rhs_free]
 
-    def product(x: Any, base: Any) -> Any:
-        return bind(base, x) if side == 0 else bind(x, base)
+    out = [atom for group in out_groups for atom in group]
+
+    def product(x: Any) -> Any:
+        result = bind(factored.base, x) if side == 0 else bind(x, factored.base)
+        x = jnp.asarray(x).astype(_product_dtype(x, factored.base, result))
+        return _add_terms(result, factored, _split_axes(x, groups), out, eqn.params["precision"])
 
     if network.observed:
         contracted = [atom for axis in x_contracting for atom in groups[axis]]
         x = _observed(_split_axes(jnp.asarray(x), groups), network, contracted).reshape(x.shape)
-    result = _with_gains(factored, x, groups, out_groups, product)
-    x = jnp.asarray(x).astype(_product_dtype(x, factored.base, result))
-    out = [atom for group in out_groups for atom in group]
-    return _add_terms(result, factored, _split_axes(x, groups), out, eqn.params["precision"])
+    return _with_gains(network.gains, x, groups, out_groups, product)
 
 
 # --- ragged_dot ----------------------------------------------------------------------------------
@@ -298,55 +309,57 @@ def _ragged(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]
 
     row = Atom(x.shape[0])
     x_groups, out_groups = [(row,), inputs], [(row,), outputs]
-    rowwise = dataclasses.replace(
-        factored,
-        network=dataclasses.replace(network, gains=tuple(map(by_row, network.gains))),
-    )
-    total = _with_gains(
-        rowwise, x, x_groups, out_groups, lambda x, base: bind(x, base, group_sizes)
-    )
-    precision = eqn.params["precision"]
-    for use, term in enumerate(network.terms):
-        if term.gate is not None:
-            raise ValueError(
-                f"The mixture on {network.path!r} cannot be used by lax.ragged_dot, whose rows "
-                f"have experts already. Leave this weight out of the rule."
-            )
-        rows = x if term.dropout is None else term.dropout(x, use)
-        current, ragged = _split_axes(rows, x_groups), False
-        operands = fused(term.operands, set(inputs), {*outputs, *group}, precision)
-        ungrouped = [[a for a in operand.atoms if a not in group] for operand in operands]
-        for number, kept in path(current.atoms, ungrouped, [row, *outputs]):
-            operand = operands[number].map(lambda array: array.astype(x.dtype))
-            summed = [a for a in operand.atoms if a in current.atoms and a not in kept]
-            held = [a for a in operand.atoms if a in current.atoms and a in kept]
-            grouped = bool(set(group) & set(operand.atoms))
-            if held or not summed or not grouped:
-                array = contract(
-                    current, [by_row(operand) if grouped else operand], kept, precision=precision
+
+    def product(x: Any) -> Any:
+        total = bind(x, factored.base, group_sizes)
+        precision = eqn.params["precision"]
+        for use, term in enumerate(network.terms):
+            if term.gate is not None:
+                raise ValueError(
+                    f"The mixture on {network.path!r} cannot be used by lax.ragged_dot, whose rows "
+                    f"have experts already. Leave this weight out of the rule."
                 )
-                current = Operand(array, tuple(kept))
-                continue
-            ragged = True
-            fresh = [a for a in operand.atoms if a not in (*group, *summed)]
-            middle = [a for a in current.atoms if a is not row and a not in summed]
-            array = contract(current, (), [row, *middle, *summed])
-            array = lax.ragged_dot(
-                array.reshape(-1, size(summed)),
-                contract(operand, (), [*group, *summed, *fresh]).reshape(
-                    size(group), size(summed), size(fresh)
-                ),
-                group_sizes * size(middle),
-                precision=precision,
-            )
-            atoms = (row, *middle, *fresh)
-            current = Operand(array.reshape([atom.size for atom in atoms]), atoms)
-        update = contract(current, (), [row, *outputs], out_dtype=total.dtype)
-        if not ragged:
-            # The product with the base gives rows of no group zeros.
-            update = jnp.where(jnp.arange(row.size)[:, None] < group_sizes.sum(), update, 0)
-        total = total + update.reshape(total.shape)
-    return total
+            rows = x if term.dropout is None else term.dropout(x, use)
+            current, ragged = _split_axes(rows, x_groups), False
+            operands = fused(term.operands, set(inputs), {*outputs, *group}, precision)
+            ungrouped = [[a for a in operand.atoms if a not in group] for operand in operands]
+            for number, kept in path(current.atoms, ungrouped, [row, *outputs]):
+                operand = operands[number].map(lambda array: array.astype(x.dtype))
+                summed = [a for a in operand.atoms if a in current.atoms and a not in kept]
+                held = [a for a in operand.atoms if a in current.atoms and a in kept]
+                grouped = bool(set(group) & set(operand.atoms))
+                if held or not summed or not grouped:
+                    array = contract(
+                        current,
+                        [by_row(operand) if grouped else operand],
+                        kept,
+                        precision=precision,
+                    )
+                    current = Operand(array, tuple(kept))
+                    continue
+                ragged = True
+                fresh = [a for a in operand.atoms if a not in (*group, *summed)]
+                middle = [a for a in current.atoms if a is not row and a not in summed]
+                array = contract(current, (), [row, *middle, *summed])
+                array = lax.ragged_dot(
+                    array.reshape(-1, size(summed)),
+                    contract(operand, (), [*group, *summed, *fresh]).reshape(
+                        size(group), size(summed), size(fresh)
+                    ),
+                    group_sizes * size(middle),
+                    precision=precision,
+                )
+                atoms = (row, *middle, *fresh)
+                current = Operand(array.reshape([atom.size for atom in atoms]), atoms)
+            update = contract(current, (), [row, *outputs], out_dtype=total.dtype)
+            if not ragged:
+                # The product with the base gives rows of no group zeros.
+                update = jnp.where(jnp.arange(row.size)[:, None] < group_sizes.sum(), update, 0)
+            total = total + update.reshape(total.shape)
+        return total
+
+    gains = [by_row(gain) for gain in network.gains]
+    return _with_gains(gains, x, x_groups, out_groups, product)
 
 
 # --- conv_general_dilated ------------------------------------------------------------------------
@@ -375,12 +388,16 @@ def _conv(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) 
     form = _Convolution(eqn, network)
     x_groups = _labelled(x.shape, {form.channel: (Atom(form.groups), *form.inputs)})
     out_groups = _labelled(eqn.outvars[0].aval.shape, {form.feature: form.outputs})
-    total = _with_gains(factored, x, x_groups, out_groups, bind)
-    for use, term in enumerate(network.terms):
-        image = x if term.dropout is None else term.dropout(x, use)
-        update = form.grouped if form.groups > 1 else form.windowed
-        total = total + update(image, term, total.dtype)
-    return total
+
+    def product(x: Any) -> Any:
+        total = bind(x, factored.base)
+        for use, term in enumerate(network.terms):
+            image = x if term.dropout is None else term.dropout(x, use)
+            update = form.grouped if form.groups > 1 else form.windowed
+            total = total + update(image, term, total.dtype)
+        return total
+
+    return _with_gains(network.gains, x, x_groups, out_groups, product)
 
 
 class _Convolution:

@@ -91,6 +91,8 @@ def scaled(network: Network, factor: Any, *, base_too: bool) -> Network:
     weight.
     """
     factor = jnp.asarray(factor)
+    if not base_too:
+        return dataclasses.replace(network, gains=(*network.gains, Operand(factor, ())))
     terms = tuple(
         dataclasses.replace(
             term,
@@ -101,8 +103,7 @@ def scaled(network: Network, factor: Any, *, base_too: bool) -> Network:
         )
         for term in network.terms
     )
-    gains = network.gains if base_too else (*network.gains, Operand(factor, ()))
-    return dataclasses.replace(network, gains=gains, terms=terms)
+    return dataclasses.replace(network, terms=terms)
 
 
 @rule("transpose")
