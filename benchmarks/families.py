@@ -69,43 +69,41 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the rows that it has")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    params, rows = None, []
+    found = {
+        "command": "python benchmarks/families.py --shape " + options.shape,
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "python": sys.version.split()[0],
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+        },
+        "shape": dataclasses.asdict(shape),
+        "repeats": options.repeats,
+        "configs": {name: repr(config) for name, config in FAMILIES.items()},
+    }
+    params, rows, ordered = None, {}, []
+    if options.append and options.output and options.output.exists():
+        known = json.loads(options.output.read_text())
+        if any(known[key] != found[key] for key in ("device", "versions", "shape", "repeats")):
+            parser.error(f"{options.output} was measured otherwise; write another file.")
+        rows = {row["method"]: Row(**row) for row in known["rows"]}
     for name in options.families:
         methods = Methods(shape, FAMILIES[name], params=params)
         params = methods.params
         abstract = Methods(shape, FAMILIES[name], abstract=True)
         row = measure("apply", methods, abstract, options.repeats)
-        rows.append(dataclasses.replace(row, method=name))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        rows[name] = dataclasses.replace(row, method=name)
+        print(table([rows[name]]).splitlines()[-1], flush=True)
         del methods
         gc.collect()
+        ordered = [rows[name] for name in FAMILIES if name in rows]
+        if options.output:  # After each, so that what was measured is not lost.
+            content = {**found, "rows": [dataclasses.asdict(row) for row in ordered]}
+            options.output.write_text(json.dumps(content, indent=2) + "\n")
     print(f"{options.shape}: {shape}")
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
-    if options.output:
-        found = {
-            "command": "python benchmarks/families.py --shape " + options.shape,
-            "device": jax.devices()[0].device_kind,
-            "versions": {
-                "python": sys.version.split()[0],
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-                "optax": optax.__version__,
-            },
-            "shape": dataclasses.asdict(shape),
-            "repeats": options.repeats,
-            "configs": {name: repr(config) for name, config in FAMILIES.items()},
-        }
-        earlier = []
-        if options.append and options.output.exists():
-            known = json.loads(options.output.read_text())
-            if {key: known[key] for key in found} != found:
-                parser.error(f"{options.output} was measured otherwise; write another file.")
-            names = {row.method for row in rows}
-            earlier = [Row(**row) for row in known["rows"] if row["method"] not in names]
-        rows = sorted(earlier + rows, key=lambda row: list(FAMILIES).index(row.method))
-        found["rows"] = [dataclasses.asdict(row) for row in rows]
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
-    print(table(rows))
+    print(table(ordered))
 
 
 if __name__ == "__main__":

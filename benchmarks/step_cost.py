@@ -152,7 +152,10 @@ class Methods:
         rules = {r"/(q|k|v|o|gate|up|down)/kernel": config}
         self.lora = jlora.lora_transform(self.model.apply, rules)
         init = lambda params: self.lora.init(jax.random.key(2), params, self.tokens)
-        self.adapter = self._make(init, self.params)
+        self.adapter = jax.eval_shape(init, self.params)
+        if not abstract:  # What the numbers are changes no time, and drawing them takes long.
+            full = lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype)
+            self.adapter = jax.tree.map(full, self.adapter)
         self.optimizer = optax.adam(1e-4)
 
     def logits(self, params: Any, *inputs: Any, **kwargs: Any) -> jax.Array:
