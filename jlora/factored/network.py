@@ -324,8 +324,9 @@ def contract(
     def ids(atoms: Sequence[Atom]) -> list[int]:
         return [labels.setdefault(atom, len(labels)) for atom in atoms]
 
-    summed = {atom for atom in first.atoms if atom not in out}
-    remaining = fused(others, summed, {*first.atoms, *out}, precision)
+    # What is summed over, and what the operands bring: not what passes through.
+    alone = set(first.atoms) ^ set(out)
+    remaining = fused(others, alone, {*first.atoms, *out}, precision)
     order = path(first.atoms, [operand.atoms for operand in remaining], out)
     current = first
     for position, (number, kept) in enumerate(order, 1):
@@ -350,22 +351,26 @@ def contract(
 
 
 def fused(
-    operands: Sequence[Operand], summed: set[Atom], kept: set[Atom], precision: Any = None
+    operands: Sequence[Operand],
+    alone: Iterable[Atom],
+    kept: Iterable[Atom],
+    precision: Any = None,
 ) -> list[Operand]:
-    """The operands, multiplied with one another until each of `summed` is in one of them alone.
+    """The operands, multiplied with one another until each of `alone` is in one of them only.
 
-    An activation that is summed over an axis of several operands (a Hadamard product) has to meet
-    their product: with one after the other it would keep that axis between them. The pair with the
-    smallest result goes first.
+    Where several operands share an axis of the weight (a Hadamard product), an activation has to
+    meet their product: with one after the other it would keep that axis between them, or make it
+    before the last of them is absorbed. The pair with the smallest result goes first.
 
     Args:
         operands: Factors of one product.
-        summed: Atoms that will be summed over with the activation.
+        alone: Atoms that no two operands shall share.
         kept: Atoms that something else than these operands still needs.
         precision: Of the products.
     """
+    alone, kept = set(alone), set(kept)
     remaining = list(operands)
-    while any(sum(atom in operand.atoms for operand in remaining) > 1 for atom in summed):
+    while any(sum(atom in operand.atoms for operand in remaining) > 1 for atom in alone):
         pairs = [
             (i, j)
             for j, second in enumerate(remaining)
@@ -376,7 +381,7 @@ def fused(
         def left(pair: tuple[int, int]) -> list[Atom]:
             first, second = (remaining[i].atoms for i in pair)  # noqa: B023
             rest = [o.atoms for i, o in enumerate(remaining) if i not in pair]  # noqa: B023
-            return _kept(first, second, rest, [*summed, *kept])
+            return _kept(first, second, rest, [*alone, *kept])
 
         best = min(pairs, key=lambda pair: size(left(pair)))
         first, second = (remaining[i] for i in best)
@@ -428,12 +433,12 @@ def _spread(operand: Operand, out: Sequence[Atom]) -> Any:
 
 def expand(operands: Sequence[Operand], network: Network, dtype: Any) -> Any:
     """The product of the operands as a dense array laid out like the weight."""
-    first, *others = operands
-    dense = contract(
-        first.map(lambda array: array.astype(dtype)),
-        others,
+    # A merge must not lose what training found to the short products of a TPU or GPU.
+    exact = jax.lax.Precision.HIGHEST
+    first, *others = fused(
+        [operand.map(lambda array: array.astype(dtype)) for operand in operands],
         network.atoms,
-        # A merge must not lose what training found to the short products of a TPU or GPU.
-        precision=jax.lax.Precision.HIGHEST,
+        network.atoms,
+        exact,
     )
-    return dense.reshape(network.shape)
+    return contract(first, others, network.atoms, precision=exact).reshape(network.shape)

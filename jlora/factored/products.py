@@ -321,7 +321,7 @@ def _ragged(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]
                 )
             rows = x if term.dropout is None else term.dropout(x, use)
             current, ragged = _split_axes(rows, x_groups), False
-            operands = fused(term.operands, set(inputs), {*outputs, *group}, precision)
+            operands = fused(term.operands, {*inputs, *outputs}, group, precision)
             ungrouped = [[a for a in operand.atoms if a not in group] for operand in operands]
             for number, kept in path(current.atoms, ungrouped, [row, *outputs]):
                 operand = operands[number].map(lambda array: array.astype(x.dtype))
@@ -482,8 +482,8 @@ class _Convolution:
         )
 
     def _fused(self, term: Term) -> list[Operand]:
-        summed = {*self._window, *self.inputs}
-        return fused(term.operands, summed, {*self.outputs}, self._precision)
+        ends = {*self._window, *self.inputs, *self.outputs}
+        return fused(term.operands, ends, (), self._precision)
 
     def _dense(self, image: Any, term: Term, dtype: Any) -> Any:
         """A term that is one array over the whole kernel."""
