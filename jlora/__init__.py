@@ -2,6 +2,7 @@
 
 from jlora.adapters import inits as inits
 from jlora.adapters.adalora import AdaLoRA as AdaLoRA
+from jlora.adapters.catalog import families_table as families_table
 from jlora.adapters.dora import DoRA as DoRA
 from jlora.adapters.dylora import DyLoRA as DyLoRA
 from jlora.adapters.fourierft import FourierFT as FourierFT

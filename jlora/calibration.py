@@ -74,7 +74,21 @@ def input_moments(
             leaf.first.reshape(count, fan_in),
             leaf.second.reshape(count, fan_in, fan_in),
         )
+        if _is_zero(moments[path].number):
+            raise ValueError(
+                f"input_moments: {path!r} met no input on the way to what fn returns. It is used "
+                f"behind a stop_gradient or an argmax, or inside a function with a derivative of "
+                f"its own. Leave it out of the rules."
+            )
     return moments
+
+
+def _is_zero(numbers: jax.Array) -> bool:
+    """Whether some entry is known to be zero, which under a jit none is."""
+    try:
+        return not numbers.all()
+    except jax.errors.ConcretizationTypeError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
+from jlora.adapters import checks
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.dylora import DyLoRALeaf
 from jlora.adapters.lora import LoRALeaf
@@ -21,8 +22,8 @@ from jlora.adapters.protocol import (
     Expression,
     Given,
     as_matrices,
+    check_adapter,
     expression_of,
-    leaves_of,
     places,
     wide,
 )
@@ -81,7 +82,7 @@ def residual_base(params: PyTree, adapter: Adapter) -> PyTree:
     """
     flat = tree.flatten(params)
     leaves = list(flat.leaves)
-    taken = [path for path, leaf in leaves_of(adapter).items() if _is_residual(leaf)]
+    taken = [path for path, leaf in check_adapter(adapter).items() if _is_residual(leaf)]
     if not taken:
         raise ValueError(
             "residual_base got an adapter whose update starts at zero: its base is params. Only "
@@ -102,41 +103,53 @@ def on_original_base(adapter: Adapter, fresh: Adapter) -> dict[str, Any]:
     """A plain LoRA for the original base, from one trained on `residual_base`.
 
     What the training changed is `A B - A0 B0`, a LoRA of twice the rank. Parts of the adapter that
-    were on the original base already stay as they are.
+    were on the original base already stay as they are. What was pruned or converted to LoRA since
+    is taken too.
 
     Args:
         adapter: The trained adapter.
         fresh: What `init` had returned.
 
     Raises:
-        ValueError: When the two are not of the same weights.
-        TypeError: For DoRA and others whose change is no difference of two products.
+        ValueError: When the adapter has other weights than `fresh`, or nothing of `fresh` was
+            taken out of the base.
+        TypeError: For DoRA, whose change is no difference of two products.
     """
-    if set(adapter) != set(fresh):
+    check_adapter(adapter)
+    taken = {path: leaf for path, leaf in check_adapter(fresh).items() if _is_residual(leaf)}
+    if not taken:
         raise ValueError(
-            f"adapter and fresh differ in {sorted(set(adapter) ^ set(fresh))[:3]}. Give what init "
-            f"returned before this adapter was trained."
+            "on_original_base got a fresh adapter whose update starts at zero: its base is the "
+            "original one already."
+        )
+    unknown = sorted(set(adapter) - set(fresh))
+    if unknown:
+        raise ValueError(
+            f"The adapter has {unknown[:3]}, which fresh has not. Give what init returned before "
+            f"this adapter was trained."
         )
     converted = dict(adapter)
-    for path, leaf in leaves_of(adapter).items():
-        if not _is_residual(leaf):
-            continue
-        if type(leaf) not in (LoRALeaf, LoRAFALeaf):
+    for path, start in taken.items():
+        axis = len(start.groups.batch)
+        factors = [(start.a, -start.b * start.scale)]
+        leaf = adapter.get(path)  # Pruning leaves out what has no rank left.
+        if leaf is not None and type(leaf) not in (LoRALeaf, LoRAFALeaf):
             raise TypeError(
                 f"The adapter on {path!r} is a {type(leaf).__name__}, whose change on the residual "
-                f"base is no LoRA on the original one. Merge it into its residual base instead."
+                f"base is no LoRA on the original one. Prune it where it has gates; else merge it "
+                f"into its residual base."
             )
-        start = fresh[path]
-        rank = leaf.rank + start.rank
-        axis = len(leaf.groups.batch)
+        if leaf is not None:
+            factors.insert(0, (leaf.a, leaf.b * leaf.scale))
+        rank = sum(a.shape[-1] for a, _ in factors)
         converted[path] = LoRALeaf(
-            a=jnp.concatenate([leaf.a, start.a], -1),
-            b=jnp.concatenate([leaf.b * leaf.scale, -start.b * start.scale], axis),
-            shape=leaf.shape,
-            axes=leaf.axes,
+            a=jnp.concatenate([a for a, _ in factors], -1),
+            b=jnp.concatenate([b for _, b in factors], axis),
+            shape=start.shape,
+            axes=start.axes,
             rank=rank,
             alpha=float(rank),
-            dropout=leaf.dropout,
+            dropout=start.dropout,
         )
     return converted
 
@@ -164,9 +177,10 @@ def truncate(adapter: Adapter, rank: int) -> dict[str, Any]:
     Raises:
         ValueError: When there is no DyLoRA leaf, or the rank was not trained.
     """
-    cut = dict(adapter)
-    found = False
-    for path, leaf in leaves_of(adapter).items():
+    checks.rank("rank", rank)
+    leaves = check_adapter(adapter)
+    cut, found = dict(adapter), False
+    for path, leaf in leaves.items():
         if not isinstance(leaf, DyLoRALeaf):
             continue
         found = True
@@ -198,9 +212,9 @@ def prune(adapter: Adapter) -> dict[str, Any]:
     Raises:
         ValueError: When there is neither.
     """
-    pruned = dict(adapter)
-    found = False
-    for path, leaf in leaves_of(adapter).items():
+    leaves = check_adapter(adapter)
+    pruned, found = dict(adapter), False
+    for path, leaf in leaves.items():
         if not isinstance(leaf, AdaLoRALeaf | SoRALeaf):
             continue
         found = True
@@ -242,6 +256,7 @@ def _kept(path: str, leaf: AdaLoRALeaf | SoRALeaf, weights: np.ndarray) -> LoRAL
         rank=rank,
         alpha=leaf.scale * rank,
         dropout=leaf.dropout,
+        residual=_is_residual(leaf),
     )
 
 
@@ -276,8 +291,7 @@ def to_lora(adapter: Adapter, params: PyTree, rank: int) -> Converted:
     Raises:
         ValueError: When the adapter does not fit, changes a bias or a norm, or is a mixture.
     """
-    if rank < 1:
-        raise ValueError(f"rank={rank} leaves nothing. Use a rank of 1 or more.")
+    checks.rank("rank", rank)
     flat = tree.flatten(params)
     converted = Converted({}, {})
     for path, place in places(flat, adapter).items():
@@ -304,6 +318,8 @@ def to_lora(adapter: Adapter, params: PyTree, rank: int) -> Converted:
             axes=leaf.axes,
             rank=kept,
             alpha=float(kept),
+            dropout=leaf.dropout,
+            residual=_is_residual(leaf),
         )
     return converted
 

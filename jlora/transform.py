@@ -329,17 +329,23 @@ def _plan(rules: Rules, traced: _Traced) -> _Plan:
                 )
 
     if not isinstance(rules, Mapping):
+        refused: list[str] = []
         for path in leaves:
             weight = weight_at(path)
-            if rules.selects(weight) and not _refusal(weight, rules):
+            if not rules.selects(weight):
+                continue
+            refusal = _refusal(weight, rules)
+            if refusal is None:
                 adapt(weight, rules)
+            else:
+                refused.append(f"{path!r} cannot be: {refusal}.")
         if not plan.adapted:
+            wanted = _WANTED.get(rules.kinds, "feeds a matrix product or convolution")
+            why = refused[0] if refused else f"None of the {len(leaves)} weights {wanted}."
             plan.problems.append(
                 ValueError(
-                    f"rules={rules!r} adapts nothing: none of the {len(leaves)} weights "
-                    f"{_WANTED.get(rules.kinds, 'feeds a matrix product or convolution')}. "
-                    f"lora.explain(params, ...) lists how each is used; a mapping can name an "
-                    f"embedding."
+                    f"rules={rules!r} adapts nothing. {why} lora.explain(params, ...) lists how "
+                    f"each weight is used; a mapping can name an embedding."
                 )
             )
         return plan

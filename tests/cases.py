@@ -18,6 +18,46 @@ LORA = jlora.LoRA(rank=2, alpha=3)
 
 
 @dataclasses.dataclass(frozen=True)
+class Family:
+    """A family as the laws are tested with it.
+
+    Attributes:
+        config: Small enough for the layers, and such that all of its arrays matter.
+        starts_at_base: Whether a fresh adapter changes nothing, as its paper has it.
+        merges: Whether it is a change of the weight at all.
+    """
+
+    config: Any
+    starts_at_base: bool = True
+    merges: bool = True
+
+
+FAMILIES = {
+    "lora": Family(LORA),
+    "lora_fa": Family(jlora.LoRAFA(rank=2, alpha=3)),
+    "dora": Family(jlora.DoRA(rank=2, alpha=3)),
+    "dora_through_norm": Family(jlora.DoRA(rank=2, alpha=3, through_norm=True)),
+    "vera": Family(jlora.VeRA(rank=3)),
+    "adalora": Family(jlora.AdaLoRA(rank=2, alpha=3)),
+    "dylora": Family(jlora.DyLoRA(rank=2, alpha=3)),
+    "sora": Family(jlora.SoRA(rank=2, alpha=3)),
+    "loha": Family(jlora.LoHa(rank=2, alpha=3)),
+    "loha_tucker": Family(jlora.LoHa(rank=2, alpha=3, tucker=True)),
+    "lokr": Family(jlora.LoKr(rank=1, alpha=3)),
+    "lokr_tucker": Family(jlora.LoKr(rank=1, alpha=3, tucker=True, factor=2)),
+    "lokr_pairs": Family(jlora.LoKr(rank=1, alpha=3, decompose_both=True)),
+    "hira": Family(jlora.HiRA(rank=2)),
+    "fourierft": Family(jlora.FourierFT(frequencies=1, alpha=5), starts_at_base=False),
+    "fourierft_whole": Family(jlora.FourierFT(frequencies=9, alpha=5, std=0)),
+    "ia3": Family(jlora.IA3()),
+    "ia3_inputs": Family(jlora.IA3(on="inputs")),
+    "vb_lora": Family(jlora.VBLoRA(rank=2, vectors=4, length=1), starts_at_base=False),
+    "full": Family(jlora.Full()),
+    "mixture": Family(jlora.LoRAMixture(experts=4, rank=2, alpha=3), merges=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     layer: Layer
     fn: Any
@@ -43,23 +83,27 @@ class Case:
 
 
 @functools.cache
-def case(name: str, dtype: str) -> Case:
+def case(name: str, dtype: str, family: str = "lora") -> Case:
     layer = BY_NAME[name]
     fn, params, inputs = layer.make(jnp.dtype(dtype))
-    lora = jlora.lora_transform(fn, {layer.adapted: LORA})
+    lora = jlora.lora_transform(fn, {layer.adapted: FAMILIES[family].config})
     fresh = lora.init(jax.random.key(1), params, *inputs)
     return Case(layer, fn, params, inputs, lora, fresh, moved(fresh))
 
 
 def moved(adapter: Any, seed: int = 2) -> Any:
-    """The adapter with noise on every array, so that no factor is zero."""
+    """The adapter with noise on every array that is trained, so that no factor is zero."""
     leaves, treedef = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
         treedef,
         [
-            leaf + (0.3 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-            for leaf, key in zip(leaves, keys, strict=True)
+            leaf
+            if label == "frozen"
+            else leaf + (0.3 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+            for leaf, key, label in zip(
+                leaves, keys, jax.tree.leaves(jlora.labels(adapter)), strict=True
+            )
         ],
     )
 

@@ -112,6 +112,7 @@ KERNEL = "params/kernel"
         ({"base": "3"}, "int as 'base'"),
         ({"adapter": json.dumps({KERNEL: {"family": "magic"}})}, "family 'magic'"),
         ({"adapter": json.dumps({KERNEL: {"family": "lora"}})}, "describes 'params/kernel' wrong"),
+        ({"base": "{}"}, "fingerprints of other weights"),
         ({"without": [f"{KERNEL}/b"]}, "lacks the tensor 'params/kernel/b'"),
         ({"tensors": {"extra": np.ones(2, np.float32)}}, "does not name: \\['extra'\\]"),
         ({"tensors": {f"{KERNEL}/a": np.full((6, 2), np.nan, np.float32)}}, "NaN or infinity"),
@@ -163,3 +164,39 @@ def test_the_same_trees_go_through_orbax(name: str, tmp_path: pathlib.Path) -> N
         restored = checkpointer.restore(tmp_path / "step", target)
     chex.assert_trees_all_equal_structs(restored, one.adapter)
     chex.assert_trees_all_equal(restored, one.adapter)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "facts", "message"),
+    [
+        ("lora", "params/kernel", {"dropout": 2.0}, "dropout=2.0"),
+        ("lora", "params/kernel", {"axes": [[], [0], [7]]}, "axes="),
+        ("lora", "params/kernel", {"rank": 3}, r"expected \(6, 3\)"),
+        ("fourierft", "params/kernel", {"positions": "@@@"}, "wrongly"),
+        ("fourierft", "params/kernel", {"positions": "/////////w8="}, "different ones of 60"),
+        ("vera", "params/kernel", {"share": "other"}, "shares arrays under 'other'"),
+        ("vera", "params/kernel", {"share": 3}, "must be a name"),
+        ("vera", "vera", {"rank": 9}, "rank 9"),
+        ("vb_lora", "vb_lora", {"vectors": 2}, r"its bank is \(2, 1\)"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(
+    family: str, path: str, facts: dict[str, Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    one = case("dense_general", "float32", family)
+    file = tmp_path / "adapter.safetensors"
+    jlora.save_adapter(file, one.adapter, one.params)
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    leaves = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["adapter"])
+    leaves[path].update(facts)
+    rewritten(file, adapter=json.dumps(leaves))
+    with pytest.raises(ValueError, match=message):
+        jlora.load_adapter(file, one.params)
+
+
+def test_a_shared_part_that_is_missing_is_not_saved(tmp_path: pathlib.Path) -> None:
+    one = case("dense_general", "float32", "vera")
+    alone = {"params/kernel": one.adapter["params/kernel"]}
+    with pytest.raises(ValueError, match="shares arrays under 'vera', which the adapter lacks"):
+        jlora.save_adapter(tmp_path / "a", alone, one.params)

@@ -51,3 +51,16 @@ def test_every_dependency_is_named() -> None:
         name = re.match(r"[\w-]+", requirement)
         assert name
         assert f"`{name[0]}`" in README, requirement
+
+
+def test_the_families_tables_are_the_committed_ones() -> None:
+    result = json.loads((ROOT / "benchmarks/results/families_h100.json").read_text())
+    for row in result["rows"]:
+        cells = (
+            row["method"],
+            f"{row['step_ms']:.1f}",
+            f"{row['step_ms'] / row['lora_ms']:.2f}",
+            f"{row['peak_mib'] / 1024:.1f}",
+            f"{row['trained']:,}",
+        )
+        assert f"| {' | '.join(cells)} |" in README, row

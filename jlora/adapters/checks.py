@@ -82,7 +82,11 @@ def flag(name: str, value: Any) -> None:
 
 def float_type(name: str, value: Any) -> None:
     """A type that can hold factors."""
-    if not jnp.issubdtype(jnp.dtype(value), jnp.floating):
+    try:
+        floating = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
         raise TypeError(f"{name}={value!r} cannot hold factors. Use a float, such as jnp.float32.")
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import pair
+from jlora.adapters import checks, pair
 from jlora.adapters.lora import LoRA, LoRALeaf
 from jlora.adapters.protocol import (
-    FROZEN,
     About,
     Expression,
     Given,
@@ -51,24 +50,22 @@ class DoRA(LoRA):
 
     through_norm: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.flag("DoRA.through_norm", self.through_norm)
+
     def leaf(self, key: jax.Array, weight: Weight) -> DoRALeaf:
         """Factors as `init` makes them, and the norms of what they make."""
         made = super().leaf(key, weight)
-        facts = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-        base = sum_ = weight.matrices("DoRA")
-        a, b = _as_matrices(made)
-        if made.residual:  # The base gives way to the factors: their sum is the weight.
-            base = (base - made.scale * a @ b).astype(weight.value.dtype)
-        else:
-            sum_ = base + made.scale * a @ b
+        facts = pair.facts_of(made)
+        matrices = weight.matrices("DoRA")
+        if not made.residual:  # A residual base gives way to the factors: their sum is the weight.
+            a, b = _as_matrices(made)
+            matrices = matrices + made.scale * a @ b
         batch, _, outputs = weight.groups
-        shape = (*batch, *outputs)
-        return DoRALeaf(
-            **facts,
-            magnitude=jnp.linalg.norm(sum_, axis=-2).reshape(shape).astype(self.dtype),
-            base_square=(wide(base) ** 2).sum(-2).reshape(shape),
-            through_norm=self.through_norm,
-        )
+        # Not narrower than float32: what is trained is how little it differs from the norm.
+        magnitude = jnp.linalg.norm(matrices, axis=-2).reshape(*batch, *outputs)
+        return DoRALeaf(**facts, magnitude=magnitude, through_norm=self.through_norm)
 
 
 def _as_matrices(leaf: LoRALeaf) -> tuple[jax.Array, jax.Array]:
@@ -100,12 +97,9 @@ class DoRALeaf(LoRALeaf):
         a: (*batch, *inputs, rank), in the order of `axes`.
         b: (*batch, rank, *outputs).
         magnitude: (*batch, *outputs).
-        base_square: (*batch, *outputs), of the base alone the squared norms: a constant, so a step
-            reads the base once less.
     """
 
     magnitude: jax.Array = array("magnitude")
-    base_square: jax.Array = array(FROZEN)
     through_norm: bool = False
 
     def expression(self, given: Given) -> Expression:
@@ -133,7 +127,7 @@ class DoRALeaf(LoRALeaf):
         crossed = _transposed_product(a, matrices)
         gram = jnp.einsum("nir,nis->nrs", a, a, precision=exact)
         met = jnp.einsum("nrs,nso->nro", gram, b, precision=exact)
-        squared = jax.lax.stop_gradient(self.base_square).reshape(len(b), -1)
+        squared = (wide(matrices) ** 2).sum(-2)
         squared += ((2 * self.scale * crossed + self.scale**2 * met) * b).sum(-2)
         # A column of zeros has no direction; and rounding may leave a square below zero.
         tiny = jnp.finfo(squared.dtype).tiny
@@ -141,5 +135,4 @@ class DoRALeaf(LoRALeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.groups
-        norms = (*batch, *outputs)
-        return {**super().shapes(), "magnitude": norms, "base_square": norms}
+        return {**super().shapes(), "magnitude": (*batch, *outputs)}

@@ -58,7 +58,7 @@ class DyLoRA(LoRA):
     def leaf(self, key: jax.Array, weight: Weight) -> DyLoRALeaf:
         """Factors as `init` makes them."""
         made = super().leaf(key, weight)
-        facts = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        facts = pair.facts_of(made)
         return DyLoRALeaf(**facts, least_rank=int(self.least_rank), last_only=self.last_only)
 
 

@@ -65,6 +65,8 @@ class FourierFT(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("FourierFT.frequencies", self.frequencies)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"FourierFT.seed={self.seed!r} is no seed. Use an int of 0 or more.")
 
     def refusal(self, weight: Weight) -> str | None:
         """As for any family, and where there are fewer entries than wanted."""
@@ -124,6 +126,13 @@ class FourierFTLeaf(AdapterLeaf):
         sizes = self.groups
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
         return 8 * self.frequencies * (fan_in + fan_out) >= 6 * fan_in * fan_out
+
+    def check(self) -> None:
+        super().check()
+        entries = math.prod(self.groups.inputs) * math.prod(self.groups.outputs)
+        flat = np.frombuffer(base64.b64decode(self.positions, validate=True), "<u8")
+        if len(flat) != self.frequencies or len(set(flat)) != len(flat) or flat.max() >= entries:
+            raise ValueError(f"positions are not {self.frequencies} different ones of {entries}")
 
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
         """The row and column of each entry."""

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
+from jlora.adapters import checks
 from jlora.adapters.protocol import Weight, as_matrices, wide
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -66,6 +67,11 @@ def drawn(initializer: Initializer, name: str = "drawn") -> Initialization:
         initializer: Draws a matrix (fan_in, rank), one for each layer of a stack.
         name: What it is called.
     """
+    if not callable(initializer):
+        raise TypeError(
+            f"inits.drawn got {initializer!r}. Give a function (key, shape, dtype), such as "
+            f"jax.nn.initializers.normal(0.02)."
+        )
 
     def factors(key: jax.Array, weight: Weight, rank: int, scale: float) -> Factors:
         del scale
@@ -162,6 +168,8 @@ def pissa(iterations: int | None = None) -> Initialization:
         Meng et al., PiSSA, arXiv:2404.02948, section 3 and, for the fast form, section 5.3.
         Halko et al., arXiv:0909.4061, algorithm 4.4.
     """
+    if iterations is not None:
+        checks.count("inits.pissa: iterations", iterations)
 
     def factors(key: jax.Array, weight: Weight, rank: int, scale: float) -> Factors:
         matrices = weight.matrices("inits.pissa")
@@ -294,6 +302,12 @@ def eva(moments: Mapping[str, Moments], *, center: bool = True) -> Initializatio
                 f"{weight.fan_in}. Use a lower rank."
             )
         number, first, second = moments[weight.path]
+        expected = (math.prod(weight.groups.batch), weight.fan_in, weight.fan_in)
+        if second.shape != expected:
+            raise ValueError(
+                f"inits.eva has moments of {weight.path!r} of shape {second.shape}, expected "
+                f"{expected}. Take them from the same model."
+            )
         spread = second
         if center:
             outer = first[..., :, None] * first[..., None, :]
@@ -320,6 +334,7 @@ def lora_ga(gradient: Any, *, gamma: float = 16.0) -> Initialization:
         Wang et al., LoRA-GA, arXiv:2407.05000, algorithm 1, as its reference code has it: both
         factors are scaled alike and neither by singular values.
     """
+    checks.scale("inits.lora_ga: gamma", gamma)
     flat = tree.flatten(gradient)
     by_path = dict(zip(flat.paths, flat.leaves, strict=True))
 

@@ -221,7 +221,7 @@ class LoKrLeaf(AdapterLeaf):
         one, two, other = ("rank 1", self.rank), ("rank 2", self.rank), ("rank 3", self.rank)
 
         def operand(array: jax.Array, *groups: Sequence[tuple[Hashable, int]]) -> Labelled:
-            axes = [pair for group in (stack, *groups) for pair in group]
+            axes = [one for group in (stack, *groups) for one in group]
             return array.reshape([length for _, length in axes]), [label for label, _ in axes]
 
         if self.pair1:

@@ -37,8 +37,7 @@ class LoRAFA(LoRA):
         """Factors as `init` makes them for a linear weight."""
         if weight.kind == "embedding" and self.init is inits.uniform:
             weight = weight._replace(kind="linear")
-        made = super().leaf(key, weight)
-        return LoRAFALeaf(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+        return LoRAFALeaf(**pair.facts_of(super().leaf(key, weight)))
 
 
 @family("lora_fa")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable
 from typing import Any
@@ -48,6 +49,11 @@ def labelled(
 def gated(leaf: AdapterLeaf, gates: jax.Array, b: jax.Array) -> jax.Array:
     """`diag(gates) B`, for gates (*batch, rank) and `b` (*batch, rank, *outputs)."""
     return gates.reshape(*gates.shape, *[1] * len(leaf.axes.outputs)) * b
+
+
+def facts_of(leaf: Any) -> dict[str, Any]:
+    """All fields of a leaf by name, for one of another family with the same ones."""
+    return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
 
 
 def scale_of(rank: int, alpha: float, rank_stabilized: bool = False) -> float:

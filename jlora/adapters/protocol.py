@@ -128,7 +128,8 @@ class Expression(NamedTuple):
         splits: Axes of the weight that arrays see as several, slowest first, with their sizes. Part
             `i` of axis `n` has the label `(n, i)`.
         gate: A router, the label of what it chooses from, and how many of those every input keeps.
-        observed: Arrays whose gradients are made to be moments of the inputs; `network.Moments`.
+        observed: Arrays whose gradients are made to be moments of the inputs: their count, their
+            sum and the sum of their outer products.
     """
 
     gains: Sequence[Labelled] = ()
@@ -226,6 +227,15 @@ class Arrays(abc.ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that every array must have."""
 
+    def check(self) -> None:
+        """Checks the static facts, which a file may have wrong.
+
+        Raises:
+            ValueError: For a fact out of its range.
+            TypeError: For one of another type.
+        """
+        checks.check_fields(self)
+
     @classmethod
     def labels(cls) -> dict[str, str]:
         """For every array its name for the optimizer; `"frozen"` for one that is not trained."""
@@ -253,6 +263,18 @@ class AdapterLeaf(Arrays):
     @property
     def groups(self) -> Groups:
         return groups(self.shape, self.axes)
+
+    def check(self) -> None:
+        super().check()
+        axes = sorted(axis for group in self.axes for axis in group)
+        # A weight that feeds no product has no axes to name.
+        if axes not in ([], list(range(len(self.shape)))):
+            raise ValueError(f"axes={self.axes} are not those of a weight of shape {self.shape}")
+
+    def misfit(self, shared: Any) -> str | None:
+        """Why what it shares does not fit it; None when it does."""
+        del shared
+        return None
 
     @abc.abstractmethod
     def expression(self, given: Given) -> Expression:
@@ -308,6 +330,36 @@ def leaves_of(adapter: Mapping[str, Any]) -> dict[str, AdapterLeaf]:
     return {path: node for path, node in adapter.items() if isinstance(node, AdapterLeaf)}
 
 
+def check_adapter(adapter: Any) -> dict[str, AdapterLeaf]:
+    """Its parts that belong to one weight each, by path, after checking that it is an adapter.
+
+    Raises:
+        TypeError: When it is not one.
+        ValueError: When a part lacks what it shares, or that does not fit it.
+    """
+    if not isinstance(adapter, Mapping) or not all(map(is_leaf, adapter.values())):
+        raise TypeError(
+            f"adapter={type(adapter).__name__} is not what init returns: a dict from the paths of "
+            f"weights to their adapters. Pass the adapter alone, after params."
+        )
+    leaves = leaves_of(adapter)
+    for path, leaf in leaves.items():
+        if leaf.share is None:
+            continue
+        if leaf.share not in adapter:
+            raise ValueError(
+                f"The adapter on {path!r} shares arrays under {leaf.share!r}, which the adapter "
+                f"lacks. Keep that entry with every part of the adapter."
+            )
+        reason = leaf.misfit(adapter[leaf.share])
+        if reason is not None:
+            raise ValueError(
+                f"What the adapter has under {leaf.share!r} is not what its part on {path!r} was "
+                f"made with: {reason}. Keep the two together."
+            )
+    return leaves
+
+
 def trained_size(node: Any) -> int:
     """How many numbers of a part of an adapter are trained."""
     names = [name for name, label in node.labels().items() if label != FROZEN]
@@ -318,20 +370,9 @@ def trained_size(node: Any) -> int:
 def expression_of(
     adapter: Mapping[str, Any], path: str, base: Any, key: jax.Array | None = None
 ) -> Expression:
-    """What the adapter makes of the weight at a path.
-
-    Raises:
-        ValueError: When the adapter lacks the arrays that the weight's leaf shares.
-    """
+    """What the adapter, which `check_adapter` has passed, makes of the weight at a path."""
     leaf = adapter[path]
-    shared = None
-    if leaf.share is not None:
-        shared = adapter.get(leaf.share)
-        if not isinstance(shared, SharedArrays):
-            raise ValueError(
-                f"The adapter on {path!r} shares arrays under {leaf.share!r}, which the adapter "
-                f"lacks. Keep that entry with every part of the adapter."
-            )
+    shared = None if leaf.share is None else adapter[leaf.share]
     return leaf.expression(Given(base, shared, key))
 
 
@@ -342,12 +383,7 @@ def places(flat: tree.Flat, adapter: Any) -> dict[str, int]:
         TypeError: When `adapter` is not one.
         ValueError: When params lacks a path of it, or has another shape there.
     """
-    if not isinstance(adapter, Mapping) or not all(map(is_leaf, adapter.values())):
-        raise TypeError(
-            f"adapter={type(adapter).__name__} is not what init returns: a dict from the paths of "
-            f"weights to their adapters. Pass the adapter alone, after params."
-        )
-    leaves = leaves_of(adapter)
+    leaves = check_adapter(adapter)
     index = {path: i for i, path in enumerate(flat.paths)}
     missing = [path for path in leaves if path not in index]
     if missing:
@@ -377,13 +413,20 @@ def _check_arrays(path: str, node: Arrays) -> None:
         shape = shapes.get(name)
         if tuple(getattr(value, "shape", ())) != shape:
             got = getattr(value, "shape", type(value).__name__)
-            hint = " (it looks transposed)" if tuple(got)[::-1] == shape else ""
+            hint = _hint(tuple(getattr(value, "shape", ())), shape or ())
             facts = {key: fact for key, fact in static_facts(node).items() if key != "positions"}
             raise ValueError(
-                f"The array {name!r} of the adapter on {path!r} has shape {got}{hint}, expected "
-                f"{shape} for {facts}. If a part of the adapter was left out, put it back with "
-                f"jlora.combine."
+                f"The array {name!r} of the adapter on {path!r} has shape {got}, expected {shape} "
+                f"for {facts}.{hint}"
             )
+
+
+def _hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if got and got[::-1] == expected:
+        return " It looks transposed."
+    if len(got) > len(expected) and got[-len(expected) :] == expected:
+        return " It looks like a stack of adapters: map over it with jax.vmap, or take one of it."
+    return " If a part of the adapter was left out, put it back with jlora.combine."
 
 
 def static_facts(leaf: Arrays) -> Mapping[str, Any]:

@@ -39,7 +39,7 @@ class SoRA(LoRA):
     def leaf(self, key: jax.Array, weight: Weight) -> SoRALeaf:
         """Factors as `init` makes them, and open gates."""
         made = super().leaf(key, weight)
-        facts = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        facts = pair.facts_of(made)
         gate = jnp.ones((*weight.groups.batch, self.rank), self.dtype)
         return SoRALeaf(**facts, gate=gate)
 

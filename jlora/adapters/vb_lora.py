@@ -143,6 +143,16 @@ class VBLoRALeaf(AdapterLeaf):
     dropout: float
     share: str
 
+    def misfit(self, shared: Any) -> str | None:
+        if not isinstance(shared, VBLoRABank):
+            return f"it is a {type(shared).__name__}"
+        if (shared.vectors, shared.length) != (self.vectors, self.length):
+            return (
+                f"its bank is ({shared.vectors}, {shared.length}), the part's "
+                f"({self.vectors}, {self.length})"
+            )
+        return None
+
     def expression(self, given: Given) -> Expression:
         """The factors, put together."""
         batch, inputs, outputs = self.axes

@@ -62,7 +62,11 @@ class VeRA(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.scale("VeRA.d_initial", self.d_initial)
+        if not checks.is_number(self.d_initial) or not 0 < self.d_initial < math.inf:
+            raise ValueError(
+                f"VeRA.d_initial={self.d_initial!r} lets nothing through. Use a positive finite "
+                f"number, such as 0.1."
+            )
 
     def leaf(self, key: jax.Array, weight: Weight) -> VeRALeaf:
         """`d` at its initial value, `b` at zero."""
@@ -83,9 +87,9 @@ class VeRA(AdapterConfig):
         fan_in = max(weight.fan_in for weight in weights)
         fan_out = max(weight.fan_out for weight in weights)
         key_a, key_b = jax.random.split(key)
-        wide, narrow = math.sqrt(6 / fan_in), math.sqrt(6 / self.rank)
-        a = jax.random.uniform(key_a, (fan_in, self.rank), self.dtype, -wide, wide)
-        b = jax.random.uniform(key_b, (self.rank, fan_out), self.dtype, -narrow, narrow)
+        of_a, of_b = math.sqrt(6 / fan_in), math.sqrt(6 / self.rank)
+        a = jax.random.uniform(key_a, (fan_in, self.rank), self.dtype, -of_a, of_a)
+        b = jax.random.uniform(key_b, (self.rank, fan_out), self.dtype, -of_b, of_b)
         return VeRAShared(a=a, b=b, rank=int(self.rank), fan_in=fan_in, fan_out=fan_out)
 
 
@@ -116,6 +120,17 @@ class VeRALeaf(AdapterLeaf):
     rank: int
     dropout: float
     share: str
+
+    def misfit(self, shared: Any) -> str | None:
+        fan_in, fan_out = math.prod(self.groups.inputs), math.prod(self.groups.outputs)
+        if not isinstance(shared, VeRAShared):
+            return f"it is a {type(shared).__name__}"
+        if shared.rank != self.rank or shared.fan_in < fan_in or shared.fan_out < fan_out:
+            return (
+                f"its pair is for rank {shared.rank} and weights up to ({shared.fan_in}, "
+                f"{shared.fan_out}), the part for rank {self.rank} and ({fan_in}, {fan_out})"
+            )
+        return None
 
     def expression(self, given: Given) -> Expression:
         """`b` is folded into `B`: its gradient then needs the rank of `x A`, and no result."""

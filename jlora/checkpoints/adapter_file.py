@@ -205,14 +205,22 @@ def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, n
         facts = {key: tuple(f) if isinstance(f, list) else f for key, f in facts.items()}
         if issubclass(cls, AdapterLeaf):
             facts["axes"] = Axes(*(tuple(group) for group in facts["axes"]))
-        return cls(**arrays, **facts)
-    except (KeyError, TypeError) as error:
+        leaf = cls(**arrays, **facts)
+        leaf.check()
+        return leaf
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} describes {weight_path!r} wrongly: {error}.") from error
 
 
 def _check_base(
     path: pathlib.Path, expected: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> None:
+    if set(expected) != set(weights):
+        raise ValueError(
+            f"{path} has fingerprints of other weights than it adapts: "
+            f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
+            f"save the adapter again."
+        )
     other = [name for name in expected if fingerprint(weights[name]) != expected[name]]
     if other:
         raise ValueError(

@@ -73,7 +73,9 @@ class Dropout:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["router"], meta_fields=["choices", "top_k"]
+    jax.tree_util.register_dataclass,
+    data_fields=["router"],
+    meta_fields=["choices", "top_k", "fan_in"],
 )
 @dataclasses.dataclass(frozen=True)
 class Gate:
@@ -83,11 +85,13 @@ class Gate:
         router: From the input to a score for each choice.
         choices: The axis that is chosen along; operands of the term hold it too.
         top_k: How many choices every input keeps.
+        fan_in: How many numbers the whole of an input has, which the router has to see.
     """
 
     router: Operand
     choices: Atom
     top_k: int
+    fan_in: int
 
 
 @functools.partial(
@@ -109,7 +113,7 @@ class Term:
         if dropout is not None:
             dropout = Dropout(dropout.rate, fn(dropout.keys))
         if gate is not None:
-            gate = Gate(fn(gate.router), gate.choices, gate.top_k)
+            gate = dataclasses.replace(gate, router=fn(gate.router))
         return Term(tuple(fn(operand) for operand in self.operands), dropout, gate)
 
 
@@ -294,7 +298,11 @@ def build(
     chosen = None
     if gate is not None:
         router, label, top_k = gate
-        chosen = Gate(operand(*router), atoms[label], top_k)
+        # Batch axes are those that every operand of the mixture has.
+        shared = set.intersection(*(set(one) for term in terms for _, one in term))
+        inputs = [axis for axis in router[1] if axis != label and axis not in shared]
+        fan_in = math.prod(atoms[axis].size for axis in inputs)
+        chosen = Gate(operand(*router), atoms[label], top_k, fan_in)
     return Network(
         axes=tuple(group(axis) for axis in range(len(shape))),
         path=path,

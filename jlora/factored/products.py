@@ -1,8 +1,8 @@
 """Equations in which a weight meets an activation: the products that stay factored.
 
 Every product has two functions. `roles` says what each atom of the weight does there (the probe
-asks it), or why the product cannot be made from the operands. `product` makes it: the base's own
-equation, times the gains, plus `(x A) B` for every term.
+asks it), or why the product cannot be made from the operands. `multiply` makes it: the base's own
+equation, plus `(x A) B` for every term, times the gains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.factored import balance
+from jlora.factored import balance, releases
 from jlora.factored.network import (
     Atom,
     Factored,
@@ -99,14 +99,17 @@ def _add_terms(
     for use, term in enumerate(factored.network.terms):
         operands = list(term.operands)
         if term.gate is not None:
-            operands.append(_gate_weights(term.gate, x, out, precision))
+            gate = _gate_weights(term.gate, x, out, factored.network.path, precision)
+            operands.append(gate)
         dropped = x if term.dropout is None else x.map(functools.partial(term.dropout, use=use))
         update = contract(dropped, operands, out, precision=precision, out_dtype=base.dtype)
         total = total + update.reshape(base.shape)
     return total
 
 
-def _gate_weights(gate: Gate, x: Operand, out: Sequence[Atom], precision: Any) -> Operand:
+def _gate_weights(
+    gate: Gate, x: Operand, out: Sequence[Atom], path: str, precision: Any
+) -> Operand:
     """The weight of every choice for every input, and its load-balancing loss handed on.
 
     The softmax is over the `top_k` best scores alone. The loss is
@@ -117,16 +120,23 @@ def _gate_weights(gate: Gate, x: Operand, out: Sequence[Atom], precision: Any) -
         Fedus et al., Switch Transformers, arXiv:2101.03961, section 2.2, for the loss.
     """
     tokens = [atom for atom in x.atoms if atom in out]
+    met = [atom for atom in gate.router.atoms if atom in x.atoms and atom not in out]
+    unmet = set(gate.router.atoms) - set(x.atoms) - {gate.choices}
+    if unmet or size(met) != gate.fan_in:
+        raise ValueError(
+            f"The mixture on {path!r} meets {size(met)} of the {gate.fan_in} numbers of an input "
+            f"at one of its uses (of a part of the weight, its transpose, or a shard), and its "
+            f"router has to see all of them. Leave this weight out of the rule."
+        )
     router = gate.router.map(lambda array: array.astype(jnp.float32))
     wide = x.map(lambda array: array.astype(jnp.float32))
     scores = contract(wide, [router], [*tokens, gate.choices], precision=precision)
-    best, _ = lax.top_k(scores, gate.top_k)
-    kept = scores >= best[..., -1:]
-    # Of equal scores the first are kept, so that never more than top_k are.
-    kept &= jnp.cumsum(kept, -1) <= gate.top_k
-    weights = jax.nn.softmax(scores, axis=-1, where=kept)
     count = gate.choices.size
-    axes = tuple(range(len(tokens)))
+    _, best = lax.top_k(scores, gate.top_k)
+    kept = jax.nn.one_hot(best, count, dtype=bool).any(-2)
+    weights = jax.nn.softmax(scores, axis=-1, where=kept)
+    # Each of a stack of matrices has a balance of its own.
+    axes = tuple(i for i, atom in enumerate(tokens) if atom not in gate.router.atoms)
     share = lax.stop_gradient(kept.astype(jnp.float32).mean(axes)) / gate.top_k
     balance.add([count * jnp.sum(share * jax.nn.softmax(scores, -1).mean(axes))])
     return Operand(weights, (*tokens, gate.choices))
@@ -155,8 +165,8 @@ def _observed(x: Operand, network: Network, inputs: Sequence[Atom]) -> Any:
     ordered = [atom for atom in first.atoms if atom in inputs]
     if size(ordered) ** 2 * count.array.size != second.array.size:
         raise ValueError(
-            f"The moments of the inputs of {network.path!r} cannot be taken: the model uses a part "
-            f"of this weight's inputs. Leave it out of the rules."
+            f"The moments of the inputs of {network.path!r} cannot be taken: one of its uses meets "
+            f"a part of them, or others (its transpose). Leave it out of the rules."
         )
     matrices = [atom for atom in first.atoms if atom in x.atoms and atom not in inputs]
     tokens = [atom for atom in x.atoms if atom not in (*matrices, *inputs)]
@@ -170,7 +180,12 @@ def _observed(x: Operand, network: Network, inputs: Sequence[Atom]) -> Any:
         rows = contract(Operand(array, x.atoms), (), [*matrices, *tokens, *ordered])
         rows = rows.reshape(size(matrices), size(tokens), size(ordered)).astype(jnp.float32)
         outer = jnp.einsum("bti,btj->bij", rows, rows, precision=lax.Precision.HIGHEST)
-        sums = [jnp.full(len(rows), size(tokens)), rows.sum(1), outer]
+        # A one for each input, made from it so that it varies over the same shards.
+        ones = jnp.where(rows[:, :, 0] == 0, 1.0, 1.0)
+        sums = [ones.sum(1), rows.sum(1), outer]
+        axes = releases.varying(rows)
+        if axes:
+            sums = lax.psum(sums, axes)
         shaped = [
             value.reshape(operand.array.shape).astype(operand.array.dtype)
             for value, operand in zip(sums, network.observed, strict=True)

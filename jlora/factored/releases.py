@@ -44,6 +44,12 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def varying(array: Any) -> tuple[str, ...]:
+    """The mesh axes over which shards of an array may differ, inside a shard_map that tracks it."""
+    kind = getattr(jax.typeof(array), "manual_axis_type", None)
+    return tuple(getattr(kind, "varying", ()))
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an input of an equation is a constant written into it."""
     return isinstance(atom, core.Literal)

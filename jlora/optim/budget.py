@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ def adalora_budget(
 
     References:
         Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.2 (equations 8 to 11), section 3.3
-        (equation 12) and algorithm 1.
+        (equation 12) and algorithm 1. The cubic begins at the end of the warm-up, as in the
+        reference code.
     """
     if not target_rank > 0:
         raise ValueError(f"target_rank={target_rank} leaves no direction. Use a positive number.")
@@ -132,7 +134,7 @@ def adalora_budget(
             if not isinstance(leaf, AdaLoRALeaf):
                 return update
             s = jnp.where(enforced & ~next(chosen), -leaf.s, update.s)
-            return type(leaf)(**{**_fields(update), "s": s})
+            return dataclasses.replace(update, s=s)
 
         updates = jax.tree.map(masked, updates, params, is_leaf=is_leaf)
         return updates, BudgetState(step, inner_state, sensitivity, uncertainty, kept)
@@ -149,11 +151,14 @@ def adalora_budget(
 
 def _leaves(tree: PyTree) -> list[AdaLoRALeaf]:
     nodes = jax.tree.leaves(tree, is_leaf=is_leaf)
-    return [node for node in nodes if isinstance(node, AdaLoRALeaf)]
-
-
-def _fields(leaf: AdaLoRALeaf) -> dict[str, Any]:
-    return {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
+    leaves = [node for node in nodes if isinstance(node, AdaLoRALeaf)]
+    for leaf in leaves:
+        if not all(hasattr(getattr(leaf, name), "shape") for name in _ARRAYS):
+            raise ValueError(
+                "adalora_budget needs all arrays of every AdaLoRA leaf, and some were masked or "
+                "left out. Put it around the whole optimizer: adalora_budget(lora_optimizer(...))."
+            )
+    return leaves
 
 
 def _importance(

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import optax
 
-from jlora.adapters.protocol import is_leaf
+from jlora.adapters.protocol import FROZEN, is_leaf
 
 PyTree = Any
 
-FROZEN = "frozen"
 FULL = "full"
 _TRAINED = "trained"  # All labels but frozen, where they share one transformation.
 
@@ -26,9 +25,10 @@ def labels(params: PyTree) -> PyTree:
     """
     # An adapter may have a weight of that very path.
     if isinstance(params, Mapping) and "base" in params and not is_leaf(params["base"]):
-        rest = {key: value for key, value in params.items() if key != "base"}
+        rest = labels({key: value for key, value in params.items() if key != "base"})
         base = jax.tree.map(lambda _: FROZEN, params["base"])
-        return type(params)({"base": base, **labels(rest)})  # type: ignore[call-arg]
+        parts = {key: base if key == "base" else rest[key] for key in params}
+        return type(params)(parts)  # type: ignore[call-arg]
 
     def label(node: Any) -> Any:
         if not is_leaf(node):
