@@ -548,3 +548,91 @@ def base_output(adapter: Any, params: Any, x: np.ndarray) -> np.ndarray:
     if hasattr(leaf, "magnitude"):
         product = product * np.asarray(leaf.magnitude / leaf.norm(params["w"])[0])
     return product
+
+
+# --- products of several operands ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["loha", "hira", "lokr", "vera"])
+def test_nothing_between_operands_is_larger_than_what_they_join(family: str) -> None:
+    tokens, fan_in, fan_out = 31, 24, 20
+    configs = {
+        "loha": jlora.LoHa(rank=3, alpha=1),
+        "hira": jlora.HiRA(rank=3),
+        "lokr": jlora.LoKr(rank=1, alpha=1),
+        "vera": jlora.VeRA(rank=3),
+    }
+    lora, params, adapter = made(
+        configs[family], np.ones((fan_in, fan_out), np.float32), np.ones((tokens, fan_in))
+    )
+    run = lambda a, x: lora.apply(params, a, x)
+    jaxpr = jax.make_jaxpr(run)(adapter, jnp.ones((tokens, fan_in)))
+    largest = max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
+    # One operand after the other would leave tokens x rank x outputs, or inputs x rank x outputs.
+    assert largest <= tokens * fan_in
+
+
+def test_a_gain_that_differs_little_from_one_is_not_rounded_off_in_bfloat16() -> None:
+    w = jnp.asarray(RNG.normal(size=(16, 8)), jnp.bfloat16)
+    x = jnp.asarray(RNG.normal(size=(500, 16)), jnp.bfloat16)
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.DoRA(rank=2, alpha=1))
+    adapter = lora.init(jax.random.key(0), {"w": w}, x)
+    leaf = adapter["w"]
+    # Half of bfloat16's spacing at one is 0.0039, so a gain in that type would still be one.
+    moved = dataclasses.replace(leaf, magnitude=1.003 * leaf.magnitude)
+    before, after = (np.float64(lora.apply({"w": w}, {"w": one}, x)) for one in (leaf, moved))
+    # Outputs move by a whole spacing or not at all; 4,000 of them by 0.003 on average.
+    ratio = (before * after).sum() / (before**2).sum()
+    np.testing.assert_allclose(ratio, 1.003, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [jlora.IA3(), jlora.DoRA(rank=2, alpha=3)], ids=repr)
+def test_a_gain_along_inputs_and_outputs_of_another_use_is_still_right(config: Any) -> None:
+    params = {"w": jnp.asarray(RNG.normal(size=(3, 6, 5)), jnp.float32)}
+    x = jnp.asarray(RNG.normal(size=(3, 4, 6)), jnp.float32)
+
+    def fn(p: Any, x: Any) -> Any:
+        batched = jnp.einsum("etd,edf->etf", x, p["w"])
+        return batched + jnp.einsum("ed,edf->f", x[:, 0], p["w"])  # Where e is summed over.
+
+    lora = jlora.lora_transform(fn, {"w": config})
+    adapter = moved(lora.init(jax.random.key(0), params, x))
+    assert lora.explain(params, x).rows[0].dense
+    merged = fn(lora.merge(params, adapter), x)
+    np.testing.assert_allclose(lora.apply(params, adapter, x), merged, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixtures_router_has_to_see_whole_inputs() -> None:
+    halves = lambda p, x: x[:, :2] @ p["w"][:2] + x[:, 2:] @ p["w"][2:]
+    config = jlora.LoRAMixture(experts=3, rank=2, alpha=3)
+    lora = jlora.lora_transform(halves, {"w": config})
+    params = {"w": jnp.asarray(W)}
+    adapter = lora.init(jax.random.key(0), params, X)
+    with pytest.raises(ValueError, match=r"meets 2 of the 6 numbers of an input"):
+        lora.apply(params, adapter, X)
+    assert "refused: The mixture on 'w' meets 2 of the 6" in str(lora.explain(params, X))
+
+
+def test_each_of_a_stack_of_mixtures_has_a_balance_of_its_own() -> None:
+    x = jnp.ones((2, 4, 6))
+    fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"])
+    config = jlora.LoRAMixture(experts=2, rank=1, alpha=1, top_k=1)
+    lora = jlora.lora_transform(fn, {"w": config})
+    params = {"w": jnp.ones((2, 6, 5))}
+    adapter = lora.init(jax.random.key(0), params, x)
+    router = jnp.zeros((2, 6, 2)).at[0, :, 0].set(5.0).at[1, :, 1].set(5.0)
+    leaf = dataclasses.replace(adapter["w"], router=router)
+    _, loss = lora.apply_with_balance(params, {"w": leaf}, x)
+    # Each sends everything to one of its two experts: two for each, and not one for both.
+    np.testing.assert_allclose(loss, 4, rtol=1e-5)
+
+
+def test_of_equal_scores_below_the_best_the_best_is_kept() -> None:
+    lora, params, adapter = made(jlora.LoRAMixture(experts=3, rank=2, alpha=2, top_k=2))
+    router = jnp.tile(jnp.array([1.0, 1.0, 2.0]), (6, 1))
+    x = np.ones((1, 6), np.float32)
+    leaf = dataclasses.replace(adapter["w"], router=router)
+    updates = np.einsum("ti,eir,ero->teo", x, leaf.a, leaf.b)
+    share = 1 / (1 + np.exp(-6.0))  # Scores 12 and 6.
+    expected = x @ W + share * updates[:, 2] + (1 - share) * updates[:, 0]
+    np.testing.assert_allclose(lora.apply(params, {"w": leaf}, x), expected, **FLOAT32)
