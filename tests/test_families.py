@@ -90,10 +90,10 @@ def built(family: str, layer: str, dtype: str = "float32") -> Case:
         pytest.skip("refused by name")
 
 
-def close(values: Any, truth: Any) -> None:
+def close(values: Any, truth: Any, relative: float = 3e-5) -> None:
     """Float32 sums of at most 60 products, in another order."""
     for error, size in errors(values, truth):
-        assert error <= 3e-5 * (1 + size), (error, size)
+        assert error <= relative * (1 + size), (error, size)
 
 
 @pytest.mark.parametrize(("family", "layer"), GRID)
@@ -116,10 +116,12 @@ def law_apply_and_merge_agree_and_so_do_their_gradients(one: Case, family: str) 
         output = one.fn(jlora.merge(one.params, adapter), *one.inputs)
         return total(output), output
 
+    # One layer casts its weight to bfloat16, whose spacing is 2^-8, before it multiplies.
+    relative = 2**-6 if one.layer.name == "cast" else 3e-5
     gradient, output = jax.jit(jax.grad(merged, has_aux=True))(one.adapter)
-    close(one.output, output)
+    close(one.output, output, relative)
     ours, frozen = jlora.partition(one.gradient(one.adapter, one.params, *one.inputs))
-    close(ours, jlora.partition(gradient)[0])
+    close(ours, jlora.partition(gradient)[0], relative)
     close(frozen, jax.tree.map(jnp.zeros_like, frozen))
 
 
@@ -130,7 +132,8 @@ def law_a_fresh_adapter_changes_nothing(one: Case, family: str) -> None:
         close(fresh, base)
     else:
         assert max(error for error, _ in errors(fresh, base)) > 0
-    assert max(error for error, _ in errors(one.output, base)) > 0.01, "nothing was adapted"
+    # Rounding alone is below 1e-5.
+    assert max(error for error, _ in errors(one.output, base)) > 1e-4, "nothing was adapted"
 
 
 # Where an update cannot follow what the model does with the weight, its sum is formed: a Kronecker
@@ -154,7 +157,7 @@ def law_frozen_is_absent_from_the_compiled_gradient(one: Case, family: str) -> N
         assert summed == (one.layer.dense or family == "full" or family in SUMMED.get(name, ()))
     assert sized == (family in WEIGHT_SIZED - {"full"}) or family.startswith("fourierft")
     found = weight_shaped_products(one.gradient.as_text(), {row.shape for row in rows})
-    if name.startswith("in_custom_vjp"):
+    if name.startswith("in_custom"):
         # A rule of the model's own hands back the weight's gradient; Hadamard products and gains
         # need it whole.
         return

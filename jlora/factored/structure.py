@@ -400,12 +400,14 @@ def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network
     offsets = iter(group for axis, group in enumerate(network.axes) if axis not in rows)
     axes = [(batch[axis],) if axis in batch else next(offsets) for axis in range(len(out))]
 
-    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP and any(
-        all(atom not in operand.atoms for operand in term.operands)
-        for term in network.terms
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    products = [term.operands for term in network.terms] + [(gain,) for gain in network.gains]
+    if fills and any(
+        all(atom not in operand.atoms for operand in operands)
+        for operands in products
         for atom in looked_up
     ):
-        return None  # A row outside the table would get an update all the same.
+        return None  # A row outside the table would get an update, or a gain, all the same.
 
     def look_up(operand: Operand, fill: int) -> Operand:
         columns = [i for i, atom in enumerate(looked_up) if atom in operand.atoms]
