@@ -37,7 +37,7 @@ FAMILIES = {
     "lora_fa": Family(jlora.LoRAFA(rank=2, alpha=3)),
     "dora": Family(jlora.DoRA(rank=2, alpha=3)),
     "dora_through_norm": Family(jlora.DoRA(rank=2, alpha=3, through_norm=True)),
-    "vera": Family(jlora.VeRA(rank=3)),
+    "vera": Family(jlora.VeRA(rank=11)),
     "adalora": Family(jlora.AdaLoRA(rank=2, alpha=3)),
     "dylora": Family(jlora.DyLoRA(rank=2, alpha=3)),
     "sora": Family(jlora.SoRA(rank=2, alpha=3)),

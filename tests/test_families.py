@@ -156,7 +156,11 @@ def law_frozen_is_absent_from_the_compiled_gradient(one: Case, family: str) -> N
     if one.layer in [BY_NAME[layer] for layer in LAYERS]:
         assert summed == (one.layer.dense or family == "full" or family in SUMMED.get(name, ()))
     assert sized == (family in WEIGHT_SIZED - {"full"}) or family.startswith("fourierft")
-    found = weight_shaped_products(one.gradient.as_text(), {row.shape for row in rows})
+    shapes = {row.shape for row in rows}
+    for row in rows:  # And of each of a stack.
+        batch = row.axes.batch if row.axes else ()
+        shapes.add(tuple(n for axis, n in enumerate(row.shape) if axis not in batch))
+    found = weight_shaped_products(one.gradient.as_text(), shapes, with_slices=False)
     if name.startswith("in_custom"):
         # A rule of the model's own hands back the weight's gradient; Hadamard products and gains
         # need it whole.

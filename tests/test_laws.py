@@ -99,12 +99,16 @@ def test_the_search_for_weight_shaped_products_finds_them_where_they_are() -> No
         assert weight_shaped_products(text, {tuple(leaf.shape) for leaf in one.adapter.values()})
 
 
-def weight_shaped_products(hlo: str, shapes: set[tuple[int, ...]]) -> list[str]:
+def weight_shaped_products(
+    hlo: str, shapes: set[tuple[int, ...]], *, with_slices: bool = True
+) -> list[str]:
     """Products and scatters of a program whose result is as large as a weight (or one layer of a
     stack of them), however its axes are ordered."""
     wanted = {tuple(sorted(n for n in shape if n > 1)) for shape in shapes}
     # Under a scan, the gradient of one layer is what would be formed.
-    wanted |= {tuple(sorted(n for n in shape[1:] if n > 1)) for shape in shapes if len(shape) > 2}
+    if with_slices:
+        slices = [shape[1:] for shape in shapes if len(shape) > 2]
+        wanted |= {tuple(sorted(n for n in shape if n > 1)) for shape in slices}
     found = []
     for line in hlo.splitlines():
         match = re.search(r"= \w+\[([\d,]*)\]\S* (dot|convolution|scatter|custom-call)\(", line)
