@@ -506,8 +506,10 @@ def command(output: pathlib.Path) -> str:
     return " ".join(["python benchmarks/family_accuracy.py", *words])
 
 
-def run(settings: Any, families: list[Family], output: pathlib.Path | None) -> None:
-    """Measures the families, and writes what is known after each."""
+def run(
+    settings: Any, families: list[Family], output: pathlib.Path | None, earlier: list[Row]
+) -> None:
+    """Measures the families, and writes what is known after each, with the `earlier` rows."""
     checkpoint = quickstart.find_checkpoint()
     model, params = bert.load_encoder(checkpoint)
     texts = quickstart.load_texts(settings.texts_per_package)
@@ -534,6 +536,7 @@ def run(settings: Any, families: list[Family], output: pathlib.Path | None) -> N
     print(f"{len(whole.plan):,} steps, most frequent package {majority:.3f}")
     print(HEADER)
     print(line(rows[0]), flush=True)
+    rows += earlier
     for family in families:
         rows.append(measure(family, model, params, encode, search, whole))
         print(line(rows[-1]), flush=True)
@@ -575,10 +578,18 @@ def main() -> None:
     names = [family.name for family in FAMILIES]
     parser.add_argument("--families", nargs="+", choices=names, default=names)
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--append", action="store_true", help="keep the other rows of that file")
     options = parser.parse_args()
+    if options.append and not options.output:
+        parser.error("--append needs --output: the file whose rows are kept.")
     datasets.disable_progress_bars()
     chosen = [family for family in FAMILIES if family.name in options.families]
-    run(TINY if options.tiny else WHOLE, chosen, options.output)
+    earlier = []
+    if options.append and options.output.exists():
+        kept = set(names).difference(options.families)
+        rows = json.loads(options.output.read_text())["rows"]
+        earlier = [Row(**row) for row in rows if row["family"] in kept]
+    run(TINY if options.tiny else WHOLE, chosen, options.output, earlier)
 
 
 if __name__ == "__main__":
