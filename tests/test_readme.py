@@ -64,3 +64,7 @@ def test_the_families_tables_are_the_committed_ones() -> None:
             f"{row['trained']:,}",
         )
         assert f"| {' | '.join(cells)} |" in README, row
+    result = json.loads((ROOT / "benchmarks/results/family_accuracy.json").read_text())
+    for row in result["rows"]:
+        line = f"| {row['family']} | {row['test_accuracy']:.3f} | {row['adapter_parameters']:,} |"
+        assert line in README, row
