@@ -243,7 +243,7 @@ def test_what_meets_no_input_is_refused() -> None:
 
 CONVERTED = {
     "lora": 2,
-    "vera": 3,
+    "vera": None,
     "adalora": 2,
     "loha": 4,
     "lokr": None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora.factored.network import Atom, Axes, Dropout, Network, Operand, Term, size
@@ -401,7 +402,10 @@ def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network
     axes = [(batch[axis],) if axis in batch else next(offsets) for axis in range(len(out))]
 
     fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    products = [term.operands for term in network.terms] + [(gain,) for gain in network.gains]
+    products = [term.operands for term in network.terms]
+    filling = eqn.params["fill_value"]
+    if filling is not None and not (filling == 0 or np.isnan(filling)):  # A gain changes others.
+        products += [(gain,) for gain in network.gains]
     if fills and any(
         all(atom not in operand.atoms for operand in operands)
         for operands in products
