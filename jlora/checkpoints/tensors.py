@@ -1,0 +1,241 @@
+"""The tensors of a folder of safetensors files, read one at a time and written a file at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+DTYPES: dict[str, Any] = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+}
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.npy", "*.npz", "*.h5", "*.msgpack")
+
+
+class Stored(NamedTuple):
+    """What a file's header says of one tensor.
+
+    Attributes:
+        file: The file's name.
+        dtype: As safetensors names it.
+        shape: Of the tensor as stored.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Tensors:
+    """The tensors of one folder, of which the headers alone were read.
+
+    Attributes:
+        headers: What is known of each, by name.
+        metadata: Of the first file.
+        where: The folder, for errors.
+    """
+
+    def __init__(self, files: Mapping[str, Any], where: Path) -> None:
+        self.where = where
+        self.headers: dict[str, Stored] = {}
+        self._files = files
+        self.metadata: dict[str, str] = {}
+        for name, file in files.items():
+            self.metadata = self.metadata or dict(file.metadata() or {})
+            for key in file.keys():  # noqa: SIM118 -- it is no mapping
+                if key in self.headers:
+                    raise ValueError(
+                        f"{where}: {key} is in {self.headers[key].file} and in {name}. Keep the "
+                        f"files that one program wrote."
+                    )
+                part = file.get_slice(key)
+                self.headers[key] = Stored(name, part.get_dtype(), tuple(part.get_shape()))
+
+    def read(self, key: str, region: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A tensor, or a region of it, as stored. Nothing else is read."""
+        file = self._files[self.headers[key].file]
+        if region is None or not region:
+            return file.get_tensor(key)
+        return file.get_slice(key)[region]
+
+
+@contextlib.contextmanager
+def opened(folder: str | os.PathLike[str]) -> Iterator[Tensors]:
+    """The tensors of a folder's model.safetensors, or of the shards that its index names.
+
+    Raises:
+        FileNotFoundError: There are no such files.
+        ValueError: One is damaged, or the index and the files disagree.
+    """
+    folder = Path(folder)
+    names, expected = _file_names(folder)
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for name in names:
+            files[name] = stack.enter_context(open_file(folder / name))
+        tensors = Tensors(files, folder)
+        if expected is not None:
+            found = {key: header.file for key, header in tensors.headers.items()}
+            wrong = sorted(set(found.items()) ^ set(expected.items()))
+            if wrong:
+                raise ValueError(
+                    f"{folder / INDEX} and the files that it names disagree about "
+                    f"{listed([key for key, _ in wrong])}. Copy the folder anew from its source."
+                )
+        yield tensors
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """One safetensors file behind its lazy reader.
+
+    Raises:
+        FileNotFoundError: There is no regular file of that name.
+        ValueError: The file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or no regular file.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy it anew from its source.") from error
+
+
+def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files of a folder, and which key is where if an index says so."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS], None
+    if not index.is_file():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder.")
+        others = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        raise FileNotFoundError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}. "
+            + (
+                f"{listed(others)} are not opened, since such files can run code: write "
+                f"safetensors with `save_pretrained`."
+                if others
+                else "Give the folder that holds them."
+            )
+        )
+    content = read_json(index)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+        for name in places.values()
+    ):
+        raise ValueError(
+            f"{index}: weight_map must say for every tensor which .safetensors file beside the "
+            f"index holds it. Copy it anew from its source."
+        )
+    return sorted(set(places.values())), places
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or no regular file.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}). Copy it anew from its source.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object. Copy it anew from its source.")
+    return content
+
+
+def write_shards(
+    folder: Path,
+    headers: Mapping[str, tuple[Any, tuple[int, ...]]],
+    make: Any,
+    *,
+    metadata: Mapping[str, str],
+    shard_bytes: int,
+) -> None:
+    """Writes tensors to as many files as it takes, with an index if they are several.
+
+    Args:
+        folder: An existing one.
+        headers: Of each tensor, its NumPy dtype and shape.
+        make: A tensor's name to the tensor. It is asked for once per name; no more than a file's
+            tensors are held at a time.
+        metadata: Of every file.
+        shard_bytes: No file is larger, unless one tensor alone is.
+    """
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in headers.items()}
+    shards: list[list[str]] = [[]]
+    for key, size in sizes.items():
+        if shards[-1] and sum(sizes[k] for k in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(key)
+    places: dict[str, str] = {}
+    for number, keys in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+        tensors = {key: np.ascontiguousarray(make(key)) for key in keys}
+        safetensors.numpy.save_file(tensors, folder / name, metadata=dict(metadata))
+        places.update(dict.fromkeys(keys, name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears whole, under its name, when the block ends, and not at all if it fails.
+
+    Raises:
+        FileExistsError: There is something of that name; it is left as it was.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise FileExistsError(
+            f"folder={str(folder)!r} exists and is left as it was. Choose another name."
+        )
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in (file for file in partial.rglob("*") if file.is_file()):
+            # safetensors makes its files readable by their owner alone.
+            file.chmod(0o666 & ~_umask())
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    # There is no way to read it but to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """The first names, and how many are left."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])

@@ -1,0 +1,175 @@
+"""Causal attention over packed or padded texts, with the kernel of the device where it has one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["xla", "cudnn", "splash"]
+_BLOCK = 128  # Lengths that the splash kernel takes are multiples of it.
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    query_slots: jax.Array | None = None,
+    query_segments: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """What every query gathers, (batch, queries, heads, dim).
+
+    A query sees the keys of its own segment that stand no later than itself and, with a window,
+    fewer than `window` slots before it. What a query of segment 0 (padding) gathers is finite and
+    means nothing.
+
+    Args:
+        query: (batch, queries, heads, dim).
+        key: (batch, keys, kv_heads, dim); every group of `heads / kv_heads` queries shares one.
+        value: As `key`.
+        scale: What scores are multiplied with.
+        query_slots: (batch or 1, queries), where among the keys each query stands; its own number
+            when left out, which needs as many keys as queries.
+        query_segments: (batch, queries), which text each token belongs to; 0 for padding. All are
+            one text when left out.
+        key_segments: (batch, keys), those of the keys when they are not the queries' own.
+        causal: Whether later keys are hidden.
+        window: How many keys back a query sees, itself included.
+        softcap: Scores are squashed into plus and minus this by a tanh.
+        implementation: "xla" forms the scores of all pairs; "cudnn" does not, on NVIDIA GPUs, in
+            half precision and without softcap, unless there are segments; "splash" does not, on
+            TPUs. The fastest that applies when left out.
+
+    Raises:
+        ValueError: The implementation does not do what is asked.
+    """
+    own = query_slots is None
+    if own and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{query.shape[1]} queries and {key.shape[1]} keys need query_slots: which key each "
+            f"query stands at."
+        )
+    if implementation is None:
+        implementation = _best(query, own=own, segmented=query_segments is not None, cap=softcap)
+    if implementation == "splash":
+        if not own or not causal:
+            raise ValueError(
+                "implementation='splash' is causal attention of a whole text to itself. Use 'xla' "
+                "with a cache or without causality."
+            )
+        return _splash(query, key, value, query_segments, scale, window, softcap)
+    if implementation == "cudnn" and softcap is not None:
+        raise ValueError(
+            f"implementation='cudnn' has no softcap={softcap}. Use 'xla', or leave it to jlora."
+        )
+    plain = own and query_segments is None and key_segments is None
+    if softcap is None and plain:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0 if causal else window - 1),
+            implementation=implementation,
+        )
+    slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
+    distance = slots[:, :, None] - jnp.arange(key.shape[1])
+    seen = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    if window is not None:
+        seen &= abs(distance) < window
+    if query_segments is not None:
+        keys = query_segments if key_segments is None else key_segments
+        seen &= (query_segments[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
+    if softcap is None:
+        return jax.nn.dot_product_attention(
+            query, key, value, scale=scale, mask=seen[:, None], implementation=implementation
+        )
+    return _capped(query, key, value, seen, scale, softcap)
+
+
+def _best(query: jax.Array, *, own: bool, segmented: bool, cap: float | None) -> Implementation:
+    """The fastest implementation for the device that JAX computes on."""
+    platform, (_, length, _, dim) = jax.default_backend(), query.shape
+    if platform == "tpu" and own and length % _BLOCK == 0:
+        return "splash"
+    halved = query.dtype in (jnp.bfloat16, jnp.float16)
+    fits = own and not segmented and dim % 8 == 0 and dim <= 128
+    if platform == "gpu" and halved and fits and cap is None:
+        return "cudnn"
+    return "xla"
+
+
+def _capped(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """Attention whose scores go through a tanh, which `jax.nn` has not."""
+    batch, length, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores * scale / softcap)
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
+
+
+def _splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's Pallas kernel for TPUs, which forms no array of all pairs."""
+    # Loaded here: Pallas takes a second to import, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    _, length, heads, dim = query.shape
+    if length % _BLOCK:
+        raise ValueError(
+            f"implementation='splash' takes lengths that are multiples of {_BLOCK}, not {length}. "
+            f"Pad the texts, or use 'xla'."
+        )
+    shape = (length, length)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    attention = kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    # The lanes of a TPU are 128 wide; dimensions of zeros change no score.
+    padded = math.ceil(dim / 128) * 128
+    widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded - dim)))
+    query, key, value = (jnp.swapaxes(widen(x), 1, 2) for x in (query * scale, key, value))
+    result: Any
+    if segments is None:
+        result = jax.vmap(attention)(query, key, value)
+    else:
+        ids = kernel.SegmentIds(segments, segments)
+        result = jax.vmap(attention)(query, key, value, segment_ids=ids)
+    return jnp.swapaxes(result, 1, 2)[..., :dim].astype(value.dtype)

@@ -1,0 +1,590 @@
+"""A decoder in Flax Linen for the checkpoints of Llama and its many relatives.
+
+What differs between them is data in `DecoderConfig`; `jlora.models.architectures` makes one from a
+checkpoint's config.json. Dense kernels are laid out (in, out).
+
+References:
+    Touvron et al., LLaMA, arXiv:2302.13971, section 2. The order of operations is that of the
+    models in transformers, rounding included, but that rotary positions are applied in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core.meta import PARTITION_NAME
+from flax.linen import spmd
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from jlora.models import attention as attending
+from jlora.models.rope import Rope, rotate
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+Remat = Literal["nothing", "projections", "everything"]
+_POLICIES: dict[str, Any] = {
+    "nothing": None,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a layer attends.
+
+    Attributes:
+        window: How many tokens back it sees, itself included; all when None.
+        rope: Its rotary positions; it has none when None.
+    """
+
+    window: int | None = None
+    rope: Rope | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in the feed-forward's place.
+
+    Attributes:
+        count: How many experts.
+        chosen: How many each token goes through.
+        size: Width inside one expert.
+        normalized: Whether the weights of those chosen sum to one.
+    """
+
+    count: int
+    chosen: int
+    size: int
+    normalized: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of one decoder.
+
+    Attributes:
+        vocab_size: How many tokens.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the feed-forward.
+        num_heads: Of the queries; a multiple of `num_kv_heads`.
+        num_kv_heads: Of the keys and values.
+        head_dim: Width of one head.
+        kinds: The ways in which layers attend.
+        layers: Of each layer, which of `kinds` it is.
+        sparse_layers: The numbers of the layers that are mixtures of experts.
+        experts: Those mixtures.
+        max_length: How many tokens a checkpoint was made for.
+        activation: Inside the feed-forward, one of `ACTIVATIONS`.
+        norm_eps: Added to the mean square.
+        norm_offset: Whether norms multiply with one plus their scale, in float32 (Gemma).
+        qkv_bias: Whether the query, key and value products have biases.
+        output_bias: Whether the attention's output product has one.
+        mlp_bias: Whether those of the feed-forward have.
+        fused: Whether query, key and value are one product, and gate and up another (Phi-3).
+        qk_norm: Whether each head's queries and keys are normalised.
+        post_norms: Whether what attention and feed-forward return is normalised (Gemma 2 and 3).
+        embed_scale: Factor on the embedded tokens.
+        query_scale: Factor on the attention scores.
+        attention_softcap: Bound that a tanh puts on the attention scores.
+        logit_softcap: Bound that a tanh puts on the logits.
+        tied: Whether the head is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kinds: tuple[Kind, ...]
+    layers: tuple[int, ...]
+    max_length: int
+    query_scale: float
+    sparse_layers: tuple[int, ...] = ()
+    experts: Experts | None = None
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    norm_offset: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    fused: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    embed_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    tied: bool = False
+
+
+class Cache(NamedTuple):
+    """The keys and values that a decoder has seen.
+
+    Attributes:
+        keys: One per layer, (batch, capacity, kv_heads, head_dim); one stacked array if scanned.
+        values: Likewise.
+        segments: (batch, capacity), 0 where there is no token.
+        length: How many slots are taken, the same for every text.
+    """
+
+    keys: Any
+    values: Any
+    segments: jax.Array
+    length: jax.Array
+
+
+class _Context(NamedTuple):
+    """What all layers share."""
+
+    tables: tuple[tuple[jax.Array, jax.Array] | None, ...]  # One per kind.
+    slots: jax.Array | None  # (1, length), with a cache
+    segments: jax.Array | None  # (batch, length)
+    key_segments: jax.Array | None  # (batch, capacity), with a cache
+    length: jax.Array | None  # Of what the cache holds
+
+
+def _axes(*names: str | None) -> Any:
+    """An initialiser of kernels whose axes have logical names."""
+    return spmd.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last axis, in float32."""
+
+    eps: float
+    offset: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        named = spmd.with_logical_partitioning(init, ("norm",))
+        scale: Any = self.param("scale", named, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide *= lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention."""
+
+    config: DecoderConfig
+    dtype: Any
+    implementation: attending.Implementation | None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, kind: Any, context: _Context, kv: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        c = self.config
+        wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=c.qkv_bias)
+        if c.fused:
+            init = _axes("embed", "qkv")
+            qkv = dense(wide + 2 * narrow, name="qkv", kernel_init=init)(x)
+            parts = jnp.split(qkv, (wide, wide + narrow), axis=-1)
+        else:
+            parts = (
+                dense(wide, name="q", kernel_init=_axes("embed", "heads"))(x),
+                dense(narrow, name="k", kernel_init=_axes("embed", "kv_heads"))(x),
+                dense(narrow, name="v", kernel_init=_axes("embed", "kv_heads"))(x),
+            )
+        query, key, value = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts)
+        if c.qk_norm:
+            query = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(query)
+            key = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(key)
+        named = ("batch", "length", "heads", "head_dim")
+        query, key, value = (spmd.with_logical_constraint(h, named) for h in (query, key, value))
+        branches = [functools.partial(self._attended, number) for number in range(len(c.kinds))]
+        if len(branches) == 1 or isinstance(kind, int):
+            number = kind if isinstance(kind, int) else 0
+            out, kv = branches[number](query, key, value, context, kv)
+        else:  # Under a scan, where the layers' kinds are data.
+            out, kv = lax.switch(kind, branches, query, key, value, context, kv)
+        out = out.reshape(*x.shape[:2], wide)
+        init = _axes("heads", "embed")
+        dense = nn.Dense(c.hidden_size, c.output_bias, self.dtype, kernel_init=init, name="o")
+        return dense(out), kv
+
+    def _attended(
+        self,
+        kind: int,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        context: _Context,
+        kv: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """What the queries gather, and the cache with the new keys and values."""
+        table = context.tables[kind]
+        if table is not None:
+            query, key = rotate(query, table), rotate(key, table)
+        if kv is not None:
+            assert context.length is not None
+            start = (0, context.length, 0, 0)
+            keys, values = (
+                lax.dynamic_update_slice(held, new.astype(held.dtype), start)
+                for held, new in zip(kv, (key, value), strict=True)
+            )
+            kv = keys, values
+            key, value = keys.astype(query.dtype), values.astype(query.dtype)
+        out = attending.attend(
+            query,
+            key,
+            value,
+            scale=self.config.query_scale,
+            query_slots=context.slots,
+            query_segments=context.segments,
+            key_segments=context.key_segments,
+            window=self.config.kinds[kind].window,
+            softcap=self.config.attention_softcap,
+            implementation=self.implementation,
+        )
+        return out, kv
+
+
+class Mlp(nn.Module):
+    """The gated feed-forward."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=c.mlp_bias)
+        init = _axes("embed", "mlp")
+        if c.fused:
+            both = dense(2 * c.intermediate_size, name="gate_up", kernel_init=init)(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = dense(c.intermediate_size, name="gate", kernel_init=init)(x)
+            up = dense(c.intermediate_size, name="up", kernel_init=init)(x)
+        inner = ACTIVATIONS[c.activation](gate) * up
+        inner = spmd.with_logical_constraint(inner, ("batch", "length", "mlp"))
+        return dense(c.hidden_size, name="down", kernel_init=_axes("mlp", "embed"))(inner)
+
+
+class MixtureOfExperts(nn.Module):
+    """Every token through the feed-forwards that a router chooses for it.
+
+    References:
+        Shazeer et al., arXiv:1701.06538, section 2, without noise: the router's softmax is over all
+        experts, and no token is dropped.
+    """
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, e = self.config, self.config.experts
+        assert e is not None
+        router = nn.Dense(
+            e.count, False, self.dtype, name="router", kernel_init=_axes("embed", "experts")
+        )
+        tokens = x.reshape(-1, c.hidden_size)
+        chances = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
+        weights, chosen = lax.top_k(chances, e.chosen)  # (tokens, chosen)
+        if e.normalized:
+            weights /= weights.sum(axis=-1, keepdims=True)
+        # Rows in the order of their experts, so that one product takes all rows of an expert.
+        order = jnp.argsort(chosen.reshape(-1))
+        rows = tokens[order // e.chosen]
+        sizes = jnp.bincount(chosen.reshape(-1), length=e.count).astype(jnp.int32)
+        wide = (e.count, c.hidden_size, 2 * e.size)
+        narrow = (e.count, e.size, c.hidden_size)
+        init = nn.initializers.lecun_normal(batch_axis=0)
+        in_axes, out_axes = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        gate_up = self.param("gate_up", spmd.with_logical_partitioning(init, in_axes), wide)
+        down = self.param("down", spmd.with_logical_partitioning(init, out_axes), narrow)
+        rows, gate_up, down = promote_dtype(rows, gate_up, down, dtype=self.dtype)
+        gate, up = jnp.split(lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
+        out = lax.ragged_dot(ACTIVATIONS[c.activation](gate) * up, down, sizes)
+        out *= weights.reshape(-1)[order][:, None].astype(out.dtype)
+        return jnp.zeros_like(tokens).at[order // e.chosen].add(out).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    config: DecoderConfig
+    sparse: bool
+    dtype: Any
+    implementation: attending.Implementation | None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, kind: Any, context: _Context, kv: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        c = self.config
+        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
+        attention = Attention(c, self.dtype, self.implementation, name="attention")
+        out, kv = attention(norm(name="attention_norm")(x), kind, context, kv)
+        x = x + (norm(name="post_attention_norm")(out) if c.post_norms else out)
+        if self.sparse:
+            feed_forward: Any = MixtureOfExperts(c, self.dtype, name="moe")
+        else:
+            feed_forward = Mlp(c, self.dtype, name="mlp")
+        out = feed_forward(norm(name="mlp_norm")(x))
+        x = x + (norm(name="post_mlp_norm")(out) if c.post_norms else out)
+        return spmd.with_logical_constraint(x, ("batch", "length", "embed")), kv
+
+
+class Decoder(nn.Module):
+    """The decoder; `model.apply(params, input_ids)` gives its logits.
+
+    Attributes:
+        config: Its shape.
+        scanned: Whether layers are one program over stacked weights, which compiles in the time of
+            one layer; else each has weights of its own.
+        remat: What the backward pass computes again: "nothing"; all but the outputs of the
+            "projections"; "everything" inside a layer.
+        dtype: Of the computation; that of the weights when None.
+        implementation: Of attention, see `attention.attend`.
+    """
+
+    config: DecoderConfig
+    scanned: bool = False
+    remat: Remat = "nothing"
+    dtype: Any = None
+    implementation: attending.Implementation | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        block: Any = Block
+        if self.remat != "nothing":
+            policies = {**_POLICIES, "everything": jax.checkpoint_policies.nothing_saveable}
+            if self.remat not in policies:
+                raise ValueError(f"remat={self.remat!r} is none of {sorted(policies)}.")
+            # A scan needs no barrier against undoing the recomputation.
+            static = () if self.scanned else (2,)
+            block = nn.remat(
+                Block,
+                policy=policies[self.remat],
+                prevent_cse=not self.scanned,
+                static_argnums=static,
+            )
+        sparse = [number in c.sparse_layers for number in range(len(c.layers))]
+        rest = {"dtype": self.dtype, "implementation": self.implementation}
+        if self.scanned:
+            if len(set(sparse)) > 1:
+                raise ValueError(
+                    "scanned=True stacks the weights of all layers, and some of these are mixtures "
+                    "of experts while others are not. Use scanned=False."
+                )
+            axes: Any = (0, nn.broadcast, 0)  # Of the layer's kind, what all share, and its cache.
+            scan = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=axes,
+                length=len(c.layers),
+                metadata_params={PARTITION_NAME: "layers"},
+            )
+            self.layers: Any = scan(c, sparse[0], **rest)
+        else:
+            self.layers = [block(c, is_sparse, **rest) for is_sparse in sparse]
+        self.embed = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            embedding_init=spmd.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("vocab", "embed")
+            ),
+        )
+        self.norm = RMSNorm(c.norm_eps, c.norm_offset)
+        if not c.tied:
+            self.head = self.param("head", _axes("embed", "vocab"), (c.hidden_size, c.vocab_size))
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Logits (batch, length, vocabulary) in float32, and with a cache the cache grown.
+
+        Args:
+            input_ids: (batch, length) token numbers; one past the vocabulary makes its text NaN.
+            mask: (batch, length), 0 or False for padding. Several texts packed into a row have
+                numbers 1, 2, ..., and none sees another.
+            positions: (batch, length), where in its text each token stands; counted from the first
+                token of every text when left out.
+            cache: What `empty_cache` or a call before returned. Texts must be aligned in it: all
+                rows take the same slots, padding included.
+        """
+        hidden, cache = self._hidden(input_ids, mask, positions, cache)
+        logits = _logits(hidden, self._head(), self.config.logit_softcap)
+        logits = spmd.with_logical_constraint(logits, ("batch", "length", "vocab"))
+        return logits if cache is None else (logits, cache)
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """The normalised hidden states (batch, length, width), before the head."""
+        return self._hidden(input_ids, mask, positions, None)[0]
+
+    def losses(
+        self,
+        input_ids: jax.Array,
+        targets: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        chunks: int = 8,
+    ) -> jax.Array:
+        """Cross entropies (batch, length) of the targets, in nats and float32.
+
+        The logits of the whole vocabulary are never held: they are computed a part of the
+        vocabulary at a time, and again in the backward pass.
+
+        Args:
+            input_ids: As in a call.
+            targets: (batch, length), the token that each position should predict.
+            mask: As in a call.
+            positions: As in a call.
+            chunks: Into how many parts the vocabulary is cut.
+        """
+        hidden = self.hidden(input_ids, mask, positions)
+        return chunked_cross_entropy(
+            hidden, self._head(), targets, chunks=chunks, softcap=self.config.logit_softcap
+        )
+
+    def _head(self) -> jax.Array:
+        """The head's kernel (width, vocabulary)."""
+        return self.embed.embedding.T if self.config.tied else self.head
+
+    def _hidden(
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        c, (batch, length) = self.config, input_ids.shape
+        segments = None if mask is None else mask.astype(jnp.int32)
+        if positions is None:
+            if cache is not None:
+                raise ValueError("A cache needs positions: (batch, length), one per token.")
+            positions = _positions(segments, input_ids.shape)
+        tables = tuple(kind.rope.table(positions) if kind.rope else None for kind in c.kinds)
+        context = _Context(tables, None, segments, None, None)
+        if cache is not None:
+            segments = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+            held = lax.dynamic_update_slice(cache.segments, segments, (0, cache.length))
+            slots = cache.length + jnp.arange(length)[None]
+            context = _Context(tables, slots, segments, held, cache.length)
+            cache = cache._replace(segments=held, length=cache.length + length)
+        x = self.embed(input_ids)
+        if c.embed_scale is not None:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
+        if self.scanned:
+            stacked = None if cache is None else (cache.keys, cache.values)
+            x, stacked = self.layers(x, jnp.array(c.layers), context, stacked)
+        else:
+            pairs: list[Any] = []
+            for number, (layer, kind) in enumerate(zip(self.layers, c.layers, strict=True)):
+                pair = None if cache is None else (cache.keys[number], cache.values[number])
+                x, pair = layer(x, kind, context, pair)
+                pairs.append(pair)
+            stacked = None if cache is None else tuple(zip(*pairs, strict=True))
+        if cache is not None:
+            assert stacked is not None
+            cache = cache._replace(keys=stacked[0], values=stacked[1])
+        return self.norm(x), cache
+
+
+def empty_cache(
+    model: Decoder, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Cache:
+    """A cache without tokens.
+
+    Args:
+        model: The decoder that it is for.
+        batch: How many texts.
+        capacity: How many slots each has; a call that runs past them overwrites the last ones.
+        dtype: Of the keys and values held.
+    """
+    c = model.config
+    shape = (batch, capacity, c.num_kv_heads, c.head_dim)
+    count = len(c.layers)
+
+    def empty() -> Any:
+        if model.scanned:
+            return jnp.zeros((count, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(count))
+
+    segments = jnp.zeros((batch, capacity), jnp.int32)
+    return Cache(empty(), empty(), segments, jnp.zeros((), jnp.int32))
+
+
+def _positions(segments: jax.Array | None, shape: Sequence[int]) -> jax.Array:
+    """Of every token (batch, length), how many of its own segment stand before it in a row."""
+    slots = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if segments is None:
+        return slots
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return slots - lax.cummax(jnp.where(segments != before, slots, 0), axis=1)
+
+
+def _logits(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.Array:
+    head = head.astype(hidden.dtype)
+    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunks: int,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Cross entropies (batch, length), in nats, without ever holding all logits.
+
+    Args:
+        hidden: (batch, length, width).
+        head: (width, vocabulary).
+        targets: (batch, length) token numbers. One that is no token gives NaN.
+        chunks: Into how many parts the vocabulary is cut.
+        softcap: Bound that a tanh puts on the logits.
+    """
+    vocabulary = head.shape[1]
+    size = -(-vocabulary // chunks)
+
+    def part(hidden: jax.Array, head: jax.Array, start: int) -> tuple[jax.Array, jax.Array]:
+        """The log of the part's sum of exponentials, and the targets' logits, 0 elsewhere."""
+        logits = _logits(hidden, head, softcap)
+        places = targets - start
+        inside = (places >= 0) & (places < head.shape[1])
+        places = jnp.clip(places, 0, head.shape[1] - 1)[..., None]
+        found = jnp.take_along_axis(logits, places, axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, found, 0)
+
+    again: Any = jax.checkpoint(part)  # Its logits are computed again in the backward pass.
+    starts = range(0, vocabulary, size)
+    parts = [again(hidden, head[:, start : start + size], start) for start in starts]
+    sums, found = (jnp.stack(values) for values in zip(*parts, strict=True))
+    losses = jax.nn.logsumexp(sums, axis=0) - found.sum(axis=0)
+    return jnp.where((targets >= 0) & (targets < vocabulary), losses, jnp.nan)

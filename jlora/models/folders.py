@@ -1,0 +1,220 @@
+"""Models from Hugging Face folders, and folders from models."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jlora import tree
+from jlora.checkpoints import pieces
+from jlora.checkpoints.tensors import DTYPES, listed, new_folder, opened, read_json, write_shards
+from jlora.models.architectures import ARCHITECTURES, decoder_config
+from jlora.models.decoder import Decoder
+from jlora.models.names import decoder_weights
+
+PyTree = Any
+SHARD_BYTES = 5_000_000_000
+# What stands beside the weights and does not depend on them.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "LICENSE*",
+)
+
+
+class Loaded(NamedTuple):
+    """A model and its weights.
+
+    Attributes:
+        model: `model.apply(params, ...)` computes.
+        params: `{"params": ...}`.
+    """
+
+    model: Any
+    params: dict[str, Any]
+
+
+class _Format(NamedTuple):
+    """What a folder of one model type holds.
+
+    Attributes:
+        model: Made from config.json.
+        weights: Which tensors each of its weights is.
+        carried: The names of tensors that are none of the model's, but belong to its files.
+    """
+
+    model: Any
+    weights: dict[str, pieces.Weight]
+    carried: re.Pattern[str]
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    sharding: Callable[[str, jax.ShapeDtypeStruct], pieces.Sharding | None] | None = None,
+    **options: Any,
+) -> Loaded:
+    """The model and the weights of a Hugging Face folder.
+
+    Args:
+        folder: Holds config.json and safetensors files.
+        dtype: Of the weights; that of the files when left out.
+        sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
+            there, so that no device or host ever holds more than its part.
+        **options: Of the model's own: `scanned`, `remat`, `dtype`, `implementation` of `Decoder`.
+
+    Raises:
+        FileNotFoundError: Something is missing.
+        ValueError: config.json asks for something that is not implemented, a file is damaged, or
+            the tensors are not those that config.json describes.
+    """
+    folder = Path(folder)
+    form = _format(folder, options)
+    with opened(folder) as tensors:
+        weights = _as_stored(form, tensors)
+        pieces.check(tensors, weights, form.carried)
+        arrays = pieces.load(tensors, weights, dtype, sharding or (lambda path, shape: None))
+    return Loaded(form.model, traverse_util.unflatten_dict(arrays, sep="/"))
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: PyTree,
+    source: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    **options: Any,
+) -> None:
+    """Writes a Hugging Face folder with `params`, and with the files of `source` beside them.
+
+    The folder appears whole or not at all.
+
+    Args:
+        folder: Must not exist yet.
+        params: As `load` returns them, merged or trained.
+        source: The folder that they were loaded from. Its config and tokenizer are copied, and
+            tensors that the model does not compute with.
+        dtype: Of the files; each tensor's own in the source when left out.
+        shard_bytes: No file is larger, unless one tensor alone is.
+        **options: Those that `params` were loaded with.
+
+    Raises:
+        FileExistsError: `folder` exists; it is left as it was.
+        ValueError: `params` are not the source's weights by name and shape, or not finite.
+    """
+    source = Path(source)
+    form = _format(source, options)
+    arrays = _flat(params)
+    with opened(source) as tensors, new_folder(folder) as partial:
+        weights = _as_stored(form, tensors)
+        pieces.check(tensors, weights, form.carried)
+        _check_params(arrays, weights)
+        own = pieces.headers(weights, lambda key: _dtype(tensors.headers[key].dtype, dtype))
+        rest = sorted(set(tensors.headers) - set(own))
+        shapes = {key: tensors.headers[key].shape for key in rest}
+        carried = {key: tensors.read(key) for key in rest}
+        make = pieces.maker(weights, arrays)
+
+        def tensor(key: str) -> np.ndarray:
+            if key in carried:
+                return carried[key]
+            with np.errstate(over="ignore"):  # It is an error below.
+                made = make(key).astype(own[key][0])
+            if not np.isfinite(made).all():
+                raise ValueError(
+                    f"{key} holds NaN or Inf in {made.dtype}; nothing was written. Export an "
+                    f"earlier checkpoint, or to a dtype of a wider range."
+                )
+            return made
+
+        headers = {**own, **{key: (carried[key].dtype, shapes[key]) for key in rest}}
+        metadata = tensors.metadata or {"format": "pt"}
+        write_shards(partial, headers, tensor, metadata=metadata, shard_bytes=shard_bytes)
+        _copy_companions(source, partial)
+
+
+def _format(folder: Path, options: Mapping[str, Any]) -> _Format:
+    """What a folder holds, by its config.json."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind in ARCHITECTURES:
+        model = Decoder(decoder_config(raw, str(path)), **options)
+        # Old releases stored frequencies, and others the head that is the embedding.
+        names = r".*rotary_emb\.inv_freq|lm_head\.weight" if model.config.tied else r".*inv_freq"
+        return _Format(model, decoder_weights(model), re.compile(names))
+    known = sorted(ARCHITECTURES)
+    raise ValueError(f"{path}: model_type={kind!r} is not implemented; {known} are.")
+
+
+def _as_stored(form: _Format, tensors: Any) -> dict[str, pieces.Weight]:
+    """The weights under the names of this checkpoint: base models leave out the first part."""
+    keys = {piece.key for weight in form.weights.values() for piece in weight.pieces}
+    prefixed = any(key.startswith("model.") for key in tensors.headers)
+    if prefixed or not any(key.removeprefix("model.") in tensors.headers for key in keys):
+        return form.weights
+    return {
+        path: weight._replace(
+            pieces=tuple(p._replace(key=p.key.removeprefix("model.")) for p in weight.pieces)
+        )
+        for path, weight in form.weights.items()
+    }
+
+
+def _flat(params: PyTree) -> dict[str, Any]:
+    flat = tree.flatten(params)
+    return dict(zip(flat.paths, flat.leaves, strict=True))
+
+
+def _check_params(arrays: Mapping[str, Any], weights: Mapping[str, pieces.Weight]) -> None:
+    problems = [f"{path} is unknown" for path in arrays if path not in weights]
+    problems += [f"{path} is missing" for path in weights if path not in arrays]
+    problems += [
+        f"{path} has shape {arrays[path].shape} instead of {weight.shape}"
+        for path, weight in weights.items()
+        if path in arrays and tuple(arrays[path].shape) != weight.shape
+    ]
+    if problems:
+        raise ValueError(
+            f"params are not the weights of the source: {listed(problems)}. Give what `load` "
+            f"returned, merged but not reshaped, and the options that it was loaded with."
+        )
+
+
+def _dtype(stored: str, wanted: jax.typing.DTypeLike | None) -> Any:
+    dtype = DTYPES[stored] if wanted is None else np.dtype(wanted)
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"dtype={dtype} is none that these files are written in: {', '.join(DTYPES)}."
+        )
+    return dtype
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copies the files that stand beside the weights."""
+    for file in (file for pattern in _COMPANIONS for file in source.glob(pattern)):
+        if file.is_file():
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)

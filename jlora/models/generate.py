@@ -1,0 +1,244 @@
+"""Text from a decoder: a prefill, then a compiled loop with a cache of keys and values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.models.decoder import Cache, Decoder, empty_cache
+
+Apply = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: What logits are divided by; 0 takes the likeliest token, without a draw.
+        top_k: How many of the likeliest tokens are drawn from; all when None.
+        top_p: The least share of probability that is drawn from, the likeliest tokens first.
+        stop_tokens: Those that end a text. They are part of it.
+        pad_token: What follows the end.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"Sampling.temperature={self.temperature} is no temperature. Give 0 for the "
+                f"likeliest token, or a positive number."
+            )
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(
+                f"Sampling.top_k={self.top_k} leaves no token to draw. Give a positive count, or "
+                f"None for all."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Sampling.top_p={self.top_p} is no share. Give one above 0, up to 1.")
+
+
+class Generated(NamedTuple):
+    """What followed the prompts.
+
+    Attributes:
+        tokens: (batch, max_new_tokens); the pad token after a text's end.
+        lengths: (batch,), how many of them are text, the stop token included.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+class _State(NamedTuple):
+    """What a step of the loop replaces."""
+
+    step: jax.Array
+    cache: Cache
+    last: jax.Array  # (batch,)
+    positions: jax.Array  # (batch,), of `last`
+    done: jax.Array  # (batch,)
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    input_ids: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+    apply: Apply | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+) -> Generated:
+    """What the model writes after every prompt.
+
+    It is compiled once for each shape of prompts, number of tokens and way of sampling.
+
+    Args:
+        model: The decoder.
+        params: What `apply` takes first.
+        input_ids: (batch, length) prompts.
+        mask: (batch, length), 0 for padding, on the left or on the right of every text.
+        max_new_tokens: How many tokens are written at most.
+        sampling: How they are chosen.
+        key: Of the draws; needed at a temperature above 0.
+        apply: `model.apply` when left out; `lora.apply` with its adapter as
+            `lambda p, *args, **kwargs: lora.apply(p["base"], p["adapter"], *args, **kwargs)`. A
+            function of the same identity is compiled once.
+        cache_dtype: Of the keys and values held; that of `params` when left out.
+
+    Raises:
+        ValueError: No prompt, no key to draw with, no room for the tokens, or a prompt without a
+            token.
+    """
+    ids = jnp.asarray(input_ids, jnp.int32)
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(f"input_ids of shape {ids.shape} are no prompts. Give (batch, length).")
+    seen = jnp.ones_like(ids) if mask is None else jnp.asarray(mask, jnp.int32)
+    if seen.shape != ids.shape:
+        raise ValueError(
+            f"mask has shape {seen.shape}, input_ids {ids.shape}. Give one entry per token."
+        )
+    empty = [row for row, count in enumerate(jax.device_get(seen.sum(axis=1))) if not count]
+    if empty:
+        raise ValueError(f"The prompts {empty} have no token. Begin each with one, say the first.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} asks for nothing. Give 1 or more.")
+    longest = ids.shape[1] + max_new_tokens
+    if longest > model.config.max_length:
+        raise ValueError(
+            f"Prompts of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} run past the "
+            f"{model.config.max_length} that the model was made for. Shorten one of them."
+        )
+    if sampling.temperature and key is None:
+        raise ValueError(
+            f"Sampling.temperature={sampling.temperature} draws tokens. Give a key, "
+            f"`jax.random.key(0)` say."
+        )
+    if cache_dtype is None:
+        leaves = [leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+        cache_dtype = model.dtype or max(leaves, key=leaves.count)
+    key = jax.random.key(0) if key is None else key
+    same: Any = model  # A frozen dataclass, which hashes by its fields.
+    own = _own(same) if apply is None else apply
+    made = _compiled(same, own, max_new_tokens, sampling, jnp.dtype(cache_dtype))
+    return made(params, ids, seen, key)
+
+
+@functools.cache
+def _own(model: Decoder) -> Apply:
+    """`model.apply`, the same object for equal models."""
+    return model.apply
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    model: Decoder, apply: Apply, max_new_tokens: int, sampling: Sampling, dtype: Any
+) -> Callable[..., Generated]:
+    return jax.jit(functools.partial(_generate, model, apply, max_new_tokens, sampling, dtype))
+
+
+def _generate(
+    model: Decoder,
+    apply: Apply,
+    max_new_tokens: int,
+    sampling: Sampling,
+    dtype: Any,
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+) -> Generated:
+    batch, length = ids.shape
+    mask = (mask != 0).astype(jnp.int32)
+    # Padding to the left: what a window reaches back over is text, and all texts end in one slot.
+    order = jnp.argsort(mask, axis=1, stable=True)
+    ids, mask = (jnp.take_along_axis(array, order, axis=1) for array in (ids, mask))
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    cache = empty_cache(model, batch, length + max_new_tokens, dtype)
+    logits, cache = apply(params, ids, mask, positions, cache)
+
+    def chosen(logits: jax.Array, step: jax.Array, state: _State | None) -> Any:
+        """The next tokens, the pad token for texts that ended."""
+        tokens = choose(logits, jax.random.fold_in(key, step), sampling)
+        if state is None:
+            return tokens, jnp.zeros(batch, bool)
+        return jnp.where(state.done, sampling.pad_token, tokens), state.done
+
+    def after(tokens: jax.Array, done: jax.Array) -> jax.Array:
+        stops = jnp.array(sampling.stop_tokens, jnp.int32)
+        return done | (tokens[:, None] == stops).any(axis=1)
+
+    first, done = chosen(logits[:, -1], jnp.zeros((), jnp.int32), None)
+    written = jnp.full((batch, max_new_tokens), sampling.pad_token, jnp.int32)
+    state = _State(
+        step=jnp.ones((), jnp.int32),
+        cache=cache,
+        last=first,
+        positions=positions[:, -1] + 1,
+        done=after(first, done),
+        tokens=written.at[:, 0].set(first),
+        lengths=jnp.ones(batch, jnp.int32),
+    )
+
+    def goes_on(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~state.done.all()
+
+    def step(state: _State) -> _State:
+        logits, cache = apply(
+            params,
+            state.last[:, None],
+            jnp.ones((batch, 1), jnp.int32),
+            state.positions[:, None],
+            state.cache,
+        )
+        tokens, done = chosen(logits[:, 0], state.step, state)
+        return _State(
+            step=state.step + 1,
+            cache=cache,
+            last=tokens,
+            positions=state.positions + 1,
+            done=after(tokens, done),
+            tokens=state.tokens.at[:, state.step].set(tokens),
+            lengths=state.lengths + ~done,
+        )
+
+    state = lax.while_loop(goes_on, step, state)
+    return Generated(state.tokens, state.lengths)
+
+
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of every row (batch,) of logits (batch, vocabulary).
+
+    References:
+        Holtzman et al., arXiv:1904.09751, section 3.1 (top-p).
+    """
+    if not sampling.temperature:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        chances = jax.nn.softmax(ordered, axis=-1)
+        # A token stays while those before it have less than the share; the first one always does.
+        kept = (jnp.cumsum(chances, axis=-1) - chances < sampling.top_p).sum(axis=-1, keepdims=True)
+        least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -1,0 +1,659 @@
+"""Decoders against what transformers computes with the same checkpoints.
+
+`data/decoders/` was written by make_decoder_data.py: weights that bfloat16 holds exactly, logits in
+float32 and bfloat16, and the tokens of greedy generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import tracemalloc
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+import jlora
+from jlora.models import attention, folders, rope
+from jlora.models.architectures import decoder_config
+from jlora.models.decoder import Decoder
+from jlora.models.generate import Sampling, choose, generate
+from jlora.models.names import decoder_weights, shapes
+
+DATA = pathlib.Path(__file__).parent / "data" / "decoders"
+NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
+LAYOUTS = [
+    pytest.param(name, scanned, id=f"{name}-{'scanned' if scanned else 'unrolled'}")
+    for name in NAMES
+    for scanned in (False, True)
+    if not (scanned and name == "qwen3_moe_some")  # Its layers differ.
+]
+KNOWN = ("llama", "gemma2", "qwen3_moe")
+
+
+@functools.cache
+def expected(name: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(DATA / name / "expected.safetensors")
+
+
+@functools.cache
+def loaded(name: str, scanned: bool = False, dtype: str = "float32") -> folders.Loaded:
+    return folders.load(DATA / name, dtype=dtype, scanned=scanned)
+
+
+@functools.cache
+def logits(name: str, scanned: bool = False, dtype: str = "float32") -> np.ndarray:
+    """Those of tokens that are no padding."""
+    known, (model, params) = expected(name), loaded(name, scanned, dtype)
+    out = jax.jit(model.apply)(params, known["input_ids"], known["mask"])
+    return np.asarray(out)[known["mask"] > 0]
+
+
+def raw(name: str) -> dict[str, Any]:
+    return json.loads((DATA / name / "config.json").read_text())
+
+
+# --- what transformers computes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scanned"), LAYOUTS)
+def test_logits_are_those_of_transformers(name: str, scanned: bool) -> None:
+    theirs = expected(name)["logits"][expected(name)["mask"] > 0]
+    # Both round to float32, 1e-7 of logits up to 5, in each of some thirty products.
+    np.testing.assert_allclose(logits(name, scanned), theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "scanned"), LAYOUTS)
+def test_in_bfloat16_logits_are_as_near_to_the_exact_ones(name: str, scanned: bool) -> None:
+    known = expected(name)
+    seen = known["mask"] > 0
+    exact, theirs = known["logits"][seen], known["logits_bfloat16"][seen]
+    ours = logits(name, scanned, "bfloat16")
+    # Their own distance from float32 is what rounding to bfloat16 costs; twice that, because the
+    # two round in other places, and with so few logits one error weighs much.
+    bound = 2 * np.sqrt(np.mean((theirs - exact) ** 2))
+    assert np.sqrt(np.mean((ours - exact) ** 2)) < bound
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("name", "scanned"), LAYOUTS)
+def test_generate_writes_the_tokens_of_transformers(name: str, scanned: bool, side: str) -> None:
+    known, (model, params) = expected(name), loaded(name, scanned)
+    ids, mask = known["input_ids"], known["mask"]
+    if side == "left":
+        ids, mask = (
+            np.stack([np.roll(row, -length) for row, length in zip(a, mask.sum(1), strict=True)])
+            for a in (ids, mask)
+        )
+    new = known["tokens"].shape[1]
+    written = generate(
+        model, params, ids, mask, max_new_tokens=new, sampling=Sampling(stop_tokens=(2,))
+    )
+    np.testing.assert_array_equal(written.tokens, known["tokens"])
+    ended = [list(row).index(2) + 1 if 2 in row else new for row in known["tokens"]]
+    np.testing.assert_array_equal(written.lengths, ended)
+
+
+def test_some_text_ended_before_the_last_token() -> None:
+    assert any(2 in expected(name)["tokens"] for name in NAMES)
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+def before_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config as transformers 4.57 writes it."""
+    old = {
+        name: value for name, value in config.items() if name not in ("rope_parameters", "dtype")
+    }
+    old["torch_dtype"] = config["dtype"]
+    parameters = config["rope_parameters"]
+    if config["model_type"] == "gemma3_text":
+        old["rope_theta"] = parameters["full_attention"]["rope_theta"]
+        old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    else:
+        old["rope_theta"] = parameters["rope_theta"]
+    scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    if "partial_rotary_factor" in scaling:
+        old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    old["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    if "num_local_experts" in old:
+        old["num_experts"] = old.pop("num_local_experts")
+    return old
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_from_before_transformers_5_mean_the_same(name: str) -> None:
+    assert decoder_config(before_transformers_5(raw(name))) == decoder_config(raw(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"model_type": "t5"}, "model_type='t5' is not implemented"),
+        ("llama", {"hidden_act": "swishy"}, "activation 'swishy' is not implemented"),
+        ("llama", {"rope_parameters": {"rope_type": "3d", "rope_theta": 1.0}}, "rope_type='3d'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, r"lacks \['factor'\]"),
+        ("llama3", {"rope_parameters": {"rope_type": "llama3", "warp": 2}}, r"unknown .*'warp'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config=.* not implemented"),
+        ("llama", {"residual_multiplier": 0.2}, "{'residual_multiplier': 0.2} is not known"),
+        ("llama", {"num_key_value_heads": 2}, "num_attention_heads=3 are not shared evenly"),
+        ("llama", {"head_dim": None, "hidden_size": 13}, "hidden_size=13 does not split"),
+        ("llama", {"hidden_size": 0}, "hidden_size=0 is no size"),
+        ("llama", {"vocab_size": "44"}, "vocab_size='44' is no size"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "layer_types=.* are not 3 of"),
+        ("phi3", {"rope_scaling": {"short_factor": [1.0]}}, None),  # rope_parameters come first.
+        (
+            "phi3",
+            {"rope_parameters": {**raw("phi3")["rope_parameters"], "long_factor": [1.0]}},
+            "long_factor has 1 entries",
+        ),
+    ],
+)
+def test_what_a_config_asks_for_is_done_or_refused(
+    name: str, change: dict[str, Any], message: str | None
+) -> None:
+    changed = {**raw(name), **change}
+    if message is None:
+        assert decoder_config(changed) == decoder_config(raw(name))
+        return
+    with pytest.raises(ValueError, match=message):
+        decoder_config(changed)
+
+
+def test_long_sequences_turn_with_the_other_frequencies() -> None:
+    made = rope.rope(
+        {
+            "rope_theta": 100.0,
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.0],
+            "long_factor": [2.0, 5.0],
+            "original_max_position_embeddings": 8,
+        },
+        head_dim=4,
+        max_length=16,
+    )
+    base = 100.0 ** (-np.array([0, 2]) / 4)
+    amplitude = np.sqrt(1 + np.log(2) / np.log(8))  # arXiv:2402.13753, as transformers has it
+    for length, factors in ((8, [1, 1]), (9, [2, 5])):
+        positions = np.arange(length)[None]
+        cos, sin = made.table(jnp.asarray(positions))
+        angles = positions[..., None] * base / factors
+        # Angles up to 9 in float32.
+        np.testing.assert_allclose(cos, amplitude * np.cos(angles), atol=2e-6)
+        np.testing.assert_allclose(sin, amplitude * np.sin(angles), atol=2e-6)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def oracle(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    segments: np.ndarray,
+    window: int | None,
+    cap: float | None,
+) -> np.ndarray:
+    """Attention as it is defined, in float64 and one query at a time."""
+    out = np.zeros(q.shape)
+    groups = q.shape[2] // k.shape[2]
+    for b, i, h in np.ndindex(*q.shape[:3]):
+        first = 0 if window is None else max(0, i - window + 1)
+        seen = [j for j in range(first, i + 1) if segments[b, j] == segments[b, i]]
+        scores = k[b, seen, h // groups].astype(float) @ q[b, i, h] * 0.3
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        weights = np.exp(scores - scores.max())
+        out[b, i, h] = weights / weights.sum() @ v[b, seen, h // groups]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_every_implementation_is_attention_as_defined(
+    window: int | None, cap: float | None
+) -> None:
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 128, 4, 6)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 128, 2, 6)).astype(np.float32)
+    segments = np.repeat([[1, 2], [1, 3]], [50, 78], axis=1).astype(np.int32)
+    options: Any = {"scale": 0.3, "window": window, "softcap": cap}
+    rounding = 2e-6  # Of float32, for outputs of about 1.
+    for some in (segments, None):
+        whole = np.ones_like(segments) if some is None else some
+        want = oracle(q, k, v, whole, window, cap)
+        given = None if some is None else jnp.asarray(some)
+        arrays = [jnp.asarray(a) for a in (q, k, v)]
+        plain = attention.attend(*arrays, query_segments=given, **options, implementation="xla")
+        np.testing.assert_allclose(plain, want, atol=rounding)
+        # TPUs have the kernel; the interpreter computes the same on a CPU.
+        splash = attention._splash(*arrays, given, 0.3, window, cap, interpret=True)
+        np.testing.assert_allclose(splash, want, atol=rounding)
+
+
+def test_attention_refuses_what_an_implementation_has_not() -> None:
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="multiples of 128, not 4"):
+        attention.attend(x, x, x, scale=1.0, implementation="splash")
+    with pytest.raises(ValueError, match="has no softcap=2.0"):
+        attention.attend(x, x, x, scale=1.0, softcap=2.0, implementation="cudnn")
+    with pytest.raises(ValueError, match="is causal attention"):
+        attention.attend(x, x, x, scale=1.0, causal=False, implementation="splash")
+    with pytest.raises(ValueError, match="need query_slots"):
+        attention.attend(x[:, :2], x, x, scale=1.0)
+
+
+@pytest.mark.parametrize("name", [*KNOWN, "gemma3", "smollm3"])
+def test_packed_texts_do_not_see_each_other(name: str) -> None:
+    model, params = loaded(name)
+    apply = jax.jit(model.apply)
+    rng = np.random.default_rng(1)
+    first, other, second = rng.integers(3, 44, (3, 1, 6))
+    segments = jnp.array([[1] * 6 + [2] * 6])
+    packed = apply(params, np.concatenate([first, second], axis=1), segments)
+    changed = apply(params, np.concatenate([other, second], axis=1), segments)
+    np.testing.assert_array_equal(packed[:, 6:], changed[:, 6:])
+    assert np.abs(packed[:, :6] - changed[:, :6]).max() > 0.1
+    # Alone, with positions of its own; sums in another order, so rounding differs.
+    alone = apply(params, second)
+    np.testing.assert_allclose(packed[:, 6:], alone, atol=2e-5)
+
+
+# --- the model as a function ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # The second one is tied, with a soft cap.
+def test_losses_in_parts_are_those_of_the_logits(name: str) -> None:
+    model, params = loaded(name)
+    known = expected(name)
+    ids, mask = jnp.asarray(known["input_ids"]), jnp.asarray(known["mask"])
+    targets = jnp.roll(ids, -1, axis=1)
+
+    def whole(params: Any) -> Any:
+        out = model.apply(params, ids, mask)
+        losses = optax.softmax_cross_entropy_with_integer_labels(out, targets)
+        return (losses * mask).sum(), losses
+
+    def parts(params: Any) -> Any:
+        # 44 tokens in 5 parts: the last one is shorter.
+        losses = model.apply(params, ids, targets, mask, chunks=5, method="losses")
+        return (losses * mask).sum(), losses
+
+    gradient, losses = jax.jit(jax.grad(whole, has_aux=True))(params)
+    compiled = jax.jit(jax.grad(parts, has_aux=True)).lower(params).compile()
+    ours, our_losses = compiled(params)
+    seen = np.asarray(mask) > 0
+    np.testing.assert_allclose(our_losses[seen], losses[seen], atol=1e-5)
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
+        scale = float(jnp.abs(two).max())
+        np.testing.assert_allclose(one, two, atol=1e-5 * (1 + scale))
+    assert "[2,9,44]" not in compiled.as_text()
+    assert "[18,44]" not in compiled.as_text()
+
+
+def test_a_target_outside_the_vocabulary_has_no_loss() -> None:
+    model, params = loaded("llama")
+    ids = jnp.array([[3, 4, 5]])
+    losses = model.apply(params, ids, jnp.array([[4, 44, -1]]), method="losses")
+    np.testing.assert_array_equal(np.isnan(losses), [[False, True, True]])
+
+
+@pytest.mark.parametrize("remat", ["projections", "everything"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_recomputing_changes_no_gradient(remat: Any, scanned: bool) -> None:
+    model, params = loaded("gemma3", scanned)
+    ids = expected("gemma3")["input_ids"]
+    again = dataclasses.replace(model, remat=remat)
+    total = lambda model: lambda p: jnp.sin(model.apply(p, ids)).sum()
+    plain, other = (jax.jit(jax.grad(total(m)))(params) for m in (model, again))
+    for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        # The compiler fuses the two programs in other ways.
+        np.testing.assert_allclose(one, two, atol=1e-5 * (1 + float(jnp.abs(one).max())))
+    text = str(jax.make_jaxpr(jax.grad(total(again)))(params))
+    assert "remat" in text or "checkpoint" in text
+
+
+def test_models_refuse_options_that_they_have_not() -> None:
+    ids = jnp.ones((1, 3), jnp.int32)
+    model, params = loaded("llama")
+    with pytest.raises(ValueError, match="remat='some' is none of"):
+        dataclasses.replace(model, remat="some").init(jax.random.key(0), ids)
+    with pytest.raises(ValueError, match="some of these are mixtures"):
+        folders.load(DATA / "qwen3_moe_some", scanned=True)
+    with pytest.raises(ValueError, match="A cache needs positions"):
+        model.apply(params, ids, cache=jlora.models.empty_cache(model, 1, 4))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_every_axis_has_a_logical_name(scanned: bool) -> None:
+    for name in NAMES:
+        if scanned and name == "qwen3_moe_some":
+            continue
+        model, _ = loaded(name, scanned)
+        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+        specs = jax.tree.leaves(
+            nn.get_partition_spec(variables), is_leaf=lambda s: isinstance(s, tuple)
+        )
+        sizes = shapes(model)
+        assert len(specs) == len(sizes)
+        for (path, leaf), spec in zip(sizes.items(), specs, strict=True):
+            if path.endswith("bias"):
+                continue
+            assert len(spec) == len(leaf.shape), (name, path)
+            assert None not in spec, (name, path)
+
+
+@pytest.mark.parametrize(("name", "scanned"), [(n, s) for n in KNOWN for s in (False, True)])
+def test_lora_wraps_the_decoder_and_stays_factored(name: str, scanned: bool) -> None:
+    model, params = loaded(name, scanned)
+    ids, mask = expected(name)["input_ids"], expected(name)["mask"]
+    rules = {r"(q|k|v|o|gate|up|down|gate_up|router)(/kernel)?$": jlora.LoRA(rank=2, alpha=4)}
+    lora = jlora.lora_transform(model.apply, rules)
+    adapter = lora.init(jax.random.key(0), params, ids, mask)
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    explained = lora.explain(params, ids, mask)
+    assert not any(row.dense for row in explained.rows if row.adapter != "frozen")
+    out = jax.jit(lora.apply)(params, adapter, ids, mask)
+    merged = jax.jit(model.apply)(lora.merge(params, adapter), ids, mask)
+    seen = np.asarray(mask) > 0
+    np.testing.assert_allclose(out[seen], merged[seen], atol=1e-4)  # Logits up to 20.
+    assert np.abs(np.asarray(out)[seen] - logits(name, scanned)).max() > 0.1
+
+
+def test_an_adapted_decoder_generates_what_the_merged_one_does() -> None:
+    model, params = loaded("gemma2", True)
+    lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
+    ids = expected("gemma2")["input_ids"][:1]
+    adapter = lora.init(jax.random.key(0), params, ids)
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    adapted = lambda p, *args: lora.apply(p[0], p[1], *args)
+    ours = generate(model, (params, adapter), ids, max_new_tokens=5, apply=adapted)
+    merged = generate(model, lora.merge(params, adapter), ids, max_new_tokens=5)
+    base = generate(model, params, ids, max_new_tokens=5)
+    np.testing.assert_array_equal(ours.tokens, merged.tokens)
+    assert (np.asarray(ours.tokens) != base.tokens).any()
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_draws_follow_the_chances_that_are_left() -> None:
+    chances = np.array([0.5, 0.25, 0.15, 0.1])
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def shares(**options: Any) -> np.ndarray:
+        sampling = Sampling(**options)
+        draw = jax.vmap(lambda key: choose(jnp.log(jnp.asarray(chances))[None], key, sampling)[0])
+        return np.bincount(draw(keys), minlength=4) / 4000
+
+    def near(found: np.ndarray, want: Any) -> None:
+        want = np.array(want) / np.sum(want)
+        # Four standard deviations of a share of 4000 draws.
+        np.testing.assert_array_less(
+            abs(found - want), 4 * np.sqrt(want * (1 - want) / 4000) + 1e-9
+        )
+
+    near(shares(temperature=1.0), chances)
+    near(shares(temperature=0.5), chances**2)
+    near(shares(temperature=1.0, top_k=2), [0.5, 0.25, 0, 0])
+    near(shares(temperature=1.0, top_p=0.7), [0.5, 0.25, 0, 0])  # 0.5 alone is less than 0.7.
+    near(shares(temperature=1.0, top_p=0.76), [0.5, 0.25, 0.15, 0])
+    near(shares(temperature=1.0, top_p=0.01), [1, 0, 0, 0])
+    near(shares(), [1, 0, 0, 0])
+
+
+def test_a_second_prompt_does_not_compile_again(caplog: pytest.LogCaptureFixture) -> None:
+    model, params = loaded("llama")
+    ids = expected("llama")["input_ids"]
+    generate(model, params, ids, max_new_tokens=3)
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        generate(dataclasses.replace(model), params, ids[::-1], max_new_tokens=3)
+    assert "_generate" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 asks for nothing"),
+        ({"max_new_tokens": 60}, "run past the 64"),
+        ({"input_ids": np.zeros((2, 0), int)}, "are no prompts"),
+        ({"mask": np.array([[1, 1, 0], [0, 0, 0]])}, r"prompts \[1\] have no token"),
+        ({"mask": np.ones((2, 4))}, r"mask has shape \(2, 4\)"),
+        ({"sampling": Sampling(temperature=1.0)}, "Give a key"),
+    ],
+)
+def test_generate_refuses(change: dict[str, Any], message: str) -> None:
+    model, params = loaded("llama")
+    given = {"input_ids": np.full((2, 5), 3), "max_new_tokens": 2, **change}
+    if "mask" in change:
+        given["input_ids"] = np.full((2, 3), 3)
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, **given)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}]
+)
+def test_sampling_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Sampling.{next(iter(options))}="):
+        Sampling(**options)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scanned"), LAYOUTS)
+def test_what_was_loaded_is_written_bit_by_bit(
+    name: str, scanned: bool, tmp_path: pathlib.Path
+) -> None:
+    _, params = folders.load(DATA / name, scanned=scanned)
+    written = tmp_path / "written"
+    folders.save(written, params, DATA / name, scanned=scanned, shard_bytes=3000)
+    index = json.loads((written / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    ours: dict[str, np.ndarray] = {}
+    for file in sorted(written.glob("*.safetensors")):
+        ours |= safetensors.numpy.load_file(file)
+    theirs = safetensors.numpy.load_file(DATA / name / "model.safetensors")
+    assert set(ours) == set(theirs) == set(index["weight_map"])
+    for key, tensor in theirs.items():
+        assert tensor.dtype == ours[key].dtype
+        np.testing.assert_array_equal(ours[key].view(np.uint16), tensor.view(np.uint16), key)
+    assert (written / "config.json").read_text() == (DATA / name / "config.json").read_text()
+    again = folders.load(written, scanned=scanned).params
+    for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def changed(tmp_path: pathlib.Path, change: Any, name: str = "llama") -> pathlib.Path:
+    """A copy of a checkpoint whose tensors went through `change`."""
+    folder = tmp_path / "changed"
+    shutil.copytree(DATA / name, folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_checkpoints_of_other_tensors_are_refused_by_name(tmp_path: pathlib.Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(12, np.float32)
+        gate = "model.layers.1.mlp.gate_proj.weight"
+        tensors[gate] = np.ascontiguousarray(tensors[gate].T)
+        tensors["lm_head.weight"] = np.ones((44, 12), np.int32)
+
+    with pytest.raises(ValueError, match="not the checkpoint") as caught:
+        folders.load(changed(tmp_path, change))
+    for part in (
+        "model.norm.weight is missing",
+        "model.layers.0.self_attn.q_proj.bias is unknown",
+        "model.layers.1.mlp.gate_proj.weight has shape (12, 18) instead of (18, 12)",
+        "lm_head.weight has dtype I32",
+    ):
+        assert part in str(caught.value)
+
+
+def test_checkpoints_of_base_models_have_shorter_names(tmp_path: pathlib.Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for key in list(tensors):
+            tensors[key.removeprefix("model.")] = tensors.pop(key)
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+
+    folder = changed(tmp_path, change, "gemma")
+    model, params = folders.load(folder, dtype=jnp.float32)
+    known = expected("gemma")
+    out = jax.jit(model.apply)(params, known["input_ids"], known["mask"])
+    np.testing.assert_array_equal(np.asarray(out)[known["mask"] > 0], logits("gemma"))
+    folders.save(tmp_path / "written", params, folder)
+    keys = safetensors.numpy.load_file(tmp_path / "written" / "model.safetensors")
+    assert "norm.weight" in keys
+    assert "layers.0.self_attn.rotary_emb.inv_freq" in keys
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "has neither"),
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json is missing"),
+        (lambda f: (f / "config.json").write_text("[1]"), ValueError, "holds no JSON object"),
+        (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
+        (
+            lambda f: (f / "config.json").write_text("[" * 100_000),
+            ValueError,
+            "is not JSON",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            FileNotFoundError,
+            "pytorch_model.bin are not opened",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-1]
+            ),
+            ValueError,
+            "is damaged",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(
+    spoil: Any, error: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(DATA / "llama", folder)
+    spoil(folder)
+    with pytest.raises(error, match=message):
+        folders.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"a": "../model.safetensors"}, "weight_map must say"),
+        ({"a": 3}, "weight_map must say"),
+        ("none", "weight_map must say"),
+        ({"a": "one.safetensors"}, r"disagree about"),
+    ],
+)
+def test_indices_that_lie_are_refused(places: Any, message: str, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(DATA / "llama", folder)
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        folders.load(folder)
+
+
+def test_exports_never_replace_and_never_stay_half(tmp_path: pathlib.Path) -> None:
+    model, params = loaded("llama")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="left as it was"):
+        folders.save(there, params, DATA / "llama")
+    assert (there / "mine").read_text() == "kept"
+    broken = jax.tree.map(lambda x: x, params)
+    broken["params"]["norm"]["scale"] = broken["params"]["norm"]["scale"].at[3].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"model.norm.weight holds NaN or Inf"):
+        folders.save(tmp_path / "new", broken, DATA / "llama")
+    huge = jax.tree.map(lambda x: x * 1e6, params)
+    with pytest.raises(ValueError, match="holds NaN or Inf in float16"):
+        folders.save(tmp_path / "new", huge, DATA / "llama", dtype=jnp.float16)
+    with pytest.raises(ValueError, match="none that these files are written in"):
+        folders.save(tmp_path / "new", params, DATA / "llama", dtype=jnp.int8)
+    del broken["params"]["norm"]
+    broken["params"]["extra"] = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"params/extra is unknown, params/norm/scale is missing"):
+        folders.save(tmp_path / "new", broken, DATA / "llama")
+    with pytest.raises(ValueError, match="options that it was loaded with"):
+        folders.save(tmp_path / "new", params, DATA / "llama", scanned=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+    del model
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_weights_are_read_right_to_their_devices(scanned: bool) -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        axes = [None] * len(leaf.shape)
+        if path.endswith(("kernel", "head", "embedding", "gate_up", "moe/down")):
+            axes[-2:] = ["data", "model"]  # 12 and 18 by 4 and 2
+            if leaf.shape[-2] % 4:
+                axes[-2] = None
+        return jax.sharding.NamedSharding(mesh, spec(*axes))
+
+    for name in KNOWN:
+        model, params = folders.load(
+            DATA / name, dtype=jnp.float32, sharding=place, scanned=scanned
+        )
+        _, plain = loaded(name, scanned)
+        for path, one in zip(shapes(model), jax.tree.leaves(params), strict=True):
+            assert one.sharding.is_equivalent_to(place(path, one).with_memory_kind(None), one.ndim)
+        for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(one, two)
+        known = expected(name)
+        out = np.asarray(jax.jit(model.apply)(params, known["input_ids"], known["mask"]))
+        np.testing.assert_allclose(out[known["mask"] > 0], logits(name, scanned), atol=1e-5)
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path: pathlib.Path) -> None:
+    config = {**raw("llama"), "hidden_size": 256, "intermediate_size": 1024}
+    config |= {"num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 64}
+    folder = tmp_path / "larger"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Decoder(decoder_config(config), scanned=True)
+    sizes = shapes(model)
+    tensors = {}
+    for weight in decoder_weights(model).values():
+        for piece in weight.pieces:
+            tensors[piece.key] = np.zeros(piece.shape, np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    total = sum(leaf.size * 4 for leaf in sizes.values())
+    assert total > 20 * largest
+    del tensors
+    folders.load(folder, scanned=True)  # Compiles what puts tensors into their stacks.
+    # On a CPU the devices' arrays are the host's too, but NumPy did not make them: the tracer
+    # counts what passes through the host.
+    tracemalloc.start()
+    params = folders.load(folder, scanned=True).params
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    jax.block_until_ready(params)
+    assert peak < 2.2 * largest + 2**20, (peak, largest)
