@@ -98,7 +98,7 @@ class LoraTransform(NamedTuple):
     explain: ExplainFn
 
 
-def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
+def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTransform:
     """Adapters around `fn`, which is neither changed nor copied.
 
     Args:
@@ -109,7 +109,7 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
         rules: One adapter config, for every weight that feeds a matrix product or convolution and
             is no embedding table; or an ordered mapping from regular expressions, searched in the
             weight's path, to a config or None (frozen). The first match wins; what matches nothing
-            is frozen.
+            is frozen. Left out where adapters are only applied, such as loaded ones.
 
     Raises:
         TypeError: For rules of another type.
@@ -120,10 +120,16 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
             f"fn={fn!r} cannot be called. Give a function whose first argument is the parameter "
             f"tree, such as model.apply."
         )
-    tree.check_rules(rules, lambda node: isinstance(node, AdapterConfig))
+    if rules is not None:
+        tree.check_rules(rules, lambda node: isinstance(node, AdapterConfig))
 
     def init(key: jax.Array, params: PyTree, /, *inputs: Any, **kwargs: Any) -> Adapter:
         _check_key("key", key)
+        if rules is None:
+            raise ValueError(
+                "lora_transform was given no rules, so init does not know what to adapt. Give it a "
+                "config, or patterns with configs."
+            )
         traced = _trace(fn, params, inputs, kwargs)
         plan = _plan(rules, traced)
         for problem in plan.problems:
@@ -163,7 +169,7 @@ def lora_transform(fn: Callable[..., Any], rules: Rules) -> LoraTransform:
         return outputs, balance.total(losses)
 
     def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:
-        return _explain(rules, _trace(fn, params, inputs, kwargs))
+        return _explain(rules or {}, _trace(fn, params, inputs, kwargs))
 
     return LoraTransform(init, apply, apply_with_balance, merge, explain)
 
@@ -299,20 +305,7 @@ def _plan(rules: Rules, traced: _Traced) -> _Plan:
     plan = _Plan([], {}, uses, axes, [])
 
     def weight_at(path: str) -> Weight:
-        known = [use for use in uses[path] if use.roles is not None]
-        by = tuple(dict.fromkeys(use.by for use in uses[path]))
-        multiplies = any(use.meets_data for use in known)
-        found = axes[path] or probe.Axes((), (), ())
-        return Weight(
-            path=path,
-            value=leaves[path],
-            axes=found,
-            kind=_kind(known, by),
-            multiplies=multiplies,
-            uses=by,
-            window=probe.window_of(uses[path]),
-            dense=tuple(dict.fromkeys(use.dense for use in uses[path] if use.dense)),
-        )
+        return _weight(path, leaves[path], uses[path])
 
     def adapt(weight: Weight, config: AdapterConfig) -> None:
         plan.adapted.append((weight, config))
@@ -369,6 +362,38 @@ def _plan(rules: Rules, traced: _Traced) -> _Plan:
                 )
             )
     return plan
+
+
+def _weight(path: str, value: Any, uses: Sequence[probe.Use]) -> Weight:
+    """A weight, as what uses it tells."""
+    known = [use for use in uses if use.roles is not None]
+    by = tuple(dict.fromkeys(use.by for use in uses))
+    return Weight(
+        path=path,
+        value=value,
+        axes=probe.axes_of(uses, len(value.shape)) or probe.Axes((), (), ()),
+        kind=_kind(known, by),
+        multiplies=any(use.meets_data for use in known),
+        uses=by,
+        window=probe.window_of(uses),
+        dense=tuple(dict.fromkeys(use.dense for use in uses if use.dense)),
+    )
+
+
+def weights_of(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> dict[str, Weight]:
+    """Every array of `params` by its path, with how `fn(params, *inputs)` uses it."""
+    traced = _trace(fn, params, inputs, {})
+    flat = traced.flat
+    places = {index: place for place, index in traced.param_index.items()}
+    shapes = {
+        index: (flat.paths[place], tuple(flat.leaves[place].shape))
+        for index, place in places.items()
+    }
+    uses = probe.uses(traced.program, shapes)
+    return {
+        flat.paths[place]: _weight(flat.paths[place], flat.leaves[place], uses[flat.paths[place]])
+        for place in places.values()
+    }
 
 
 _WANTED = {frozenset({"bias"}): "is a bias"}

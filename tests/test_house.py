@@ -25,6 +25,7 @@ ALLOWED = {
     "optim": {"tree", "factored", "adapters", "transform"},
     "checkpoints": {"tree", "factored", "adapters", "transform"},
     "models": {"tree", "transform", "checkpoints"},
+    "peft": {"tree", "factored", "adapters", "transform", "checkpoints", "models"},
     "conversion": {"tree", "factored", "adapters", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},
 }

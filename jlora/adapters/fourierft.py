@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -65,8 +65,10 @@ class FourierFT(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("FourierFT.frequencies", self.frequencies)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"FourierFT.seed={self.seed!r} is no seed. Use an int of 0 or more.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"FourierFT.seed={self.seed!r} is no seed. Use an int of 0 or more, below 2^32."
+            )
 
     def refusal(self, weight: Weight) -> str | None:
         """As for any family, and where there are fewer entries than wanted."""
@@ -77,26 +79,37 @@ class FourierFT(AdapterConfig):
 
     def leaf(self, key: jax.Array, weight: Weight) -> FourierFTLeaf:
         """Entries drawn normal."""
-        entries = weight.fan_in * weight.fan_out
-        chosen = np.random.default_rng(self.seed).choice(entries, self.frequencies, replace=False)
         shape = (*weight.groups.batch, self.frequencies)
         return FourierFTLeaf(
             spectrum=self.std * jax.random.normal(key, shape, self.dtype),
             shape=weight.shape,
             axes=weight.axes,
             frequencies=int(self.frequencies),
-            positions=encoded(chosen),
+            seed=int(self.seed),
             alpha=float(self.alpha),
             dropout=float(self.dropout),
         )
 
 
-def encoded(positions: Any) -> str:
-    """Places in a flattened (fan_in, fan_out) spectrum, as a text that a file can hold.
+@functools.lru_cache(maxsize=256)
+def places(frequencies: int, seed: int, fan_in: int, fan_out: int) -> tuple[Any, Any]:
+    """The rows and columns of the entries that are trained, in a spectrum (fan_in, fan_out).
 
-    A text is also compared and hashed at once, which `jit` does at every call.
+    They are the first of `torch.randperm(fan_in * fan_out)` with this seed, of the transpose, as in
+    PEFT, whose files do not hold them.
     """
-    return base64.b64encode(np.asarray(positions, "<u8").tobytes()).decode()
+    total = fan_in * fan_out
+    # Both libraries' generators are MT19937 and seeded alike.
+    draws = np.random.RandomState(seed).randint(0, 2**32, frequencies, dtype=np.uint32)
+    moved: dict[int, int] = {}
+    chosen = np.empty(frequencies, np.int64)
+    # Fisher and Yates' shuffle, of which only what is displaced is kept.
+    for place, draw in enumerate(draws):
+        other = place + int(draw) % (total - place) if place < total - 1 else place
+        chosen[place] = moved.get(other, other)
+        moved[other] = moved.get(place, place)
+    columns, rows = np.divmod(chosen, fan_in)
+    return rows, columns
 
 
 @family("fourierft")
@@ -108,7 +121,7 @@ class FourierFTLeaf(AdapterLeaf):
     shape: tuple[int, ...]
     axes: Axes
     frequencies: int
-    positions: str
+    seed: int
     alpha: float
     dropout: float
 
@@ -130,14 +143,17 @@ class FourierFTLeaf(AdapterLeaf):
     def check(self) -> None:
         super().check()
         entries = math.prod(self.groups.inputs) * math.prod(self.groups.outputs)
-        flat = np.frombuffer(base64.b64decode(self.positions, validate=True), "<u8")
-        if len(flat) != self.frequencies or len(set(flat)) != len(flat) or flat.max() >= entries:
-            raise ValueError(f"positions are not {self.frequencies} different ones of {entries}")
+        if self.frequencies > entries or type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"frequencies={self.frequencies} and seed={self.seed} choose none of {entries}"
+            )
 
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
         """The row and column of each entry."""
-        flat = np.frombuffer(base64.b64decode(self.positions), "<u8")
-        return np.divmod(flat.astype(np.int64), math.prod(self.groups.outputs))
+        sizes = self.groups
+        return places(
+            self.frequencies, self.seed, math.prod(sizes.inputs), math.prod(sizes.outputs)
+        )
 
     def _waves(self) -> Expression:
         """`Re(e^{i(a + b)}) = cos a cos b - sin a sin b`, one pair of products for each entry."""

@@ -414,7 +414,7 @@ def _check_arrays(path: str, node: Arrays) -> None:
         if tuple(getattr(value, "shape", ())) != shape:
             got = getattr(value, "shape", type(value).__name__)
             hint = _hint(tuple(getattr(value, "shape", ())), shape or ())
-            facts = {key: fact for key, fact in static_facts(node).items() if key != "positions"}
+            facts = dict(static_facts(node))
             raise ValueError(
                 f"The array {name!r} of the adapter on {path!r} has shape {got}, expected {shape} "
                 f"for {facts}.{hint}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -166,6 +167,17 @@ def _format(folder: Path, options: Mapping[str, Any]) -> _Format:
         return _Format(model, decoder_weights(model), re.compile(names))
     known = sorted(ARCHITECTURES)
     raise ValueError(f"{path}: model_type={kind!r} is not implemented; {known} are.")
+
+
+def stored_weights(model: Any) -> dict[str, pieces.Weight]:
+    """Which tensors of a checkpoint the weights of a model of `jlora.models` are, by path."""
+    return decoder_weights(model)
+
+
+def example_inputs(model: Any) -> tuple[Any, ...]:
+    """Inputs of the least size that a model of `jlora.models` takes, as shapes."""
+    del model
+    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
 
 def _as_stored(form: _Format, tensors: Any) -> dict[str, pieces.Weight]:

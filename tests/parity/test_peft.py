@@ -16,7 +16,7 @@ import safetensors
 from jax import lax
 
 import jlora
-from jlora.adapters.fourierft import encoded
+from jlora.adapters.fourierft import places
 from jlora.adapters.lokr import factorization
 from jlora.factored.network import Factored, build
 
@@ -282,13 +282,16 @@ def test_fourierft_is_pefts() -> None:
     tensors, fields = load("fourierft")
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     spectrum = tensors["adapter/fourierft_spectrum"]
-    config = jlora.FourierFT(frequencies=len(spectrum), alpha=fields["scaling"])
+    config = jlora.FourierFT(
+        frequencies=len(spectrum), alpha=fields["scaling"], seed=fields["random_loc_seed"]
+    )
     ft = jlora.lora_transform(linear, {"w": config})
     x = tensors["input"]
     adapter = ft.init(jax.random.key(0), params, x)
-    rows, columns = tensors["indices"]  # Of (out, in), whose transpose ours is.
-    positions = encoded(columns.astype(np.int64) * params["w"].shape[1] + rows)
-    leaf = dataclasses.replace(adapter["w"], spectrum=jnp.asarray(spectrum), positions=positions)
+    # PEFT's are those of (out, in), whose transpose ours is.
+    ours = places(len(spectrum), fields["random_loc_seed"], *params["w"].shape)
+    np.testing.assert_array_equal(ours, tensors["indices"][::-1])
+    leaf = dataclasses.replace(adapter["w"], spectrum=jnp.asarray(spectrum))
     np.testing.assert_allclose(ft.apply(params, {"w": leaf}, x), tensors["output"], **FLOAT32)
     merged = ft.merge(params, {"w": leaf})["w"]
     np.testing.assert_allclose(merged, tensors["merged/weight"].T, **FLOAT32)

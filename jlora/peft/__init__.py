@@ -1,0 +1,95 @@
+"""Adapters in PEFT's file format, both ways."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jlora.checkpoints.pieces import Weight as Stored
+from jlora.models import folders
+from jlora.peft import reading, writing
+from jlora.peft.reading import LoadedAdapter as LoadedAdapter
+from jlora.transform import weights_of
+
+PyTree = Any
+
+
+def load(
+    folder: str | os.PathLike[str],
+    model: Any,
+    params: PyTree,
+    *inputs: Any,
+    stored: Mapping[str, Stored] | None = None,
+) -> LoadedAdapter:
+    """The adapter of a folder that PEFT wrote, and the base that it belongs on.
+
+    Everything in the folder has a place, or it is refused: keys that are left over or missing,
+    ranks that are not the config's, targets and patterns that match nothing, numbers that are not
+    finite. Layers that a model stacks may have different ranks; they are padded with zeros, which
+    training leaves alone and `save` takes off again.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors.
+        model: What `jlora.models.load` returned; or a function of params and inputs.
+        params: The base.
+        *inputs: For a function: example inputs, arrays or shapes.
+        stored: For a function: which tensors of a checkpoint of transformers its weights are.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The folder asks for what is not implemented, or does not fit the model.
+    """
+    fn, inputs, stored = _described(model, inputs, stored)
+    return reading.read(folder, fn, params, inputs, stored)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    adapter: Mapping[str, Any],
+    model: Any,
+    params: PyTree,
+    *inputs: Any,
+    stored: Mapping[str, Stored] | None = None,
+    base_model: str | None = None,
+    task: str | None = None,
+    embeddings: bool = True,
+) -> None:
+    """Writes an adapter as a folder that PEFT reads.
+
+    Args:
+        folder: Must not exist yet; it appears whole or not at all.
+        adapter: LoRA, DoRA, LoRA-FA, DyLoRA (at its full rank), AdaLoRA, LoHa, LoKr, HiRA, IA3,
+            VeRA, VB-LoRA or FourierFT, beside weights, biases and token rows trained whole.
+        model: As in `load`.
+        params: The base that the adapter belongs on.
+        *inputs: As in `load`.
+        stored: As in `load`.
+        base_model: Name or folder of the base, for the readers of the config.
+        task: One of PEFT's task types, such as "CAUSAL_LM".
+        embeddings: Whether the base's own table is written beside an embedding's factors, as PEFT
+            does.
+
+    Raises:
+        FileExistsError: There is something of that name; it is left as it was.
+        ValueError: PEFT has no form for a part of the adapter, or it is not finite.
+    """
+    fn, inputs, stored = _described(model, inputs, stored)
+    used = weights_of(fn, params, *inputs)
+    whole = writing.taken_apart(adapter, params, used, stored, embeddings=embeddings)
+    modules = writing.modules_of(stored)
+    writing.write(folder, whole, modules, base_model=base_model, task=task)
+
+
+def _described(
+    model: Any, inputs: tuple[Any, ...], stored: Mapping[str, Stored] | None
+) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Stored]]:
+    """A function of params, its inputs, and the tensors that its weights are."""
+    if hasattr(model, "apply"):
+        return model.apply, folders.example_inputs(model), folders.stored_weights(model)
+    if not callable(model) or stored is None or not inputs:
+        raise TypeError(
+            "model must be one of jlora.models, or a function of params and inputs with example "
+            "inputs and stored=..., which says what tensors of a checkpoint its weights are."
+        )
+    return model, inputs, stored

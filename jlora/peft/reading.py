@@ -1,0 +1,430 @@
+"""A folder that PEFT wrote, as an adapter and the base that it belongs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.adapters.full import BitFit, Full
+from jlora.adapters.protocol import AdapterConfig, AdapterLeaf, SharedArrays, Weight
+from jlora.adapters.token_rows import TokenRows
+from jlora.checkpoints.pieces import Weight as Stored
+from jlora.checkpoints.tensors import DTYPES, listed, open_file
+from jlora.peft import config as configs
+from jlora.peft.formats import Fields, Format
+from jlora.peft.layouts import Facts, to_leaf
+from jlora.peft.sites import Site, sites_of
+from jlora.transform import weights_of
+
+PyTree = Any
+PREFIX = "base_model.model."
+TENSORS = "adapter_model.safetensors"
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+class LoadedAdapter(NamedTuple):
+    """What a folder of PEFT's holds.
+
+    Attributes:
+        params: The base, with what the folder replaces: modules that were trained whole, biases,
+            rows of tokens.
+        adapter: What is added to it. What was trained whole has differences of zero here, so that
+            training goes on with it.
+    """
+
+    params: PyTree
+    adapter: dict[str, Any]
+
+
+def read(
+    folder: str | os.PathLike[str],
+    fn: Callable[..., Any],
+    params: PyTree,
+    inputs: tuple[Any, ...],
+    stored: Mapping[str, Stored],
+) -> LoadedAdapter:
+    """See `jlora.peft.load`."""
+    folder = Path(folder)
+    fields, form = configs.read_config(folder)
+    reader = _Reader(folder, fields, form, _tensors(folder), stored)
+    used = weights_of(fn, params, *inputs)
+    adapter = reader.adapter(used)
+    replaced = reader.replaced(used)
+    reader.finish()
+    for path, config in replaced.trained.items():
+        # Where factors are trained as well, what replaces the base stays as it is.
+        adapter.setdefault(path, fresh(config, used[path]))
+    flat = tree.flatten(params)
+    leaves = [
+        jnp.asarray(replaced.values[path], leaf.dtype) if path in replaced.values else leaf
+        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    ]
+    return LoadedAdapter(jax.tree.unflatten(flat.treedef, leaves), adapter)
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    """The file's tensors by name, without the prefix that all have.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, empty, or holds another dtype or what is not finite.
+    """
+    path = folder / TENSORS
+    if not path.is_file() and any(folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder} has no {TENSORS}, and files that end in .bin are not opened, since they can "
+            f"run code. Load it in PEFT and save it anew."
+        )
+    found = {}
+    with open_file(path) as file:
+        for key in file.keys():  # noqa: SIM118 -- it is no mapping
+            dtype = file.get_slice(key).get_dtype()
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"{path}: {key} has dtype {dtype}, none of {', '.join(DTYPES)}. Save the "
+                    f"adapter in one of these."
+                )
+            tensor = file.get_tensor(key)
+            if not np.isfinite(tensor.astype(np.float32)).all():
+                raise ValueError(
+                    f"{path}: {key} holds NaN or Inf. Take an earlier checkpoint of the adapter."
+                )
+            found[key.removeprefix(PREFIX)] = tensor
+    if not found:
+        raise ValueError(f"{path} holds no tensor. Save the adapter anew.")
+    return found
+
+
+class _Replaced(NamedTuple):
+    """What a file says in the base's place."""
+
+    values: dict[str, np.ndarray]  # By path, of those weights of which something is replaced.
+    trained: dict[str, AdapterConfig]  # How training goes on with it.
+
+
+class _Part(NamedTuple):
+    """One module's part of an adapter."""
+
+    site: Site
+    fields: Fields
+    tensors: dict[str, np.ndarray]  # By suffix.
+
+
+class _Reader:
+    """Takes the tensors of a file one after the other, so that what is left over is known."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fields: dict[str, Any],
+        form: Format,
+        tensors: dict[str, np.ndarray],
+        stored: Mapping[str, Stored],
+    ) -> None:
+        self.folder, self.fields, self.form = folder, fields, form
+        self.left, self.stored = tensors, stored
+        self.sites = {(site.module, site.parameter): site for site in sites_of(stored)}
+        self.modules = list(dict.fromkeys(module for module, _ in self.sites))
+
+    def problem(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.folder}: {what} Use the two files that one `save_pretrained` wrote, with the "
+            f"model that they were made for."
+        )
+
+    def adapter(self, used: Mapping[str, Weight]) -> dict[str, Any]:
+        """The leaves of the method itself."""
+        parts = self._parts()
+        by_path: dict[str, list[_Part]] = {}
+        for part in parts:
+            by_path.setdefault(part.site.path, []).append(part)
+        adapter: dict[str, Any] = {}
+        for path, some in by_path.items():
+            adapter[path] = self._leaf(used[path], some)
+        if self.form.shared and by_path:
+            name = next(leaf.share for leaf in adapter.values())
+            some = [(used[path], parts[0].fields) for path, parts in by_path.items()]
+            adapter[name] = self._shared(some)
+        return adapter
+
+    def _parts(self) -> list[_Part]:
+        """What the file has for each module, after checking it against the config."""
+        found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        for name in list(self.left):
+            module, suffix = self._own(name)
+            if module is None:
+                continue
+            found.setdefault(self._site_of(module, name), {})[suffix] = self.left.pop(name)
+        sites = [self.sites[key] for key in found]
+        modules = [site.module for site in sites]
+        candidates = [module for module, parameter in self.sites if parameter == "weight"]
+        chosen = configs.targeted(self.fields, candidates)
+        plain = {site.module for site in sites if site.parameter == "weight"}
+        if self.fields["target_modules"] != "all-linear":
+            missing, extra = sorted(chosen - plain), sorted(plain - chosen)
+            if missing:
+                raise self.problem(
+                    f"the config targets {listed(missing)}, for which the file has no tensor."
+                )
+            if extra:
+                raise self.problem(
+                    f"the file has tensors for {listed(extra)}, which the config does not target."
+                )
+        joined = [f"{s.module}.{s.parameter}" for s in sites if s.parameter != "weight"]
+        for target in self.fields["target_parameters"] or []:
+            if not any(name == target or name.endswith(f".{target}") for name in joined):
+                raise self.problem(
+                    f"target_parameters has {target!r}, and no tensor belongs to it."
+                )
+        configs.check_patterns(self.fields, [*modules, *joined])
+        parts = []
+        for site, tensors in zip(sites, found.values(), strict=True):
+            name = site.module if site.parameter == "weight" else f"{site.module}.{site.parameter}"
+            own = configs.own_fields(self.fields, self.form, name)
+            own["is_feedforward"] = configs.is_feedforward(self.fields, site.module)
+            parts.append(_Part(site, own, tensors))
+        return parts
+
+    def _own(self, name: str) -> tuple[str | None, str]:
+        """A tensor's module and suffix, where it is one of the method's own."""
+        for suffix in self.form.suffixes:
+            if name.endswith(f".{suffix}"):
+                return name[: -len(suffix) - 1], suffix
+        return None, ""
+
+    def _site_of(self, module: str, name: str) -> tuple[str, str]:
+        """The site of a module that a tensor names; a model of a base has shorter names."""
+        for known in (module, f"model.{module}", module.removeprefix("model.")):
+            if (known, "weight") in self.sites:
+                return known, "weight"
+            outer = known.removesuffix(".base_layer")
+            both = [
+                key for key in self.sites if key[0] == outer and key[1] not in ("weight", "bias")
+            ]
+            if both:
+                return self._expert_site(both, known != outer)
+        raise self.problem(
+            f"{name} belongs to a module {module!r} that the model has not. The nearest are "
+            f"{tree.nearest(module, tuple(self.modules))}."
+        )
+
+    def _expert_site(self, both: list[tuple[str, str]], inner: bool) -> tuple[str, str]:
+        """Of a module's two parameters the one meant: wrapped twice, the first is inside."""
+        targets = self.fields["target_parameters"] or []
+        wanted = [key for key in both if any(f"{key[0]}.{key[1]}".endswith(t) for t in targets)]
+        if len(wanted) == 1 and not inner:
+            return wanted[0]
+        if len(wanted) != 2:
+            raise self.problem(
+                f"target_parameters={targets} do not say which parameters are meant."
+            )
+        # In the order of the module: gate and up before down.
+        return sorted(wanted, key=lambda key: key[1] == "down_proj")[0 if inner else 1]
+
+    # --- leaves -----------------------------------------------------------------------------------
+
+    def _leaf(self, weight: Weight, parts: list[_Part]) -> AdapterLeaf:
+        """The leaf of one weight, of which each module may be one entry of a stack."""
+        made: list[Any] = [self._config(part, weight) for part in parts]
+        ranks = [getattr(one, "rank", 0) for one in made]
+        scales = [_scale(one) for one in made]
+        config = made[int(np.argmax(ranks))]
+        if len(set(ranks)) > 1 or len(set(scales)) > 1:
+            if not hasattr(config, "rank_stabilized"):
+                raise self.problem(
+                    f"{weight.path} stacks modules of ranks {sorted(set(ranks))} and scales "
+                    f"{sorted(set(scales))}, which only LoRA can pad. Load the model unrolled."
+                )
+            config = dataclasses.replace(
+                config, alpha=max(scales) * max(ranks), rank_stabilized=False
+            )
+        leaf = fresh(config, weight)
+        arrays = {name: np.zeros(shape, np.float32) for name, shape in leaf.shapes().items()}
+        if "magnitude" in arrays and len(parts) < int(np.prod(leaf.groups.batch)):
+            raise self.problem(
+                f"{weight.path} stacks layers of which not all have a magnitude. Load the model "
+                f"unrolled."
+            )
+        for part, scale in zip(parts, scales, strict=True):
+            for name, value in self._arrays(leaf, weight, part).items():
+                if name == "b" and scale != _scale(config):
+                    value = value * np.float32(scale / _scale(config))
+                # Ranks past a module's own stay zero on both sides, and get no gradient.
+                box = tuple(slice(0, n) for n in value.shape)
+                arrays[name][(*part.site.entry, *box)] = value
+        values = {name: jnp.asarray(value) for name, value in arrays.items()}
+        return dataclasses.replace(leaf, **values)
+
+    def _config(self, part: _Part, weight: Weight) -> AdapterConfig:
+        config = self.form.config(part.fields, weight)
+        reason = config.refusal(weight)
+        if reason:
+            raise self.problem(f"{part.site.module} cannot be adapted: {reason}.")
+        return config
+
+    def _arrays(self, leaf: AdapterLeaf, weight: Weight, part: _Part) -> dict[str, np.ndarray]:
+        """One module's arrays in the leaf's layout."""
+        inside = leaf.axes.batch[len(part.site.entry) :]
+        facts = Facts(leaf.shape, leaf.axes, weight.window, inside)
+        wanted = self.form.tensors(leaf, weight)
+        suffixes = {suffix for suffix, _ in wanted.values()}
+        missing, extra = suffixes - set(part.tensors), set(part.tensors) - suffixes
+        if missing or extra:
+            raise self.problem(
+                f"{part.site.module} lacks {sorted(missing)} and has {sorted(extra)}, which its "
+                f"config does not speak of."
+            )
+        own_rank = part.fields.get(self.form.rank or "")
+        arrays = {}
+        for name, (suffix, layout) in wanted.items():
+            tensor = part.tensors[suffix].astype(np.float32)
+            try:
+                value = to_leaf(tensor, layout, facts)
+            except ValueError as error:
+                raise self.problem(f"{part.site.module}.{suffix} {error}") from error
+            shape = leaf.shapes()[name][len(part.site.entry) :]
+            ranks = getattr(leaf, "rank", None)
+            expected = tuple(
+                own_rank if own_rank is not None and n == ranks and m != n else n
+                for n, m in zip(shape, value.shape, strict=True)
+            )
+            if value.shape != expected:
+                raise self.problem(
+                    f"{part.site.module}.{suffix} has shape {tensor.shape}, which does not go with "
+                    f"{self.form.rank}={own_rank} on a weight of shape {leaf.shape}."
+                )
+            arrays[name] = value
+        return arrays
+
+    def _shared(self, some: list[tuple[Weight, Fields]]) -> SharedArrays:
+        """What all modules share."""
+        config = self.form.config(some[0][1], some[0][0])
+        weights = [weight for weight, _ in some]
+        abstract: Any = jax.eval_shape(lambda key: config.shared(key, weights), jax.random.key(0))
+        values = {}
+        for name, (key, layout) in self.form.shared.items():
+            if key not in self.left:
+                raise self.problem(
+                    f"it lacks {key}, which all modules share and which only torch's generator "
+                    f"could draw anew. Save the adapter with save_projection=True."
+                )
+            tensor = self.left.pop(key).astype(np.float32)
+            facts = Facts((), weights[0].axes._replace(batch=(), inputs=(), outputs=()), (), ())
+            values[name] = jnp.asarray(to_leaf(tensor, layout, facts))
+        if "fan_in" in {field.name for field in dataclasses.fields(abstract)}:
+            a, b = values["a"], values["b"]
+            values |= {"fan_in": a.shape[0], "fan_out": b.shape[1]}
+        shared = dataclasses.replace(abstract, **values)
+        shapes = {name: tuple(getattr(shared, name).shape) for name in self.form.shared}
+        if shapes != shared.shapes():
+            raise self.problem(f"what all modules share has shapes {shapes}.")
+        return shared
+
+    # --- what replaces the base -------------------------------------------------------------------
+
+    def replaced(self, used: Mapping[str, Weight]) -> _Replaced:
+        """The tensors that stand in the base's place."""
+        found = _Replaced({}, {})
+        rows = self.fields["trainable_token_indices"]
+        biases = self.fields["bias"] != "none"
+        saved = self.fields["modules_to_save"] or []
+        for name in list(self.left):
+            module, _, parameter = name.rpartition(".")
+            if name.endswith(f".{TOKEN_ROWS}"):
+                module = name.removesuffix(f".{TOKEN_ROWS}")
+                self._put_rows(found, used, module, rows, self.left.pop(name))
+                continue
+            wrapped = module.endswith(".base_layer")
+            module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
+            whole = any(module == one or module.endswith(f".{one}") for one in saved)
+            site = self.sites.get((module, parameter)) or self.sites.get(
+                (f"model.{module}", parameter)
+            )
+            # A copy of the whole embedding beside its factors is the base's, resized perhaps.
+            if site is None or not (whole or wrapped or (parameter == "bias" and biases)):
+                continue
+            self._put(found, used, site, self.left.pop(name))
+            if whole or (parameter == "bias" and biases):
+                bias = used[site.path].kind == "bias"
+                found.trained[site.path] = BitFit() if bias else Full()
+        for one in saved:
+            hit = any(m == one or m.endswith(f".{one}") for m in self.modules)
+            if not hit:
+                raise self.problem(f"modules_to_save has {one!r}, which the model has not.")
+        return found
+
+    def _put(
+        self, found: _Replaced, used: Mapping[str, Weight], site: Site, tensor: np.ndarray
+    ) -> None:
+        """One tensor in its place."""
+        assert site.piece is not None
+        if tensor.shape != site.piece.shape:
+            raise self.problem(
+                f"{site.module}.{site.parameter} has shape {tensor.shape} instead of "
+                f"{site.piece.shape}. If the vocabulary was resized, resize the base too."
+            )
+        base = used[site.path].value
+        target = found.values.setdefault(site.path, np.array(base))
+        ends = zip(site.piece.starts, site.piece.box, strict=True)
+        box = tuple(slice(start, start + size) for start, size in ends)
+        target[box] = site.piece.to_box(tensor).astype(target.dtype)
+
+    def _put_rows(
+        self,
+        found: _Replaced,
+        used: Mapping[str, Weight],
+        module: str,
+        rows: Any,
+        tensor: np.ndarray,
+    ) -> None:
+        """Some rows of an embedding."""
+        site = self.sites.get((module, "weight"))
+        given = rows
+        if isinstance(rows, Mapping):
+            given = next((r for m, r in rows.items() if module.endswith(m)), None)
+        if site is None or not isinstance(given, list) or len(given) != len(tensor):
+            raise self.problem(
+                f"{module} has {len(tensor)} rows of tokens, and trainable_token_indices={rows}."
+            )
+        target = found.values.setdefault(site.path, np.array(used[site.path].value))
+        if tensor.shape[1:] != target.shape[1:] or max(given) >= len(target):
+            raise self.problem(
+                f"{module} has rows of shape {tensor.shape} for the tokens {given} of a table of "
+                f"shape {target.shape}."
+            )
+        target[given] = tensor.astype(target.dtype)
+        found.trained[site.path] = TokenRows(tokens=tuple(given))
+
+    def finish(self) -> None:
+        """Refuses what is left over."""
+        if self.left:
+            raise self.problem(
+                f"the tensors {listed(sorted(self.left))} belong to nothing that the config and "
+                f"the model have."
+            )
+
+
+def _scale(config: Any) -> float:
+    """What the product of a config's factors is multiplied by."""
+    if not hasattr(config, "alpha") or not hasattr(config, "rank"):
+        return 1.0
+    root = getattr(config, "rank_stabilized", False)
+    return config.alpha / (config.rank**0.5 if root else config.rank)
+
+
+def fresh(config: AdapterConfig, weight: Weight) -> Any:
+    """A leaf of zeros for what replaces the base; for others, shapes that are to be filled."""
+    if isinstance(config, Full | TokenRows):
+        return config.leaf(jax.random.key(0), weight)
+    value = jax.ShapeDtypeStruct(weight.shape, weight.value.dtype)
+    return jax.eval_shape(
+        lambda array: config.leaf(jax.random.key(0), weight._replace(value=array)), value
+    )

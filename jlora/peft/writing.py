@@ -1,0 +1,457 @@
+"""An adapter as a folder that PEFT reads."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from jlora import tree
+from jlora.adapters.full import FullLeaf
+from jlora.adapters.lokr import factorization
+from jlora.adapters.protocol import AdapterLeaf, Weight, check_adapter
+from jlora.adapters.token_rows import TokenRowsLeaf
+from jlora.checkpoints.pieces import Weight as Stored
+from jlora.checkpoints.tensors import listed, new_folder
+from jlora.peft.config import CONFIG
+from jlora.peft.formats import FORMATS, Format
+from jlora.peft.layouts import Facts, to_file
+from jlora.peft.reading import PREFIX, TENSORS, TOKEN_ROWS
+from jlora.peft.sites import Site, sites_of
+
+PyTree = Any
+
+
+class Module(NamedTuple):
+    """One module's part of an adapter, as PEFT has it.
+
+    Attributes:
+        site: The module.
+        fields: Its own rank, alpha and so on.
+        tensors: By suffix.
+    """
+
+    site: Site
+    fields: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+class Whole(NamedTuple):
+    """Everything that a folder of PEFT's holds.
+
+    Attributes:
+        kind: Its `peft_type`.
+        modules: The method's own parts.
+        extra: Other tensors, by their names in the file without the common prefix.
+        fields: Of the config, beside those of the modules.
+    """
+
+    kind: str
+    modules: list[Module]
+    extra: dict[str, np.ndarray]
+    fields: dict[str, Any]
+
+
+def taken_apart(
+    adapter: Mapping[str, Any],
+    params: PyTree,
+    used: Mapping[str, Weight],
+    stored: Mapping[str, Stored],
+    *,
+    embeddings: bool,
+) -> Whole:
+    """An adapter as PEFT's modules and tensors.
+
+    Args:
+        adapter: What is written.
+        params: The base that it belongs on.
+        used: Every weight of the base, with how the model uses it.
+        stored: Which tensors of a checkpoint they are.
+        embeddings: Whether to write the base's own table beside the factors of an embedding.
+
+    Raises:
+        ValueError: PEFT has no form for a part of it.
+    """
+    leaves = check_adapter(adapter)
+    flat = tree.flatten(params)
+    arrays = dict(zip(flat.paths, flat.leaves, strict=True))
+    sites = _by_path(stored)
+    strange = [path for path in leaves if path not in sites]
+    if strange:
+        raise ValueError(
+            f"The adapter has {listed(strange)}, which no tensor of a checkpoint is. Give the "
+            f"model that it was made for."
+        )
+    own = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, FullLeaf | TokenRowsLeaf)
+    }
+    kind = _kind(own)
+    form = FORMATS[kind]
+    modules = [
+        module
+        for path, leaf in own.items()
+        for module in _modules(form, leaf, used[path], sites[path])
+    ]
+    if not modules:
+        raise ValueError(
+            "The adapter has no part of a method of PEFT's: what is trained whole goes into a "
+            "merged checkpoint. Use jlora.merge and jlora.models.save."
+        )
+    extra = _shared(form, adapter, own)
+    fields: dict[str, Any] = {}
+    wholes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, FullLeaf)}
+    targets = {module.site.module for module in modules}
+    # A module is saved with its bias; what is left are biases alone.
+    saved = sorted({s.module for p in wholes if used[p].kind != "bias" for s in sites[p]})
+    extra |= _saved_tensors(saved, wholes, arrays, stored, sites)
+    if saved:
+        fields["modules_to_save"] = sorted(_endings(saved, modules_of(stored)))
+    biases = {p: wholes[p] for p in wholes if not {s.module for s in sites[p]} <= set(saved)}
+    if biases:
+        fields["bias"] = _bias_mode(biases, targets, sites, used)
+        extra |= _bias_tensors(biases, targets, arrays, sites)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, TokenRowsLeaf):
+            name, rows = _rows(path, leaf, arrays[path], sites)
+            extra[f"{name}.{TOKEN_ROWS}"] = rows
+            ending = name.rpartition(".")[2]
+            fields.setdefault("trainable_token_indices", {})[ending] = list(leaf.tokens)
+    if embeddings:
+        extra |= _embeddings(modules, used, arrays)
+    return Whole(kind, modules, extra, fields)
+
+
+def write(
+    folder: str | os.PathLike[str],
+    whole: Whole,
+    modules: Sequence[str],
+    *,
+    base_model: str | None,
+    task: str | None,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors into a new folder."""
+    form = FORMATS[whole.kind]
+    tensors = {_name(whole.modules, m, s): t for m in whole.modules for s, t in m.tensors.items()}
+    tensors |= whole.extra
+    named = {
+        key if key.startswith("base_model.") else PREFIX + key: np.ascontiguousarray(value)
+        for key, value in tensors.items()
+    }
+    for key, value in named.items():
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise ValueError(
+                f"{key} holds NaN or Inf; nothing was written. Save an earlier adapter."
+            )
+    config = {
+        "peft_type": whole.kind,
+        "base_model_name_or_path": base_model,
+        "task_type": task,
+        "inference_mode": True,
+        "bias": "none",
+        "modules_to_save": None,
+        **_fields(form, whole, modules),
+        **whole.fields,
+    }
+    with new_folder(folder) as partial:
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        safetensors.numpy.save_file(named, partial / TENSORS, metadata={"format": "pt"})
+
+
+# --- the method's own parts ----------------------------------------------------------------------
+
+
+def modules_of(stored: Mapping[str, Stored]) -> list[str]:
+    """The modules that these tensors belong to."""
+    return list(dict.fromkeys(site.module for site in sites_of(stored)))
+
+
+def _by_path(stored: Mapping[str, Stored]) -> dict[str, list[Site]]:
+    found: dict[str, list[Site]] = {}
+    for site in sites_of(stored):
+        found.setdefault(site.path, []).append(site)
+    return found
+
+
+def _kind(own: Mapping[str, AdapterLeaf]) -> str:
+    """The one `peft_type` of all leaves."""
+    families = {leaf.family for leaf in own.values()}
+    kinds = {kind for kind, form in FORMATS.items() if families & set(form.families)}
+    unknown = families - {f for form in FORMATS.values() for f in form.families}
+    if unknown:
+        raise ValueError(
+            f"PEFT has nothing like {sorted(unknown)}. Convert the adapter with jlora.to_lora, or "
+            f"merge it."
+        )
+    if len(kinds) > 1 or (len(families) > 1 and "dora" in families):
+        raise ValueError(
+            f"One folder of PEFT's holds one method, and this adapter has {sorted(families)}. Save "
+            f"each part of it apart."
+        )
+    rest = [path for path, leaf in own.items() if getattr(leaf, "residual", False)]
+    if rest:
+        raise ValueError(
+            f"The adapter on {rest[0]!r} belongs on a base of jlora.residual_base, which no reader "
+            f"of the folder has. Convert it with jlora.on_original_base first."
+        )
+    return kinds.pop() if kinds else "LORA"
+
+
+def _modules(form: Format, leaf: Any, weight: Weight, sites: list[Site]) -> list[Module]:
+    """A leaf as its modules."""
+    found = []
+    shapes = leaf.shapes()
+    layouts = form.tensors(leaf, weight)
+    for site in sites:
+        inside = leaf.axes.batch[len(site.entry) :]
+        facts = Facts(leaf.shape, leaf.axes, weight.window, inside)
+        values = {
+            name: np.asarray(jax.device_get(getattr(leaf, name)[site.entry])) for name in shapes
+        }
+        fields = form.fields(leaf)
+        if site.entry and "a" in values and "b" in values and hasattr(leaf, "scale"):
+            values, rank = _without_padding(leaf, values, len(inside))
+            if not rank:
+                continue  # A layer that was not adapted.
+            root = getattr(leaf, "rank_stabilized", False)
+            if rank != leaf.rank and form.rank and form.alpha:
+                fields[form.rank] = rank
+                fields[form.alpha] = leaf.scale * (rank**0.5 if root else rank)
+        tensors = {
+            suffix: to_file(values[name], layout, facts)
+            for name, (suffix, layout) in layouts.items()
+        }
+        found.append(Module(site, fields, tensors))
+    return found
+
+
+def _without_padding(
+    leaf: Any, values: dict[str, np.ndarray], inside: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """One module's factors without the ranks that are zero on both sides, and how many are left."""
+    a, b = values["a"], values["b"]
+    over_a = tuple(range(a.ndim - 1))
+    over_b = tuple(axis for axis in range(b.ndim) if axis != inside)
+    kept = (a != 0).any(axis=over_a) | (b != 0).any(axis=over_b)
+    if kept.all() or leaf.family not in ("lora", "dora"):
+        return values, leaf.rank
+    return {**values, "a": a[..., kept], "b": b.compress(kept, axis=inside)}, int(kept.sum())
+
+
+def _name(modules: Sequence[Module], module: Module, suffix: str) -> str:
+    """A tensor's name: of a module whose two parameters are adapted, the first one is inside."""
+    site = module.site
+    both = {m.site.parameter for m in modules if m.site.module == site.module}
+    inner = len(both) == 2 and site.parameter == "gate_up_proj"
+    return f"{site.module}{'.base_layer' if inner else ''}.{suffix}"
+
+
+def _shared(form: Format, adapter: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What the modules share."""
+    if not form.shared:
+        return {}
+    names = {leaf.share for leaf in own.values()}
+    if len(names) > 1:
+        raise ValueError(
+            f"The adapter shares arrays under {sorted(names)}, and one folder of PEFT's has room "
+            f"for one set. Save each part of it apart."
+        )
+    shared = adapter[names.pop()]
+    nothing = Facts(
+        (), next(iter(own.values())).axes._replace(batch=(), inputs=(), outputs=()), (), ()
+    )
+    return {
+        key: to_file(np.asarray(jax.device_get(getattr(shared, name))), layout, nothing)
+        for name, (key, layout) in form.shared.items()
+    }
+
+
+# --- the config -----------------------------------------------------------------------------------
+
+
+def _fields(form: Format, whole: Whole, modules: Sequence[str]) -> dict[str, Any]:
+    """The fields that the modules agree on, and patterns for the rank and alpha of the others."""
+    names = [m.site.module for m in whole.modules if m.site.parameter == "weight"]
+    joined = {f"{m.site.module}.{m.site.parameter}" for m in whole.modules} - {
+        f"{name}.weight" for name in names
+    }
+    fields: dict[str, Any] = {"target_modules": sorted(_endings(names, modules))}
+    if joined:
+        fields["target_parameters"] = sorted(_endings(sorted(joined), sorted(joined), parts=3))
+    patterns = {form.rank: "rank_pattern", form.alpha: "alpha_pattern"}
+    for name in whole.modules[0].fields:
+        values = collections.Counter(_key(m.fields[name]) for m in whole.modules)
+        common = max(values, key=lambda value: values[value])
+        by_module = {_pattern_name(m): m.fields[name] for m in whole.modules}
+        fields[name] = next(v for v in by_module.values() if _key(v) == common)
+        others = {m: v for m, v in by_module.items() if _key(v) != common}
+        if not others:
+            continue
+        if name in patterns:
+            fields[patterns[name]] = others
+        elif all(isinstance(value, bool) for value in by_module.values()):
+            fields[name] = True  # What is only said of some kinds of module.
+        else:
+            raise ValueError(
+                f"PEFT has one {name} for all modules, and this adapter has {sorted(values)}. Save "
+                f"the parts that agree apart."
+            )
+    if whole.kind == "LOKR":
+        fields["decompose_factor"] = _lokr_factor(whole.modules)
+    if whole.kind == "IA3":
+        sides = {m.site.module for m in whole.modules if m.tensors["ia3_l"].shape[0] == 1}
+        fields["feedforward_modules"] = sorted(_endings(sorted(sides), names))
+    return fields
+
+
+def _key(value: Any) -> Any:
+    return value if not isinstance(value, float) or value != int(value) else int(value)
+
+
+def _pattern_name(module: Module) -> str:
+    site = module.site
+    return site.module if site.parameter == "weight" else f"{site.module}.{site.parameter}"
+
+
+def _endings(chosen: Sequence[str], modules: Sequence[str], parts: int = 1) -> set[str]:
+    """The shortest list of endings that names just the modules chosen."""
+    endings = set()
+    for name in chosen:
+        ending = ".".join(name.split(".")[-parts:])
+        like = {m for m in modules if m == ending or m.endswith(f".{ending}")}
+        endings.add(ending if like <= set(chosen) else name)
+    return endings
+
+
+def _lokr_factor(modules: Sequence[Module]) -> int:
+    """The `decompose_factor` that makes the shapes that the modules have."""
+
+    def makes(factor: int, module: Module) -> bool:
+        size = {name: tensor.shape for name, tensor in module.tensors.items()}
+        first = size.get("lokr_w1") or (size["lokr_w1_a"][0], size["lokr_w1_b"][1])
+        second = size.get("lokr_w2")
+        if second is None:
+            flat = size["lokr_w2_b"][1]
+            outputs = size["lokr_w2_a"][1 if "lokr_t2" in size else 0]
+        else:
+            outputs, flat = second[0], second[1]
+        both = zip(first, (outputs, flat), strict=True)
+        return all(factorization(one * two, factor) == one for one, two in both)
+
+    every = range(2, 1025)
+    found = [f for f in (-1, *every) if all(makes(f, module) for module in modules)]
+    if not found:
+        raise ValueError(
+            "PEFT splits all weights of a LoKr by one factor, and no factor makes the splits that "
+            "this adapter has. Convert it with jlora.to_lora."
+        )
+    return found[0]
+
+
+# --- what is trained whole ------------------------------------------------------------------------
+
+
+def _value(path: str, leaf: Any, arrays: Mapping[str, Any]) -> np.ndarray:
+    """A weight with its difference added, in float32 and rounded to the weight's type."""
+    base = np.asarray(jax.device_get(arrays[path]))
+    delta = np.asarray(jax.device_get(leaf.delta), np.float32)
+    return base if not delta.any() else (base.astype(np.float32) + delta).astype(base.dtype)
+
+
+def _tensor(site: Site, value: np.ndarray) -> np.ndarray:
+    if site.piece is None:
+        raise ValueError(
+            f"{site.path} is trained whole, and as experts it has no tensor of its own in PEFT's "
+            f"files. Merge the adapter instead."
+        )
+    ends = zip(site.piece.starts, site.piece.box, strict=True)
+    return site.piece.to_tensor(value[tuple(slice(start, start + n) for start, n in ends)])
+
+
+def _saved_tensors(
+    saved: Sequence[str],
+    wholes: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    stored: Mapping[str, Stored],
+    sites: Mapping[str, list[Site]],
+) -> dict[str, np.ndarray]:
+    """All parameters of these modules, trained or not: a module is saved as one."""
+    tensors = {}
+    for path in stored:
+        for site in sites[path]:
+            if site.module in saved:
+                value = np.asarray(jax.device_get(arrays[path]))
+                value = _value(path, wholes[path], arrays) if path in wholes else value
+                tensors[f"{site.module}.{site.parameter}"] = _tensor(site, value)
+    return tensors
+
+
+def _bias_mode(
+    biases: Mapping[str, Any],
+    targets: set[str],
+    sites: Mapping[str, list[Site]],
+    used: Mapping[str, Weight],
+) -> str:
+    """Which of the two sets of biases that PEFT can train these are."""
+    trained = {site.module for path in biases for site in sites[path]}
+    every = {
+        site.module
+        for path, some in sites.items()
+        for site in some
+        if site.parameter == "bias" and path in used
+    }
+    if trained == every & targets:
+        return "lora_only"
+    if trained == every:
+        return "all"
+    raise ValueError(
+        f"PEFT trains all biases, or those of adapted modules; this adapter has those of "
+        f"{listed(sorted(trained))}. Train one of these sets, or merge it."
+    )
+
+
+def _bias_tensors(
+    biases: Mapping[str, Any],
+    targets: set[str],
+    arrays: Mapping[str, Any],
+    sites: Mapping[str, list[Site]],
+) -> dict[str, np.ndarray]:
+    tensors = {}
+    for path, leaf in biases.items():
+        value = _value(path, leaf, arrays)
+        for site in sites[path]:
+            inner = ".base_layer" if site.module in targets else ""
+            tensors[f"{site.module}{inner}.bias"] = _tensor(site, value)
+    return tensors
+
+
+def _rows(
+    path: str, leaf: TokenRowsLeaf, base: Any, sites: Mapping[str, list[Site]]
+) -> tuple[str, np.ndarray]:
+    """An embedding's name, and its trained rows as they are."""
+    table = np.asarray(jax.device_get(base))[list(leaf.tokens)]
+    delta = np.asarray(jax.device_get(leaf.delta), np.float32)
+    rows = (table.astype(np.float32) + delta).astype(table.dtype)
+    return sites[path][0].module, rows
+
+
+def _embeddings(
+    modules: Sequence[Module], used: Mapping[str, Weight], arrays: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The tables of adapted embeddings and heads, which PEFT writes beside their factors."""
+    tensors = {}
+    for module in modules:
+        site = module.site
+        name = site.module.rpartition(".")[2]
+        if used[site.path].kind == "embedding" or name == "lm_head":
+            value = np.asarray(jax.device_get(arrays[site.path]))
+            tensors[f"{site.module}.base_layer.{site.parameter}"] = _tensor(site, value)
+    return tensors
