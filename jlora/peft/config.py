@@ -51,7 +51,7 @@ _HARMLESS = {
     "total_step",
 }
 # What every method's config may say, and what it means here.
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "alpha_pattern": {},
     "bias": "none",
     "exclude_modules": None,
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Format]:
             f"{path}: peft_type={raw.get('peft_type')!r} is not implemented; {sorted(FORMATS)} are."
         )
     form = FORMATS[kind]
-    fields = {**_COMMON, **form.defaults}
+    fields = {**COMMON, **form.defaults}
     unknown = []
     for name, value in raw.items():
         if name in form.only:
@@ -115,8 +115,8 @@ def _only(path: Path, name: str, value: Any, only: Any) -> None:
     allowed = only if isinstance(only, tuple) else (only,)
     # 1 == True, and a number of steps is no flag.
     if not any(value == one and type(value) is type(one) for one in allowed):
-        if value in (None, False, [], {}):
-            return
+        if not allowed[0] and value in (None, False, [], {}):
+            return  # Nothing, in other words.
         raise ValueError(
             f"{path}: {name}={value!r} is not implemented, only "
             f"{' or '.join(map(repr, allowed))}. What it does would be missing from the adapter."

@@ -131,7 +131,7 @@ def _sizes(
     expected += ["any"] * (len(groups) - len(shape))
     found = [math.prod(length(atom) or 0 for atom in group) for group in groups]
     if len(shape) != len(groups) or list(shape) != found:
-        turned = list(shape[::-1]) == found or (len(shape) == 2 and shape[::-1] == tuple(found))
-        hint = " It looks transposed." if turned else ""
-        raise ValueError(f"has shape {shape} instead of {tuple(expected)}.{hint}")
+        turned = len(shape) == 2 and expected == ["any", shape[0]]
+        hint = " It looks transposed" if turned or list(shape[::-1]) == found else ""
+        raise ValueError(f"has shape {shape} instead of {tuple(expected)}.{hint}".rstrip("."))
     return {atom: length(atom) or 1 for group in groups for atom in group}

@@ -344,7 +344,8 @@ class _Reader:
                 continue
             wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-            whole = any(module == one or module.endswith(f".{one}") for one in saved)
+            # As PEFT matches these names: without a dot before them.
+            whole = any(module.endswith(one) for one in saved)
             site = self.sites.get((module, parameter)) or self.sites.get(
                 (f"model.{module}", parameter)
             )
@@ -356,8 +357,7 @@ class _Reader:
                 bias = used[site.path].kind == "bias"
                 found.trained[site.path] = BitFit() if bias else Full()
         for one in saved:
-            hit = any(m == one or m.endswith(f".{one}") for m in self.modules)
-            if not hit:
+            if not any(module.endswith(one) for module in self.modules):
                 raise self.problem(f"modules_to_save has {one!r}, which the model has not.")
         return found
 

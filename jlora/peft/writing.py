@@ -113,7 +113,7 @@ def taken_apart(
     saved = sorted({s.module for p in wholes if used[p].kind != "bias" for s in sites[p]})
     extra |= _saved_tensors(saved, wholes, arrays, stored, sites)
     if saved:
-        fields["modules_to_save"] = sorted(_endings(saved, modules_of(stored)))
+        fields["modules_to_save"] = _saved_names(saved, modules_of(stored))
     biases = {p: wholes[p] for p in wholes if not {s.module for s in sites[p]} <= set(saved)}
     if biases:
         fields["bias"] = _bias_mode(biases, targets, sites, used)
@@ -329,6 +329,20 @@ def _endings(chosen: Sequence[str], modules: Sequence[str], parts: int = 1) -> s
         like = {m for m in modules if m == ending or m.endswith(f".{ending}")}
         endings.add(ending if like <= set(chosen) else name)
     return endings
+
+
+def _saved_names(saved: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """The shortest names for `modules_to_save`, of which PEFT compares the ends without a dot.
+
+    It would take "norm" for every layer norm.
+    """
+    names = set()
+    for module in saved:
+        parts = module.split(".")
+        endings = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+        fits = lambda e: {m for m in modules if m.endswith(e)} <= set(saved)  # noqa: E731
+        names.add(next((ending for ending in endings if fits(ending)), module))
+    return sorted(names)
 
 
 def _lokr_factor(modules: Sequence[Module]) -> int:

@@ -1,0 +1,468 @@
+"""Folders that PEFT wrote: read, computed with, written again, and refused when they are wrong.
+
+`data/` was written by make_folders.py with the models of tests/models/data.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jlora
+from jlora import models, peft
+from jlora.checkpoints.pieces import whole
+from jlora.factored.probe import Axes
+from jlora.peft.config import COMMON, targeted
+from jlora.peft.layouts import Facts, Layout, to_file, to_leaf
+from jlora.peft.sites import sites_of
+
+HERE = pathlib.Path(__file__).parent
+DATA = HERE / "data"
+BASES = HERE.parent / "models" / "data" / "decoders"
+NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def config_of(folder: pathlib.Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text())
+
+
+@functools.cache
+def base(name: str, scanned: bool = False) -> models.Loaded:
+    return models.load(BASES / name, dtype=jnp.float32, scanned=scanned)
+
+
+def base_of(name: str, scanned: bool = False) -> models.Loaded:
+    return base(config_of(DATA / name)["base_model_name_or_path"], scanned)
+
+
+@functools.cache
+def loaded(name: str, scanned: bool = False) -> peft.LoadedAdapter:
+    return peft.load(DATA / name, *base_of(name, scanned))
+
+
+def inputs(name: str) -> tuple[np.ndarray, np.ndarray]:
+    known = BASES / config_of(DATA / name)["base_model_name_or_path"] / "expected.safetensors"
+    tensors = safetensors.numpy.load_file(known)
+    return tensors["input_ids"], tensors["mask"]
+
+
+BOTH = [
+    pytest.param(name, scanned, id=f"{name}-{'scanned' if scanned else 'unrolled'}")
+    for name in NAMES
+    for scanned in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "scanned"), BOTH)
+def test_the_adapted_model_computes_what_peft_computes(name: str, scanned: bool) -> None:
+    model, _ = base_of(name, scanned)
+    params, adapter = loaded(name, scanned)
+    ids, mask = inputs(name)
+    lora = jlora.lora_transform(model.apply)
+    out = np.asarray(jax.jit(lora.apply)(params, adapter, ids, mask))
+    theirs = safetensors.numpy.load_file(DATA / name / "expected.safetensors")["logits"]
+    # float32 through two adapted layers; logits up to 9.
+    np.testing.assert_allclose(out[mask > 0], theirs[mask > 0], atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "scanned"), BOTH)
+def test_what_peft_wrote_is_written_again(name: str, scanned: bool, tmp_path: pathlib.Path) -> None:
+    model, _ = base_of(name, scanned)
+    params, adapter = loaded(name, scanned)
+    peft.save(tmp_path / "ours", adapter, model, params, task="CAUSAL_LM")
+    ours = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
+    theirs = safetensors.numpy.load_file(DATA / name / TENSORS)
+    assert set(ours) == set(theirs)
+    # Stacked layers have one scale, so those of other scales have theirs in their factors.
+    exact = not (scanned and name == "lora_patterns")
+    for key in theirs:
+        assert ours[key].shape == theirs[key].shape, key
+        if exact:
+            np.testing.assert_array_equal(ours[key], theirs[key].astype(ours[key].dtype), key)
+    again = peft.load(tmp_path / "ours", model, params)
+    ids, mask = inputs(name)
+    apply = jax.jit(jlora.lora_transform(model.apply).apply)
+    one, two = (apply(params, a, ids, mask) for a in (adapter, again.adapter))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    written, known = config_of(tmp_path / "ours"), config_of(DATA / name)
+    for field in ("bias", "peft_type", "task_type", "r", "init_r", "use_rslora", "use_dora"):
+        if field in written and field in known:
+            assert written[field] == known[field], field
+    for field in ("target_parameters", "modules_to_save"):
+        assert sorted(written.get(field) or []) == sorted(known.get(field) or []), field
+    modules = list({site.module for site in sites_of(models.stored_weights(model))})
+    ours, theirs = (targeted({**COMMON, **fields}, modules) for fields in (written, known))
+    assert ours == theirs
+    assert written.get("trainable_token_indices") == known.get("trainable_token_indices")
+
+
+@pytest.mark.parametrize("name", ["lora_saved", "lora_biases", "lora_tokens"])
+def test_what_the_folder_replaces_is_in_the_base_and_trained_on(name: str) -> None:
+    model, before = base_of(name)
+    params, adapter = loaded(name)
+    lora = jlora.lora_transform(model.apply)
+    ids, mask = inputs(name)
+    loss = lambda a: jnp.sin(lora.apply(params, a, ids, mask)).sum()
+    gradient = jax.jit(jax.grad(loss))(adapter)
+    new = {p for p, leaf in adapter.items() if leaf.family in ("full", "bias", "token_rows")}
+    assert len(new) == {"lora_saved": 2, "lora_biases": 4, "lora_tokens": 1}[name]
+    for path in new:
+        assert not np.asarray(adapter[path].delta).any()
+        assert np.abs(gradient[path].delta).max() > 1e-3
+    flat = dict(zip(*jlora.tree.flatten(params)[:2], strict=True))
+    old = dict(zip(*jlora.tree.flatten(before)[:2], strict=True))
+    changed = {path for path in flat if np.asarray(flat[path] != old[path]).any()}
+    assert changed == new
+
+
+def test_layers_of_other_ranks_are_padded_and_padding_is_not_trained() -> None:
+    model, _ = base_of("lora_patterns", scanned=True)
+    params, adapter = loaded("lora_patterns", scanned=True)
+    leaf = adapter["params/layers/attention/q/kernel"]
+    assert leaf.rank == 4
+    lora = jlora.lora_transform(model.apply)
+    ids, mask = inputs("lora_patterns")
+    loss = lambda a: jnp.sin(lora.apply(params, a, ids, mask)).sum()
+    gradient = jax.jit(jax.grad(loss))(adapter)["params/layers/attention/q/kernel"]
+    assert not np.asarray(leaf.a)[0, :, 2:].any()
+    assert not np.asarray(gradient.a)[0, :, 2:].any()
+    assert not np.asarray(gradient.b)[0, 2:].any()
+    assert np.asarray(gradient.a)[1].any(axis=0).all()
+
+
+# --- adapters that jlora made ---
+
+
+def trained(config: Any, pattern: str = r"(q|v|down)/kernel", name: str = "llama") -> Any:
+    model, params = base(name)
+    lora = jlora.lora_transform(model.apply, {pattern: config})
+    fresh = lora.init(jax.random.key(3), params, jnp.ones((1, 2), jnp.int32))
+    return jax.tree.map(lambda x: x + 0.1, fresh)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        jlora.LoRA(rank=3, alpha=5, dropout=0.25),
+        jlora.LoRA(rank=3, alpha=5, rank_stabilized=True),
+        jlora.LoRAFA(rank=2, alpha=5),
+        jlora.DyLoRA(rank=2, alpha=5),
+        jlora.DoRA(rank=2, alpha=5),
+        jlora.AdaLoRA(rank=2, alpha=5),
+        jlora.LoHa(rank=2, alpha=5),
+        jlora.LoKr(rank=1, alpha=5, factor=3),
+        jlora.HiRA(rank=2),
+        jlora.IA3(),
+        jlora.VeRA(rank=5),
+        jlora.VBLoRA(rank=2, vectors=5, length=2),
+        jlora.FourierFT(frequencies=7, alpha=20, seed=5),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_written_adapter_reads_as_the_same_function(config: Any, tmp_path: pathlib.Path) -> None:
+    model, params = base("llama")
+    adapter = trained(config)
+    peft.save(tmp_path / "out", adapter, model, params, base_model="base", task="CAUSAL_LM")
+    again = peft.load(tmp_path / "out", model, params).adapter
+    ids, mask = inputs("lora")
+    apply = jax.jit(jlora.lora_transform(model.apply).apply)
+    one, two = (apply(params, a, ids, mask) for a in (adapter, again))
+    np.testing.assert_allclose(one, two, atol=1e-6)  # The same numbers, in the same order.
+    written = config_of(tmp_path / "out")
+    assert written["base_model_name_or_path"] == "base"
+    assert written["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    if hasattr(config, "dropout") and config.dropout:
+        assert written["lora_dropout"] == config.dropout
+
+
+def test_a_function_of_ones_own_is_described_by_its_tensors(tmp_path: pathlib.Path) -> None:
+    def fn(params: Any, x: Any) -> Any:
+        y = jax.lax.conv_general_dilated(
+            x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.einsum("bhwc,cnd->bhwnd", y, params["heads"]) @ params["out"]
+
+    shapes = {"conv": (3, 2, 4, 6), "heads": (6, 2, 5), "out": (5, 7)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    stored = {
+        "conv": whole("net.conv.weight", shapes["conv"], (2, 3, 1, 0)),
+        "heads": whole("net.heads.weight", shapes["heads"]),
+        "out": whole("net.out.weight", shapes["out"], (1, 0)),
+    }
+    x = jnp.ones((1, 5, 5, 4))
+    for config in (jlora.LoRA(rank=2, alpha=3), jlora.DoRA(rank=2, alpha=3), jlora.HiRA(rank=2)):
+        lora = jlora.lora_transform(fn, config)
+        adapter = jax.tree.map(lambda a: a + 0.1, lora.init(jax.random.key(1), params, x))
+        folder = tmp_path / type(config).__name__
+        peft.save(folder, adapter, fn, params, x, stored=stored)
+        tensors = safetensors.numpy.load_file(folder / TENSORS)
+        a = "hira_A" if isinstance(config, jlora.HiRA) else "lora_A.weight"
+        b = a.replace("A", "B")
+        assert tensors[f"{PREFIX}net.conv.{a}"].shape == (2, 4, 3, 2)
+        assert tensors[f"{PREFIX}net.conv.{b}"].shape == (6, 2, 1, 1)
+        assert tensors[f"{PREFIX}net.heads.{b}"].shape == (10, 2)
+        again = peft.load(folder, fn, params, x, stored=stored).adapter
+        assert jax.tree.all(jax.tree.map(lambda m, n: (m == n).all(), adapter, again))
+    with pytest.raises(TypeError, match="example inputs and stored"):
+        peft.load(folder, fn, params)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (lambda: trained(jlora.SoRA(rank=2, alpha=2)), r"nothing like \['sora'\].*to_lora"),
+        (lambda: trained(jlora.LoRAMixture(experts=2, rank=1, alpha=2)), "nothing like"),
+        (
+            lambda: trained(jlora.LoRA(rank=2, alpha=2)) | trained(jlora.HiRA(rank=2), "up/kernel"),
+            "holds one method",
+        ),
+        (
+            lambda: (
+                trained(jlora.LoRA(rank=2, alpha=2)) | trained(jlora.DoRA(rank=2, alpha=2), "up/")
+            ),
+            "holds one method",
+        ),
+        (
+            lambda: trained(jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())),
+            "on_original_base",
+        ),
+        (lambda: trained(jlora.Full(), "norm/scale"), "no part of a method"),
+        (
+            lambda: jax.tree.map(lambda x: x * jnp.nan, trained(jlora.LoRA(rank=2, alpha=2))),
+            "holds NaN or Inf",
+        ),
+    ],
+)
+def test_what_peft_has_no_form_for_is_refused(
+    adapter: Callable[[], Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    model, params = base("llama")
+    with pytest.raises(ValueError, match=message):
+        peft.save(tmp_path / "out", adapter(), model, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_some_biases_alone_are_refused(tmp_path: pathlib.Path) -> None:
+    model, params = base("llama3")
+    lora = jlora.lora_transform(
+        model.apply,
+        {"q/kernel": jlora.LoRA(rank=2, alpha=2), "layers_0/.*/v/bias": jlora.BitFit()},
+    )
+    adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="PEFT trains all biases, or those of adapted modules"):
+        peft.save(tmp_path / "out", adapter, model, params)
+
+
+def test_folders_are_never_replaced(tmp_path: pathlib.Path) -> None:
+    model, params = base("llama")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="left as it was"):
+        peft.save(tmp_path / "out", trained(jlora.LoRA(rank=2, alpha=2)), model, params)
+
+
+# --- folders that are wrong ---
+
+
+def spoilt(
+    tmp_path: pathlib.Path,
+    name: str,
+    config: Callable[[dict[str, Any]], Any] | None = None,
+    tensors: Callable[[dict[str, np.ndarray]], Any] | None = None,
+) -> pathlib.Path:
+    """A copy of a folder with its config or its tensors changed."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(DATA / name, folder)
+    if config:
+        fields = config_of(folder)
+        config(fields)
+        (folder / CONFIG).write_text(json.dumps(fields))
+    if tensors:
+        arrays = safetensors.numpy.load_file(folder / TENSORS)
+        tensors(arrays)
+        safetensors.numpy.save_file(arrays, folder / TENSORS)
+    return folder
+
+
+Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
+
+
+def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda fields: fields.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lora", put(peft_type="LOTUS"), "peft_type='LOTUS' is not implemented"),
+        ("lora", put(peft_type=None), "peft_type=None is not implemented"),
+        ("lora", put(r=0), "r=0 is no positive number"),
+        ("lora", put(r=-3), "r=-3 is no positive number"),
+        ("lora", put(r=True), "r=True is no positive number"),
+        ("lora", put(r="3"), "r='3' is no positive number"),
+        ("lora", put(r=4), r"does not go with r=4|instead of"),
+        ("lora", put(lora_alpha=0), "lora_alpha=0 is no positive number"),
+        ("lora", put(lora_alpha=float("nan")), "lora_alpha=nan|alpha"),
+        ("lora", put(target_modules=["q_proj"]), "which the config does not target"),
+        ("lora", put(target_modules=["q_proj", "qq_proj"]), r"'qq_proj', which matches none"),
+        ("lora", put(target_modules=r".*\.nothing"), r"nothing', which matches none"),
+        ("lora", put(exclude_modules=["q_proj"]), "which the config does not target"),
+        ("lora", put(layers_to_transform=[1]), "which the config does not target"),
+        ("lora", put(rank_pattern={"z_proj": 3}), "rank_pattern has 'z_proj', which matches none"),
+        ("lora", put(alpha_pattern={"z": 3}), "alpha_pattern has 'z', which matches none"),
+        ("lora", put(rank_pattern={"q_proj": 2}), "does not go with r=2"),
+        ("lora", put(rank_pattern=[1]), "is no mapping"),
+        ("lora", put(use_dora=True), r"lacks \['lora_magnitude_vector'\]"),
+        ("dora", put(use_dora=False), r"has \['lora_magnitude_vector'\]"),
+        ("lora", put(lora_bias=True), "lora_bias=True is not implemented"),
+        ("lora", put(init_lora_weights="pissa"), "init_lora_weights='pissa' is not implemented"),
+        ("lora", put(layer_replication=[[0, 1]]), "layer_replication=.* is not implemented"),
+        ("lora", put(use_qalora=True), "use_qalora=True is not implemented"),
+        ("lora", put(new_method={"gain": 2}), "new_method=.* is not known"),
+        ("lora", put(modules_to_save=["nothing"]), "'nothing', which the model has not"),
+        ("lora_saved", put(modules_to_save=["norm"]), "lm_head.weight belong to nothing"),
+        ("lora_saved", put(modules_to_save=None), "lm_head.weight.* belong to nothing"),
+        ("lora_biases", put(bias="none"), None),
+        ("lora_tokens", put(trainable_token_indices={"embed_tokens": [1]}), "has 3 rows of tokens"),
+        ("lora_tokens", put(trainable_token_indices=None), "has 3 rows of tokens"),
+        ("lora_experts", put(target_parameters=["mlp.experts.down_proj"]), "do not say which"),
+        ("adalora", put(rank_pattern={"q": [True, False]}), "ranks were pruned"),
+        ("vera", put(save_projection=False), "save_projection=False is not implemented"),
+        ("lora", put(auto_mapping={"base_model_class": "x", "parent_library": "os"}), None),
+        ("lora", put(base_model_name_or_path="https://elsewhere/model"), None),
+    ],
+)
+def test_configs_that_are_wrong_are_refused(
+    name: str, change: Any, message: str | None, tmp_path: pathlib.Path
+) -> None:
+    folder = spoilt(tmp_path, name, config=change)
+    if message is None:
+        assert peft.load(folder, *base_of(name)).adapter
+        return
+    with pytest.raises(ValueError, match=message):
+        peft.load(folder, *base_of(name))
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def transposed(key: str) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda tensors: tensors.update({key: np.ascontiguousarray(tensors[key].T)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lora", lambda t: t.pop(f"{Q0}.lora_A.weight"), r"lacks \['lora_A.weight'\]"),
+        (
+            "lora",
+            lambda t: (t.pop(f"{Q0}.lora_A.weight"), t.pop(f"{Q0}.lora_B.weight")),
+            "no tensor",
+        ),
+        ("lora", lambda t: t.clear(), "holds no tensor"),
+        (
+            "lora",
+            renamed(
+                f"{Q0}.lora_A.weight", f"{PREFIX}model.layers.7.self_attn.q_proj.lora_A.weight"
+            ),
+            "layers.7.self_attn.q_proj' that the model has not. The nearest",
+        ),
+        ("lora", transposed(f"{Q0}.lora_A.weight"), r"has shape \(12, 3\).*It looks transposed"),
+        (
+            "lora",
+            lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 11), np.float32)}),
+            r"q_proj.lora_A.weight has shape \(3, 11\) instead of \('any', 12\)",
+        ),
+        (
+            "lora",
+            lambda t: t.update({f"{Q0}.lora_B.weight": np.ones((12, 2), np.float32)}),
+            r"does not go with r=3",
+        ),
+        (
+            "lora",
+            lambda t: t.update({f"{Q0}.lora_A.weight": np.full((3, 12), np.nan, np.float32)}),
+            "q_proj.lora_A.weight holds NaN or Inf",
+        ),
+        (
+            "lora",
+            lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 12), np.int8)}),
+            "has dtype I8",
+        ),
+        ("lora", lambda t: t.update({f"{Q0}.more": np.ones(3, np.float32)}), "belong to nothing"),
+        (
+            "lora",
+            lambda t: t.update({f"{PREFIX}lm_head.weight": np.ones((44, 12), np.float32)}),
+            "lm_head.weight.* belong to nothing",
+        ),
+        (
+            "lora_saved",
+            lambda t: t.update({f"{PREFIX}lm_head.weight": np.ones((45, 12), np.float32)}),
+            r"lm_head.weight has shape \(45, 12\) instead of \(44, 12\).*resize",
+        ),
+        ("vera", lambda t: t.pop("base_model.vera_A"), "lacks base_model.vera_A"),
+        ("vblora", lambda t: t.pop("base_model.vblora_vector_bank"), "lacks base_model.vblora"),
+        (
+            "vblora",
+            lambda t: t.update({"base_model.vblora_vector_bank": np.ones((3, 2), np.float32)}),
+            "shapes",
+        ),
+    ],
+)
+def test_tensors_that_are_wrong_are_refused(
+    name: str, change: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        peft.load(spoilt(tmp_path, name, tensors=change), *base_of(name))
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="that the model has not|instead of"):
+        peft.load(DATA / "lora_fused", *base("llama"))
+    with pytest.raises(ValueError, match="instead of"):
+        peft.load(DATA / "lora_biases", *base("qwen3"))
+
+
+def test_pickles_are_not_opened(tmp_path: pathlib.Path) -> None:
+    folder = spoilt(tmp_path, "lora")
+    (folder / TENSORS).rename(folder / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="files that end in .bin are not opened"):
+        peft.load(folder, *base_of("lora"))
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
+        peft.load(folder, *base_of("lora"))
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        peft.load(tmp_path / "nothing", *base_of("lora"))
+
+
+# --- layouts ---
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (Layout("i r", "r c w"), (2, 4, 3, 5)),
+        (Layout("i r", "r c*w"), (2, 60)),
+        (Layout("r o", "o r 1"), (6, 2, 1, 1)),
+        (Layout("o", "u o 1"), (1, 6, 1, 1)),
+        (Layout("q r w", "r q w"), (2, 7, 3, 5)),
+        (Layout("w x r", "r x*w"), (2, 30)),
+    ],
+)
+def test_a_layout_and_back_is_the_same_tensor(layout: Layout, shape: tuple[int, ...]) -> None:
+    facts = Facts((3, 5, 4, 6), Axes((), (0, 1, 2), (3,)), (0, 1), ())
+    tensor = np.arange(np.prod(shape)).reshape(shape)
+    array = to_leaf(tensor, layout, facts)
+    np.testing.assert_array_equal(to_file(array, layout, facts), tensor)
