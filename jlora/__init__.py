@@ -16,6 +16,7 @@ from jlora.adapters.lora import LoRA as LoRA
 from jlora.adapters.lora_fa import LoRAFA as LoRAFA
 from jlora.adapters.mixture import LoRAMixture as LoRAMixture
 from jlora.adapters.sora import SoRA as SoRA
+from jlora.adapters.token_rows import TokenRows as TokenRows
 from jlora.adapters.vb_lora import VBLoRA as VBLoRA
 from jlora.adapters.vera import VeRA as VeRA
 from jlora.calibration import input_moments as input_moments
@@ -29,6 +30,10 @@ from jlora.conversion import residual_base as residual_base
 from jlora.conversion import to_lora as to_lora
 from jlora.conversion import truncate as truncate
 from jlora.explanation import Explanation as Explanation
+from jlora.merging.export import Kept as Kept
+from jlora.merging.export import Merged as Merged
+from jlora.merging.export import UpdateLostWarning as UpdateLostWarning
+from jlora.merging.export import merge_to as merge_to
 from jlora.nnx import from_nnx as from_nnx
 from jlora.nnx import update_nnx as update_nnx
 from jlora.optim.budget import adalora_budget as adalora_budget

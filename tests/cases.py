@@ -53,6 +53,7 @@ FAMILIES = {
     "ia3_inputs": Family(jlora.IA3(on="inputs")),
     "vb_lora": Family(jlora.VBLoRA(rank=2, vectors=4, length=1), starts_at_base=False),
     "full": Family(jlora.Full()),
+    "token_rows": Family(jlora.TokenRows(tokens=(5, 1, 2, 4))),
     "mixture": Family(jlora.LoRAMixture(experts=4, rank=2, alpha=3), merges=False),
 }
 

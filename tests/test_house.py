@@ -26,6 +26,7 @@ ALLOWED = {
     "checkpoints": {"tree", "factored", "adapters", "transform"},
     "models": {"tree", "transform", "checkpoints"},
     "peft": {"tree", "factored", "adapters", "transform", "checkpoints", "models"},
+    "merging": {"tree", "factored", "adapters", "transform"},
     "conversion": {"tree", "factored", "adapters", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},
 }

@@ -138,7 +138,8 @@ def test_an_embedding_can_be_named() -> None:
         ({1: CONFIG}, TypeError, ["no string"]),
         ({"kernel": 8}, TypeError, ["maps to 8"]),
         ("kernel", TypeError, ["mapping of regular expressions"]),
-        (None, TypeError, ["jlora.LoRA(rank=8, alpha=16)"]),
+        (8, TypeError, ["jlora.LoRA(rank=8, alpha=16)"]),
+        (None, ValueError, ["was given no rules"]),
     ],
 )
 def test_bad_rules_are_refused_with_the_mend(rules: Any, error: Any, parts: list[str]) -> None:

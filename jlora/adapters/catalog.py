@@ -16,6 +16,7 @@ from jlora.adapters.lora_fa import LoRAFA
 from jlora.adapters.mixture import LoRAMixture
 from jlora.adapters.protocol import AdapterConfig
 from jlora.adapters.sora import SoRA
+from jlora.adapters.token_rows import TokenRows
 from jlora.adapters.vb_lora import VBLoRA
 from jlora.adapters.vera import VeRA
 
@@ -36,6 +37,7 @@ CONFIGS: tuple[type[AdapterConfig], ...] = (
     LoRAMixture,
     BitFit,
     Full,
+    TokenRows,
 )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jlora.checkpoints.pieces import Weight as Stored
 from jlora.models import folders
-from jlora.peft import reading, writing
+from jlora.peft import reading, vllm, writing
 from jlora.peft.reading import LoadedAdapter as LoadedAdapter
 from jlora.transform import weights_of
 
@@ -54,8 +54,9 @@ def save(
     base_model: str | None = None,
     task: str | None = None,
     embeddings: bool = True,
+    reader: Literal["peft", "vllm"] = "peft",
 ) -> None:
-    """Writes an adapter as a folder that PEFT reads.
+    """Writes an adapter as a folder that PEFT reads, or vLLM.
 
     Args:
         folder: Must not exist yet; it appears whole or not at all.
@@ -69,15 +70,25 @@ def save(
         task: One of PEFT's task types, such as "CAUSAL_LM".
         embeddings: Whether the base's own table is written beside an embedding's factors, as PEFT
             does.
+        reader: "vllm" writes what vLLM takes: of all modules one rank and one scale, which is
+            folded into `B`, and every expert as a module of its own. What it does not take (DoRA
+            and methods other than LoRA, biases, what is trained whole) is refused; merge it.
 
     Raises:
         FileExistsError: There is something of that name; it is left as it was.
-        ValueError: PEFT has no form for a part of the adapter, or it is not finite.
+        ValueError: The reader has no form for a part of the adapter, or it is not finite.
     """
     fn, inputs, stored = _described(model, inputs, stored)
     used = weights_of(fn, params, *inputs)
-    whole = writing.taken_apart(adapter, params, used, stored, embeddings=embeddings)
+    if reader not in ("peft", "vllm"):
+        raise ValueError(f"reader={reader!r} is neither 'peft' nor 'vllm'.")
+    for_vllm = reader == "vllm"
+    own_tables = embeddings and not for_vllm
+    whole = writing.taken_apart(adapter, params, used, stored, embeddings=own_tables)
     modules = writing.modules_of(stored)
+    if for_vllm:
+        whole = vllm.converted(whole)
+        modules = [module.site.module for module in whole.modules]
     writing.write(folder, whole, modules, base_model=base_model, task=task)
 
 

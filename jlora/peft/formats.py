@@ -36,6 +36,7 @@ class Format(NamedTuple):
         fields: The leaves to the fields that they share.
         rank: The field that `rank_pattern` replaces, or None.
         alpha: The field that `alpha_pattern` replaces, or None.
+        biases: Whether its config has a mode for biases.
         shared: Of what modules share, by array, the tensor's name and layout.
     """
 
@@ -48,6 +49,7 @@ class Format(NamedTuple):
     only: Fields = types.MappingProxyType({})
     rank: str | None = "r"
     alpha: str | None = None
+    biases: bool = False
     shared: Mapping[str, tuple[str, Layout]] = types.MappingProxyType({})
 
 
@@ -240,6 +242,7 @@ FORMATS: dict[str, Format] = {
         families=("lora", "dora", "lora_fa", "dylora"),
         fields=_lora_fields,
         alpha="lora_alpha",
+        biases=True,
     ),
     "ADALORA": Format(
         suffixes=("lora_A", "lora_B", "lora_E"),
@@ -250,11 +253,14 @@ FORMATS: dict[str, Format] = {
         families=("adalora",),
         fields=lambda leaf: {
             "init_r": leaf.rank,
+            "target_r": leaf.rank,
             "lora_alpha": leaf.alpha,
             "lora_dropout": leaf.dropout,
+            "total_step": 1,  # PEFT does not load a config without.
         },
         rank="init_r",
         alpha="lora_alpha",
+        biases=True,
     ),
     "LOHA": Format(
         suffixes=tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
@@ -325,6 +331,7 @@ FORMATS: dict[str, Format] = {
             "a": ("base_model.vera_A", Layout("x r", "r x")),
             "b": ("base_model.vera_B", Layout("r y", "y r")),
         },
+        biases=True,
     ),
     "VBLORA": Format(
         suffixes=("vblora_logits_A", "vblora_logits_B"),
@@ -352,6 +359,7 @@ FORMATS: dict[str, Format] = {
         },
         rank=None,
         shared={"bank": ("base_model.vblora_vector_bank", Layout("n v", "n v"))},
+        biases=True,
     ),
     "FOURIERFT": Format(
         suffixes=("fourierft_spectrum",),
@@ -370,5 +378,6 @@ FORMATS: dict[str, Format] = {
             "random_loc_seed": leaf.seed,
         },
         rank=None,
+        biases=True,
     ),
 }

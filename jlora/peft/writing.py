@@ -115,6 +115,11 @@ def taken_apart(
     if saved:
         fields["modules_to_save"] = _saved_names(saved, modules_of(stored))
     biases = {p: wholes[p] for p in wholes if not {s.module for s in sites[p]} <= set(saved)}
+    if biases and not form.biases:
+        raise ValueError(
+            f"PEFT's {kind} has no mode for biases, and this adapter has {listed(sorted(biases))}. "
+            f"Merge it, or leave the biases as they are."
+        )
     if biases:
         fields["bias"] = _bias_mode(biases, targets, sites, used)
         extra |= _bias_tensors(biases, targets, arrays, sites)
@@ -155,7 +160,7 @@ def write(
         "base_model_name_or_path": base_model,
         "task_type": task,
         "inference_mode": True,
-        "bias": "none",
+        **({"bias": "none"} if form.biases else {}),
         "modules_to_save": None,
         **_fields(form, whole, modules),
         **whole.fields,

@@ -266,6 +266,15 @@ def test_some_biases_alone_are_refused(tmp_path: pathlib.Path) -> None:
         peft.save(tmp_path / "out", adapter, model, params)
 
 
+def test_biases_of_methods_without_a_mode_for_them_are_refused(tmp_path: pathlib.Path) -> None:
+    model, params = base("llama3")
+    rules = {"q/kernel": jlora.HiRA(rank=2), "bias": jlora.BitFit()}
+    lora = jlora.lora_transform(model.apply, rules)
+    adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="HIRA has no mode for biases"):
+        peft.save(tmp_path / "out", adapter, model, params)
+
+
 def test_folders_are_never_replaced(tmp_path: pathlib.Path) -> None:
     model, params = base("llama")
     (tmp_path / "out").mkdir()
@@ -466,3 +475,65 @@ def test_a_layout_and_back_is_the_same_tensor(layout: Layout, shape: tuple[int, 
     tensor = np.arange(np.prod(shape)).reshape(shape)
     array = to_leaf(tensor, layout, facts)
     np.testing.assert_array_equal(to_file(array, layout, facts), tensor)
+
+
+# --- for vLLM ---
+
+
+def merged_by_vllm(folder: pathlib.Path, key: str) -> np.ndarray:
+    """The change of a linear module as vLLM computes it: one rank and alpha for all."""
+    fields = config_of(folder)
+    tensors = safetensors.numpy.load_file(folder / TENSORS)
+    a, b = (tensors[f"{PREFIX}{key}.lora_{name}.weight"] for name in "AB")
+    assert a.shape[0] == b.shape[1] == fields["r"]
+    assert not fields["use_rslora"]
+    return fields["lora_alpha"] / fields["r"] * b @ a
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_rs", "lora_patterns", "lora_experts"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_what_is_written_for_vllm_is_the_same_change(
+    name: str, scanned: bool, tmp_path: pathlib.Path
+) -> None:
+    model, _ = base_of(name, scanned)
+    params, adapter = loaded(name, scanned)
+    peft.save(tmp_path / "out", adapter, model, params, reader="vllm")
+    fields = config_of(tmp_path / "out")
+    assert fields["bias"] == "none"
+    assert fields["modules_to_save"] is None
+    assert not fields.get("rank_pattern")
+    assert not fields.get("alpha_pattern")
+    assert not fields.get("target_parameters")
+    changes = jlora.delta(params, adapter)
+    stored = models.stored_weights(model)
+    seen = 0
+    for path, change in changes.items():
+        for piece in stored[path].pieces:
+            key = piece.key.removesuffix(".weight")
+            ends = zip(piece.starts, piece.box, strict=True)
+            box = np.asarray(change)[tuple(slice(s, s + n) for s, n in ends)]
+            # float32 products of at most four numbers.
+            np.testing.assert_allclose(
+                merged_by_vllm(tmp_path / "out", key), piece.to_tensor(box), atol=1e-5
+            )
+            seen += 1
+    assert 2 * seen == len(safetensors.numpy.load_file(tmp_path / "out" / TENSORS))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dora", "vLLM does not take DoRA"),
+        ("hira", "vLLM takes LoRA alone"),
+        ("lora_saved", "also has .*lm_head.weight"),
+        ("lora_biases", "also has .*bias"),
+        ("lora_tokens", "also has .*trainable_tokens"),
+    ],
+)
+def test_what_vllm_does_not_take_is_refused(
+    name: str, message: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        params, adapter = loaded(name)
+        peft.save(tmp_path / "out", adapter, base_of(name).model, params, reader="vllm")
+    assert not list(tmp_path.iterdir())
