@@ -27,6 +27,8 @@ ALLOWED = {
     "models": {"tree", "transform", "checkpoints"},
     "peft": {"tree", "factored", "adapters", "transform", "checkpoints", "models"},
     "merging": {"tree", "factored", "adapters", "transform"},
+    "inspection": {"checkpoints", "models", "peft"},
+    "cli": {"transform", "checkpoints", "models", "peft", "inspection", "merging"},
     "conversion": {"tree", "factored", "adapters", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},
 }

@@ -8,6 +8,7 @@ from jlora.models.decoder import empty_cache as empty_cache
 from jlora.models.folders import Loaded as Loaded
 from jlora.models.folders import load as load
 from jlora.models.folders import save as save
+from jlora.models.folders import stop_tokens as stop_tokens
 from jlora.models.folders import stored_weights as stored_weights
 from jlora.models.generate import Generated as Generated
 from jlora.models.generate import Sampling as Sampling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -98,6 +99,29 @@ def load(
     return Loaded(form.model, traverse_util.unflatten_dict(arrays, sep="/"))
 
 
+def check(folder: str | os.PathLike[str], **options: Any) -> None:
+    """Checks that `load` can read a folder, by its headers.
+
+    Raises:
+        FileNotFoundError: Something is missing.
+        ValueError: As from `load`.
+    """
+    folder = Path(folder)
+    form = _format(folder, options)
+    with opened(folder) as tensors:
+        pieces.check(tensors, _as_stored(form, tensors), form.carried)
+
+
+def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The tokens that end a text, as generation_config.json says, or else config.json."""
+    found: Any = None
+    for name in ("config.json", "generation_config.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            found = read_json(path).get("eos_token_id", found)
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+
 def save(
     folder: str | os.PathLike[str],
     params: PyTree,
@@ -153,6 +177,8 @@ def save(
         metadata = tensors.metadata or {"format": "pt"}
         write_shards(partial, headers, tensor, metadata=metadata, shard_bytes=shard_bytes)
         _copy_companions(source, partial)
+        if dtype is not None:
+            _say_dtype(partial / "config.json", np.dtype(dtype).name)
 
 
 def _format(folder: Path, options: Mapping[str, Any]) -> _Format:
@@ -221,6 +247,14 @@ def _dtype(stored: str, wanted: jax.typing.DTypeLike | None) -> Any:
             f"dtype={dtype} is none that these files are written in: {', '.join(DTYPES)}."
         )
     return dtype
+
+
+def _say_dtype(config: Path, name: str) -> None:
+    """Writes into a config.json of which type the weights are: readers round to what it says."""
+    raw = read_json(config)
+    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["dtype"]
+    text = json.dumps({**raw, **dict.fromkeys(keys, name)}, indent=2)
+    config.write_text(text + "\n", encoding="utf-8")
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

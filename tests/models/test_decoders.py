@@ -476,6 +476,18 @@ def test_what_was_loaded_is_written_bit_by_bit(
         np.testing.assert_array_equal(one, two)
 
 
+def test_another_type_is_written_and_said(tmp_path: pathlib.Path) -> None:
+    _, params = loaded("llama")
+    folders.save(tmp_path / "wide", params, DATA / "llama", dtype=jnp.float32)
+    written = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert written == {**raw("llama"), "dtype": "float32"}
+    tensors = safetensors.numpy.load_file(tmp_path / "wide" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
+    _, again = folders.load(tmp_path / "wide")
+    for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def changed(tmp_path: pathlib.Path, change: Any, name: str = "llama") -> pathlib.Path:
     """A copy of a checkpoint whose tensors went through `change`."""
     folder = tmp_path / "changed"

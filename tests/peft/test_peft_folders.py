@@ -533,7 +533,7 @@ def test_what_is_written_for_vllm_is_the_same_change(
 def test_what_vllm_does_not_take_is_refused(
     name: str, message: str, tmp_path: pathlib.Path
 ) -> None:
+    params, adapter = loaded(name)
     with pytest.raises(ValueError, match=message):
-        params, adapter = loaded(name)
         peft.save(tmp_path / "out", adapter, base_of(name).model, params, reader="vllm")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,309 @@
+"""The command line: what a file holds, checkpoints and adapters in other formats, and text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What a checkpoint's folder, a folder of PEFT's or an adapter file holds.
+
+    Attributes:
+        path: The folder or file.
+    """
+
+    path: Path
+    example = "jlora inspect my-adapter/"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportMerged:
+    """Merge an adapter into its base and write a Hugging Face folder.
+
+    Attributes:
+        base: Folder of the base model.
+        adapter: File of jlora.save_adapter, or folder of PEFT's.
+        out: The new folder.
+        dtype: Of the weights; those of the base when left out.
+        shard_gb: Size of a file, in 10^9 bytes.
+    """
+
+    base: Path
+    adapter: Path
+    out: Path
+    dtype: str | None = None
+    shard_gb: float = 5.0
+    example = "jlora export merged base/ adapter.safetensors merged/ --dtype bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportPeft:
+    """Write an adapter as a folder that PEFT, or vLLM, reads.
+
+    Attributes:
+        base: Folder of the base model.
+        adapter: File of jlora.save_adapter.
+        out: The new folder.
+        vllm: Write what vLLM takes, or say why it cannot be.
+        task: One of PEFT's task types.
+        base_name: The base's name for the folder's readers; its path when left out.
+    """
+
+    base: Path
+    adapter: Path
+    out: Path
+    vllm: bool = False
+    task: str | None = None
+    base_name: str | None = None
+    example = "jlora export peft base/ adapter.safetensors peft-adapter/ --task CAUSAL_LM"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportAdapter:
+    """Write a folder of PEFT's as one adapter file of jlora's.
+
+    Attributes:
+        base: Folder of the base model.
+        adapter: Folder of PEFT's.
+        out: The new file.
+    """
+
+    base: Path
+    adapter: Path
+    out: Path
+    example = "jlora export adapter base/ peft-adapter/ adapter.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Write what follows a prompt.
+
+    Attributes:
+        model: Folder of a decoder, with its tokenizer.json.
+        prompt: The text that is continued.
+        adapter: File of jlora.save_adapter, or folder of PEFT's.
+        max_new_tokens: How many tokens are written at most.
+        temperature: 0 takes the likeliest token every time.
+        top_k: How many of the likeliest tokens are drawn from.
+        top_p: The least share of probability that is drawn from.
+        seed: Of the draws.
+        dtype: Of the weights; that of the files when left out.
+    """
+
+    model: Path
+    prompt: str
+    adapter: Path | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: str | None = None
+    example = 'jlora generate base/ "Once upon a time" --adapter adapter.safetensors'
+
+
+def inspect(options: Inspect) -> None:
+    """Prints what is there."""
+    from jlora.inspection import inspect
+
+    print(inspect(options.path))
+
+
+def export_merged(options: ExportMerged) -> None:
+    """Writes the merged checkpoint and prints what rounding leaves of each change."""
+    from jlora import models
+    from jlora.merging.export import merge_to
+
+    _new(options.out)
+    model, params = models.load(options.base)
+    params, adapter = _adapter(options.adapter, model, params)
+    merged = merge_to(params, adapter, options.dtype)
+    shard_bytes = int(options.shard_gb * 1e9)
+    models.save(
+        options.out, merged.params, options.base, dtype=options.dtype, shard_bytes=shard_bytes
+    )
+    print(merged)
+    print(f"Wrote {options.out}.")
+
+
+def export_peft(options: ExportPeft) -> None:
+    """Writes the folder."""
+    from jlora import models, peft
+
+    _new(options.out)
+    model, params = models.load(options.base)
+    params, adapter = _adapter(options.adapter, model, params)
+    peft.save(
+        options.out,
+        adapter,
+        model,
+        params,
+        base_model=options.base_name or str(options.base),
+        task=options.task,
+        reader="vllm" if options.vllm else "peft",
+    )
+    print(f"Wrote {options.out}.")
+
+
+def export_adapter(options: ExportAdapter) -> None:
+    """Writes the file."""
+    import jax
+
+    from jlora import models, peft
+    from jlora.checkpoints.adapter_file import save_adapter
+
+    _new(options.out)
+    model, params = models.load(options.base)
+    loaded = peft.load(options.adapter, model, params)
+    same = jax.tree.map(lambda one, two: one is two, loaded.params, params)
+    if not jax.tree.all(same):
+        raise ValueError(
+            f"{options.adapter} also replaces weights of the base, which an adapter file has no "
+            f"room for. Use jlora export merged."
+        )
+    save_adapter(options.out, loaded.adapter, params)
+    print(f"Wrote {options.out}.")
+
+
+def generate(options: Generate) -> None:
+    """Prints the text."""
+    import jax
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from jlora import models
+    from jlora.transform import lora_transform
+
+    file = options.model / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: jlora generate needs the tokenizer.")
+    tokenizer = Tokenizer.from_file(str(file))
+    model, params = models.load(options.model, dtype=options.dtype)
+    if not isinstance(model, models.Decoder):
+        raise ValueError(f"{options.model} holds a {type(model).__name__}, which writes no text.")
+    given: Any = params
+    apply: Callable[..., Any] | None = None
+    if options.adapter is not None:
+        lora = lora_transform(model.apply)
+        given = _adapter(options.adapter, model, params)
+        apply = lambda both, *args: lora.apply(both[0], both[1], *args)  # noqa: E731
+    sampling = models.Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_tokens=models.stop_tokens(options.model),
+    )
+    ids = tokenizer.encode(options.prompt).ids
+    written = models.generate(
+        model,
+        given,
+        np.array([ids]),
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        key=jax.random.key(options.seed),
+        apply=apply,
+    )
+    print(tokenizer.decode([*ids, *np.asarray(written.tokens[0, : int(written.lengths[0])])]))
+
+
+def _adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
+    """The base and the adapter of either format."""
+    from jlora import peft
+    from jlora.checkpoints.adapter_file import load_adapter
+
+    if path.is_dir():
+        return peft.load(path, model, params)
+    return params, load_adapter(path, params)
+
+
+def _new(out: Path) -> None:
+    """Refuses to write where something is, before the work begins."""
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} exists and is left as it was. Choose another name.")
+
+
+_COMMANDS: dict[tuple[str, ...], tuple[type, Callable[[Any], None]]] = {
+    ("inspect",): (Inspect, inspect),
+    ("export", "merged"): (ExportMerged, export_merged),
+    ("export", "peft"): (ExportPeft, export_peft),
+    ("export", "adapter"): (ExportAdapter, export_adapter),
+    ("generate",): (Generate, generate),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands, made from their dataclasses."""
+    top = argparse.ArgumentParser(prog="jlora", description=(__doc__ or "").strip())
+    groups: dict[tuple[str, ...], Any] = {(): top.add_subparsers(required=True, metavar="COMMAND")}
+    for names, (options, run) in _COMMANDS.items():
+        for depth in range(1, len(names)):
+            if names[:depth] not in groups:
+                inner = groups[names[: depth - 1]].add_parser(
+                    names[depth - 1], help="other formats"
+                )
+                groups[names[:depth]] = inner.add_subparsers(required=True, metavar="WHAT")
+        first = (options.__doc__ or "").partition("\n")[0]
+        one = groups[names[:-1]].add_parser(
+            names[-1],
+            help=first,
+            description=first,
+            epilog=f"example: {options.example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        _add_fields(one, options)
+        one.set_defaults(options=options, run=run)
+    return top
+
+
+def _add_fields(one: argparse.ArgumentParser, options: type) -> None:
+    """An argument for each field: those without a default by their place."""
+    texts = _attributes(options.__doc__ or "")
+    for field in dataclasses.fields(options):
+        kind = str(field.type).removesuffix(" | None")
+        type_of = {"Path": Path, "int": int, "float": float}.get(kind, str)
+        choices = _DTYPES if field.name == "dtype" else None
+        flag = "--" + field.name.replace("_", "-")
+        if kind == "bool":
+            one.add_argument(flag, action="store_true", help=texts[field.name])
+        elif field.default is dataclasses.MISSING:
+            one.add_argument(field.name, type=type_of, help=texts[field.name])
+        else:
+            one.add_argument(
+                flag,
+                dest=field.name,
+                type=type_of,
+                default=field.default,
+                choices=choices,
+                help=texts[field.name],
+            )
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """What a docstring says of each attribute."""
+    lines = doc.partition("Attributes:\n")[2].splitlines()
+    pairs = (line.strip().partition(": ") for line in lines if ": " in line)
+    return {name: text for name, _, text in pairs}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 1 for an error that it tells of."""
+    given = vars(parser().parse_args(arguments))
+    options, run = given.pop("options"), given.pop("run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            run(options(**given))
+        except (OSError, ValueError, TypeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0

@@ -1,0 +1,167 @@
+"""What a file or folder holds, told from its headers alone."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora.checkpoints.tensors import open_file, opened, read_json
+from jlora.peft.config import CONFIG, read_config
+from jlora.peft.reading import PREFIX, TENSORS
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+
+
+class Contents(NamedTuple):
+    """What is there.
+
+    Attributes:
+        kind: "model", "PEFT adapter" or "jlora adapter".
+        facts: What is known of it, by name, as texts.
+    """
+
+    kind: str
+    facts: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        return "\n".join([self.kind, *(f"  {n:{width}}  {v}" for n, v in self.facts.items())])
+
+
+def inspect(path: str | os.PathLike[str]) -> Contents:
+    """What a checkpoint's folder, a folder of PEFT's, or an adapter file of jlora's holds.
+
+    No tensor is read.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name, or nothing in it that jlora knows.
+        ValueError: A file is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _adapter_file(path)
+    if (path / CONFIG).is_file():
+        return _peft_folder(path)
+    if (path / "config.json").is_file():
+        return _model_folder(path)
+    raise FileNotFoundError(
+        f"{path} is no adapter file, and as a folder it has neither {CONFIG} nor config.json."
+    )
+
+
+def _counted(shapes: Mapping[str, tuple[int, ...]], dtypes: Iterable[str]) -> dict[str, str]:
+    """How many numbers and bytes there are, and of which types."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    kinds = list(dtypes)
+    total = sum(size * _BYTES.get(kind, 1) for size, kind in zip(sizes, kinds, strict=True))
+    of_each = collections.Counter(kinds)
+    return {
+        "parameters": f"{sum(sizes):,}",
+        "bytes": f"{total:,} ({total / 2**20:.1f} MiB)",
+        "types": ", ".join(f"{kind} ({count} tensors)" for kind, count in of_each.most_common()),
+    }
+
+
+def _headers(file: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    keys = sorted(file.keys())
+    parts = [file.get_slice(key) for key in keys]
+    shapes = {key: tuple(part.get_shape()) for key, part in zip(keys, parts, strict=True)}
+    return shapes, [part.get_dtype() for part in parts]
+
+
+def _adapter_file(path: Path) -> Contents:
+    with open_file(path) as file:
+        metadata = dict(file.metadata() or {})
+        shapes, dtypes = _headers(file)
+    if metadata.get("format") != "jlora":
+        raise ValueError(
+            f"{path} is no adapter that jlora.save_adapter wrote (its format is "
+            f"{metadata.get('format')!r}). Give the folder, if it belongs to one."
+        )
+    try:
+        parts: dict[str, dict[str, Any]] = json.loads(metadata["adapter"])
+        families = collections.Counter(str(facts["family"]) for facts in parts.values())
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). Copy it anew.") from error
+    ranks = collections.Counter(facts.get("rank") for facts in parts.values())
+    facts = {
+        "families": _list(families),
+        "ranks": _list(collections.Counter({r: n for r, n in ranks.items() if r is not None})),
+        "adapted weights": str(len(parts)),
+        "targets": _list(collections.Counter(_without_numbers(p, "/") for p in parts)),
+        **_counted(shapes, dtypes),
+    }
+    return Contents("jlora adapter", facts)
+
+
+def _peft_folder(path: Path) -> Contents:
+    raw = read_json(path / CONFIG)
+    try:
+        fields, form = read_config(path)
+        read = "yes, with the model it was made for"
+        suffixes = form.suffixes
+    except ValueError as error:
+        fields, read, suffixes = raw, f"no: {error}", ()
+    with open_file(path / TENSORS) as file:
+        shapes, dtypes = _headers(file)
+    modules = {
+        key.removeprefix(PREFIX).removesuffix(f".{suffix}"): shape
+        for key, shape in shapes.items()
+        for suffix in suffixes[:1]
+        if key.endswith(f".{suffix}")
+    }
+    ranks = collections.Counter(shape[0] for shape in modules.values() if len(shape) > 1)
+    names = ("use_rslora", "use_dora", "bias", "modules_to_save", "trainable_token_indices")
+    special = {n: fields[n] for n in names if fields.get(n) not in (None, False, "none", [])}
+    facts = {
+        "method": str(raw.get("peft_type")),
+        "base model": str(raw.get("base_model_name_or_path")),
+        "ranks": _list(ranks) or str(fields.get("r")),
+        "targets": _list(collections.Counter(_without_numbers(m, ".") for m in modules))
+        or str(fields.get("target_modules")),
+        "beside": ", ".join(f"{n}={v}" for n, v in special.items()) or "nothing",
+        **_counted(shapes, dtypes),
+        "jlora reads it": read,
+    }
+    return Contents("PEFT adapter", facts)
+
+
+def _model_folder(path: Path) -> Contents:
+    # Loaded here: models bring in Flax's layers, which adapters alone do not need.
+    from jlora.models import folders
+
+    raw = read_json(path / "config.json")
+    with opened(path) as tensors:
+        shapes = {key: header.shape for key, header in tensors.headers.items()}
+        dtypes = [header.dtype for header in tensors.headers.values()]
+        files = {header.file for header in tensors.headers.values()}
+    try:
+        folders.check(path)
+        read = "yes"
+    except ValueError as error:
+        read = f"no: {error}"
+    facts = {
+        "model type": str(raw.get("model_type")),
+        "architectures": ", ".join(raw.get("architectures") or []),
+        "layers": str(raw.get("num_hidden_layers", raw.get("n_layers"))),
+        "width": str(raw.get("hidden_size", raw.get("dim"))),
+        **_counted(shapes, dtypes),
+        "files": str(len(files)),
+        "jlora reads it": read,
+    }
+    return Contents("model", facts)
+
+
+def _without_numbers(name: str, separator: str) -> str:
+    """A weight's name with a star for each number, so that layers count as one."""
+    return re.sub(rf"(^|[{separator}_])\d+(?=[{separator}]|$)", r"\1*", name)
+
+
+def _list(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{value} x {count}" for value, count in counts.items())

@@ -1,0 +1,163 @@
+"""The command line, run as users run it."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+import jlora
+from jlora import cli, models, peft
+
+HERE = pathlib.Path(__file__).parent
+BASE = HERE / "models" / "data" / "decoders" / "llama"
+PEFT = HERE / "peft" / "data"
+WORDS = {f"w{number}": number for number in range(44)}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    out, error = capsys.readouterr()
+    return status, out, error
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    model, params = models.load(BASE)
+    jlora.save_adapter(path, peft.load(PEFT / "lora", model, params).adapter, params)
+    return path
+
+
+def test_inspect_tells_what_is_there(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path
+) -> None:
+    for path, parts in (
+        (BASE, ["model", "LlamaForCausalLM", "3,180", "6,360", "BF16 (21 tensors)", "yes"]),
+        (PEFT / "lora_patterns", ["PEFT adapter", "2 x 3, 3 x 2, 4 x 1", "516", "down_proj x 2"]),
+        (PEFT / "lora_saved", ["modules_to_save=['lm_head', 'model.norm']"]),
+        (adapter, ["jlora adapter", "lora x 14", "3 x 14", "layers_*/attention/q/kernel x 2"]),
+    ):
+        status, out, _ = run(capsys, "inspect", path)
+        assert status == 0
+        for part in parts:
+            assert part in out, (path, part)
+
+
+def test_merged_checkpoints_compute_what_the_adapter_does(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    ids = jnp.arange(3, 11)[None]
+    model, params = models.load(BASE, dtype=jnp.float32)
+    part = peft.load(PEFT / "lora", model, params).adapter
+    want = jlora.lora_transform(model.apply).apply(params, part, ids)
+    for number, given in enumerate((adapter, PEFT / "lora")):
+        out = tmp_path / str(number)
+        status, text, _ = run(capsys, "export", "merged", BASE, given, out, "--dtype", "float32")
+        assert status == 0
+        assert "layers_1/mlp/up/kernel" in text
+        merged = models.load(out).params
+        assert jax.tree.leaves(merged)[0].dtype == jnp.float32
+        np.testing.assert_allclose(model.apply(merged, ids), want, atol=1e-5)  # Logits of 4.
+
+
+def test_an_adapter_goes_to_peft_and_back(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out, back = tmp_path / "peft", tmp_path / "back.safetensors"
+    assert run(capsys, "export", "peft", BASE, adapter, out, "--task", "CAUSAL_LM")[0] == 0
+    assert run(capsys, "export", "adapter", BASE, out, back)[0] == 0
+    one, two = (safetensors.numpy.load_file(path) for path in (adapter, back))
+    assert one.keys() == two.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], two[key])
+    assert run(capsys, "export", "peft", BASE, adapter, tmp_path / "vllm", "--vllm")[0] == 0
+
+
+def test_generate_writes_text(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    prompt, ids = "w5 w9 w17", np.array([[5, 9, 17]])
+    model, params = models.load(folder)
+    sampling = models.Sampling(stop_tokens=(2,))
+    want = models.generate(model, params, ids, max_new_tokens=6, sampling=sampling)
+    few = ("--max-new-tokens", 6)
+    status, out, _ = run(capsys, "generate", folder, prompt, *few)
+    assert status == 0
+    new = np.asarray(want.tokens[0, : int(want.lengths[0])])
+    assert out.split() == prompt.split() + [f"w{number}" for number in new]
+    adapted = run(capsys, "generate", folder, prompt, *few, "--adapter", adapter)
+    assert adapted[0] == 0
+    assert adapted[1] != out
+    drawn = [
+        run(capsys, "generate", folder, prompt, *few, "--temperature", 1.5, "--seed", seed)[1]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_small_changes_that_rounding_loses_are_warned_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    model, params = models.load(BASE)
+    part = peft.load(PEFT / "lora", model, params).adapter
+    small = jax.tree.map(lambda x: x * 0.02, part)
+    jlora.save_adapter(tmp_path / "small.safetensors", small, params)
+    given = ("export", "merged", BASE, tmp_path / "small.safetensors", tmp_path / "out")
+    status, _, error = run(capsys, *given)
+    assert status == 0
+    assert "warning: " in error
+    assert "changes are lost by rounding" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "nothing"), "is no adapter file"),
+        (("inspect", BASE / "config.json"), "is damaged"),
+        (("inspect", BASE / "model.safetensors"), "is no adapter that jlora.save_adapter wrote"),
+        (("export", "merged", BASE, PEFT / "lora", BASE), "exists and is left as it was"),
+        (("export", "merged", PEFT / "lora", PEFT / "lora", "out"), "config.json is missing"),
+        (("export", "merged", BASE, PEFT / "lora_fused", "out"), "the model has not"),
+        (("export", "adapter", BASE, PEFT / "lora_saved", "out"), "Use jlora export merged"),
+        (("export", "peft", BASE, PEFT / "dora", "out", "--vllm"), "does not take DoRA"),
+        (("generate", BASE, "text"), "tokenizer.json is missing"),
+    ],
+)
+def test_errors_are_told_without_a_trace(
+    arguments: tuple[Any, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run(capsys, *arguments)
+    assert status == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", list(cli._COMMANDS))
+def test_every_command_shows_an_example(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    assert caught.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"example: jlora {' '.join(command)}" in out
+    assert "None" not in cli._COMMANDS[command][0].__doc__.splitlines()[0]
