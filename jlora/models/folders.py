@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,22 @@ from flax import traverse_util
 
 from jlora import tree
 from jlora.checkpoints import pieces
-from jlora.checkpoints.tensors import DTYPES, listed, new_folder, opened, read_json, write_shards
+from jlora.checkpoints.tensors import (
+    DTYPES,
+    Tensors,
+    listed,
+    new_folder,
+    opened,
+    read_json,
+    write_shards,
+)
 from jlora.models.architectures import ARCHITECTURES, decoder_config
 from jlora.models.decoder import Decoder
+from jlora.models.encoder import Encoder
+from jlora.models.encoder_architectures import ENCODERS, encoder_config, vit_config
+from jlora.models.encoder_names import NAMINGS, encoder_weights, vit_weights
 from jlora.models.names import decoder_weights
+from jlora.models.vit import ViT
 
 PyTree = Any
 SHARD_BYTES = 5_000_000_000
@@ -60,11 +73,14 @@ class _Format(NamedTuple):
         model: Made from config.json.
         weights: Which tensors each of its weights is.
         carried: The names of tensors that are none of the model's, but belong to its files.
+        spellings: From the names in `weights` to those that a checkpoint may have instead; each
+            keeps to one of them.
     """
 
     model: Any
     weights: dict[str, pieces.Weight]
     carried: re.Pattern[str]
+    spellings: Sequence[Callable[[str], str]]
 
 
 def load(
@@ -81,16 +97,18 @@ def load(
         dtype: Of the weights; that of the files when left out.
         sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
             there, so that no device or host ever holds more than its part.
-        **options: Of the model's own: `scanned`, `remat`, `dtype`, `implementation` of `Decoder`.
+        **options: Of `Decoder`'s own: `scanned`, `remat`, `implementation`. For a computation in
+            another dtype than the weights', use `model.clone(dtype=...)`.
 
     Raises:
         FileNotFoundError: Something is missing.
         ValueError: config.json asks for something that is not implemented, a file is damaged, or
             the tensors are not those that config.json describes.
+        TypeError: The model has no such option.
     """
     folder = Path(folder)
-    form = _format(folder, options)
     with opened(folder) as tensors:
+        form = _format(folder, tensors, options)
         weights = _as_stored(form, tensors)
         pieces.check(tensors, weights, form.carried)
         arrays = pieces.load(tensors, weights, dtype, sharding or (lambda path, shape: None))
@@ -124,9 +142,9 @@ def save(
         ValueError: `params` are not the source's weights by name and shape, or not finite.
     """
     source = Path(source)
-    form = _format(source, options)
     arrays = _flat(params)
     with opened(source) as tensors, new_folder(folder) as partial:
+        form = _format(source, tensors, options)
         weights = _as_stored(form, tensors)
         pieces.check(tensors, weights, form.carried)
         _check_params(arrays, weights)
@@ -154,30 +172,74 @@ def save(
         _copy_companions(source, partial)
 
 
-def _format(folder: Path, options: Mapping[str, Any]) -> _Format:
+def _format(folder: Path, tensors: Tensors, options: Mapping[str, Any]) -> _Format:
     """What a folder holds, by its config.json."""
     path = folder / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
-    if kind in ARCHITECTURES:
-        model = Decoder(decoder_config(raw, str(path)), **options)
-        # Old releases stored frequencies, and others the head that is the embedding.
-        names = r".*rotary_emb\.inv_freq|lm_head\.weight" if model.config.tied else r".*inv_freq"
-        return _Format(model, decoder_weights(model), re.compile(names))
-    known = sorted(ARCHITECTURES)
-    raise ValueError(f"{path}: model_type={kind!r} is not implemented; {known} are.")
+    if kind not in _FORMATS:
+        raise ValueError(f"{path}: model_type={kind!r} is not implemented; {sorted(_FORMATS)} are.")
+    return _FORMATS[kind](raw, str(path), tensors, options)
 
 
-def _as_stored(form: _Format, tensors: Any) -> dict[str, pieces.Weight]:
-    """The weights under the names of this checkpoint: base models leave out the first part."""
-    keys = {piece.key for weight in form.weights.values() for piece in weight.pieces}
-    prefixed = any(key.startswith("model.") for key in tensors.headers)
-    if prefixed or not any(key.removeprefix("model.") in tensors.headers for key in keys):
-        return form.weights
-    return {
-        path: weight._replace(
-            pieces=tuple(p._replace(key=p.key.removeprefix("model.")) for p in weight.pieces)
+def _decoder(
+    raw: Mapping[str, Any], where: str, tensors: Tensors, options: Mapping[str, Any]
+) -> _Format:
+    model = _made(Decoder, decoder_config(raw, where), options)
+    # Old releases stored frequencies, and others the head that is the embedding.
+    names = r".*rotary_emb\.inv_freq|lm_head\.weight" if model.config.tied else r".*inv_freq"
+    # Base models leave out the first part.
+    spellings = (str, lambda key: key.removeprefix("model."))
+    return _Format(model, decoder_weights(model), re.compile(names), spellings)
+
+
+def _encoder(
+    raw: Mapping[str, Any], where: str, tensors: Tensors, options: Mapping[str, Any]
+) -> _Format:
+    naming = NAMINGS[raw["model_type"]]
+    config = encoder_config(raw, where, pooler=naming.has_pooler(tensors.headers))
+    model = _made(Encoder, config, options)
+    return _Format(model, encoder_weights(model, naming), naming.carried, naming.spellings)
+
+
+def _vit(
+    raw: Mapping[str, Any], where: str, tensors: Tensors, options: Mapping[str, Any]
+) -> _Format:
+    naming = NAMINGS["vit"]
+    config = vit_config(raw, where, pooler=naming.has_pooler(tensors.headers))
+    model = _made(ViT, config, options)
+    return _Format(model, vit_weights(model, naming), naming.carried, naming.spellings)
+
+
+_FORMATS: dict[str, Callable[[Mapping[str, Any], str, Tensors, Mapping[str, Any]], _Format]] = {
+    **dict.fromkeys(ARCHITECTURES, _decoder),
+    **dict.fromkeys(ENCODERS, _encoder),
+    "vit": _vit,
+}
+
+
+def _made(kind: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """A model with the caller's options."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    known = sorted(set(fields) - {"config", "dtype", "parent", "name"})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{unknown} are no options of {kind.__name__}, which has {known}. Leave them out."
         )
+    return kind(config, **options)
+
+
+def _as_stored(form: _Format, tensors: Tensors) -> dict[str, pieces.Weight]:
+    """The weights under the names of this checkpoint."""
+    keys = [piece.key for weight in form.weights.values() for piece in weight.pieces]
+
+    def found(spelling: Callable[[str], str]) -> int:
+        return sum(spelling(key) in tensors.headers for key in keys)
+
+    spelled = max(form.spellings, key=found)  # The first of the best ones.
+    return {
+        path: weight._replace(pieces=tuple(p._replace(key=spelled(p.key)) for p in weight.pieces))
         for path, weight in form.weights.items()
     }
 
