@@ -36,10 +36,10 @@ import numpy as np
 import optax
 
 import jlora
+import jlora.models
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.protocol import AdapterConfig, trained_size
 from jlora.adapters.sora import SoRALeaf
-from jlora.models import bert
 
 Adapter = Mapping[str, Any]
 Batch = Any  # The quickstart's.
@@ -336,7 +336,8 @@ class Trainer:
             hidden, balance = self.lora.apply_with_balance(
                 params, trained["adapter"], batch.ids, batch.mask, dropout_key=key
             )
-            scores = quickstart.scores_of(trained["head"], bert.mean_pool(hidden, batch.mask))
+            features = jlora.models.mean_pool(hidden, batch.mask)
+            scores = quickstart.scores_of(trained["head"], features)
             targets = jax.nn.one_hot(batch.labels, len(quickstart.PACKAGES))
             targets = optax.smooth_labels(targets, quickstart.Settings.label_smoothing)
             errors = optax.softmax_cross_entropy(scores, targets)
@@ -511,7 +512,7 @@ def run(
 ) -> None:
     """Measures the families, and writes what is known after each, with the `earlier` rows."""
     checkpoint = quickstart.find_checkpoint()
-    model, params = bert.load_encoder(checkpoint)
+    model, params = jlora.models.load(checkpoint)
     texts = quickstart.load_texts(settings.texts_per_package)
     texts = quickstart.tokenised(texts, checkpoint, settings.lengths[-1])
     encode = quickstart.pooled(model.apply)

@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import jlora
-from jlora.models import bert
+import jlora.models
 
 CHECKPOINT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PACKAGES = (
@@ -248,7 +248,7 @@ def scores_of(head: Head, features: jax.Array) -> jax.Array:
 
 def pooled(forward: Callable[..., Any]) -> Callable[..., jax.Array]:
     """The compiled mean hidden states (batch, width) of `forward(*arguments, ids, mask)`."""
-    return jax.jit(lambda *arguments: bert.mean_pool(forward(*arguments), arguments[-1]))
+    return jax.jit(lambda *arguments: jlora.models.mean_pool(forward(*arguments), arguments[-1]))
 
 
 def features_of(encode: Callable[..., jax.Array], data: Sequence[Batch]) -> jax.Array:
@@ -325,7 +325,7 @@ def train(
         trained: dict[str, Any], params: dict[str, Any], batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
         hidden = lora.apply(params, trained["adapter"], batch.ids, batch.mask)
-        scores = scores_of(trained["head"], bert.mean_pool(hidden, batch.mask))
+        scores = scores_of(trained["head"], jlora.models.mean_pool(hidden, batch.mask))
         targets = jax.nn.one_hot(batch.labels, len(PACKAGES))
         targets = optax.smooth_labels(targets, settings.label_smoothing)
         errors = optax.softmax_cross_entropy(scores, targets)
@@ -411,7 +411,7 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
         )
     start = time.perf_counter()
     checkpoint = find_checkpoint()
-    model, params = bert.load_encoder(checkpoint)
+    model, params = jlora.models.load(checkpoint)
     texts = tokenised(load_texts(settings.texts_per_package), checkpoint, settings.lengths[-1])
     print(f"{len(texts['train']):,} texts to train on, {len(texts['test']):,} to test on")
 
@@ -441,12 +441,13 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
     output.mkdir(parents=True)
     (output / "explanation.txt").write_text(f"{explanation}\n")
     jlora.save_adapter(output / "adapter.safetensors", trained["adapter"], params)
-    bert.save_encoder(output / "merged", lora.merge(params, trained["adapter"]), checkpoint)
+    merged = lora.merge(params, trained["adapter"])
+    jlora.models.save(output / "merged", merged, checkpoint)
     (output / "head.safetensors").write_bytes(save(jax.tree.map(np.asarray, trained["head"])))
 
     # 4. Both are loaded again and compared.
     adapter = jlora.load_adapter(output / "adapter.safetensors", params)
-    _, merged = bert.load_encoder(output / "merged")
+    _, merged = jlora.models.load(output / "merged")
     adapted = functools.partial(pooled(lora.apply), params, adapter)
     adapted_features = features_of(adapted, test_batches)
     merged_features = features_of(functools.partial(encode, merged), test_batches)

@@ -129,7 +129,10 @@ def test_small_changes_that_rounding_loses_are_warned_of(
         (("inspect", BASE / "config.json"), "is damaged"),
         (("inspect", BASE / "model.safetensors"), "is no adapter that jlora.save_adapter wrote"),
         (("export", "merged", BASE, PEFT / "lora", BASE), "exists and is left as it was"),
-        (("export", "merged", PEFT / "lora", PEFT / "lora", "out"), "config.json is missing"),
+        (
+            ("export", "merged", PEFT / "lora", PEFT / "lora", "out"),
+            "has neither model.safetensors",
+        ),
         (("export", "merged", BASE, PEFT / "lora_fused", "out"), "the model has not"),
         (("export", "adapter", BASE, PEFT / "lora_saved", "out"), "Use jlora export merged"),
         (("export", "peft", BASE, PEFT / "dora", "out", "--vllm"), "does not take DoRA"),

@@ -1,10 +1,12 @@
 """Flax models that read and write Hugging Face checkpoints."""
 
-from jlora.models import bert as bert
 from jlora.models.decoder import Cache as Cache
 from jlora.models.decoder import Decoder as Decoder
 from jlora.models.decoder import DecoderConfig as DecoderConfig
 from jlora.models.decoder import empty_cache as empty_cache
+from jlora.models.encoder import Encoder as Encoder
+from jlora.models.encoder import EncoderConfig as EncoderConfig
+from jlora.models.encoder import mean_pool as mean_pool
 from jlora.models.folders import Loaded as Loaded
 from jlora.models.folders import load as load
 from jlora.models.folders import save as save
@@ -13,3 +15,5 @@ from jlora.models.folders import stored_weights as stored_weights
 from jlora.models.generate import Generated as Generated
 from jlora.models.generate import Sampling as Sampling
 from jlora.models.generate import generate as generate
+from jlora.models.vit import ViT as ViT
+from jlora.models.vit import ViTConfig as ViTConfig

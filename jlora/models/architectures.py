@@ -1,8 +1,4 @@
-"""From the config.json of a decoder's checkpoint to `DecoderConfig`, one function per model type.
-
-A field that would change the numbers and is not implemented is refused by name; so is a field that
-nothing here knows, unless it says nothing (null, false, empty).
-"""
+"""From a config.json to `DecoderConfig`, one function per model type."""
 
 from __future__ import annotations
 
@@ -10,43 +6,27 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jlora.models.decoder import ACTIVATIONS, DecoderConfig, Experts, Kind
+from jlora.models.decoder import DecoderConfig, Experts, Kind
+from jlora.models.fields import NEVER, Fields
+from jlora.models.parts import ACTIVATIONS
 from jlora.models.rope import Rope, rope
 
-# Says nothing about what a forward pass computes.
+# Says nothing about what the forward pass of a decoder computes, or is read where it does.
 _HARMLESS = (
-    "_attn_implementation",
-    "_name_or_path",
     "_sliding_window_pattern",
     "add_cross_attention",
-    "architectures",
     "attention_dropout",
-    "attn_implementation",
-    "auto_map",
-    "bos_token_id",
-    "cache_implementation",
-    "chunk_size_feed_forward",
-    "dtype",
     "embd_pdrop",
-    "eos_token_id",
     "hidden_dropout",
-    "id2label",
-    "initializer_range",
     "is_decoder",
     "is_encoder_decoder",
-    "label2id",
     "layer_types",
-    "max_length",
     "max_window_layers",
-    "model_type",
     "num_local_experts",
     "output_router_logits",
-    "pad_token_id",
     "partial_rotary_factor",
     "pretraining_tp",
-    "problem_type",
     "resid_pdrop",
-    "return_dict",
     "rope_interleaved",
     "rope_parameters",
     "rope_scaling",
@@ -54,59 +34,10 @@ _HARMLESS = (
     "router_aux_loss_coef",
     "sliding_window",
     "sliding_window_pattern",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
-    "use_cache",
     "vocab_size",
 )
-
-
-class _Fields:
-    """A config.json's fields, of which it is kept in mind which were asked for."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw, self.where = raw, where
-        self.read: set[str] = set(_HARMLESS)
-
-    def get(self, name: str, default: Any) -> Any:
-        self.read.add(name)
-        value = self.raw.get(name)
-        return default if value is None else value
-
-    def size(self, name: str, default: int | None = None) -> int:
-        """A field that is a positive whole number."""
-        value = self.get(name, default)
-        if type(value) is not int or value < 1:
-            raise ValueError(
-                f"{self.where}: {name}={value!r} is no size. Copy a positive whole number from the "
-                f"config.json that the checkpoint came with."
-            )
-        return value
-
-    def only(self, name: str, value: Any) -> None:
-        """Refuses another value than the one that is implemented."""
-        found = self.get(name, value)
-        if found != value:
-            raise ValueError(
-                f"{self.where}: {name}={found!r} is not implemented, only {value!r}. The model "
-                f"would compute something else than its checkpoint was trained for."
-            )
-
-    def rest(self) -> None:
-        """Refuses fields that nobody asked for and that say something."""
-        empty = (None, False, 0, "", [], {})
-        unknown = {n: v for n, v in self.raw.items() if n not in self.read and v not in empty}
-        if unknown:
-            raise ValueError(
-                f"{self.where}: {unknown} is not known here, so that it may change what the model "
-                f"computes. If it does not, take it out of the config.json; else this checkpoint "
-                f"needs another model."
-            )
 
 
 def decoder_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -124,8 +55,8 @@ def decoder_config(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         raise ValueError(
             f"{where}: model_type={kind!r} is not implemented; {sorted(ARCHITECTURES)} are."
         )
-    fields = _Fields(raw, where)
-    for name, only in _NEVER.items():
+    fields = Fields(raw, where, _HARMLESS)
+    for name, only in {**NEVER, "use_bidirectional_attention": False}.items():
         fields.only(name, only)
     config = ARCHITECTURES[kind](fields)
     fields.rest()
@@ -142,17 +73,7 @@ def decoder_config(raw: Mapping[str, Any], where: str = "config.json") -> Decode
     return config
 
 
-# What a decoder's config.json may say of forms of transformer that none of these models has.
-_NEVER: dict[str, Any] = {
-    "cross_attention_hidden_size": None,
-    "pruned_heads": {},
-    "quantization_config": None,
-    "tie_encoder_decoder": False,
-    "use_bidirectional_attention": False,
-}
-
-
-def _common(fields: _Fields, **over: Any) -> dict[str, Any]:
+def _common(fields: Fields, **over: Any) -> dict[str, Any]:
     """What every architecture says alike."""
     heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
     if "head_dim" not in over and fields.raw.get("head_dim") is None and width % heads:
@@ -177,7 +98,7 @@ def _common(fields: _Fields, **over: Any) -> dict[str, Any]:
     return {**defaults, **over}
 
 
-def _rope(fields: _Fields, head_dim: int, theta: float = 10_000.0, form: str | None = None) -> Rope:
+def _rope(fields: Fields, head_dim: int, theta: float = 10_000.0, form: str | None = None) -> Rope:
     """The rotary positions, of transformers 5 (`rope_parameters`) or before.
 
     Args:
@@ -198,7 +119,7 @@ def _rope(fields: _Fields, head_dim: int, theta: float = 10_000.0, form: str | N
     return _checked_rope(fields, parameters, head_dim)
 
 
-def _checked_rope(fields: _Fields, parameters: Mapping[str, Any], head_dim: int) -> Rope:
+def _checked_rope(fields: Fields, parameters: Mapping[str, Any], head_dim: int) -> Rope:
     try:
         return rope(
             parameters, head_dim=head_dim, max_length=fields.size("max_position_embeddings")
@@ -207,7 +128,7 @@ def _checked_rope(fields: _Fields, parameters: Mapping[str, Any], head_dim: int)
         raise ValueError(f"{fields.where}: {error}") from error
 
 
-def _alike(fields: _Fields, kind: Kind) -> dict[str, Any]:
+def _alike(fields: Fields, kind: Kind) -> dict[str, Any]:
     """Layers that all attend in one way."""
     return {"kinds": (kind,), "layers": (0,) * fields.size("num_hidden_layers")}
 
@@ -215,7 +136,7 @@ def _alike(fields: _Fields, kind: Kind) -> dict[str, Any]:
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def _mixed(fields: _Fields, ropes: Mapping[str, Rope], types: list[str]) -> dict[str, Any]:
+def _mixed(fields: Fields, ropes: Mapping[str, Rope], types: list[str]) -> dict[str, Any]:
     """Layers that see all tokens or a window, as `types` has it where no field says which."""
     count = fields.size("num_hidden_layers")
     types = list(fields.raw.get("layer_types") or types)
@@ -229,7 +150,7 @@ def _mixed(fields: _Fields, ropes: Mapping[str, Rope], types: list[str]) -> dict
     return {"kinds": tuple(kinds), "layers": tuple(used.index(one) for one in types)}
 
 
-def _llama(fields: _Fields) -> DecoderConfig:
+def _llama(fields: Fields) -> DecoderConfig:
     common = _common(fields)
     bias = bool(fields.get("attention_bias", False))
     return DecoderConfig(
@@ -241,14 +162,14 @@ def _llama(fields: _Fields) -> DecoderConfig:
     )
 
 
-def _mistral(fields: _Fields) -> DecoderConfig:
+def _mistral(fields: Fields) -> DecoderConfig:
     common = _common(fields)
     window = fields.raw.get("sliding_window", 4096)
     kind = Kind(window=window, rope=_rope(fields, common["head_dim"]))
     return DecoderConfig(**common, **_alike(fields, kind))
 
 
-def _qwen(fields: _Fields, **over: Any) -> DecoderConfig:
+def _qwen(fields: Fields, **over: Any) -> DecoderConfig:
     common = _common(fields, **over)
     made = _rope(fields, common["head_dim"])
     count, first = fields.size("num_hidden_layers"), fields.raw.get("max_window_layers", 28)
@@ -257,16 +178,16 @@ def _qwen(fields: _Fields, **over: Any) -> DecoderConfig:
     return DecoderConfig(**common, **_mixed(fields, {_FULL: made, _SLIDING: made}, types))
 
 
-def _qwen2(fields: _Fields) -> DecoderConfig:
+def _qwen2(fields: Fields) -> DecoderConfig:
     return _qwen(fields, qkv_bias=True)
 
 
-def _qwen3(fields: _Fields) -> DecoderConfig:
+def _qwen3(fields: Fields) -> DecoderConfig:
     bias = bool(fields.get("attention_bias", False))
     return _qwen(fields, head_dim=128, qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
-def _qwen3_moe(fields: _Fields) -> DecoderConfig:
+def _qwen3_moe(fields: Fields) -> DecoderConfig:
     count, step = fields.size("num_hidden_layers"), fields.size("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", [])
     bias = bool(fields.get("attention_bias", False))
@@ -291,7 +212,7 @@ def _qwen3_moe(fields: _Fields) -> DecoderConfig:
     return DecoderConfig(**common, **_alike(fields, kind))
 
 
-def _gemma_fields(fields: _Fields, **over: Any) -> dict[str, Any]:
+def _gemma_fields(fields: Fields, **over: Any) -> dict[str, Any]:
     bias = bool(fields.get("attention_bias", False))
     return _common(
         fields,
@@ -307,7 +228,7 @@ def _gemma_fields(fields: _Fields, **over: Any) -> dict[str, Any]:
     )
 
 
-def _gemma(fields: _Fields) -> DecoderConfig:
+def _gemma(fields: Fields) -> DecoderConfig:
     # The first releases say "gelu" and mean its approximation by a tanh.
     named = fields.get("hidden_activation", None) or fields.get("hidden_act", "gelu_pytorch_tanh")
     activation = "gelu_pytorch_tanh" if named == "gelu" else named
@@ -315,7 +236,7 @@ def _gemma(fields: _Fields) -> DecoderConfig:
     return DecoderConfig(**common, **_alike(fields, Kind(rope=_rope(fields, common["head_dim"]))))
 
 
-def _later_gemma(fields: _Fields, **over: Any) -> dict[str, Any]:
+def _later_gemma(fields: Fields, **over: Any) -> dict[str, Any]:
     fields.get("hidden_act", None)  # Not what these models read.
     return _gemma_fields(
         fields,
@@ -326,14 +247,14 @@ def _later_gemma(fields: _Fields, **over: Any) -> dict[str, Any]:
     )
 
 
-def _cap(fields: _Fields, name: str, default: float | None) -> float | None:
+def _cap(fields: Fields, name: str, default: float | None) -> float | None:
     """A soft cap, of which null says that there is none."""
     fields.read.add(name)
     value = fields.raw.get(name, default)
     return None if value is None else float(value)
 
 
-def _gemma2(fields: _Fields) -> DecoderConfig:
+def _gemma2(fields: Fields) -> DecoderConfig:
     common = _later_gemma(
         fields,
         attention_softcap=_cap(fields, "attn_logit_softcapping", 50.0),
@@ -344,7 +265,7 @@ def _gemma2(fields: _Fields) -> DecoderConfig:
     return DecoderConfig(**common, **_mixed(fields, {_FULL: made, _SLIDING: made}, types))
 
 
-def _gemma3(fields: _Fields) -> DecoderConfig:
+def _gemma3(fields: Fields) -> DecoderConfig:
     common = _later_gemma(
         fields,
         qk_norm=True,
@@ -364,7 +285,7 @@ def _gemma3(fields: _Fields) -> DecoderConfig:
     return DecoderConfig(**common, **_mixed(fields, ropes, types))
 
 
-def _phi3(fields: _Fields) -> DecoderConfig:
+def _phi3(fields: Fields) -> DecoderConfig:
     common = _common(fields, fused=True, norm_eps=float(fields.get("rms_norm_eps", 1e-5)))
     scaling = {
         **(fields.raw.get("rope_scaling") or {}),
@@ -387,7 +308,7 @@ def _phi3(fields: _Fields) -> DecoderConfig:
     return DecoderConfig(**common, **_alike(fields, Kind(window=window, rope=made)))
 
 
-def _smollm3(fields: _Fields) -> DecoderConfig:
+def _smollm3(fields: Fields) -> DecoderConfig:
     common = _common(fields, tied=bool(fields.get("tie_word_embeddings", True)))
     count, every = fields.size("num_hidden_layers"), fields.size("no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers", None)
@@ -416,7 +337,7 @@ def _smollm3(fields: _Fields) -> DecoderConfig:
     )
 
 
-ARCHITECTURES: dict[str, Callable[[_Fields], DecoderConfig]] = {
+ARCHITECTURES: dict[str, Callable[[Fields], DecoderConfig]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,

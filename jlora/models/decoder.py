@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,15 +24,8 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from jlora.models import attention as attending
+from jlora.models.parts import ACTIVATIONS, named_axes
 from jlora.models.rope import Rope, rotate
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 Remat = Literal["nothing", "projections", "everything"]
 _POLICIES: dict[str, Any] = {
@@ -156,11 +149,6 @@ class _Context(NamedTuple):
     length: jax.Array | None  # Of what the cache holds
 
 
-def _axes(*names: str | None) -> Any:
-    """An initialiser of kernels whose axes have logical names."""
-    return spmd.with_logical_partitioning(nn.initializers.lecun_normal(), names)
-
-
 class RMSNorm(nn.Module):
     """Division by the root mean square of the last axis, in float32."""
 
@@ -194,14 +182,14 @@ class Attention(nn.Module):
         wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=c.qkv_bias)
         if c.fused:
-            init = _axes("embed", "qkv")
+            init = named_axes("embed", "qkv")
             qkv = dense(wide + 2 * narrow, name="qkv", kernel_init=init)(x)
             parts = jnp.split(qkv, (wide, wide + narrow), axis=-1)
         else:
             parts = (
-                dense(wide, name="q", kernel_init=_axes("embed", "heads"))(x),
-                dense(narrow, name="k", kernel_init=_axes("embed", "kv_heads"))(x),
-                dense(narrow, name="v", kernel_init=_axes("embed", "kv_heads"))(x),
+                dense(wide, name="q", kernel_init=named_axes("embed", "heads"))(x),
+                dense(narrow, name="k", kernel_init=named_axes("embed", "kv_heads"))(x),
+                dense(narrow, name="v", kernel_init=named_axes("embed", "kv_heads"))(x),
             )
         query, key, value = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts)
         if c.qk_norm:
@@ -216,7 +204,7 @@ class Attention(nn.Module):
         else:  # Under a scan, where the layers' kinds are data.
             out, kv = lax.switch(kind, branches, query, key, value, context, kv)
         out = out.reshape(*x.shape[:2], wide)
-        init = _axes("heads", "embed")
+        init = named_axes("heads", "embed")
         dense = nn.Dense(c.hidden_size, c.output_bias, self.dtype, kernel_init=init, name="o")
         return dense(out), kv
 
@@ -267,7 +255,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=c.mlp_bias)
-        init = _axes("embed", "mlp")
+        init = named_axes("embed", "mlp")
         if c.fused:
             both = dense(2 * c.intermediate_size, name="gate_up", kernel_init=init)(x)
             gate, up = jnp.split(both, 2, axis=-1)
@@ -276,7 +264,7 @@ class Mlp(nn.Module):
             up = dense(c.intermediate_size, name="up", kernel_init=init)(x)
         inner = ACTIVATIONS[c.activation](gate) * up
         inner = spmd.with_logical_constraint(inner, ("batch", "length", "mlp"))
-        return dense(c.hidden_size, name="down", kernel_init=_axes("mlp", "embed"))(inner)
+        return dense(c.hidden_size, name="down", kernel_init=named_axes("mlp", "embed"))(inner)
 
 
 class MixtureOfExperts(nn.Module):
@@ -295,7 +283,7 @@ class MixtureOfExperts(nn.Module):
         c, e = self.config, self.config.experts
         assert e is not None
         router = nn.Dense(
-            e.count, False, self.dtype, name="router", kernel_init=_axes("embed", "experts")
+            e.count, False, self.dtype, name="router", kernel_init=named_axes("embed", "experts")
         )
         tokens = x.reshape(-1, c.hidden_size)
         chances = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
@@ -409,7 +397,8 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(c.norm_eps, c.norm_offset)
         if not c.tied:
-            self.head = self.param("head", _axes("embed", "vocab"), (c.hidden_size, c.vocab_size))
+            shape = (c.hidden_size, c.vocab_size)
+            self.head = self.param("head", named_axes("embed", "vocab"), shape)
 
     def __call__(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,22 @@ from flax import traverse_util
 
 from jlora import tree
 from jlora.checkpoints import pieces
-from jlora.checkpoints.tensors import DTYPES, listed, new_folder, opened, read_json, write_shards
+from jlora.checkpoints.tensors import (
+    DTYPES,
+    Tensors,
+    listed,
+    new_folder,
+    opened,
+    read_json,
+    write_shards,
+)
 from jlora.models.architectures import ARCHITECTURES, decoder_config
 from jlora.models.decoder import Decoder
+from jlora.models.encoder import Encoder
+from jlora.models.encoder_architectures import ENCODERS, encoder_config, vit_config
+from jlora.models.encoder_names import NAMINGS, encoder_weights, vit_weights
 from jlora.models.names import decoder_weights
+from jlora.models.vit import ViT
 
 PyTree = Any
 SHARD_BYTES = 5_000_000_000
@@ -62,11 +75,14 @@ class _Format(NamedTuple):
         model: Made from config.json.
         weights: Which tensors each of its weights is.
         carried: The names of tensors that are none of the model's, but belong to its files.
+        spellings: From the names in `weights` to those that a checkpoint may have instead; each
+            keeps to one of them.
     """
 
     model: Any
     weights: dict[str, pieces.Weight]
     carried: re.Pattern[str]
+    spellings: Sequence[Callable[[str], str]]
 
 
 def load(
@@ -83,16 +99,18 @@ def load(
         dtype: Of the weights; that of the files when left out.
         sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
             there, so that no device or host ever holds more than its part.
-        **options: Of the model's own: `scanned`, `remat`, `dtype`, `implementation` of `Decoder`.
+        **options: Of `Decoder`'s own: `scanned`, `remat`, `implementation`. For a computation in
+            another dtype than the weights', use `model.clone(dtype=...)`.
 
     Raises:
         FileNotFoundError: Something is missing.
         ValueError: config.json asks for something that is not implemented, a file is damaged, or
             the tensors are not those that config.json describes.
+        TypeError: The model has no such option.
     """
     folder = Path(folder)
-    form = _format(folder, options)
     with opened(folder) as tensors:
+        form = _format(folder, tensors, options)
         weights = _as_stored(form, tensors)
         pieces.check(tensors, weights, form.carried)
         arrays = pieces.load(tensors, weights, dtype, sharding or (lambda path, shape: None))
@@ -107,8 +125,8 @@ def check(folder: str | os.PathLike[str], **options: Any) -> None:
         ValueError: As from `load`.
     """
     folder = Path(folder)
-    form = _format(folder, options)
     with opened(folder) as tensors:
+        form = _format(folder, tensors, options)
         pieces.check(tensors, _as_stored(form, tensors), form.carried)
 
 
@@ -149,9 +167,9 @@ def save(
         ValueError: `params` are not the source's weights by name and shape, or not finite.
     """
     source = Path(source)
-    form = _format(source, options)
     arrays = _flat(params)
     with opened(source) as tensors, new_folder(folder) as partial:
+        form = _format(source, tensors, options)
         weights = _as_stored(form, tensors)
         pieces.check(tensors, weights, form.carried)
         _check_params(arrays, weights)
@@ -181,43 +199,136 @@ def save(
             _say_dtype(partial / "config.json", np.dtype(dtype).name)
 
 
-def _format(folder: Path, options: Mapping[str, Any]) -> _Format:
+def _format(folder: Path, tensors: Tensors, options: Mapping[str, Any]) -> _Format:
     """What a folder holds, by its config.json."""
     path = folder / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
-    if kind in ARCHITECTURES:
-        model = Decoder(decoder_config(raw, str(path)), **options)
-        # Old releases stored frequencies, and others the head that is the embedding.
-        names = r".*rotary_emb\.inv_freq|lm_head\.weight" if model.config.tied else r".*inv_freq"
-        return _Format(model, decoder_weights(model), re.compile(names))
-    known = sorted(ARCHITECTURES)
-    raise ValueError(f"{path}: model_type={kind!r} is not implemented; {known} are.")
+    if kind not in _FORMATS:
+        raise ValueError(f"{path}: model_type={kind!r} is not implemented; {sorted(_FORMATS)} are.")
+    return _FORMATS[kind](raw, str(path), tensors, options)
 
 
-def stored_weights(model: Any) -> dict[str, pieces.Weight]:
-    """Which tensors of a checkpoint the weights of a model of `jlora.models` are, by path."""
-    return decoder_weights(model)
+def _decoder(
+    raw: Mapping[str, Any], where: str, tensors: Tensors, options: Mapping[str, Any]
+) -> _Format:
+    model = _made(Decoder, decoder_config(raw, where), options)
+    # Old releases stored frequencies, and others the head that is the embedding.
+    names = r".*rotary_emb\.inv_freq|lm_head\.weight" if model.config.tied else r".*inv_freq"
+    # Base models leave out the first part.
+    spellings = (str, _without_prefix)
+    return _Format(model, decoder_weights(model), re.compile(names), spellings)
+
+
+def _encoder(
+    raw: Mapping[str, Any], where: str, tensors: Tensors, options: Mapping[str, Any]
+) -> _Format:
+    naming = NAMINGS[raw["model_type"]]
+    config = encoder_config(raw, where, pooler=naming.has_pooler(tensors.headers))
+    model = _made(Encoder, config, options)
+    return _Format(model, encoder_weights(model, naming), naming.carried, naming.spellings)
+
+
+def _vit(
+    raw: Mapping[str, Any], where: str, tensors: Tensors, options: Mapping[str, Any]
+) -> _Format:
+    naming = NAMINGS["vit"]
+    config = vit_config(raw, where, pooler=naming.has_pooler(tensors.headers))
+    model = _made(ViT, config, options)
+    return _Format(model, vit_weights(model, naming), naming.carried, naming.spellings)
+
+
+_FORMATS: dict[str, Callable[[Mapping[str, Any], str, Tensors, Mapping[str, Any]], _Format]] = {
+    **dict.fromkeys(ARCHITECTURES, _decoder),
+    **dict.fromkeys(ENCODERS, _encoder),
+    "vit": _vit,
+}
+
+
+def _made(kind: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """A model with the caller's options."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    known = sorted(set(fields) - {"config", "dtype", "parent", "name"})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{unknown} are no options of {kind.__name__}, which has {known}. Leave them out."
+        )
+    return kind(config, **options)
+
+
+def stored_weights(model: Any) -> tuple[dict[str, pieces.Weight], ...]:
+    """Which tensors of transformers the weights of a model of `jlora.models` are, by path.
+
+    The first ones have the names of transformers 5 in memory, the others those of other releases,
+    and of base models or models with a head.
+    """
+    described = _DESCRIBED.get(type(model))
+    if described is None:
+        raise TypeError(f"{type(model).__name__} is no model of jlora.models.")
+    return described(model)
+
+
+def _decoder_names(model: Decoder) -> tuple[dict[str, pieces.Weight], ...]:
+    weights = decoder_weights(model)
+    return weights, _renamed(weights, _without_prefix)
+
+
+def _encoder_names(model: Encoder) -> tuple[dict[str, pieces.Weight], ...]:
+    naming = NAMINGS[model.config.model_type]
+    weights = encoder_weights(model, naming)
+    named, bare, *_ = (_renamed(weights, spelling) for spelling in naming.spellings)
+    return (bare, named) if model.config.labels is None else (named, bare)
+
+
+def _vit_names(model: ViT) -> tuple[dict[str, pieces.Weight], ...]:
+    naming = NAMINGS["vit"]
+    weights = vit_weights(model, naming)
+    on_disk, bare_on_disk, named, bare = (_renamed(weights, s) for s in naming.spellings)
+    if model.config.labels is None:
+        return bare, named, bare_on_disk, on_disk
+    return named, bare, on_disk, bare_on_disk
+
+
+_DESCRIBED: dict[type, Callable[[Any], tuple[dict[str, pieces.Weight], ...]]] = {
+    Decoder: _decoder_names,
+    Encoder: _encoder_names,
+    ViT: _vit_names,
+}
 
 
 def example_inputs(model: Any) -> tuple[Any, ...]:
     """Inputs of the least size that a model of `jlora.models` takes, as shapes."""
-    del model
-    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
+    if isinstance(model, ViT):
+        c = model.config
+        return (jax.ShapeDtypeStruct((1, *c.image_size, c.num_channels), jnp.float32),)
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return (tokens, tokens) if isinstance(model, Encoder) else (tokens,)
 
 
-def _as_stored(form: _Format, tensors: Any) -> dict[str, pieces.Weight]:
-    """The weights under the names of this checkpoint: base models leave out the first part."""
-    keys = {piece.key for weight in form.weights.values() for piece in weight.pieces}
-    prefixed = any(key.startswith("model.") for key in tensors.headers)
-    if prefixed or not any(key.removeprefix("model.") in tensors.headers for key in keys):
-        return form.weights
+def _without_prefix(key: str) -> str:
+    return key.removeprefix("model.")
+
+
+def _renamed(
+    weights: Mapping[str, pieces.Weight], spelling: Callable[[str], str]
+) -> dict[str, pieces.Weight]:
+    """The same weights with other names for their tensors."""
     return {
-        path: weight._replace(
-            pieces=tuple(p._replace(key=p.key.removeprefix("model.")) for p in weight.pieces)
-        )
-        for path, weight in form.weights.items()
+        path: weight._replace(pieces=tuple(p._replace(key=spelling(p.key)) for p in weight.pieces))
+        for path, weight in weights.items()
     }
+
+
+def _as_stored(form: _Format, tensors: Tensors) -> dict[str, pieces.Weight]:
+    """The weights under the names of this checkpoint."""
+    keys = [piece.key for weight in form.weights.values() for piece in weight.pieces]
+
+    def found(spelling: Callable[[str], str]) -> int:
+        return sum(spelling(key) in tensors.headers for key in keys)
+
+    spelled = max(form.spellings, key=found)  # The first of the best ones.
+    return _renamed(form.weights, spelled)
 
 
 def _flat(params: PyTree) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jlora import tree
 from jlora.checkpoints.pieces import Weight, side_by_side, stacked, whole
@@ -37,10 +38,15 @@ _WITH_POST_NORMS = {
 LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 
 
-def shapes(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of every weight, by path, without its axes' names."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    flat = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), tokens))
+def shapes(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of every weight, by path, without its axes' names.
+
+    Args:
+        model: Of which no weight is made.
+        inputs: What it is called with; one token when left out.
+    """
+    inputs = inputs or (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+    flat = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs))
     return dict(zip(flat.paths, flat.leaves, strict=True))
 
 

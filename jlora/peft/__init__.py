@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jlora.checkpoints.pieces import Weight as Stored
@@ -26,7 +26,7 @@ def load(
 
     Everything in the folder has a place, or it is refused: keys that are left over or missing,
     ranks that are not the config's, targets and patterns that match nothing, numbers that are not
-    finite. Layers that a model stacks may have different ranks; they are padded with zeros, which
+    finite. Biases that PEFT's IA3 scales with the outputs are scaled in the base. Layers that a model stacks may have different ranks; they are padded with zeros, which
     training leaves alone and `save` takes off again.
 
     Args:
@@ -40,8 +40,8 @@ def load(
         FileNotFoundError: A file is missing.
         ValueError: The folder asks for what is not implemented, or does not fit the model.
     """
-    fn, inputs, stored = _described(model, inputs, stored)
-    return reading.read(folder, fn, params, inputs, stored)
+    fn, inputs, spellings = _described(model, inputs, stored)
+    return reading.read(folder, fn, params, inputs, spellings)
 
 
 def save(
@@ -78,14 +78,14 @@ def save(
         FileExistsError: There is something of that name; it is left as it was.
         ValueError: The reader has no form for a part of the adapter, or it is not finite.
     """
-    fn, inputs, stored = _described(model, inputs, stored)
+    fn, inputs, spellings = _described(model, inputs, stored)
     used = weights_of(fn, params, *inputs)
     if reader not in ("peft", "vllm"):
         raise ValueError(f"reader={reader!r} is neither 'peft' nor 'vllm'.")
     for_vllm = reader == "vllm"
     own_tables = embeddings and not for_vllm
-    whole = writing.taken_apart(adapter, params, used, stored, embeddings=own_tables)
-    modules = writing.modules_of(stored)
+    whole = writing.taken_apart(adapter, params, used, spellings[0], embeddings=own_tables)
+    modules = writing.modules_of(spellings[0])
     if for_vllm:
         whole = vllm.converted(whole)
         modules = [module.site.module for module in whole.modules]
@@ -94,8 +94,8 @@ def save(
 
 def _described(
     model: Any, inputs: tuple[Any, ...], stored: Mapping[str, Stored] | None
-) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Stored]]:
-    """A function of params, its inputs, and the tensors that its weights are."""
+) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[Mapping[str, Stored]]]:
+    """A function of params, its inputs, and the tensors that its weights are, in all spellings."""
     if hasattr(model, "apply"):
         return model.apply, folders.example_inputs(model), folders.stored_weights(model)
     if not callable(model) or stored is None or not inputs:
@@ -103,4 +103,4 @@ def _described(
             "model must be one of jlora.models, or a function of params and inputs with example "
             "inputs and stored=..., which says what tensors of a checkpoint its weights are."
         )
-    return model, inputs, stored
+    return model, inputs, (stored,)

@@ -45,7 +45,6 @@ _HARMLESS = {
     "revision",
     "runtime_config",
     "target_r",
-    "task_type",
     "tfinal",
     "tinit",
     "total_step",
@@ -62,6 +61,7 @@ COMMON: dict[str, Any] = {
     "rank_pattern": {},
     "target_modules": None,
     "target_parameters": None,
+    "task_type": None,
     "trainable_token_indices": None,
 }
 _AS_GIVEN = "Use the two files that one `save_pretrained` wrote."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -157,12 +158,16 @@ def _lokr_tensors(leaf: Any, weight: Weight) -> Tensors:
 
 
 def _lokr_fields(leaf: Any) -> dict[str, Any]:
+    d1, k1 = leaf.first
+    window = math.prod(leaf.shape[axis] for axis in leaf.window)
+    channels, outputs = math.prod(leaf.groups.inputs) // window, math.prod(leaf.groups.outputs)
     return {
         "r": leaf.rank,
         "alpha": leaf.alpha,
         "module_dropout": 0.0,
         "decompose_both": leaf.pair1,
-        "decompose_factor": -1,
+        # What is split, and into how many; one number makes it in all modules.
+        "decompose_factor": ((channels, d1), (outputs, k1)),
         "use_effective_conv2d": leaf.form2 == "core",
     }
 

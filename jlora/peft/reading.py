@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from jlora.transform import weights_of
 PyTree = Any
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
 
@@ -49,12 +51,14 @@ def read(
     fn: Callable[..., Any],
     params: PyTree,
     inputs: tuple[Any, ...],
-    stored: Mapping[str, Stored],
+    spellings: Sequence[Mapping[str, Stored]],
 ) -> LoadedAdapter:
-    """See `jlora.peft.load`."""
+    """See `jlora.peft.load`; of the `spellings` that one is used which knows most of the names."""
     folder = Path(folder)
     fields, form = configs.read_config(folder)
-    reader = _Reader(folder, fields, form, _tensors(folder), stored)
+    tensors = _tensors(folder)
+    stored = max(spellings, key=lambda one: _known(one, tensors))
+    reader = _Reader(folder, fields, form, tensors, stored)
     used = weights_of(fn, params, *inputs)
     adapter = reader.adapter(used)
     replaced = reader.replaced(used)
@@ -68,6 +72,17 @@ def read(
         for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
     return LoadedAdapter(jax.tree.unflatten(flat.treedef, leaves), adapter)
+
+
+def _known(stored: Mapping[str, Stored], names: Iterable[str]) -> int:
+    """How many names begin with a module's."""
+    modules = {site.module for site in sites_of(stored)}
+
+    def is_known(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
+
+    return sum(map(is_known, names))
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -133,6 +148,7 @@ class _Reader:
         self.left, self.stored = tensors, stored
         self.sites = {(site.module, site.parameter): site for site in sites_of(stored)}
         self.modules = list(dict.fromkeys(module for module, _ in self.sites))
+        self.gains: list[tuple[Site, np.ndarray]] = []  # Biases that are scaled with outputs.
 
     def problem(self, what: str) -> ValueError:
         return ValueError(
@@ -191,6 +207,9 @@ class _Reader:
             own = configs.own_fields(self.fields, self.form, name)
             own["is_feedforward"] = configs.is_feedforward(self.fields, site.module)
             parts.append(_Part(site, own, tensors))
+            bias = self.sites.get((site.module, "bias"))
+            if "ia3_l" in tensors and bias and not own["is_feedforward"]:
+                self.gains.append((bias, tensors["ia3_l"].astype(np.float32)))
         return parts
 
     def _own(self, name: str) -> tuple[str | None, str]:
@@ -201,16 +220,13 @@ class _Reader:
         return None, ""
 
     def _site_of(self, module: str, name: str) -> tuple[str, str]:
-        """The site of a module that a tensor names; a model of a base has shorter names."""
-        for known in (module, f"model.{module}", module.removeprefix("model.")):
-            if (known, "weight") in self.sites:
-                return known, "weight"
-            outer = known.removesuffix(".base_layer")
-            both = [
-                key for key in self.sites if key[0] == outer and key[1] not in ("weight", "bias")
-            ]
-            if both:
-                return self._expert_site(both, known != outer)
+        """The site of a module that a tensor names."""
+        if (module, "weight") in self.sites:
+            return module, "weight"
+        outer = module.removesuffix(".base_layer")
+        both = [k for k in self.sites if k[0] == outer and k[1] not in ("weight", "bias")]
+        if both:
+            return self._expert_site(both, module != outer)
         raise self.problem(
             f"{name} belongs to a module {module!r} that the model has not. The nearest are "
             f"{tree.nearest(module, tuple(self.modules))}."
@@ -336,19 +352,24 @@ class _Reader:
         rows = self.fields["trainable_token_indices"]
         biases = self.fields["bias"] != "none"
         saved = self.fields["modules_to_save"] or []
+        for site, gains in self.gains:
+            self._scale(found, used, site, gains)
+        before = set(self.left)
         for name in list(self.left):
             module, _, parameter = name.rpartition(".")
             if name.endswith(f".{TOKEN_ROWS}"):
                 module = name.removesuffix(f".{TOKEN_ROWS}")
                 self._put_rows(found, used, module, rows, self.left.pop(name))
                 continue
+            copied = re.fullmatch(r"(.*)\.(modules_to_save|original_module)", module)
+            if copied and biases and f"{copied[1]}.{parameter}" in before:
+                self.left.pop(name)  # PEFT writes a saved module's bias three times.
+                continue
             wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
             # As PEFT matches these names: without a dot before them.
             whole = any(module.endswith(one) for one in saved)
-            site = self.sites.get((module, parameter)) or self.sites.get(
-                (f"model.{module}", parameter)
-            )
+            site = self.sites.get((module, parameter))
             # A copy of the whole embedding beside its factors is the base's, resized perhaps.
             if site is None or not (whole or wrapped or (parameter == "bias" and biases)):
                 continue
@@ -357,6 +378,9 @@ class _Reader:
                 bias = used[site.path].kind == "bias"
                 found.trained[site.path] = BitFit() if bias else Full()
         for one in saved:
+            # PEFT itself adds the usual names of heads for tasks that have one.
+            if one in ("classifier", "score") and self.fields["task_type"] in _WITH_HEAD:
+                continue
             if not any(module.endswith(one) for module in self.modules):
                 raise self.problem(f"modules_to_save has {one!r}, which the model has not.")
         return found
@@ -376,6 +400,17 @@ class _Reader:
         ends = zip(site.piece.starts, site.piece.box, strict=True)
         box = tuple(slice(start, start + size) for start, size in ends)
         target[box] = site.piece.to_box(tensor).astype(target.dtype)
+
+    def _scale(
+        self, found: _Replaced, used: Mapping[str, Weight], site: Site, gains: np.ndarray
+    ) -> None:
+        """A bias with the gains that PEFT's IA3 puts on it too; jlora's is on weights alone."""
+        assert site.piece is not None
+        target = found.values.setdefault(site.path, np.array(used[site.path].value))
+        ends = zip(site.piece.starts, site.piece.box, strict=True)
+        box = tuple(slice(start, start + size) for start, size in ends)
+        scaled = target[box].astype(np.float32) * site.piece.to_box(gains.reshape(-1))
+        target[box] = scaled.astype(target.dtype)
 
     def _put_rows(
         self,

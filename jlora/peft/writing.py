@@ -105,6 +105,7 @@ def taken_apart(
             "The adapter has no part of a method of PEFT's: what is trained whole goes into a "
             "merged checkpoint. Use jlora.merge and jlora.models.save."
         )
+    _check_gains(modules, arrays, sites)
     extra = _shared(form, adapter, own)
     fields: dict[str, Any] = {}
     wholes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, FullLeaf)}
@@ -121,7 +122,7 @@ def taken_apart(
             f"Merge it, or leave the biases as they are."
         )
     if biases:
-        fields["bias"] = _bias_mode(biases, targets, sites, used)
+        fields["bias"] = _bias_mode(biases, targets, sites, set(saved))
         extra |= _bias_tensors(biases, targets, arrays, sites)
     for path, leaf in leaves.items():
         if isinstance(leaf, TokenRowsLeaf):
@@ -130,7 +131,7 @@ def taken_apart(
             ending = name.rpartition(".")[2]
             fields.setdefault("trainable_token_indices", {})[ending] = list(leaf.tokens)
     if embeddings:
-        extra |= _embeddings(modules, used, arrays)
+        extra |= _embeddings(modules, arrays)
     return Whole(kind, modules, extra, fields)
 
 
@@ -238,6 +239,22 @@ def _modules(form: Format, leaf: Any, weight: Weight, sites: list[Site]) -> list
     return found
 
 
+def _check_gains(
+    modules: Sequence[Module], arrays: Mapping[str, Any], sites: Mapping[str, list[Site]]
+) -> None:
+    """Refuses gains on the outputs of modules with a bias, which PEFT would scale too."""
+    biases = {s.module: s.path for some in sites.values() for s in some if s.parameter == "bias"}
+    for module in modules:
+        gains = module.tensors.get("ia3_l")
+        path = biases.get(module.site.module)
+        outputs = gains is not None and gains.shape[0] != 1
+        if outputs and path and np.asarray(jax.device_get(arrays[path])).any():
+            raise ValueError(
+                f"PEFT's IA3 scales the bias of {module.site.module} with its outputs, and jlora's "
+                f"scales the weight alone, so PEFT would compute something else. Merge the adapter."
+            )
+
+
 def _without_padding(
     leaf: Any, values: dict[str, np.ndarray], inside: int
 ) -> tuple[dict[str, np.ndarray], int]:
@@ -293,6 +310,9 @@ def _fields(form: Format, whole: Whole, modules: Sequence[str]) -> dict[str, Any
         fields["target_parameters"] = sorted(_endings(sorted(joined), sorted(joined), parts=3))
     patterns = {form.rank: "rank_pattern", form.alpha: "alpha_pattern"}
     for name in whole.modules[0].fields:
+        if name == "decompose_factor":
+            fields[name] = _lokr_factor(whole.modules)
+            continue
         values = collections.Counter(_key(m.fields[name]) for m in whole.modules)
         common = max(values, key=lambda value: values[value])
         by_module = {_pattern_name(m): m.fields[name] for m in whole.modules}
@@ -309,8 +329,6 @@ def _fields(form: Format, whole: Whole, modules: Sequence[str]) -> dict[str, Any
                 f"PEFT has one {name} for all modules, and this adapter has {sorted(values)}. Save "
                 f"the parts that agree apart."
             )
-    if whole.kind == "LOKR":
-        fields["decompose_factor"] = _lokr_factor(whole.modules)
     if whole.kind == "IA3":
         sides = {m.site.module for m in whole.modules if m.tensors["ia3_l"].shape[0] == 1}
         fields["feedforward_modules"] = sorted(_endings(sorted(sides), names))
@@ -351,28 +369,15 @@ def _saved_names(saved: Sequence[str], modules: Sequence[str]) -> list[str]:
 
 
 def _lokr_factor(modules: Sequence[Module]) -> int:
-    """The `decompose_factor` that makes the shapes that the modules have."""
-
-    def makes(factor: int, module: Module) -> bool:
-        size = {name: tensor.shape for name, tensor in module.tensors.items()}
-        first = size.get("lokr_w1") or (size["lokr_w1_a"][0], size["lokr_w1_b"][1])
-        second = size.get("lokr_w2")
-        if second is None:
-            flat = size["lokr_w2_b"][1]
-            outputs = size["lokr_w2_a"][1 if "lokr_t2" in size else 0]
-        else:
-            outputs, flat = second[0], second[1]
-        both = zip(first, (outputs, flat), strict=True)
-        return all(factorization(one * two, factor) == one for one, two in both)
-
-    every = range(2, 1025)
-    found = [f for f in (-1, *every) if all(makes(f, module) for module in modules)]
-    if not found:
-        raise ValueError(
-            "PEFT splits all weights of a LoKr by one factor, and no factor makes the splits that "
-            "this adapter has. Convert it with jlora.to_lora."
-        )
-    return found[0]
+    """The `decompose_factor` that splits all weights as the modules have them."""
+    splits = {split for module in modules for split in module.fields["decompose_factor"]}
+    for factor in (-1, *range(2, 1025)):
+        if all(factorization(size, factor) == first for size, first in splits):
+            return factor
+    raise ValueError(
+        "PEFT splits all weights of a LoKr by one factor, and no factor makes the splits that this "
+        "adapter has. Convert it with jlora.to_lora."
+    )
 
 
 # --- what is trained whole ------------------------------------------------------------------------
@@ -417,16 +422,11 @@ def _bias_mode(
     biases: Mapping[str, Any],
     targets: set[str],
     sites: Mapping[str, list[Site]],
-    used: Mapping[str, Weight],
+    saved: set[str],
 ) -> str:
     """Which of the two sets of biases that PEFT can train these are."""
     trained = {site.module for path in biases for site in sites[path]}
-    every = {
-        site.module
-        for path, some in sites.items()
-        for site in some
-        if site.parameter == "bias" and path in used
-    }
+    every = {s.module for some in sites.values() for s in some if s.parameter == "bias"} - saved
     if trained == every & targets:
         return "lora_only"
     if trained == every:
@@ -462,15 +462,12 @@ def _rows(
     return sites[path][0].module, rows
 
 
-def _embeddings(
-    modules: Sequence[Module], used: Mapping[str, Weight], arrays: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """The tables of adapted embeddings and heads, which PEFT writes beside their factors."""
+def _embeddings(modules: Sequence[Module], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tables that PEFT writes beside their factors: of decoders' embeddings and heads."""
     tensors = {}
     for module in modules:
         site = module.site
-        name = site.module.rpartition(".")[2]
-        if used[site.path].kind == "embedding" or name == "lm_head":
+        if site.module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
             value = np.asarray(jax.device_get(arrays[site.path]))
             tensors[f"{site.module}.base_layer.{site.parameter}"] = _tensor(site, value)
     return tensors

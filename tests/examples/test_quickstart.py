@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jlora.models import bert
+from jlora import models
 
 pytest.importorskip("matplotlib", reason="needs the extra jlora[quickstart]")
 from examples import quickstart
@@ -171,8 +171,8 @@ def test_a_tiny_run_writes_files_that_hold_what_it_computed(tmp_path, monkeypatc
     assert results["merged_minus_adapted_max_abs"] < 1e-5
     assert results["trained_weights"]["lora"] == 6 * (4 * 6144 + 2 * 15360) + 384 * 12 + 12
 
-    _, base = bert.load_encoder(quickstart.find_checkpoint())
-    _, merged = bert.load_encoder(output / "merged")
+    _, base = models.load(quickstart.find_checkpoint())
+    _, merged = models.load(output / "merged")
     kernels = [tree["params"]["layer_5"]["mlp"]["up"]["kernel"] for tree in (base, merged)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-5
     assert load_file(output / "head.safetensors")["kernel"].shape == (384, 12)

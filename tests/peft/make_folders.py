@@ -20,10 +20,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
-BASES = HERE.parent / "models" / "data" / "decoders"
+MODELS = HERE.parent / "models" / "data"
 DATA = HERE / "data"
 ATTENTION = ["q_proj", "v_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Of bases that are no decoders, the class.
+CLASSES = {
+    "encoders/bert": transformers.BertModel,
+    "encoders/bert_sequence": transformers.BertForSequenceClassification,
+    "encoders/roberta_tokens": transformers.RobertaForTokenClassification,
+    "encoders/distilbert": transformers.DistilBertModel,
+    "encoders/vit_image": transformers.ViTForImageClassification,
+}
+TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS"}
 
 # Of each case: the base, PEFT's config, and its fields.
 CASES: dict[str, tuple[str, type, dict[str, Any]]] = {
@@ -149,7 +159,83 @@ CASES: dict[str, tuple[str, type, dict[str, Any]]] = {
         peft.VBLoRAConfig,
         {"r": 2, "num_vectors": 7, "vector_length": 2, "target_modules": EVERY},
     ),
+    "bert": (
+        "encoders/bert",
+        peft.LoraConfig,
+        {"r": 2, "target_modules": ["query", "value", "word_embeddings"]},
+    ),
+    "bert_sequence": (
+        "encoders/bert_sequence",
+        peft.LoraConfig,
+        {"r": 2, "target_modules": ["query", "output.dense"], "bias": "all"},
+    ),
+    "roberta_tokens": (
+        "encoders/roberta_tokens",
+        peft.IA3Config,
+        {
+            "target_modules": ["key", "value", "output.dense"],
+            "feedforward_modules": ["output.dense"],
+        },
+    ),
+    "distilbert": (
+        "encoders/distilbert",
+        peft.HiraConfig,
+        {"r": 2, "target_modules": ["q_lin", "lin1"]},
+    ),
+    "vit": (
+        "encoders/vit_image",
+        peft.LoraConfig,
+        {"r": 2, "target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"]},
+    ),
+    "vit_dora": (
+        "encoders/vit_image",
+        peft.LoraConfig,
+        {"r": 2, "use_dora": True, "target_modules": ["fc1", "projection"]},
+    ),
+    "vit_loha": (
+        "encoders/vit_image",
+        peft.LoHaConfig,
+        {
+            "r": 2,
+            "alpha": 3,
+            "target_modules": ["o_proj", "projection"],
+            "use_effective_conv2d": True,
+        },
+    ),
+    "vit_lokr": (
+        "encoders/vit_image",
+        peft.LoKrConfig,
+        {"r": 1, "alpha": 3, "target_modules": ["fc2", "projection"]},
+    ),
 }
+
+
+def base_of(name: str) -> Any:
+    """The base, in float32."""
+    cls = CLASSES.get(name, transformers.AutoModelForCausalLM)
+    rest = {"add_pooling_layer": False} if cls is transformers.BertModel else {}
+    if cls is transformers.AutoModelForCausalLM:
+        rest = {"experts_implementation": "eager"}
+    folder = MODELS / name
+    return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **rest)
+
+
+def task_of(name: str) -> str | None:
+    """PEFT's task type for a base."""
+    if name not in CLASSES:
+        return "CAUSAL_LM"
+    return TASKS.get(name.rpartition("_")[2])
+
+
+def outputs(model: Any, name: str) -> torch.Tensor:
+    """Logits, or hidden states, of the inputs that the base's own outputs are of."""
+    known = load_file(MODELS / name / "expected.safetensors")
+    if name not in CLASSES:
+        return model(input_ids=known["input_ids"].long(), attention_mask=known["mask"].long())[0]
+    if "images" in known:
+        return model(pixel_values=known["images"].permute(0, 3, 1, 2))[0]
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return model(**{n: known[n].long() for n in names if n in known})[0]
 
 
 def moved(model: torch.nn.Module) -> None:
@@ -167,27 +253,19 @@ def main() -> None:
     shutil.rmtree(DATA, ignore_errors=True)
     for name, (base, config, fields) in CASES.items():
         folder = DATA / name
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            BASES / base,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        )
-        wrapped = peft.get_peft_model(model, config(task_type="CAUSAL_LM", **fields))
+        base = base if base in CLASSES else f"decoders/{base}"
+        wrapped = peft.get_peft_model(base_of(base), config(task_type=task_of(base), **fields))
         moved(wrapped)
         wrapped.eval()
-        known = load_file(BASES / base / "expected.safetensors")
         with torch.no_grad():
-            logits = wrapped(
-                input_ids=known["input_ids"].long(), attention_mask=known["mask"].long()
-            ).logits
+            output = outputs(wrapped, base)
         wrapped.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         written = json.loads((folder / "adapter_config.json").read_text())
         written["base_model_name_or_path"] = base  # And not a folder of this machine.
         text = json.dumps(written, indent=2, sort_keys=True) + "\n"
         (folder / "adapter_config.json").write_text(text)
-        save_file({"logits": logits.float().contiguous()}, folder / "expected.safetensors")
+        save_file({"output": output.float().contiguous()}, folder / "expected.safetensors")
         print(name, sum(file.stat().st_size for file in folder.iterdir()))
     versions = {
         "peft": peft.__version__,

@@ -1,0 +1,98 @@
+"""What several models are made of."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import spmd
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def named_axes(*names: str | None, init: Callable[..., Any] | None = None) -> Any:
+    """An initialiser whose array's axes have logical names; that of a kernel when left out."""
+    return spmd.with_logical_partitioning(init or nn.initializers.lecun_normal(), names)
+
+
+def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """A layer norm over the last axis, in float32."""
+    # E[x^2] - E[x]^2 loses the digits of a small variance; an epsilon of 1e-12 does not hide it.
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=named_axes("norm", init=nn.initializers.ones),
+        name=name,
+    )
+
+
+def self_attention(
+    hidden: jax.Array,
+    mask: jax.Array | None,
+    *,
+    heads: int,
+    bias: bool,
+    dropout: float,
+    deterministic: bool,
+    dtype: Any,
+) -> jax.Array:
+    """What every position gathers from all, (batch, length, width), inside a module's own call.
+
+    The module gets `query`, `key`, `value` and `output`.
+
+    Args:
+        hidden: (batch, length, width).
+        mask: Broadcast to (batch, heads, queries, keys), False where a key is hidden.
+        heads: How many; they divide the width.
+        bias: Whether query, key and value have biases.
+        dropout: The share of the weights that is left out.
+        deterministic: Whether none is.
+        dtype: Of the computation; that of the weights when None.
+    """
+    width, by_head = hidden.shape[-1], (*hidden.shape[:-1], heads, -1)
+    query, key, value = (
+        nn.Dense(width, bias, dtype, name=name, kernel_init=named_axes("embed", "heads"))(hidden)
+        for name in ("query", "key", "value")
+    )
+    query, key, value = (x.reshape(by_head) for x in (query, key, value))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+    # The softmax sums in float32, whatever the dtype of the hidden states.
+    scores = scores.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    weights = nn.Dropout(dropout)(weights, deterministic)
+    context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(hidden.shape)
+    init = named_axes("heads", "embed")
+    return nn.Dense(width, dtype=dtype, name="output", kernel_init=init)(context)
+
+
+def feed_forward(hidden: jax.Array, *, size: int, activation: str, dtype: Any) -> jax.Array:
+    """Two dense layers and an activation between them, inside a module's own call.
+
+    The module gets `up` and `down`.
+
+    Args:
+        hidden: (batch, length, width).
+        size: The width inside.
+        activation: One of `ACTIVATIONS`.
+        dtype: Of the computation; that of the weights when None.
+    """
+    inner = nn.Dense(size, dtype=dtype, name="up", kernel_init=named_axes("embed", "mlp"))(hidden)
+    inner = ACTIVATIONS[activation](inner)
+    inner = spmd.with_logical_constraint(inner, ("batch", "length", "mlp"))
+    width = hidden.shape[-1]
+    return nn.Dense(width, dtype=dtype, name="down", kernel_init=named_axes("mlp", "embed"))(inner)

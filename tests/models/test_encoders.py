@@ -1,0 +1,897 @@
+"""Encoders against what transformers computes with the same checkpoints.
+
+`data/encoders/` was written by make_encoder_data.py: weights that bfloat16 holds exactly, inputs,
+and hidden states or logits in float32 and bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import tree
+from jlora.models import folders, mean_pool
+from jlora.models.encoder import Mlp
+from jlora.models.encoder_architectures import encoder_config, vit_config
+
+DATA = pathlib.Path(__file__).parent / "data" / "encoders"
+NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
+TEXTS = [name for name in NAMES if not name.startswith("vit")]
+BASES = ["bert", "distilbert", "roberta", "vit"]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "images")
+Edit = Callable[[dict[str, np.ndarray]], Any]
+
+
+@functools.cache
+def expected(name: str) -> dict[str, np.ndarray]:
+    return load_file(DATA / name / "expected.safetensors")
+
+
+@functools.cache
+def loaded(name: str, dtype: str = "float32") -> folders.Loaded:
+    return folders.load(DATA / name, dtype=dtype)
+
+
+def inputs(name: str) -> list[np.ndarray]:
+    return [expected(name)[key] for key in INPUTS if key in expected(name)]
+
+
+def seen(name: str, output: Any) -> np.ndarray:
+    """The output without that of padding."""
+    output, mask = np.float32(output), expected(name).get("attention_mask")
+    return output if mask is None or output.ndim < 3 else output[mask > 0]
+
+
+def raw(name: str) -> dict[str, Any]:
+    return json.loads((DATA / name / "config.json").read_text())
+
+
+def edited(folder: pathlib.Path, edit: Edit, name: str = "bert") -> pathlib.Path:
+    """A copy of a checkpoint with its tensors edited in place."""
+    shutil.copytree(DATA / name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def configured(folder: pathlib.Path, name: str = "bert", **changes: Any) -> pathlib.Path:
+    """A copy of a checkpoint with other entries in its config; None takes an entry out."""
+    shutil.copytree(DATA / name, folder)
+    config = raw(name) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def contents(folder: pathlib.Path) -> tuple[dict[str, str] | None, dict[str, Any]]:
+    """The metadata, and each tensor's dtype, shape and bytes."""
+    with safetensors.safe_open(folder / "model.safetensors", framework="numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in set(file.keys())}
+        return file.metadata(), {
+            key: (str(tensor.dtype), tensor.shape, tensor.tobytes())
+            for key, tensor in tensors.items()
+        }
+
+
+def assert_same(one: Any, two: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+# --- what transformers computes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_those_of_transformers(name: str, compiled: bool) -> None:
+    model, params = loaded(name)
+    apply = jax.jit(model.apply) if compiled else model.apply
+    ours, theirs = apply(params, *inputs(name)), expected(name)["output"]
+    assert ours.shape == theirs.shape
+    # Both round to float32, 2e-7 of outputs up to 4, in each of some thirty products.
+    np.testing.assert_allclose(seen(name, ours), seen(name, theirs), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bfloat16_outputs_are_as_near_to_the_exact_ones(name: str) -> None:
+    model, params = loaded(name, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    output = jax.jit(model.apply)(params, *inputs(name))
+    assert output.dtype == jnp.bfloat16
+    exact, theirs = (seen(name, expected(name)[key]) for key in ("output", "output_bfloat16"))
+    # Their own distance from float32 is what rounding to bfloat16 costs. Twice that, because the
+    # two round in other places; and three times for the logits of no more than eight texts, of
+    # which one may be unlucky.
+    bound = (2 if output.ndim == 3 else 3) * np.sqrt(np.mean((theirs - exact) ** 2))
+    assert np.sqrt(np.mean((seen(name, output) - exact) ** 2)) < bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_in_float32_compute_in_bfloat16_when_asked_to(name: str) -> None:
+    model, params = loaded(name)
+    halved, rounded = loaded(name, "bfloat16")
+    output = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(params, *inputs(name))
+    assert output.dtype == jnp.bfloat16
+    # bfloat16 holds these weights exactly, so that the two are one computation.
+    assert_same(output, jax.jit(halved.apply)(rounded, *inputs(name)))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "vit"])
+def test_poolers_are_those_of_transformers(name: str) -> None:
+    model, params = loaded(name)
+    pooled = model.apply(params, *inputs(name), method="pooled")
+    # As above; the activation makes them smaller.
+    np.testing.assert_allclose(pooled, expected(name)["pooled"], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["bert_tokens", "distilbert", "vit_image"])
+def test_a_pooler_that_is_not_there_is_refused(name: str) -> None:
+    model, params = loaded(name)
+    with pytest.raises(ValueError, match="no pooler: its checkpoint came without one. Use"):
+        model.apply(params, *inputs(name), method="pooled")
+
+
+def test_hidden_states_are_the_same_under_a_head(tmp_path: pathlib.Path) -> None:
+    def headless(tensors: dict[str, np.ndarray]) -> None:
+        for key in [key for key in tensors if key.startswith("classifier")]:
+            del tensors[key]
+
+    for name, base in (("bert_sequence", "BertModel"), ("vit_image", "ViTModel")):
+        model, params = loaded(name)
+        folder = edited(tmp_path / name, headless, name)
+        (folder / "config.json").write_text(json.dumps(raw(name) | {"architectures": [base]}))
+        alone, own = folders.load(folder, dtype=jnp.float32)
+        hidden = model.apply(params, *inputs(name), method="hidden")
+        np.testing.assert_array_equal(alone.apply(own, *inputs(name)), hidden)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_stands_at_padding_changes_no_token(name: str) -> None:
+    model, params = loaded(name)
+    apply = jax.jit(model.apply)
+    ids, mask, *types = inputs(name)
+    scribbled = np.where(mask, ids, 5)
+    assert (scribbled != ids).any()
+    outputs = [seen(name, apply(params, some, mask, *types)) for some in (ids, scribbled)]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_a_boolean_mask_means_the_same_as_ones_and_zeros() -> None:
+    model, params = loaded("bert")
+    ids, mask, types = inputs("bert")
+    assert_same(model.apply(params, ids, mask > 0, types), model.apply(params, ids, mask, types))
+
+
+def test_token_types_left_out_are_zeros() -> None:
+    model, params = loaded("bert")
+    ids, mask, types = inputs("bert")
+    without = model.apply(params, ids, mask)
+    assert_same(without, model.apply(params, ids, mask, np.zeros_like(types)))
+    assert np.abs(without - model.apply(params, ids, mask, types)).max() > 0.1
+
+
+def test_positions_of_roberta_do_not_count_padding() -> None:
+    model, params = loaded("roberta")
+    ids, mask = inputs("roberta")
+    assert (ids[mask > 0] == 1).any()  # Nor a padding token inside a text.
+    left = [
+        np.stack([np.roll(row, -length) for row, length in zip(a, mask.sum(1), strict=True)])
+        for a in (ids, mask)
+    ]
+    output = model.apply(params, *left)
+    # Sums over the same keys in another order.
+    np.testing.assert_allclose(
+        output[left[1] > 0], seen("roberta", expected("roberta")["output"]), atol=5e-6
+    )
+
+
+def test_xlm_roberta_is_roberta_under_another_name(tmp_path: pathlib.Path) -> None:
+    folder = configured(
+        tmp_path / "copy",
+        "roberta_sequence",
+        model_type="xlm-roberta",
+        architectures=["XLMRobertaForSequenceClassification"],
+    )
+    model, params = folders.load(folder, dtype=jnp.float32)
+    config = dataclasses.replace(model.config, model_type="roberta")
+    assert config == loaded("roberta_sequence").model.config
+    assert_same(params, loaded("roberta_sequence").params)
+
+
+DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "seq_classif_dropout",
+)
+# A checkpoint, a field, and in how many places of its two layers transformers has that dropout.
+PLACES = [
+    ("bert", "hidden_dropout_prob", 1 + 2 * 2),
+    ("bert", "attention_probs_dropout_prob", 2),
+    ("bert_sequence", "hidden_dropout_prob", 1 + 2 * 2 + 1),
+    ("bert_sequence", "classifier_dropout", 1),
+    ("bert_tokens", "classifier_dropout", 1),
+    ("roberta_sequence", "classifier_dropout", 2),
+    ("roberta_tokens", "classifier_dropout", 1),
+    ("distilbert", "dropout", 1 + 2),
+    ("distilbert", "attention_dropout", 2),
+    ("distilbert_sequence", "seq_classif_dropout", 1),
+    ("distilbert_tokens", "dropout", 1 + 2 + 1),
+    ("vit", "hidden_dropout_prob", 1 + 2 * 2),
+    ("vit", "attention_probs_dropout_prob", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "places"), PLACES)
+def test_each_dropout_is_in_its_places_and_obeys_the_key(
+    name: str, field: str, places: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = {other: 0.0 for other in DROPOUTS if other in raw(name)}
+    folder = configured(tmp_path / "copy", name, **off | {field: 0.3})
+    model, params = folders.load(folder, dtype=jnp.float32)
+    drawn, bernoulli = [], jax.random.bernoulli
+
+    def counted(*args: Any, **kwargs: Any) -> jax.Array:
+        drawn.append(args)
+        return bernoulli(*args, **kwargs)
+
+    @jax.jit
+    def dropped(key: jax.Array) -> jax.Array:
+        return model.apply(params, *inputs(name), deterministic=False, rngs={"dropout": key})
+
+    monkeypatch.setattr(jax.random, "bernoulli", counted)
+    first, second = (dropped(jax.random.key(seed)) for seed in (1, 2))
+    assert len(drawn) == places
+    assert_same(first, dropped(jax.random.key(1)))
+    assert np.abs(first - second).max() > 0.1
+    assert np.abs(first - jax.jit(model.apply)(params, *inputs(name))).max() > 0.1
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_new": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "gelu_pytorch_tanh": lambda x: ACTIVATIONS["gelu_new"](x),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_config_chooses_the_activation(name: str) -> None:
+    config = encoder_config(raw("bert") | {"hidden_act": name})
+    weights = jax.tree.map(np.float64, loaded("bert").params["params"]["layer_0"]["mlp"])
+    x = np.random.default_rng(0).normal(size=(3, 4, config.hidden_size))
+    inner = ACTIVATIONS[name](x @ weights["up"]["kernel"] + weights["up"]["bias"])
+    out = x + inner @ weights["down"]["kernel"] + weights["down"]["bias"]
+    normed = (out - out.mean(-1, keepdims=True)) / out.std(-1, keepdims=True)
+    np.testing.assert_allclose(
+        Mlp(config).apply({"params": weights}, jnp.float32(x), deterministic=True),
+        normed * weights["norm"]["scale"] + weights["norm"]["bias"],
+        atol=5e-6,  # Sums of 28 products in float32; the two gelus differ by 5e-4.
+    )
+
+
+def test_mean_pool_averages_the_tokens_and_not_the_padding() -> None:
+    hidden, mask = expected("bert")["output"], expected("bert")["attention_mask"]
+    texts = [text[:length] for text, length in zip(hidden, mask.sum(1), strict=True)]
+    means = [text.mean(axis=0) for text in texts]
+    np.testing.assert_allclose(mean_pool(hidden, mask), means, atol=1e-6)  # Sums of 11 values.
+
+
+def test_mean_pool_of_padding_only_is_zero() -> None:
+    pooled = mean_pool(jnp.ones((2, 3, 4)), jnp.array([[0, 0, 0], [1, 1, 0]]))
+    np.testing.assert_array_equal(pooled, [[0.0] * 4, [1.0] * 4])
+
+
+def test_mean_pool_is_float32_because_bfloat16_does_not_count_to_509() -> None:
+    hidden = jnp.full((1, 509, 2), 1.5, jnp.bfloat16)
+    pooled = mean_pool(hidden, jnp.ones((1, 509), jnp.bfloat16))
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_array_equal(pooled, [[1.5, 1.5]])
+
+
+# --- inputs that are refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("bert", 17), ("distilbert_sequence", 17), ("roberta", 15)]
+)
+def test_input_past_the_last_position_is_refused(name: str, most: int) -> None:
+    model, params = loaded(name)
+    tokens = np.full((2, most + 1), 3, np.int32)
+    message = f"length {most + 1} run past the {most} tokens that .* Truncate the texts"
+    with pytest.raises(ValueError, match=message):
+        model.apply(params, tokens, tokens)
+    longest = model.apply(params, tokens[:, :most], tokens[:, :most])
+    assert np.isfinite(longest).all()
+
+
+IDS = np.full((2, 7), 3, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("bert", (IDS, IDS[:, :1]), r"mask has shape \(2, 1\), input_ids \(2, 7\). Give one mask"),
+        ("bert", (IDS[0], IDS[0]), r"input_ids has shape \(7,\) instead of .* input_ids\[None\]"),
+        ("bert", (IDS, IDS, IDS[:1]), r"token_type_ids has shape \(1, 7\), input_ids \(2, 7\)"),
+        ("distilbert", (IDS, IDS, IDS), "this encoder has no token types. Leave it out"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(name: str, given: tuple[Any, ...], message: str) -> None:
+    model, params = loaded(name)
+    with pytest.raises(ValueError, match=message):
+        model.apply(params, *given)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_a_token_outside_the_vocabulary_makes_its_text_nan_and_no_other(name: str) -> None:
+    model, params = loaded(name)
+    hidden = model.apply(params, np.array([[3, 44], [3, 43]]), np.ones((2, 2), np.int32))
+    np.testing.assert_array_equal(np.isnan(hidden).all(axis=(1, 2)), [True, False])
+
+
+@pytest.mark.parametrize(("name", "types"), [("bert", 2), ("roberta", 1)])
+def test_a_token_type_outside_the_table_makes_its_text_nan_and_no_other(
+    name: str, types: int
+) -> None:
+    model, params = loaded(name)
+    given = np.array([[0, types], [0, types - 1]])
+    hidden = model.apply(params, IDS[:, :2], IDS[:, :2], given)
+    np.testing.assert_array_equal(np.isnan(hidden).all(axis=(1, 2)), [True, False])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "message"),
+    [
+        ((2, 12, 8, 3), "float32", ValueError, r"\(2, 12, 8, 3\) instead of \(batch, 8, 12, 3\)"),
+        ((2, 3, 8, 12), "float32", ValueError, "put the channels last"),
+        ((8, 12, 3), "float32", ValueError, r"shape \(8, 12, 3\) instead of \(batch"),
+        ((2, 8, 12, 3), "uint8", TypeError, "dtype uint8, so they are not scaled yet. Scale"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(
+    shape: tuple[int, ...], dtype: str, error: Any, message: str
+) -> None:
+    model, params = loaded("vit")
+    with pytest.raises(error, match=message):
+        model.apply(params, np.zeros(shape, dtype))
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        (
+            "bert",
+            {
+                "params/embeddings/word/embedding": (44, 20),
+                "params/embeddings/norm/scale": (20,),
+                "params/layer_0/attention/query/kernel": (20, 20),
+                "params/layer_1/attention/norm/bias": (20,),
+                "params/layer_1/mlp/up/kernel": (20, 28),
+                "params/pooler/kernel": (20, 20),
+            },
+        ),
+        ("bert_tokens", {"params/classifier/kernel": (20, 5)}),
+        (
+            "roberta_sequence",
+            {"params/pooler/kernel": (20, 20), "params/classifier/kernel": (20, 3)},
+        ),
+        (
+            "distilbert_sequence",
+            {"params/pooler/bias": (18,), "params/classifier/kernel": (18, 2)},
+        ),
+        (
+            "vit",
+            {
+                "params/embeddings/class": (1, 1, 20),
+                "params/embeddings/patch/kernel": (4, 3, 3, 20),
+                "params/embeddings/position": (1, 9, 20),
+                "params/layer_0/attention_norm/scale": (20,),
+                "params/layer_1/mlp/down/kernel": (28, 20),
+                "params/norm/bias": (20,),
+                "params/pooler/kernel": (20, 10),
+            },
+        ),
+        ("vit_image", {"params/classifier/kernel": (20, 4)}),
+    ],
+)
+def test_weights_have_these_paths(name: str, paths: dict[str, tuple[int, ...]]) -> None:
+    flat = tree.flatten(loaded(name).params)
+    shapes = {path: leaf.shape for path, leaf in zip(flat.paths, flat.leaves, strict=True)}
+    assert paths.items() <= shapes.items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_axis_has_a_logical_name(name: str) -> None:
+    model, params = loaded(name)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs(name))
+    specs = nn.get_partition_spec(variables)
+    assert jax.tree.structure(nn.unbox(variables)) == jax.tree.structure(params)
+
+    def check(path: Any, spec: Any, leaf: jax.Array) -> None:
+        if leaf.ndim > 1 or path[-1].key == "scale":  # Biases have none.
+            assert len(spec) == leaf.ndim, path
+            assert all(axis or size == 1 for axis, size in zip(spec, leaf.shape, strict=True)), path
+
+    jax.tree_util.tree_map_with_path(
+        check, specs, params, is_leaf=lambda spec: isinstance(spec, jax.sharding.PartitionSpec)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_wraps_the_encoder_and_stays_factored(name: str) -> None:
+    model, params = loaded(name)
+    lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
+    adapter = lora.init(jax.random.key(0), params, *inputs(name))
+    unused = {"params/pooler/kernel"} if name in BASES else set()
+    paths = tree.flatten(params).paths
+    assert set(adapter) == {path for path in paths if path.endswith("kernel")} - unused
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    explained = lora.explain(params, *inputs(name))
+    assert not any(row.dense for row in explained.rows if row.adapter != "frozen")
+    assert not explained.problems
+    out = seen(name, jax.jit(lora.apply)(params, adapter, *inputs(name)))
+    merged = seen(name, jax.jit(model.apply)(lora.merge(params, adapter), *inputs(name)))
+    # The update's sums of up to 28 products are made in another order.
+    np.testing.assert_allclose(out, merged, atol=2e-5)
+    assert np.abs(out - seen(name, expected(name)["output"])).max() > 0.1
+
+
+def test_weights_are_read_right_to_their_devices() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    small = ("params/classifier/kernel", "params/pooler/kernel")
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        spec = ["model", *[None] * (len(leaf.shape) - 2), "data"] if path.endswith("kernel") else []
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    for name in ("bert_tokens", "vit"):
+        placed = folders.load(
+            DATA / name,
+            dtype=jnp.float32,
+            sharding=lambda path, leaf: None if path in small else place(path, leaf),
+        )
+        assert_same(placed.params, loaded(name).params)
+        kernel = placed.params["params"]["layer_1"]["mlp"]["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (10, 7)
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+BAD_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another model": ("bert", {"model_type": "deberta"}, "model_type='deberta' is not implemented"),
+    "relative positions": (
+        "bert",
+        {"position_embedding_type": "relative_key"},
+        "position_embedding_type='relative_key' is not implemented, only 'absolute'",
+    ),
+    "a decoder": ("bert", {"is_decoder": True}, "is_decoder=True is not implemented"),
+    "cross attention": ("roberta", {"add_cross_attention": True}, "add_cross_attention=True"),
+    "pruned heads": ("distilbert", {"pruned_heads": {"0": [1]}}, r"pruned_heads=\{'0': \[1\]\}"),
+    "quantised": ("vit", {"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits'"),
+    "activation": (
+        "bert",
+        {"hidden_act": "mish"},
+        r"hidden_act='mish' is not implemented; \['gelu', 'gelu_new'",
+    ),
+    "the pooler's activation": ("vit", {"pooler_act": "cube"}, "pooler_act='cube' is not impl"),
+    "rotary positions": ("bert", {"rope_theta": 1e4}, r"\{'rope_theta': 10000.0\} is not known"),
+    "no width": ("bert", {"hidden_size": None}, "hidden_size=None is no size. Copy"),
+    "no layers": ("distilbert", {"n_layers": 0}, "n_layers=0 is no size"),
+    "a size in words": ("bert", {"vocab_size": "53"}, "vocab_size='53' is no size"),
+    "odd heads": ("bert", {"num_attention_heads": 3}, "width 20 .* does not split into 3 equal"),
+    "epsilon": ("bert", {"layer_norm_eps": "small"}, "layer_norm_eps='small' is no number"),
+    "patches": ("vit", {"patch_size": [4]}, r"patch_size=\[4\] is no size. Copy"),
+    "padding": ("roberta", {"pad_token_id": 16}, "pad_token_id=16 leaves no positions"),
+    "no padding": ("roberta", {"pad_token_id": -1}, "pad_token_id=-1 leaves no positions"),
+    "another head": (
+        "bert",
+        {"architectures": ["BertForQuestionAnswering"]},
+        r"architectures=\['BertForQuestionAnswering'\] is not.*'BertForTokenClassification'.*"
+        r"without a head, say \['BertModel'\]",
+    ),
+    "another model's head": (
+        "distilbert",
+        {"architectures": ["BertForSequenceClassification"]},
+        r"\['BertForSequenceClassification'\] is not implemented; one of \['DistilBertFor",
+    ),
+    "a head for texts on images": (
+        "vit",
+        {"architectures": ["ViTForTokenClassification"]},
+        r"one of \['ViTForImageClassification', 'ViTForMaskedImageModeling', 'ViTModel'\] is",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_config_that_is_not_implemented_is_refused_by_its_entry(
+    case: str, tmp_path: pathlib.Path
+) -> None:
+    name, changes, message = BAD_CONFIGS[case]
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        folders.load(configured(tmp_path / "copy", name, **changes))
+
+
+OLD_CONFIGS: dict[str, dict[str, Any]] = {
+    # As in all-MiniLM-L6-v2, bert-base-chinese and a cross encoder.
+    "bert": {
+        "gradient_checkpointing": True,
+        "position_embedding_type": "absolute",
+        "directionality": "bidi",
+        "pooler_type": "first_token_transform",
+        "sentence_transformers": {"version": "4.1.0"},
+    },
+    "roberta": {"output_past": True, "finetuning_task": "mnli", "pad_token_id": None},
+    "distilbert": {"tie_weights_": True, "sinusoidal_pos_embds": True},
+    "vit": {"encoder_stride": 16, "qkv_bias": None, "num_channels": None},
+}
+
+
+@pytest.mark.parametrize("name", OLD_CONFIGS)
+def test_what_changes_no_number_is_let_through(name: str) -> None:
+    config: Any = vit_config if name == "vit" else encoder_config
+    old = raw(name) | OLD_CONFIGS[name]
+    assert config(old) == config(raw(name))
+    assert config({key: old[key] for key in old if key != "architectures"}) == config(raw(name))
+
+
+def test_models_without_options_refuse_those_of_decoders() -> None:
+    with pytest.raises(TypeError, match=r"\['scanned'\] are no options of Encoder, which has \[\]"):
+        folders.load(DATA / "bert", scanned=True)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+PREFIXES = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "vit": "vit."}
+
+
+def prefix(name: str) -> str:
+    return PREFIXES[name.partition("_")[0]]
+
+
+def with_prefix(name: str, tensors: dict[str, np.ndarray]) -> None:
+    """The keys of a base model as those of a model that has a head."""
+    for key in list(tensors):
+        tensors[prefix(name) + key] = tensors.pop(key)
+
+
+def without_prefix(name: str, tensors: dict[str, np.ndarray]) -> None:
+    for key in list(tensors):
+        tensors[key.removeprefix(prefix(name))] = tensors.pop(key)
+
+
+def old_norms(name: str, tensors: dict[str, np.ndarray]) -> None:
+    """Layer norms as in bert-base-uncased."""
+    for key in list(tensors):
+        old = re.sub("LayerNorm.weight$", "LayerNorm.gamma", key)
+        tensors[re.sub("LayerNorm.bias$", "LayerNorm.beta", old)] = tensors.pop(key)
+
+
+def in_memory(name: str, tensors: dict[str, np.ndarray]) -> None:
+    """The keys of `ViTModel.state_dict()` in transformers 5."""
+    parts = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "layernorm_before": "layernorm_before",
+        "layernorm_after": "layernorm_after",
+    }
+    for key in list(tensors):
+        found = re.fullmatch(r"(vit\.)?encoder\.layer\.(\d+)\.(.*)\.(weight|bias)", key)
+        if found:
+            start, number, part, leaf = found.groups(default="")
+            tensors[f"{start}layers.{number}.{parts[part]}.{leaf}"] = tensors.pop(key)
+
+
+def in_dtype(dtype: Any, name: str, tensors: dict[str, np.ndarray]) -> None:
+    tensors.update({key: tensor.astype(dtype) for key, tensor in tensors.items()})
+
+
+SPELLINGS = {
+    "as saved": lambda name, tensors: None,
+    "prefix": with_prefix,
+    "no prefix": without_prefix,
+    "old norms": old_norms,
+    "old norms, prefix": lambda *args: (with_prefix(*args), old_norms(*args)),
+    "in memory": in_memory,
+    "in memory, prefix": lambda *args: (with_prefix(*args), in_memory(*args)),
+    "in memory, no prefix": lambda *args: (without_prefix(*args), in_memory(*args)),
+}
+WRITTEN = [
+    *((name, spelling) for name in BASES for spelling in ("as saved", "prefix")),
+    *((name, spelling) for name in NAMES if "_" in name for spelling in ("as saved", "no prefix")),
+    *((name, f"old norms{more}") for name in ("bert", "roberta") for more in ("", ", prefix")),
+    *(("vit", spelling) for spelling in ("in memory", "in memory, prefix")),
+    *(("vit_image", spelling) for spelling in ("in memory", "in memory, no prefix")),
+]
+CARRIED = {
+    "bert": {
+        "embeddings.position_ids": np.arange(17)[None],
+        "cls.predictions.bias": np.arange(44, dtype=np.float32),
+        "cls.predictions.transform.LayerNorm.gamma": np.ones(20, np.float32),
+    },
+    "bert_tokens": {"bert.pooler.dense.bias": np.ones(20, np.float32)},
+    "roberta": {"lm_head.layer_norm.bias": np.ones(20, np.float16)},
+    "roberta_sequence": {
+        "roberta.pooler.dense.weight": np.ones((20, 20), np.float32),
+        "roberta.embeddings.position_ids": np.arange(17)[None],
+    },
+    "distilbert": {"vocab_projector.bias": np.ones(44, np.float32)},
+    "vit": {"embeddings.mask_token": np.ones((1, 1, 20)), "decoder.0.bias": np.ones(3)},
+    "vit_image": {"vit.pooler.dense.bias": np.ones(20, np.float32)},
+}
+
+
+@pytest.mark.parametrize(("name", "spelling"), WRITTEN)
+def test_every_spelling_is_loaded_and_written_bit_by_bit(
+    name: str, spelling: str, tmp_path: pathlib.Path
+) -> None:
+    edit = functools.partial(SPELLINGS[spelling], name)
+    source = edited(tmp_path / "source", edit, name)
+    _, params = folders.load(source)
+    assert_same(params, loaded(name, "bfloat16").params)
+    folders.save(tmp_path / "saved", params, source)
+    assert contents(tmp_path / "saved") == contents(source)
+    assert_same(folders.load(tmp_path / "saved").params, params)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_tensors_of_other_heads_are_carried_along(name: str, tmp_path: pathlib.Path) -> None:
+    source = edited(tmp_path / "source", lambda tensors: tensors.update(CARRIED[name]), name)
+    _, params = folders.load(source)
+    assert_same(params, loaded(name, "bfloat16").params)
+    folders.save(tmp_path / "saved", params, source)
+    assert contents(tmp_path / "saved") == contents(source)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_other_dtypes_are_written_bit_by_bit(dtype: Any, tmp_path: pathlib.Path) -> None:
+    source = edited(tmp_path / "source", functools.partial(in_dtype, dtype, "bert"))
+    _, params = folders.load(source)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
+    folders.save(tmp_path / "saved", params, source)
+    assert contents(tmp_path / "saved") == contents(source)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "vit"])
+def test_a_base_model_may_come_without_its_pooler(name: str, tmp_path: pathlib.Path) -> None:
+    def drop(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]
+
+    source = edited(tmp_path / "source", drop, name)
+    model, params = folders.load(source, dtype=jnp.float32)
+    assert "pooler" not in params["params"]
+    whole, its = loaded(name)
+    assert_same(model.apply(params, *inputs(name)), whole.apply(its, *inputs(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_is_written_under_its_own_name(name: str, tmp_path: pathlib.Path) -> None:
+    """A different number added to each weight shows a swapped pair, which a round trip hides."""
+    _, params = loaded(name)
+    leaves, structure = jax.tree.flatten(params)
+    moved = [leaf + 10 * (number + 1) for number, leaf in enumerate(leaves)]
+    folders.save(
+        tmp_path / "saved", jax.tree.unflatten(structure, moved), DATA / name, dtype=jnp.float32
+    )
+    before, after = (load_file(f / "model.safetensors") for f in (DATA / name, tmp_path / "saved"))
+    shifts = {key: np.unique(np.round(after[key] - np.float32(before[key]))) for key in before}
+    assert {len(shift) for shift in shifts.values()} == {1}
+    found = sorted(int(shift[0]) for shift in shifts.values())
+    assert found == [10 * (number + 1) for number in range(len(leaves))]
+
+
+def test_config_and_tokenizer_are_copied_and_other_weights_are_not(tmp_path: pathlib.Path) -> None:
+    source = edited(tmp_path / "source", lambda tensors: None)
+    (source / "expected.safetensors").unlink()
+    (source / "1_Pooling").mkdir()
+    copied = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json"}
+    for file in copied | {"pytorch_model.bin", "tf_model.h5"}:
+        (source / file).write_text(file)
+    folders.save(tmp_path / "saved", folders.load(source).params, source)
+    saved = {p.relative_to(tmp_path / "saved").as_posix() for p in (tmp_path / "saved").rglob("*")}
+    assert saved == copied | {"1_Pooling", "config.json", "model.safetensors"}
+    for file in copied | {"config.json"}:
+        assert (tmp_path / "saved" / file).read_bytes() == (source / file).read_bytes()
+    modes = {file.stat().st_mode for file in (tmp_path / "saved").iterdir() if file.is_file()}
+    assert len(modes) == 1  # safetensors alone would keep the weights to their owner.
+
+
+# --- files that are refused -----------------------------------------------------------------------
+
+QUERY = "encoder.layer.1.attention.self.query.weight"
+DOWN = "encoder.layer.0.output.dense.weight"
+
+
+def transposed(key: str, tensors: dict[str, np.ndarray]) -> None:
+    tensors[key] = np.ascontiguousarray(tensors[key].T)
+
+
+BAD_TENSORS: dict[str, tuple[Edit, str]] = {
+    "unknown tensor": (
+        lambda tensors: tensors.update({"classifier.weight": np.ones((3, 20), np.float32)}),
+        r"config.json describes: classifier.weight is unknown. Use files",
+    ),
+    "layer past the config's": (
+        lambda tensors: tensors.update({"encoder.layer.2.output.dense.bias": tensors[QUERY][0]}),
+        r"encoder.layer.2.output.dense.bias is unknown",
+    ),
+    "missing tensor": (
+        lambda tensors: tensors.pop(QUERY),
+        rf"describes: {QUERY} is missing. Use",
+    ),
+    "half a pooler": (
+        lambda tensors: tensors.pop("pooler.dense.bias"),
+        r"describes: pooler.dense.bias is missing. Use",
+    ),
+    "wrong shape": (
+        lambda tensors: tensors.update({QUERY: tensors[QUERY][:19]}),
+        rf"{QUERY} has shape \(19, 20\) instead of \(20, 20\)",
+    ),
+    "transposed": (
+        functools.partial(transposed, DOWN),
+        rf"{DOWN} has shape \(28, 20\) instead of \(20, 28\)",
+    ),
+    "whole numbers": (
+        lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.int8)}),
+        rf"{QUERY} has dtype I8, none of F16, BF16, F32",
+    ),
+    "one weight twice": (
+        lambda tensors: tensors.update({f"bert.{QUERY}": tensors[QUERY]}),
+        rf"describes: bert.{QUERY} is unknown",
+    ),
+    "another model's head": (
+        lambda tensors: tensors.update({"lm_head.bias": np.ones(44, np.float32)}),
+        r"lm_head.bias is unknown",
+    ),
+    "many problems": (
+        lambda tensors: [tensors.pop(key) for key in list(tensors) if "layer.1" in key],
+        r"is missing, and 10 more. Use",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_a_file_that_is_not_the_configs_is_refused_by_the_tensors_name(
+    case: str, tmp_path: pathlib.Path
+) -> None:
+    edit, message = BAD_TENSORS[case]
+    with pytest.raises(ValueError, match=message):
+        folders.load(edited(tmp_path / "copy", edit))
+
+
+def test_a_heads_missing_tensor_is_refused_by_its_name(tmp_path: pathlib.Path) -> None:
+    source = edited(
+        tmp_path / "copy", lambda tensors: tensors.pop("bert.pooler.dense.weight"), "bert_sequence"
+    )
+    with pytest.raises(ValueError, match="describes: bert.pooler.dense.weight is missing. Use"):
+        folders.load(source)
+
+
+def test_a_patch_kernel_of_another_layout_is_refused(tmp_path: pathlib.Path) -> None:
+    key = "embeddings.patch_embeddings.projection.weight"
+    source = edited(tmp_path / "copy", functools.partial(transposed, key), "vit")
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 3, 20\) instead of \(20, 3, 4, 3\)"):
+        folders.load(source)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 7, 1000, 10_000])
+def test_a_truncated_file_is_refused(kept_bytes: int, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(DATA / "bert", tmp_path / "copy")
+    path = tmp_path / "copy" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*Copy it anew"):
+        folders.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_an_existing_destination_is_refused_and_kept(kind: str, tmp_path: pathlib.Path) -> None:
+    destination = tmp_path / "saved"
+    if kind == "folder":
+        destination.mkdir()
+    elif kind == "file":
+        destination.write_text("mine")
+    else:
+        destination.symlink_to(tmp_path / "nowhere")
+    before = destination.lstat()
+    with pytest.raises(FileExistsError, match=r"saved' exists and is left as it was. Choose"):
+        folders.save(destination, loaded("bert").params, DATA / "bert")
+    assert destination.lstat() == before
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(np.nan, "bfloat16"), (np.inf, "bfloat16"), (7e4, "float16")],
+    ids=["NaN", "Inf", "overflow of the file's dtype"],
+)
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(
+    value: float, dtype: str, tmp_path: pathlib.Path
+) -> None:
+    source = edited(tmp_path / "source", functools.partial(in_dtype, jnp.dtype(dtype), "bert"))
+    params = folders.load(source, dtype=jnp.float32).params
+    up = params["params"]["layer_1"]["mlp"]["up"]
+    up["bias"] = up["bias"].at[3].set(value)
+    message = f"encoder.layer.1.intermediate.dense.bias holds NaN or Inf in {dtype}"
+    with pytest.raises(ValueError, match=message):
+        folders.save(tmp_path / "saved", params, source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+BAD_PARAMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "unknown": (
+        lambda tree: tree["layer_0"].update(adapter=jnp.ones(3)),
+        r"layer_0/adapter is unknown",
+    ),
+    "missing": (
+        lambda tree: tree["layer_0"]["mlp"].pop("up"),
+        r"layer_0/mlp/up/bias is missing, params/layer_0/mlp/up/kernel is missing",
+    ),
+    "shape": (
+        lambda tree: tree["embeddings"]["word"].update(embedding=jnp.ones((54, 20))),
+        r"embeddings/word/embedding has shape \(54, 20\) instead of \(44, 20\)",
+    ),
+    "transposed": (
+        lambda tree: tree["layer_1"]["mlp"]["up"].update(kernel=jnp.ones((28, 20))),
+        r"layer_1/mlp/up/kernel has shape \(28, 20\) instead of \(20, 28\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMS)
+def test_params_that_are_not_the_sources_are_refused_by_path(
+    case: str, tmp_path: pathlib.Path
+) -> None:
+    edit, message = BAD_PARAMS[case]
+    params = folders.load(DATA / "bert").params
+    edit(params["params"])
+    with pytest.raises(ValueError, match=message):
+        folders.save(tmp_path / "saved", params, DATA / "bert")
+    assert not list(tmp_path.iterdir())
+
+
+def test_params_without_their_collection_are_refused(tmp_path: pathlib.Path) -> None:
+    params = loaded("bert").params["params"]
+    with pytest.raises(ValueError, match=r"embeddings/norm/bias is unknown.*what `load` returned"):
+        folders.save(tmp_path / "saved", params, DATA / "bert")
+
+
+def test_a_save_that_fails_midway_leaves_nothing_behind(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        folders.save(tmp_path / "saved", loaded("bert").params, DATA / "bert")
+    assert not list(tmp_path.iterdir())
