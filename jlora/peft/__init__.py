@@ -26,8 +26,9 @@ def load(
 
     Everything in the folder has a place, or it is refused: keys that are left over or missing,
     ranks that are not the config's, targets and patterns that match nothing, numbers that are not
-    finite. Biases that PEFT's IA3 scales with the outputs are scaled in the base. Layers that a model stacks may have different ranks; they are padded with zeros, which
-    training leaves alone and `save` takes off again.
+    finite. Layers that a model stacks may have different ranks; they are padded with zeros, which
+    training leaves alone and `save` takes off again. Biases that PEFT's IA3 scales with the outputs
+    are scaled in the base.
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors.
