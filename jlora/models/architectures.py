@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora.models.decoder import DecoderConfig, Experts, Kind
-from jlora.models.fields import NEVER, Fields
+from jlora.models.fields import NEVER, Fields, as_value_errors
 from jlora.models.parts import ACTIVATIONS
 from jlora.models.rope import Rope, rope
 
@@ -51,21 +51,22 @@ def decoder_config(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         ValueError: The model type, or something that a field asks for, is not implemented.
     """
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
             f"{where}: model_type={kind!r} is not implemented; {sorted(ARCHITECTURES)} are."
         )
     fields = Fields(raw, where, _HARMLESS)
     for name, only in {**NEVER, "use_bidirectional_attention": False}.items():
         fields.only(name, only)
-    config = ARCHITECTURES[kind](fields)
+    with as_value_errors(where):
+        config = ARCHITECTURES[kind](fields)
     fields.rest()
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"{where}: num_attention_heads={config.num_heads} are not shared evenly by "
             f"num_key_value_heads={config.num_kv_heads}. One must divide the other."
         )
-    if config.activation not in ACTIVATIONS:
+    if not isinstance(config.activation, str) or config.activation not in ACTIVATIONS:
         raise ValueError(
             f"{where}: the activation {config.activation!r} is not implemented; "
             f"{sorted(ACTIVATIONS)} are."
@@ -91,9 +92,9 @@ def _common(fields: Fields, **over: Any) -> dict[str, Any]:
         "head_dim": dim,
         "max_length": fields.size("max_position_embeddings"),
         "activation": fields.get("hidden_act", "silu"),
-        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "query_scale": dim**-0.5,
-        "tied": bool(fields.get("tie_word_embeddings", False)),
+        "tied": fields.flag("tie_word_embeddings", False),
     }
     return {**defaults, **over}
 
@@ -152,19 +153,19 @@ def _mixed(fields: Fields, ropes: Mapping[str, Rope], types: list[str]) -> dict[
 
 def _llama(fields: Fields) -> DecoderConfig:
     common = _common(fields)
-    bias = bool(fields.get("attention_bias", False))
+    bias = fields.flag("attention_bias", False)
     return DecoderConfig(
         **common,
         **_alike(fields, Kind(rope=_rope(fields, common["head_dim"]))),
         qkv_bias=bias,
         output_bias=bias,
-        mlp_bias=bool(fields.get("mlp_bias", False)),
+        mlp_bias=fields.flag("mlp_bias", False),
     )
 
 
 def _mistral(fields: Fields) -> DecoderConfig:
     common = _common(fields)
-    window = fields.raw.get("sliding_window", 4096)
+    window = fields.window("sliding_window", 4096)
     kind = Kind(window=window, rope=_rope(fields, common["head_dim"]))
     return DecoderConfig(**common, **_alike(fields, kind))
 
@@ -173,7 +174,7 @@ def _qwen(fields: Fields, **over: Any) -> DecoderConfig:
     common = _common(fields, **over)
     made = _rope(fields, common["head_dim"])
     count, first = fields.size("num_hidden_layers"), fields.raw.get("max_window_layers", 28)
-    slides = fields.get("use_sliding_window", False)
+    slides = fields.flag("use_sliding_window", False)
     types = [_SLIDING if slides and number >= first else _FULL for number in range(count)]
     return DecoderConfig(**common, **_mixed(fields, {_FULL: made, _SLIDING: made}, types))
 
@@ -183,19 +184,19 @@ def _qwen2(fields: Fields) -> DecoderConfig:
 
 
 def _qwen3(fields: Fields) -> DecoderConfig:
-    bias = bool(fields.get("attention_bias", False))
+    bias = fields.flag("attention_bias", False)
     return _qwen(fields, head_dim=128, qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
 def _qwen3_moe(fields: Fields) -> DecoderConfig:
     count, step = fields.size("num_hidden_layers"), fields.size("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", [])
-    bias = bool(fields.get("attention_bias", False))
+    bias = fields.flag("attention_bias", False)
     experts = Experts(
         count=fields.size("num_experts", fields.raw.get("num_local_experts", 128)),
         chosen=fields.size("num_experts_per_tok", 8),
         size=fields.size("moe_intermediate_size", 768),
-        normalized=bool(fields.get("norm_topk_prob", False)),
+        normalized=fields.flag("norm_topk_prob", False),
     )
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     common = _common(
@@ -207,13 +208,13 @@ def _qwen3_moe(fields: Fields) -> DecoderConfig:
         experts=experts,
         sparse_layers=tuple(n for n in range(count) if n not in dense and (n + 1) % step == 0),
     )
-    window = fields.size("sliding_window") if fields.get("use_sliding_window", False) else None
+    window = fields.size("sliding_window") if fields.flag("use_sliding_window", False) else None
     kind = Kind(window=window, rope=_rope(fields, common["head_dim"]))
     return DecoderConfig(**common, **_alike(fields, kind))
 
 
 def _gemma_fields(fields: Fields, **over: Any) -> dict[str, Any]:
-    bias = bool(fields.get("attention_bias", False))
+    bias = fields.flag("attention_bias", False)
     return _common(
         fields,
         **{
@@ -222,7 +223,7 @@ def _gemma_fields(fields: Fields, **over: Any) -> dict[str, Any]:
             "qkv_bias": bias,
             "output_bias": bias,
             "embed_scale": math.sqrt(fields.size("hidden_size")),
-            "tied": bool(fields.get("tie_word_embeddings", True)),
+            "tied": fields.flag("tie_word_embeddings", True),
             **over,
         },
     )
@@ -242,7 +243,7 @@ def _later_gemma(fields: Fields, **over: Any) -> dict[str, Any]:
         fields,
         activation=fields.get("hidden_activation", "gelu_pytorch_tanh"),
         post_norms=True,
-        query_scale=float(fields.get("query_pre_attn_scalar", 256)) ** -0.5,
+        query_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
         **over,
     )
 
@@ -286,7 +287,7 @@ def _gemma3(fields: Fields) -> DecoderConfig:
 
 
 def _phi3(fields: Fields) -> DecoderConfig:
-    common = _common(fields, fused=True, norm_eps=float(fields.get("rms_norm_eps", 1e-5)))
+    common = _common(fields, fused=True, norm_eps=fields.number("rms_norm_eps", 1e-5))
     scaling = {
         **(fields.raw.get("rope_scaling") or {}),
         **(fields.raw.get("rope_parameters") or {}),
@@ -304,17 +305,17 @@ def _phi3(fields: Fields) -> DecoderConfig:
     ):
         parameters.setdefault(name, value)
     made = _checked_rope(fields, parameters, common["head_dim"])
-    window = fields.raw.get("sliding_window")
+    window = fields.window("sliding_window", None)
     return DecoderConfig(**common, **_alike(fields, Kind(window=window, rope=made)))
 
 
 def _smollm3(fields: Fields) -> DecoderConfig:
-    common = _common(fields, tied=bool(fields.get("tie_word_embeddings", True)))
+    common = _common(fields, tied=fields.flag("tie_word_embeddings", True))
     count, every = fields.size("num_hidden_layers"), fields.size("no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers", None)
     rotated = [bool((n + 1) % every) for n in range(count)] if rotated is None else rotated
     made = _rope(fields, common["head_dim"], 2_000_000.0)
-    slides = fields.get("use_sliding_window", False)
+    slides = fields.flag("use_sliding_window", False)
     types = fields.raw.get("layer_types") or [
         _SLIDING if slides and not turned else _FULL for turned in rotated
     ]
@@ -326,14 +327,14 @@ def _smollm3(fields: Fields) -> DecoderConfig:
         for one, turned in zip(types, rotated, strict=True)
     ]
     kinds = list(dict.fromkeys(every_kind))
-    bias = bool(fields.get("attention_bias", False))
+    bias = fields.flag("attention_bias", False)
     return DecoderConfig(
         **common,
         kinds=tuple(kinds),
         layers=tuple(kinds.index(kind) for kind in every_kind),
         qkv_bias=bias,
         output_bias=bias,
-        mlp_bias=bool(fields.get("mlp_bias", False)),
+        mlp_bias=fields.flag("mlp_bias", False),
     )
 
 

@@ -6,8 +6,10 @@ nothing here knows, unless it says nothing (null, false, empty).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jlora.models.parts import ACTIVATIONS
@@ -49,6 +51,18 @@ NEVER: dict[str, Any] = {
 }
 
 
+@contextlib.contextmanager
+def as_value_errors(where: str) -> Iterator[None]:
+    """Turns what comes of fields of other types, such as a text for a list, into a ValueError."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, re.error) as error:
+        raise ValueError(
+            f"{where}: a field is of another type than it should be ({error}). Copy the file anew "
+            f"from its source."
+        ) from error
+
+
 class Fields:
     """A config.json's fields, of which it is kept in mind which were asked for.
 
@@ -87,6 +101,21 @@ class Fields:
                 f"config.json that the checkpoint came with."
             )
         return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A field that is true or false."""
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise ValueError(
+                f"{self.where}: {name}={value!r} is neither true nor false. Copy it from the "
+                f"config.json that the checkpoint came with."
+            )
+        return value
+
+    def window(self, name: str, default: int | None) -> int | None:
+        """A field that is a size, or null for none."""
+        self.read.add(name)
+        return None if self.raw.get(name, default) is None else self.size(name, default)
 
     def only(self, name: str, value: Any) -> None:
         """Refuses another value than the one that is implemented."""

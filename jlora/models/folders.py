@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from jlora import tree
-from jlora.checkpoints import pieces
+from jlora.checkpoints import hub, pieces
 from jlora.checkpoints.tensors import (
     DTYPES,
     Tensors,
@@ -90,25 +90,29 @@ def load(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     sharding: Callable[[str, jax.ShapeDtypeStruct], pieces.Sharding | None] | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> Loaded:
     """The model and the weights of a Hugging Face folder.
 
     Args:
-        folder: Holds config.json and safetensors files.
+        folder: Holds config.json and safetensors files. `owner/name` is fetched from the Hub,
+            unless there is a folder of that name here.
         dtype: Of the weights; that of the files when left out.
         sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
             there, so that no device or host ever holds more than its part.
+        revision: A branch, tag or commit on the Hub.
         **options: Of `Decoder`'s own: `scanned`, `remat`, `implementation`. For a computation in
             another dtype than the weights', use `model.clone(dtype=...)`.
 
     Raises:
         FileNotFoundError: Something is missing.
+        OSError: The Hub cannot be reached.
         ValueError: config.json asks for something that is not implemented, a file is damaged, or
             the tensors are not those that config.json describes.
         TypeError: The model has no such option.
     """
-    folder = Path(folder)
+    folder = hub.folder_of(folder, revision)
     with opened(folder) as tensors:
         form = _format(folder, tensors, options)
         weights = _as_stored(form, tensors)
@@ -166,7 +170,7 @@ def save(
         FileExistsError: `folder` exists; it is left as it was.
         ValueError: `params` are not the source's weights by name and shape, or not finite.
     """
-    source = Path(source)
+    source = hub.folder_of(source)
     arrays = _flat(params)
     with opened(source) as tensors, new_folder(folder) as partial:
         form = _format(source, tensors, options)
@@ -204,7 +208,7 @@ def _format(folder: Path, tensors: Tensors, options: Mapping[str, Any]) -> _Form
     path = folder / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
-    if kind not in _FORMATS:
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise ValueError(f"{path}: model_type={kind!r} is not implemented; {sorted(_FORMATS)} are.")
     return _FORMATS[kind](raw, str(path), tensors, options)
 

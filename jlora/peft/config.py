@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,76 @@ COMMON: dict[str, Any] = {
     "task_type": None,
     "trainable_token_indices": None,
 }
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether it is a regular expression."""
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except (re.error, OverflowError):
+        return False
+
+
+def _is_list(value: Any, kind: type = str) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)
+
+
+def _is_ranks(value: Any) -> bool:
+    """Whether it is a mapping from patterns to positive numbers."""
+    return isinstance(value, Mapping) and all(
+        _is_pattern(key) and type(one) in (int, float) and 0 < one < math.inf
+        for key, one in value.items()
+    )
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is a list of tokens, or such a list for each module."""
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    return all(_is_list(one, int) and all(token >= 0 for token in one) for one in lists)
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _is_modules(value: Any) -> bool:
+    return _is_pattern(value) or _is_list(value)
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+# What a field must be; PEFT's own readers would fail on others later, or not at all.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "exclude_modules": _or_none(_is_modules),
+    "fan_in_fan_out": _is_flag,
+    "feedforward_modules": _or_none(_is_modules),
+    "hira_dropout": _is_rate,
+    "layers_pattern": _or_none(lambda value: isinstance(value, str) or _is_list(value)),
+    "layers_to_transform": _or_none(lambda value: type(value) is int or _is_list(value, int)),
+    "lora_dropout": _is_rate,
+    "modules_to_save": _or_none(_is_list),
+    "target_modules": _or_none(_is_modules),
+    "target_parameters": _or_none(_is_list),
+    "task_type": _or_none(lambda value: isinstance(value, str)),
+    "trainable_token_indices": _or_none(_is_rows),
+    "use_dora": _is_flag,
+    "use_effective_conv2d": _is_flag,
+    "use_rslora": _is_flag,
+    "decompose_both": _is_flag,
+    "decompose_factor": lambda value: type(value) is int,
+    "vblora_dropout": _is_rate,
+    "vera_dropout": _is_rate,
+    **dict.fromkeys(
+        ("rank_pattern", "alpha_pattern"), lambda value: value == {} or _is_ranks(value)
+    ),
+}
 _AS_GIVEN = "Use the two files that one `save_pretrained` wrote."
 
 
@@ -91,23 +162,25 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Format]:
             fields[name] = fields[name] if value is None and fields[name] is not None else value
         elif name not in _HARMLESS and value not in (None, False, "", [], {}):
             unknown.append(f"{name}={value!r}")
+    if kind == "ADALORA" and fields["rank_pattern"]:
+        raise ValueError(
+            f"{path}: rank_pattern says that ranks were pruned, and the scale that such an adapter "
+            f"was trained with is in no file. Save it without the pattern, or merge it with PEFT."
+        )
+    for name, value in fields.items():
+        if name in _TYPES and not _TYPES[name](value):
+            raise ValueError(
+                f"{path}: {name}={value!r} is of another type than PEFT writes. {_AS_GIVEN}"
+            )
     if unknown:
         raise ValueError(
             f"{path}: {listed(unknown)} is not known here and may change what the adapter "
             f"computes. If it does not, take it out of the file."
         )
     for name in (form.rank, form.alpha):
-        value = fields.get(name) if name else 1
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        value: Any = fields.get(name) if name else 1
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{path}: {name}={value!r} is no positive number. {_AS_GIVEN}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(fields[name], Mapping):
-            raise ValueError(f"{path}: {name}={fields[name]!r} is no mapping. {_AS_GIVEN}")
-    if kind == "ADALORA" and fields["rank_pattern"]:
-        raise ValueError(
-            f"{path}: rank_pattern says that ranks were pruned, and the scale that such an adapter "
-            f"was trained with is in no file. Save it without the pattern, or merge it with PEFT."
-        )
     return fields, form
 
 

@@ -263,24 +263,29 @@ class _Reader:
                 config, alpha=max(scales) * max(ranks), rank_stabilized=False
             )
         leaf = fresh(config, weight)
+        # All checked before there is room made for them: a config may claim any rank.
+        values = [self._arrays(leaf, weight, part) for part in parts]
         arrays = {name: np.zeros(shape, np.float32) for name, shape in leaf.shapes().items()}
         if "magnitude" in arrays and len(parts) < int(np.prod(leaf.groups.batch)):
             raise self.problem(
                 f"{weight.path} stacks layers of which not all have a magnitude. Load the model "
                 f"unrolled."
             )
-        for part, scale in zip(parts, scales, strict=True):
-            for name, value in self._arrays(leaf, weight, part).items():
+        for part, scale, own in zip(parts, scales, values, strict=True):
+            for name, value in own.items():
                 if name == "b" and scale != _scale(config):
                     value = value * np.float32(scale / _scale(config))
                 # Ranks past a module's own stay zero on both sides, and get no gradient.
                 box = tuple(slice(0, n) for n in value.shape)
                 arrays[name][(*part.site.entry, *box)] = value
-        values = {name: jnp.asarray(value) for name, value in arrays.items()}
-        return dataclasses.replace(leaf, **values)
+        filled = {name: jnp.asarray(value) for name, value in arrays.items()}
+        return dataclasses.replace(leaf, **filled)
 
     def _config(self, part: _Part, weight: Weight) -> AdapterConfig:
-        config = self.form.config(part.fields, weight)
+        try:
+            config = self.form.config(part.fields, weight)
+        except TypeError as error:
+            raise self.problem(f"its config is wrong: {error}") from error
         reason = config.refusal(weight)
         if reason:
             raise self.problem(f"{part.site.module} cannot be adapted: {reason}.")

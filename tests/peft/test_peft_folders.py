@@ -353,7 +353,7 @@ def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
         ("lora", put(rank_pattern={"z_proj": 3}), "rank_pattern has 'z_proj', which matches none"),
         ("lora", put(alpha_pattern={"z": 3}), "alpha_pattern has 'z', which matches none"),
         ("lora", put(rank_pattern={"q_proj": 2}), "does not go with r=2"),
-        ("lora", put(rank_pattern=[1]), "is no mapping"),
+        ("lora", put(rank_pattern=[1]), r"rank_pattern=\[1\] is of another type"),
         ("lora", put(use_dora=True), r"lacks \['lora_magnitude_vector'\]"),
         ("dora", put(use_dora=False), r"has \['lora_magnitude_vector'\]"),
         ("lora", put(lora_bias=True), "lora_bias=True is not implemented"),
