@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shutil
 import tomllib
 
 import pytest
@@ -17,6 +18,9 @@ def test_the_blocks_of_the_readme_run_in_order(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # What stands for a user's own checkpoint and adapter.
+    shutil.copytree(ROOT / "tests/models/data/decoders/llama", "base")
+    shutil.copytree(ROOT / "tests/peft/data/lora", "peft-adapter")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 5
     namespace: dict[str, object] = {"__name__": "readme"}
