@@ -68,7 +68,7 @@ def save(
         *inputs: As in `load`.
         stored: As in `load`.
         prefix: As in `load`.
-        style: "diffusers" writes each module's alpha into the metadata, where releases before 0.34
+        style: "diffusers" writes each module's alpha into the metadata, where older releases
             do not look: they take the rank for it. "kohya" writes it as a tensor.
 
     Raises:
