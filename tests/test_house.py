@@ -26,6 +26,7 @@ ALLOWED = {
     "checkpoints": {"tree", "factored", "adapters", "transform"},
     "models": {"tree", "transform", "checkpoints"},
     "peft": {"tree", "factored", "adapters", "transform", "checkpoints", "models"},
+    "diffusion": {"tree", "factored", "adapters", "transform", "checkpoints", "peft"},
     "merging": {"tree", "factored", "adapters", "transform"},
     "inspection": {"checkpoints", "models", "peft"},
     "cli": {"transform", "checkpoints", "models", "peft", "inspection", "merging"},

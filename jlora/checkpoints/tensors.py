@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +115,28 @@ def open_file(path: Path) -> Iterator[Any]:
             yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}). Copy it anew from its source.") from error
+
+
+def read_finite(
+    file: Any, key: str, path: Path, dtypes: Collection[str] = tuple(DTYPES)
+) -> np.ndarray:
+    """One tensor of an adapter, out of a file that `open_file` opened.
+
+    Raises:
+        ValueError: It has a dtype that is none of those, or holds what is not finite.
+    """
+    dtype = file.get_slice(key).get_dtype()
+    if dtype not in dtypes:
+        raise ValueError(
+            f"{path}: {key} has dtype {dtype}, none of {', '.join(dtypes)}. Save the adapter in "
+            f"one of these."
+        )
+    tensor = file.get_tensor(key)
+    if not np.isfinite(tensor.astype(np.float32)).all():
+        raise ValueError(
+            f"{path}: {key} holds NaN or Inf. Take an earlier checkpoint of the adapter."
+        )
+    return tensor
 
 
 def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -226,6 +248,32 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_new_file(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """One safetensors file, which appears whole or not at all.
+
+    Raises:
+        FileExistsError: There is something of that name; it is left as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        safetensors.numpy.save_file(dict(tensors), partial, metadata=dict(metadata))
+        partial.chmod(0o666 & ~_umask())
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        # A link, unlike a renaming, replaces nothing that came in between.
+        os.link(partial, path)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"path={str(path)!r} exists and is left as it was. Choose another name."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _umask() -> int:

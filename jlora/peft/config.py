@@ -146,7 +146,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Format]:
         ValueError: It asks for something that is not implemented, or has a field that is not known.
     """
     path = folder / CONFIG
-    raw = read_json(path)
+    return checked(path, read_json(path))
+
+
+def checked(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], Format]:
+    """The fields of a config that came from a file, as `read_config` returns them.
+
+    Raises:
+        ValueError: As there.
+    """
     kind = str(raw.get("peft_type", "")).upper()
     if kind not in FORMATS:
         raise ValueError(

@@ -15,13 +15,14 @@ import numpy as np
 
 from jlora import tree
 from jlora.adapters.full import BitFit, Full
-from jlora.adapters.protocol import AdapterConfig, AdapterLeaf, SharedArrays, Weight
+from jlora.adapters.protocol import AdapterConfig, SharedArrays, Weight
 from jlora.adapters.token_rows import TokenRows
 from jlora.checkpoints.pieces import Weight as Stored
-from jlora.checkpoints.tensors import DTYPES, listed, open_file
+from jlora.checkpoints.tensors import listed, open_file, read_finite
 from jlora.peft import config as configs
 from jlora.peft.formats import Fields, Format
 from jlora.peft.layouts import Facts, to_leaf
+from jlora.peft.leaves import Part, fresh, leaf_of
 from jlora.peft.sites import Site, sites_of
 from jlora.transform import weights_of
 
@@ -101,18 +102,7 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     found = {}
     with open_file(path) as file:
         for key in file.keys():  # noqa: SIM118 -- it is no mapping
-            dtype = file.get_slice(key).get_dtype()
-            if dtype not in DTYPES:
-                raise ValueError(
-                    f"{path}: {key} has dtype {dtype}, none of {', '.join(DTYPES)}. Save the "
-                    f"adapter in one of these."
-                )
-            tensor = file.get_tensor(key)
-            if not np.isfinite(tensor.astype(np.float32)).all():
-                raise ValueError(
-                    f"{path}: {key} holds NaN or Inf. Take an earlier checkpoint of the adapter."
-                )
-            found[key.removeprefix(PREFIX)] = tensor
+            found[key.removeprefix(PREFIX)] = read_finite(file, key, path)
     if not found:
         raise ValueError(f"{path} holds no tensor. Save the adapter anew.")
     return found
@@ -123,14 +113,6 @@ class _Replaced(NamedTuple):
 
     values: dict[str, np.ndarray]  # By path, of those weights of which something is replaced.
     trained: dict[str, AdapterConfig]  # How training goes on with it.
-
-
-class _Part(NamedTuple):
-    """One module's part of an adapter."""
-
-    site: Site
-    fields: Fields
-    tensors: dict[str, np.ndarray]  # By suffix.
 
 
 class _Reader:
@@ -159,19 +141,19 @@ class _Reader:
     def adapter(self, used: Mapping[str, Weight]) -> dict[str, Any]:
         """The leaves of the method itself."""
         parts = self._parts()
-        by_path: dict[str, list[_Part]] = {}
+        by_path: dict[str, list[Part]] = {}
         for part in parts:
             by_path.setdefault(part.site.path, []).append(part)
         adapter: dict[str, Any] = {}
         for path, some in by_path.items():
-            adapter[path] = self._leaf(used[path], some)
+            adapter[path] = leaf_of(self.form, used[path], some, self.problem)
         if self.form.shared and by_path:
             name = next(leaf.share for leaf in adapter.values())
             some = [(used[path], parts[0].fields) for path, parts in by_path.items()]
             adapter[name] = self._shared(some)
         return adapter
 
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[Part]:
         """What the file has for each module, after checking it against the config."""
         found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         for name in list(self.left):
@@ -206,7 +188,7 @@ class _Reader:
             name = site.module if site.parameter == "weight" else f"{site.module}.{site.parameter}"
             own = configs.own_fields(self.fields, self.form, name)
             own["is_feedforward"] = configs.is_feedforward(self.fields, site.module)
-            parts.append(_Part(site, own, tensors))
+            parts.append(Part(site, own, tensors))
             bias = self.sites.get((site.module, "bias"))
             if "ia3_l" in tensors and bias and not own["is_feedforward"]:
                 self.gains.append((bias, tensors["ia3_l"].astype(np.float32)))
@@ -246,84 +228,6 @@ class _Reader:
         return sorted(wanted, key=lambda key: key[1] == "down_proj")[0 if inner else 1]
 
     # --- leaves -----------------------------------------------------------------------------------
-
-    def _leaf(self, weight: Weight, parts: list[_Part]) -> AdapterLeaf:
-        """The leaf of one weight, of which each module may be one entry of a stack."""
-        made: list[Any] = [self._config(part, weight) for part in parts]
-        ranks = [getattr(one, "rank", 0) for one in made]
-        scales = [_scale(one) for one in made]
-        config = made[int(np.argmax(ranks))]
-        if len(set(ranks)) > 1 or len(set(scales)) > 1:
-            if not hasattr(config, "rank_stabilized"):
-                raise self.problem(
-                    f"{weight.path} stacks modules of ranks {sorted(set(ranks))} and scales "
-                    f"{sorted(set(scales))}, which only LoRA can pad. Load the model unrolled."
-                )
-            config = dataclasses.replace(
-                config, alpha=max(scales) * max(ranks), rank_stabilized=False
-            )
-        leaf = fresh(config, weight)
-        # All checked before there is room made for them: a config may claim any rank.
-        values = [self._arrays(leaf, weight, part) for part in parts]
-        arrays = {name: np.zeros(shape, np.float32) for name, shape in leaf.shapes().items()}
-        if "magnitude" in arrays and len(parts) < int(np.prod(leaf.groups.batch)):
-            raise self.problem(
-                f"{weight.path} stacks layers of which not all have a magnitude. Load the model "
-                f"unrolled."
-            )
-        for part, scale, own in zip(parts, scales, values, strict=True):
-            for name, value in own.items():
-                if name == "b" and scale != _scale(config):
-                    value = value * np.float32(scale / _scale(config))
-                # Ranks past a module's own stay zero on both sides, and get no gradient.
-                box = tuple(slice(0, n) for n in value.shape)
-                arrays[name][(*part.site.entry, *box)] = value
-        filled = {name: jnp.asarray(value) for name, value in arrays.items()}
-        return dataclasses.replace(leaf, **filled)
-
-    def _config(self, part: _Part, weight: Weight) -> AdapterConfig:
-        try:
-            config = self.form.config(part.fields, weight)
-        except TypeError as error:
-            raise self.problem(f"its config is wrong: {error}") from error
-        reason = config.refusal(weight)
-        if reason:
-            raise self.problem(f"{part.site.module} cannot be adapted: {reason}.")
-        return config
-
-    def _arrays(self, leaf: AdapterLeaf, weight: Weight, part: _Part) -> dict[str, np.ndarray]:
-        """One module's arrays in the leaf's layout."""
-        inside = leaf.axes.batch[len(part.site.entry) :]
-        facts = Facts(leaf.shape, leaf.axes, weight.window, inside)
-        wanted = self.form.tensors(leaf, weight)
-        suffixes = {suffix for suffix, _ in wanted.values()}
-        missing, extra = suffixes - set(part.tensors), set(part.tensors) - suffixes
-        if missing or extra:
-            raise self.problem(
-                f"{part.site.module} lacks {sorted(missing)} and has {sorted(extra)}, which its "
-                f"config does not speak of."
-            )
-        own_rank = part.fields.get(self.form.rank or "")
-        arrays = {}
-        for name, (suffix, layout) in wanted.items():
-            tensor = part.tensors[suffix].astype(np.float32)
-            try:
-                value = to_leaf(tensor, layout, facts)
-            except ValueError as error:
-                raise self.problem(f"{part.site.module}.{suffix} {error}") from error
-            shape = leaf.shapes()[name][len(part.site.entry) :]
-            ranks = getattr(leaf, "rank", None)
-            expected = tuple(
-                own_rank if own_rank is not None and n == ranks and m != n else n
-                for n, m in zip(shape, value.shape, strict=True)
-            )
-            if value.shape != expected:
-                raise self.problem(
-                    f"{part.site.module}.{suffix} has shape {tensor.shape}, which does not go with "
-                    f"{self.form.rank}={own_rank} on a weight of shape {leaf.shape}."
-                )
-            arrays[name] = value
-        return arrays
 
     def _shared(self, some: list[tuple[Weight, Fields]]) -> SharedArrays:
         """What all modules share."""
@@ -450,21 +354,3 @@ class _Reader:
                 f"the tensors {listed(sorted(self.left))} belong to nothing that the config and "
                 f"the model have."
             )
-
-
-def _scale(config: Any) -> float:
-    """What the product of a config's factors is multiplied by."""
-    if not hasattr(config, "alpha") or not hasattr(config, "rank"):
-        return 1.0
-    root = getattr(config, "rank_stabilized", False)
-    return config.alpha / (config.rank**0.5 if root else config.rank)
-
-
-def fresh(config: AdapterConfig, weight: Weight) -> Any:
-    """A leaf of zeros for what replaces the base; for others, shapes that are to be filled."""
-    if isinstance(config, Full | TokenRows):
-        return config.leaf(jax.random.key(0), weight)
-    value = jax.ShapeDtypeStruct(weight.shape, weight.value.dtype)
-    return jax.eval_shape(
-        lambda array: config.leaf(jax.random.key(0), weight._replace(value=array)), value
-    )

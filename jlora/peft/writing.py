@@ -206,7 +206,7 @@ def _kind(own: Mapping[str, AdapterLeaf]) -> str:
     if rest:
         raise ValueError(
             f"The adapter on {rest[0]!r} belongs on a base of jlora.residual_base, which no reader "
-            f"of the folder has. Convert it with jlora.on_original_base first."
+            f"of these files has. Convert it with jlora.on_original_base first."
         )
     return kinds.pop() if kinds else "LORA"
 

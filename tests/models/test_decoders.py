@@ -254,7 +254,8 @@ def test_attention_refuses_what_an_implementation_has_not() -> None:
         attention.attend(x[:, :2], x, x, scale=1.0)
 
 
-@pytest.mark.parametrize("name", [*KNOWN, "gemma3", "smollm3"])
+# Of these, phi3 turns with other frequencies past 8 tokens of one text.
+@pytest.mark.parametrize("name", [*KNOWN, "gemma3", "smollm3", "phi3"])
 def test_packed_texts_do_not_see_each_other(name: str) -> None:
     model, params = loaded(name)
     apply = jax.jit(model.apply)
@@ -320,8 +321,14 @@ def test_recomputing_changes_no_gradient(remat: Any, scanned: bool) -> None:
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         # The compiler fuses the two programs in other ways.
         np.testing.assert_allclose(one, two, atol=1e-5 * (1 + float(jnp.abs(one).max())))
-    text = str(jax.make_jaxpr(jax.grad(total(again)))(params))
-    assert "remat" in text or "checkpoint" in text
+    # What is not kept is multiplied again, and with "projections" that is attention alone.
+    counts = [
+        str(jax.make_jaxpr(jax.grad(total(dataclasses.replace(model, remat=one))))(params)).count(
+            "dot_general["
+        )
+        for one in ("nothing", "projections", "everything")
+    ]
+    assert counts[0] < counts[1] < counts[2]
 
 
 def test_models_refuse_options_that_they_have_not() -> None:
