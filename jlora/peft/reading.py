@@ -367,8 +367,7 @@ class _Reader:
                 continue
             wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-            # As PEFT matches these names: without a dot before them.
-            whole = any(module.endswith(one) for one in saved)
+            whole = any(_is_in(module, one) for one in saved)
             site = self.sites.get((module, parameter))
             # A copy of the whole embedding beside its factors is the base's, resized perhaps.
             if site is None or not (whole or wrapped or (parameter == "bias" and biases)):
@@ -381,7 +380,7 @@ class _Reader:
             # PEFT itself adds the usual names of heads for tasks that have one.
             if one in ("classifier", "score") and self.fields["task_type"] in _WITH_HEAD:
                 continue
-            if not any(module.endswith(one) for module in self.modules):
+            if not any(_is_in(module, one) for module in self.modules):
                 raise self.problem(f"modules_to_save has {one!r}, which the model has not.")
         return found
 
@@ -463,3 +462,12 @@ def fresh(config: AdapterConfig, weight: Weight) -> Any:
     return jax.eval_shape(
         lambda array: config.leaf(jax.random.key(0), weight._replace(value=array)), value
     )
+
+
+def _is_in(module: str, saved: str) -> bool:
+    """Whether a module, or one that it is part of, has a name that PEFT saves it by.
+
+    PEFT compares the ends of names, without a dot before them.
+    """
+    ends = (place for place, letter in enumerate(f"{module}.") if letter == ".")
+    return any(module[:end].endswith(saved) for end in ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -213,3 +214,23 @@ def test_an_encoder_of_old_computes_the_same_logits(encoder: Saved) -> None:
         theirs = outputs(encoder.theirs, input_ids=ids, attention_mask=mask)
     # Both round to float32, 2e-7 of outputs up to 4, in each of some thirty products.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, indirect=True)
+def test_an_encoder_s_config_may_spell_out_its_defaults(
+    encoder: Saved, tmp_path: pathlib.Path
+) -> None:
+    assert_spelled_out_is_the_same(encoder, tmp_path)
+
+
+@pytest.mark.parametrize("decoder", DECODERS, indirect=True)
+def test_a_decoder_s_config_may_spell_out_its_defaults(
+    decoder: Saved, tmp_path: pathlib.Path
+) -> None:
+    assert_spelled_out_is_the_same(decoder, tmp_path)
+
+
+def assert_spelled_out_is_the_same(one: Saved, folder: pathlib.Path) -> None:
+    shutil.copytree(one.folder, folder, dirs_exist_ok=True)
+    one.theirs.config.to_json_file(folder / "config.json", use_diff=False)
+    assert models.load(folder).model == one.ours.model

@@ -91,9 +91,7 @@ def adapted(name: str, rules: Any) -> tuple[Any, np.ndarray]:
 def test_transformers_loads_merged_encoders(name: str, tmp_path: pathlib.Path) -> None:
     adapter, ours = adapted(name, {EVERY: jlora.LoRA(rank=2, alpha=4)})
     merged = jlora.merge(base(name).params, adapter)
-    models.save(
-        tmp_path / "out", merged, ENCODERS / name, dtype=jnp.float32, shard_bytes=4000
-    )
+    models.save(tmp_path / "out", merged, ENCODERS / name, dtype=jnp.float32, shard_bytes=4000)
     plain = outputs(theirs(ENCODERS / name), name)
     assert np.abs(ours - plain).max() > 0.1  # The adapter does something.
     np.testing.assert_allclose(outputs(theirs(tmp_path / "out"), name), ours, **CLOSE)
