@@ -1,4 +1,4 @@
-"""Checkpoints that transformers 4.57 writes, with the config fields and tensor names of its time."""
+"""Checkpoints that transformers 4.57 writes, with the config fields and tensor names of then."""
 
 from __future__ import annotations
 

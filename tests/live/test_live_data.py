@@ -30,7 +30,8 @@ SCRIPTS = {
 
 def script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, TESTS / path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -35,7 +35,8 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def checkpoint() -> pathlib.Path:
-    assert SPEC and SPEC.submodule_search_locations
+    assert SPEC
+    assert SPEC.submodule_search_locations
     return pathlib.Path(SPEC.submodule_search_locations[0]) / "model"
 
 
