@@ -28,7 +28,7 @@ from jlora.transform import weights_of
 PyTree = Any
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
-_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
 
@@ -378,7 +378,7 @@ class _Reader:
                 found.trained[site.path] = BitFit() if bias else Full()
         for one in saved:
             # PEFT itself adds the usual names of heads for tasks that have one.
-            if one in ("classifier", "score") and self.fields["task_type"] in _WITH_HEAD:
+            if one in ("classifier", "score") and self.fields["task_type"] in WITH_HEAD:
                 continue
             if not any(_is_in(module, one) for module in self.modules):
                 raise self.problem(f"modules_to_save has {one!r}, which the model has not.")

@@ -22,12 +22,11 @@ from jlora.checkpoints.tensors import listed, new_folder
 from jlora.peft.config import CONFIG
 from jlora.peft.formats import FORMATS, Format
 from jlora.peft.layouts import Facts, to_file
-from jlora.peft.reading import PREFIX, TENSORS, TOKEN_ROWS
+from jlora.peft.reading import PREFIX, TENSORS, TOKEN_ROWS, WITH_HEAD
 from jlora.peft.sites import Site, sites_of
 
 PyTree = Any
-# Under these tasks PEFT itself trains whole every module of such a name, and expects it in a file.
-_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+# Under the tasks WITH_HEAD PEFT itself trains whole every module of such a name.
 _HEADS = ("classifier", "score")
 
 
@@ -119,7 +118,7 @@ def taken_apart(
     # A module is saved with its bias; what is left are biases alone.
     saved = sorted({s.module for p in wholes if used[p].kind != "bias" for s in sites[p]})
     every = modules_of(stored)
-    heads = [module for module in every if task in _HEAD_TASKS and _is_head(module)]
+    heads = [module for module in every if task in WITH_HEAD and _is_head(module)]
     if targets & set(heads):
         raise ValueError(
             f"task={task!r}: PEFT trains the head whole under it, and this adapter has a method's "
