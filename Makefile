@@ -73,6 +73,7 @@ $(LIVE_VENV)/.installed: pyproject.toml Makefile
 	$(FOREIGN_PYTHON) -m venv $(LIVE_VENV)
 	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q -e . $(LIVE) \
 		"pytest>=9" "pytest-xdist>=3.8"
+	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps $(CHECKPOINT)
 	touch $@
 
 clean:

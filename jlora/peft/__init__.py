@@ -68,7 +68,8 @@ def save(
         *inputs: As in `load`.
         stored: As in `load`.
         base_model: Name or folder of the base, for the readers of the config.
-        task: One of PEFT's task types, such as "CAUSAL_LM".
+        task: One of PEFT's task types, such as "CAUSAL_LM". With "SEQ_CLS" and "TOKEN_CLS" PEFT
+            expects the head in the folder, so it is written even where it was not trained.
         embeddings: Whether the base's own table is written beside an embedding's factors, as PEFT
             does.
         reader: "vllm" writes what vLLM takes: of all modules one rank and one scale, which is
@@ -85,7 +86,10 @@ def save(
         raise ValueError(f"reader={reader!r} is neither 'peft' nor 'vllm'.")
     for_vllm = reader == "vllm"
     own_tables = embeddings and not for_vllm
-    whole = writing.taken_apart(adapter, params, used, spellings[0], embeddings=own_tables)
+    known_task = None if for_vllm else task  # vLLM takes no head.
+    whole = writing.taken_apart(
+        adapter, params, used, spellings[0], embeddings=own_tables, task=known_task
+    )
     modules = writing.modules_of(spellings[0])
     if for_vllm:
         whole = vllm.converted(whole)

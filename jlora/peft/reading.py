@@ -29,7 +29,7 @@ from jlora.transform import weights_of
 PyTree = Any
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
-_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
 
@@ -276,8 +276,7 @@ class _Reader:
                 continue
             wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-            # As PEFT matches these names: without a dot before them.
-            whole = any(module.endswith(one) for one in saved)
+            whole = any(_is_in(module, one) for one in saved)
             site = self.sites.get((module, parameter))
             # A copy of the whole embedding beside its factors is the base's, resized perhaps.
             if site is None or not (whole or wrapped or (parameter == "bias" and biases)):
@@ -288,9 +287,9 @@ class _Reader:
                 found.trained[site.path] = BitFit() if bias else Full()
         for one in saved:
             # PEFT itself adds the usual names of heads for tasks that have one.
-            if one in ("classifier", "score") and self.fields["task_type"] in _WITH_HEAD:
+            if one in ("classifier", "score") and self.fields["task_type"] in WITH_HEAD:
                 continue
-            if not any(module.endswith(one) for module in self.modules):
+            if not any(_is_in(module, one) for module in self.modules):
                 raise self.problem(f"modules_to_save has {one!r}, which the model has not.")
         return found
 
@@ -354,3 +353,12 @@ class _Reader:
                 f"the tensors {listed(sorted(self.left))} belong to nothing that the config and "
                 f"the model have."
             )
+
+
+def _is_in(module: str, saved: str) -> bool:
+    """Whether a module, or one that it is part of, has a name that PEFT saves it by.
+
+    PEFT compares the ends of names, without a dot before them.
+    """
+    ends = (place for place, letter in enumerate(f"{module}.") if letter == ".")
+    return any(module[:end].endswith(saved) for end in ends)

@@ -22,10 +22,12 @@ from jlora.checkpoints.tensors import listed, new_folder
 from jlora.peft.config import CONFIG
 from jlora.peft.formats import FORMATS, Format
 from jlora.peft.layouts import Facts, to_file
-from jlora.peft.reading import PREFIX, TENSORS, TOKEN_ROWS
+from jlora.peft.reading import PREFIX, TENSORS, TOKEN_ROWS, WITH_HEAD
 from jlora.peft.sites import Site, sites_of
 
 PyTree = Any
+# Under the tasks WITH_HEAD PEFT itself trains whole every module of such a name.
+_HEADS = ("classifier", "score")
 
 
 class Module(NamedTuple):
@@ -65,6 +67,7 @@ def taken_apart(
     stored: Mapping[str, Stored],
     *,
     embeddings: bool,
+    task: str | None = None,
 ) -> Whole:
     """An adapter as PEFT's modules and tensors.
 
@@ -74,6 +77,8 @@ def taken_apart(
         used: Every weight of the base, with how the model uses it.
         stored: Which tensors of a checkpoint they are.
         embeddings: Whether to write the base's own table beside the factors of an embedding.
+        task: PEFT's task type. With those of classification the head is written whole, trained or
+            not.
 
     Raises:
         ValueError: PEFT has no form for a part of it.
@@ -112,9 +117,19 @@ def taken_apart(
     targets = {module.site.module for module in modules}
     # A module is saved with its bias; what is left are biases alone.
     saved = sorted({s.module for p in wholes if used[p].kind != "bias" for s in sites[p]})
+    every = modules_of(stored)
+    heads = [module for module in every if task in WITH_HEAD and _is_head(module)]
+    if targets & set(heads):
+        raise ValueError(
+            f"task={task!r}: PEFT trains the head whole under it, and this adapter has a method's "
+            f"part on {listed(sorted(targets & set(heads)))}. Leave out the task, or train the "
+            f"head with jlora.Full."
+        )
+    names = _saved_names([module for module in saved if module not in heads], every)
+    saved = sorted({*saved, *heads})
     extra |= _saved_tensors(saved, wholes, arrays, stored, sites)
     if saved:
-        fields["modules_to_save"] = _saved_names(saved, modules_of(stored))
+        fields["modules_to_save"] = [*names, *(_HEADS if heads else ())]
     biases = {p: wholes[p] for p in wholes if not {s.module for s in sites[p]} <= set(saved)}
     if biases and not form.biases:
         raise ValueError(
@@ -352,6 +367,11 @@ def _endings(chosen: Sequence[str], modules: Sequence[str], parts: int = 1) -> s
         like = {m for m in modules if m == ending or m.endswith(f".{ending}")}
         endings.add(ending if like <= set(chosen) else name)
     return endings
+
+
+def _is_head(module: str) -> bool:
+    """Whether PEFT takes a module, or one that it is part of, for the head: by the name's end."""
+    return any(part.endswith(_HEADS) for part in module.split("."))
 
 
 def _saved_names(saved: Sequence[str], modules: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,11 @@ def expected(model: Any) -> dict[str, torch.Tensor]:
     return {**known, "output": whole.last_hidden_state, "output_bfloat16": hidden}
 
 
-def main() -> None:
+def main(data: Path = DATA, names: Iterable[str] = tuple(CASES)) -> None:
     """Writes one folder per case."""
-    shutil.rmtree(DATA, ignore_errors=True)
-    for name in CASES:
-        folder = DATA / name
+    shutil.rmtree(data, ignore_errors=True)
+    for name in names:
+        folder = data / name
         model = model_of(name)
         tensors = expected(model)
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -152,7 +153,7 @@ def main() -> None:
         )
         print(name, sum(file.stat().st_size for file in folder.iterdir()))
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (DATA / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    (data / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 if __name__ == "__main__":

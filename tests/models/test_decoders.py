@@ -137,6 +137,11 @@ def test_configs_from_before_transformers_5_mean_the_same(name: str) -> None:
     assert decoder_config(before_transformers_5(raw(name))) == decoder_config(raw(name))
 
 
+def test_configs_may_hold_the_defaults_of_generation() -> None:
+    spelled = {"top_k": 50, "top_p": 1.0, "temperature": 1.0, "num_beams": 1, "typical_p": 1.0}
+    assert decoder_config({**raw("llama"), **spelled}) == decoder_config(raw("llama"))
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

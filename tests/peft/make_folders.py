@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -247,13 +248,15 @@ def moved(model: torch.nn.Module) -> None:
             parameter.data = parameter.data + torch.randn_like(parameter) * size
 
 
-def main() -> None:
+def main(data: Path = DATA, names: Iterable[str] = tuple(CASES)) -> None:
     """Writes one folder per case."""
     warnings.simplefilter("ignore")
-    shutil.rmtree(DATA, ignore_errors=True)
-    for name, (base, config, fields) in CASES.items():
-        folder = DATA / name
+    shutil.rmtree(data, ignore_errors=True)
+    for name in names:
+        base, config, fields = CASES[name]
+        folder = data / name
         base = base if base in CLASSES else f"decoders/{base}"
+        torch.manual_seed(sum(map(ord, name)))  # PEFT draws its factors.
         wrapped = peft.get_peft_model(base_of(base), config(task_type=task_of(base), **fields))
         moved(wrapped)
         wrapped.eval()
@@ -263,6 +266,9 @@ def main() -> None:
         (folder / "README.md").unlink(missing_ok=True)
         written = json.loads((folder / "adapter_config.json").read_text())
         written["base_model_name_or_path"] = base  # And not a folder of this machine.
+        for field in ("target_modules", "feedforward_modules"):
+            if isinstance(written.get(field), list):  # PEFT has sets, of no order.
+                written[field] = sorted(written[field])
         text = json.dumps(written, indent=2, sort_keys=True) + "\n"
         (folder / "adapter_config.json").write_text(text)
         save_file({"output": output.float().contiguous()}, folder / "expected.safetensors")
@@ -272,7 +278,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (DATA / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    (data / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 if __name__ == "__main__":

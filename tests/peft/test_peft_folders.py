@@ -22,6 +22,7 @@ import jlora
 from jlora import models, peft
 from jlora.checkpoints.pieces import whole
 from jlora.factored.probe import Axes
+from jlora.models import folders
 from jlora.peft.config import COMMON, targeted
 from jlora.peft.layouts import Facts, Layout, to_file, to_leaf
 from jlora.peft.sites import sites_of
@@ -121,8 +122,7 @@ def test_what_peft_wrote_is_written_again(name: str, scanned: bool, tmp_path: pa
             assert written[field] == known[field], field
     assert written.get("target_parameters") == known.get("target_parameters")
     # PEFT adds the usual names of heads, whether there are such or not.
-    saved = set(known.get("modules_to_save") or []) - {"score"}
-    assert set(written["modules_to_save"] or []) == saved
+    assert set(written["modules_to_save"] or []) == set(known.get("modules_to_save") or [])
     modules = list({site.module for site in sites_of(models.stored_weights(model)[0])})
     ours, theirs = (targeted({**COMMON, **fields}, modules) for fields in (written, known))
     assert ours == theirs
@@ -558,3 +558,36 @@ def test_what_vllm_does_not_take_is_refused(
     with pytest.raises(ValueError, match=message):
         peft.save(tmp_path / "out", adapter, base_of(name).model, params, reader="vllm")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "modules"),
+    [
+        ("bert_sequence", "SEQ_CLS", {"classifier"}),
+        ("bert_tokens", "TOKEN_CLS", {"classifier"}),
+        ("roberta_sequence", "SEQ_CLS", {"classifier.dense", "classifier.out_proj"}),
+        ("distilbert_sequence", "SEQ_CLS", {"pre_classifier", "classifier"}),
+    ],
+)
+def test_a_task_of_classification_writes_the_head_that_peft_expects(
+    name: str, task: str, modules: set[str], tmp_path: pathlib.Path
+) -> None:
+    model, params = base(f"encoders/{name}")
+    shapes = folders.example_inputs(model)
+    lora = jlora.lora_transform(model.apply, {"query/kernel": jlora.LoRA(rank=2, alpha=3)})
+    adapter = lora.init(jax.random.key(0), params, *shapes)
+    peft.save(tmp_path / "out", adapter, model, params, task=task)
+    written = safetensors.numpy.load_file(tmp_path / "out" / TENSORS)
+    heads = {key for key in written if "lora_" not in key}
+    assert heads == {f"{PREFIX}{m}.{end}" for m in modules for end in ("weight", "bias")}
+    again = peft.load(tmp_path / "out", model, params).adapter
+    jax.tree.map(np.testing.assert_array_equal, {p: again[p] for p in adapter}, adapter)
+
+
+def test_a_method_on_the_head_is_refused_under_a_task_that_saves_it(tmp_path: pathlib.Path) -> None:
+    model, params = base("encoders/bert_sequence")
+    shapes = folders.example_inputs(model)
+    lora = jlora.lora_transform(model.apply, {"classifier/kernel": jlora.LoRA(rank=2, alpha=3)})
+    adapter = lora.init(jax.random.key(0), params, *shapes)
+    with pytest.raises(ValueError, match="task='SEQ_CLS': PEFT trains the head whole"):
+        peft.save(tmp_path / "out", adapter, model, params, task="SEQ_CLS")

@@ -1,0 +1,63 @@
+"""The committed data, written again by the scripts beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+for package, version in (("torch", None), ("transformers", "5.0"), ("peft", None)):
+    pytest.importorskip(package, minversion=version)
+
+from safetensors.torch import load_file  # noqa: E402
+
+pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
+
+TESTS = pathlib.Path(__file__).parent.parent
+SCRIPTS = {
+    "models/make_decoder_data.py": ("models/data/decoders", ["llama3", "gemma3", "qwen3_moe"]),
+    "models/make_encoder_data.py": ("models/data/encoders", ["bert_sequence", "vit", "vit_image"]),
+    "peft/make_folders.py": (
+        "peft/data",
+        ["lora", "dora", "lokr", "vblora", "roberta_tokens", "vit_loha"],
+    ),
+}
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, TESTS / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_a_script_writes_its_data_again(path: str, tmp_path: pathlib.Path) -> None:
+    data, names = SCRIPTS[path]
+    # The other way round: no case depends on those before it.
+    script(path).main(tmp_path, names[::-1])
+    committed = TESTS / data
+    for name in names:
+        written = sorted(file.name for file in (tmp_path / name).iterdir())
+        assert written == sorted(file.name for file in (committed / name).iterdir())
+        for file in written:
+            new, old = tmp_path / name / file, committed / name / file
+            if new.suffix == ".json":
+                assert json.loads(new.read_text()) == json.loads(old.read_text()), file
+                continue
+            again, known = load_file(new), load_file(old)
+            assert again.keys() == known.keys()
+            for key, value in known.items():
+                assert again[key].dtype == value.dtype
+                # Draws are the same bits; another processor sums in another order. Outputs in
+                # bfloat16 may then round to the other neighbour, 2 ** -8 away.
+                loose = 2**-7 if key.endswith("bfloat16") else 1e-6
+                np.testing.assert_allclose(
+                    again[key].float(), value.float(), atol=1e-5, rtol=loose, err_msg=key
+                )
