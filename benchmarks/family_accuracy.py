@@ -533,6 +533,11 @@ def run(
     rows = [Row("frozen encoder", frozen_accuracy, 0, count, round(head_seconds, 1))]
     train_labels = np.array(texts["train"]["label"])
     majority = float(np.mean(whole.labels == np.bincount(train_labels).argmax()))
+    order = ["frozen encoder", *(family.name for family in FAMILIES)]
+
+    def place(row: Row) -> int:
+        return order.index(row.family)
+
     print(f"{len(train_labels):,} training texts, {len(whole.labels):,} test texts")
     print(f"{len(whole.plan):,} steps, most frequent package {majority:.3f}")
     print(HEADER)
@@ -567,7 +572,7 @@ def run(
                 "standard_error": math.sqrt(
                     frozen_accuracy * (1 - frozen_accuracy) / len(whole.labels)
                 ),
-                "rows": [dataclasses.asdict(row) for row in rows],
+                "rows": [dataclasses.asdict(row) for row in sorted(rows, key=place)],
             }
             output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
