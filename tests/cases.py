@@ -47,7 +47,8 @@ FAMILIES = {
     "lokr_tucker": Family(jlora.LoKr(rank=1, alpha=3, tucker=True, factor=2)),
     "lokr_pairs": Family(jlora.LoKr(rank=1, alpha=3, decompose_both=True)),
     "hira": Family(jlora.HiRA(rank=2)),
-    "fourierft": Family(jlora.FourierFT(frequencies=1, alpha=5), starts_at_base=False),
+    # A wave that does not vanish in the sum of fused_qkv's three parts.
+    "fourierft": Family(jlora.FourierFT(frequencies=1, alpha=5, seed=32), starts_at_base=False),
     "fourierft_whole": Family(jlora.FourierFT(frequencies=9, alpha=5, std=0)),
     "ia3": Family(jlora.IA3()),
     "ia3_inputs": Family(jlora.IA3(on="inputs")),
