@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,22 @@ class Whole(NamedTuple):
     fields: dict[str, Any]
 
 
+class _Base(NamedTuple):
+    """The weights that an adapter belongs on, by path.
+
+    Attributes:
+        arrays: Their numbers.
+        used: How the model uses them.
+        stored: Which tensors of a checkpoint they are.
+        sites: Which modules' parameters they are.
+    """
+
+    arrays: Mapping[str, Any]
+    used: Mapping[str, Weight]
+    stored: Mapping[str, Stored]
+    sites: Mapping[str, list[Site]]
+
+
 def taken_apart(
     adapter: Mapping[str, Any],
     params: PyTree,
@@ -85,68 +101,58 @@ def taken_apart(
     """
     leaves = check_adapter(adapter)
     flat = tree.flatten(params)
-    arrays = dict(zip(flat.paths, flat.leaves, strict=True))
-    sites = _by_path(stored)
-    strange = [path for path in leaves if path not in sites]
+    base = _Base(dict(zip(flat.paths, flat.leaves, strict=True)), used, stored, _by_path(stored))
+    strange = [path for path in leaves if path not in base.sites]
     if strange:
         raise ValueError(
             f"The adapter has {listed(strange)}, which no tensor of a checkpoint is. Give the "
             f"model that it was made for."
         )
-    own = {
-        path: leaf
-        for path, leaf in leaves.items()
-        if not isinstance(leaf, FullLeaf | TokenRowsLeaf)
-    }
+    wholes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, FullLeaf)}
+    rows = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TokenRowsLeaf)}
+    own = {path: leaf for path, leaf in leaves.items() if path not in {*wholes, *rows}}
     kind = _kind(own)
     form = FORMATS[kind]
     modules = [
         module
         for path, leaf in own.items()
-        for module in _modules(form, leaf, used[path], sites[path])
+        for module in _modules(form, leaf, used[path], base.sites[path])
     ]
     if not modules:
         raise ValueError(
             "The adapter has no part of a method of PEFT's: what is trained whole goes into a "
             "merged checkpoint. Use jlora.merge and jlora.models.save."
         )
-    _check_gains(modules, arrays, sites)
-    extra = _shared(form, adapter, own)
-    fields: dict[str, Any] = {}
-    wholes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, FullLeaf)}
+    _check_gains(modules, base)
     targets = {module.site.module for module in modules}
     # A module is saved with its bias; what is left are biases alone.
-    saved = sorted({s.module for p in wholes if used[p].kind != "bias" for s in sites[p]})
-    every = modules_of(stored)
-    heads = [module for module in every if task in WITH_HEAD and _is_head(module)]
-    if targets & set(heads):
-        raise ValueError(
-            f"task={task!r}: PEFT trains the head whole under it, and this adapter has a method's "
-            f"part on {listed(sorted(targets & set(heads)))}. Leave out the task, or train the "
-            f"head with jlora.Full."
-        )
-    names = _saved_names([module for module in saved if module not in heads], every)
-    saved = sorted({*saved, *heads})
-    extra |= _saved_tensors(saved, wholes, arrays, stored, sites)
-    if saved:
-        fields["modules_to_save"] = [*names, *(_HEADS if heads else ())]
-    biases = {p: wholes[p] for p in wholes if not {s.module for s in sites[p]} <= set(saved)}
+    trained = {s.module for p in wholes if used[p].kind != "bias" for s in base.sites[p]}
+    heads = _heads(task, targets, base)
+    saved = trained | heads
+    biases = {p: wholes[p] for p in wholes if not {s.module for s in base.sites[p]} <= saved}
     if biases and not form.biases:
         raise ValueError(
             f"PEFT's {kind} has no mode for biases, and this adapter has {listed(sorted(biases))}. "
             f"Merge it, or leave the biases as they are."
         )
+    fields: dict[str, Any] = {}
+    if saved:
+        names = _saved_names(trained - heads, modules_of(stored))
+        fields["modules_to_save"] = [*names, *(_HEADS if heads else ())]
     if biases:
-        fields["bias"] = _bias_mode(biases, targets, sites, set(saved))
-        extra |= _bias_tensors(biases, targets, arrays, sites)
-    for path, leaf in leaves.items():
-        if isinstance(leaf, TokenRowsLeaf):
-            name, rows = _rows(path, leaf, arrays[path], sites)
-            extra[f"{name}.{TOKEN_ROWS}"] = rows
-            ending = name.rpartition(".")[2]
-            fields.setdefault("trainable_token_indices", {})[ending] = list(leaf.tokens)
-    if embeddings:
-        extra |= _embeddings(modules, arrays)
+        fields["bias"] = _bias_mode(biases, targets, saved, base)
+    if rows:
+        fields["trainable_token_indices"] = {
+            base.sites[path][0].module.rpartition(".")[2]: list(leaf.tokens)
+            for path, leaf in rows.items()
+        }
+    extra = {
+        **_shared(form, adapter, own),
+        **_saved_tensors(saved, wholes, base),
+        **_bias_tensors(biases, targets, base),
+        **_row_tensors(rows, base),
+        **(_embeddings(modules, base) if embeddings else {}),
+    }
     return Whole(kind, modules, extra, fields)
 
 
@@ -254,16 +260,15 @@ def _modules(form: Format, leaf: Any, weight: Weight, sites: list[Site]) -> list
     return found
 
 
-def _check_gains(
-    modules: Sequence[Module], arrays: Mapping[str, Any], sites: Mapping[str, list[Site]]
-) -> None:
+def _check_gains(modules: Sequence[Module], base: _Base) -> None:
     """Refuses gains on the outputs of modules with a bias, which PEFT would scale too."""
-    biases = {s.module: s.path for some in sites.values() for s in some if s.parameter == "bias"}
+    every = [site for some in base.sites.values() for site in some]
+    biases = {site.module: site.path for site in every if site.parameter == "bias"}
     for module in modules:
         gains = module.tensors.get("ia3_l")
         path = biases.get(module.site.module)
         outputs = gains is not None and gains.shape[0] != 1
-        if outputs and path and np.asarray(jax.device_get(arrays[path])).any():
+        if outputs and path and np.asarray(jax.device_get(base.arrays[path])).any():
             raise ValueError(
                 f"PEFT's IA3 scales the bias of {module.site.module} with its outputs, and jlora's "
                 f"scales the weight alone, so PEFT would compute something else. Merge the adapter."
@@ -374,7 +379,7 @@ def _is_head(module: str) -> bool:
     return any(part.endswith(_HEADS) for part in module.split("."))
 
 
-def _saved_names(saved: Sequence[str], modules: Sequence[str]) -> list[str]:
+def _saved_names(saved: Collection[str], modules: Sequence[str]) -> list[str]:
     """The shortest names for `modules_to_save`, of which PEFT compares the ends without a dot.
 
     It would take "norm" for every layer norm.
@@ -403,11 +408,25 @@ def _lokr_factor(modules: Sequence[Module]) -> int:
 # --- what is trained whole ------------------------------------------------------------------------
 
 
-def _value(path: str, leaf: Any, arrays: Mapping[str, Any]) -> np.ndarray:
+def _heads(task: str | None, targets: set[str], base: _Base) -> set[str]:
+    """The modules that PEFT trains whole for the task's sake."""
+    if task not in WITH_HEAD:
+        return set()
+    heads = {module for module in modules_of(base.stored) if _is_head(module)}
+    if targets & heads:
+        raise ValueError(
+            f"task={task!r}: PEFT trains the head whole under it, and this adapter has a method's "
+            f"part on {listed(sorted(targets & heads))}. Leave out the task, or train the head "
+            f"with jlora.Full."
+        )
+    return heads
+
+
+def _value(path: str, leaf: Any, base: _Base) -> np.ndarray:
     """A weight with its difference added, in float32 and rounded to the weight's type."""
-    base = np.asarray(jax.device_get(arrays[path]))
+    value = np.asarray(jax.device_get(base.arrays[path]))
     delta = np.asarray(jax.device_get(leaf.delta), np.float32)
-    return base if not delta.any() else (base.astype(np.float32) + delta).astype(base.dtype)
+    return value if not delta.any() else (value.astype(np.float32) + delta).astype(value.dtype)
 
 
 def _tensor(site: Site, value: np.ndarray) -> np.ndarray:
@@ -421,32 +440,26 @@ def _tensor(site: Site, value: np.ndarray) -> np.ndarray:
 
 
 def _saved_tensors(
-    saved: Sequence[str],
-    wholes: Mapping[str, Any],
-    arrays: Mapping[str, Any],
-    stored: Mapping[str, Stored],
-    sites: Mapping[str, list[Site]],
+    saved: Collection[str], wholes: Mapping[str, Any], base: _Base
 ) -> dict[str, np.ndarray]:
     """All parameters of these modules, trained or not: a module is saved as one."""
     tensors = {}
-    for path in stored:
-        for site in sites[path]:
+    for path in base.stored:
+        for site in base.sites[path]:
             if site.module in saved:
-                value = np.asarray(jax.device_get(arrays[path]))
-                value = _value(path, wholes[path], arrays) if path in wholes else value
+                value = np.asarray(jax.device_get(base.arrays[path]))
+                value = _value(path, wholes[path], base) if path in wholes else value
                 tensors[f"{site.module}.{site.parameter}"] = _tensor(site, value)
     return tensors
 
 
 def _bias_mode(
-    biases: Mapping[str, Any],
-    targets: set[str],
-    sites: Mapping[str, list[Site]],
-    saved: set[str],
+    biases: Collection[str], targets: set[str], saved: Collection[str], base: _Base
 ) -> str:
     """Which of the two sets of biases that PEFT can train these are."""
-    trained = {site.module for path in biases for site in sites[path]}
-    every = {s.module for some in sites.values() for s in some if s.parameter == "bias"} - saved
+    trained = {site.module for path in biases for site in base.sites[path]}
+    every = {s.module for some in base.sites.values() for s in some if s.parameter == "bias"}
+    every = every.difference(saved)
     if trained == every & targets:
         return "lora_only"
     if trained == every:
@@ -458,36 +471,34 @@ def _bias_mode(
 
 
 def _bias_tensors(
-    biases: Mapping[str, Any],
-    targets: set[str],
-    arrays: Mapping[str, Any],
-    sites: Mapping[str, list[Site]],
+    biases: Mapping[str, Any], targets: set[str], base: _Base
 ) -> dict[str, np.ndarray]:
     tensors = {}
     for path, leaf in biases.items():
-        value = _value(path, leaf, arrays)
-        for site in sites[path]:
+        value = _value(path, leaf, base)
+        for site in base.sites[path]:
             inner = ".base_layer" if site.module in targets else ""
             tensors[f"{site.module}{inner}.bias"] = _tensor(site, value)
     return tensors
 
 
-def _rows(
-    path: str, leaf: TokenRowsLeaf, base: Any, sites: Mapping[str, list[Site]]
-) -> tuple[str, np.ndarray]:
-    """An embedding's name, and its trained rows as they are."""
-    table = np.asarray(jax.device_get(base))[list(leaf.tokens)]
-    delta = np.asarray(jax.device_get(leaf.delta), np.float32)
-    rows = (table.astype(np.float32) + delta).astype(table.dtype)
-    return sites[path][0].module, rows
+def _row_tensors(rows: Mapping[str, TokenRowsLeaf], base: _Base) -> dict[str, np.ndarray]:
+    """The trained rows of embeddings, as they are."""
+    tensors = {}
+    for path, leaf in rows.items():
+        table = np.asarray(jax.device_get(base.arrays[path]))[list(leaf.tokens)]
+        delta = np.asarray(jax.device_get(leaf.delta), np.float32)
+        value = (table.astype(np.float32) + delta).astype(table.dtype)
+        tensors[f"{base.sites[path][0].module}.{TOKEN_ROWS}"] = value
+    return tensors
 
 
-def _embeddings(modules: Sequence[Module], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _embeddings(modules: Sequence[Module], base: _Base) -> dict[str, np.ndarray]:
     """The tables that PEFT writes beside their factors: of decoders' embeddings and heads."""
     tensors = {}
     for module in modules:
         site = module.site
         if site.module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            value = np.asarray(jax.device_get(arrays[site.path]))
+            value = np.asarray(jax.device_get(base.arrays[site.path]))
             tensors[f"{site.module}.base_layer.{site.parameter}"] = _tensor(site, value)
     return tensors

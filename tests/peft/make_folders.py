@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, type, dict[str, Any]]] = {
     "lora_rs": (
         "qwen3",
         peft.LoraConfig,
-        {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": "all-linear"},
+        {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": "all-linear"},
     ),
     "lora_patterns": (
         "llama3",

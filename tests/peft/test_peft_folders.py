@@ -86,8 +86,8 @@ def test_the_adapted_model_computes_what_peft_computes(name: str, scanned: bool)
     theirs = safetensors.numpy.load_file(DATA / name / "expected.safetensors")["output"]
     # What follows padding means nothing.
     seen = given[1] > 0 if out.ndim == 3 else ...
-    # float32 through two adapted layers; logits up to 9.
-    np.testing.assert_allclose(out[seen], theirs[seen], atol=2e-5, rtol=2e-6)
+    # float32: one ulp in every weight moves some of these outputs by 2.5e-5.
+    np.testing.assert_allclose(out[seen], theirs[seen], atol=5e-5)
 
 
 @pytest.mark.parametrize(("name", "scanned"), BOTH)
