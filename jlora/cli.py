@@ -30,14 +30,14 @@ class ExportMerged:
     """Merge an adapter into its base and write a Hugging Face folder.
 
     Attributes:
-        base: Folder of the base model.
+        base: Folder of the base model, or its name on the Hub.
         adapter: File of jlora.save_adapter, or folder of PEFT's.
         out: The new folder.
         dtype: Of the weights; those of the base when left out.
         shard_gb: Size of a file, in 10^9 bytes.
     """
 
-    base: Path
+    base: str
     adapter: Path
     out: Path
     dtype: str | None = None
@@ -50,7 +50,7 @@ class ExportPeft:
     """Write an adapter as a folder that PEFT, or vLLM, reads.
 
     Attributes:
-        base: Folder of the base model.
+        base: Folder of the base model, or its name on the Hub.
         adapter: File of jlora.save_adapter.
         out: The new folder.
         vllm: Write what vLLM takes, or say why it cannot be.
@@ -58,7 +58,7 @@ class ExportPeft:
         base_name: The base's name for the folder's readers; its path when left out.
     """
 
-    base: Path
+    base: str
     adapter: Path
     out: Path
     vllm: bool = False
@@ -72,12 +72,12 @@ class ExportAdapter:
     """Write a folder of PEFT's as one adapter file of jlora's.
 
     Attributes:
-        base: Folder of the base model.
+        base: Folder of the base model, or its name on the Hub.
         adapter: Folder of PEFT's.
         out: The new file.
     """
 
-    base: Path
+    base: str
     adapter: Path
     out: Path
     example = "jlora export adapter base/ peft-adapter/ adapter.safetensors"
@@ -88,7 +88,7 @@ class Generate:
     """Write what follows a prompt.
 
     Attributes:
-        model: Folder of a decoder, with its tokenizer.json.
+        model: Folder of a decoder with its tokenizer.json, or its name on the Hub.
         prompt: The text that is continued.
         adapter: File of jlora.save_adapter, or folder of PEFT's.
         max_new_tokens: How many tokens are written at most.
@@ -99,7 +99,7 @@ class Generate:
         dtype: Of the weights; that of the files when left out.
     """
 
-    model: Path
+    model: str
     prompt: str
     adapter: Path | None = None
     max_new_tokens: int = 64
@@ -147,7 +147,7 @@ def export_peft(options: ExportPeft) -> None:
         adapter,
         model,
         params,
-        base_model=options.base_name or str(options.base),
+        base_model=options.base_name or options.base,
         task=options.task,
         reader="vllm" if options.vllm else "peft",
     )
@@ -181,15 +181,17 @@ def generate(options: Generate) -> None:
     from tokenizers import Tokenizer
 
     from jlora import models
+    from jlora.checkpoints.hub import folder_of
     from jlora.transform import lora_transform
 
-    file = options.model / "tokenizer.json"
+    folder = folder_of(options.model)
+    file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: jlora generate needs the tokenizer.")
     tokenizer = Tokenizer.from_file(str(file))
-    model, params = models.load(options.model, dtype=options.dtype)
+    model, params = models.load(folder, dtype=options.dtype)
     if not isinstance(model, models.Decoder):
-        raise ValueError(f"{options.model} holds a {type(model).__name__}, which writes no text.")
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text.")
     given: Any = params
     apply: Callable[..., Any] | None = None
     if options.adapter is not None:
@@ -200,7 +202,7 @@ def generate(options: Generate) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop_tokens=models.stop_tokens(options.model),
+        stop_tokens=models.stop_tokens(folder),
     )
     ids = tokenizer.encode(options.prompt).ids
     written = models.generate(

@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora.checkpoints.tensors import open_file, opened, read_json
+from jlora.checkpoints.tensors import ITEM_BYTES, open_file, opened, read_json
 from jlora.peft.config import CONFIG, read_config
 from jlora.peft.reading import PREFIX, TENSORS
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
 
 class Contents(NamedTuple):
@@ -59,7 +57,7 @@ def _counted(shapes: Mapping[str, tuple[int, ...]], dtypes: Iterable[str]) -> di
     """How many numbers and bytes there are, and of which types."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     kinds = list(dtypes)
-    total = sum(size * _BYTES.get(kind, 1) for size, kind in zip(sizes, kinds, strict=True))
+    total = sum(size * ITEM_BYTES.get(kind, 1) for size, kind in zip(sizes, kinds, strict=True))
     of_each = collections.Counter(kinds)
     return {
         "parameters": f"{sum(sizes):,}",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,13 @@ DTYPES: dict[str, Any] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
+}
+# Of the types of all safetensors files, in bytes; weights are of those above.
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -190,8 +196,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_shards(
     folder: Path,
-    headers: Mapping[str, tuple[Any, tuple[int, ...]]],
-    make: Any,
+    sizes: Mapping[str, int],
+    make: Callable[[str], np.ndarray],
     *,
     metadata: Mapping[str, str],
     shard_bytes: int,
@@ -200,18 +206,20 @@ def write_shards(
 
     Args:
         folder: An existing one.
-        headers: Of each tensor, its NumPy dtype and shape.
+        sizes: Of each tensor, in bytes.
         make: A tensor's name to the tensor. It is asked for once per name; no more than a file's
             tensors are held at a time.
         metadata: Of every file.
         shard_bytes: No file is larger, unless one tensor alone is.
     """
-    sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in headers.items()}
     shards: list[list[str]] = [[]]
+    filled = 0
     for key, size in sizes.items():
-        if shards[-1] and sum(sizes[k] for k in shards[-1]) + size > shard_bytes:
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(key)
+        filled += size
     places: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS

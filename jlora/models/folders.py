@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from jlora import tree
 from jlora.checkpoints import hub, pieces
 from jlora.checkpoints.tensors import (
     DTYPES,
+    ITEM_BYTES,
     Tensors,
     listed,
     new_folder,
@@ -77,12 +80,14 @@ class _Format(NamedTuple):
         carried: The names of tensors that are none of the model's, but belong to its files.
         spellings: From the names in `weights` to those that a checkpoint may have instead; each
             keeps to one of them.
+        copies: Of carried tensors that repeat a weight, the name of the weight's own.
     """
 
     model: Any
     weights: dict[str, pieces.Weight]
     carried: re.Pattern[str]
     spellings: Sequence[Callable[[str], str]]
+    copies: Mapping[str, str] = types.MappingProxyType({})
 
 
 def load(
@@ -178,16 +183,16 @@ def save(
         pieces.check(tensors, weights, form.carried)
         _check_params(arrays, weights)
         own = pieces.headers(weights, lambda key: _dtype(tensors.headers[key].dtype, dtype))
-        rest = sorted(set(tensors.headers) - set(own))
-        shapes = {key: tensors.headers[key].shape for key in rest}
-        carried = {key: tensors.read(key) for key in rest}
+        copies = {copy: of for copy, of in form.copies.items() if copy in tensors.headers}
+        own |= {copy: own[of] for copy, of in copies.items()}
+        rest = {key: header for key, header in tensors.headers.items() if key not in own}
         make = pieces.maker(weights, arrays)
 
         def tensor(key: str) -> np.ndarray:
-            if key in carried:
-                return carried[key]
+            if key in rest:
+                return tensors.read(key)
             with np.errstate(over="ignore"):  # It is an error below.
-                made = make(key).astype(own[key][0])
+                made = make(copies.get(key, key)).astype(own[key][0])
             if not np.isfinite(made).all():
                 raise ValueError(
                     f"{key} holds NaN or Inf in {made.dtype}; nothing was written. Export an "
@@ -195,9 +200,10 @@ def save(
                 )
             return made
 
-        headers = {**own, **{key: (carried[key].dtype, shapes[key]) for key in rest}}
+        sizes = {key: math.prod(shape) * kind.itemsize for key, (kind, shape) in own.items()}
+        sizes |= {key: math.prod(h.shape) * ITEM_BYTES[h.dtype] for key, h in rest.items()}
         metadata = tensors.metadata or {"format": "pt"}
-        write_shards(partial, headers, tensor, metadata=metadata, shard_bytes=shard_bytes)
+        write_shards(partial, sizes, tensor, metadata=metadata, shard_bytes=shard_bytes)
         _copy_companions(source, partial)
         if dtype is not None:
             _say_dtype(partial / "config.json", np.dtype(dtype).name)
@@ -219,9 +225,10 @@ def _decoder(
     model = _made(Decoder, decoder_config(raw, where), options)
     # Old releases stored frequencies, and others the head that is the embedding.
     names = r".*rotary_emb\.inv_freq|lm_head\.weight" if model.config.tied else r".*inv_freq"
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tied else {}
     # Base models leave out the first part.
     spellings = (str, _without_prefix)
-    return _Format(model, decoder_weights(model), re.compile(names), spellings)
+    return _Format(model, decoder_weights(model), re.compile(names), spellings, copies)
 
 
 def _encoder(
