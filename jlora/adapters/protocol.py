@@ -211,7 +211,7 @@ class AdapterConfig(abc.ABC):
 
     def shared(self, key: jax.Array, weights: Sequence[Weight]) -> SharedArrays:
         """What these weights share, for families with a `share`."""
-        raise NotImplementedError(type(self).__name__)
+        raise TypeError(f"{type(self).__name__} shares nothing between weights.")
 
 
 class Arrays(abc.ABC):

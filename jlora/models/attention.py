@@ -59,6 +59,8 @@ def attend(
             f"{query.shape[1]} queries and {key.shape[1]} keys need query_slots: which key each "
             f"query stands at."
         )
+    if key_segments is not None and query_segments is None:
+        raise ValueError("key_segments without query_segments say nothing. Give both, or neither.")
     if implementation is None:
         implementation = _best(query, own=own, segmented=query_segments is not None, cap=softcap)
     if implementation == "splash":
@@ -72,7 +74,7 @@ def attend(
         raise ValueError(
             f"implementation='cudnn' has no softcap={softcap}. Use 'xla', or leave it to jlora."
         )
-    plain = own and query_segments is None and key_segments is None
+    plain = own and query_segments is None
     if softcap is None and plain:
         return jax.nn.dot_product_attention(
             query,

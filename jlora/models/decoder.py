@@ -24,12 +24,12 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from jlora.models import attention as attending
-from jlora.models.parts import ACTIVATIONS, named_axes
+from jlora.models.parts import ACTIVATIONS, named_axes, rows_of
 from jlora.models.rope import Rope, rotate
 
 Remat = Literal["nothing", "projections", "everything"]
-_POLICIES: dict[str, Any] = {
-    "nothing": None,
+_REMATS: dict[str, Any] = {  # But "nothing".
+    "everything": jax.checkpoint_policies.nothing_saveable,
     "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -356,14 +356,13 @@ class Decoder(nn.Module):
         c = self.config
         block: Any = Block
         if self.remat != "nothing":
-            policies = {**_POLICIES, "everything": jax.checkpoint_policies.nothing_saveable}
-            if self.remat not in policies:
-                raise ValueError(f"remat={self.remat!r} is none of {sorted(policies)}.")
+            if self.remat not in _REMATS:
+                raise ValueError(f"remat={self.remat!r} is none of {['nothing', *_REMATS]}.")
             # A scan needs no barrier against undoing the recomputation.
             static = () if self.scanned else (2,)
             block = nn.remat(
                 Block,
-                policy=policies[self.remat],
+                policy=_REMATS[self.remat],
                 prevent_cse=not self.scanned,
                 static_argnums=static,
             )
@@ -410,7 +409,7 @@ class Decoder(nn.Module):
         """Logits (batch, length, vocabulary) in float32, and with a cache the cache grown.
 
         Args:
-            input_ids: (batch, length) token numbers; one past the vocabulary makes its text NaN.
+            input_ids: (batch, length) token numbers; one that is no token makes its text NaN.
             mask: (batch, length), 0 or False for padding. Several texts packed into a row have
                 numbers 1, 2, ..., and none sees another.
             positions: (batch, length), where in its text each token stands; counted from the first
@@ -469,7 +468,19 @@ class Decoder(nn.Module):
         positions: jax.Array | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
-        c, (batch, length) = self.config, input_ids.shape
+        c = self.config
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids has shape {input_ids.shape} instead of (batch, length). Give one text "
+                f"as input_ids[None]."
+            )
+        for name, given in (("mask", mask), ("positions", positions)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {given.shape}, input_ids {input_ids.shape}. Give one entry "
+                    f"per token."
+                )
+        batch, length = input_ids.shape
         segments = None if mask is None else mask.astype(jnp.int32)
         if positions is None:
             if cache is not None:
@@ -478,12 +489,19 @@ class Decoder(nn.Module):
         tables = tuple(kind.rope.table(positions) if kind.rope else None for kind in c.kinds)
         context = _Context(tables, None, segments, None, None)
         if cache is not None:
+            if length > cache.segments.shape[1]:
+                raise ValueError(
+                    f"{length} tokens do not fit into a cache for {cache.segments.shape[1]}. Make "
+                    f"it with a larger capacity."
+                )
             segments = jnp.ones((batch, length), jnp.int32) if segments is None else segments
             held = lax.dynamic_update_slice(cache.segments, segments, (0, cache.length))
             slots = cache.length + jnp.arange(length)[None]
             context = _Context(tables, slots, segments, held, cache.length)
+            # JAX would write over the last slots and go on; an id that is none makes NaN.
+            input_ids = jnp.where(cache.length + length > held.shape[1], -1, input_ids)
             cache = cache._replace(segments=held, length=cache.length + length)
-        x = self.embed(input_ids)
+        x = self.embed(rows_of(input_ids, c.vocab_size))
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -511,7 +529,7 @@ def empty_cache(
     Args:
         model: The decoder that it is for.
         batch: How many texts.
-        capacity: How many slots each has; a call that runs past them overwrites the last ones.
+        capacity: How many slots each has; a call that runs past them returns NaN.
         dtype: Of the keys and values held.
     """
     c = model.config

@@ -19,7 +19,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 
-from jlora.models.parts import ACTIVATIONS, feed_forward, layer_norm, named_axes, self_attention
+from jlora.models.parts import (
+    ACTIVATIONS,
+    feed_forward,
+    layer_norm,
+    named_axes,
+    rows_of,
+    self_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,7 @@ class Embeddings(nn.Module):
         self, input_ids: jax.Array, token_type_ids: jax.Array | None, deterministic: bool
     ) -> jax.Array:
         c = self.config
-        hidden = self._table(c.vocab_size, "word", "vocab")(input_ids)
+        hidden = self._table(c.vocab_size, "word", "vocab")(rows_of(input_ids, c.vocab_size))
         hidden += self._table(c.positions, "position", "positions")(self._positions(input_ids))
         if c.types:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -199,7 +206,7 @@ class Encoder(nn.Module):
         A head that labels each token gives (batch, length, labels).
 
         Args:
-            input_ids: (batch, length) token numbers; one past the vocabulary makes its text NaN.
+            input_ids: (batch, length) token numbers; one that is no token makes its text NaN.
             attention_mask: (batch, length), 1 or True for tokens, 0 or False for padding. Padding
                 is not seen by the other positions, but gets a hidden state of its own.
             token_type_ids: (batch, length) segment numbers; all 0 when left out. One that the model

@@ -27,6 +27,14 @@ def named_axes(*names: str | None, init: Callable[..., Any] | None = None) -> An
     return spmd.with_logical_partitioning(init or nn.initializers.lecun_normal(), names)
 
 
+def rows_of(ids: jax.Array, count: int) -> jax.Array:
+    """The rows of a table that ids take: a negative one takes none, as one past the last does.
+
+    Looking up what has no row gives NaN; JAX would count a negative number from the end.
+    """
+    return jnp.where(ids < 0, count, ids)
+
+
 def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
     """A layer norm over the last axis, in float32."""
     # E[x^2] - E[x]^2 loses the digits of a small variance; an epsilon of 1e-12 does not hide it.
