@@ -31,7 +31,7 @@ test-slow: $(VENV)/.installed
 
 # The laws and the core alone, for a second Python and JAX.
 test-core: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --ignore=tests/examples --ignore=tests/models tests
+	$(BIN)/python -m pytest -n 2 --ignore=tests/examples tests
 
 # The laws on models of transformers and google-tunix, and PyTorch's results.
 test-foreign: $(FOREIGN_VENV)/.installed
