@@ -1,0 +1,272 @@
+"""Checkpoints of a run, through Orbax: written in the background, whole or not at all, and checked.
+
+A checkpoint holds the training state and facts about the run. The facts have a SHA-256 of every
+array, which is compared when it is restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jlora.checkpoints.tensors import listed
+
+PyTree = Any
+FORMAT = 1
+_STATE, _FACTS = "state", "facts"
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read.
+
+    Attributes:
+        step: Its number.
+        state: With the values of the file, placed as the example is.
+        facts: What was saved beside it.
+    """
+
+    step: int
+    state: PyTree
+    facts: dict[str, Any]
+
+
+class Saver:
+    """The checkpoints in one folder.
+
+    Which one is the latest is told by those that are there whole; nothing points to it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int) -> None:
+        """Opens the folder, and clears away what an interrupted save left.
+
+        Args:
+            folder: Made if it is not there.
+            keep_last: How many checkpoints stay, beside that of the best score.
+
+        Raises:
+            OSError: Nothing can be written there.
+        """
+        self.folder = Path(folder).absolute()
+        check_writable(self.folder)
+        keep = [
+            policies.LatestN(keep_last),
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics["score"],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, state: PyTree, facts: Mapping[str, Any], score: float | None = None
+    ) -> None:
+        """Begins to write a checkpoint, and returns as soon as its arrays were copied to the host.
+
+        Args:
+            step: Its number; there must be none of it yet.
+            state: A tree of arrays.
+            facts: What JSON can hold.
+            score: That of the best one keeps it; the higher, the better.
+
+        Raises:
+            OSError: An earlier checkpoint could not be written.
+            ValueError: There is one of that step.
+        """
+        arrays = _named(state)
+        hashes = {name: _sha256(_whole(array)) for name, array in arrays.items()}
+        args = ocp.args.Composite(
+            **{
+                _STATE: ocp.args.PyTreeSave(arrays),
+                _FACTS: ocp.args.JsonSave({"format": FORMAT, "sha256": hashes, **facts}),
+            }
+        )
+        if step in self.steps():
+            raise ValueError(f"{self.folder} has a checkpoint of step {step}, which is left alone.")
+        metrics = None if score is None else {"score": score}
+        with _as_os_error(self.folder):
+            self._manager.save(step, args=args, metrics=metrics)
+
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+            OSError: Something could not be.
+        """
+        with _as_os_error(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, and closes the folder.
+
+        Raises:
+            OSError: Something could not be written.
+        """
+        with _as_os_error(self.folder):
+            self._manager.close()
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state.
+
+        Raises:
+            ValueError: It cannot be read, or is of a later release.
+        """
+        try:
+            args = ocp.args.Composite(**{_FACTS: ocp.args.JsonRestore()})
+            facts = self._manager.restore(step, args=args)[_FACTS]
+        except Exception as error:
+            raise ValueError(self._damaged(step, _FACTS, error)) from error
+        found = facts.get("format") if isinstance(facts, dict) else None
+        if not isinstance(found, int) or found > FORMAT:
+            raise ValueError(
+                f"Step {step} in {self.folder} was made by format {found!r}, and this release "
+                f"reads up to {FORMAT}. Use the release that wrote it."
+            )
+        return facts
+
+    def restore(self, like: PyTree, step: int | None = None) -> Restored:
+        """The latest checkpoint, or that of a step.
+
+        Args:
+            like: A state of the same structure, whose shardings the arrays get.
+            step: Its number; the latest when left out.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is damaged, or of another structure. Everything that is missing, left
+                over, or of another shape or dtype is named.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            there = f"; there are {steps}" if steps else ""
+            raise FileNotFoundError(f"{self.folder} holds no {wanted}{there}.")
+        step = steps[-1] if step is None else step
+        facts = self.facts(step)
+        hashes = facts["sha256"]
+        wanted = _named(like)
+        lacks = [f"lacks {name}" for name in wanted if name not in hashes]
+        has = [f"has {name} besides" for name in hashes if name not in wanted]
+        if lacks or has:
+            raise ValueError(
+                f"Step {step} in {self.folder} is of another adapter, optimizer or task: it "
+                f"{listed([*lacks, *has])}. Resume with the recipe that it was made by."
+            )
+        found = self._arrays(step, wanted)
+        wrong = [
+            f"{name} is {array.dtype}{array.shape} instead of {to.dtype}{to.shape}"
+            for name, to in wanted.items()
+            if ((array := found[name]).shape, array.dtype) != (to.shape, to.dtype)
+        ]
+        if wrong:
+            raise ValueError(
+                f"Step {step} in {self.folder} does not fit: {listed(wrong)}. Resume with the "
+                f"recipe that it was made by."
+            )
+        for name, array in found.items():
+            if _sha256(array) != hashes[name]:
+                raise ValueError(self._damaged(step, name, "its numbers are not those saved"))
+        leaves, treedef = jax.tree.flatten(like)
+        placed = [_placed(found[name], to) for name, to in zip(wanted, leaves, strict=True)]
+        return Restored(step, jax.tree.unflatten(treedef, placed), facts)
+
+    def _arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays of a checkpoint, and the name of the one that cannot be read."""
+        try:
+            return self._read(step, list(wanted))
+        except Exception as error:
+            for name in wanted:
+                try:
+                    self._read(step, [name])
+                except Exception:
+                    raise ValueError(self._damaged(step, name, error)) from error
+            raise ValueError(self._damaged(step, _STATE, error)) from error
+
+    def _read(self, step: int, names: list[str]) -> dict[str, np.ndarray]:
+        item = dict.fromkeys(names, 0)
+        kinds = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        args = ocp.args.PyTreeRestore(item, restore_args=kinds, partial_restore=True)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**{_STATE: args}))
+        return dict(restored[_STATE])
+
+    def _damaged(self, step: int, what: str, why: Any) -> str:
+        others = [other for other in self.steps() if other != step]
+        mend = f"Resume from step {others[-1]}" if others else "Begin anew"
+        reason = str(why).partition("\n")[0][:200]
+        return f"Step {step} in {self.folder} is damaged at {what}: {reason}. {mend}."
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder, and writes and removes a file in it: better now than at the first save.
+
+    Raises:
+        OSError: It cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex}"
+        with probe.open("wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Nothing can be written to {folder} ({error.strerror}). Choose another output, or "
+            f"mend its rights or space",
+        ) from error
+
+
+def _named(state: PyTree) -> dict[str, Any]:
+    """The arrays of a state by their places in it."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): array for path, array in flat}
+
+
+def _whole(array: Any) -> np.ndarray:
+    """All of an array, whichever process holds its parts."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _placed(array: np.ndarray, like: Any) -> Any:
+    sharding = like.sharding
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+@contextlib.contextmanager
+def _as_os_error(folder: Path) -> Iterator[None]:
+    """Whatever Orbax raises where nothing can be written."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"The checkpoint could not be written to {folder}: {str(error).partition(chr(10))[0]}. "
+            f"Earlier ones are whole. Make room or mend the rights, then resume."
+        ) from error

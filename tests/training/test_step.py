@@ -1,0 +1,432 @@
+"""The training step: what it sums, normalises, clips and refuses to apply."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from models.test_decoders import DATA
+
+import jlora
+from jlora import models
+from jlora.models import folders
+from jlora.training import tasks
+from jlora.training.optimizer import Optimizing, optimizing, schedule
+from jlora.training.recipe.sections import Budget, Classification, Optimizer, Preference
+from jlora.training.step import State, evaluation_of, initial, step_of
+
+RULES = {r"layers/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
+KEY = jax.random.key(7)
+PLAIN = Optimizer()
+ENCODERS = DATA.parent / "encoders"
+
+
+class Text(NamedTuple):
+    """As jlora.training.data makes it: a first axis of passes, then rows."""
+
+    tokens: Any
+    targets: Any
+    learn: Any
+    segments: Any
+    positions: Any
+
+
+@functools.cache
+def decoder() -> models.Loaded:
+    return folders.load(DATA / "llama", dtype="float32", scanned=True)
+
+
+def moved(tree: Any, size: float = 0.1) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(3)
+    drawn = [x + size * rng.normal(size=x.shape).astype(x.dtype) for x in leaves]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def text(rows: int, length: int, real: list[int], passes: int = 1, seed: int = 0) -> Text:
+    """Rows of so many real tokens each; the first of a row is a prompt and not learned."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 40, (rows, length)).astype(np.int32)
+    segments = (np.arange(length) < np.array(real)[:, None]).astype(np.int32)
+    targets = np.roll(tokens, -1, axis=1) * (np.arange(length) < np.array(real)[:, None] - 1)
+    learn = (targets > 0) & (np.arange(length) > 0)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape) * segments
+    arrays = (tokens * segments, targets, learn.astype(np.float32), segments, positions)
+    return Text(*(jnp.asarray(x.reshape(passes, rows // passes, length)) for x in arrays))
+
+
+class Setting(NamedTuple):
+    """A task with its weights, off the start."""
+
+    task: tasks.Task
+    state: State
+    frozen: Any
+    optimizing: Optimizing
+
+
+def setting(task: tasks.Task, params: Any, options: Optimizer = PLAIN) -> Setting:
+    adapter = moved(task.lora.init(jax.random.key(1), params, *task.inputs))
+    trained, rest = jlora.partition(adapter)
+    tree = {"adapter": trained}
+    if task.head is not None:
+        tree["head"] = moved(task.head(KEY))
+    made = optimizing(options, 10)
+    return Setting(task, initial(tree, made), {"base": params, "adapter": rest}, made)
+
+
+@functools.cache
+def language() -> Setting:
+    model, params = decoder()
+    return setting(tasks.language(model, RULES, PLAIN), params)
+
+
+def stepped(given: Setting, batch: Any, clip: float | None = None) -> Any:
+    step = jax.jit(step_of(given.task.loss, given.optimizing, clip))
+    return step(given.state, given.frozen, batch, KEY)
+
+
+def evaluate_of(given: Setting) -> Any:
+    return jax.jit(evaluation_of(given.task.loss))
+
+
+def adapter_of(given: Setting) -> Any:
+    return jlora.combine(given.state.trained["adapter"], given.frozen["adapter"])
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def cross_entropies(batch: Text, logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    log = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return -np.take_along_axis(log, np.asarray(batch.targets[0])[..., None], axis=-1)[..., 0]
+
+
+def test_the_loss_is_the_mean_over_learned_tokens() -> None:
+    given, batch = language(), text(3, 7, [7, 4, 2])
+    model, params = decoder()
+    merged = jlora.merge(
+        params, jlora.combine(given.state.trained["adapter"], given.frozen["adapter"])
+    )
+    logits = model.apply(merged, batch.tokens[0], batch.segments[0], batch.positions[0])
+    errors, learn = cross_entropies(batch, np.asarray(logits)), np.asarray(batch.learn[0])
+    _, measured = stepped(given, batch)
+    assert measured.weight == learn.sum() == 5 + 2
+    # Float32 against float64 on logits up to 5.
+    np.testing.assert_allclose(measured.loss, (errors * learn).sum() / learn.sum(), rtol=2e-6)
+
+
+def test_passes_add_up_to_one_batch_whatever_their_tokens() -> None:
+    given = language()
+    real = [7, 6, 2, 0]
+    whole, whole_measured = stepped(given, text(4, 7, real))
+    parts, parts_measured = stepped(given, text(4, 7, real, passes=2))
+    np.testing.assert_allclose(parts_measured.loss, whole_measured.loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        parts_measured.gradient_norm, whole_measured.gradient_norm, rtol=1e-5
+    )
+    for one, two in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        # Adam's first steps are of the learning rate's size; sums in another order move 1e-6 of it.
+        np.testing.assert_allclose(one, two, atol=2e-7, rtol=1e-5)
+
+
+def test_rows_of_padding_alone_change_nothing() -> None:
+    given = language()
+    one, first = stepped(given, text(2, 7, [7, 3]))
+    padded = jax.tree.map(
+        lambda x: jnp.concatenate([x, jnp.zeros_like(x)], axis=1), text(2, 7, [7, 3])
+    )
+    two, second = stepped(given, padded)
+    assert first.weight == second.weight
+    np.testing.assert_allclose(first.loss, second.loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-7, rtol=1e-5)
+
+
+def test_an_evaluation_is_the_loss_without_a_step() -> None:
+    given, batch = language(), text(4, 7, [7, 6, 2, 0], passes=2)
+    sums = jax.jit(evaluation_of(given.task.loss))(given.state.trained, given.frozen, batch)
+    _, measured = stepped(given, batch)
+    np.testing.assert_allclose(sums.loss / sums.weight, measured.loss, rtol=1e-6)
+
+
+# --- what is applied ------------------------------------------------------------------------------
+
+
+def test_a_large_gradient_is_scaled_to_the_norm() -> None:
+    given = language()
+    plain = given._replace(
+        optimizing=Optimizing(optax.with_extra_args_support(optax.sgd(1.0)), lambda step: 1.0)
+    )
+    plain = plain._replace(state=initial(given.state.trained, plain.optimizing))
+    batch = text(3, 7, [7, 4, 2])
+    free, measured = stepped(plain, batch)
+    held, _ = stepped(plain, batch, clip=float(measured.gradient_norm) / 4)
+    loose, _ = stepped(plain, batch, clip=float(measured.gradient_norm) * 4)
+    start = jax.tree.leaves(plain.state.trained)
+    for old, a, b, c in zip(
+        start, *(jax.tree.leaves(s.trained) for s in (free, held, loose)), strict=True
+    ):
+        np.testing.assert_allclose((b - old) * 4, a - old, atol=1e-6)
+        np.testing.assert_allclose(c, a, atol=1e-7)
+    norm = optax.tree.norm(jax.tree.map(jnp.subtract, free.trained, plain.state.trained))
+    np.testing.assert_allclose(norm, measured.gradient_norm, rtol=1e-5)
+
+
+@jax.custom_jvp
+def spoilt(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Zero, with a gradient that is given."""
+    return 0 * x
+
+
+spoilt.defjvp(lambda given, moved: (0 * given[0], given[1] * moved[0]))
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_step_that_is_not_finite_changes_nothing(fault: str, value: float) -> None:
+    given = language()
+    loss = given.task.loss
+
+    def broken(trained: Any, frozen: Any, batch: Text, key: Any) -> Any:
+        sums = loss(trained, frozen, batch, key)
+        bad = batch.tokens[0, 0] == 41
+        if fault == "loss":
+            return sums._replace(loss=jnp.where(bad, value, sums.loss))
+        # The gradient of one entry alone, at a finite loss.
+        entry = jax.tree.leaves(trained)[0].ravel()[0]
+        return sums._replace(loss=sums.loss + spoilt(entry, jnp.where(bad, value, 0)))
+
+    step = jax.jit(step_of(broken, given.optimizing, 1.0))
+    good = text(2, 7, [7, 3])
+    bad = good._replace(tokens=good.tokens.at[0, 0, 0].set(41))
+    state, first = step(given.state, given.frozen, good, KEY)
+    after, measured = step(state, given.frozen, bad, KEY)
+    assert first.finite
+    assert not measured.finite
+    for one, two in zip(
+        jax.tree.leaves((after.trained, after.optimizer)),
+        jax.tree.leaves((state.trained, state.optimizer)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, two)
+    assert (after.step, after.updates, after.skipped) == (2, 1, 1)
+    again, _ = step(after, given.frozen, bad, KEY)
+    assert again.skipped == 2
+    healed, _ = step(again, given.frozen, good, KEY)
+    assert (healed.updates, healed.skipped) == (2, 0)
+
+
+def test_frozen_parts_of_adapters_stay() -> None:
+    model, params = decoder()
+    rules = {r"layers/.*/kernel$": jlora.LoRAFA(rank=2, alpha=4)}
+    given = setting(tasks.language(model, rules, PLAIN), params)
+    assert {leaf.a is None for leaf in given.state.trained["adapter"].values()} == {True}
+    state, measured = stepped(given, text(2, 7, [7, 3]))
+    assert measured.gradient_norm > 0
+    for old, new in zip(
+        jax.tree.leaves(given.state.trained), jax.tree.leaves(state.trained), strict=True
+    ):
+        assert (old != new).any()
+
+
+def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> None:
+    model, params = decoder()
+    rules = {r"layers/.*/kernel$": jlora.LoRA(rank=2, alpha=4, dropout=0.5)}
+    given = setting(tasks.language(model, rules, PLAIN), params)
+    one = text(2, 7, [7, 3])
+    step = jax.jit(step_of(given.task.loss, given.optimizing, None))
+    later = given.state._replace(step=jnp.int32(1))
+    first = step(given.state, given.frozen, one, KEY)[1].loss
+    assert first != step(later, given.frozen, one, KEY)[1].loss
+    assert first == step(given.state, given.frozen, one, KEY)[1].loss
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
+    assert first != step(given.state, given.frozen, twice, KEY)[1].loss
+    sums = evaluate_of(given)(given.state.trained, given.frozen, one)
+    drawn = setting(tasks.language(model, RULES, PLAIN), params)  # The same draws.
+    clean = evaluate_of(drawn)(drawn.state.trained, drawn.frozen, one)
+    np.testing.assert_allclose(sums.loss, clean.loss, rtol=1e-6)
+
+
+# --- other tasks ----------------------------------------------------------------------------------
+
+
+def test_preferences_are_learned_by_dpo() -> None:
+    model, params = decoder()
+    asked = Preference(beta=0.3, label_smoothing=0.1)
+    given = setting(tasks.preference(model, RULES, PLAIN, asked), params)
+    flat = text(6, 7, [7, 5, 4, 6, 0, 0])
+    batch = jax.tree.map(lambda x: x.reshape(1, 3, 2, 7), flat)
+    _, measured = stepped(given, batch)
+    found = []
+    for weights in (jlora.merge(params, adapter_of(given)), params):
+        logits = model.apply(weights, flat.tokens[0], flat.segments[0], flat.positions[0])
+        errors = cross_entropies(flat, np.asarray(logits)) * np.asarray(flat.learn[0])
+        found.append(-errors.sum(axis=1).reshape(3, 2)[:2])  # The last pair is padding.
+    policy, reference = found
+    margin = 0.3 * ((policy - reference)[:, 0] - (policy - reference)[:, 1])
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    want = -0.9 * np.log(sigmoid(margin)) - 0.1 * np.log(sigmoid(-margin))
+    assert measured.weight == 2
+    # Differences of sums of float32 losses up to 30.
+    np.testing.assert_allclose(measured.loss, want.mean(), atol=5e-6)
+    np.testing.assert_allclose(measured.others["margin"], margin.mean(), atol=5e-6)
+    np.testing.assert_allclose(measured.others["accuracy"], (margin > 0).mean())
+
+
+def test_a_fresh_adapter_prefers_nothing() -> None:
+    model, params = decoder()
+    task = tasks.preference(model, RULES, PLAIN, Preference())
+    fresh, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.inputs))
+    batch = jax.tree.map(lambda x: x.reshape(1, 2, 2, 7), text(4, 7, [7, 5, 4, 6]))
+    frozen = {"base": params, "adapter": rest}
+    sums = jax.jit(evaluation_of(task.loss))({"adapter": fresh}, frozen, batch)
+    np.testing.assert_allclose(sums.loss / sums.weight, np.log(2), rtol=1e-5)
+
+
+class Labelled(NamedTuple):
+    tokens: Any
+    mask: Any
+    labels: Any
+    real: Any
+
+
+def labelled() -> Labelled:
+    rng = np.random.default_rng(5)
+    mask = (np.arange(6) < np.array([6, 3, 4, 0])[:, None]).astype(np.int32)
+    tokens = rng.integers(5, 30, (4, 6)).astype(np.int32) * mask
+    arrays = tokens, mask, np.array([2, 0, 1, 0]), np.array([1.0, 1, 1, 0], np.float32)
+    return Labelled(*(jnp.asarray(x)[None] for x in arrays))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
+    model, params = folders.load(ENCODERS / "distilbert", dtype="float32")
+    asked = Classification(pooling=pooling, label_smoothing=0.1)
+    rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
+    given = setting(tasks.classification(model, rules, PLAIN, asked, 3), params)
+    batch = labelled()
+    _, measured = stepped(given, batch)
+    merged = jlora.merge(params, adapter_of(given))
+    hidden = np.asarray(model.apply(merged, batch.tokens[0], batch.mask[0]), np.float64)[:3]
+    lengths = [6, 3, 4]
+    pooled = {
+        "mean": [h[:n].mean(axis=0) for h, n in zip(hidden, lengths, strict=True)],
+        "first": hidden[:, 0],
+        "last": [h[n - 1] for h, n in zip(hidden, lengths, strict=True)],
+    }[pooling]
+    head = jax.tree.map(np.asarray, given.state.trained["head"])
+    scores = np.stack(pooled) @ head["kernel"] + head["bias"]
+    log = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    targets = np.eye(3)[[2, 0, 1]] * 0.9 + 0.1 / 3
+    assert measured.weight == 3
+    np.testing.assert_allclose(measured.loss, -(targets * log).sum(axis=1).mean(), rtol=1e-5)
+    right = (scores.argmax(axis=1) == [2, 0, 1]).mean()
+    np.testing.assert_allclose(measured.others["accuracy"], right, rtol=1e-6)
+
+
+def test_a_model_keeps_its_own_head() -> None:
+    model, params = folders.load(ENCODERS / "bert_sequence", dtype="float32")
+    labels = model.config.labels
+    rules = {
+        r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4),
+        "classifier": jlora.Full(),
+    }
+    task = tasks.classification(model, rules, PLAIN, Classification(), labels)
+    given = setting(task, params)
+    assert set(given.state.trained) == {"adapter"}
+    _, measured = stepped(given, labelled())
+    assert measured.gradient_norm > 0
+    with pytest.raises(ValueError, match=f"chooses between {labels} labels, and the data has 9"):
+        tasks.classification(model, rules, PLAIN, Classification(), 9)
+    with pytest.raises(ValueError, match="asks for text, which a Encoder does not write"):
+        tasks.language(model, rules, PLAIN)
+
+
+# --- rates and families ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_and_falls_over_the_steps(kind: Any) -> None:
+    options = Optimizer(learning_rate=3.0, schedule=kind, warmup_share=0.25, final_share=0.1)
+    rates = np.array([schedule(options, 40)(step) for step in range(41)])
+    np.testing.assert_allclose(rates[:10], 3 * np.arange(1, 11) / 11, rtol=1e-6)
+    through = np.arange(31) / 30
+    falls = {
+        "cosine": 0.1 + 0.9 * (1 + np.cos(np.pi * through)) / 2,
+        "linear": 1 - 0.9 * through,
+        "constant": np.ones(31),
+    }[kind]
+    np.testing.assert_allclose(rates[10:], 3 * falls, rtol=1e-5)
+
+
+def test_one_step_without_warmup_has_the_full_rate() -> None:
+    assert schedule(Optimizer(learning_rate=3.0, warmup_share=0.5), 1)(0) == 3.0
+
+
+def test_weight_decay_pulls_factors_and_not_heads() -> None:
+    model, params = folders.load(ENCODERS / "distilbert", dtype="float32")
+    rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
+    found = []
+    for decay in (0.0, 0.5):
+        options = Optimizer(weight_decay=decay, warmup_share=0.0)
+        task = tasks.classification(model, rules, options, Classification(), 3)
+        given = setting(task, params, options)
+        found.append((given, stepped(given, labelled())[0].trained))
+    (given, plain), (_, decayed) = found
+    rate = 2e-4
+    for name in ("a", "b"):
+        path = next(iter(plain["adapter"]))
+        old = getattr(given.state.trained["adapter"][path], name)
+        moved = getattr(plain["adapter"][path], name) - getattr(decayed["adapter"][path], name)
+        np.testing.assert_allclose(moved, rate * 0.5 * old, atol=1e-7)
+    np.testing.assert_array_equal(plain["head"]["kernel"], decayed["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "name"),
+    [
+        (
+            jlora.AdaLoRA(rank=3, alpha=3),
+            Optimizer(budget=Budget(target_rank=1, warmup_share=0.0), orthogonality=0.5),
+            "orthogonality",
+        ),
+        (jlora.LoRAMixture(experts=3, rank=2, alpha=4), Optimizer(balance=0.5), "balance"),
+    ],
+    ids=["adalora", "mixture"],
+)
+def test_families_that_need_a_penalty_get_it(family: Any, options: Any, name: str) -> None:
+    model, params = decoder()
+    rules = {r"layers/.*/(q|up)/kernel$": family}
+    batch = text(2, 7, [7, 3])
+    given = setting(tasks.language(model, rules, options), params, options)
+    _, measured = stepped(given, batch)
+    free = options.model_copy(update={name: 0.0})
+    _, without = stepped(setting(tasks.language(model, rules, free), params, free), batch)
+    assert measured.others["penalty"] > 0
+    np.testing.assert_allclose(
+        measured.loss - without.loss, measured.others["penalty"], rtol=1e-5, atol=1e-6
+    )
+    sums = evaluation_of(given.task.loss)(given.state.trained, given.frozen, batch)
+    if name == "orthogonality":  # A mixture draws nothing, so its evaluation is the same.
+        np.testing.assert_allclose(sums.loss / sums.weight, without.loss, rtol=1e-5)
+
+
+def test_gates_of_sora_are_pulled_to_zero() -> None:
+    model, params = decoder()
+    rules = {r"layers/.*/(q|up)/kernel$": jlora.SoRA(rank=3, alpha=3)}
+    options = Optimizer(learning_rate=0.1, warmup_share=0.0, sparsity=50.0)
+    task = tasks.language(model, rules, options)
+    trained, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.inputs))
+    made = optimizing(options, 10, gates=True)
+    state = initial({"adapter": trained}, made)
+    step = jax.jit(step_of(task.loss, made, 1.0))
+    state, _ = step(state, {"base": params, "adapter": rest}, text(2, 7, [7, 3]), KEY)
+    # A gate of one, a step of 0.1 at most, and a pull of 5.
+    assert not any(leaf.gate.any() for leaf in state.trained["adapter"].values())
