@@ -32,7 +32,20 @@ ALLOWED = {
     "cli": {"transform", "checkpoints", "models", "peft", "inspection", "merging"},
     "conversion": {"tree", "factored", "adapters", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},
+    "training": {
+        "tree",
+        "factored",
+        "adapters",
+        "transform",
+        "checkpoints",
+        "models",
+        "peft",
+        "optim",
+        "merging",
+        "conversion",
+    },
 }
+ALLOWED["planning"] = ALLOWED["training"] | {"training"}
 
 
 def imports(file: pathlib.Path) -> set[str]:

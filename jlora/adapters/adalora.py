@@ -105,3 +105,6 @@ class AdaLoRALeaf(AdapterLeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, *_ = self.groups
         return {**pair.shapes_of(self.groups, self.rank), "s": (*batch, self.rank)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {**pair.axes_of(self.axes), "s": (*self.axes.batch, None)}

@@ -136,3 +136,7 @@ class DoRALeaf(LoRALeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.groups
         return {**super().shapes(), "magnitude": (*batch, *outputs)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        batch, _, outputs = self.axes
+        return {**super().array_axes(), "magnitude": (*batch, *outputs)}

@@ -196,3 +196,6 @@ class FourierFTLeaf(AdapterLeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"spectrum": (*self.groups.batch, self.frequencies)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"spectrum": (*self.axes.batch, None)}

@@ -73,6 +73,9 @@ class FullLeaf(AdapterLeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"delta": self.shape}
 
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"delta": tuple(range(len(self.shape)))}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFit(Full):

@@ -95,3 +95,6 @@ class HiRALeaf(AdapterLeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return pair.shapes_of(self.groups, self.rank)
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return pair.axes_of(self.axes)

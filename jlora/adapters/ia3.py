@@ -83,3 +83,6 @@ class IA3Leaf(AdapterLeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"l": tuple(self.shape[axis] for axis in self.scaled)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"l": tuple(self.scaled)}

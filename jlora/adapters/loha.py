@@ -121,6 +121,10 @@ class LoHaLeaf(AdapterLeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.shapes_of(self.shape, self.axes, self.rank, ())
 
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        one = pair.axes_of(self.axes)
+        return {f"{name}{number}": one[name] for number in (1, 2) for name in ("a", "b")}
+
     @staticmethod
     def shapes_of(
         shape: tuple[int, ...], axes: Axes, rank: int, window: tuple[int, ...]
@@ -165,6 +169,13 @@ class LoHaTuckerLeaf(LoHaLeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.shapes_of(self.shape, self.axes, self.rank, self.window)
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        channels = tuple(axis for axis in self.axes.inputs if axis not in self.window)
+        one = pair.axes_of(self.axes._replace(inputs=channels))
+        core = (*self.axes.batch, None, None, *self.window)
+        pairs = {f"{name}{number}": one[name] for number in (1, 2) for name in ("a", "b")}
+        return {**pairs, "core1": core, "core2": core}
 
     @staticmethod
     def shapes_of(

@@ -261,3 +261,8 @@ class LoKrLeaf(AdapterLeaf):
         core = {"core2": (*stack, rank, rank, *window)} if self.form2 == "core" else {}
         over = window if self.form2 == "pair" else ()
         return {**shapes, "a2": (*stack, *over, d2, rank), "b2": (*stack, rank, k2), **core}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        batch = self.axes.batch  # Other axes of a factor are parts of the weight's.
+        own = {name: len(shape) - len(batch) for name, shape in self.shapes().items()}
+        return {name: (*batch, *[None] * count) for name, count in own.items()}

@@ -111,3 +111,6 @@ class LoRALeaf(AdapterLeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return pair.shapes_of(self.groups, self.rank)
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return pair.axes_of(self.axes)

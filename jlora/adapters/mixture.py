@@ -147,3 +147,11 @@ class LoRAMixtureLeaf(AdapterLeaf):
             "b": (*batch, self.experts, self.rank, *outputs),
             "router": (*batch, *inputs, self.experts),
         }
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        batch, inputs, outputs = self.axes
+        return {
+            "a": (*batch, None, *inputs, None),
+            "b": (*batch, None, None, *outputs),
+            "router": (*batch, *inputs, None),
+        }

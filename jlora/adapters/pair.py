@@ -12,6 +12,7 @@ import jax
 from jlora.adapters.inits import Initialization
 from jlora.adapters.protocol import AdapterLeaf, Groups, Weight
 from jlora.factored.network import Labelled
+from jlora.factored.probe import Axes
 
 
 def draw(
@@ -36,6 +37,12 @@ def shapes_of(groups: Groups, rank: int) -> dict[str, tuple[int, ...]]:
     """The shapes of `a` and `b`."""
     batch, inputs, outputs = groups
     return {"a": (*batch, *inputs, rank), "b": (*batch, rank, *outputs)}
+
+
+def axes_of(axes: Axes) -> dict[str, tuple[int | None, ...]]:
+    """The weight's axes that those of `a` and `b` run along; None for the rank."""
+    batch, inputs, outputs = axes
+    return {"a": (*batch, *inputs, None), "b": (*batch, None, *outputs)}
 
 
 def labelled(

@@ -271,6 +271,13 @@ class AdapterLeaf(Arrays):
         if axes not in ([], list(range(len(self.shape)))):
             raise ValueError(f"axes={self.axes} are not those of a weight of shape {self.shape}")
 
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        """Along which axis of the weight each axis of an array runs; None for an axis of its own.
+
+        An array that runs along none is left out. Whoever shards a weight shards these alike.
+        """
+        return {}
+
     def misfit(self, shared: Any) -> str | None:
         """Why what it shares does not fit it; None when it does."""
         del shared

@@ -60,3 +60,6 @@ class SoRALeaf(LoRALeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, *_ = self.groups
         return {**super().shapes(), "gate": (*batch, self.rank)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {**super().array_axes(), "gate": (*self.axes.batch, None)}

@@ -105,3 +105,7 @@ class TokenRowsLeaf(AdapterLeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.groups
         return {"delta": (*batch, len(self.tokens), *outputs)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        batch, _, outputs = self.axes
+        return {"delta": (*batch, None, *outputs)}

@@ -175,3 +175,7 @@ class VBLoRALeaf(AdapterLeaf):
             name: (*batch, self.rank, math.prod(group) // self.length, self.vectors)
             for name, group in (("logits_a", inputs), ("logits_b", outputs))
         }
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        axes = (*self.axes.batch, None, None, None)
+        return {"logits_a": axes, "logits_b": axes}

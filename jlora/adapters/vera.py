@@ -153,3 +153,7 @@ class VeRALeaf(AdapterLeaf):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.groups
         return {"d": (*batch, self.rank), "b": (*batch, *outputs)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        batch, _, outputs = self.axes
+        return {"d": (*batch, None), "b": (*batch, *outputs)}

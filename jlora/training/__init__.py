@@ -1,0 +1,1 @@
+"""Training: meshes and shardings, and what is built on them."""

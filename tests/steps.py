@@ -1,0 +1,105 @@
+"""Decoders of any size and a training step of LoRA on them, for tests of meshes and plans."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+
+import jlora
+from jlora.models.decoder import Decoder, DecoderConfig, Kind
+from jlora.models.rope import rope
+from jlora.training import mesh as meshes
+
+# Axis sizes that differ everywhere; 8 rows and a width of 16 can be split over 8 devices.
+TINY = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "layers": 3,
+}
+
+
+def decoder(size: dict[str, int] = TINY, **fields: Any) -> Decoder:
+    """A decoder of Llama's kind."""
+    dim = size["head_dim"]
+    kind = Kind(rope=rope({"rope_theta": 5e5}, head_dim=dim, max_length=8192))
+    config = DecoderConfig(
+        **{**size, "layers": (0,) * size["layers"]},
+        kinds=(kind,),
+        max_length=8192,
+        query_scale=dim**-0.5,
+    )
+    return Decoder(config, **fields)
+
+
+class Step(NamedTuple):
+    """A step of training, and what it is called with, as shapes and where they lie."""
+
+    run: Any  # Jitted; donates the adapter and the optimizer's state.
+    weights: Any
+    adapter: Any
+    optimizer: Any
+    batch: Any
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.weights, self.adapter, self.optimizer, self.batch
+
+    @property
+    def groups(self) -> dict[str, Any]:
+        return dict(zip(("weights", "adapter", "optimizer", "batch"), self.arguments, strict=True))
+
+
+def transform(model: Decoder, rules: Any, chunks: int = 8) -> jlora.LoraTransform:
+    """LoRA around the mean loss of a batch."""
+
+    def loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        ids, targets = batch["input_ids"], batch["targets"]
+        return model.apply(params, ids, targets, method="losses", chunks=chunks).mean()  # type: ignore
+
+    return jlora.lora_transform(loss, rules)
+
+
+def step(
+    model: Decoder, mesh: Any, *, rows: int, length: int, rank: int, dtype: Any, chunks: int = 8
+) -> Step:
+    """A step without one array allocated: LoRA on every kernel of the layers, and AdamW."""
+    lora = transform(model, {"layers.*kernel": jlora.LoRA(rank=rank, alpha=2 * rank)}, chunks)
+    optimizer = optax.adamw(1e-4)
+    meshes.check_batch(mesh, rows)
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    weights = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), token))
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), weights)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = {"input_ids": ids, "targets": ids}
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), weights, batch)
+    state = jax.eval_shape(optimizer.init, adapter)
+
+    def run(weights: Any, adapter: Any, state: Any, batch: Any) -> Any:
+        loss, gradient = jax.value_and_grad(lambda a: lora.apply(weights, a, batch))(adapter)
+        updates, state = optimizer.update(gradient, state, adapter)
+        return optax.apply_updates(adapter, updates), state, loss
+
+    of_weights = meshes.weight_specs(model, token)
+    of_adapter = meshes.adapter_specs(adapter, of_weights)
+    of_state = meshes.optimizer_specs(state, adapter, of_adapter)
+    placed = jax.tree.map(lambda _: meshes.batch_sharding(mesh), batch)
+    shardings = [
+        meshes.shardings(mesh, weights, of_weights),
+        meshes.shardings(mesh, adapter, of_adapter),
+        meshes.shardings(mesh, state, of_state),
+        placed,
+    ]
+    arguments = [
+        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+        for tree, where in zip((weights, adapter, state, batch), shardings, strict=True)
+    ]
+    jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*shardings[1:3], None))
+    return Step(jitted, *arguments)

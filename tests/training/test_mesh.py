@@ -1,0 +1,382 @@
+"""What lies where on a mesh, and that a step computes the same wherever that is."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import steps
+from cases import BY_NAME, FAMILIES, moved
+from flax import linen as nn
+from flax.core import meta
+from jax.sharding import AxisType, PartitionSpec
+
+import jlora
+from jlora import tree
+from jlora.adapters.protocol import leaves_of
+from jlora.models.architectures import decoder_config
+from jlora.models.decoder import Decoder
+from jlora.models.encoder import Encoder, EncoderConfig
+from jlora.models.parts import named_axes
+from jlora.models.vit import ViT, ViTConfig
+from jlora.training import mesh as meshes
+
+SIZES = (
+    {"data": 8},
+    {"fsdp": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+)
+TOKEN = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+LORA = jlora.LoRA(rank=2, alpha=3)
+
+
+# --- the mesh ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"fsdp": -1, "tensor": 2}, (1, 4, 2)),
+        ({"data": 2, "tensor": -1}, (2, 1, 4)),
+        ({"tensor": 2, "fsdp": 2, "data": 2}, (2, 2, 2)),
+    ],
+)
+def test_what_is_not_given_is_left_to_data_or_to_minus_one(sizes: Any, shape: Any) -> None:
+    mesh = meshes.make_mesh(sizes)
+    assert mesh.devices.shape == shape
+    assert mesh.axis_names == meshes.AXES
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"model": 2}, r"mesh=\{'model': 2\}: 'model' is no axis of the mesh. Its axes are \['da"),
+        ({"fsdp": 0}, r"mesh=\{'fsdp': 0\}: fsdp=0 is no number of devices. Give 1 or more, or -1"),
+        ({"fsdp": 2.0}, "fsdp=2.0 is no number of devices"),
+        ({"fsdp": -1, "data": -1}, "'fsdp' and 'data' cannot both take the devices left over"),
+        ({"fsdp": 3}, "makes up 3 devices, and there are 8. Give sizes whose product is 8, or -1"),
+        ({"data": 2, "fsdp": 2}, "makes up 4 devices, and there are 8"),
+    ],
+)
+def test_sizes_that_make_up_no_mesh_are_refused(sizes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        meshes.make_mesh(sizes)
+
+
+def test_rows_that_cannot_be_shared_out_are_refused_with_those_that_can() -> None:
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    meshes.check_batch(mesh, 8)
+    with pytest.raises(ValueError, match=r"10 rows .* data=2 \* fsdp=2 = 4 devices. Use 8 or 12"):
+        meshes.check_batch(mesh, 10)
+    with pytest.raises(ValueError, match="Use 4 rows, or move devices to 'tensor'"):
+        meshes.check_batch(mesh, 3)
+
+
+def test_a_weight_that_cannot_be_split_is_refused_by_name() -> None:
+    model = steps.decoder({**steps.TINY, "intermediate_size": 36}, scanned=True)
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), TOKEN))
+    specs, mesh = meshes.weight_specs(model, TOKEN), meshes.make_mesh({"tensor": 8})
+    with pytest.raises(
+        ValueError,
+        match=r"'params/layers/mlp/down/kernel' of shape \(3, 36, 16\) cannot be split: its axis 1 "
+        r"of length 36 is not divisible by tensor=8. Make tensor a divisor of 36",
+    ):
+        meshes.shardings(mesh, shapes, specs)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_weights_are_split_by_the_names_of_their_axes() -> None:
+    specs = meshes.weight_specs(steps.decoder(scanned=True), TOKEN)
+    layers = "params/layers"
+    assert specs["params/embed/embedding"] == PartitionSpec("tensor", "fsdp")
+    assert specs["params/head"] == PartitionSpec("fsdp", "tensor")
+    assert specs[f"{layers}/attention/q/kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert specs[f"{layers}/attention/o/kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs[f"{layers}/mlp/down/kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs[f"{layers}/mlp_norm/scale"] == PartitionSpec(None, None)
+    alone = meshes.weight_specs(steps.decoder(scanned=False), TOKEN)
+    assert alone["params/layers_1/mlp/up/kernel"] == PartitionSpec("fsdp", "tensor")
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+PHI = {
+    "model_type": "phi3",
+    **{key: MIXTURE[key] for key in list(MIXTURE)[1:8]},
+    "original_max_position_embeddings": 64,
+}
+ENCODER = EncoderConfig(
+    model_type="bert",
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=4,
+    positions=32,
+    pooler="tanh",
+    labels=3,
+)
+VISION = ViTConfig(
+    image_size=(8, 8),
+    patch_size=(4, 4),
+    num_channels=3,
+    hidden_size=16,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=4,
+    labels=3,
+)
+MODELS = {
+    "decoder": (steps.decoder(scanned=True), (TOKEN,)),
+    "mixture": (Decoder(decoder_config(MIXTURE), scanned=True), (TOKEN,)),
+    "fused": (Decoder(decoder_config(PHI)), (TOKEN,)),
+    "encoder": (Encoder(ENCODER), (TOKEN, TOKEN)),
+    "vision": (ViT(VISION), (jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_of_every_model_is_split_over_fsdp(name: str) -> None:
+    model, inputs = MODELS[name]
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    flat = tree.flatten(boxed)
+    specs = meshes.weight_specs(model, *inputs)
+    assert list(specs) == list(flat.paths)
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+        if path.endswith(("kernel", "embedding", "gate_up", "down", "head")):
+            assert "fsdp" in specs[path], path
+        assert len(specs[path]) <= len(leaf.shape), path
+
+
+def test_a_name_that_no_rule_knows_is_refused() -> None:
+    dense = nn.Dense(4, kernel_init=named_axes("embed", "colour"))
+    with pytest.raises(ValueError, match=r"'params/kernel' has an axis named 'colour'.*\['batch'"):
+        meshes.weight_specs(dense, jax.ShapeDtypeStruct((2, 6), jnp.float32))
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+APART = {"lokr", "lokr_tucker", "lokr_pairs", "fourierft", "fourierft_whole", "vb_lora"}
+"""Families whose arrays run along no input or output axis of the weight."""
+
+
+@functools.cache
+def fresh(layer: str, family: str) -> dict[str, Any]:
+    made = BY_NAME[layer]
+    fn, params, inputs = made.make(jnp.dtype("float32"))
+    lora = jlora.lora_transform(fn, {made.adapted: FAMILIES[family].config})
+    return jax.eval_shape(lora.init, jax.random.key(0), params, *inputs)
+
+
+def is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def places_of(family: str) -> list[str]:
+    if family == "token_rows":
+        return ["embed"]
+    kernels = [] if "convolution" not in FAMILIES[family].config.kinds else ["conv_2d"]
+    return ["kv_einsum", "experts", *kernels]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_law_arrays_are_as_long_as_the_axes_of_the_weight_that_they_name(family: str) -> None:
+    for layer in places_of(family):
+        for leaf in leaves_of(fresh(layer, family)).values():
+            shapes, named = leaf.shapes(), set()
+            for name, axes in leaf.array_axes().items():
+                lengths = [
+                    n if a is None else leaf.shape[a]
+                    for n, a in zip(shapes[name], axes, strict=True)
+                ]
+                assert tuple(lengths) == shapes[name], (layer, name, axes)
+                known = [axis for axis in axes if axis is not None]
+                assert len(set(known)) == len(known), (layer, name, axes)
+                named |= set(known)
+            assert named >= set(leaf.axes.batch), layer
+            sides = [set(side) for side in (leaf.axes.inputs, leaf.axes.outputs)]
+            assert family in APART or any(named & side for side in sides), layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_split_like_their_weights(family: str) -> None:
+    for layer in places_of(family):
+        adapter = fresh(layer, family)
+        leaves = leaves_of(adapter)
+        specs = {
+            path: PartitionSpec(*(f"axis{axis}" for axis in range(len(leaf.shape))))
+            for path, leaf in leaves.items()
+        }
+        split = meshes.adapter_specs(adapter, specs)
+        for path, leaf in leaves.items():
+            axes = leaf.array_axes()
+            for name in leaf.shapes():
+                expected = [None if a is None else f"axis{a}" for a in axes.get(name, ())]
+                assert getattr(split[path], name) == PartitionSpec(*expected), (layer, name)
+        for name in set(adapter) - set(leaves):  # What weights share.
+            assert set(jax.tree.leaves(split[name], is_leaf=is_spec)) == {PartitionSpec()}
+
+
+def test_the_factors_of_a_stack_of_layers_have_the_axes_of_its_kernel() -> None:
+    model = steps.decoder(scanned=True)
+    adapter, specs = tiny(model).adapter, meshes.weight_specs(model, TOKEN)
+    split = meshes.adapter_specs(adapter, specs)
+    down, up = (split[f"params/layers/mlp/{name}/kernel"] for name in ("down", "up"))
+    assert (up.a, up.b) == (PartitionSpec(None, "fsdp", None), PartitionSpec(None, None, "tensor"))
+    assert (down.a, down.b) == (
+        PartitionSpec(None, "tensor", None),
+        PartitionSpec(None, None, "fsdp"),
+    )
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    adapter = tiny(steps.decoder(scanned=True)).adapter
+    specs = meshes.weight_specs(steps.decoder(scanned=False), TOKEN)
+    with pytest.raises(ValueError, match=r"of which no spec is given. The nearest paths are \['pa"):
+        meshes.adapter_specs(adapter, specs)
+    with pytest.raises(TypeError, match="is not what init returns"):
+        meshes.adapter_specs({"w": jnp.ones(3)}, specs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "labelled", "factored"])
+def test_the_state_of_an_optimizer_is_split_like_the_arrays_that_it_is_of(optimizer: str) -> None:
+    model = steps.decoder(scanned=True)
+    adapter = tiny(model).adapter
+    specs = meshes.adapter_specs(adapter, meshes.weight_specs(model, TOKEN))
+    labels = jax.tree.map(lambda x: "small" if x.shape[-1] == 2 else "other", adapter)
+    made = {
+        "adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+        "labelled": optax.multi_transform({"small": optax.adam(1), "other": optax.sgd(1)}, labels),
+        "factored": optax.adafactor(1e-3, min_dim_size_to_factor=2),
+    }[optimizer]
+    state = made.init(adapter)
+    split = meshes.optimizer_specs(state, adapter, specs)
+    arrays = jax.tree.leaves(state)
+    flat = jax.tree.leaves(split, is_leaf=is_spec)
+    assert len(flat) == len(arrays)
+    for array, spec in zip(arrays, flat, strict=True):
+        assert len(spec) <= array.ndim
+        if optimizer != "factored" and array.ndim:
+            assert len([name for name in spec if name]) == 1, (array.shape, spec)
+
+
+# --- the same step everywhere --------------------------------------------------------------------
+
+
+class Tiny(NamedTuple):
+    """A tiny decoder with an adapter moved off zero, and what one device makes of it."""
+
+    params: Any
+    adapter: Any
+    batch: Any
+    gradient: Any  # `(params, adapter, batch)` to the loss and the adapter's gradient.
+
+
+@functools.cache
+def tiny(model: Decoder) -> Tiny:
+    ids = jax.random.randint(jax.random.key(1), (8, 6), 0, 48)
+    batch = {"input_ids": ids, "targets": jnp.roll(ids, -1, axis=1)}
+    params = meta.unbox(jax.jit(model.init)(jax.random.key(0), ids))
+    lora = steps.transform(model, {"layers.*kernel": LORA}, chunks=2)
+    adapter = moved(lora.init(jax.random.key(2), params, batch))
+
+    def gradient(params: Any, adapter: Any, batch: Any) -> Any:
+        return jax.value_and_grad(lambda adapter: lora.apply(params, adapter, batch))(adapter)
+
+    return Tiny(params, adapter, batch, gradient)
+
+
+@functools.cache
+def alone(model: Decoder) -> Any:
+    one = tiny(model)
+    return jax.jit(one.gradient)(one.params, one.adapter, one.batch)
+
+
+def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
+    """The lowered gradient, and what it is called with, on a mesh."""
+    one = tiny(model)
+    specs = meshes.weight_specs(model, TOKEN)
+    arguments = (
+        jax.device_put(one.params, meshes.shardings(mesh, one.params, specs)),
+        jax.device_put(
+            one.adapter,
+            meshes.shardings(mesh, one.adapter, meshes.adapter_specs(one.adapter, specs)),
+        ),
+        jax.device_put(one.batch, meshes.batch_sharding(mesh)),
+    )
+    with meshes.active(mesh):
+        return jax.jit(one.gradient).lower(*arguments), arguments
+
+
+@pytest.mark.parametrize("scanned", [False, True], ids=["each", "scanned"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_law_a_mesh_changes_no_loss_and_no_gradient(sizes: Any, scanned: bool) -> None:
+    model = steps.decoder(scanned=scanned)
+    lowered, arguments = on(meshes.make_mesh(sizes), model)
+    loss, gradient = lowered.compile()(*arguments)
+    one_loss, one_gradient = alone(model)
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
+    for path, leaf in one_gradient.items():
+        for name in ("a", "b"):
+            expected = getattr(leaf, name)
+            np.testing.assert_allclose(
+                getattr(gradient[path], name),
+                expected,
+                rtol=1e-4,
+                # Sums in another order, of some hundred products in float32.
+                atol=2e-5 * float(jnp.abs(expected).max()),
+                err_msg=f"{path} {name}",
+            )
+
+
+def test_the_constraints_of_the_model_are_in_the_program() -> None:
+    model = steps.decoder(scanned=True)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    lowered = on(mesh, model)[0].as_text()
+    rows = '{"data", "fsdp"}'
+    for constraint, what in (
+        (f"[{{{rows[1:-1]}}}, {{}}, {{}}]", "residual stream"),
+        (f'[{{{rows[1:-1]}}}, {{}}, {{"tensor"}}]', "inside of the feed-forward"),
+        (f'[{{{rows[1:-1]}}}, {{}}, {{"tensor"}}, {{}}]', "heads"),
+    ):
+        assert "sdy.sharding_constraint" in lowered
+        found = re.findall(r"sdy\.sharding_constraint .*", lowered)
+        assert any(constraint in line for line in found), what
+    one = tiny(model)
+    plain = jax.jit(one.gradient).lower(one.params, one.adapter, one.batch).as_text()
+    assert "sharding_constraint" not in plain
+
+
+def test_law_a_scan_gathers_one_layer_at_a_time() -> None:
+    model = steps.decoder(scanned=True)
+    lowered, _ = on(meshes.make_mesh({"fsdp": 8}), model)
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", lowered.compile().as_text())
+    shapes = {tuple(map(int, dims.split(","))) for dims in gathered}
+    assert (16, 40) in shapes  # The feed-forward's kernel is gathered,
+    assert not any(len(shape) == 3 and shape[0] == 3 for shape in shapes)  # one layer of three.
+    largest = max(math.prod(shape) for shape in shapes)
+    assert largest <= 16 * 48  # The head, which is not of a layer.
