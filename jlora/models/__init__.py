@@ -9,6 +9,7 @@ from jlora.models.encoder import EncoderConfig as EncoderConfig
 from jlora.models.encoder import mean_pool as mean_pool
 from jlora.models.folders import Loaded as Loaded
 from jlora.models.folders import load as load
+from jlora.models.folders import model_of as model_of
 from jlora.models.folders import save as save
 from jlora.models.folders import stop_tokens as stop_tokens
 from jlora.models.folders import stored_weights as stored_weights

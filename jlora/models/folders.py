@@ -126,6 +126,27 @@ def load(
     return Loaded(form.model, traverse_util.unflatten_dict(arrays, sep="/"))
 
 
+def model_of(folder: str | os.PathLike[str], **options: Any) -> Any:
+    """The model of a folder without its weights; for a decoder, config.json is enough.
+
+    Args:
+        folder: As `load` takes it, on this machine.
+        **options: As `load` takes them.
+
+    Raises:
+        FileNotFoundError: Something is missing.
+        ValueError: As from `load`.
+        TypeError: The model has no such option.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") in ARCHITECTURES:
+        config = decoder_config(raw, str(folder / "config.json"))
+        return _made(Decoder, config, options)
+    with opened(folder) as tensors:
+        return _format(folder, tensors, options).model
+
+
 def check(folder: str | os.PathLike[str], **options: Any) -> None:
     """Checks that `load` can read a folder, by its headers.
 

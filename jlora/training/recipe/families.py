@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import jax.numpy as jnp
 import pydantic
 from pydantic import Field
 
@@ -52,6 +53,8 @@ class Rule(Section):
         values = {name: getattr(self, name) for name in self.own}
         if "init" in values:
             values["init"] = _STARTS[values["init"]]
+        if "dtype" in values:
+            values["dtype"] = getattr(jnp, values["dtype"])
         return _FAMILIES[self.family](**values)
 
     @pydantic.model_validator(mode="after")

@@ -25,7 +25,8 @@ class Section(pydantic.BaseModel):
     @classmethod
     def descriptions(cls) -> dict[str, str]:
         """What each field means."""
-        return attributes(cls)
+        texts = attributes(cls)
+        return {name: texts[name] for name in cls.model_fields}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:

@@ -1,0 +1,281 @@
+"""The loop of a run: steps, evaluations, checkpoints, and what ends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jlora.training.interruption import EXIT_STATUS, Interrupted, Watch, agreement
+from jlora.training.recipe.sections import Recipe
+from jlora.training.records import Recorder, record_all
+from jlora.training.saving import Saver
+from jlora.training.setup import Setup, dropout_key
+from jlora.training.step import Measured, State
+
+PyTree = Any
+_SAVE = 1  # A wish that is less than those of signals.
+
+
+class Placed(NamedTuple):
+    """A batch on the devices.
+
+    Attributes:
+        arrays: What a step takes.
+        ids: Per row, the (source, example) pairs in it.
+        after: The position of the data after it.
+        ends_epoch: Whether it is the last one of an epoch.
+    """
+
+    arrays: PyTree
+    ids: Sequence[Any]
+    after: tuple[int, int]
+    ends_epoch: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """Where a run is. All of it is in a checkpoint.
+
+    Attributes:
+        step: How many steps were made.
+        position: Of the data: epoch, and batch in it.
+        tokens: How many were learned.
+        best: The best score of an evaluation, the higher, the better.
+        best_step: When it was.
+        worse: Evaluations since then.
+        evaluated: The step of the last evaluation.
+    """
+
+    step: int = 0
+    position: tuple[int, int] = (0, 0)
+    tokens: float = 0.0
+    best: float = -math.inf
+    best_step: int | None = None
+    worse: int = 0
+    evaluated: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        held = dataclasses.asdict(self)
+        return {**held, "best": None if self.best_step is None else self.best}
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Progress:
+        """From what `facts` returned."""
+        best = -math.inf if facts["best"] is None else facts["best"]
+        epoch, batch = facts["position"]
+        return cls(**{**facts, "best": best, "position": (epoch, batch)})
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient was NaN or infinite; weights and optimizer are those of before."""
+
+
+class Hooks(NamedTuple):
+    """What a loop tells others.
+
+    Attributes:
+        recorders: Take measurements.
+        show: Takes those of a step, for a progress bar.
+        evaluate: From the trained arrays to the means of an evaluation, by name; None for none.
+    """
+
+    recorders: Sequence[Recorder]
+    show: Callable[[int, dict[str, float]], None]
+    evaluate: Callable[[PyTree], dict[str, float]] | None
+
+
+class Loop:
+    """One run, from where its state is to its end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        setup: Setup,
+        state: State,
+        progress: Progress,
+        saver: Saver,
+        facts: dict[str, Any],
+        hooks: Hooks,
+        watch: Watch,
+        steps: int,
+    ) -> None:
+        self.recipe, self.setup, self.state, self.progress = recipe, setup, state, progress
+        self._saver, self._facts, self._hooks, self._watch = saver, facts, hooks, watch
+        self._steps = steps
+        self._key = dropout_key(recipe)
+        self._saved = progress.step if progress.step else None
+        self._saved_at = time.monotonic()
+        self._agree = agreement(setup.mesh)
+        self._asked = 0  # What all processes wish for.
+        self._pending: tuple[int, Placed, Measured, float, Any] | None = None
+
+    def run(self, batches: Iterable[Placed]) -> str:
+        """Makes the steps that are left; returns why the run ended.
+
+        Raises:
+            Interrupted: A signal came; everything up to it is saved.
+            NotFinite: A loss or gradient was not, and the recipe does not skip such steps.
+            OSError: A checkpoint could not be written.
+        """
+        options = self.recipe.training
+        began = time.monotonic()
+        for batch in batches:
+            self.state, measured = self.setup.step(
+                self.state, self.setup.frozen, batch.arrays, self._key
+            )
+            # What the last step measured is looked at while this one runs.
+            now = time.monotonic()
+            self._look()
+            self.progress.step += 1
+            self.progress.position = batch.after
+            wish = self._agree(self._wish())
+            self._pending = self.progress.step, batch, measured, now - began, wish
+            began = now
+            if jax.process_count() == 1:  # Others hear of it one step later.
+                self._asked = wish
+            if self._asked > _SAVE:
+                self._interrupted(signal.Signals(self._asked))
+            if self._evaluation_is_due(batch.ends_epoch):
+                self._look()
+                if self._evaluated():
+                    return "patience"
+                began = time.monotonic()
+            elif self._asked == _SAVE or self._is_due(options.save_every):
+                self._look()
+                self._save()
+                self._asked = 0
+                began = time.monotonic()
+            if self.progress.step >= self._steps:
+                break
+        self._look()
+        if self.progress.evaluated != self.progress.step and self._hooks.evaluate is not None:
+            self._evaluated()
+        self._save()
+        return "steps"
+
+    # --- what a step measured ---------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Waits for the last step, records what it measured, and acts on it."""
+        if self._pending is None:
+            return
+        step, batch, measured, seconds, wish = self._pending
+        self._pending = None
+        values = jax.device_get(measured)
+        self._asked = int(wish)
+        self.progress.tokens += float(values.weight)
+        told = {
+            "loss": float(values.loss),
+            "gradient_norm": float(values.gradient_norm),
+            "learning_rate": float(values.learning_rate),
+            "weight": float(values.weight),
+            "seconds": seconds,
+            **{name: float(value) for name, value in values.others.items()},
+        }
+        record_all(self._hooks.recorders, step, told)
+        self._hooks.show(step, told)
+        if not values.finite:
+            self._not_finite(step, batch, values)
+
+    def _not_finite(self, step: int, batch: Placed, values: Any) -> None:
+        options = self.recipe.training
+        if options.nonfinite == "skip" and values.skipped <= options.max_skipped:
+            return
+        steps = self._saver.steps()
+        kept = f"step {steps[-1]} in {self._saver.folder}" if steps else "none was saved yet"
+        again = f", the last of {values.skipped} in a row" if values.skipped > 1 else ""
+        raise NotFinite(
+            f"Step {step}{again}: loss={float(values.loss)}, "
+            f"gradient_norm={float(values.gradient_norm)}. Its rows are the examples "
+            f"{_told(batch.ids)} (source, example). It changed nothing; the last good checkpoint: "
+            f"{kept}. Look at these examples, lower optimizer.learning_rate, or let "
+            f"training.nonfinite skip such steps."
+        )
+
+    # --- evaluations and checkpoints --------------------------------------------------------------
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _evaluation_is_due(self, ends_epoch: bool) -> bool:
+        if self._hooks.evaluate is None:
+            return False
+        every = self.recipe.training.evaluate_every
+        last = self.progress.step >= self._steps
+        return last or (ends_epoch if every is None else self._is_due(every))
+
+    def _evaluated(self) -> bool:
+        """Evaluates and saves; whether the run has waited long enough for a better one."""
+        assert self._hooks.evaluate is not None
+        progress, options = self.progress, self.recipe.training
+        means = self._hooks.evaluate(self.state.trained)
+        record_all(
+            self._hooks.recorders,
+            progress.step,
+            {f"validation_{name}": value for name, value in means.items()},
+        )
+        score = -means["loss"] if options.metric == "loss" else means["accuracy"]
+        progress.evaluated = progress.step
+        progress.worse += 1
+        if score > progress.best:  # A NaN is not.
+            progress.best, progress.best_step, progress.worse = score, progress.step, 0
+        self._save(score if math.isfinite(score) else None)
+        return options.patience is not None and progress.worse >= options.patience
+
+    def _wish(self) -> int:
+        """The number of a signal that came, or that a save is due, or nothing."""
+        options = self.recipe.training
+        if self._watch.seen is not None:
+            return int(self._watch.seen)
+        if options.save_minutes is None:
+            return 0
+        return _SAVE if time.monotonic() - self._saved_at >= 60 * options.save_minutes else 0
+
+    def _save(self, score: float | None = None) -> None:
+        if self._saved == self.progress.step:
+            return
+        facts = {**self._facts, "progress": self.progress.facts()}
+        try:
+            self._saver.save(self.progress.step, self.state, facts, score)
+        except OSError as error:
+            if self.recipe.training.save_errors == "stop":
+                raise
+            print(f"warning: {error}", flush=True)
+        self._saved, self._saved_at = self.progress.step, time.monotonic()
+
+    def _interrupted(self, seen: signal.Signals) -> None:
+        self._look()
+        self._save()
+        self._saver.wait()
+        raise Interrupted(
+            f"{seen.name}: step {self.progress.step} of {self._steps} is saved in "
+            f"{self._saver.folder}. Go on with --resume.",
+            EXIT_STATUS[seen],
+        )
+
+
+def _told(ids: Sequence[Any]) -> str:
+    """The examples of all rows, at most twenty."""
+    flat = [tuple(int(number) for number in pair) for row in ids for pair in row]
+    more = f" and {len(flat) - 20} more" if len(flat) > 20 else ""
+    return ", ".join(f"{source}:{example}" for source, example in flat[:20]) + more
+
+
+def means_of(sums: Iterable[Any]) -> dict[str, float]:
+    """The means over several evaluated batches."""
+    totals: dict[str, float] = {}
+    weight = 0.0
+    for one in sums:
+        values = jax.device_get(one)
+        weight += float(values.weight)
+        for name, value in {"loss": values.loss, **values.others}.items():
+            totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64))
+    return {name: total / weight for name, total in totals.items()}

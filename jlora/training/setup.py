@@ -1,0 +1,279 @@
+"""Everything that a run computes with, from its recipe: model, adapter, optimizer, and the step.
+
+The same function makes it of arrays, to train, and of shapes alone, to compile for devices that are
+not here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora import models
+from jlora.adapters.full import Full
+from jlora.adapters.protocol import AdapterConfig, is_leaf
+from jlora.adapters.sora import SoRALeaf
+from jlora.checkpoints import hub
+from jlora.conversion import residual_base
+from jlora.models import names
+from jlora.models.folders import example_inputs
+from jlora.optim.labels import partition
+from jlora.training import mesh as meshes
+from jlora.training import tasks
+from jlora.training.optimizer import Optimizing, optimizing
+from jlora.training.recipe.sections import Recipe
+from jlora.training.step import Measured, State, Sums, evaluation_of, initial, step_of
+
+PyTree = Any
+
+# Products inside layers; a router chooses experts, and moving it moves all of them.
+_IN_LAYERS = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
+_TARGETS = {"BitFit": r"/layers?(_\d+)?/.*bias$", "TokenRows": r"/(embed|word)/embedding$"}
+_HEAD = r"^params/classifier/"
+
+
+class Setup(NamedTuple):
+    """What a run computes with.
+
+    Attributes:
+        folder: Of the base.
+        model: Of the base.
+        task: What is adapted, and the loss.
+        mesh: Of the devices.
+        frozen: `{"base": ..., "adapter": ...}`, the latter with its frozen arrays.
+        fresh: The adapter before the first step, where its base is not the checkpoint's own.
+        optimizing: What makes steps of gradients.
+        state: Before the first step.
+        step: Compiled at its first call: `(state, frozen, batch, key)`, the state donated.
+        evaluate: Likewise: `(trained, frozen, batch)`.
+    """
+
+    folder: Path
+    model: Any
+    task: tasks.Task
+    mesh: Mesh
+    frozen: PyTree
+    fresh: PyTree | None
+    optimizing: Optimizing
+    state: State
+    step: Callable[..., tuple[State, Measured]]
+    evaluate: Callable[..., Sums]
+
+
+def set_up(
+    recipe: Recipe, mesh: Mesh, *, steps: int, labels: int | None = None, abstract: bool = False
+) -> Setup:
+    """What a recipe describes, on a mesh.
+
+    Args:
+        recipe: The whole of it; its data is not looked at.
+        mesh: Of the devices, which may not be here if all is abstract.
+        steps: How many are made in all, for the learning rate.
+        labels: How many, for classification.
+        abstract: Whether arrays are only described, as `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+        FileNotFoundError: The base is not there.
+        ValueError: The recipe asks for what the model has not, or the mesh does not divide it.
+    """
+    folder = hub.folder_of(recipe.model.path, recipe.model.revision)
+    model = model_of(recipe, folder)
+    specs = meshes.weight_specs(model, *example_inputs(model))
+    task = task_of(recipe, model, labels)
+    base = _base(recipe, folder, model, specs, mesh, abstract)
+    with meshes.active(mesh):
+        adapter = _adapter(recipe, task, base, specs, mesh, abstract)
+        fresh = adapter if _taken_out(adapter) else None
+        if fresh is not None:
+            base = _jitted(residual_base, abstract)(base, fresh)
+        trained, rest = partition(adapter)
+        tree = {"adapter": trained}
+        if task.head is not None:
+            whole = NamedSharding(mesh, PartitionSpec())
+            tree["head"] = _made(task.head, _key(recipe, "head"), whole, abstract)
+        gates = any(isinstance(leaf, SoRALeaf) for leaf in _leaves(adapter))
+        made = optimizing(recipe.optimizer, steps, gates=gates)
+        state = _state(tree, made, mesh, abstract)
+    step = step_of(task.loss, made, recipe.optimizer.clip_norm)
+    places = jax.tree.map(lambda array: array.sharding, state)
+    return Setup(
+        folder=folder,
+        model=model,
+        task=task,
+        mesh=mesh,
+        frozen={"base": base, "adapter": rest},
+        fresh=fresh,
+        optimizing=made,
+        state=state,
+        step=_on(mesh, jax.jit(step, donate_argnums=0, out_shardings=(places, None))),
+        evaluate=_on(mesh, jax.jit(evaluation_of(task.loss))),
+    )
+
+
+def model_of(recipe: Recipe, folder: Path) -> Any:
+    """The model of a recipe, without weights."""
+    asked = recipe.model
+    model = models.model_of(folder)
+    if isinstance(model, models.Decoder):
+        model = model.clone(
+            scanned=asked.scanned, remat=asked.remat, implementation=asked.attention
+        )
+    return model if asked.compute_dtype is None else model.clone(dtype=asked.compute_dtype)
+
+
+def task_of(recipe: Recipe, model: Any, labels: int | None = None) -> tasks.Task:
+    """What a recipe trains for."""
+    rules = rules_of(recipe, model)
+    if recipe.task == "language":
+        return tasks.language(model, rules, recipe.optimizer)
+    if recipe.task == "preference":
+        return tasks.preference(model, rules, recipe.optimizer, recipe.preference)
+    assert labels is not None
+    return tasks.classification(model, rules, recipe.optimizer, recipe.classification, labels)
+
+
+def rules_of(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | None]:
+    """The recipe's rules: what stays frozen, further rules, a head's own, and the main one."""
+    rules: dict[str, AdapterConfig | None] = dict.fromkeys(recipe.frozen)
+    for rule in recipe.more:
+        assert rule.targets is not None
+        rules[rule.targets] = rule.config()
+    if recipe.task == "classification" and getattr(model.config, "labels", None) is not None:
+        rules.setdefault(_HEAD, Full())
+    main = recipe.lora
+    rules[main.targets or _TARGETS.get(main.family, _IN_LAYERS)] = main.config()
+    return rules
+
+
+# --- arrays, or what stands for them --------------------------------------------------------------
+
+
+def _base(
+    recipe: Recipe, folder: Path, model: Any, specs: meshes.Specs, mesh: Mesh, abstract: bool
+) -> PyTree:
+    """The frozen weights, each read right to where it lies."""
+    dtype = recipe.model.dtype
+    if not abstract:
+        options: dict[str, Any] = {}
+        if isinstance(model, models.Decoder):
+            options = {"scanned": recipe.model.scanned}
+        where = lambda path, shape: meshes.place(mesh, path, specs[path], shape.shape)  # noqa: E731
+        return models.load(folder, dtype=dtype, sharding=where, **options).params
+    flat = {
+        path: jax.ShapeDtypeStruct(
+            shape.shape,
+            jnp.dtype(dtype or "bfloat16"),
+            sharding=meshes.place(mesh, path, specs[path], shape.shape),
+        )
+        for path, shape in names.shapes(model, *example_inputs(model)).items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _adapter(
+    recipe: Recipe,
+    task: tasks.Task,
+    base: PyTree,
+    specs: meshes.Specs,
+    mesh: Mesh,
+    abstract: bool,
+) -> PyTree:
+    """A fresh adapter, sharded like the weights that it adapts."""
+
+    def init(key: jax.Array, base: PyTree) -> PyTree:
+        return task.lora.init(key, base, *task.inputs)
+
+    key = _key(recipe, "adapter")
+    shapes = jax.eval_shape(init, key, base)
+    places = meshes.shardings(mesh, shapes, meshes.adapter_specs(shapes, specs))
+    if abstract:
+        return _described(shapes, places)
+    return jax.jit(init, out_shardings=places)(key, base)
+
+
+def _state(trained: PyTree, made: Optimizing, mesh: Mesh, abstract: bool) -> State:
+    """The state before the first step, moments sharded like what they belong to."""
+    begin = functools.partial(initial, optimizing=made)
+    shapes = jax.eval_shape(begin, trained)
+    splits = jax.tree.map(lambda array: array.sharding.spec, trained)
+    optimizer = meshes.optimizer_specs(shapes.optimizer, trained, splits)
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    places = places._replace(
+        trained=jax.tree.map(lambda array: array.sharding, trained),
+        optimizer=meshes.shardings(mesh, shapes.optimizer, optimizer),
+    )
+    if abstract:
+        return _described(shapes, places)
+    return jax.jit(begin, out_shardings=places)(trained)
+
+
+def _made(
+    make: Callable[[jax.Array], PyTree], key: jax.Array, where: NamedSharding, abstract: bool
+) -> PyTree:
+    shapes = jax.eval_shape(make, key)
+    places = jax.tree.map(lambda _: where, shapes)
+    return _described(shapes, places) if abstract else jax.jit(make, out_shardings=places)(key)
+
+
+def _jitted(fn: Callable[..., PyTree], abstract: bool) -> Callable[..., PyTree]:
+    """A function of arrays whose first argument's result takes its place."""
+
+    def described(first: PyTree, *rest: PyTree) -> PyTree:
+        shapes = jax.eval_shape(fn, first, *rest)
+        return _described(shapes, jax.tree.map(lambda array: array.sharding, first))
+
+    def run(first: PyTree, *rest: PyTree) -> PyTree:
+        places = jax.tree.map(lambda array: array.sharding, first)
+        return jax.jit(fn, donate_argnums=0, out_shardings=places)(first, *rest)
+
+    return described if abstract else run
+
+
+def _described(shapes: PyTree, places: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        shapes,
+        places,
+    )
+
+
+def _key(recipe: Recipe, what: str) -> jax.Array:
+    """A key of its own for each use of the recipe's seed."""
+    number = {"adapter": 0, "head": 1, "dropout": 2}[what]
+    return jax.random.fold_in(jax.random.key(recipe.seed), number)
+
+
+def dropout_key(recipe: Recipe) -> jax.Array:
+    """What the keys of all steps are made from."""
+    return _key(recipe, "dropout")
+
+
+def _leaves(adapter: PyTree) -> list[Any]:
+    return [node for node in jax.tree.leaves(adapter, is_leaf=is_leaf) if is_leaf(node)]
+
+
+def _taken_out(adapter: PyTree) -> bool:
+    """Whether some of the adapter was taken out of the weights, which then need another base."""
+    return any(getattr(leaf, "residual", False) for leaf in _leaves(adapter))
+
+
+def _on(mesh: Mesh, fn: Any) -> Any:
+    """A compiled function, whose tracing sees the mesh."""
+
+    class OnMesh:
+        def __call__(self, *args: Any) -> Any:
+            with meshes.active(mesh):
+                return fn(*args)
+
+        def lower(self, *args: Any) -> Any:
+            with meshes.active(mesh):
+                return fn.lower(*args)
+
+    return OnMesh()
