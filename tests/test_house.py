@@ -32,6 +32,18 @@ ALLOWED = {
     "cli": {"transform", "checkpoints", "models", "peft", "inspection", "merging"},
     "conversion": {"tree", "factored", "adapters", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},
+    "training": {
+        "tree",
+        "factored",
+        "adapters",
+        "transform",
+        "checkpoints",
+        "models",
+        "peft",
+        "optim",
+        "merging",
+        "conversion",
+    },
 }
 
 
@@ -57,6 +69,11 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
         if name.startswith("jlora."):
             other = name.split(".")[1]
             assert other == part or other in ALLOWED[part], f"{part} imports {other}"
+
+
+def test_reading_data_needs_no_device() -> None:
+    for file in (ROOT / "training" / "data").glob("*.py"):
+        assert not [name for name in imports(file) if name.split(".")[0] in ("jax", "flax")], file
 
 
 def test_only_one_file_depends_on_the_release_of_jax() -> None:

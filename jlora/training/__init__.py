@@ -1,0 +1,1 @@
+"""Fine-tuning, from files of text to adapters."""

@@ -1,0 +1,1 @@
+"""Data of fine-tuning: rows to batches, on the host alone."""
