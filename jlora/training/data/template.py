@@ -159,11 +159,12 @@ class ChatTemplate:
                 f"and in another where it goes on, so what the assistant says cannot be told "
                 f'apart. Use loss_on="last", or a template with {{% generation %}} tags.'
             )
-        ended = through.rstrip()
+        said = through[len(before) :]
+        ended, content = said.rstrip(), messages[turn].get("content", "").rstrip()
         # Where no token ends a turn, the line break does, and has to be learnt.
-        if ended.endswith(messages[turn].get("content", "").rstrip()):
-            ended = through
-        return len(before), len(ended)
+        if ended == content or (content and ended.endswith(content)):
+            ended = said
+        return len(before), len(before) + len(ended)
 
     def _marked(
         self,
