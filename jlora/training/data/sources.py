@@ -122,6 +122,7 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 
 def _from_files(files: list[Path], split: str) -> datasets.Dataset:
     import datasets
+    from datasets import exceptions
 
     kinds = sorted({file.suffix for file in files})
     readers = {_READERS.get(kind) for kind in kinds}
@@ -143,7 +144,7 @@ def _from_files(files: list[Path], split: str) -> datasets.Dataset:
         return datasets.load_dataset(
             str(reader), data_files={base: [str(file) for file in files]}, split=split
         )
-    except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, StopIteration, exceptions.DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(
             f"{listed([str(file) for file in files])}, split={split!r}, gives no rows as {reader} "
@@ -195,10 +196,11 @@ def _no_constant(name: str) -> NoReturn:
 
 def _from_hub(path: str, split: str, name: str | None, revision: str | None) -> datasets.Dataset:
     import datasets
+    from datasets import exceptions
 
     try:
         return datasets.load_dataset(path, name=name, split=split, revision=revision)
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"{path!r} is no file or folder here, and the Hub has no data set of that name that "
             f"you may read. Check the name, or log in with `hf auth login`."
