@@ -358,9 +358,7 @@ def test_tokens_beyond_the_model_are_refused() -> None:
     highest = max(ids(TEXTS[0]))
     rows = [{"text": "a"}, {"text": TEXTS[0]}]
     reading = Reading(length=400, vocab_size=highest, where="train.jsonl")
-    with pytest.raises(
-        ValueError, match=f"row 1: token {highest} is none of the model's {hi
-    ):
+    with pytest.raises(ValueError, match=f"row 1: token {highest} is none of the model's"):
         examples.text(rows, TINY, reading)
     examples.text(rows, TINY, Reading(length=400, vocab_size=highest + 1))
 
@@ -373,9 +371,7 @@ LONG = "a" + " answers" * 9
 def test_long_rows_are_told_or_left_out() -> None:
     rows = [{"text": "a"}, {"text": LONG}]
     size = len(ids(LONG)) + 2
-    with pytest.raises(
-        ValueError, match=rf"train.jsonl, row 1: {size} tokens are more"
-    ):
+    with pytest.raises(ValueError, match=rf"train.jsonl, row 1: {size} tokens are more"):
         examples.text(rows, TINY, Reading(length=size - 1, where="train.jsonl"))
     assert examples.text(rows, TINY, Reading(length=size)).examples == 2
     corpus = examples.text(rows, TINY, Reading(length=size - 1, overlong="drop"))
@@ -417,9 +413,7 @@ def test_rows_with_nothing_to_learn_are_counted() -> None:
     rows = [{"messages": said("a")}, {"messages": said("a", "b")}]
     corpus = examples.chat(rows, TINY, READING)
     assert (corpus.examples, corpus.report.unlearned) == (1, 1)
-    with pytest.raises(
-        ValueError, match=r"leaves nothing to learn: of 1 rows 0 .* 1 nothing"
-    ):
+    with pytest.raises(ValueError, match=r"leaves nothing to learn: of 1 rows 0 .* 1 nothing"):
         examples.chat(rows[:1], TINY, READING)
 
 
