@@ -72,6 +72,11 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
             assert other == part or other in ALLOWED[part], f"{part} imports {other}"
 
 
+def test_reading_data_needs_no_device() -> None:
+    for file in (ROOT / "training" / "data").glob("*.py"):
+        assert not [name for name in imports(file) if name.split(".")[0] in ("jax", "flax")], file
+
+
 def test_only_one_file_depends_on_the_release_of_jax() -> None:
     for file in MODULES:
         uses = [name for name in imports(file) if name.startswith("jax.extend")]

@@ -1,1 +1,1 @@
-"""Training: meshes and shardings, and what is built on them."""
+"""Training: recipes, data, meshes, the step, and the loop around it."""

@@ -1,0 +1,213 @@
+"""Rows of examples, from files here or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jlora.checkpoints.tensors import listed
+
+if TYPE_CHECKING:
+    import datasets
+
+# What datasets calls the reader of each kind of file.
+_READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# Words in a file's name that say which split it holds.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "eval"),
+}
+
+
+def rows(
+    path: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+) -> datasets.Dataset:
+    """The rows of a file, of a folder's files, or of a data set on the Hub.
+
+    Lines of JSON are checked before they are read, blank ones left out. A line of a .txt file is
+    a row with the column `text`.
+
+    Args:
+        path: A .jsonl, .json, .parquet, .csv or .txt file, a pattern with `*` that finds some, a
+            folder of them, or `owner/name` on the Hub. Of a folder, the files with the split's
+            name in theirs are taken, or all for "train" if no name tells a split.
+        split: "train", "validation", "test" or another of the Hub's; a slice such as
+            "train[:95%]" takes a part.
+        name: Which configuration of the Hub's data set.
+        revision: Of the Hub's: a branch, tag or commit.
+        limit: How many rows are taken at most, the first ones.
+
+    Raises:
+        FileNotFoundError: There is no such file, folder or data set.
+        OSError: The Hub cannot be reached.
+        ValueError: A line is no JSON object, files are of several kinds, there is no such split,
+            or there are no rows.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no rows. Give a positive count, or None for all.")
+    if not _is_local(path) and _HUB_NAME.fullmatch(str(path)):
+        found = _from_hub(str(path), split, name, revision)
+    else:
+        if name is not None or revision is not None:
+            raise ValueError(
+                f"name={name!r} and revision={revision!r} choose among the Hub's versions of a "
+                f"data set, and {str(path)!r} is here. Leave them out."
+            )
+        found = _from_files(_files(path, split), split)
+    if not len(found):
+        raise ValueError(f"{path}, split={split!r}, holds no rows. Give data with at least one.")
+    return found if limit is None else found.select(range(min(limit, len(found))))
+
+
+def _is_local(path: str | os.PathLike[str]) -> bool:
+    return os.path.exists(path) or glob.has_magic(str(path)) or Path(path).suffix in _READERS
+
+
+def _files(path: str | os.PathLike[str], split: str) -> list[Path]:
+    """The data files meant, in the order of their names."""
+    if glob.has_magic(str(path)) and not os.path.exists(path):
+        files = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
+        if not files:
+            raise FileNotFoundError(f"path={str(path)!r} finds no file. Check the pattern.")
+        return files
+    path = Path(path)
+    if path.is_dir():
+        return _of_split(path, split)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"path={str(path)!r} is no file or folder here, and no `owner/name` of a data set on "
+            f"the Hub. Check the name."
+        )
+    return [path]
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that hold the split, by the words in their names."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no {', '.join(_READERS)} file. Give the folder that does."
+        )
+    base = split.split("[")[0]
+    known = {word for words in _SPLITS.values() for word in words} | {base}
+    words = {file: known & set(re.split(r"[-_.]", file.stem.lower())) for file in files}
+    wanted = set(_SPLITS.get(base, ())) | {base}
+    chosen = [file for file in files if words[file] & wanted]
+    if not chosen and base == "train" and not any(words.values()):
+        return files
+    if not chosen:
+        raise ValueError(
+            f"split={split!r}: none of {listed([file.name for file in files])} in {folder} carries "
+            f"that name. Give one of the files."
+        )
+    return chosen
+
+
+def _from_files(files: list[Path], split: str) -> datasets.Dataset:
+    import datasets
+    from datasets import exceptions
+
+    kinds = sorted({file.suffix for file in files})
+    readers = {_READERS.get(kind) for kind in kinds}
+    if len(readers) > 1 or None in readers:
+        raise ValueError(
+            f"The files end in {', '.join(kind or 'no suffix' for kind in kinds)}: "
+            f"{listed([str(file) for file in files])}. Give files of one kind, of "
+            f"{', '.join(_READERS)}."
+        )
+    (reader,) = readers
+    if reader == "json":
+        for file in files:
+            _check_json(file)
+    for file in files:
+        if not file.stat().st_size:
+            raise ValueError(f"{file} is empty. Give a file with at least one row.")
+    base = split.split("[")[0]
+    try:
+        return datasets.load_dataset(
+            str(reader), data_files={base: [str(file) for file in files]}, split=split
+        )
+    except (ValueError, StopIteration, exceptions.DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{listed([str(file) for file in files])}, split={split!r}, gives no rows as {reader} "
+            f"({reason}). Give rows of the same columns, and every column one type."
+        ) from error
+
+
+def _check_json(file: Path) -> None:
+    """Looks at every row of a file: lines of JSON, or one array of objects."""
+    with file.open("rb") as lines:
+        first = next((line.lstrip()[:1] for line in lines if line.strip()), b"")
+    if not first:
+        raise ValueError(f"{file} is empty. Give a file with at least one row.")
+    if first == b"[" and file.suffix == ".json":
+        _check_array(file)
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                _check_object(_parsed(line.strip(), f"{file}:{number}"), f"{file}:{number}")
+
+
+def _check_array(file: Path) -> None:
+    for number, entry in enumerate(_parsed(file.read_bytes(), str(file))):
+        _check_object(entry, f"{file}: entry {number}")
+
+
+def _check_object(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"{where} is a JSON {type(entry).__name__}, no object. Write each row as "
+            f'{{"column": value, ...}}.'
+        )
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        place = where
+        if isinstance(error, json.JSONDecodeError) and error.lineno > 1:
+            place = f"{where}:{error.lineno}"
+        raise ValueError(f"{place} is not JSON ({error}). Mend or remove that line.") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _from_hub(path: str, split: str, name: str | None, revision: str | None) -> datasets.Dataset:
+    import datasets
+    from datasets import exceptions
+
+    try:
+        return datasets.load_dataset(path, name=name, split=split, revision=revision)
+    except exceptions.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path!r} is no file or folder here, and the Hub has no data set of that name that "
+            f"you may read. Check the name, or log in with `hf auth login`."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{path!r} is no file or folder here and not in the Hub's cache, and the Hub cannot be "
+            f"reached ({type(error).__name__}). Fetch it where there is a network, and give its "
+            f"folder."
+        ) from error

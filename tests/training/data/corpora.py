@@ -1,0 +1,36 @@
+"""Corpora of made-up tokens, whose examples can be told apart by their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jlora.training.data.corpus import Builder, Corpus, Part, Reading
+
+
+def made(
+    sizes: Sequence[int], *, first: int = 10, sequences: int = 1, labelled: bool = False
+) -> Corpus:
+    """Examples of those sizes. Token k is first + k; two of three, and the last, are learnt."""
+    builder = Builder(Reading(length=10_000))
+    token = first
+    for row, size in enumerate(sizes):
+        parts = []
+        for part in range(sequences):
+            ids = np.arange(token, token + size + part)
+            learn = (ids % 3 > 0) | (ids == ids[-1])
+            parts.append(Part(ids, learn, [0] * (size // 2) + [1] * (size - size // 2)))
+            token += size + part
+        if labelled:
+            builder.add_labelled(row, parts[0], row % 3, truncated=False)
+        else:
+            builder.add(row, *(Part(ids, learn) for ids, learn, _ in parts))
+    names = ["a", "b", "c"] if labelled else None
+    return builder.build(sequences=sequences, label_names=names)
+
+
+def realistic(count: int, length: int, seed: int = 0) -> np.ndarray:
+    """Sizes as instructions have them: many short, some long, none too long."""
+    drawn = np.random.default_rng(seed).lognormal(5.2, 0.8, count).astype(np.int64)
+    return np.clip(drawn, 3, length)

@@ -1,0 +1,241 @@
+"""Batches: what is in their arrays, and streams that go on where they were left."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import made
+
+from jlora.training.data import arrays
+from jlora.training.data.batches import Batch, Position, Stream, rows_of_process
+from jlora.training.data.corpus import Corpus
+from jlora.training.data.order import Batching
+
+SIZES = [7, 3, 9, 2, 12, 5, 5, 11, 4, 6, 8, 2, 3]
+MORE = [4, 9, 6, 2, 10]
+PACKED = Batching(rows=4, length=14, accumulate=2)
+ALONE = Batching(rows=2, length=13, packing=False, buckets=(5, 13))
+
+
+def corpora(kind: str = "language") -> list[Corpus]:
+    options: dict[str, Any] = {"sequences": 2 if kind == "preference" else 1}
+    options["labelled"] = kind == "classification"
+    return [made(SIZES, **options), made(MORE, first=5000, **options)]
+
+
+def stream(kind: Any = "language", batching: Batching = PACKED, **options: Any) -> Stream:
+    return Stream(corpora(kind), batching, kind=kind, **{"seed": 3, **options})
+
+
+def epoch(of: Stream, number: int = 0) -> list[Batch]:
+    return [b for _, b in of.batches(Position(number, 0), epochs=number + 1)]
+
+
+def digest(batch: Batch) -> str:
+    parts = [repr(batch.ids).encode(), *(array.tobytes() for array in batch.arrays)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@pytest.mark.parametrize("batching", [PACKED, ALONE], ids=["packed", "alone"])
+def test_law_packing_leaks_nothing_and_loses_nothing(batching: Batching) -> None:
+    """Every row against its examples, one token after the other."""
+    sources = corpora()
+    found = []
+    for batch in epoch(stream(batching=batching, pad=9)):
+        got = batch.arrays
+        assert isinstance(got, arrays.Language)
+        assert got.tokens.shape[:2] == (batching.accumulate, batching.rows)
+        flat = [array.reshape(-1, array.shape[-1]) for array in got]
+        for row, examples in enumerate(batch.ids):
+            want = []
+            for segment, (source, example) in enumerate(examples, start=1):
+                tokens, learn = sources[source].sequence(example)
+                for place in range(len(tokens)):
+                    last = place + 1 == len(tokens)
+                    target = (0, 0.0) if last else (tokens[place + 1], float(learn[place + 1]))
+                    want.append((tokens[place], *target, segment, place))
+            want += [(9, 0, 0.0, 0, 0)] * (len(flat[0][row]) - len(want))
+            assert list(zip(*(array[row] for array in flat), strict=True)) == want
+        found += [pair for row in batch.ids for pair in row]
+    assert sorted(found) == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
+    assert [array.dtype for array in got] == [np.int32, np.int32, np.float32, np.int32, np.int32]
+
+
+def test_law_targets_never_cross_segments() -> None:
+    for batch in epoch(stream()):
+        got = batch.arrays
+        assert isinstance(got, arrays.Language)
+        ends = np.concatenate([np.diff(got.segments) != 0, np.ones((*got.tokens.shape[:2], 1))], -1)
+        assert not got.targets[ends > 0].any()
+        assert not got.learn[ends > 0].any()
+        assert not got.learn[got.segments == 0].any()
+        inside = ends[..., :-1] == 0
+        kept = got.segments[..., :-1] > 0
+        assert (got.targets[..., :-1] == got.tokens[..., 1:])[inside & kept].all()
+
+
+def test_every_learnt_token_counts_once_in_an_epoch() -> None:
+    for kind in ("language", "preference"):
+        batching = PACKED if kind == "language" else ALONE
+        total = sum(batch.arrays.learn.sum() for batch in epoch(stream(kind, batching)))
+        assert total == sum(corpus.report.learned for corpus in corpora(kind))
+
+
+def test_preferences_come_in_pairs() -> None:
+    sources = corpora("preference")
+    found = []
+    for batch in epoch(stream("preference", Batching(rows=2, length=14, accumulate=2))):
+        got = batch.arrays
+        assert isinstance(got, arrays.Language)
+        assert got.tokens.shape == (2, 2, 2, 14)
+        pairs = got.tokens.reshape(4, 2, 14), got.segments.reshape(4, 2, 14)
+        for row, examples in enumerate(batch.ids):
+            assert len(examples) <= 1
+            for source, example in examples:
+                for half in range(2):
+                    tokens, _ = sources[source].sequence(2 * example + half)
+                    size = len(tokens)
+                    assert pairs[0][row, half, :size].tolist() == tokens.tolist()
+                    assert pairs[1][row, half].tolist() == [1] * size + [0] * (14 - size)
+            if not examples:
+                assert not pairs[1][row].any()
+        found += [pair for row in batch.ids for pair in row]
+    assert sorted(found) == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
+
+
+def test_classified_texts_come_with_their_labels() -> None:
+    sources = corpora("classification")
+    real = 0
+    for batch in epoch(stream("classification", ALONE)):
+        got = batch.arrays
+        assert isinstance(got, arrays.Classes)
+        assert got.labels.shape == got.real.shape == (1, 2)
+        for row, examples in enumerate(batch.ids):
+            assert got.real[0, row] == len(examples)
+            size = 0
+            for source, example in examples:
+                corpus = sources[source]
+                tokens, _ = corpus.sequence(example)
+                size = len(tokens)
+                assert got.tokens[0, row, :size].tolist() == tokens.tolist()
+                halves = [0] * (size // 2) + [1] * (size - size // 2)
+                assert got.types[0, row, :size].tolist() == halves
+                assert got.labels[0, row] == example % 3
+            rest = got.tokens.shape[-1] - size
+            assert got.mask[0, row].tolist() == [1] * size + [0] * rest
+            assert not got.types[0, row, size:].any()
+        real += int(got.real.sum())
+    assert real == 18
+
+
+@pytest.mark.parametrize(
+    ("kind", "batching", "weights"),
+    [
+        ("language", PACKED, [1.0, 0.3]),
+        ("language", ALONE, None),
+        ("preference", Batching(rows=2, length=14), [0.5, 2.0]),
+        ("classification", ALONE, None),
+    ],
+)
+def test_law_a_stream_goes_on_as_if_it_never_stopped(
+    kind: Any, batching: Batching, weights: Any
+) -> None:
+    whole = list(stream(kind, batching, weights=weights).batches(epochs=3))
+    digests = [digest(batch) for _, batch in whole]
+    assert len(set(digests)) > 1
+    for done, (position, _) in enumerate(whole, start=1):
+        rest = stream(kind, batching, weights=weights).batches(position, epochs=3)
+        assert [digest(batch) for _, batch in rest] == digests[done:]
+
+
+def test_positions_count_batches_and_epochs() -> None:
+    of = stream()
+    sizes = [len(of.plan(number)) for number in range(3)]
+    assert of.steps(3) == sum(sizes)
+    positions = [position for position, _ in of.batches(epochs=3)]
+    want = [*[Position(e, b) for e in range(3) for b in range(sizes[e])][1:], Position(3, 0)]
+    assert positions == want
+    at_end = of.batches(Position(0, sizes[0]))
+    assert digest(next(at_end)[1]) == digest(next(of.batches(Position(1, 0)))[1])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["language", "preference", "classification"])
+def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int) -> None:
+    batching = Batching(rows=4, length=14, accumulate=2)
+    whole = epoch(stream(kind, batching))
+    parts = [
+        epoch(stream(kind, batching, process=process, processes=processes))
+        for process in range(processes)
+    ]
+    for number, batch in enumerate(whole):
+        for name in batch.arrays._fields:
+            joined = [getattr(part[number].arrays, name) for part in parts]
+            want = getattr(batch.arrays, name)
+            np.testing.assert_array_equal(np.concatenate(joined, axis=1), want)
+        share = 4 // processes
+        ids = [part[number].ids[first : first + share] for first in (0, share) for part in parts]
+        assert sum(ids, ()) == batch.ids
+    prints = {stream(kind, process=p, processes=processes).fingerprint for p in range(processes)}
+    assert prints == {stream(kind).fingerprint}
+
+
+def test_evaluation_goes_through_the_data_in_its_order() -> None:
+    of = stream(batching=Batching(rows=2, length=13, packing=False), shuffle=False)
+    found = [pair for batch in epoch(of) for row in batch.ids for pair in row]
+    assert found == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
+    assert [digest(batch) for batch in epoch(of, 1)] == [digest(batch) for batch in epoch(of)]
+
+
+def test_fingerprints_tell_what_batches_depend_on() -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"seed": 4},
+        {"weights": [1.0, 2.0]},
+        {"shuffle": False},
+        {"batching": Batching(rows=8, length=14)},
+        {"batching": Batching(rows=4, length=14)},
+    ]
+    prints = [stream(**given).fingerprint for given in options]
+    prints.append(Stream(corpora()[::-1], PACKED, seed=3).fingerprint)
+    assert len(set(prints)) == len(prints)
+    assert stream().fingerprint == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"processes": 3}, "Batching.rows=4 cannot be shared evenly by 3 processes"),
+        ({"process": 2, "processes": 2}, "process=2 is none of 2"),
+        ({"kind": "preferences"}, "kind='preferences' is none of language, preference"),
+        ({"kind": "preference"}, "kind='preference', and source 0 is for language"),
+        ({"weights": [0.01, 0.01]}, "leave not one example an epoch"),
+        ({"seed": -3}, "seed=-3 is no seed"),
+        ({"batching": Batching(rows=4, length=8)}, "Example 4 of source 0 has 12 tokens"),
+    ],
+)
+def test_streams_that_cannot_be(given: dict[str, Any], message: str) -> None:
+    options = {"batching": PACKED, "kind": "language", **given}
+    with pytest.raises(ValueError, match=message):
+        Stream(corpora(), **options)
+
+
+def test_labels_of_sources_have_to_agree() -> None:
+    first, second = corpora("classification")
+    second = second._replace(label_names=("c", "b", "a"))
+    with pytest.raises(ValueError, match="call their labels differently"):
+        Stream([first, second], ALONE, kind="classification")
+
+
+@pytest.mark.parametrize("position", [Position(0, 99), Position(-1, 0), Position(0, -1)])
+def test_positions_of_other_data_are_refused(position: Position) -> None:
+    with pytest.raises(ValueError, match=r"is none of this data: its epoch has \d+ batches"):
+        stream().batches(position)
+
+
+def test_rows_are_shared_evenly() -> None:
+    parts = [range(12)[rows_of_process(12, process, 3)] for process in range(3)]
+    assert [list(part) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

@@ -1,0 +1,436 @@
+"""Rows as tokens: which of them are learnt, and what is said of rows that make none."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import tokenizers
+
+from jlora.training.data import examples
+from jlora.training.data.corpus import Corpus, Reading
+from jlora.training.data.template import ChatTemplate
+from jlora.training.data.tokenizer import Tokenizer
+
+HERE = pathlib.Path(__file__).parent
+CASES = json.loads((HERE / "chat.json").read_text("utf-8"))["cases"]
+TINY = Tokenizer.of(HERE / "tiny")
+BOS, EOS = 0, 1
+READING = Reading(length=400, where="train.jsonl")
+TEXTS = ["Größe, naïve café", "日本語 and 🙂🙂", "def answer():\n    return  1\n", "a"]
+
+
+def with_template(name: str) -> Tokenizer:
+    text = (HERE / "templates" / f"{name}.jinja").read_text()
+    variables = {"bos_token": "<s>", "date_string": "01 Feb 2026"}
+    return Tokenizer.of(HERE / "tiny", ChatTemplate(text, variables))
+
+
+def pieces(corpus: Corpus, index: int) -> tuple[list[int], list[int]]:
+    tokens, learn = corpus.sequence(index)
+    return tokens.tolist(), tokens[learn].tolist()
+
+
+def ids(text: str) -> list[int]:
+    return TINY.plain.encode(text).ids
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate(texts)
+    ]
+
+
+# Tokenizers
+
+
+def test_files_that_cut_and_pad_are_not_obeyed(tmp_path: pathlib.Path) -> None:
+    shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
+    cutting = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=50)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    made = Tokenizer.of(tmp_path)
+    for text in TEXTS:
+        assert made.encode([text]) == [ids(text)]
+        assert made.whole.encode(text).ids == [BOS, *ids(text)]
+
+
+def test_special_tokens_are_those_of_the_folder(tmp_path: pathlib.Path) -> None:
+    assert (TINY.before, TINY.bos, TINY.eos, TINY.pad) == ((BOS,), BOS, EOS, 2)
+    assert TINY.template is not None
+    assert TINY.vocab_size == TINY.plain.get_vocab_size()
+    shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"add_bos_token": false}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1], "bos_token_id": 0}')
+    made = Tokenizer.of(tmp_path)
+    assert (made.before, made.bos, made.eos, made.pad, made.template) == ((), 0, 7, 0, None)
+    assert made.fingerprint != TINY.fingerprint
+    config.write_text('{"eos_token": "<nothing>"}')
+    with pytest.raises(ValueError, match="eos_token='<nothing>' is none of tokenizer.json's"):
+        Tokenizer.of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer"):
+        Tokenizer.of(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
+        Tokenizer.of(tmp_path)
+
+
+def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
+    made = [TINY, Tokenizer.of(HERE / "tiny"), with_template("llama3"), with_template("plain")]
+    prints = [tokenizer.fingerprint for tokenizer in made]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+# Chats
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["template"])
+def test_tokens_and_masks_of_chats_are_those_of_transformers(case: dict[str, Any]) -> None:
+    row = {"messages": case["messages"], "tools": json.dumps(case["tools"])}
+    corpus = examples.chat([row], with_template(case["template"]), READING)
+    tokens, learn = corpus.sequence(0)
+    assert tokens.tolist() == case["tokens"]
+    if "mask" in case:
+        assert learn.tolist() == [bool(x) for x in case["mask"]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["template"])
+def test_law_a_token_is_learnt_if_a_character_of_it_is_said(case: dict[str, Any]) -> None:
+    """Against a search through all characters, with bytes that are half of one."""
+    tokenizer = with_template(case["template"])
+    assert tokenizer.template is not None
+    text, spans = tokenizer.template.spans(case["messages"], tools=case["tools"])
+    spoken = {place for start, end in spans for place in range(start, end)}
+    made = tokenizer.plain.encode(text)
+    want = [bool(spoken & set(range(*offsets))) for offsets in made.offsets]
+    row = {"messages": case["messages"], "tools": case["tools"]}
+    tokens, learn = examples.chat([row], tokenizer, READING).sequence(0)
+    assert tokens.tolist() == made.ids
+    assert learn.tolist() == want
+    assert any(want)
+
+
+def test_blanks_within_an_answer_are_learnt() -> None:
+    # Byte-level tokenizers leave blanks out of a token's offsets unless told not to.
+    rows = [{"messages": said("Hi", "if:\n        x =    1  ")}]
+    _, learnt = pieces(examples.chat(rows, with_template("chatml"), READING), 0)
+    assert TINY.decode(learnt) == "if:\n        x =    1  <|im_end|>"
+
+
+@pytest.mark.parametrize(("loss_on", "learnt"), [("responses", "bd"), ("last", "d")])
+def test_what_is_learnt_of_a_chat(loss_on: Any, learnt: str) -> None:
+    rows = [{"messages": said("a", "b", "c", "d")}]
+    for name in ("chatml", "generation"):
+        corpus = examples.chat(rows, with_template(name), READING, loss_on=loss_on)
+        assert TINY.decode(pieces(corpus, 0)[1]).replace("<|im_end|>", "") == learnt
+    everything = examples.chat(rows, TINY, READING, loss_on="all")
+    assert everything.sequence(0)[1].tolist() == [False] + [True] * (everything.report.tokens - 1)
+
+
+def test_spans_are_found_by_bisection() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        cuts = np.sort(rng.choice(40, 8, replace=False))
+        spans = list(zip(cuts[::2].tolist(), cuts[1::2].tolist(), strict=True))
+        starts = np.sort(rng.integers(0, 40, 20))
+        offsets = np.stack([starts, starts + rng.integers(1, 5, 20)], axis=1)
+        want = [any(a < end and start < b for a, b in spans) for start, end in offsets]
+        assert examples.within(offsets, spans).tolist() == want
+    assert examples.within(offsets, []).tolist() == [False] * 20
+
+
+# The other formats
+
+
+def test_completions_begin_and_end_as_the_model_expects() -> None:
+    rows = [{"prompt": text, "completion": f"{text}!"} for text in TEXTS]
+    corpus = examples.completion(rows, TINY, READING)
+    for number, text in enumerate(TEXTS):
+        answer = [*ids(f"{text}!"), EOS]
+        assert pieces(corpus, number) == ([BOS, *ids(text), *answer], answer)
+    everything = examples.completion(rows, TINY, READING, loss_on="all")
+    assert everything.learn.sum() == len(everything.tokens) - len(TEXTS)
+
+
+def test_no_token_lies_in_prompt_and_completion() -> None:
+    rows = [{"prompt": "ans", "completion": "wers"}]
+    whole = ids("answers")
+    tokens, _ = pieces(examples.completion(rows, TINY, READING), 0)
+    assert tokens == [BOS, *ids("ans"), *ids("wers"), EOS] != [BOS, *whole, EOS]
+
+
+def test_texts_are_learnt_whole() -> None:
+    corpus = examples.text([{"text": text} for text in [*TEXTS, ""]], TINY, READING)
+    for number, text in enumerate(TEXTS):
+        assert pieces(corpus, number) == ([BOS, *ids(text), EOS], [*ids(text), EOS])
+    assert corpus.examples == 4
+    assert corpus.report.unlearned == 1
+
+
+def test_preferences_share_their_prompt() -> None:
+    chats = [
+        {"prompt": said("a"), "chosen": said("a", "yes"), "rejected": said("", "no!")[1:]},
+        {"prompt": said("a", "b", "c"), "chosen": said("", "d")[1:], "rejected": said("", "")[1:]},
+    ]
+    strings = [{"prompt": "a", "chosen": " yes", "rejected": " no!"}]
+    asked = [{"prompt": "a", "chosen": said("a", "yes"), "rejected": said("a", "no!")}]
+    corpus = examples.preference(chats, TINY, READING)
+    assert (corpus.sequences, corpus.examples, len(corpus.offsets)) == (2, 2, 5)
+    sizes = np.diff(corpus.offsets).reshape(-1, 2)
+    assert corpus.lengths().tolist() == sizes.max(axis=1).tolist()
+    answers = ["yes<|im_end|>", "no!<|im_end|>", "d<|im_end|>", "<|im_end|>"]
+    assert [TINY.decode(pieces(corpus, i)[1]) for i in range(4)] == answers
+    for first, second in ((0, 1), (2, 3)):
+        tokens, learnt = zip(pieces(corpus, first), pieces(corpus, second), strict=True)
+        prompts = [t[: -len(rest) - 1] for t, rest in zip(tokens, learnt, strict=True)]
+        assert prompts[0] == prompts[1]
+    texts = examples.preference(strings, TINY, READING)
+    assert pieces(texts, 0) == ([BOS, *ids("a"), *ids(" yes"), EOS], [*ids(" yes"), EOS])
+    assert pieces(texts, 1) == ([BOS, *ids("a"), *ids(" no!"), EOS], [*ids(" no!"), EOS])
+    assert pieces(examples.preference(asked, TINY, READING), 0) == pieces(corpus, 0)
+
+
+def encoder(folder: pathlib.Path) -> Tokenizer:
+    """Words, with tokens around texts and between pairs as BERT has them."""
+    words = {word: number for number, word in enumerate(["[CLS]", "[SEP]", "[UNK]", *"abcdefg"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 0), ("[SEP]", 1)],
+    )
+    made.save(str(folder / "tokenizer.json"))
+    return Tokenizer.of(folder)
+
+
+def test_classified_texts_have_all_tokens_of_the_model(tmp_path: pathlib.Path) -> None:
+    tokenizer = encoder(tmp_path)
+    rows = [{"text": "a b", "label": "good"}, {"text": "c", "label": "bad"}]
+    corpus = examples.classification(rows, tokenizer, READING)
+    assert corpus.tokens.tolist() == [0, 3, 4, 1, 0, 5, 1]
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [1, 0]
+    assert (corpus.label_names, corpus.types) == (("bad", "good"), None)
+    assert not corpus.learn.any()
+    pairs = [row | {"text_pair": "d e f"} for row in rows]
+    corpus = examples.classification(pairs, tokenizer, READING, label_names=["good", "bad", "so"])
+    assert corpus.labels is not None
+    assert corpus.types is not None
+    assert corpus.labels.tolist() == [0, 1]
+    assert corpus.tokens[:8].tolist() == [0, 3, 4, 1, 6, 7, 8, 1]
+    assert corpus.types[:8].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_cut_texts_keep_the_tokens_around_them(tmp_path: pathlib.Path) -> None:
+    rows = [{"text": "a b c d e", "label": 0}, {"text": "a b", "label": 2}]
+    reading = Reading(length=4, overlong="truncate")
+    corpus = examples.classification(rows, encoder(tmp_path), reading)
+    assert corpus.tokens.tolist() == [0, 3, 4, 1, 0, 3, 4, 1]
+    assert corpus.report.truncated == 1
+    assert corpus.label_names == ("0", "1", "2")
+    dropped = examples.classification(rows, encoder(tmp_path), Reading(length=4, overlong="drop"))
+    assert dropped.labels is not None
+    assert (dropped.labels.tolist(), dropped.report.dropped) == ([2], 1)
+
+
+def test_labels_are_called_as_the_table_says(tmp_path: pathlib.Path) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}).cast_column(
+        "label", datasets.ClassLabel(names=["zero", "one", "two"])
+    )
+    corpus = examples.classification(table, encoder(tmp_path), READING)
+    assert corpus.label_names == ("zero", "one", "two")
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (["a", "b", "c"], ["a", "b"], r"train.jsonl, row 2: label='c' is none of a, b, nor a"),
+        (["a", 1], None, "row 1: label=1, where labels have to be all strings"),
+        ([0, -1], None, "row 1: label=-1, where labels"),
+        ([0, 10**9], None, "row 1: label=1000000000, where labels"),
+        ([0, True], None, "row 1: label=True, where labels"),
+        ([0, None], None, "row 1: label=None, where labels"),
+        ([0.5], None, r"row 0: label=0\.5, where labels"),
+        ([0, 2], ["a", "b"], "row 1: label=2 is none of a, b, nor a number below 2"),
+        (["a", "a"], None, r"label_names=\['a'\] are not two or more names"),
+        (["a", "b"], ["a", "b", "a"], "are not two or more names that differ"),
+    ],
+)
+def test_labels_that_are_none(
+    labels: list[Any], names: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    rows = [{"text": "a", "label": label} for label in labels]
+    with pytest.raises(ValueError, match=message):
+        examples.classification(rows, encoder(tmp_path), READING, label_names=names)
+
+
+# Rows and columns
+
+
+def test_tables_and_lists_make_the_same_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": text, "completion": text, "more": 1} for text in TEXTS * 3]
+    want = examples.completion(rows, TINY, READING)
+    monkeypatch.setattr(examples, "_AT_ONCE", 5)
+    table = datasets.Dataset.from_list(rows)
+    for given in (rows, table):
+        assert examples.completion(given, TINY, READING).fingerprint == want.fingerprint
+    other = examples.completion(rows, TINY, READING, loss_on="all")
+    assert other.fingerprint != want.fingerprint
+    renamed = table.rename_column("prompt", "question")
+    reading = Reading(length=400, columns={"prompt": "question"})
+    assert examples.completion(renamed, TINY, reading).fingerprint == want.fingerprint
+
+
+def test_chats_of_tables_are_those_of_lists() -> None:
+    calls = [{"function": {"name": "f", "arguments": {"city": "Zürich"}}}]
+    other = [{"function": {"name": "f", "arguments": {"degrees": 3}}}]
+    rows = [
+        {"messages": [*said("a"), {"role": "assistant", "content": None, "tool_calls": made}]}
+        for made in (calls, other)
+    ] + [{"messages": said("a", "b")}]
+    want = examples.chat(rows, with_template("llama3"), READING)
+    table = datasets.Dataset.from_list(rows)
+    got = examples.chat(table, with_template("llama3"), READING)
+    assert got.fingerprint == want.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "columns", "message"),
+    [
+        ("completion", {"prompt": "a", "answer": "b"}, {}, "has no column completion. It has prom"),
+        ("completion", {"prompt": "a"}, {"completion": "out"}, "has no column out. It has prompt:"),
+        ("text", {"text": "a"}, {"txt": "a"}, "names txt, which the format does not read"),
+        ("text", {"text": None}, {}, r"train.jsonl, row 1: text=None is no string"),
+        ("completion", {"prompt": "a", "completion": 3}, {}, "row 1: completion=3 is no string"),
+        ("chat", {"messages": "a"}, {}, "train.jsonl, row 1 is 'a', no list of messages"),
+        ("chat", {"messages": said("a"), "tools": "{"}, {}, "row 1: tools is no JSON"),
+        ("preference", {"prompt": "a", "chosen": 1, "rejected": ""}, {}, "row 1: chosen=1 is no"),
+    ],
+)
+def test_rows_that_are_wrong(
+    form: str, row: dict[str, Any], columns: dict[str, str], message: str
+) -> None:
+    good: dict[str, Any] = {
+        "completion": {"prompt": "a", "completion": "b"},
+        "text": {"text": "a"},
+        "chat": {"messages": said("a", "b")},
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }
+    first = (
+        row
+        if columns or "answer" in row
+        else good[form] | ({"tools": None} if "tools" in row else {})
+    )
+    reading = Reading(length=400, where="train.jsonl", columns=columns)
+    with pytest.raises(ValueError, match=message):
+        examples.FORMATS[form]([first, row], TINY, reading)
+
+
+def test_answers_have_to_be_single_messages() -> None:
+    row = {"prompt": said("a"), "chosen": said("b", "c"), "rejected": said("a", "d")}
+    message = r"row 0: chosen has to be one message of the assistant, .* \['user', 'assistant'\]"
+    with pytest.raises(ValueError, match=message):
+        examples.preference([row], TINY, READING)
+
+
+def test_tokenizers_that_lack_what_a_format_needs() -> None:
+    without = TINY._replace(eos=None, template=None)
+    with pytest.raises(ValueError, match="names no eos token"):
+        examples.text([{"text": "a"}], without, READING)
+    with pytest.raises(ValueError, match="folder no chat template"):
+        examples.chat([{"messages": said("a", "b")}], without, READING)
+
+
+def test_tokens_beyond_the_model_are_refused() -> None:
+    highest = max(ids(TEXTS[0]))
+    rows = [{"text": "a"}, {"text": TEXTS[0]}]
+    reading = Reading(length=400, vocab_size=highest, where="train.jsonl")
+    with pytest.raises(ValueError, match=f"row 1: token {highest} is none of the model's"):
+        examples.text(rows, TINY, reading)
+    examples.text(rows, TINY, Reading(length=400, vocab_size=highest + 1))
+
+
+# Rows that are too long
+
+LONG = "a" + " answers" * 9
+
+
+def test_long_rows_are_told_or_left_out() -> None:
+    rows = [{"text": "a"}, {"text": LONG}]
+    size = len(ids(LONG)) + 2
+    with pytest.raises(ValueError, match=rf"train.jsonl, row 1: {size} tokens are more"):
+        examples.text(rows, TINY, Reading(length=size - 1, where="train.jsonl"))
+    assert examples.text(rows, TINY, Reading(length=size)).examples == 2
+    corpus = examples.text(rows, TINY, Reading(length=size - 1, overlong="drop"))
+    assert (corpus.examples, corpus.report.dropped, corpus.report.rows) == (1, 1, 2)
+
+
+def test_cut_rows_keep_their_beginning() -> None:
+    rows = [
+        {"prompt": "a", "completion": LONG},
+        {"prompt": LONG, "completion": "a"},
+        {"prompt": "a", "completion": "a"},
+    ]
+    whole = examples.completion(rows, TINY, READING)
+    corpus = examples.completion(rows, TINY, Reading(length=6, overlong="truncate"))
+    counts = corpus.report
+    assert (counts.rows, counts.examples, counts.truncated, counts.lost) == (3, 2, 1, 1)
+    assert pieces(corpus, 0)[0] == pieces(whole, 0)[0][:6]
+    assert pieces(corpus, 1) == pieces(whole, 2)
+    pair = [{"prompt": "a", "chosen": LONG, "rejected": "b"}]
+    cut = examples.preference(pair, TINY, Reading(length=6, overlong="truncate"))
+    assert np.diff(cut.offsets).tolist() == [6, 4]
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 8, 200])
+def test_law_split_texts_learn_every_token_once(length: int) -> None:
+    rows = [{"text": text} for text in ("a", LONG, "b")]
+    whole = examples.text(rows, TINY, READING)
+    corpus = examples.text(rows, TINY, Reading(length=length, overlong="split"))
+    assert corpus.tokens[corpus.learn].tolist() == whole.tokens[whole.learn].tolist()
+    assert corpus.lengths().max() <= length
+    assert corpus.lengths().min() >= 2
+    # What a piece begins with is what the one before it ended with, or the start of a text.
+    for number in range(1, corpus.examples):
+        first, before = corpus.sequence(number)[0][0], corpus.sequence(number - 1)[0][-1]
+        assert first == (BOS if before == EOS else before)
+
+
+def test_rows_with_nothing_to_learn_are_counted() -> None:
+    rows = [{"messages": said("a")}, {"messages": said("a", "b")}]
+    corpus = examples.chat(rows, TINY, READING)
+    assert (corpus.examples, corpus.report.unlearned) == (1, 1)
+    with pytest.raises(ValueError, match=r"leaves nothing to learn: of 1 rows 0 .* 1 nothing"):
+        examples.chat(rows[:1], TINY, READING)
+
+
+def test_options_that_make_no_sense(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"Reading.length=1 holds no token and the next"):
+        Reading(length=1)
+    wrong: Any = "cut"
+    with pytest.raises(ValueError, match=r"Reading.overlong='cut' is none of error, drop"):
+        Reading(length=4, overlong=wrong)
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(ValueError, match='overlong="split" makes several examples'):
+        examples.preference(rows, TINY, Reading(length=4, overlong="split"))
+
+
+def test_counts_are_of_what_is_there() -> None:
+    rows = [{"prompt": text, "completion": text} for text in TEXTS]
+    corpus = examples.completion(rows, TINY, READING)
+    assert corpus.report == (4, 4, 0, 0, 0, 0, 0, len(corpus.tokens), corpus.learn.sum())
+    assert (corpus.tokens.dtype, corpus.learn.dtype) == (np.int32, np.bool_)
+    assert corpus.offsets.dtype == np.int64

@@ -1,0 +1,137 @@
+"""Rows out of files, and what is said of files that hold none."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import datasets
+import pytest
+
+from jlora.training.data import sources
+
+ROWS = [{"text": f"row {number} é", "n": number} for number in range(7)]
+
+
+def write(path: pathlib.Path, rows: list[dict] = ROWS) -> pathlib.Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_every_kind_of_file_gives_its_rows(tmp_path: pathlib.Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.to_csv(str(tmp_path / "a.csv"))
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    for suffix in ("parquet", "csv", "jsonl", "json"):
+        assert sources.rows(tmp_path / f"a.{suffix}").to_list() == ROWS, suffix
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert sources.rows(tmp_path / "a.txt")["text"][:] == ["one", "two"]
+
+
+def test_blank_lines_are_no_rows(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('\n{"text": "one"}\n\n  \n{"text": "two"}')
+    assert sources.rows(file)["text"][:] == ["one", "two"]
+
+
+def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "b-2.jsonl", ROWS[4:])
+    write(tmp_path / "b-1.jsonl", ROWS[:4])
+    assert sources.rows(tmp_path).to_list() == ROWS
+    assert sources.rows(str(tmp_path / "b-*.jsonl")).to_list() == ROWS
+    assert sources.rows(tmp_path, limit=5).to_list() == ROWS[:5]
+    assert sources.rows(tmp_path, limit=500).to_list() == ROWS
+    assert sources.rows(tmp_path, split="train[:2]").to_list() == ROWS[:2]
+    write(tmp_path / "test-1.jsonl", ROWS[:1])
+    write(tmp_path / "train.jsonl", ROWS[1:3])
+    assert sources.rows(tmp_path).to_list() == ROWS[1:3]
+    assert sources.rows(tmp_path, split="test").to_list() == ROWS[:1]
+
+
+def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
+    file = write(tmp_path / "a.jsonl")
+    assert len(sources.rows(file)) == 7
+    write(file, ROWS[:3])
+    assert len(sources.rows(file)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": 2\n', r"a\.jsonl:2 is not JSON .*Mend or remove"),
+        ("a.jsonl", b'{"a": 1}\n\n[1]\n', r"a\.jsonl:3 is a JSON list, no object"),
+        ("a.jsonl", b'{"a": NaN}\n', r"a\.jsonl:1 is not JSON \(NaN"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2 is not JSON .*utf-8"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', r"a\.json:2 is not JSON"),
+        ("a.json", b'[{"a": 1},\n3]', r"a\.json: entry 1 is a JSON int, no object"),
+        ("a.json", b"[]", r"gives no rows"),
+        ("a.jsonl", b"", r"a\.jsonl is empty"),
+        ("a.jsonl", b"\n \n", r"a\.jsonl is empty"),
+        ("a.csv", b"", r"a\.csv is empty"),
+        ("a.csv", b"a,b\n", r"gives no rows"),
+        ("a.parquet", b"PAR1 nothing", r"a\.parquet, split='train', gives no rows as parquet"),
+        ("a.tsv", b"a", r"end in \.tsv.*Give files of one kind"),
+        ("a", b"a", r"end in no suffix"),
+    ],
+)
+def test_bad_files_are_told_with_the_line(
+    name: str, content: bytes, message: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        sources.rows(tmp_path / name)
+
+
+def test_names_that_find_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, message in (
+        (tmp_path / "a.jsonl", "no file or folder here"),
+        ("data/a.jsonl", "no file or folder here"),
+        (tmp_path / "*.jsonl", "finds no file"),
+        (tmp_path, "holds no .jsonl"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            sources.rows(path)
+    write(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"split='test': none of a\.jsonl"):
+        sources.rows(tmp_path, split="test")
+    with pytest.raises(ValueError, match="revision='main' choose among the Hub's"):
+        sources.rows(tmp_path, revision="main")
+    with pytest.raises(ValueError, match="limit=0 leaves no rows"):
+        sources.rows(tmp_path, limit=0)
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"end in \.jsonl, \.txt"):
+        sources.rows(tmp_path)
+
+
+def test_data_of_the_hub_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert sources.rows("owner/name", name="main", revision="v1", limit=2).to_list() == ROWS[:2]
+    assert calls == [(("owner/name",), {"name": "main", "split": "train", "revision": "v1"})]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("x"), FileNotFoundError, "no data set of that"),
+        (ConnectionError("x"), OSError, r"cannot be reached \(ConnectionError\)"),
+    ],
+)
+def test_a_hub_out_of_reach(
+    raised: Exception, expected: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(expected, match=message):
+        sources.rows("owner/name")

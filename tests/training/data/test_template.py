@@ -1,0 +1,169 @@
+"""Chats as text: as transformers renders them, and where in it the assistant speaks."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import pytest
+
+from jlora.training.data.template import ChatTemplate
+
+HERE = pathlib.Path(__file__).parent
+CASES = json.loads((HERE / "chat.json").read_text("utf-8"))["cases"]
+VARIABLES = {"bos_token": "<s>", "date_string": "01 Feb 2026"}
+# What follows an answer and belongs to it, by hand.
+ENDS = {"chatml": "<|im_end|>", "generation": "<|im_end|>", "rewriting": "<|im_end|>"}
+ENDS |= {"llama3": "<|eot_id|>", "plain": "\n"}
+
+
+def template(name: str, **variables: Any) -> ChatTemplate:
+    text = (HERE / "templates" / f"{name}.jinja").read_text()
+    return ChatTemplate(text, VARIABLES | variables)
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate(texts)
+    ]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return f"{case['template']}-{len(case['messages'])}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_texts_are_those_of_transformers(case: dict[str, Any]) -> None:
+    chat, tools = template(case["template"]), case["tools"]
+    assert chat.render(case["messages"], tools=tools) == case["text"]
+    prompt = chat.render(case["messages"], tools=tools, add_generation_prompt=True)
+    assert prompt == case["with_prompt"]
+
+
+def answer(message: dict[str, Any], name: str) -> str:
+    """What the assistant says in a message, its end included, as the templates write it."""
+    if "tool_calls" in message:
+        call = message["tool_calls"][0]["function"]
+        arguments = json.dumps(call["arguments"], ensure_ascii=False)
+        return f'{{"name": "{call["name"]}", "parameters": {arguments}}}{ENDS[name]}'
+    thought = message.get("reasoning_content")
+    return (f"<think>{thought}</think>" if thought else "") + message["content"] + ENDS[name]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_law_spans_hold_what_the_assistant_says(case: dict[str, Any]) -> None:
+    name, messages, tools = case["template"], case["messages"], case["tools"]
+    text, spans = template(name).spans(messages, tools=tools)
+    answers = [answer(m, name) for m in messages if m["role"] == "assistant"]
+    assert text == case["text"]
+    assert [text[start:end] for start, end in spans] == answers
+    # Each is where a search from the end of the one before finds it after the prompt's last words.
+    assert spans == sorted(spans)
+    for start, _ in spans:
+        assert text[:start].endswith(
+            ("assistant\n", "assistant<|end_header_id|>\n\n", "ASSISTANT: ")
+        )
+    text, last = template(name).spans(messages, tools=tools, loss_on="last")
+    assert last == spans[-1:]
+    assert case["text"].startswith(text)
+    text, everything = template(name).spans(messages, tools=tools, loss_on="all")
+    assert (text, everything) == (case["text"], [(0, len(text))])
+
+
+def test_a_template_that_rewrites_earlier_turns_learns_the_last_alone() -> None:
+    chat = template("rewriting")
+    thinking = said("A", "<think>a</think>\nB", "C", "<think>c</think>\nD")
+    with pytest.raises(ValueError, match=r"row 3: the chat template writes message 1 in one way"):
+        chat.spans(thinking, where="row 3")
+    with pytest.raises(ValueError, match=r'Use loss_on="last", or a template with {% generation'):
+        chat.spans(thinking)
+    text, spans = chat.spans(thinking, loss_on="last")
+    assert "<think>a" not in text
+    assert [text[start:end] for start, end in spans] == ["<think>c</think>\nD<|im_end|>"]
+
+
+def test_the_last_answer_of_a_template_with_tags_is_all_that_it_says() -> None:
+    parts = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<{% endgeneration"
+    parts += " %}--{% generation %}{{ m.content }}>{% endgeneration %}{% else %}{{ m.content }}"
+    chat = ChatTemplate(parts + "{% endif %}{% endfor %}")
+    text, spans = chat.spans(said("a", "b", "c", "d", "e"), loss_on="last")
+    assert text == "a<--b>c<--d>"
+    assert [text[start:end] for start, end in spans] == ["<", "d>"]
+
+
+def test_a_chat_without_an_answer_has_no_spans() -> None:
+    for loss_on in ("responses", "last"):
+        for name in ("chatml", "generation"):
+            text, spans = template(name).spans(said("Hi"), loss_on=loss_on)
+            assert (text, spans) == ("<|im_start|>user\nHi<|im_end|>\n", [])
+
+
+def test_the_template_is_found_in_the_folder(tmp_path: pathlib.Path) -> None:
+    shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
+    named = ChatTemplate.of(tmp_path)
+    assert named.text == (HERE / "templates" / "chatml.jinja").read_text()
+    assert named.variables == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    assert ChatTemplate.of(tmp_path, "{{ eos_token }}").render(said("Hi")) == "</s>"
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }} of the file")
+    assert ChatTemplate.of(tmp_path).render(said("Hi")) == "<s> of the file"
+    assert ChatTemplate.of(tmp_path, variables={"bos_token": "B"}).render(said("Hi"))[0] == "B"
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = config["chat_template"][:1]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="chat templates tool_use and none named default"):
+        ChatTemplate.of(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no chat template"):
+        ChatTemplate.of(tmp_path)
+
+
+def test_the_date_can_be_held() -> None:
+    text = "{{ strftime_now('%d %b %Y') }}"
+    held = ChatTemplate(text, now=datetime.datetime(2026, 2, 1))
+    assert held.render(said("Hi")) == "01 Feb 2026"
+    assert ChatTemplate(text).render(said("Hi")).count(" ") == 2
+
+
+def test_fields_that_are_null_are_left_out() -> None:
+    messages = [{**said("Hi")[0], "tool_calls": None}]
+    text = "{{ messages[0].tool_calls is defined }}"
+    assert ChatTemplate(text).render(messages) == "False"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "refuses the messages"),
+        ("{% set _ = messages.append(1) %}", "refuses the messages"),
+        ("{{ raise_exception('no system') }}", r"row 3: the chat template refuses .*no system"),
+        ("{{ messages[0].content + 1 }}", "refuses the messages"),
+        ("{{ messages[7].content.x }}", "refuses the messages"),
+        ("a\n{% if %}", "line 2 is no Jinja"),
+    ],
+)
+def test_templates_that_do_not_work(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(text).render(said("Hi"), where="row 3")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("Hi", "row 3 is 'Hi', no list of messages"),
+        ([], r"row 3 is \[\], no list of messages"),
+        (["Hi"], "row 3, message 0 is 'Hi' and has no role"),
+        ([{"from": "human", "value": "Hi"}], "message 0 is .* and has no role"),
+        ([{"role": "human", "content": "Hi"}], "role='human' is none of system, .* Rename it"),
+        ([*said("Hi"), {"role": "assistant"}], "row 3, message 1: content=None is no string"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content=.* is no string"),
+        (said("Hi \ufdd0"), r"holds U\+FDD0"),
+    ],
+)
+def test_messages_that_are_wrong(messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        template("chatml").spans(messages, where="row 3")
