@@ -18,7 +18,15 @@ import safetensors
 import safetensors.numpy
 
 from jlora import tree
-from jlora.adapters.protocol import FAMILIES, AdapterLeaf, array_fields, places, static_facts
+from jlora.adapters.protocol import (
+    FAMILIES,
+    AdapterLeaf,
+    array_fields,
+    check_adapter,
+    places,
+    static_facts,
+)
+from jlora.checkpoints.hosts import whole
 from jlora.factored.probe import Axes
 
 PyTree = Any
@@ -42,6 +50,24 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, Any], param
         ValueError: When it does not fit `params`, or holds an array that is not finite.
     """
     weights = _weights(params, adapter)
+    write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights})
+
+
+def write_adapter(
+    path: str | os.PathLike[str], adapter: Mapping[str, Any], fingerprints: Mapping[str, str]
+) -> None:
+    """As `save_adapter`, where the base is not at hand but its weights' fingerprints are.
+
+    Args:
+        path: Where to; its folder must exist.
+        adapter: Its arrays are all here.
+        fingerprints: Of the weights that it adapts, by path.
+
+    Raises:
+        TypeError: When `adapter` is not an adapter.
+        ValueError: When it holds an array that is not finite.
+    """
+    check_adapter(adapter)
     tensors: dict[str, np.ndarray] = {}
     leaves: dict[str, Any] = {}
     for weight_path, leaf in adapter.items():
@@ -56,7 +82,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, Any], param
         "format": "jlora",
         "version": str(FORMAT),
         "adapter": json.dumps(leaves, sort_keys=True),
-        "base": json.dumps({p: fingerprint(weights[p]) for p in weights}, sort_keys=True),
+        "base": json.dumps(dict(fingerprints), sort_keys=True),
     }
     _write_atomically(pathlib.Path(path), safetensors.numpy.save(tensors, metadata))
 
@@ -100,7 +126,7 @@ def fingerprint(weight: Any) -> str:
     """
     chosen = np.arange(weight.size) if weight.size <= _SAMPLES else _spread(weight.size)
     index = np.unravel_index(chosen, weight.shape)
-    entries = np.asarray(jax.device_get(weight[index])).astype(ml_dtypes.bfloat16)
+    entries = whole(weight[index]).astype(ml_dtypes.bfloat16)
     content = repr(tuple(weight.shape)).encode() + entries.tobytes()
     return hashlib.sha256(content).hexdigest()[:32]
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jlora.checkpoints.hosts import whole
 from jlora.checkpoints.tensors import listed
 
 PyTree = Any
@@ -93,7 +93,7 @@ class Saver:
             ValueError: There is one of that step.
         """
         arrays = _named(state)
-        hashes = {name: _sha256(_whole(array)) for name, array in arrays.items()}
+        hashes = {name: _sha256(whole(array)) for name, array in arrays.items()}
         args = ocp.args.Composite(
             **{
                 _STATE: ocp.args.PyTreeSave(arrays),
@@ -242,13 +242,6 @@ def _named(state: PyTree) -> dict[str, Any]:
     """The arrays of a state by their places in it."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): array for path, array in flat}
-
-
-def _whole(array: Any) -> np.ndarray:
-    """All of an array, whichever process holds its parts."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _sha256(array: np.ndarray) -> str:

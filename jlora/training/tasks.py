@@ -17,7 +17,7 @@ from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.mixture import LoRAMixtureLeaf
 from jlora.adapters.protocol import is_leaf
 from jlora.models.decoder import Decoder
-from jlora.models.encoder import mean_pool
+from jlora.models.encoder import Encoder, mean_pool
 from jlora.optim.labels import combine
 from jlora.optim.penalties import orthogonality
 from jlora.training.recipe.sections import Classification, Optimizer, Preference
@@ -120,18 +120,18 @@ def classification(
             f"classification.labels as the head has them, or a checkpoint without a head."
         )
     decoder = isinstance(model, Decoder)
+    typed = isinstance(model, Encoder) and model.config.types > 1
 
-    def hidden(params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return model.apply(params, tokens, mask, method="hidden")
+    def hidden(params: PyTree, *inputs: jax.Array) -> jax.Array:
+        return model.apply(params, *inputs, method="hidden")
 
     lora = lora_transform(hidden if own is None else model.apply, rules)
     pooling = asked.pooling or ("last" if decoder else "mean")
 
     def loss(trained: PyTree, frozen: PyTree, batch: Any, key: jax.Array | None) -> Sums:
         adapter = combine(trained["adapter"], frozen["adapter"])
-        out, balance = lora.apply_with_balance(
-            frozen["base"], adapter, batch.tokens, batch.mask, dropout_key=key
-        )
+        inputs = (batch.tokens, batch.mask, *((batch.types,) if typed else ()))
+        out, balance = lora.apply_with_balance(frozen["base"], adapter, *inputs, dropout_key=key)
         scores = out if own is not None else scored(trained["head"], out, batch.mask, pooling)
         targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, labels), asked.label_smoothing)
         errors = optax.softmax_cross_entropy(scores.astype(jnp.float32), targets)
@@ -149,7 +149,7 @@ def classification(
         return {"kernel": jnp.zeros((width, labels)), "bias": jnp.zeros(labels)}
 
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return Task(lora, (tokens, tokens), loss, head if own is None else None)
+    return Task(lora, (tokens,) * (3 if typed else 2), loss, head if own is None else None)
 
 
 def scored(head: PyTree, hidden: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:

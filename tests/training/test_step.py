@@ -293,6 +293,7 @@ def test_a_fresh_adapter_prefers_nothing() -> None:
 class Labelled(NamedTuple):
     tokens: Any
     mask: Any
+    types: Any
     labels: Any
     real: Any
 
@@ -301,7 +302,7 @@ def labelled() -> Labelled:
     rng = np.random.default_rng(5)
     mask = (np.arange(6) < np.array([6, 3, 4, 0])[:, None]).astype(np.int32)
     tokens = rng.integers(5, 30, (4, 6)).astype(np.int32) * mask
-    arrays = tokens, mask, np.array([2, 0, 1, 0]), np.array([1.0, 1, 1, 0], np.float32)
+    arrays = tokens, mask, 0 * mask, np.array([2, 0, 1, 0]), np.array([1.0, 1, 1, 0], np.float32)
     return Labelled(*(jnp.asarray(x)[None] for x in arrays))
 
 

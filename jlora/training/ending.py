@@ -1,0 +1,172 @@
+"""What a run leaves: the adapter, the head, exports, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from jlora import models, peft
+from jlora.checkpoints.adapter_file import write_adapter
+from jlora.checkpoints.hosts import whole
+from jlora.checkpoints.tensors import new_folder
+from jlora.conversion import on_original_base
+from jlora.merging.export import merge_to
+from jlora.optim.labels import combine
+from jlora.training.data.tokenizer import Tokenizer
+from jlora.training.recipe.sections import Recipe
+from jlora.training.setup import Setup
+from jlora.transform import lora_transform
+
+PyTree = Any
+ADAPTER, HEAD = "adapter.safetensors", "head.safetensors"
+
+
+def adapter_of(setup: Setup, trained: PyTree) -> dict[str, Any]:
+    """The whole adapter for the checkpoint's own base, in host memory."""
+    held = jax.tree.map(whole, combine(trained["adapter"], setup.frozen["adapter"]))
+    if setup.fresh is None:
+        return held
+    return on_original_base(held, jax.tree.map(whole, setup.fresh))
+
+
+def write(
+    recipe: Recipe,
+    setup: Setup,
+    trained: PyTree,
+    fingerprints: Mapping[str, str],
+    labels: Sequence[str] | None,
+) -> list[Path]:
+    """Writes what the recipe asks for into its folder, from the first process alone.
+
+    Files and folders of those names that an earlier end of the same run wrote are replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: A number is not finite, or PEFT has no form for the adapter.
+    """
+    output = Path(recipe.output)
+    adapter = adapter_of(setup, trained)
+    head = jax.tree.map(whole, trained.get("head"))
+    written = [output / ADAPTER]
+    if jax.process_index() == 0:
+        write_adapter(written[0], adapter, fingerprints)
+        if head is not None:
+            written.append(output / HEAD)
+            _write_head(written[-1], recipe, setup, head, labels)
+        written += _exported(recipe, setup, adapter, output)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jlora: written")
+    return written
+
+
+def _write_head(
+    path: Path, recipe: Recipe, setup: Setup, head: PyTree, labels: Sequence[str] | None
+) -> None:
+    """A new head: (width, labels) and (labels,), and what they are called."""
+    assert labels is not None
+    decoder = isinstance(setup.model, models.Decoder)
+    pooling = recipe.classification.pooling or ("last" if decoder else "mean")
+    metadata = {"labels": json.dumps(list(labels)), "pooling": pooling}
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(safetensors.numpy.save({k: np.asarray(v) for k, v in head.items()}, metadata))
+    os.replace(partial, path)
+
+
+def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> list[Path]:
+    asked = recipe.export
+    if not (asked.merged or asked.peft or asked.vllm):
+        return []
+    # Read again, on the host: the devices hold parts of it, or another base.
+    options: dict[str, Any] = {}
+    if isinstance(setup.model, models.Decoder):
+        options = {"scanned": recipe.model.scanned}
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model, params = models.load(setup.folder, sharding=lambda *_: host, **options)
+        written = []
+        if asked.merged:
+            written.append(_replaced(output / "merged"))
+            merged = merge_to(params, adapter, asked.merged_dtype)
+            models.save(
+                written[-1], merged.params, setup.folder, dtype=asked.merged_dtype, **options
+            )
+        for wanted, name, reader in (
+            (asked.peft, "peft", "peft"),
+            (asked.vllm, "vllm", "vllm"),
+        ):
+            if wanted:
+                written.append(_replaced(output / name))
+                task = {"classification": "SEQ_CLS"}.get(recipe.task, "CAUSAL_LM")
+                if recipe.task == "classification" and getattr(model.config, "labels", None) is None:
+                    task = "FEATURE_EXTRACTION"  # The head is a file of its own.
+                peft.save(
+                    written[-1],
+                    adapter,
+                    model,
+                    params,
+                    base_model=recipe.model.path,
+                    task=task,
+                    reader=reader,  # type: ignore[arg-type]
+                )
+    return written
+
+
+def _replaced(folder: Path) -> Path:
+    """A name that is free: what an earlier end of the run wrote there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def texts(
+    setup: Setup, adapter: PyTree | None, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int
+) -> list[str]:
+    """What the model writes after each prompt, with an adapter or without.
+
+    Args:
+        setup: Of the run.
+        adapter: Of its base, as the loop has it.
+        tokenizer: Of the base.
+        prompts: Whole texts, templates applied.
+        tokens: How many are written at most.
+    """
+    if not prompts:
+        return []
+    ids = [[*tokenizer.before, *found] for found in tokenizer.encode(prompts)]
+    length = max(map(len, ids))
+    rows = np.full((len(ids), length), tokenizer.pad, np.int32)
+    mask = np.zeros_like(rows)
+    for row, found in enumerate(ids):
+        rows[row, length - len(found) :] = found
+        mask[row, length - len(found) :] = 1
+    lora = lora_transform(setup.model.apply)
+    given: Any = setup.frozen["base"]
+    apply = None
+    if adapter is not None:
+        given = {"base": given, "adapter": adapter}
+        apply = lambda both, *inputs: lora.apply(both["base"], both["adapter"], *inputs)  # noqa: E731
+    made = models.generate(
+        setup.model,
+        given,
+        rows,
+        mask,
+        max_new_tokens=tokens,
+        sampling=models.Sampling(stop_tokens=models.stop_tokens(setup.folder)),
+        apply=apply,
+    )
+    ends = np.asarray(made.lengths)
+    return [
+        tokenizer.whole.decode(np.asarray(row[:end]).tolist(), skip_special_tokens=True)
+        for row, end in zip(made.tokens, ends, strict=True)
+    ]
