@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.core.spmd import get_logical_axis_rules
 from flax.linen import spmd
 from jax.sharding import PartitionSpec
 
@@ -162,7 +163,7 @@ def _splash(
     )
     mesh = jax.sharding.get_abstract_mesh()
     bound = spmd.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
-    if mesh.empty or bound is None or not spmd.get_logical_axis_rules():
+    if mesh.empty or bound is None or not get_logical_axis_rules():
         return kernel(query, key, value, segments)
     texts = _shared_out(mesh, bound[0], query.shape[0])
     heads = _shared_out(mesh, bound[2], query.shape[2], key.shape[2])

@@ -160,8 +160,7 @@ def measured(compiled: Any, groups: Mapping[str, Any]) -> Measured:
         hbm_bytes=sum(run.times * hlo.traffic(program, run) for run in runs),
         collectives=hlo.collectives(program),
         unknown_loops=sum(
-            run.instruction.opcode == "while"
-            and hlo.trip_count(program, run.instruction) is None
+            run.instruction.opcode == "while" and hlo.trip_count(program, run.instruction) is None
             for run in runs
         ),
     )

@@ -58,8 +58,8 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> int:
         digits = re.search(r"\d+", self.dtype)  # As in f32 and f8e4m3fn.
-        bits = _BITS.get(self.dtype) if self.dtype in _BITS else int(digits[0]) if digits else 0
-        return -(-math.prod(self.dims) * (bits or 0) // 8)
+        bits = _BITS.get(self.dtype, int(digits[0]) if digits else 0)
+        return -(-math.prod(self.dims) * bits // 8)
 
 
 class Instruction(NamedTuple):
@@ -75,7 +75,7 @@ class Instruction(NamedTuple):
     @property
     def calls(self) -> tuple[str, ...]:
         """The computations that it runs once."""
-        if self.opcode == "while" or "to_apply=" in self.attributes and self.opcode != "call":
+        if self.opcode == "while" or ("to_apply=" in self.attributes and self.opcode != "call"):
             return ()  # What is applied to single numbers is no work of its own.
         found = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.attributes)
         listed = re.findall(
@@ -219,9 +219,16 @@ def _closure(program: Program, name: str) -> Iterator[Computation]:
 # --- products ------------------------------------------------------------------------------------
 
 
+# A kernel is a black box. Of splash attention's, how many products of queries and keys' shape each
+# makes for every pair that the causal mask leaves.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
 def flops(run: Run) -> int:
-    """Twice the multiplications of a matrix product or convolution; 0 for all else."""
+    """Twice the multiplications of a product, convolution or attention kernel; 0 for all else."""
     instruction = run.instruction
+    if instruction.opcode == "custom-call":
+        return _of_kernel(run)
     if instruction.opcode not in ("dot", "convolution"):
         return 0
     left, right = (run.within[name].shapes[0].dims for name in instruction.operands[:2])
@@ -231,6 +238,15 @@ def flops(run: Run) -> int:
         axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
         return 2 * math.prod(out.dims) * math.prod(left[axis] for axis in axes)
     return 2 * _convolution(instruction.attributes, left, right, out.dims)
+
+
+def _of_kernel(run: Run) -> int:
+    for name, products in _KERNELS.items():
+        if run.instruction.name.startswith(name):
+            shapes = [run.within[operand].shapes[0] for operand in run.instruction.operands]
+            (*outer, length, dim) = next(s.dims for s in shapes if "f" in s.dtype)  # The queries.
+            return 2 * products * math.prod(outer) * (length * length // 2) * dim
+    return 0
 
 
 def _convolution(
@@ -259,7 +275,8 @@ def _convolution(
         )
         inside = (at >= 0) & (at < (base - 1) * stretch + 1) & (at % stretch == 0)
         count *= int(inside.sum())
-    return count * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
+    outputs = out[labels[3].index("b")] * out[labels[3].index("f")]
+    return count * outputs * right[labels[2].index("i")]
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -351,12 +368,12 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: One of `COLLECTIVES`.
-        count: How many are run.
+        times: How many are run.
         bytes: That one chip sends over its links, each way round a ring.
     """
 
     kind: str
-    count: int
+    times: int
     bytes: int
 
 

@@ -51,7 +51,8 @@ References:
     Google, Cloud TPU documentation, the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
     (https://cloud.google.com/tpu/docs/v4 and so on): peak compute, HBM capacity and bandwidth, and
     interconnect bandwidth, of which the pages for v5e and v6e give both ways together (400 and 800
-    GB/s), and the largest slices. Jouppi et al., TPU v4, arXiv:2304.01433, table 4, for v4's six links of 50 GB/s.
+    GB/s), and the largest slices. Jouppi et al., TPU v4, arXiv:2304.01433, table 4, for v4's six
+    links of 50 GB/s.
 """
 
 _EXTRA = {"v4": {"chip_config_name": "megacore"}}  # One device per chip, as training has it.
@@ -72,7 +73,7 @@ class Topology(NamedTuple):
 
 
 def devices_of(name: str) -> Topology:
-    """A slice by its name, such as `v5e:4x4` or `v5p:4x4x8`: a chip, and how many in each direction.
+    """A slice by its name, such as `v5e:4x4` or `v5p:4x4x8`: a chip, and how many each way.
 
     Args:
         name: v5e and v6e are flat, v4 and v5p have three directions.
