@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.core.spmd import get_logical_axis_rules
+from flax.linen import spmd
+from jax.sharding import PartitionSpec
 
 Implementation = Literal["xla", "cudnn", "splash"]
 _BLOCK = 128  # Lengths that the splash kernel takes are multiples of it.
@@ -48,7 +51,8 @@ def attend(
         softcap: Scores are squashed into plus and minus this by a tanh.
         implementation: "xla" forms the scores of all pairs; "cudnn" does not, on NVIDIA GPUs, in
             half precision and without softcap, unless there are segments; "splash" does not, on
-            TPUs. The fastest that applies when left out.
+            TPUs. The fastest that applies when left out, on the devices of `jax.set_mesh`, which
+            may be of another kind than those here, or on JAX's own.
 
     Raises:
         ValueError: The implementation does not do what is asked.
@@ -101,8 +105,10 @@ def attend(
 
 
 def _best(query: jax.Array, *, own: bool, segmented: bool, cap: float | None) -> Implementation:
-    """The fastest implementation for the device that JAX computes on."""
-    platform, (_, length, _, dim) = jax.default_backend(), query.shape
+    """The fastest implementation for the devices that JAX computes on, or compiles for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    _, length, _, dim = query.shape
     if platform == "tpu" and own and length % _BLOCK == 0:
         return "splash"
     halved = query.dtype in (jnp.bfloat16, jnp.float16)
@@ -142,7 +148,53 @@ def _splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPUs, which forms no array of all pairs."""
+    """JAX's Pallas kernel for TPUs, on every device's own texts and heads.
+
+    The compiler cannot split a kernel. Where the models' names of axes are bound to a mesh, each
+    device runs it on its part; heads are whole where they cannot be shared out.
+    """
+    if query.shape[1] % _BLOCK:
+        raise ValueError(
+            f"implementation='splash' takes lengths that are multiples of {_BLOCK}, not "
+            f"{query.shape[1]}. Pad the texts, or use 'xla'."
+        )
+    kernel = functools.partial(
+        _splash_kernel, scale=scale, window=window, softcap=softcap, interpret=interpret
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    bound = spmd.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
+    if mesh.empty or bound is None or not get_logical_axis_rules():
+        return kernel(query, key, value, segments)
+    texts = _shared_out(mesh, bound[0], query.shape[0])
+    heads = _shared_out(mesh, bound[2], query.shape[2], key.shape[2])
+    split = PartitionSpec(texts, None, heads, None)
+    return jax.shard_map(
+        kernel,
+        in_specs=(split, split, split, None if segments is None else PartitionSpec(texts)),
+        out_specs=split,
+        check_vma=False,  # What a kernel returns does not say over which axes it varies.
+    )(query, key, value, segments)
+
+
+def _shared_out(mesh: Any, names: Any, *lengths: int) -> Any:
+    """The mesh's axes, if they divide axes of these lengths; else None."""
+    listed = () if names is None else (names,) if isinstance(names, str) else names
+    parts = math.prod(mesh.shape[name] for name in listed)
+    return None if any(length % parts for length in lengths) else names
+
+
+def _splash_kernel(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool,
+) -> jax.Array:
+    """The kernel on one device, which forms no array of all pairs."""
     # Loaded here: Pallas takes a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
@@ -152,11 +204,6 @@ def _splash(
     )
 
     _, length, heads, dim = query.shape
-    if length % _BLOCK:
-        raise ValueError(
-            f"implementation='splash' takes lengths that are multiples of {_BLOCK}, not {length}. "
-            f"Pad the texts, or use 'xla'."
-        )
     shape = (length, length)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     attention = kernel.make_splash_mha_single_device(

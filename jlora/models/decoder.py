@@ -240,7 +240,8 @@ class Attention(nn.Module):
             key_segments=context.key_segments,
             window=self.config.kinds[kind].window,
             softcap=self.config.attention_softcap,
-            implementation=self.implementation,
+            # Whatever makes weights may do so with a text of one token, which no kernel takes.
+            implementation=None if self.is_initializing() else self.implementation,
         )
         return out, kv
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -148,7 +149,7 @@ def _resolved(path: str, names: PartitionSpec) -> PartitionSpec:
                 f"The weight {path!r} has an axis named {name!r}, of which RULES does not say how "
                 f"it is split. The names that it has are {list(known)}."
             )
-    resolved = nn.logical_to_mesh_axes(tuple(names), RULES)
+    resolved = spmd.logical_to_mesh_axes(tuple(names), RULES)
     assert resolved is not None
     return PartitionSpec(*resolved)
 
@@ -259,7 +260,7 @@ def _like_weight(path: str, node: Any, weights: Specs) -> Any:
         return PartitionSpec(*(None if n is None else spec[n] for n in axes.get(name, ())))
 
     held = [name for name in fields if getattr(node, name) is not None]
-    return dataclasses.replace(node, **{name: split(name) for name in held})
+    return dataclasses.replace(node, **{name: split(name) for name in held})  # type: ignore
 
 
 def optimizer_specs(state: Any, adapter: Any, specs: Any) -> Any:

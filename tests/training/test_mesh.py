@@ -21,6 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jlora
 from jlora import tree
 from jlora.adapters.protocol import leaves_of
+from jlora.models import attention
 from jlora.models.architectures import decoder_config
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder, EncoderConfig
@@ -380,3 +381,44 @@ def test_law_a_scan_gathers_one_layer_at_a_time() -> None:
     assert not any(len(shape) == 3 and shape[0] == 3 for shape in shapes)  # one layer of three.
     largest = max(math.prod(shape) for shape in shapes)
     assert largest <= 16 * 48  # The head, which is not of a layer.
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3)], ids=str)
+def test_law_a_kernel_on_every_devices_part_is_attention(heads: tuple[int, int]) -> None:
+    """Also where no axis of the mesh divides the heads of the keys."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(4, 128, heads[0], 6)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, 4, 128, heads[1], 6)), jnp.float32)
+    segments = jnp.asarray(np.repeat([[1, 2], [1, 3]] * 2, [50, 78], axis=1), jnp.int32)
+
+    def total(arrays: Any, kernel: bool) -> jax.Array:
+        if kernel:
+            out = attention._splash(*arrays, segments, 0.3, None, None, interpret=True)
+        else:
+            out = attention.attend(
+                *arrays, scale=0.3, query_segments=segments, implementation="xla"
+            )
+        return jnp.sin(out).sum()
+
+    want = jax.jit(jax.grad(total), static_argnums=1)((q, k, v), False)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with meshes.active(mesh):
+        traced = jax.make_jaxpr(total, static_argnums=1)((q, k, v), True)
+        got = jax.jit(jax.grad(total), static_argnums=1)((q, k, v), True)
+    part = "tensor" if heads == (4, 2) else None
+    assert f"P(('data', 'fsdp'), None, {part!r}, None)" in str(traced)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)  # Of float32, for sums of about 10.
+
+
+def test_a_kernel_without_a_mesh_or_without_names_is_not_split() -> None:
+    x = jnp.ones((2, 128, 2, 8))
+    run = lambda: jax.make_jaxpr(
+        lambda x: attention._splash(x, x, x, None, 1.0, None, None, interpret=True)
+    )(x)
+    assert "shard_map" not in str(run())
+    with jax.set_mesh(meshes.make_mesh({})):
+        assert "shard_map" not in str(run())

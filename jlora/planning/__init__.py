@@ -1,0 +1,1 @@
+"""Plans: what a training step needs on devices that are not here."""

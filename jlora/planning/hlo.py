@@ -1,0 +1,429 @@
+"""What a compiled program does, counted from its text: products, memory traffic, collectives.
+
+XLA's own cost analysis counts the body of a loop once, so a scan over 80 layers looks like one.
+Here every instruction counts as often as its loops run it.
+
+References:
+    XLA's `HloCostAnalysis` (xla/service/hlo_cost_analysis.cc), whose count of a convolution's
+    multiplications this follows: on a TPU every matrix product is a convolution.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
+# What moves no data, or whose data other instructions move.
+_FREE = {
+    "after-all",
+    "bitcast",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "tuple",
+    "while",
+}
+
+
+class Shape(NamedTuple):
+    """An array in the program.
+
+    Attributes:
+        dtype: XLA's name of it.
+        dims: Its lengths.
+        near: Whether it is in the memory of the core (VMEM, SMEM) rather than in HBM.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    near: bool
+
+    @property
+    def bytes(self) -> int:
+        digits = re.search(r"\d+", self.dtype)  # As in f32 and f8e4m3fn.
+        bits = _BITS.get(self.dtype, int(digits[0]) if digits else 0)
+        return -(-math.prod(self.dims) * bits // 8)
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # Of what it returns; several for a tuple.
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The computations that it runs once."""
+        if self.opcode == "while" or ("to_apply=" in self.attributes and self.opcode != "call"):
+            return ()  # What is applied to single numbers is no work of its own.
+        found = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.attributes)
+        listed = re.findall(
+            r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes
+        )
+        both = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
+        names = [name.strip().lstrip("%") for group in listed for name in group.split(",")]
+        return (*found, *names, *both)
+
+
+Computation = dict[str, Instruction]
+
+
+class Program(NamedTuple):
+    """The computations of a module by name, and which of them is its entry."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+
+
+def parse(text: str) -> Program:
+    """The program of a module's text, `compiled.as_text()`."""
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+            continue
+        found = _LINE.match(line)
+        if found:
+            instruction = _instruction(found[2], found[3], bool(found[1]))
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("The text is no HLO module: it has no ENTRY. Give compiled.as_text().")
+    return Program(computations, entry)
+
+
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
+    kind, rest = _split(rest) if rest.startswith("(") else rest.split(" ", 1)
+    opcode, rest = rest.strip().split("(", 1)
+    inside, attributes = _split("(" + rest)
+    operands = re.findall(r"%([\w.\-]+)", inside) if opcode != "constant" else []
+    if opcode in ("constant", "parameter"):
+        attributes = inside + attributes
+    return Instruction(name, opcode, _shapes(kind), tuple(operands), attributes, root)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """What is inside the parenthesis that the text starts with, and what is after it."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[1:place], text[place + 1 :]
+    raise ValueError(f"A parenthesis is not closed in {text[:80]!r}.")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    def dims(lengths: str) -> tuple[int, ...]:
+        return tuple(int(length.lstrip("<=")) for length in lengths.split(",") if length)
+
+    return tuple(
+        Shape(found[1], dims(found[2]), bool(re.search(r"S\([1-9]", found[3] or "")))
+        for found in _SHAPE.finditer(text)
+    )
+
+
+# --- how often ---------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """An instruction, how often the program runs it, and where it stands."""
+
+    instruction: Instruction
+    times: int
+    within: Computation
+    fused: bool  # Whether it is inside a fusion, whose insides touch no memory.
+
+
+def runs(program: Program, *, unrolled: bool = True) -> Iterator[Run]:
+    """Every instruction with how often it is run.
+
+    Args:
+        program: The module.
+        unrolled: Whether the body of a loop counts as often as it is run, else once.
+    """
+
+    def visit(name: str, times: int, fused: bool) -> Iterator[Run]:
+        computation = program.computations[name]
+        for instruction in computation.values():
+            yield Run(instruction, times, computation, fused)
+            if instruction.opcode == "while":
+                body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
+                assert body is not None
+                trips = trip_count(program, instruction) if unrolled else 1
+                yield from visit(body[1], times * (trips or 1), fused)
+            inside = fused or instruction.opcode == "fusion"
+            for called in instruction.calls:
+                yield from visit(called, times, inside)
+
+    return visit(program.entry, 1, False)
+
+
+def trip_count(program: Program, loop: Instruction) -> int | None:
+    """How often a loop's body runs; None when that is not written in the program.
+
+    CPUs and GPUs note it. On TPUs it is what the condition compares with, in loops that count from
+    zero by ones, as JAX's do.
+    """
+    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    assert condition is not None
+    bounds = {
+        int(found[1])
+        for computation in _closure(program, condition[1])
+        for instruction in computation.values()
+        if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64")
+        if (found := re.match(r"(\d+)\b", instruction.attributes))
+    }
+    return bounds.pop() if len(bounds) == 1 else None
+
+
+def _closure(program: Program, name: str) -> Iterator[Computation]:
+    computation = program.computations[name]
+    yield computation
+    for instruction in computation.values():
+        for called in instruction.calls:
+            yield from _closure(program, called)
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+# A kernel is a black box. Of splash attention's, how many products of queries and keys' shape each
+# makes for every pair that the causal mask leaves.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+def flops(run: Run) -> int:
+    """Twice the multiplications of a product, convolution or attention kernel; 0 for all else."""
+    instruction = run.instruction
+    if instruction.opcode == "custom-call":
+        return _of_kernel(run)
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (run.within[name].shapes[0].dims for name in instruction.operands[:2])
+    (out, *_) = instruction.shapes
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+        return 2 * math.prod(out.dims) * math.prod(left[axis] for axis in axes)
+    return 2 * _convolution(instruction.attributes, left, right, out.dims)
+
+
+def _of_kernel(run: Run) -> int:
+    for name, products in _KERNELS.items():
+        if run.instruction.name.startswith(name):
+            shapes = [run.within[operand].shapes[0] for operand in run.instruction.operands]
+            (*outer, length, dim) = next(s.dims for s in shapes if "f" in s.dtype)  # The queries.
+            return 2 * products * math.prod(outer) * (length * length // 2) * dim
+    return 0
+
+
+def _convolution(
+    attributes: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]
+) -> int:
+    """How many numbers are multiplied; those with padding or between dilated ones are not."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sorted(label for label in labels[1] if label.isdigit())
+    count = 1
+    for place, label in enumerate(spatial):
+
+        def field(name: str, default: int, place: int = place) -> int:
+            return int(given[name].split("x")[place]) if name in given else default
+
+        low = given["pad"].split("x")[place].split("_")[0] if "pad" in given else 0
+        ends = (labels[1].index(label), labels[2].index(label), labels[3].index(label))
+        base, size, length = left[ends[0]], right[ends[1]], out[ends[2]]
+        stretch = field("lhs_dilate", 1)
+        at = (
+            np.arange(length)[:, None] * field("stride", 1)
+            - int(low)
+            + np.arange(size) * field("rhs_dilate", 1)
+        )
+        inside = (at >= 0) & (at < (base - 1) * stretch + 1) & (at % stretch == 0)
+        count *= int(inside.sum())
+    outputs = out[labels[3].index("b")] * out[labels[3].index("f")]
+    return count * outputs * right[labels[2].index("i")]
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def traffic(program: Program, run: Run) -> int:
+    """Bytes that an instruction reads from and writes to HBM, each array once.
+
+    Of an array that is only sliced, and of one that is updated in place, the slice counts.
+    """
+    instruction = run.instruction
+    opcode = instruction.opcode
+    if run.fused or opcode in _FREE or opcode.endswith(("-done", "-update")):
+        return 0
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * _far(instruction.shapes[:1])
+    if opcode in ("dynamic-update-slice", "scatter"):
+        place = 1 if opcode == "dynamic-update-slice" else 2
+        return 2 * _far(run.within[instruction.operands[place]].shapes)
+    if opcode == "fusion":
+        (called,) = instruction.calls
+        return _of_fusion(program.computations[called], instruction, run.within)
+    read = [shape for name in instruction.operands for shape in run.within[name].shapes]
+    if opcode.endswith("-start"):  # It returns its operand again beside the result.
+        return sum(map(_one_far, read)) + _far(instruction.shapes[1:2])
+    return _far(read) + _far(instruction.shapes)
+
+
+def _one_far(shape: Shape) -> int:
+    return 0 if shape.near else shape.bytes
+
+
+def _far(shapes: Sequence[Shape]) -> int:
+    return sum(map(_one_far, shapes))
+
+
+def _of_fusion(inside: Computation, fusion: Instruction, within: Computation) -> int:
+    users: dict[str, list[Instruction]] = collections.defaultdict(list)
+    for instruction in inside.values():
+        for name in instruction.operands:
+            users[name].append(instruction)
+    total = 0
+    for name, instruction in inside.items():
+        if instruction.opcode != "parameter":
+            continue
+        number = int(instruction.attributes.split(",")[0] or 0)
+        shapes = within[fusion.operands[number]].shapes
+        if any(shape.near for shape in shapes):
+            continue
+        sliced = _sliced(name, users)
+        total += _far(shapes) if sliced is None else min(sliced, _far(shapes))
+    for instruction in inside.values():
+        if instruction.root:
+            parts = [instruction]
+            if instruction.opcode == "tuple":
+                parts = [inside[name] for name in instruction.operands]
+            for part, shape in zip(parts, fusion.shapes, strict=False):
+                if part.opcode == "dynamic-update-slice":
+                    updated = inside[part.operands[1]].shapes[0].bytes
+                    total += 0 if shape.near else updated
+                else:
+                    total += _one_far(shape)
+    return total
+
+
+def _sliced(name: str, users: dict[str, list[Instruction]]) -> int | None:
+    """Bytes that are used of an array of which only slices are; None when all of it is."""
+    total = 0
+    for user in users[name]:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            total += user.shapes[0].bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # Updated in place.
+        elif user.opcode in ("bitcast", "fusion", "copy"):
+            deeper = _sliced(user.name, users) if user.opcode == "bitcast" else None
+            if deeper is None:
+                return None
+            total += deeper
+        else:
+            return None
+    return total if users[name] else 0
+
+
+# --- collectives ---------------------------------------------------------------------------------
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind, per step.
+
+    Attributes:
+        kind: One of `COLLECTIVES`.
+        times: How many are run.
+        bytes: That one chip sends over its links, each way round a ring.
+    """
+
+    kind: str
+    times: int
+    bytes: int
+
+
+def collectives(program: Program, *, unrolled: bool = True) -> tuple[Collective, ...]:
+    """What chips exchange, by kind.
+
+    A ring of n sends (n - 1) / n of what is gathered, and twice that of what is summed up.
+
+    Args:
+        program: The module.
+        unrolled: Whether the body of a loop counts as often as it is run, else once.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    sent: collections.Counter[str] = collections.Counter()
+    seen: set[tuple[str, str]] = set()
+    for run in runs(program, unrolled=unrolled):
+        kind = run.instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        channel = re.search(r"channel_id=(\d+)", run.instruction.attributes)
+        if channel:
+            # One that runs beside products is written once in each of the fusions that it spans.
+            if (kind, channel[1]) in seen:
+                continue
+            seen.add((kind, channel[1]))
+        operands = [shape for name in run.instruction.operands for shape in run.within[name].shapes]
+        size = sum(shape.bytes for shape in operands)
+        ring = _ring(run.instruction.attributes)
+        share = {
+            "all-gather": ring - 1,
+            "all-reduce": 2 * (ring - 1) / ring,
+            "collective-permute": 1,
+        }.get(kind, (ring - 1) / ring)
+        if share:
+            counts[kind] += run.times
+            sent[kind] += round(run.times * size * share)
+    return tuple(Collective(kind, counts[kind], sent[kind]) for kind in COLLECTIVES if counts[kind])
+
+
+def _ring(attributes: str) -> int:
+    """How many chips take part in a collective together."""
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
+    if iota:
+        return int(iota[1].split(",")[-1])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return len(listed[1].split(","))
+    named = re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\S*? \{([^}]*)\}", attributes)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    return 1

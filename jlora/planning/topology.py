@@ -1,0 +1,130 @@
+"""Devices of TPU slices that are not here, and what their chips can do."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jax.errors import JaxRuntimeError
+from jax.experimental import topologies
+
+
+class Chip(NamedTuple):
+    """What one chip can do at most.
+
+    Attributes:
+        name: As in the names of topologies.
+        flops_per_s: Of bfloat16 products.
+        hbm_bytes: Its memory.
+        hbm_bytes_per_s: Between memory and cores.
+        ici_bytes_per_s: To its neighbours, over all links together, one way.
+        links: How many those are, two for each dimension of the torus.
+        slice_chips: How many the largest slice has.
+    """
+
+    name: str
+    flops_per_s: float
+    hbm_bytes: float
+    hbm_bytes_per_s: float
+    ici_bytes_per_s: float
+    links: int
+    slice_chips: int
+
+
+_GB, _GIB = 1e9, 2**30
+
+CHIPS: dict[str, Chip] = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 32 * _GIB, 1200 * _GB, 300 * _GB, 6, 4096),
+        Chip("v5e", 197e12, 16 * _GIB, 819 * _GB, 200 * _GB, 4, 256),
+        Chip("v5p", 459e12, 95 * _GIB, 2765 * _GB, 600 * _GB, 6, 6144),
+        Chip("v6e", 918e12, 32 * _GIB, 1638 * _GB, 400 * _GB, 4, 256),
+    )
+}
+"""The chips that plans know, by name.
+
+References:
+    Google, Cloud TPU documentation, the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+    (https://cloud.google.com/tpu/docs/v4 and so on): peak compute, HBM capacity and bandwidth, and
+    interconnect bandwidth, of which the pages for v5e and v6e give both ways together (400 and 800
+    GB/s), and the largest slices. Jouppi et al., TPU v4, arXiv:2304.01433, table 4, for v4's six
+    links of 50 GB/s.
+"""
+
+_EXTRA = {"v4": {"chip_config_name": "megacore"}}  # One device per chip, as training has it.
+
+
+class Topology(NamedTuple):
+    """A slice of a TPU pod.
+
+    Attributes:
+        name: As it was asked for.
+        chip: What each of its chips can do.
+        devices: One for each chip, to lower and compile for; nothing runs on them.
+    """
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+
+def devices_of(name: str) -> Topology:
+    """A slice by its name, such as `v5e:4x4` or `v5p:4x4x8`: a chip, and how many each way.
+
+    Args:
+        name: v5e and v6e are flat, v4 and v5p have three directions.
+
+    Raises:
+        ValueError: There is no such chip, or no slice of that form.
+        ModuleNotFoundError: The compiler for TPUs is not installed.
+    """
+    chip, form = _parsed(name)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu asks the network for its host.
+    try:
+        described = topologies.get_topology_desc(name, "tpu", **_EXTRA.get(chip.name, {}))
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise ModuleNotFoundError(
+                f"topology={name!r} needs the compiler for TPUs, which is not installed. Install "
+                f"it with `pip install 'jlora[plan]'`; it needs no TPU.",
+                name="libtpu",
+            ) from error
+        if not isinstance(error, JaxRuntimeError):
+            raise
+        raise ValueError(
+            f"topology={name!r} is no slice that there is: {error}. Give sides such as "
+            f"{_example(chip)!r}."
+        ) from error
+    devices = list(described.devices)
+    assert len(devices) == math.prod(form), name
+    return Topology(name, chip, devices)
+
+
+def _parsed(name: str) -> tuple[Chip, tuple[int, ...]]:
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not found or found[1] not in CHIPS:
+        known: Mapping[str, str] = {chip.name: _example(chip) for chip in CHIPS.values()}
+        raise ValueError(
+            f"topology={name!r} names no slice that jlora knows. Give a chip and the sides of the "
+            f"slice: one of {list(CHIPS)}, such as {sorted(known.values())}."
+        )
+    chip, form = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
+    if len(form) != chip.links // 2 or 0 in form:
+        raise ValueError(
+            f"topology={name!r} has {len(form)} sides, and slices of {chip.name} have "
+            f"{chip.links // 2}. Write it like {_example(chip)!r}."
+        )
+    if math.prod(form) > chip.slice_chips:
+        raise ValueError(
+            f"topology={name!r} has {math.prod(form)} chips, and the largest slice of {chip.name} "
+            f"has {chip.slice_chips}. Plan for one slice; several exchange over a slower network."
+        )
+    return chip, form
+
+
+def _example(chip: Chip) -> str:
+    return f"{chip.name}:{'4x4x4' if chip.links == 6 else '4x4'}"
