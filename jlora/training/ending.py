@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from jax.sharding import SingleDeviceSharding
 from jlora import models, peft
 from jlora.checkpoints.adapter_file import write_adapter
 from jlora.checkpoints.hosts import whole
-from jlora.checkpoints.tensors import new_folder
 from jlora.conversion import on_original_base
 from jlora.merging.export import merge_to
 from jlora.optim.labels import combine
@@ -80,7 +79,9 @@ def _write_head(
     pooling = recipe.classification.pooling or ("last" if decoder else "mean")
     metadata = {"labels": json.dumps(list(labels)), "pooling": pooling}
     partial = path.with_suffix(".partial")
-    partial.write_bytes(safetensors.numpy.save({k: np.asarray(v) for k, v in head.items()}, metadata))
+    partial.write_bytes(
+        safetensors.numpy.save({k: np.asarray(v) for k, v in head.items()}, metadata)
+    )
     os.replace(partial, path)
 
 
@@ -95,32 +96,28 @@ def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> li
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model, params = models.load(setup.folder, sharding=lambda *_: host, **options)
-        written = []
+        written: list[Path] = []
         if asked.merged:
             written.append(_replaced(output / "merged"))
             merged = merge_to(params, adapter, asked.merged_dtype)
             models.save(
                 written[-1], merged.params, setup.folder, dtype=asked.merged_dtype, **options
             )
-        for wanted, name, reader in (
-            (asked.peft, "peft", "peft"),
-            (asked.vllm, "vllm", "vllm"),
-        ):
-            if wanted:
-                written.append(_replaced(output / name))
-                task = {"classification": "SEQ_CLS"}.get(recipe.task, "CAUSAL_LM")
-                if recipe.task == "classification" and getattr(model.config, "labels", None) is None:
-                    task = "FEATURE_EXTRACTION"  # The head is a file of its own.
-                peft.save(
-                    written[-1],
-                    adapter,
-                    model,
-                    params,
-                    base_model=recipe.model.path,
-                    task=task,
-                    reader=reader,  # type: ignore[arg-type]
-                )
+        readers: dict[Literal["peft", "vllm"], bool] = {"peft": asked.peft, "vllm": asked.vllm}
+        for reader in [name for name, wanted in readers.items() if wanted]:
+            written.append(_replaced(output / reader))
+            base, task = recipe.model.path, _peft_task(recipe, model)
+            peft.save(
+                written[-1], adapter, model, params, base_model=base, task=task, reader=reader
+            )
     return written
+
+
+def _peft_task(recipe: Recipe, model: Any) -> str:
+    """What PEFT calls the task; a head that is none of the model's is a file of its own."""
+    if recipe.task != "classification":
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if getattr(model.config, "labels", None) is None else "SEQ_CLS"
 
 
 def _replaced(folder: Path) -> Path:
@@ -130,7 +127,11 @@ def _replaced(folder: Path) -> Path:
 
 
 def texts(
-    setup: Setup, adapter: PyTree | None, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int
+    setup: Setup,
+    adapter: PyTree | None,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
 ) -> list[str]:
     """What the model writes after each prompt, with an adapter or without.
 
@@ -138,16 +139,15 @@ def texts(
         setup: Of the run.
         adapter: Of its base, as the loop has it.
         tokenizer: Of the base.
-        prompts: Whole texts, templates applied.
+        prompts: Their tokens.
         tokens: How many are written at most.
     """
     if not prompts:
         return []
-    ids = [[*tokenizer.before, *found] for found in tokenizer.encode(prompts)]
-    length = max(map(len, ids))
-    rows = np.full((len(ids), length), tokenizer.pad, np.int32)
+    length = max(map(len, prompts))
+    rows = np.full((len(prompts), length), tokenizer.pad, np.int32)
     mask = np.zeros_like(rows)
-    for row, found in enumerate(ids):
+    for row, found in enumerate(prompts):
         rows[row, length - len(found) :] = found
         mask[row, length - len(found) :] = 1
     lora = lora_transform(setup.model.apply)

@@ -31,12 +31,14 @@ class Placed(NamedTuple):
         ids: Per row, the (source, example) pairs in it.
         after: The position of the data after it.
         ends_epoch: Whether it is the last one of an epoch.
+        tokens: How many of its places hold one, in this process's rows.
     """
 
     arrays: PyTree
     ids: Sequence[Any]
     after: tuple[int, int]
     ends_epoch: bool
+    tokens: int
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -113,6 +115,7 @@ class Loop:
         self._key = dropout_key(recipe)
         self._saved = progress.step if progress.step else None
         self._saved_at = time.monotonic()
+        self.last: dict[str, float] = {}
         self._agree = agreement(setup.mesh)
         self._asked = 0  # What all processes wish for.
         self._pending: tuple[int, Placed, Measured, float, Any] | None = None
@@ -177,9 +180,11 @@ class Loop:
             "gradient_norm": float(values.gradient_norm),
             "learning_rate": float(values.learning_rate),
             "weight": float(values.weight),
+            "tokens": float(batch.tokens * jax.process_count()),
             "seconds": seconds,
             **{name: float(value) for name, value in values.others.items()},
         }
+        self.last = told
         record_all(self._hooks.recorders, step, told)
         self._hooks.show(step, told)
         if not values.finite:

@@ -18,13 +18,13 @@ import yaml
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jlora import models, tree
-from jlora.adapters.protocol import leaves_of
+from jlora import models
 from jlora.checkpoints import hub
-from jlora.checkpoints.adapter_file import fingerprint
 from jlora.optim.labels import combine
-from jlora.training import ending, mesh as meshes
+from jlora.training import ending
+from jlora.training import mesh as meshes
 from jlora.training import report as reports
+from jlora.training.data.arrays import Classes
 from jlora.training.data.batches import Batch, Position, Stream
 from jlora.training.data.prefetching import prefetch
 from jlora.training.interruption import Watch
@@ -41,6 +41,9 @@ PyTree = Any
 METRICS, REPORT, RECIPE, CHECKPOINTS = "metrics.jsonl", "report.html", "recipe.yaml", "checkpoints"
 # What a run may not change while it goes on; all else may differ when it is resumed.
 _BOUND = ("seed", "lora", "more", "frozen", "optimizer", "preference", "classification")
+
+
+_VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
 
 class Outcome(NamedTuple):
@@ -136,13 +139,15 @@ def train(
         state, progress = _resumed(saver, setup, facts, allow_changes)
         say(f"Going on after step {progress.step} of {steps}.")
     if jax.process_index() == 0:
-        (output / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        (output / RECIPE).write_text(
+            yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        )
     prompts = _prompts(recipe, data)
     before = _written(recipe, setup, None, data, prompts)
     every = [*recorders, *_recorders(recipe, progress.step)]
     start = time.monotonic()
     with Watch() as watch, say.bar(steps, progress.step, _Shown(recipe, setup)) as show:
-        hooks = Hooks(every, show, _evaluation(recipe, setup, data, mesh))
+        hooks = Hooks(every, show, _evaluation(setup, data, mesh))
         loop = Loop(recipe, setup, state, progress, saver, facts, hooks, watch, steps)
         batches = data.train.batches(Position(*progress.position))
         place = functools.partial(_placed, mesh, data.train)
@@ -187,7 +192,7 @@ def train(
     return Outcome(why, progress.step, kept, loop.last, written)
 
 
-# --- data on devices -------------------------------------------------------------------------------
+# --- data on devices -----------------------------------------------------------------------------
 
 
 def _sharding(mesh: Mesh) -> NamedSharding:
@@ -198,7 +203,7 @@ def _sharding(mesh: Mesh) -> NamedSharding:
 def _mine(mesh: Mesh, rows: int) -> slice:
     """The rows of a batch that devices of this process hold."""
     indices = _sharding(mesh).addressable_devices_indices_map((1, rows)).values()
-    parts = [index[1].indices(rows) for index in indices if index is not None]
+    parts = [part[1].indices(rows) for part in indices if part is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
@@ -211,21 +216,20 @@ def _placed(mesh: Mesh, stream: Stream, given: tuple[Position, Batch]) -> Placed
     def put(array: np.ndarray) -> jax.Array:
         shape = (array.shape[0], stream.batching.rows, *array.shape[2:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(shape[1])
             return array[(index[0], slice(start - first, stop - first), *index[2:])]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
-    arrays = type(batch.arrays)(*map(put, batch.arrays))
-    seen = getattr(batch.arrays, "segments", None)
-    tokens = int(np.count_nonzero(batch.arrays[1] if seen is None else seen))
-    return Placed(arrays, batch.ids, tuple(after), after.batch == 0, tokens)
+    held = batch.arrays
+    tokens = int(np.count_nonzero(held.mask if isinstance(held, Classes) else held.segments))
+    arrays = jax.tree.map(put, held)
+    return Placed(arrays, batch.ids, (after.epoch, after.batch), after.batch == 0, tokens)
 
 
-def _evaluation(recipe: Recipe, setup: Setup, data: Datasets, mesh: Mesh) -> Any:
+def _evaluation(setup: Setup, data: Datasets, mesh: Mesh) -> Any:
     """From the trained arrays to the means over all validation examples; None without any."""
-    del recipe
     stream = data.validation
     if stream is None:
         return None
@@ -246,22 +250,19 @@ def _check_length(recipe: Recipe, model: Any) -> None:
         )
 
 
-# --- going on --------------------------------------------------------------------------------------
+# --- going on ------------------------------------------------------------------------------------
 
 
 def _facts(recipe: Recipe, setup: Setup, data: Datasets) -> dict[str, Any]:
     """What a checkpoint says of the run that it is of."""
     dumped = recipe.model_dump(mode="json")
-    flat = tree.flatten(setup.frozen["base"])
-    arrays = dict(zip(flat.paths, flat.leaves, strict=True))
-    adapted = leaves_of(setup.state.trained["adapter"])
     return {
         "recipe": {name: dumped[name] for name in _BOUND},
         "schedule": {name: dumped["training"][name] for name in ("epochs", "steps")},
         "data": data.train.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
-        "base": {path: fingerprint(arrays[path]) for path in adapted},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jlora")},
+        "base": setup.fingerprints,
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }
 
 
@@ -303,7 +304,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return name
 
 
-# --- what is told ----------------------------------------------------------------------------------
+# --- what is told --------------------------------------------------------------------------------
 
 
 class _Talk:
@@ -372,19 +373,18 @@ def _counted(setup: Setup) -> str:
     return f"{trained:,} numbers are trained, {trained / base:.2%} of the base's {base:,}."
 
 
-def _prompts(recipe: Recipe, data: Datasets) -> list[str]:
-    """The prompts as the model is used to them."""
-    template = data.tokenizer.template
-    if recipe.data.train[0].format != "chat" or template is None:
-        return list(recipe.report.prompts)
-    return [
-        template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        for prompt in recipe.report.prompts
-    ]
+def _prompts(recipe: Recipe, data: Datasets) -> list[list[int]]:
+    """The tokens of the prompts, as the model is used to them."""
+    tokenizer, prompts = data.tokenizer, recipe.report.prompts
+    if recipe.data.train[0].format != "chat" or tokenizer.template is None:
+        return [[*tokenizer.before, *ids] for ids in tokenizer.encode(prompts)]
+    chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    render = functools.partial(tokenizer.template.render, add_generation_prompt=True)
+    return tokenizer.encode([render(chat) for chat in chats])
 
 
 def _written(
-    recipe: Recipe, setup: Setup, adapter: PyTree | None, data: Datasets, prompts: Sequence[str]
+    recipe: Recipe, setup: Setup, adapter: PyTree | None, data: Datasets, prompts: list[list[int]]
 ) -> list[str]:
     if not isinstance(setup.model, models.Decoder) or recipe.task == "classification":
         return [""] * len(prompts)
@@ -431,5 +431,3 @@ def _told(
 def _mean(lines: Sequence[dict[str, Any]]) -> str:
     values = [line["loss"] for line in lines if math.isfinite(line["loss"])]
     return f"{np.mean(values):.4f}" if values else "none"
-
-

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora import models
+from jlora import models, tree
 from jlora.adapters.full import Full
-from jlora.adapters.protocol import AdapterConfig, is_leaf
+from jlora.adapters.protocol import AdapterConfig, is_leaf, leaves_of
 from jlora.adapters.sora import SoRALeaf
 from jlora.checkpoints import hub
+from jlora.checkpoints.adapter_file import fingerprint
 from jlora.conversion import residual_base
 from jlora.models import names
 from jlora.models.folders import example_inputs
@@ -48,6 +49,7 @@ class Setup(NamedTuple):
         task: What is adapted, and the loss.
         mesh: Of the devices.
         frozen: `{"base": ..., "adapter": ...}`, the latter with its frozen arrays.
+        fingerprints: Of the adapted weights of the checkpoint, by path; none if all is abstract.
         fresh: The adapter before the first step, where its base is not the checkpoint's own.
         optimizing: What makes steps of gradients.
         state: Before the first step.
@@ -60,6 +62,7 @@ class Setup(NamedTuple):
     task: tasks.Task
     mesh: Mesh
     frozen: PyTree
+    fingerprints: dict[str, str]
     fresh: PyTree | None
     optimizing: Optimizing
     state: State
@@ -90,17 +93,18 @@ def set_up(
     base = _base(recipe, folder, model, specs, mesh, abstract)
     with meshes.active(mesh):
         adapter = _adapter(recipe, task, base, specs, mesh, abstract)
+        prints = {} if abstract else _fingerprints(base, adapter)
         fresh = adapter if _taken_out(adapter) else None
         if fresh is not None:
             base = _jitted(residual_base, abstract)(base, fresh)
         trained, rest = partition(adapter)
-        tree = {"adapter": trained}
+        arrays = {"adapter": trained}
         if task.head is not None:
             whole = NamedSharding(mesh, PartitionSpec())
-            tree["head"] = _made(task.head, _key(recipe, "head"), whole, abstract)
+            arrays["head"] = _made(task.head, _key(recipe, "head"), whole, abstract)
         gates = any(isinstance(leaf, SoRALeaf) for leaf in _leaves(adapter))
         made = optimizing(recipe.optimizer, steps, gates=gates)
-        state = _state(tree, made, mesh, abstract)
+        state = _state(arrays, made, mesh, abstract)
     step = step_of(task.loss, made, recipe.optimizer.clip_norm)
     places = jax.tree.map(lambda array: array.sharding, state)
     return Setup(
@@ -109,6 +113,7 @@ def set_up(
         task=task,
         mesh=mesh,
         frozen={"base": base, "adapter": rest},
+        fingerprints=prints,
         fresh=fresh,
         optimizing=made,
         state=state,
@@ -253,6 +258,12 @@ def _key(recipe: Recipe, what: str) -> jax.Array:
 def dropout_key(recipe: Recipe) -> jax.Array:
     """What the keys of all steps are made from."""
     return _key(recipe, "dropout")
+
+
+def _fingerprints(base: PyTree, adapter: PyTree) -> dict[str, str]:
+    flat = tree.flatten(base)
+    arrays = dict(zip(flat.paths, flat.leaves, strict=True))
+    return {path: fingerprint(arrays[path]) for path in leaves_of(adapter)}
 
 
 def _leaves(adapter: PyTree) -> list[Any]:

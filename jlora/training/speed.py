@@ -47,30 +47,20 @@ def flops_per_token(model: Any, params: Any, trained: Any, length: int) -> float
         trained: The arrays that are trained.
         length: Of a row.
     """
+    decoder, c = isinstance(model, models.Decoder), model.config
     flat = tree.flatten(params)
-    tables = ("embedding", "table")
-    tied = isinstance(model, models.Decoder) and model.config.tied
-    weights = sum(
-        leaf.size
-        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
-        if leaf.ndim > 1 and (tied or not path.endswith(tables))
-    )
-    c = model.config
-    if isinstance(model, models.Decoder) and c.experts is not None:
-        share = 1 - c.experts.chosen / c.experts.count
-        experts = (leaf.size for p, leaf in zip(flat.paths, flat.leaves, strict=True) if "/moe/" in p)
-        weights -= share * sum(experts)
-    own = sum(
-        array.size
-        for label, array in zip(
-            jax.tree.leaves(labels(trained)), jax.tree.leaves(trained), strict=True
-        )
-        if array.ndim > 1 and label != FULL
-    )
-    layers = len(c.layers) if isinstance(model, models.Decoder) else c.num_layers
-    heads = c.num_heads * c.head_dim if isinstance(model, models.Decoder) else c.hidden_size
-    whole = 1 if isinstance(model, models.Decoder) else 2  # An encoder looks both ways.
-    return 4.0 * weights + 6.0 * own + 6.0 * whole * layers * heads * length
+    weights = 0.0
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+        if leaf.ndim < 2 or (path.endswith("embedding") and not (decoder and c.tied)):
+            continue
+        sparse = decoder and path.endswith(("moe/gate_up", "moe/down"))  # A token goes through a few of these.
+        weights += leaf.size * (c.experts.chosen / c.experts.count if sparse else 1)
+    each = zip(jax.tree.leaves(labels(trained)), jax.tree.leaves(trained), strict=True)
+    own = sum(array.size for label, array in each if array.ndim > 1 and label != FULL)
+    layers = len(c.layers) if decoder else c.num_layers
+    width = c.num_heads * c.head_dim if decoder else c.hidden_size
+    seen = length / 2 if decoder else length
+    return 4.0 * weights + 6.0 * own + 12.0 * layers * width * seen
 
 
 def peak_memory_gib() -> float:

@@ -122,7 +122,7 @@ def classification(
     decoder = isinstance(model, Decoder)
     typed = isinstance(model, Encoder) and model.config.types > 1
 
-    def hidden(params: PyTree, *inputs: jax.Array) -> jax.Array:
+    def hidden(params: PyTree, *inputs: jax.Array) -> Any:
         return model.apply(params, *inputs, method="hidden")
 
     lora = lora_transform(hidden if own is None else model.apply, rules)

@@ -10,7 +10,6 @@ from jlora.training.data.batches import Batch as Batch
 from jlora.training.data.batches import Kind as Kind
 from jlora.training.data.batches import Position as Position
 from jlora.training.data.batches import Stream as Stream
-from jlora.training.data.batches import rows_of_process as rows_of_process
 from jlora.training.data.corpus import Corpus as Corpus
 from jlora.training.data.corpus import Reading as Reading
 from jlora.training.data.corpus import Report as Report

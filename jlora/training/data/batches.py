@@ -43,28 +43,6 @@ class Batch(NamedTuple):
     ids: tuple[tuple[Pair, ...], ...]
 
 
-def rows_of_process(rows: int, process: int, count: int) -> slice:
-    """Which of a batch's rows a process takes.
-
-    Args:
-        rows: Of the whole batch.
-        process: Its number, from 0.
-        count: Of processes.
-
-    Raises:
-        ValueError: There is no such process, or the rows cannot be shared evenly.
-    """
-    if not 0 <= process < count:
-        raise ValueError(f"process={process} is none of {count}. Give a number from 0.")
-    if rows % count:
-        raise ValueError(
-            f"Batching.rows={rows} cannot be shared evenly by {count} processes. Give a multiple "
-            f"of {count}."
-        )
-    share = rows // count
-    return slice(process * share, (process + 1) * share)
-
-
 class Stream:
     """Batches without end, each a function of the data, the options, the seed and its position.
 
@@ -86,8 +64,7 @@ class Stream:
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
         pad: int = 0,
-        process: int = 0,
-        processes: int = 1,
+        mine: slice = slice(None),
     ) -> None:
         """Looks at the data and plans the first epoch.
 
@@ -99,12 +76,11 @@ class Stream:
             weights: How often each source is gone through in an epoch; once when left out.
             shuffle: Whether to. Evaluation goes without.
             pad: The token of places without one.
-            process: The number of this process, from 0.
-            processes: How many there are.
+            mine: Which of the rows this process fills; all when left out.
 
         Raises:
             ValueError: The data is not of that kind, an example is longer than a row, the weights
-                leave no example, or the processes cannot share the rows evenly.
+                leave no example.
         """
         _check_kind(corpora, kind)
         if kind != "language":
@@ -118,7 +94,7 @@ class Stream:
         self._corpora = corpora
         self._kind = kind
         self._pad = pad
-        self._rows = rows_of_process(batching.rows, process, processes)
+        self.mine = mine
         lengths = [corpus.lengths() for corpus in corpora]
         # An epoch is planned ahead while the one before is still asked for.
         self._plan = functools.lru_cache(maxsize=2)(
@@ -173,7 +149,7 @@ class Stream:
         ids = tuple(
             row
             for start in range(0, len(planned.rows), size)
-            for row in planned.rows[start : start + size][self._rows]
+            for row in planned.rows[start : start + size][self.mine]
         )
         fill = arrays.classes if self._kind == "classification" else arrays.language
         made = fill(self._corpora, planned.length, ids, self._pad)

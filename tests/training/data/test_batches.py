@@ -10,7 +10,7 @@ import pytest
 from corpora import made
 
 from jlora.training.data import arrays
-from jlora.training.data.batches import Batch, Position, Stream, rows_of_process
+from jlora.training.data.batches import Batch, Position, Stream
 from jlora.training.data.corpus import Corpus
 from jlora.training.data.order import Batching
 
@@ -162,13 +162,18 @@ def test_positions_count_batches_and_epochs() -> None:
     assert digest(next(at_end)[1]) == digest(next(of.batches(Position(1, 0)))[1])
 
 
+def share_of(rows: int, process: int, processes: int) -> slice:
+    share = rows // processes
+    return slice(process * share, (process + 1) * share)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["language", "preference", "classification"])
 def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int) -> None:
     batching = Batching(rows=4, length=14, accumulate=2)
     whole = epoch(stream(kind, batching))
     parts = [
-        epoch(stream(kind, batching, process=process, processes=processes))
+        epoch(stream(kind, batching, mine=share_of(4, process, processes)))
         for process in range(processes)
     ]
     for number, batch in enumerate(whole):
@@ -179,7 +184,7 @@ def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int)
         share = 4 // processes
         ids = [part[number].ids[first : first + share] for first in (0, share) for part in parts]
         assert sum(ids, ()) == batch.ids
-    prints = {stream(kind, process=p, processes=processes).fingerprint for p in range(processes)}
+    prints = {stream(kind, mine=share_of(4, p, processes)).fingerprint for p in range(processes)}
     assert prints == {stream(kind).fingerprint}
 
 
@@ -208,8 +213,6 @@ def test_fingerprints_tell_what_batches_depend_on() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"processes": 3}, "Batching.rows=4 cannot be shared evenly by 3 processes"),
-        ({"process": 2, "processes": 2}, "process=2 is none of 2"),
         ({"kind": "preferences"}, "kind='preferences' is none of language, preference"),
         ({"kind": "preference"}, "kind='preference', and source 0 is for language"),
         ({"weights": [0.01, 0.01]}, "leave not one example an epoch"),
@@ -234,8 +237,3 @@ def test_labels_of_sources_have_to_agree() -> None:
 def test_positions_of_other_data_are_refused(position: Position) -> None:
     with pytest.raises(ValueError, match=r"is none of this data: its epoch has \d+ batches"):
         stream().batches(position)
-
-
-def test_rows_are_shared_evenly() -> None:
-    parts = [range(12)[rows_of_process(12, process, 3)] for process in range(3)]
-    assert [list(part) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
