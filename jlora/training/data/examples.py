@@ -73,6 +73,8 @@ def completion(
     Raises:
         ValueError: A row holds no string, or the tokenizer has no eos token.
     """
+    if loss_on not in ("completion", "all"):
+        raise ValueError(f"loss_on={loss_on!r} is neither completion nor all. Choose one.")
     end = _eos(tokenizer)
     builder = Builder(reading)
     for start, columns in _columns(rows, reading, ("prompt", "completion")):

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jinja2
 import jinja2.ext
@@ -122,6 +122,10 @@ class ChatTemplate:
             ValueError: A message is wrong, the template refuses them, or writes earlier turns in
                 another way once more follow.
         """
+        if loss_on not in get_args(LossOn):
+            raise ValueError(
+                f"loss_on={loss_on!r} is none of {', '.join(get_args(LossOn))}. Choose one."
+            )
         messages = checked(messages, where)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if loss_on == "last" and turns:
@@ -133,13 +137,25 @@ class ChatTemplate:
             return text, [(0, len(text))]
         if not turns:
             return text, []
-        if not _TAG.search(self.text):
-            return text, [self._turn(messages, i, text, tools, where) for i in turns]
+        if _TAG.search(self.text):
+            first = turns[0] if loss_on == "last" else 0
+            return text, self._generated(messages, first, marked, tools, where)
+        return text, [self._turn(messages, turn, text, tools, where) for turn in turns]
+
+    def _generated(
+        self,
+        messages: list[dict[str, Any]],
+        first: int,
+        marked: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        where: str,
+    ) -> list[Span]:
+        """What the template marked, of the messages from the first wanted on."""
         spans = _marked_spans(marked)
-        if loss_on == "last" and turns[0]:
-            earlier = self._marked(messages[: turns[0]], tools, False, where)
-            spans = spans[len(_marked_spans(earlier)) :]
-        return text, spans
+        if not first:
+            return spans
+        earlier = self._marked(messages[:first], tools, False, where)
+        return spans[len(_marked_spans(earlier)) :]
 
     def _turn(
         self,
@@ -184,7 +200,7 @@ class ChatTemplate:
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # A template can raise anything.
             raise ValueError(
                 f"{where}: the chat template refuses the messages ({error}). Write them as it "
                 f"expects, or give another template."
