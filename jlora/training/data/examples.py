@@ -39,6 +39,7 @@ def chat(
     Raises:
         ValueError: A message is wrong, or the template cannot tell who says what.
     """
+    _refuse_split(reading)
     template = _template(tokenizer, reading)
     builder = Builder(reading)
     for start, columns in _columns(rows, reading, ("messages",), ("tools",)):
@@ -75,6 +76,7 @@ def completion(
     """
     if loss_on not in ("completion", "all"):
         raise ValueError(f"loss_on={loss_on!r} is neither completion nor all. Choose one.")
+    _refuse_split(reading)
     end = _eos(tokenizer)
     builder = Builder(reading)
     for start, columns in _columns(rows, reading, ("prompt", "completion")):
@@ -271,8 +273,8 @@ def _cutting(tokenizer: Tokenizer, reading: Reading) -> tokenizers.Tokenizer:
 def _refuse_split(reading: Reading) -> None:
     if reading.overlong == "split":
         raise ValueError(
-            'Reading.overlong="split" makes several examples of one, which only language models '
-            'learn from. Use "truncate", "drop" or "error".'
+            'Reading.overlong="split" makes several examples of one, which only plain texts bear. '
+            'Use "truncate", "drop" or "error".'
         )
 
 

@@ -429,9 +429,12 @@ def test_options_that_make_no_sense() -> None:
     texts = [{"prompt": "a", "completion": "b"}]
     with pytest.raises(ValueError, match="loss_on='cut' is neither completion nor all"):
         examples.completion(texts, TINY, READING, loss_on=loss_on)
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ValueError, match='overlong="split" makes several examples'):
-        examples.preference(rows, TINY, Reading(length=4, overlong="split"))
+
+
+@pytest.mark.parametrize("form", sorted(examples.FORMATS.keys() - {"text"}))
+def test_only_texts_are_split(form: str) -> None:
+    with pytest.raises(ValueError, match='overlong="split" makes several examples of one'):
+        examples.FORMATS[form]([], TINY, Reading(length=4, overlong="split"))
 
 
 def test_counts_are_of_what_is_there() -> None:
