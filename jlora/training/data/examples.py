@@ -13,7 +13,8 @@ import tokenizers
 from jlora.checkpoints.tensors import listed
 from jlora.training.data.corpus import Builder, Corpus, Part, Reading
 from jlora.training.data.labels import Labels, collected
-from jlora.training.data.template import ChatTemplate, LossOn, Message, Span, checked
+from jlora.training.data.messages import Message, checked
+from jlora.training.data.template import ChatTemplate, LossOn, Span
 from jlora.training.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
