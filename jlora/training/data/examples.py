@@ -13,7 +13,8 @@ import tokenizers
 from jlora.checkpoints.tensors import listed
 from jlora.training.data.corpus import Builder, Corpus, Part, Reading
 from jlora.training.data.labels import Labels, collected
-from jlora.training.data.template import ChatTemplate, LossOn, Message, Span, checked
+from jlora.training.data.messages import Message, checked
+from jlora.training.data.template import ChatTemplate, LossOn, Span
 from jlora.training.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def chat(
     Raises:
         ValueError: A message is wrong, or the template cannot tell who says what.
     """
+    _refuse_split(reading)
     template = _template(tokenizer, reading)
     builder = Builder(reading)
     for start, columns in _columns(rows, reading, ("messages",), ("tools",)):
@@ -73,6 +75,9 @@ def completion(
     Raises:
         ValueError: A row holds no string, or the tokenizer has no eos token.
     """
+    if loss_on not in ("completion", "all"):
+        raise ValueError(f"loss_on={loss_on!r} is neither completion nor all. Choose one.")
+    _refuse_split(reading)
     end = _eos(tokenizer)
     builder = Builder(reading)
     for start, columns in _columns(rows, reading, ("prompt", "completion")):
@@ -269,8 +274,8 @@ def _cutting(tokenizer: Tokenizer, reading: Reading) -> tokenizers.Tokenizer:
 def _refuse_split(reading: Reading) -> None:
     if reading.overlong == "split":
         raise ValueError(
-            'Reading.overlong="split" makes several examples of one, which only language models '
-            'learn from. Use "truncate", "drop" or "error".'
+            'Reading.overlong="split" makes several examples of one, which only plain texts bear. '
+            'Use "truncate", "drop" or "error".'
         )
 
 

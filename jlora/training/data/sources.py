@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from jlora.checkpoints.tensors import listed
+from jlora.training.data import json_files
 
 if TYPE_CHECKING:
     import datasets
@@ -133,13 +134,12 @@ def _from_files(files: list[Path], split: str) -> datasets.Dataset:
             f"{', '.join(_READERS)}."
         )
     (reader,) = readers
-    if reader == "json":
-        for file in files:
-            _check_json(file)
     for file in files:
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty. Give a file with at least one row.")
     base = split.split("[")[0]
+    if reader == "json":
+        return _part(datasets.Dataset(json_files.table(files)), base, split)
     try:
         return datasets.load_dataset(
             str(reader), data_files={base: [str(file) for file in files]}, split=split
@@ -152,46 +152,20 @@ def _from_files(files: list[Path], split: str) -> datasets.Dataset:
         ) from error
 
 
-def _check_json(file: Path) -> None:
-    """Looks at every row of a file: lines of JSON, or one array of objects."""
-    with file.open("rb") as lines:
-        first = next((line.lstrip()[:1] for line in lines if line.strip()), b"")
-    if not first:
-        raise ValueError(f"{file} is empty. Give a file with at least one row.")
-    if first == b"[" and file.suffix == ".json":
-        _check_array(file)
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                _check_object(_parsed(line.strip(), f"{file}:{number}"), f"{file}:{number}")
+def _part(found: datasets.Dataset, base: str, split: str) -> datasets.Dataset:
+    """The rows that a split such as "train[:95%]" means."""
+    from datasets import ReadInstruction
 
-
-def _check_array(file: Path) -> None:
-    for number, entry in enumerate(_parsed(file.read_bytes(), str(file))):
-        _check_object(entry, f"{file}: entry {number}")
-
-
-def _check_object(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(
-            f"{where} is a JSON {type(entry).__name__}, no object. Write each row as "
-            f'{{"column": value, ...}}.'
-        )
-
-
-def _parsed(content: bytes, where: str) -> Any:
+    if split == base:
+        return found
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        place = where
-        if isinstance(error, json.JSONDecodeError) and error.lineno > 1:
-            place = f"{where}:{error.lineno}"
-        raise ValueError(f"{place} is not JSON ({error}). Mend or remove that line.") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
+        parts = ReadInstruction.from_spec(split).to_absolute({base: len(found)})
+    except ValueError as error:
+        raise ValueError(
+            f"split={split!r} is no part of {base!r} ({error}). Write one such as '{base}[:95%]'."
+        ) from error
+    chosen = [range(len(found))[part.from_ : part.to] for part in parts]
+    return found.select(itertools.chain(*chosen))
 
 
 def _from_hub(path: str, split: str, name: str | None, revision: str | None) -> datasets.Dataset:

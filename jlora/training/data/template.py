@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jinja2
 import jinja2.ext
@@ -19,19 +19,15 @@ import jinja2.parser
 import jinja2.sandbox
 
 from jlora.checkpoints.tensors import listed, read_json
+from jlora.training.data.messages import CLOSE, MARKS, OPEN, Message, checked, plain
 
-Message = Mapping[str, Any]
 Span = tuple[int, int]
 LossOn = Literal["responses", "last", "all"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 SPECIAL_TOKENS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-# Around what a template marks as generated. They are no characters, so no text holds them.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +91,7 @@ class ChatTemplate:
             ValueError: A message is wrong, or the template refuses them.
         """
         marked = self._marked(checked(messages, where), tools, add_generation_prompt, where)
-        return _MARKS.sub("", marked)
+        return MARKS.sub("", marked)
 
     def spans(
         self,
@@ -122,24 +118,40 @@ class ChatTemplate:
             ValueError: A message is wrong, the template refuses them, or writes earlier turns in
                 another way once more follow.
         """
+        if loss_on not in get_args(LossOn):
+            raise ValueError(
+                f"loss_on={loss_on!r} is none of {', '.join(get_args(LossOn))}. Choose one."
+            )
         messages = checked(messages, where)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if loss_on == "last" and turns:
             messages = messages[: turns[-1] + 1]
             turns = turns[-1:]
         marked = self._marked(messages, tools, False, where)
-        text = _MARKS.sub("", marked)
+        text = MARKS.sub("", marked)
         if loss_on == "all":
             return text, [(0, len(text))]
         if not turns:
             return text, []
-        if not _TAG.search(self.text):
-            return text, [self._turn(messages, i, text, tools, where) for i in turns]
+        if _TAG.search(self.text):
+            first = turns[0] if loss_on == "last" else 0
+            return text, self._generated(messages, first, marked, tools, where)
+        return text, [self._turn(messages, turn, text, tools, where) for turn in turns]
+
+    def _generated(
+        self,
+        messages: list[dict[str, Any]],
+        first: int,
+        marked: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        where: str,
+    ) -> list[Span]:
+        """What the template marked, of the messages from the first wanted on."""
         spans = _marked_spans(marked)
-        if loss_on == "last" and turns[0]:
-            earlier = self._marked(messages[: turns[0]], tools, False, where)
-            spans = spans[len(_marked_spans(earlier)) :]
-        return text, spans
+        if not first:
+            return spans
+        earlier = self._marked(messages[:first], tools, False, where)
+        return spans[len(_marked_spans(earlier)) :]
 
     def _turn(
         self,
@@ -179,12 +191,12 @@ class ChatTemplate:
                 {
                     **self.variables,
                     "messages": messages,
-                    "tools": None if tools is None else _plain(tools, f"{where}, tools"),
+                    "tools": None if tools is None else plain(tools, f"{where}, tools"),
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # A template can raise anything.
             raise ValueError(
                 f"{where}: the chat template refuses the messages ({error}). Write them as it "
                 f"expects, or give another template."
@@ -223,67 +235,13 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
-        return f"{_OPEN}{caller()}{_CLOSE}"
+        return f"{OPEN}{caller()}{CLOSE}"
 
 
 def _marked_spans(marked: str) -> list[Span]:
     """Where marked parts are in the text without the marks."""
-    places = [match.start() - count for count, match in enumerate(_MARKS.finditer(marked))]
+    places = [match.start() - count for count, match in enumerate(MARKS.finditer(marked))]
     return list(zip(places[::2], places[1::2], strict=True))
-
-
-def checked(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages as a template takes them: plain dicts, without the fields that are null.
-
-    Tables give every message all fields that one of them has.
-
-    Raises:
-        ValueError: A message has no role of `ROLES`, or content that is no string.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(
-            f"{where} is {_short(messages)}, no list of messages. Give "
-            f'[{{"role": "user", "content": "..."}}, ...].'
-        )
-    for number, message in enumerate(messages):
-        _check_message(message, f"{where}, message {number}")
-    return _plain(messages, where)
-
-
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(
-            f"{where} is {_short(message)} and has no role. Give it the fields role and content."
-        )
-    if message["role"] not in ROLES:
-        raise ValueError(
-            f"{where}: role={message['role']!r} is none of {', '.join(ROLES)}. Rename it."
-        )
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise ValueError(
-            f"{where}: content={_short(content)} is no string. Give text; only a message with "
-            f"tool_calls may go without."
-        )
-
-
-def _plain(value: Any, where: str) -> Any:
-    if isinstance(value, str):
-        if _MARKS.search(value):
-            raise ValueError(
-                f"{where} holds U+FDD0 or U+FDD1, which stand for no character. Remove them."
-            )
-        return value
-    if isinstance(value, Mapping):
-        return {key: _plain(item, where) for key, item in value.items() if item is not None}
-    if isinstance(value, Sequence):
-        return [_plain(item, where) for item in value]
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _tojson(

@@ -417,15 +417,24 @@ def test_rows_with_nothing_to_learn_are_counted() -> None:
         examples.chat(rows[:1], TINY, READING)
 
 
-def test_options_that_make_no_sense(tmp_path: pathlib.Path) -> None:
+def test_options_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"Reading.length=1 holds no token and the next"):
         Reading(length=1)
     wrong: Any = "cut"
     with pytest.raises(ValueError, match=r"Reading.overlong='cut' is none of error, drop"):
         Reading(length=4, overlong=wrong)
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ValueError, match='overlong="split" makes several examples'):
-        examples.preference(rows, TINY, Reading(length=4, overlong="split"))
+    chats, loss_on = [{"messages": said("a", "b")}], wrong
+    with pytest.raises(ValueError, match="loss_on='cut' is none of responses, last, all"):
+        examples.chat(chats, TINY, READING, loss_on=loss_on)
+    texts = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ValueError, match="loss_on='cut' is neither completion nor all"):
+        examples.completion(texts, TINY, READING, loss_on=loss_on)
+
+
+@pytest.mark.parametrize("form", sorted(examples.FORMATS.keys() - {"text"}))
+def test_only_texts_are_split(form: str) -> None:
+    with pytest.raises(ValueError, match='overlong="split" makes several examples of one'):
+        examples.FORMATS[form]([], TINY, Reading(length=4, overlong="split"))
 
 
 def test_counts_are_of_what_is_there() -> None:

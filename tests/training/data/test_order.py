@@ -65,6 +65,8 @@ def test_packed_rows_are_full(length: int, least: float) -> None:
     sizes = realistic(20_000, length)
     plan = epoch_plan([sizes], Batching(rows=1, length=length), seed=0, epoch=0)
     assert sizes.sum() / (len(plan) * length) > least
+    assert len(sizes) > 2 * order.WINDOW
+    assert sorted(plan.examples) == list(range(len(sizes)))
 
 
 def test_best_fit_is_that_of_a_search_through_all_rows() -> None:

@@ -36,6 +36,22 @@ def test_blank_lines_are_no_rows(tmp_path: pathlib.Path) -> None:
     assert sources.rows(file)["text"][:] == ["one", "two"]
 
 
+def test_values_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
+    """Arrow's reader would make dates of the first, and fill the fields of the last."""
+    rows = [
+        {"text": "2024-05-01", "n": 1, "x": 1, "messages": [{"role": "user"}], "none": None},
+        {"text": "2024-05-02", "n": 2, "x": 0.5, "messages": [{"arguments": {"a": None}}]},
+        {"text": "2024-05-03", "n": 3, "messages": [{"arguments": {"a": "\U0001f642"}}], "b": True},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("text", "n", "x", "messages", "none", "b")
+    want = [{column: row.get(column) for column in columns} for row in rows]
+    assert sources.rows(file).to_list() == want
+    assert sources.rows(file, split="train[1:]").to_list() == want[1:]
+    assert sources.rows(file, split="train[:34%]+train[-1:]").to_list() == [want[0], want[2]]
+
+
 def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "b-2.jsonl", ROWS[4:])
     write(tmp_path / "b-1.jsonl", ROWS[:4])
@@ -67,7 +83,11 @@ def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
         ("a.json", b'[{"a": 1},\n{"a": }]', r"a\.json:2 is not JSON"),
         ("a.json", b'[{"a": 1},\n3]', r"a\.json: entry 1 is a JSON int, no object"),
-        ("a.json", b"[]", r"gives no rows"),
+        ("a.json", b"[]", r"holds no rows"),
+        ("a.jsonl", b'{"a": "\\ud83d"}', r"a\.jsonl:1 is not JSON .*surrogates"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "1"}', r"a\.jsonl:2, column 'a' holds text, and in earlier"),
+        ("a.jsonl", b'{"a": [1]}\n{"a": "1"}', r"holds text, and in earlier rows lists or objects"),
+        ("a.jsonl", b'{"a": 9223372036854775808}', r"a\.jsonl:1, column 'a': 92.* 64 bits"),
         ("a.jsonl", b"", r"a\.jsonl is empty"),
         ("a.jsonl", b"\n \n", r"a\.jsonl is empty"),
         ("a.csv", b"", r"a\.csv is empty"),
@@ -97,6 +117,8 @@ def test_names_that_find_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     write(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"split='test': none of a\.jsonl"):
         sources.rows(tmp_path, split="test")
+    with pytest.raises(ValueError, match=r"split='train\[:x\]' is no part of 'train'"):
+        sources.rows(tmp_path, split="train[:x]")
     with pytest.raises(ValueError, match="revision='main' choose among the Hub's"):
         sources.rows(tmp_path, revision="main")
     with pytest.raises(ValueError, match="limit=0 leaves no rows"):

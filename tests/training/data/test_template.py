@@ -142,6 +142,7 @@ def test_fields_that_are_null_are_left_out() -> None:
         ("{% set _ = messages.append(1) %}", "refuses the messages"),
         ("{{ raise_exception('no system') }}", r"row 3: the chat template refuses .*no system"),
         ("{{ messages[0].content + 1 }}", "refuses the messages"),
+        ("{{ 1 // 0 }}", r"refuses the messages \(integer division"),
         ("{{ messages[7].content.x }}", "refuses the messages"),
         ("a\n{% if %}", "line 2 is no Jinja"),
     ],

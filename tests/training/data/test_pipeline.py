@@ -1,0 +1,45 @@
+"""From a file of chats to batches, as a trainer reads them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+
+from jlora.training import data
+
+HERE = pathlib.Path(__file__).parent
+
+
+def test_what_batches_learn_is_what_the_file_says(tmp_path: pathlib.Path) -> None:
+    answers = [f"Größe {number}, 🙂" * (1 + number % 4) for number in range(23)]
+    lines = []
+    for number, answer in enumerate(answers):
+        messages = [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"chat": messages}) + "\n")
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+
+    tokenizer = data.Tokenizer.of(HERE / "tiny")
+    reading = data.Reading(
+        length=128,
+        vocab_size=tokenizer.vocab_size,
+        columns={"messages": "chat"},
+        where="train.jsonl",
+    )
+    corpus = data.chat(data.rows(tmp_path / "train.jsonl"), tokenizer, reading)
+    batching = data.Batching(rows=2, length=128, accumulate=2)
+    stream = data.Stream([corpus], batching, seed=0, pad=tokenizer.pad)
+    found = {}
+    with data.prefetch(stream.batches(epochs=1), lambda item: item[1]) as batches:
+        for arrays, ids in batches:
+            rows = [array.reshape(-1, 128) for array in arrays]
+            for row, examples in enumerate(ids):
+                _, targets, learn, segments, _ = (array[row] for array in rows)
+                for segment, (_, example) in enumerate(examples, start=1):
+                    learnt = targets[(segments == segment) & (learn > 0)]
+                    found[example] = tokenizer.decode(np.asarray(learnt).tolist())
+    assert found == {number: f"{answer}<|im_end|>" for number, answer in enumerate(answers)}
