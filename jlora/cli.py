@@ -1,4 +1,4 @@
-"""The command line: what a file holds, checkpoints and adapters in other formats, and text."""
+"""The command line: training, what a file holds, checkpoints in other formats, and text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from jlora.documentation import attributes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -109,6 +111,60 @@ class Generate:
     seed: int = 0
     dtype: str | None = None
     example = 'jlora generate base/ "Once upon a time" --adapter adapter.safetensors'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train what a recipe describes. `--section.field value` says otherwise than the recipe.
+
+    Attributes:
+        recipe: The YAML file; `jlora recipe` writes one to change.
+        resume: Go on from the last checkpoint.
+        allow_changes: Go on though data, base or hyperparameters are others than they were.
+        overrides: What is said otherwise.
+    """
+
+    recipe: Path
+    resume: bool = False
+    allow_changes: bool = False
+    overrides: tuple[str, ...] = ()
+    example = "jlora train recipe.yaml --lora.rank 32 --output run-32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShowRecipe:
+    """Print a recipe with every field, its default and what it means.
+
+    Attributes:
+        schema: Print the JSON schema for editors instead.
+    """
+
+    schema: bool = False
+    example = "jlora recipe > recipe.yaml"
+
+
+def train(options: Train) -> int:
+    """Trains; the exit status says whether a signal ended it."""
+    from jlora.training import recipe
+    from jlora.training.interruption import Interrupted
+    from jlora.training.run import train
+
+    read = recipe.load(options.recipe, options.overrides)
+    try:
+        train(read, resume=options.resume, allow_changes=options.allow_changes)
+    except Interrupted as ended:
+        print(ended, file=sys.stderr)
+        return ended.status
+    return 0
+
+
+def show_recipe(options: ShowRecipe) -> None:
+    """Prints it."""
+    import json
+
+    from jlora.training import recipe
+
+    print(json.dumps(recipe.json_schema(), indent=2) if options.schema else recipe.commented())
 
 
 def inspect(options: Inspect) -> None:
@@ -233,7 +289,9 @@ def _new(out: Path) -> None:
         raise FileExistsError(f"{out} exists and is left as it was. Choose another name.")
 
 
-_COMMANDS: dict[tuple[str, ...], tuple[type, Callable[[Any], None]]] = {
+_COMMANDS: dict[tuple[str, ...], tuple[type, Callable[[Any], int | None]]] = {
+    ("train",): (Train, train),
+    ("recipe",): (ShowRecipe, show_recipe),
     ("inspect",): (Inspect, inspect),
     ("export", "merged"): (ExportMerged, export_merged),
     ("export", "peft"): (ExportPeft, export_peft),
@@ -268,8 +326,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_fields(one: argparse.ArgumentParser, options: type) -> None:
     """An argument for each field: those without a default by their place."""
-    texts = _attributes(options.__doc__ or "")
+    texts = attributes(options)
     for field in dataclasses.fields(options):
+        if field.name == "overrides":
+            continue
         kind = str(field.type).removesuffix(" | None")
         type_of = {"Path": Path, "int": int, "float": float}.get(kind, str)
         choices = _DTYPES if field.name == "dtype" else None
@@ -289,23 +349,25 @@ def _add_fields(one: argparse.ArgumentParser, options: type) -> None:
             )
 
 
-def _attributes(doc: str) -> dict[str, str]:
-    """What a docstring says of each attribute."""
-    lines = doc.partition("Attributes:\n")[2].splitlines()
-    pairs = (line.strip().partition(": ") for line in lines if ": " in line)
-    return {name: text for name, _, text in pairs}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status is 1 for an error that it tells of."""
-    given = vars(parser().parse_args(arguments))
+    """Runs one command.
+
+    The exit status is 1 for an error that it tells of, 2 for a command that there is not, and 143
+    or 130 for a training run that SIGTERM or SIGINT ended, after it was saved.
+    """
+    made = parser()
+    parsed, rest = made.parse_known_args(arguments)
+    given = vars(parsed)
     options, run = given.pop("options"), given.pop("run")
+    if any(field.name == "overrides" for field in dataclasses.fields(options)):
+        given["overrides"] = tuple(rest)
+    elif rest:
+        made.error(f"unrecognized arguments: {' '.join(rest)}")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            run(options(**given))
-        except (OSError, ValueError, TypeError) as error:
+            return run(options(**given)) or 0
+        except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    return 0

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from jlora import tree
 from jlora.adapters.protocol import (
@@ -27,6 +26,7 @@ from jlora.adapters.protocol import (
     static_facts,
 )
 from jlora.checkpoints.hosts import whole
+from jlora.checkpoints.tensors import file_bytes
 from jlora.factored.probe import Axes
 
 PyTree = Any
@@ -84,7 +84,7 @@ def write_adapter(
         "adapter": json.dumps(leaves, sort_keys=True),
         "base": json.dumps(dict(fingerprints), sort_keys=True),
     }
-    _write_atomically(pathlib.Path(path), safetensors.numpy.save(tensors, metadata))
+    _write_atomically(pathlib.Path(path), file_bytes(tensors, metadata))
 
 
 def load_adapter(

@@ -231,6 +231,19 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def file_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; equal tensors and metadata make equal bytes.
+
+    The library writes metadata in an order that differs from run to run.
+    """
+    made = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    size = int.from_bytes(made[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(made[8 : 8 + size])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # Tensors begin at multiples of 8.
+    return len(text).to_bytes(8, "little") + text + made[8 + size :]
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears whole, under its name, when the block ends, and not at all if it fails.

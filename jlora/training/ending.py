@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
@@ -80,7 +79,7 @@ def _write_head(
     metadata = {"labels": json.dumps(list(labels)), "pooling": pooling}
     partial = path.with_suffix(".partial")
     partial.write_bytes(
-        safetensors.numpy.save({k: np.asarray(v) for k, v in head.items()}, metadata)
+        file_bytes({name: np.asarray(array) for name, array in head.items()}, metadata)
     )
     os.replace(partial, path)
 

@@ -131,9 +131,7 @@ class Loop:
         options = self.recipe.training
         began = time.monotonic()
         for batch in batches:
-            self.state, measured = self.setup.step(
-                self.state, self.setup.frozen, batch.arrays, self._key
-            )
+            self.state, measured = self._stepped(batch)
             # What the last step measured is looked at while this one runs.
             now = time.monotonic()
             self._look()
@@ -163,6 +161,21 @@ class Loop:
             self._evaluated()
         self._save()
         return "steps"
+
+    def _stepped(self, batch: Placed) -> tuple[State, Measured]:
+        try:
+            return self.setup.step(self.state, self.setup.frozen, batch.arrays, self._key)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(
+                f"The devices have no room for a step: weights take {_gib(self.setup.frozen)} GiB "
+                f"of each, adapter and optimizer {_gib(self.state)}, and what the batch of "
+                f"{self.recipe.batch.rows} rows needs does not fit beside them "
+                f"({str(error).partition(chr(10))[0][:160]}). Lower batch.rows and raise "
+                f"batch.accumulate, set model.remat to everything, spread weights with mesh.fsdp, "
+                f"or give JAX more of the memory with XLA_PYTHON_CLIENT_MEM_FRACTION."
+            ) from error
 
     # --- what a step measured ---------------------------------------------------------------------
 
@@ -265,6 +278,15 @@ class Loop:
             f"{self._saver.folder}. Go on with --resume.",
             EXIT_STATUS[seen],
         )
+
+
+def _gib(arrays: PyTree) -> str:
+    """What one device holds of some arrays."""
+    held = sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(arrays)
+    )
+    return f"{held / 2**30:.2f}"
 
 
 def _told(ids: Sequence[Any]) -> str:

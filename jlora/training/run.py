@@ -84,6 +84,7 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     recorders: Sequence[Recorder] = (),
+    devices: Sequence[Any] | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Trains what the recipe describes, and writes the adapter, exports and report to its folder.
@@ -94,6 +95,7 @@ def train(
         allow_changes: Whether data, base or hyperparameters may differ from those that the
             checkpoint was made with.
         recorders: Take what is measured, besides metrics.jsonl.
+        devices: Those that are used; all when left out.
         quiet: Whether to show nothing.
 
     Raises:
@@ -116,7 +118,7 @@ def train(
     sizes = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
     if recipe.mesh.data is not None:
         sizes["data"] = recipe.mesh.data
-    mesh = meshes.make_mesh(sizes)
+    mesh = meshes.make_mesh(sizes, devices)
     evaluation_rows = recipe.batch.evaluation_rows or recipe.batch.rows
     for rows in (recipe.batch.rows, evaluation_rows):
         meshes.check_batch(mesh, rows)

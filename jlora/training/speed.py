@@ -53,7 +53,9 @@ def flops_per_token(model: Any, params: Any, trained: Any, length: int) -> float
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if leaf.ndim < 2 or (path.endswith("embedding") and not (decoder and c.tied)):
             continue
-        sparse = decoder and path.endswith(("moe/gate_up", "moe/down"))  # A token goes through a few of these.
+        sparse = decoder and path.endswith(
+            ("moe/gate_up", "moe/down")
+        )  # A token goes through a few of these.
         weights += leaf.size * (c.experts.chosen / c.experts.count if sparse else 1)
     each = zip(jax.tree.leaves(labels(trained)), jax.tree.leaves(trained), strict=True)
     own = sum(array.size for label, array in each if array.ndim > 1 and label != FULL)

@@ -1,0 +1,425 @@
+"""Runs from a recipe to their end: what they leave, and that going on changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from training.conftest import ANIMALS, Make
+
+import jlora
+from jlora import models
+from jlora.training import recipe
+from jlora.training.interruption import Interrupted
+from jlora.training.loop import NotFinite
+from jlora.training.records import read_lines
+from jlora.training.run import Outcome, train
+
+
+def run(raw: dict[str, Any], *, devices: int = 1, **options: Any) -> Outcome:
+    return train(recipe.checked(raw), quiet=True, devices=jax.devices()[:devices], **options)
+
+
+def output(raw: dict[str, Any]) -> pathlib.Path:
+    return pathlib.Path(raw["output"])
+
+
+def measured(raw: dict[str, Any]) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what a clock says."""
+    lines = read_lines(output(raw) / "metrics.jsonl")
+    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+
+
+class After:
+    """Calls something once a step was measured."""
+
+    def __init__(self, step: int, call: Callable[[], Any]) -> None:
+        self.step, self.call = step, call
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        if step == self.step and "loss" in values:
+            self.call()
+
+    def close(self) -> None:
+        pass
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_what_was_asked_for(
+    recipe_of: Make, chats: pathlib.Path, base: pathlib.Path
+) -> None:
+    raw = recipe_of(
+        data={"validation": [{"path": str(chats), "format": "chat"}]},
+        training={"epochs": 6, "steps": None, "evaluate_every": 4},
+        report={"prompts": ["who sees the <cat>?"], "max_new_tokens": 4, "tensorboard": True},
+        export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
+    )
+    before = {f.name: f.read_bytes() for f in base.iterdir()}
+    outcome = run(raw)
+    folder = output(raw)
+    lines = measured(raw)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert outcome.why == "steps"
+    assert len(losses) == outcome.step
+    assert sorted(held) == sorted({*range(4, outcome.step + 1, 4), outcome.step})
+    assert outcome.kept == min(held, key=lambda step: held[step])
+    assert min(held.values()) < losses[0] - 0.5
+    assert {f.name: f.read_bytes() for f in base.iterdir()} == before
+
+    # The adapter is that of the best evaluation, and the merged checkpoint computes the same.
+    model, params = models.load(base, dtype="float32", scanned=True)
+    adapter = jlora.load_adapter(folder / "adapter.safetensors", params)
+    tokens = jnp.array([[3, 9, 17, 30]])
+    adapted = jlora.lora_transform(model.apply).apply(params, adapter, tokens)
+    _, merged = models.load(folder / "merged", dtype="float32", scanned=True)
+    np.testing.assert_allclose(model.apply(merged, tokens), adapted, atol=2e-5)
+    for name in ("peft", "vllm"):
+        loaded = jlora.peft.load(folder / name, model, params)
+        out = jlora.lora_transform(model.apply).apply(*loaded, tokens)
+        np.testing.assert_allclose(out, adapted, atol=2e-5)
+
+    page = (folder / "report.html").read_text()
+    for text in ("learning rate", "validation", "mlp/down/kernel", "who sees the &lt;cat&gt;?"):
+        assert text in page
+    assert list((folder / "tensorboard").iterdir())
+    assert recipe.load(folder / "recipe.yaml") == recipe.checked(raw)
+
+
+def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
+    raw = recipe_of()
+    (output(raw) / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds a run, which is left as it was"):
+        run(raw)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        run(raw, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"mesh": {"tensor": 3}}, "makes up 3 devices, and there are 8"),
+        ({"mesh": {"data": 8}}, "A batch of 2 rows cannot be split over data=8"),
+        ({"mesh": {"tensor": 8}}, r"The weight 'params/.* is not divisible by tensor=8"),
+        ({"data": {"length": 4096}}, "data.length=4096 runs past the"),
+        ({"data": {"length": 20}}, "row 0: .* tokens are more than length=20"),
+        ({"lora": {"targets": "atention"}}, "'atention' matches none of"),
+        ({"model": {"path": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_compiled(
+    recipe_of: Make, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(recipe_of(**sections), devices=8 if "mesh" in sections else 1)
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+SAVING = {"save_every": 2, "save_minutes": None, "keep_last": 9}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    base: pathlib.Path, chats: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A run that was never interrupted, over more than one epoch."""
+    raw = {
+        "output": str(tmp_path_factory.mktemp("whole") / "run"),
+        "model": {"path": str(base), "dtype": "float32"},
+        "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
+        "data": {"train": [{"path": str(chats), "format": "chat"}], "length": 64},
+        "batch": {"rows": 2, "accumulate": 2},
+        "optimizer": {"learning_rate": 1e-2, "ratios": {"b": 4.0}},
+        "training": {"epochs": 3, **SAVING},
+    }
+    run(raw)
+    return raw
+
+
+def copied(whole: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    return {**whole, "output": str(folder / "run")}
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """The same losses, and the same bytes."""
+    assert measured(one) == measured(two)
+    left, right = (output(raw) / "adapter.safetensors" for raw in (one, two))
+    assert left.read_bytes() == right.read_bytes()
+    last = measured(one)[-1]["step"]
+    facts = [
+        json.loads((output(raw) / f"checkpoints/{last}/facts/metadata").read_text())
+        for raw in (one, two)
+    ]
+    assert facts[0] == facts[1]  # The SHA-256 of every array, and the position of the data.
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    whole: dict[str, Any], tmp_path: pathlib.Path, step: int
+) -> None:
+    raw = copied(whole, tmp_path)
+    with pytest.raises(Interrupted, match="SIGTERM: step . of .* is saved") as caught:
+        run(raw, recorders=[After(step, stop)])
+    assert caught.value.status == 143
+    assert not (output(raw) / "adapter.safetensors").exists()
+    assert len(measured(raw)) < len(measured(whole))
+    outcome = run(raw, resume=True)
+    assert outcome.step == measured(whole)[-1]["step"]
+    assert_same(raw, whole)
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(
+    whole: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    raw = copied(whole, tmp_path)
+
+    def die() -> None:
+        raise KeyboardInterrupt  # Which nothing catches.
+
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, recorders=[After(5, die)])
+    assert measured(raw)[-1]["step"] == 5
+    run(raw, resume=True)
+    assert_same(raw, whole)
+
+
+def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    raw = copied(whole, tmp_path)
+    with pytest.raises(Interrupted):
+        run(raw, recorders=[After(3, stop)])
+    run({**raw, "mesh": {"fsdp": 4, "tensor": 2}}, resume=True, devices=8)
+    for one, two in zip(measured(raw), measured(whole), strict=True):
+        # Sums in another order, in float32.
+        np.testing.assert_allclose(one["loss"], two["loss"], rtol=2e-5)
+    one, two = (
+        safetensors.numpy.load_file(output(r) / "adapter.safetensors") for r in (raw, whole)
+    )
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["optimizer"].update(learning_rate=2e-2), "learning_rate.* 0.01.* 0.02"),
+        (lambda raw: raw["lora"].update(alpha=8.0), "recipe .lora"),
+        (lambda raw: raw["training"].update(epochs=4), "schedule .epochs: 3 there, 4 here"),
+        (lambda raw: raw["batch"].update(accumulate=1), "another data"),
+        (lambda raw: raw["data"]["train"][0].update(limit=19), "another data"),
+        (lambda raw: raw["lora"].update(rank=3), r"is float32\(.*instead of float32"),
+        (lambda raw: raw["lora"].update(targets="/q/kernel"), "has .* besides"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(
+    whole: dict[str, Any], tmp_path: pathlib.Path, change: Any, message: str
+) -> None:
+    raw = json.loads(json.dumps(whole))
+    change(raw)
+    shutil.copytree(output(whole), tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        run({**raw, "output": str(tmp_path / "run")}, resume=True)
+
+
+def test_changes_can_be_allowed(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    raw = json.loads(json.dumps(whole))
+    shutil.copytree(output(whole), tmp_path / "run")
+    raw["training"]["epochs"] = 4
+    raw["output"] = str(tmp_path / "run")
+    last = measured(whole)[-1]["step"]
+    outcome = run(raw, resume=True, allow_changes=True)
+    assert outcome.step > last
+    assert measured(raw)[: len(measured(whole))] == measured(whole)
+
+
+def test_another_base_is_not_gone_on_with(
+    whole: dict[str, Any], base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = safetensors.numpy.load_file(other / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    tensors[key] = tensors[key] * 1.5
+    safetensors.numpy.save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    shutil.copytree(output(whole), tmp_path / "run")
+    raw = {**whole, "output": str(tmp_path / "run"), "model": {"path": str(other)}}
+    raw["model"]["dtype"] = "float32"
+    with pytest.raises(ValueError, match="the weight 'params/layers/mlp/up/kernel' has other num"):
+        run(raw, resume=True)
+
+
+# --- meshes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=["data", "fsdp-tensor", "all"],
+)
+def test_losses_are_the_same_on_one_device_and_on_eight(
+    recipe_of: Make, tmp_path: pathlib.Path, mesh: dict[str, int]
+) -> None:
+    found = []
+    for number, (devices, sizes) in enumerate(((1, {}), (8, mesh))):
+        raw = recipe_of(output=str(tmp_path / f"run-{number}"), batch={"rows": 8}, mesh=sizes)
+        run(raw, devices=devices)
+        found.append([line["loss"] for line in measured(raw)])
+    # Sums in another order, in float32, over six steps that each build on the last.
+    np.testing.assert_allclose(*found, rtol=2e-5)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def broken_base(base: pathlib.Path, folder: pathlib.Path, token: int) -> pathlib.Path:
+    """A base that gives NaN wherever a token stands."""
+    shutil.copytree(base, folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    key = "model.embed_tokens.weight"
+    tensors[key] = tensors[key].copy()
+    tensors[key][token] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
+    recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    rows[13]["messages"][0]["content"] = "quick zoo?"  # The only z.
+    data = tmp_path / "some.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = recipe_of(data={"train": [{"path": str(data), "format": "chat"}], "packing": False})
+    raw["training"] = {"epochs": 2, "save_every": 1, "save_minutes": None}
+    raw["model"]["path"] = str(broken_base(pathlib.Path(raw["model"]["path"]), tmp_path / "b", 31))
+    with pytest.raises(NotFinite, match=r"loss=nan.* 0:13.*It changed nothing.*step \d+ in"):
+        run(raw)
+    found = measured(raw)
+    assert np.isnan(found[-1]["loss"])
+
+    # Skipped, the run ends, and what is left is finite.
+    raw |= {"output": str(tmp_path / "skipping")}
+    raw["training"] = {"epochs": 2, "nonfinite": "skip", "max_skipped": 1}
+    run(raw)
+    losses = [line["loss"] for line in measured(raw)]
+    assert np.isnan(losses).sum() == 2
+    adapter = safetensors.numpy.load_file(output(raw) / "adapter.safetensors")
+    assert all(np.isfinite(array).all() for array in adapter.values())
+
+    # Again and again, it stops.
+    raw |= {"output": str(tmp_path / "again")}
+    raw["data"]["train"][0]["limit"] = 14
+    raw["data"]["train"][0]["path"] = str(tmp_path / "all.jsonl")
+    (tmp_path / "all.jsonl").write_text((json.dumps(rows[13]) + "\n") * 14)
+    with pytest.raises(NotFinite, match="Step 2, the last of 2 in a row"):
+        run(raw)
+
+
+def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -> None:
+    from jlora.training import run as running
+
+    set_up = running.set_up
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        def step(*_: Any) -> Any:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+        return set_up(*args, **kwargs)._replace(step=step)
+
+    monkeypatch.setattr(running, "set_up", full)
+    with pytest.raises(MemoryError, match=r"weights take 0.00 GiB .*batch of 2 rows.*Lower batch"):
+        run(recipe_of())
+
+
+def test_patience_ends_a_run_that_gets_no_better(recipe_of: Make, chats: pathlib.Path) -> None:
+    raw = recipe_of(
+        data={"validation": [{"path": str(chats), "format": "chat", "limit": 5}]},
+        optimizer={"learning_rate": 10.0, "schedule": "constant", "clip_norm": None},
+        training={"steps": 40, "evaluate_every": 1, "patience": 2, "keep_last": 1},
+    )
+    outcome = run(raw)
+    assert outcome.why == "patience"
+    assert outcome.step == outcome.kept + 2 < 40
+    steps = sorted(int(f.name) for f in (output(raw) / "checkpoints").iterdir())
+    assert steps == [outcome.kept, outcome.step]
+
+
+# --- other tasks ----------------------------------------------------------------------------------
+
+
+def test_labels_are_learned(recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    rows = [
+        {"text": f"{animal} {verb}", "label": verb}
+        for verb in ("sees", "eats")
+        for animal in ANIMALS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(path), "format": "classification"}
+    raw = recipe_of(
+        model={"path": str(encoder)},
+        data={"train": [source], "validation": [source], "length": 16},
+        training={"epochs": 6, "steps": None, "metric": "accuracy"},
+        export={"merged": True},
+    )
+    run(raw)
+    best = max(line["validation_accuracy"] for line in measured(raw) if "validation_loss" in line)
+    assert best > 0.9
+    head = safetensors.safe_open(output(raw) / "head.safetensors", framework="numpy")
+    assert json.loads(head.metadata()["labels"]) == ["eats", "sees"]
+    assert head.metadata()["pooling"] == "mean"
+    models.load(output(raw) / "merged")
+
+
+def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"the {animal} is", "chosen": " good.", "rejected": " bad!"}
+        for animal in ANIMALS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = recipe_of(
+        data={"train": [{"path": str(path), "format": "preference"}], "length": 32},
+        training={"epochs": 4, "steps": None},
+        preference={"beta": 0.5},
+    )
+    run(raw)
+    lines = measured(raw)
+    np.testing.assert_allclose(lines[0]["loss"], np.log(2), rtol=1e-5)
+    assert lines[-1]["loss"] < 0.5
+    assert lines[-1]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_taken_out_of_the_weights_end_on_the_original_base(
+    recipe_of: Make, base: pathlib.Path, init: str
+) -> None:
+    raw = recipe_of(
+        lora={"init": init, "rank": 2, "dropout": 0.0},
+        export={"merged": True, "merged_dtype": "float32"},
+    )
+    run(raw)
+    model, params = models.load(base, dtype="float32", scanned=True)
+    adapter = jlora.load_adapter(output(raw) / "adapter.safetensors", params)
+    leaf = adapter["params/layers/mlp/up/kernel"]
+    assert leaf.rank == 4
+    _, merged = models.load(output(raw) / "merged", dtype="float32", scanned=True)
+    tokens = jnp.array([[3, 9, 17, 30]])
+    adapted = jlora.lora_transform(model.apply).apply(params, adapter, tokens)
+    np.testing.assert_allclose(model.apply(merged, tokens), adapted, atol=5e-5)
