@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jlora import models, peft
 from jlora.checkpoints.adapter_file import write_adapter
 from jlora.checkpoints.hosts import whole
+from jlora.checkpoints.tensors import file_bytes
 from jlora.conversion import on_original_base
 from jlora.merging.export import merge_to
 from jlora.optim.labels import combine
@@ -102,6 +103,7 @@ def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> li
             models.save(
                 written[-1], merged.params, setup.folder, dtype=asked.merged_dtype, **options
             )
+        readers: dict[Literal["peft", "vllm"], bool] = {"peft": asked.peft, "vllm": asked.vllm}
         readers: dict[Literal["peft", "vllm"], bool] = {"peft": asked.peft, "vllm": asked.vllm}
         for reader in [name for name, wanted in readers.items() if wanted]:
             written.append(_replaced(output / reader))

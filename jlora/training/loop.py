@@ -243,9 +243,11 @@ class Loop:
         score = -means["loss"] if options.metric == "loss" else means["accuracy"]
         progress.evaluated = progress.step
         progress.worse += 1
-        if score > progress.best:  # A NaN is not.
+        better = score > progress.best  # A NaN is not.
+        if better:
             progress.best, progress.best_step, progress.worse = score, progress.step, 0
-        self._save(score if math.isfinite(score) else None)
+        # Of equal scores the first is the best one, so no other is told.
+        self._save(score if better else None)
         return options.patience is not None and progress.worse >= options.patience
 
     def _wish(self) -> int:

@@ -146,7 +146,7 @@ def train(
         )
     prompts = _prompts(recipe, data)
     before = _written(recipe, setup, None, data, prompts)
-    every = [*recorders, *_recorders(recipe, progress.step)]
+    every = [*_recorders(recipe, progress.step), *recorders]
     start = time.monotonic()
     with Watch() as watch, say.bar(steps, progress.step, _Shown(recipe, setup)) as show:
         hooks = Hooks(every, show, _evaluation(setup, data, mesh))
