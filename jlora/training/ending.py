@@ -27,6 +27,7 @@ from jlora.training.setup import Setup
 from jlora.transform import lora_transform
 
 PyTree = Any
+_READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 ADAPTER, HEAD = "adapter.safetensors", "head.safetensors"
 
 
@@ -103,9 +104,7 @@ def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> li
             models.save(
                 written[-1], merged.params, setup.folder, dtype=asked.merged_dtype, **options
             )
-        readers: dict[Literal["peft", "vllm"], bool] = {"peft": asked.peft, "vllm": asked.vllm}
-        readers: dict[Literal["peft", "vllm"], bool] = {"peft": asked.peft, "vllm": asked.vllm}
-        for reader in [name for name, wanted in readers.items() if wanted]:
+        for reader in (name for name in _READERS if getattr(asked, name)):
             written.append(_replaced(output / reader))
             base, task = recipe.model.path, _peft_task(recipe, model)
             peft.save(
