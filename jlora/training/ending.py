@@ -104,7 +104,9 @@ def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> li
             models.save(
                 written[-1], merged.params, setup.folder, dtype=asked.merged_dtype, **options
             )
-        for reader in (name for name in _READERS if getattr(asked, name)):
+        for reader in _READERS:
+            if not getattr(asked, reader):
+                continue
             written.append(_replaced(output / reader))
             base, task = recipe.model.path, _peft_task(recipe, model)
             peft.save(
