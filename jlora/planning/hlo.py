@@ -190,30 +190,51 @@ def runs(program: Program, *, unrolled: bool = True) -> Iterator[Run]:
 def trip_count(program: Program, loop: Instruction) -> int | None:
     """How often a loop's body runs; None when that is not written in the program.
 
-    CPUs and GPUs note it. On TPUs it is what the condition compares with, in loops that count from
-    zero by ones, as JAX's do.
+    CPUs and GPUs note it. On TPUs it is what the condition compares its counter with, over what the
+    body adds to that: ones in JAX's own loops, twos in unrolled products whose operand goes round a
+    ring of chips.
     """
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    assert condition is not None
-    bounds = {
-        int(found[1])
-        for computation in _closure(program, condition[1])
-        for instruction in computation.values()
-        if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64")
-        if (found := re.match(r"(\d+)\b", instruction.attributes))
-    }
-    return bounds.pop() if len(bounds) == 1 else None
+    condition, body = (
+        program.computations[found[1]]
+        for key in ("condition", "body")
+        if (found := re.search(rf"{key}=%?([\w.\-]+)", loop.attributes))
+    )
+    compared = next(one for one in condition.values() if one.root)
+    if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+        return None
+    counter, bound = (condition[name] for name in compared.operands)
+    if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
+        return None
+    place = re.search(r"index=(\d+)", counter.attributes)
+    assert place is not None
+    returned = next(one for one in body.values() if one.root)
+    added = _added(program, body, returned.operands[int(place[1])])
+    return added and -(-_number(bound) // added)
 
 
-def _closure(program: Program, name: str) -> Iterator[Computation]:
-    computation = program.computations[name]
-    yield computation
-    for instruction in computation.values():
-        for called in instruction.calls:
-            yield from _closure(program, called)
+def _added(program: Program, body: Computation, name: str) -> int | None:
+    """What a counter grows by where it is set to this; None where that is not plain."""
+    instruction = body[name]
+    if instruction.opcode in ("copy", "bitcast"):
+        return _added(program, body, instruction.operands[0])
+    if instruction.opcode == "fusion":
+        inside = program.computations[instruction.calls[0]]
+        return _added(program, inside, next(one.name for one in inside.values() if one.root))
+    if instruction.opcode != "add":
+        return None
+    numbers = [
+        _number(body[operand])
+        for operand in instruction.operands
+        if body[operand].opcode == "constant"
+    ]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _number(constant: Instruction) -> int:
+    return int(constant.attributes.split(",")[0])
 
 
 # --- products ------------------------------------------------------------------------------------

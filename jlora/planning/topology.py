@@ -57,6 +57,14 @@ References:
 
 _EXTRA = {"v4": {"chip_config_name": "megacore"}}  # One device per chip, as training has it.
 
+# Without these libtpu asks the network which TPU its host has, and says that there is none.
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Several may compile; one at a time may hold a TPU.
+}
+
 
 class Topology(NamedTuple):
     """A slice of a TPU pod.
@@ -83,7 +91,8 @@ def devices_of(name: str) -> Topology:
         ModuleNotFoundError: The compiler for TPUs is not installed.
     """
     chip, form = _parsed(name)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu asks the network for its host.
+    for variable, value in _NO_HOST.items():
+        os.environ.setdefault(variable, value)
     try:
         described = topologies.get_topology_desc(name, "tpu", **_EXTRA.get(chip.name, {}))
     except RuntimeError as error:
@@ -93,7 +102,7 @@ def devices_of(name: str) -> Topology:
                 f"it with `pip install 'jlora[plan]'`; it needs no TPU.",
                 name="libtpu",
             ) from error
-        if not isinstance(error, JaxRuntimeError):
+        if not isinstance(error, JaxRuntimeError) or "INVALID_ARGUMENT" not in str(error):
             raise
         raise ValueError(
             f"topology={name!r} is no slice that there is: {error}. Give sides such as "
