@@ -385,30 +385,33 @@ def _sliced(name: str, users: dict[str, list[Instruction]]) -> int | None:
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, per step.
+    """Collectives of one kind over as many links, per step.
 
     Attributes:
         kind: One of `COLLECTIVES`.
         times: How many are run.
-        bytes: That one chip sends over its links, each way round a ring.
+        bytes: That one chip sends over all its links together.
+        links: Over how many the compiler spreads each; two, as a ring has, where it does not say.
     """
 
     kind: str
     times: int
     bytes: int
+    links: int = 2
 
 
 def collectives(program: Program, *, unrolled: bool = True) -> tuple[Collective, ...]:
     """What chips exchange, by kind.
 
-    A ring of n sends (n - 1) / n of what is gathered, and twice that of what is summed up.
+    A ring of n sends (n - 1) / n of what is gathered, and twice that of what is summed up. (On some
+    slices the compiler gathers by summing up what is padded with zeros, which this shows.)
 
     Args:
         program: The module.
         unrolled: Whether the body of a loop counts as often as it is run, else once.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    sent: collections.Counter[str] = collections.Counter()
+    times: collections.Counter[tuple[str, int]] = collections.Counter()
+    sent: collections.Counter[tuple[str, int]] = collections.Counter()
     seen: set[tuple[str, str]] = set()
     for run in runs(program, unrolled=unrolled):
         kind = run.instruction.opcode.removesuffix("-start")
@@ -429,9 +432,11 @@ def collectives(program: Program, *, unrolled: bool = True) -> tuple[Collective,
             "collective-permute": 1,
         }.get(kind, (ring - 1) / ring)
         if share:
-            counts[kind] += run.times
-            sent[kind] += round(run.times * size * share)
-    return tuple(Collective(kind, counts[kind], sent[kind]) for kind in COLLECTIVES if counts[kind])
+            colors = re.search(r"\{colors:(\d+)", run.instruction.attributes)
+            how = kind, int(colors[1]) if colors else 2
+            times[how] += run.times
+            sent[how] += round(run.times * size * share)
+    return tuple(Collective(how[0], times[how], sent[how], how[1]) for how in sorted(times))
 
 
 def _ring(attributes: str) -> int:

@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
         compute_s: All products at the chip's peak.
         hbm_s: All traffic with HBM at its bandwidth, as if the cores kept nothing between
             instructions.
-        ici_s: All that chips exchange, over the two links along one dimension of the torus.
+        ici_s: All that chips exchange, over as many links as the compiler spreads it.
         tokens: In a step, over all chips.
         chips: How many there are.
     """
@@ -69,11 +69,11 @@ def estimate(measured: Measured, chip: Chip, *, tokens: int, chips: int) -> Esti
         tokens: In a step, over all chips.
         chips: How many there are.
     """
-    one_ring = 2 * chip.ici_bytes_per_s / chip.links
+    link = chip.ici_bytes_per_s / chip.links
     return Estimate(
         compute_s=measured.flops / chip.flops_per_s,
         hbm_s=measured.hbm_bytes / chip.hbm_bytes_per_s,
-        ici_s=measured.ici_bytes / one_ring,
+        ici_s=sum(c.bytes / (min(c.links, chip.links) * link) for c in measured.collectives),
         tokens=tokens,
         chips=chips,
     )

@@ -55,7 +55,8 @@ References:
     links of 50 GB/s.
 """
 
-_EXTRA = {"v4": {"chip_config_name": "megacore"}}  # One device per chip, as training has it.
+# One device for each chip's two cores, as training has it.
+_EXTRA: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 
 # Without these libtpu asks the network which TPU its host has, and says that there is none.
 _NO_HOST = {
@@ -94,7 +95,14 @@ def devices_of(name: str) -> Topology:
     for variable, value in _NO_HOST.items():
         os.environ.setdefault(variable, value)
     try:
-        described = topologies.get_topology_desc(name, "tpu", **_EXTRA.get(chip.name, {}))
+        options = dict(_EXTRA.get(chip.name, {}))
+        if math.prod(form) == 1:
+            options["chips_per_host_bounds"] = (
+                1,
+                1,
+                1,
+            )  # Hosts have four chips if nothing is said.
+        described = topologies.get_topology_desc(name, "tpu", **options)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ModuleNotFoundError(

@@ -45,6 +45,14 @@ def test_one_ring_has_two_of_a_chips_links() -> None:
         assert found.ici_s == pytest.approx(4e11 / (2 * each))
 
 
+def test_what_the_compiler_spreads_takes_all_links_that_there_are() -> None:
+    sent = (hlo.Collective("all-gather", 1, 10**11, 6), hlo.Collective("all-reduce", 1, 10**11, 2))
+    work = Measured(MEMORY, 0, 0, sent, 0)
+    for chip, links, each in (("v5e", 4, 50), ("v5p", 6, 100)):
+        found = roofline.estimate(work, CHIPS[chip], tokens=1, chips=4)
+        assert found.ici_s == pytest.approx(100 / (links * each) + 100 / (2 * each))
+
+
 def test_what_fits_needs_no_change() -> None:
     assert roofline.advice(MEMORY, MEMORY.peak, **PLAN) == []
 
