@@ -143,10 +143,19 @@ def measured(compiled: Any, groups: Mapping[str, Any]) -> Measured:
     Args:
         compiled: What `compile_step` returned.
         groups: As there.
+
+    Raises:
+        RuntimeError: The program is written in a way that this release of JAX cannot read.
     """
     stats = compiled.memory_analysis()
     held = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
-    program = hlo.parse(compiled.as_text())
+    try:
+        program = hlo.parse(compiled.as_text())
+    except JaxRuntimeError as error:
+        raise RuntimeError(
+            f"The program that was compiled cannot be read by jax {jax.__version__}. Install the "
+            f"libtpu that was released with it: `pip install 'jlora[plan]'`."
+        ) from error
     runs = list(hlo.runs(program))
     return Measured(
         memory=Memory(

@@ -109,7 +109,7 @@ TPU = """
   %x.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p.1), index=1
   %w.1 = bf16[5,8,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=2
   %y.1 = bf16[4,8]{1,0:S(1)} fusion(%x.1, %w.1, %i.1), kind=kOutput, calls=%product
-  %r = bf16[4,8]{1,0} all-reduce(%y.1), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'} {colors:6
+  %r = bf16[4,8] all-reduce(%y.1), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'} {colors:6
   %by = s32[] constant(1)
   %next = s32[] add(%i.1, %by)
   ROOT %t = (s32[], bf16[4,8], bf16[5,8,8]) tuple(%next, %r, %w.1)
