@@ -447,9 +447,17 @@ def _ring(attributes: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return len(listed[1].split(","))
-    named = re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\S*? \{([^}]*)\}", attributes)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", attributes
+    )
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
-    return 1
+    if "source_target_pairs" in attributes:
+        return 2
+    found = re.search(r"replica_groups=.{0,80}", attributes)
+    raise ValueError(
+        f"Which chips take part in a collective is written in a way that is not known: "
+        f"{found[0] if found else attributes[:80]!r}. Plan with the libtpu of `jlora[plan]`."
+    )

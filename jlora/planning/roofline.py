@@ -6,7 +6,6 @@ them: it is a bound to compare plans by, not a forecast.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -133,7 +132,7 @@ def advice(
     changes: list[Change] = []
 
     def suggest(what: str, frees: float) -> None:
-        if frees > 0:
+        if frees > over / 100:
             changes.append(Change(what, round(frees), frees >= over))
 
     if remat != "everything" and width:
@@ -148,11 +147,13 @@ def advice(
     share = data * fsdp
     room = available - fixed
     if room > 0:
-        fitting = int(rows * room / memory.temporaries) // share * share
-        if 0 < fitting < rows:
+        shares = range(share, rows, share)
+        fits = [n for n in shares if rows % n == 0 and n * memory.temporaries <= room * rows]
+        if fits:
+            fitting = max(fits)
             suggest(
                 f"{fitting} rows in a batch in place of {rows}, with the gradients of "
-                f"{math.ceil(rows / fitting)} batches summed up",
+                f"{rows // fitting} batches summed up",
                 memory.temporaries * (1 - fitting / rows),
             )
     if rows > share and not any(" rows in a batch" in change.what for change in changes):

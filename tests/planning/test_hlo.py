@@ -163,6 +163,28 @@ def test_a_loops_length_is_its_bound_over_its_step(written: str, changed: str, t
     assert hlo.trip_count(found, loop) == trips
 
 
+@pytest.mark.parametrize(
+    ("groups", "ring"),
+    [
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,2,2]T(1,0,2)", 2),
+        ("{{0,2,4,6},{1,3,5,7}}", 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([2,4]T(1,0)) {'a'}", 2),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+    ],
+)
+def test_how_many_take_part_is_read_from_every_way_to_write_it(groups: str, ring: int) -> None:
+    text = TPU.replace("[2,4]<=[8]", groups)
+    (gathered, *_) = hlo.collectives(hlo.parse(text))
+    assert gathered.bytes == (ring - 1) * 64
+
+
+def test_a_way_to_write_it_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="not known: 'replica_groups=all-of-them"):
+        hlo.collectives(hlo.parse(TPU.replace("[2,4]<=[8]", "all-of-them")))
+
+
 def test_what_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no HLO module: it has no ENTRY"):
         hlo.parse("module @jit_f {\n}\n")
