@@ -157,12 +157,14 @@ def measured(compiled: Any, groups: Mapping[str, Any]) -> Measured:
             f"libtpu that was released with it: `pip install 'jlora[plan]'`."
         ) from error
     runs = list(hlo.runs(program))
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Measured(
         memory=Memory(
             arguments=held,
             padding=stats.argument_size_in_bytes - sum(held.values()),
-            outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-            temporaries=stats.temp_size_in_bytes,
+            outputs=outputs,
+            # Its own count of temporaries is of what is reserved, not of what is held at once.
+            temporaries=stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs,
             program=stats.generated_code_size_in_bytes,
         ),
         flops=sum(run.times * hlo.flops(run) for run in runs),

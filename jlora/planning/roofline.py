@@ -172,7 +172,7 @@ def advice(
             left = held["weights"] * bits / weight_bits
             suggest(f"a base in {kind}, {gib(left)} per chip", held["weights"] - left)
     more = 2
-    while more < 1024 and memory.peak - fixed / more - memory.temporaries / more < over:
+    while more < 1024 and memory.peak * (1 - 1 / more) < over:
         more *= 2
     suggest(
         f"{more} times as many chips, with fsdp={fsdp * data * more} and the same {rows} rows"

@@ -192,6 +192,19 @@ def test_an_estimate_is_between_its_terms() -> None:
     assert found.compute_s == of.measured.flops / 197e12
 
 
+def test_what_is_held_at_once_is_told_from_what_is_given_and_returned() -> None:
+    mesh = meshes.make_mesh({"fsdp": 4}, topology.devices_of("v5e:2x2").devices)
+    n = 2**14
+    spec = NamedSharding(mesh, PartitionSpec("fsdp"))
+    x = jax.ShapeDtypeStruct((4 * n, n), jnp.bfloat16, sharding=spec)
+    w = jax.ShapeDtypeStruct((n, n), jnp.bfloat16)
+    compiled = jax.jit(lambda x, w: (x @ w) @ w).lower(x, w).compile()
+    held = compiling.measured(compiled, {"batch": x, "weights": w}).memory
+    one = 2 * n * n
+    assert held.arguments == {"batch": one, "weights": one}
+    assert (held.padding, held.outputs, held.temporaries) == (0, one, one)
+
+
 def test_a_step_that_does_not_fit_is_refused_with_what_it_needs() -> None:
     mesh = meshes.make_mesh({"fsdp": 4}, topology.devices_of("v5e:2x2").devices)
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
