@@ -143,17 +143,28 @@ def measured(compiled: Any, groups: Mapping[str, Any]) -> Measured:
     Args:
         compiled: What `compile_step` returned.
         groups: As there.
+
+    Raises:
+        RuntimeError: The program is written in a way that this release of JAX cannot read.
     """
     stats = compiled.memory_analysis()
     held = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
-    program = hlo.parse(compiled.as_text())
+    try:
+        program = hlo.parse(compiled.as_text())
+    except JaxRuntimeError as error:
+        raise RuntimeError(
+            f"The program that was compiled cannot be read by jax {jax.__version__}. Install the "
+            f"libtpu that was released with it: `pip install 'jlora[plan]'`."
+        ) from error
     runs = list(hlo.runs(program))
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Measured(
         memory=Memory(
             arguments=held,
             padding=stats.argument_size_in_bytes - sum(held.values()),
-            outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-            temporaries=stats.temp_size_in_bytes,
+            outputs=outputs,
+            # Its own count of temporaries is of what is reserved, not of what is held at once.
+            temporaries=stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs,
             program=stats.generated_code_size_in_bytes,
         ),
         flops=sum(run.times * hlo.flops(run) for run in runs),

@@ -190,30 +190,51 @@ def runs(program: Program, *, unrolled: bool = True) -> Iterator[Run]:
 def trip_count(program: Program, loop: Instruction) -> int | None:
     """How often a loop's body runs; None when that is not written in the program.
 
-    CPUs and GPUs note it. On TPUs it is what the condition compares with, in loops that count from
-    zero by ones, as JAX's do.
+    CPUs and GPUs note it. On TPUs it is what the condition compares its counter with, over what the
+    body adds to that: ones in JAX's own loops, twos in unrolled products whose operand goes round a
+    ring of chips.
     """
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    assert condition is not None
-    bounds = {
-        int(found[1])
-        for computation in _closure(program, condition[1])
-        for instruction in computation.values()
-        if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64")
-        if (found := re.match(r"(\d+)\b", instruction.attributes))
-    }
-    return bounds.pop() if len(bounds) == 1 else None
+    condition, body = (
+        program.computations[found[1]]
+        for key in ("condition", "body")
+        if (found := re.search(rf"{key}=%?([\w.\-]+)", loop.attributes))
+    )
+    compared = next(one for one in condition.values() if one.root)
+    if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+        return None
+    counter, bound = (condition[name] for name in compared.operands)
+    if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
+        return None
+    place = re.search(r"index=(\d+)", counter.attributes)
+    assert place is not None
+    returned = next(one for one in body.values() if one.root)
+    added = _added(program, body, returned.operands[int(place[1])])
+    return added and -(-_number(bound) // added)
 
 
-def _closure(program: Program, name: str) -> Iterator[Computation]:
-    computation = program.computations[name]
-    yield computation
-    for instruction in computation.values():
-        for called in instruction.calls:
-            yield from _closure(program, called)
+def _added(program: Program, body: Computation, name: str) -> int | None:
+    """What a counter grows by where it is set to this; None where that is not plain."""
+    instruction = body[name]
+    if instruction.opcode in ("copy", "bitcast"):
+        return _added(program, body, instruction.operands[0])
+    if instruction.opcode == "fusion":
+        inside = program.computations[instruction.calls[0]]
+        return _added(program, inside, next(one.name for one in inside.values() if one.root))
+    if instruction.opcode != "add":
+        return None
+    numbers = [
+        _number(body[operand])
+        for operand in instruction.operands
+        if body[operand].opcode == "constant"
+    ]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _number(constant: Instruction) -> int:
+    return int(constant.attributes.split(",")[0])
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -364,30 +385,33 @@ def _sliced(name: str, users: dict[str, list[Instruction]]) -> int | None:
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, per step.
+    """Collectives of one kind over as many links, per step.
 
     Attributes:
         kind: One of `COLLECTIVES`.
         times: How many are run.
-        bytes: That one chip sends over its links, each way round a ring.
+        bytes: That one chip sends over all its links together.
+        links: Over how many the compiler spreads each; two, as a ring has, where it does not say.
     """
 
     kind: str
     times: int
     bytes: int
+    links: int = 2
 
 
 def collectives(program: Program, *, unrolled: bool = True) -> tuple[Collective, ...]:
     """What chips exchange, by kind.
 
-    A ring of n sends (n - 1) / n of what is gathered, and twice that of what is summed up.
+    A ring of n sends (n - 1) / n of what is gathered, and twice that of what is summed up. (On some
+    slices the compiler gathers by summing up what is padded with zeros, which this shows.)
 
     Args:
         program: The module.
         unrolled: Whether the body of a loop counts as often as it is run, else once.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    sent: collections.Counter[str] = collections.Counter()
+    times: collections.Counter[tuple[str, int]] = collections.Counter()
+    sent: collections.Counter[tuple[str, int]] = collections.Counter()
     seen: set[tuple[str, str]] = set()
     for run in runs(program, unrolled=unrolled):
         kind = run.instruction.opcode.removesuffix("-start")
@@ -408,9 +432,11 @@ def collectives(program: Program, *, unrolled: bool = True) -> tuple[Collective,
             "collective-permute": 1,
         }.get(kind, (ring - 1) / ring)
         if share:
-            counts[kind] += run.times
-            sent[kind] += round(run.times * size * share)
-    return tuple(Collective(kind, counts[kind], sent[kind]) for kind in COLLECTIVES if counts[kind])
+            colors = re.search(r"\{colors:(\d+)", run.instruction.attributes)
+            how = kind, int(colors[1]) if colors else 2
+            times[how] += run.times
+            sent[how] += round(run.times * size * share)
+    return tuple(Collective(how[0], times[how], sent[how], how[1]) for how in sorted(times))
 
 
 def _ring(attributes: str) -> int:
@@ -421,9 +447,17 @@ def _ring(attributes: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return len(listed[1].split(","))
-    named = re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\S*? \{([^}]*)\}", attributes)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", attributes
+    )
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
-    return 1
+    if "source_target_pairs" in attributes:
+        return 2
+    found = re.search(r"replica_groups=.{0,80}", attributes)
+    raise ValueError(
+        f"Which chips take part in a collective is written in a way that is not known: "
+        f"{found[0] if found else attributes[:80]!r}. Plan with the libtpu of `jlora[plan]`."
+    )

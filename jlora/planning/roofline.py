@@ -6,7 +6,6 @@ them: it is a bound to compare plans by, not a forecast.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -23,7 +22,7 @@ class Estimate(NamedTuple):
         compute_s: All products at the chip's peak.
         hbm_s: All traffic with HBM at its bandwidth, as if the cores kept nothing between
             instructions.
-        ici_s: All that chips exchange, over the two links along one dimension of the torus.
+        ici_s: All that chips exchange, over as many links as the compiler spreads it.
         tokens: In a step, over all chips.
         chips: How many there are.
     """
@@ -69,11 +68,11 @@ def estimate(measured: Measured, chip: Chip, *, tokens: int, chips: int) -> Esti
         tokens: In a step, over all chips.
         chips: How many there are.
     """
-    one_ring = 2 * chip.ici_bytes_per_s / chip.links
+    link = chip.ici_bytes_per_s / chip.links
     return Estimate(
         compute_s=measured.flops / chip.flops_per_s,
         hbm_s=measured.hbm_bytes / chip.hbm_bytes_per_s,
-        ici_s=measured.ici_bytes / one_ring,
+        ici_s=sum(c.bytes / (min(c.links, chip.links) * link) for c in measured.collectives),
         tokens=tokens,
         chips=chips,
     )
@@ -133,7 +132,7 @@ def advice(
     changes: list[Change] = []
 
     def suggest(what: str, frees: float) -> None:
-        if frees > 0:
+        if frees > over / 100:
             changes.append(Change(what, round(frees), frees >= over))
 
     if remat != "everything" and width:
@@ -148,11 +147,13 @@ def advice(
     share = data * fsdp
     room = available - fixed
     if room > 0:
-        fitting = int(rows * room / memory.temporaries) // share * share
-        if 0 < fitting < rows:
+        shares = range(share, rows, share)
+        fits = [n for n in shares if rows % n == 0 and n * memory.temporaries <= room * rows]
+        if fits:
+            fitting = max(fits)
             suggest(
                 f"{fitting} rows in a batch in place of {rows}, with the gradients of "
-                f"{math.ceil(rows / fitting)} batches summed up",
+                f"{rows // fitting} batches summed up",
                 memory.temporaries * (1 - fitting / rows),
             )
     if rows > share and not any(" rows in a batch" in change.what for change in changes):
@@ -171,7 +172,7 @@ def advice(
             left = held["weights"] * bits / weight_bits
             suggest(f"a base in {kind}, {gib(left)} per chip", held["weights"] - left)
     more = 2
-    while more < 1024 and memory.peak - fixed / more - memory.temporaries / more < over:
+    while more < 1024 and memory.peak * (1 - 1 / more) < over:
         more *= 2
     suggest(
         f"{more} times as many chips, with fsdp={fsdp * data * more} and the same {rows} rows"

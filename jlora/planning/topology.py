@@ -55,7 +55,16 @@ References:
     links of 50 GB/s.
 """
 
-_EXTRA = {"v4": {"chip_config_name": "megacore"}}  # One device per chip, as training has it.
+# One device for each chip's two cores, as training has it.
+_EXTRA: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
+
+# Without these libtpu asks the network which TPU its host has, and says that there is none.
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Several may compile; one at a time may hold a TPU.
+}
 
 
 class Topology(NamedTuple):
@@ -83,9 +92,17 @@ def devices_of(name: str) -> Topology:
         ModuleNotFoundError: The compiler for TPUs is not installed.
     """
     chip, form = _parsed(name)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu asks the network for its host.
+    for variable, value in _NO_HOST.items():
+        os.environ.setdefault(variable, value)
     try:
-        described = topologies.get_topology_desc(name, "tpu", **_EXTRA.get(chip.name, {}))
+        options = dict(_EXTRA.get(chip.name, {}))
+        if math.prod(form) == 1:
+            options["chips_per_host_bounds"] = (
+                1,
+                1,
+                1,
+            )  # Hosts have four chips if nothing is said.
+        described = topologies.get_topology_desc(name, "tpu", **options)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ModuleNotFoundError(
@@ -93,7 +110,7 @@ def devices_of(name: str) -> Topology:
                 f"it with `pip install 'jlora[plan]'`; it needs no TPU.",
                 name="libtpu",
             ) from error
-        if not isinstance(error, JaxRuntimeError):
+        if not isinstance(error, JaxRuntimeError) or "INVALID_ARGUMENT" not in str(error):
             raise
         raise ValueError(
             f"topology={name!r} is no slice that there is: {error}. Give sides such as "

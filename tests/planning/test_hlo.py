@@ -1,0 +1,211 @@
+"""What is counted in the text of a program, against what XLA counts and against arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora.planning import hlo
+from jlora.training import mesh as meshes
+
+
+def program(fn: Any, *shapes: tuple[int, ...], **options: Any) -> tuple[hlo.Program, Any]:
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(fn, **options).lower(*arrays).compile()
+    return hlo.parse(compiled.as_text()), compiled
+
+
+def flops(of: hlo.Program, unrolled: bool = True) -> int:
+    return sum(run.times * hlo.flops(run) for run in hlo.runs(of, unrolled=unrolled))
+
+
+def convolved(**how: Any) -> Any:
+    return lambda x, w: lax.conv_general_dilated(
+        x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **how
+    )
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes"),
+    [
+        (lambda x, w: x @ w, ((4, 6), (6, 5))),
+        (lambda x, w: jnp.einsum("bij,bjk->bik", x, w), ((3, 4, 6), (3, 6, 5))),
+        (convolved(window_strides=(1, 1), padding="SAME"), ((2, 9, 7, 6), (3, 3, 6, 5))),
+        (convolved(window_strides=(2, 3), padding="VALID"), ((2, 9, 7, 6), (3, 2, 6, 5))),
+        (
+            convolved(window_strides=(1, 1), padding=((1, 2), (1, 1)), lhs_dilation=(2, 1)),
+            ((2, 9, 7, 6), (3, 3, 6, 5)),
+        ),
+        (
+            convolved(window_strides=(1, 1), padding="SAME", rhs_dilation=(1, 2)),
+            ((2, 9, 7, 6), (3, 3, 6, 5)),
+        ),
+        (
+            convolved(window_strides=(1, 1), padding="SAME", feature_group_count=3),
+            ((2, 9, 7, 6), (3, 3, 2, 15)),
+        ),
+    ],
+)
+def test_products_are_counted_as_xla_counts_them(fn: Any, shapes: Any) -> None:
+    found, compiled = program(fn, *shapes)
+    assert flops(found) == compiled.cost_analysis()["flops"]
+
+
+def test_law_a_loop_counts_as_often_as_it_is_run() -> None:
+    def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            return lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x), None
+
+        return lax.scan(layer, x, stack)[0]
+
+    found, _ = program(layers, (4, 6), (7, 6, 6))
+    once = 2 * 4 * 6 * 6
+    assert flops(found) == 7 * 3 * once
+    assert flops(found, unrolled=False) == once
+
+
+def test_a_loop_of_unknown_length_has_no_count() -> None:
+    found, _ = program(
+        lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x + 1, x), (4, 4)
+    )
+    (loop,) = (r.instruction for r in hlo.runs(found) if r.instruction.opcode == "while")
+    assert hlo.trip_count(found, loop) is None
+    assert flops(found) == 2 * 4**3
+
+
+# What a TPU's compiler writes: no trip count, and a product as a convolution.
+TPU = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%product (x: bf16[4,8], w: bf16[5,8,8], i: s32[]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %w = bf16[5,8,8]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %at = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %one = bf16[1,8,8]{2,1,0} dynamic-slice(%w, %at, %z, %z), dynamic_slice_sizes={1,8,8}
+  %flat = bf16[8,8]{1,0} bitcast(%one)
+  ROOT %y = bf16[4,8]{1,0:S(1)} convolution(%x, %flat), dim_labels=bf_io->bf
+}
+
+%body (p.1: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p.1 = (s32[]{:T(128)}, bf16[4,8]{1,0:S(1)}, bf16[5,8,8]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %x.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p.1), index=1
+  %w.1 = bf16[5,8,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=2
+  %y.1 = bf16[4,8]{1,0:S(1)} fusion(%x.1, %w.1, %i.1), kind=kOutput, calls=%product
+  %r = bf16[4,8] all-reduce(%y.1), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'} {colors:6
+  %by = s32[] constant(1)
+  %next = s32[] add(%i.1, %by)
+  ROOT %t = (s32[], bf16[4,8], bf16[5,8,8]) tuple(%next, %r, %w.1)
+}
+
+ENTRY %main (x.2: bf16[4,8], w.2: bf16[5,8,8]) -> bf16[4,8] {
+  %x.2 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.2 = bf16[5,8,8]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %zero = s32[] constant(0)
+  %near = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy(%x.2)
+  %tuple = (s32[], bf16[4,8], /*index=2*/bf16[5,8,8]) tuple(%zero, %near, %w.2)
+  %loop = (s32[], bf16[4,8], bf16[5,8,8]) while(%tuple), condition=%condition, body=%body
+  %out = bf16[4,8]{1,0:S(1)} get-tuple-element(%loop), index=1
+  %s = (bf16[4,8], bf16[16,8]) all-gather-start(%out), channel_id=4, replica_groups=[2,4]<=[8]
+  %d = bf16[16,8] all-gather-done(%s)
+  %again = (bf16[4,8], bf16[16,8]) all-gather-start(%out), channel_id=4, replica_groups=[2,4]<=[8]
+  ROOT %p.3 = bf16[4,8] collective-permute(%out), channel_id=5, source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_a_program_for_a_tpu_is_counted_too() -> None:
+    found = hlo.parse(TPU)
+    assert flops(found) == 5 * 2 * 4 * 8 * 8
+    one = 4 * 8 * 2
+    assert hlo.collectives(found) == (
+        hlo.Collective("all-gather", 1, 3 * one),  # One, written in two places.
+        hlo.Collective("all-reduce", 5, 5 * 2 * 3 * one // 4, 6),
+        hlo.Collective("collective-permute", 1, one),
+    )
+    traffic = {run.instruction.name: run.times * hlo.traffic(found, run) for run in hlo.runs(found)}
+    assert traffic["near"] == one  # Read from HBM, and written near the core.
+    # A layer's slice of the stack each time; and nothing for what is near.
+    assert traffic["y.1"] == 5 * (8 * 8 * 2 + 4)
+    assert traffic["one"] == 0  # Inside a fusion.
+
+
+@pytest.mark.parametrize(
+    ("written", "changed", "trips"),
+    [
+        ("%by = s32[] constant(1)", "%by = s32[] constant(2)", 3),  # Unrolled twice.
+        ("add(%i.1, %by)", "add(%i.1, %i.1)", None),
+        ("direction=LT", "direction=NE", None),
+        ("tuple(%next, %r", "tuple(%i.1, %r", None),
+    ],
+)
+def test_a_loops_length_is_its_bound_over_its_step(written: str, changed: str, trips: Any) -> None:
+    assert written in TPU
+    found = hlo.parse(TPU.replace(written, changed))
+    (loop,) = (r.instruction for r in hlo.runs(found) if r.instruction.opcode == "while")
+    assert hlo.trip_count(found, loop) == trips
+
+
+@pytest.mark.parametrize(
+    ("groups", "ring"),
+    [
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,2,2]T(1,0,2)", 2),
+        ("{{0,2,4,6},{1,3,5,7}}", 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([2,4]T(1,0)) {'a'}", 2),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+    ],
+)
+def test_how_many_take_part_is_read_from_every_way_to_write_it(groups: str, ring: int) -> None:
+    text = TPU.replace("[2,4]<=[8]", groups)
+    (gathered, *_) = hlo.collectives(hlo.parse(text))
+    assert gathered.bytes == (ring - 1) * 64
+
+
+def test_a_way_to_write_it_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="not known: 'replica_groups=all-of-them"):
+        hlo.collectives(hlo.parse(TPU.replace("[2,4]<=[8]", "all-of-them")))
+
+
+def test_what_is_no_program_is_refused() -> None:
+    with pytest.raises(ValueError, match="no HLO module: it has no ENTRY"):
+        hlo.parse("module @jit_f {\n}\n")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # The weight (16, 24) is gathered from 8; a sum over 8 is made of what it gives.
+        ({"fsdp": 8}, {"all-gather": 16 * 24 * 4 * 7 // 8, "all-reduce": 4 * 2 * 7 // 8}),
+        ({"data": 8}, {"all-reduce": 4 * 2 * 7 // 8}),
+    ],
+    ids=str,
+)
+def test_collectives_are_counted_as_a_ring_sends_them(sizes: Any, expected: Any) -> None:
+    mesh = meshes.make_mesh(sizes)
+    place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
+
+    def fn(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = lax.with_sharding_constraint(x @ w, place(meshes.BATCH))
+        return jnp.sin(y).sum()
+
+    found, _ = program(fn, (32, 16), (16, 24), in_shardings=(place(meshes.BATCH), place("fsdp")))
+    assert {c.kind: c.bytes for c in hlo.collectives(found)} == expected

@@ -1,0 +1,67 @@
+"""Slices by name, and what is said of names that are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from jax.experimental import topologies
+
+from jlora.planning import topology
+from jlora.training import mesh as meshes
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", r"names no slice that jlora knows.*\['v4', 'v5e', 'v5p', 'v6e'\], such as"),
+        ("v5e", "Give a chip and the sides of the slice"),
+        ("v5e:4x", "Give a chip and the sides"),
+        ("v5e:4x4x4", "has 3 sides, and slices of v5e have 2. Write it like 'v5e:4x4'"),
+        ("v5p:4x4", "has 2 sides, and slices of v5p have 3. Write it like 'v5p:4x4x4'"),
+        ("v5e:0x4", "has 2 sides"),
+        ("v6e:32x32", "has 1024 chips, and the largest slice of v6e has 256"),
+    ],
+)
+def test_a_name_of_no_slice_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        topology.devices_of(name)
+
+
+def test_without_the_compiler_the_way_to_get_it_is_said(monkeypatch: Any) -> None:
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jlora\[plan\]'"):
+        topology.devices_of("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "shape"),
+    [
+        ("v4:2x2x2", {"fsdp": 4, "tensor": 2}, (1, 4, 2)),  # One device for each chip's two cores.
+        ("v5e:1x1", {}, (1, 1, 1)),
+        ("v5e:16x16", {"fsdp": -1}, (1, 256, 1)),
+        ("v5p:4x4x4", {"fsdp": 32, "tensor": 2}, (1, 32, 2)),  # Axes that split sides of the torus.
+        ("v5p:8x8x8", {"fsdp": 64}, (8, 64, 1)),
+        ("v6e:4x4", {"fsdp": 8}, (2, 8, 1)),
+    ],
+)
+def test_a_mesh_is_made_of_chips_that_are_not_here(name: str, sizes: Any, shape: Any) -> None:
+    pytest.importorskip("libtpu")
+    found = topology.devices_of(name)
+    assert meshes.make_mesh(sizes, found.devices).devices.shape == shape
+    assert found.chip.name == name.split(":")[0]
+    assert found.devices[0].platform == "tpu"
+
+
+def test_sides_that_no_slice_has_are_refused() -> None:
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="'v5e:3x5' is no slice that there is.*such as 'v5e:4x4'"):
+        topology.devices_of("v5e:3x5")
+
+
+def test_the_links_of_a_chip_carry_what_its_page_says() -> None:
+    each = {name: chip.ici_bytes_per_s / chip.links / 1e9 for name, chip in topology.CHIPS.items()}
+    assert each == {"v4": 50, "v5e": 50, "v5p": 100, "v6e": 100}
