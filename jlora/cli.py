@@ -180,12 +180,15 @@ def export_merged(options: ExportMerged) -> None:
     from jlora.merging.export import merge_to
 
     _new(options.out)
-    model, params = models.load(options.base)
-    params, adapter = _adapter(options.adapter, model, params)
+    _, params, adapter = _with_adapter(options.base, options.adapter)
     merged = merge_to(params, adapter, options.dtype)
-    shard_bytes = int(options.shard_gb * 1e9)
     models.save(
-        options.out, merged.params, options.base, dtype=options.dtype, shard_bytes=shard_bytes
+        options.out,
+        merged.params,
+        options.base,
+        dtype=options.dtype,
+        shard_bytes=int(options.shard_gb * 1e9),
+        **_layout(options.adapter),
     )
     print(merged)
     print(f"Wrote {options.out}.")
@@ -193,11 +196,10 @@ def export_merged(options: ExportMerged) -> None:
 
 def export_peft(options: ExportPeft) -> None:
     """Writes the folder."""
-    from jlora import models, peft
+    from jlora import peft
 
     _new(options.out)
-    model, params = models.load(options.base)
-    params, adapter = _adapter(options.adapter, model, params)
+    model, params, adapter = _with_adapter(options.base, options.adapter)
     peft.save(
         options.out,
         adapter,
@@ -245,14 +247,16 @@ def generate(options: Generate) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: jlora generate needs the tokenizer.")
     tokenizer = Tokenizer.from_file(str(file))
-    model, params = models.load(folder, dtype=options.dtype)
+    given: Any = None
+    apply: Callable[..., Any] | None = None
+    if options.adapter is None:
+        model, given = models.load(folder, dtype=options.dtype)
+    else:
+        model, *given = _with_adapter(folder, options.adapter, dtype=options.dtype)
     if not isinstance(model, models.Decoder):
         raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text.")
-    given: Any = params
-    apply: Callable[..., Any] | None = None
     if options.adapter is not None:
         lora = lora_transform(model.apply)
-        given = _adapter(options.adapter, model, params)
         apply = lambda both, *args: lora.apply(both[0], both[1], *args)  # noqa: E731
     sampling = models.Sampling(
         temperature=options.temperature,
@@ -273,14 +277,26 @@ def generate(options: Generate) -> None:
     print(tokenizer.decode([*ids, *np.asarray(written.tokens[0, : int(written.lengths[0])])]))
 
 
-def _adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
-    """The base and the adapter of either format."""
-    from jlora import peft
+def _with_adapter(base: str | Path, path: Path, **options: Any) -> tuple[Any, Any, Any]:
+    """The model, its weights, and the adapter of either format."""
+    from jlora import models, peft
     from jlora.checkpoints.adapter_file import load_adapter
 
+    model, params = models.load(base, **_layout(path), **options)
     if path.is_dir():
-        return peft.load(path, model, params)
-    return params, load_adapter(path, params)
+        loaded = peft.load(path, model, params)
+        return model, loaded.params, loaded.adapter
+    return model, params, load_adapter(path, params)
+
+
+def _layout(path: Path) -> dict[str, Any]:
+    """How the layers lie in the base that an adapter is for: in one stack, or each apart."""
+    from jlora.checkpoints.adapter_file import weight_paths
+
+    if path.is_dir():
+        return {}
+    stacked = any("/layers/" in weight for weight in weight_paths(path))
+    return {"scanned": True} if stacked else {}
 
 
 def _new(out: Path) -> None:

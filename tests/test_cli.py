@@ -28,6 +28,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, 
     return status, out, error
 
 
+def with_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """A copy of the base whose every token is a word."""
+    shutil.copytree(BASE, folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
@@ -68,6 +77,37 @@ def test_merged_checkpoints_compute_what_the_adapter_does(
         np.testing.assert_allclose(model.apply(merged, ids), want, atol=1e-5)  # Logits of 4.
 
 
+def test_adapters_of_stacked_layers_are_taken_as_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    ids = jnp.arange(3, 11)[None]
+    model, params = models.load(BASE, dtype=jnp.float32, scanned=True)
+    part = peft.load(PEFT / "lora", model, params).adapter
+    want = jlora.lora_transform(model.apply).apply(params, part, ids)
+    given = tmp_path / "stacked.safetensors"
+    jlora.save_adapter(given, part, params)
+    out, to_peft = tmp_path / "merged", tmp_path / "peft"
+    assert run(capsys, "export", "merged", BASE, given, out, "--dtype", "float32")[0] == 0
+    merged = models.load(out, scanned=True).params
+    np.testing.assert_allclose(model.apply(merged, ids), want, atol=1e-5)  # Logits of 4.
+    assert run(capsys, "export", "peft", BASE, given, to_peft)[0] == 0
+    one, two = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+        for folder in (to_peft, PEFT / "lora")
+    )
+    for key in one.keys() | two.keys():
+        np.testing.assert_array_equal(one[key], two[key])
+    folder = with_tokenizer(tmp_path / "base")
+    apart = tmp_path / "apart.safetensors"
+    assert run(capsys, "export", "adapter", BASE, to_peft, apart)[0] == 0
+    texts = [
+        run(capsys, "generate", folder, "w5 w9", "--max-new-tokens", 6, "--adapter", adapter)
+        for adapter in (given, apart)
+    ]
+    assert texts[0][0] == 0
+    assert texts[0] == texts[1]
+
+
 def test_an_adapter_goes_to_peft_and_back(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -84,11 +124,7 @@ def test_an_adapter_goes_to_peft_and_back(
 def test_generate_writes_text(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(BASE, folder)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    folder = with_tokenizer(tmp_path / "base")
     prompt, ids = "w5 w9 w17", np.array([[5, 9, 17]])
     model, params = models.load(folder)
     sampling = models.Sampling(stop_tokens=(2,))

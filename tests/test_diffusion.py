@@ -331,7 +331,10 @@ def given(key: str, change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (given(DOWN, lambda a: a[:1]), "ranks 1 in down and 2 in up"),
         (given(DOWN, lambda a: a.T.copy()), r"down of conv_in has shape .* It looks transposed"),
         (given(UP, lambda a: a.T.copy()), r"up of conv_in has shape .* It looks transposed"),
-        (given(UP, lambda a: a[:-1]), r"up of conv_in has shape \(5, 2, 1, 1\) instead of \(6, '"),
+        (
+            given(UP, lambda a: a[:-1]),
+            r"up of conv_in has shape \(5, 2, 1, 1\) instead of \(6, ",
+        ),
         (given(DOWN, np.float32(1)), r"down of conv_in has shape \(\)"),
         (given(DOWN, lambda a: a * np.float32(np.nan)), "conv_in.lora_down.weight holds NaN"),
         (given(UP, lambda a: a.astype(np.int8)), "has dtype I8, none of F16, BF16, F32"),

@@ -118,6 +118,18 @@ def load_adapter(
     return leaves
 
 
+def weight_paths(path: str | os.PathLike[str]) -> list[str]:
+    """The paths of the weights that an adapter file is for.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is no such file, damaged, or of a newer format.
+    """
+    path = pathlib.Path(path)
+    metadata, _ = _read(path)
+    return sorted(_json(path, metadata, "base"))
+
+
 def fingerprint(weight: Any) -> str:
     """A hash of a weight's shape and of entries spread over it.
 

@@ -136,6 +136,9 @@ def check(tensors: Tensors, weights: Mapping[str, Weight], carried: re.Pattern[s
         )
 
 
+_LOADED = ("float32", "bfloat16", "float16", "float64")
+
+
 def load(
     tensors: Tensors,
     weights: Mapping[str, Weight],
@@ -151,7 +154,15 @@ def load(
         weights: What to load, by path.
         dtype: Of all weights; each file's own when None.
         sharding: A path and shape to where the weight belongs; JAX's default device when None.
+
+    Raises:
+        ValueError: The dtype is none of weights.
     """
+    if dtype is not None and jnp.dtype(dtype).name not in _LOADED:
+        raise ValueError(
+            f"dtype={jnp.dtype(dtype).name} would not hold the weights. Use one of "
+            f"{', '.join(_LOADED)}."
+        )
     return {
         path: _loaded(tensors, weight, dtype, functools.partial(sharding, path))
         for path, weight in weights.items()

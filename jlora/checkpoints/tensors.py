@@ -152,7 +152,9 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         return [WEIGHTS], None
     if not index.is_file():
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder.")
+            raise FileNotFoundError(
+                f"{folder} is no folder. Give that of a checkpoint, or its owner/name on the Hub."
+            )
         others = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         raise FileNotFoundError(
             f"{folder} has neither {WEIGHTS} nor {INDEX}. "

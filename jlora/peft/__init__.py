@@ -84,6 +84,8 @@ def save(
     used = weights_of(fn, params, *inputs)
     if reader not in ("peft", "vllm"):
         raise ValueError(f"reader={reader!r} is neither 'peft' nor 'vllm'.")
+    if task is not None and task not in writing.TASKS:
+        raise ValueError(f"task={task!r} is none of PEFT's: {', '.join(writing.TASKS)}.")
     for_vllm = reader == "vllm"
     own_tables = embeddings and not for_vllm
     known_task = None if for_vllm else task  # vLLM takes no head.

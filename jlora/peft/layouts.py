@@ -133,5 +133,6 @@ def _sizes(
     if len(shape) != len(groups) or list(shape) != found:
         turned = len(shape) == 2 and expected == ["any", shape[0]]
         hint = " It looks transposed" if turned or list(shape[::-1]) == found else ""
-        raise ValueError(f"has shape {shape} instead of {tuple(expected)}.{hint}".rstrip("."))
+        wanted = f"({', '.join(map(str, expected))})"
+        raise ValueError(f"has shape {shape} instead of {wanted}.{hint}".rstrip("."))
     return {atom: length(atom) or 1 for group in groups for atom in group}

@@ -106,7 +106,7 @@ def _arrays(
         try:
             value = to_leaf(tensor, layout, facts)
         except ValueError as error:
-            raise problem(f"{part.site.module}.{suffix} {error}") from error
+            raise problem(f"{part.site.module}.{suffix} {error}.") from error
         shape = leaf.shapes()[name][len(part.site.entry) :]
         ranks = getattr(leaf, "rank", None)
         expected = tuple(

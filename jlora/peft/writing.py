@@ -26,6 +26,14 @@ from jlora.peft.reading import PREFIX, TENSORS, TOKEN_ROWS, WITH_HEAD
 from jlora.peft.sites import Site, sites_of
 
 PyTree = Any
+TASKS = (
+    "CAUSAL_LM",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
 # Under the tasks WITH_HEAD PEFT itself trains whole every module of such a name.
 _HEADS = ("classifier", "score")
 

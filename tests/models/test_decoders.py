@@ -344,6 +344,8 @@ def test_models_refuse_options_that_they_have_not() -> None:
     model, params = loaded("llama")
     with pytest.raises(ValueError, match="remat='some' is none of"):
         dataclasses.replace(model, remat="some").init(jax.random.key(0), ids)
+    with pytest.raises(ValueError, match="dtype=int8 would not hold the weights. Use one of fl"):
+        folders.load(DATA / "llama", dtype="int8")
     with pytest.raises(ValueError, match="some of these are mixtures"):
         folders.load(DATA / "qwen3_moe_some", scanned=True)
     with pytest.raises(ValueError, match="A cache needs positions"):

@@ -414,7 +414,7 @@ def transposed(key: str) -> Callable[[dict[str, np.ndarray]], None]:
         (
             "lora",
             lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 11), np.float32)}),
-            r"q_proj.lora_A.weight has shape \(3, 11\) instead of \('any', 12\)",
+            r"q_proj.lora_A.weight has shape \(3, 11\) instead of \(any, 12\)",
         ),
         (
             "lora",
@@ -591,3 +591,13 @@ def test_a_method_on_the_head_is_refused_under_a_task_that_saves_it(tmp_path: pa
     adapter = lora.init(jax.random.key(0), params, *shapes)
     with pytest.raises(ValueError, match="task='SEQ_CLS': PEFT trains the head whole"):
         peft.save(tmp_path / "out", adapter, model, params, task="SEQ_CLS")
+
+
+def test_readers_and_tasks_that_there_are_not_are_refused(tmp_path: pathlib.Path) -> None:
+    model, params = base_of("lora")
+    adapter = loaded("lora").adapter
+    with pytest.raises(ValueError, match="reader='vlm' is neither"):
+        peft.save(tmp_path / "out", adapter, model, params, reader="vlm")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="task='CHAT' is none of PEFT's: CAUSAL_LM, SEQ_2_SEQ_LM"):
+        peft.save(tmp_path / "out", adapter, model, params, task="CHAT")
+    assert not list(tmp_path.iterdir())
