@@ -132,6 +132,22 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Compile a recipe's step for a TPU that is not here, and tell what it needs on each chip.
+
+    Attributes:
+        recipe: The YAML file.
+        topology: A chip and the sides of a slice: v5e:4x4, v5p:4x4x4, v6e:8x8.
+        overrides: What is said otherwise than the recipe, as `--section.field value`.
+    """
+
+    recipe: Path
+    topology: str = "v5e:4x4"
+    overrides: tuple[str, ...] = ()
+    example = "jlora plan recipe.yaml --topology v5e:16x16 --mesh.fsdp 256"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ShowRecipe:
     """Print a recipe with every field, its default and what it means.
 
@@ -156,6 +172,16 @@ def train(options: Train) -> int:
         print(ended, file=sys.stderr)
         return ended.status
     return 0
+
+
+def plan(options: Plan) -> int:
+    """Prints the plan; the exit status is 1 where it does not fit."""
+    from jlora.planning.plan import plan
+    from jlora.training import recipe
+
+    made = plan(recipe.load(options.recipe, options.overrides), options.topology)
+    print(made)
+    return 0 if made.fits else 1
 
 
 def show_recipe(options: ShowRecipe) -> None:
@@ -308,6 +334,7 @@ def _new(out: Path) -> None:
 _COMMANDS: dict[tuple[str, ...], tuple[type, Callable[[Any], int | None]]] = {
     ("train",): (Train, train),
     ("recipe",): (ShowRecipe, show_recipe),
+    ("plan",): (Plan, plan),
     ("inspect",): (Inspect, inspect),
     ("export", "merged"): (ExportMerged, export_merged),
     ("export", "peft"): (ExportPeft, export_peft),

@@ -39,6 +39,7 @@ ALLOWED = {
         "inspection",
         "merging",
         "training",
+        "planning",
     },
     "conversion": {"tree", "factored", "adapters", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},

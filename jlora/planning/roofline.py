@@ -92,9 +92,6 @@ class Change(NamedTuple):
     fits: bool
 
 
-_NF4_BITS = 4.127  # With a scale of 8 bits for 64 weights, and one of 32 for 256 of those.
-
-
 def advice(
     memory: Memory,
     available: int,
@@ -105,7 +102,6 @@ def advice(
     remat: str = "everything",
     layers: int = 1,
     width: int = 0,
-    weight_bits: int = 16,
 ) -> list[Change]:
     """What would make a plan fit, what is enough alone first; nothing where it fits already.
 
@@ -121,7 +117,6 @@ def advice(
         remat: What is computed again already.
         layers: Of the model.
         width: Of its residual stream; 0 where it is not known.
-        weight_bits: Of the base's weights.
     """
     over = memory.peak - available
     if over <= 0:
@@ -167,10 +162,6 @@ def advice(
             f"adapter and optimizer are split over all of them",
             sum(held.values()) * (1 - 1 / data),
         )
-    for bits, kind in ((8.25, "int8"), (_NF4_BITS, "NF4")):
-        if weight_bits > bits:
-            left = held["weights"] * bits / weight_bits
-            suggest(f"a base in {kind}, {gib(left)} per chip", held["weights"] - left)
     more = 2
     while more < 1024 and memory.peak * (1 - 1 / more) < over:
         more *= 2

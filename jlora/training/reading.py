@@ -23,6 +23,7 @@ class Datasets(NamedTuple):
         tokenizer: Of the base.
         train: The stream of training batches.
         validation: That of an evaluation, if there is one.
+        test: That of the test, if there is one.
         labels: What they are called, for classification.
         reports: What became of each source's rows, by its path.
     """
@@ -30,6 +31,7 @@ class Datasets(NamedTuple):
     tokenizer: Tokenizer
     train: Stream
     validation: Stream | None
+    test: Stream | None
     labels: tuple[str, ...] | None
     reports: dict[str, str]
 
@@ -58,36 +60,31 @@ def read(recipe: Recipe, folder: Path, vocab_size: int, mine: slice, evaluated: 
         names = train[0].label_names if train else labels
         train.append(_corpus(recipe, source, tokenizer, vocab_size, names))
         reports[source.path] = _told(train[-1])
-    held = []
-    for source in recipe.data.validation:
-        held.append(_corpus(recipe, source, tokenizer, vocab_size, train[0].label_names))
-        reports[source.path] = _told(held[-1])
-    weights = [source.weight for source in recipe.data.train]
-    batch = recipe.batch
-    return Datasets(
-        tokenizer=tokenizer,
-        train=Stream(
-            train,
-            batching(recipe, batch.rows, batch.accumulate),
-            kind=recipe.task,
-            seed=recipe.seed,
-            weights=weights,
-            pad=tokenizer.pad,
-            mine=mine,
-        ),
-        validation=Stream(
-            held,
-            batching(recipe, batch.evaluation_rows or batch.rows, 1),
-            kind=recipe.task,
-            shuffle=False,
-            pad=tokenizer.pad,
-            mine=evaluated,
-        )
-        if held
-        else None,
-        labels=train[0].label_names,
-        reports=reports,
+    held: dict[str, list[Corpus]] = {"validation": [], "test": []}
+    for name, corpora in held.items():
+        for source in getattr(recipe.data, name):
+            made = _corpus(recipe, source, tokenizer, vocab_size, train[0].label_names)
+            corpora.append(made)
+            reports[source.path] = _told(made)
+
+    def evaluation(corpora: list[Corpus]) -> Stream | None:
+        if not corpora:
+            return None
+        shape = batching(recipe, recipe.batch.evaluation_rows or recipe.batch.rows, 1)
+        kind, pad = recipe.task, tokenizer.pad
+        return Stream(corpora, shape, kind=kind, shuffle=False, pad=pad, mine=evaluated)
+
+    stream = Stream(
+        train,
+        batching(recipe, recipe.batch.rows, recipe.batch.accumulate),
+        kind=recipe.task,
+        seed=recipe.seed,
+        weights=[source.weight for source in recipe.data.train],
+        pad=tokenizer.pad,
+        mine=mine,
     )
+    validation, test = map(evaluation, held.values())
+    return Datasets(tokenizer, stream, validation, test, train[0].label_names, reports)
 
 
 def batching(recipe: Recipe, rows: int, accumulate: int) -> Batching:

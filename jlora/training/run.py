@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
         step: The last one.
         kept: The step whose adapter was written: the best one, or the last.
         last: What the last step measured.
+        tested: The means on the test data, before and after; nothing without any.
         written: Files and folders.
     """
 
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
     step: int
     kept: int
     last: dict[str, float]
+    tested: list[dict[str, float]]
     written: list[Path]
 
 
@@ -146,10 +148,12 @@ def train(
         )
     prompts = _prompts(recipe, data)
     before = _written(recipe, setup, None, data, prompts)
+    test = _evaluation(setup, data.test, mesh)
+    tested = [] if test is None else [test(setup.state.trained)]
     every = [*_recorders(recipe, progress.step), *recorders]
     start = time.monotonic()
     with Watch() as watch, say.bar(steps, progress.step, _Shown(recipe, setup)) as show:
-        hooks = Hooks(every, show, _evaluation(setup, data, mesh))
+        hooks = Hooks(every, show, _evaluation(setup, data.validation, mesh))
         loop = Loop(recipe, setup, state, progress, saver, facts, hooks, watch, steps)
         batches = data.train.batches(Position(*progress.position))
         place = functools.partial(_placed, mesh, data.train)
@@ -167,12 +171,14 @@ def train(
         kept = progress.best_step
         state = saver.restore(state, kept).state
     saver.close()
+    if test is not None:
+        tested.append(test(state.trained))
     written = ending.write(recipe, setup, state.trained, facts["base"], data.labels)
     adapter = combine(state.trained["adapter"], setup.frozen["adapter"])
     after = _written(recipe, setup, adapter, data, prompts)
     if jax.process_index() == 0:
         lines = read_lines(output / METRICS)
-        told = _told(recipe, setup, data, lines, why, kept, steps, seconds, waited)
+        told = _told(recipe, setup, data, lines, why, kept, steps, seconds, waited, tested)
         samples = [
             reports.Sample(*texts)
             for texts in zip(recipe.report.prompts, before, after, strict=True)
@@ -191,7 +197,7 @@ def train(
             say(f"{name}: {value}")
     for path in written:
         say(f"Wrote {path}.")
-    return Outcome(why, progress.step, kept, loop.last, written)
+    return Outcome(why, progress.step, kept, loop.last, tested, written)
 
 
 # --- data on devices -----------------------------------------------------------------------------
@@ -230,9 +236,10 @@ def _placed(mesh: Mesh, stream: Stream, given: tuple[Position, Batch]) -> Placed
     return Placed(arrays, batch.ids, (after.epoch, after.batch), after.batch == 0, tokens)
 
 
-def _evaluation(setup: Setup, data: Datasets, mesh: Mesh) -> Any:
-    """From the trained arrays to the means over all validation examples; None without any."""
-    stream = data.validation
+def _evaluation(
+    setup: Setup, stream: Stream | None, mesh: Mesh
+) -> Callable[[PyTree], dict[str, float]] | None:
+    """From the trained arrays to the means over all of a stream's examples; None without any."""
     if stream is None:
         return None
 
@@ -405,6 +412,7 @@ def _told(
     steps: int,
     seconds: float,
     waited: float,
+    tested: Sequence[dict[str, float]],
 ) -> dict[str, str]:
     """What the report begins with."""
     stepped = [line for line in lines if "loss" in line]
@@ -422,6 +430,8 @@ def _told(
         told["steps"] += f": no better evaluation in {recipe.training.patience}"
     for path, said in data.reports.items():
         told[path] = said
+    for name in tested[0] if tested else ():
+        told[f"test {name}"] = " before, ".join(f"{one[name]:.4f}" for one in tested) + " after"
     if held:
         best = next(line for line in held if line["step"] == kept) if kept else held[-1]
         measured = {name: value for name, value in best.items() if name != "step"}

@@ -30,7 +30,7 @@ from jlora.training import mesh as meshes
 from jlora.training import tasks
 from jlora.training.optimizer import Optimizing, optimizing
 from jlora.training.recipe.sections import Recipe
-from jlora.training.step import Measured, State, Sums, evaluation_of, initial, step_of
+from jlora.training.step import State, evaluation_of, initial, step_of
 
 PyTree = Any
 
@@ -38,6 +38,22 @@ PyTree = Any
 _IN_LAYERS = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
 _TARGETS = {"BitFit": r"/layers?(_\d+)?/.*bias$", "TokenRows": r"/(embed|word)/embedding$"}
 _HEAD = r"^params/classifier/"
+
+
+class OnMesh:
+    """A jitted function whose tracing sees a mesh."""
+
+    def __init__(self, mesh: Mesh, fn: Any) -> None:
+        self._mesh, self._fn = mesh, fn
+
+    def __call__(self, *args: Any) -> Any:
+        with meshes.active(self._mesh):
+            return self._fn(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As `jax.stages.Wrapped.lower`."""
+        with meshes.active(self._mesh):
+            return self._fn.lower(*args)
 
 
 class Setup(NamedTuple):
@@ -66,8 +82,8 @@ class Setup(NamedTuple):
     fresh: PyTree | None
     optimizing: Optimizing
     state: State
-    step: Callable[..., tuple[State, Measured]]
-    evaluate: Callable[..., Sums]
+    step: OnMesh
+    evaluate: OnMesh
 
 
 def set_up(
@@ -91,8 +107,10 @@ def set_up(
     specs = meshes.weight_specs(model, *example_inputs(model))
     task = task_of(recipe, model, labels)
     base = _base(recipe, folder, model, specs, mesh, abstract)
+    keys = {name: _key(recipe, name) for name in ("adapter", "head")}
+    # Devices that are not here can compute nothing, keys neither.
     with meshes.active(mesh):
-        adapter = _adapter(recipe, task, base, specs, mesh, abstract)
+        adapter = _adapter(keys["adapter"], task, base, specs, mesh, abstract)
         prints = {} if abstract else _fingerprints(base, adapter)
         fresh = adapter if _taken_out(adapter) else None
         if fresh is not None:
@@ -101,7 +119,7 @@ def set_up(
         arrays = {"adapter": trained}
         if task.head is not None:
             whole = NamedSharding(mesh, PartitionSpec())
-            arrays["head"] = _made(task.head, _key(recipe, "head"), whole, abstract)
+            arrays["head"] = _made(task.head, keys["head"], whole, abstract)
         gates = any(isinstance(leaf, SoRALeaf) for leaf in _leaves(adapter))
         made = optimizing(recipe.optimizer, steps, gates=gates)
         state = _state(arrays, made, mesh, abstract)
@@ -117,8 +135,8 @@ def set_up(
         fresh=fresh,
         optimizing=made,
         state=state,
-        step=_on(mesh, jax.jit(step, donate_argnums=0, out_shardings=(places, None))),
-        evaluate=_on(mesh, jax.jit(evaluation_of(task.loss))),
+        step=OnMesh(mesh, jax.jit(step, donate_argnums=0, out_shardings=(places, None))),
+        evaluate=OnMesh(mesh, jax.jit(evaluation_of(task.loss))),
     )
 
 
@@ -183,7 +201,7 @@ def _base(
 
 
 def _adapter(
-    recipe: Recipe,
+    key: jax.Array,
     task: tasks.Task,
     base: PyTree,
     specs: meshes.Specs,
@@ -195,7 +213,6 @@ def _adapter(
     def init(key: jax.Array, base: PyTree) -> PyTree:
         return task.lora.init(key, base, *task.inputs)
 
-    key = _key(recipe, "adapter")
     shapes = jax.eval_shape(init, key, base)
     places = meshes.shardings(mesh, shapes, meshes.adapter_specs(shapes, specs))
     if abstract:
@@ -273,18 +290,3 @@ def _leaves(adapter: PyTree) -> list[Any]:
 def _taken_out(adapter: PyTree) -> bool:
     """Whether some of the adapter was taken out of the weights, which then need another base."""
     return any(getattr(leaf, "residual", False) for leaf in _leaves(adapter))
-
-
-def _on(mesh: Mesh, fn: Any) -> Any:
-    """A compiled function, whose tracing sees the mesh."""
-
-    class OnMesh:
-        def __call__(self, *args: Any) -> Any:
-            with meshes.active(mesh):
-                return fn(*args)
-
-        def lower(self, *args: Any) -> Any:
-            with meshes.active(mesh):
-                return fn.lower(*args)
-
-    return OnMesh()

@@ -65,7 +65,10 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     recipe_of: Make, chats: pathlib.Path, base: pathlib.Path
 ) -> None:
     raw = recipe_of(
-        data={"validation": [{"path": str(chats), "format": "chat"}]},
+        data={
+            "validation": [{"path": str(chats), "format": "chat"}],
+            "test": [{"path": str(chats), "format": "chat", "limit": 9}],
+        },
         training={"epochs": 6, "steps": None, "evaluate_every": 4},
         report={"prompts": ["who sees the <cat>?"], "max_new_tokens": 4, "tensorboard": True},
         export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
@@ -81,6 +84,8 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     assert sorted(held) == sorted({*range(4, outcome.step + 1, 4), outcome.step})
     assert outcome.kept == min(held, key=lambda step: held[step])
     assert min(held.values()) < losses[0] - 0.5
+    before, after = outcome.tested
+    assert after["loss"] < before["loss"] - 0.5
     assert {f.name: f.read_bytes() for f in base.iterdir()} == before
 
     # The adapter is that of the best evaluation, and the merged checkpoint computes the same.

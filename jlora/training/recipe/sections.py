@@ -80,7 +80,10 @@ class Data(Section):
 
     Attributes:
         train: One or more sources, mixed by their weights.
-        validation: Sources that are evaluated on and never trained on.
+        validation: Sources that are evaluated on as the run goes; the best evaluation's adapter is
+            kept.
+        test: Sources that are evaluated on twice, before the first step and with the adapter that
+            is kept. Nothing depends on them.
         length: The most tokens of a row.
         packing: Whether several examples share a row, none seeing another. Preferences and
             classification are never packed.
@@ -95,6 +98,7 @@ class Data(Section):
 
     train: Annotated[list[Source], Field(min_length=1)]
     validation: list[Source] = []
+    test: list[Source] = []
     length: Count = 1024
     packing: bool = True
     buckets: list[Count] | None = None
@@ -104,9 +108,8 @@ class Data(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Data:
-        tasks = {_TASKS[source.format] for source in (*self.train, *self.validation)}
-        if len(tasks) > 1:
-            formats = sorted({source.format for source in (*self.train, *self.validation)})
+        formats = sorted({s.format for s in (*self.train, *self.validation, *self.test)})
+        if len({_TASKS[name] for name in formats}) > 1:
             raise ValueError(
                 f"The formats {formats} are of different tasks, and a run has one. Leave some out."
             )

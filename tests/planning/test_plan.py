@@ -1,0 +1,103 @@
+"""Plans of recipes, as users ask for them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from jlora import cli
+from jlora.planning.plan import plan
+from jlora.training import recipe
+
+pytest.importorskip("libtpu")
+
+# Lengths of which a TPU's tiles are no more than the array.
+CONFIG = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def raw(tmp_path: pathlib.Path) -> dict[str, Any]:
+    """A recipe whose base is a config.json alone, and whose data is not there."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
+    return {
+        "output": "run",
+        "model": {"path": str(tmp_path / "base"), "remat": "everything"},
+        "lora": {"rank": 8},
+        "data": {"train": [{"path": "nowhere.jsonl", "format": "chat"}], "length": 1024},
+        "batch": {"rows": 4, "accumulate": 2},
+        "mesh": {"fsdp": 4},
+    }
+
+
+def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> None:
+    found = plan(recipe.checked(raw), "v5e:2x2")
+    assert found.fits
+    assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+    width, inner, kv = 512, 1536, 256
+    layer = 2 * width * width + 2 * width * kv + 3 * width * inner
+    weights = 3 * layer + 2 * 2048 * width
+    norms = 7 * width
+    held = found.memory.arguments
+    # bfloat16, a quarter on each chip; norms whole.
+    assert held["weights"] == (weights // 4 + norms) * 2
+    ranks = 8 * 3 * (2 * 2 * width + 2 * (width + kv) + 3 * (width + inner))
+    # In float32; an adapter's axes of the width are split, those of the others are not.
+    assert ranks * 4 / 4 < held["adapter"] < ranks * 4
+    # Two moments of each, and counts.
+    assert 2 * held["adapter"] <= held["optimizer"] < 2 * held["adapter"] + 200
+    assert held["batch"] == 2 * 4 * 1024 * 5 * 4 // 4
+    assert found.measured is not None
+    tokens = 2 * 4 * 1024
+    products = 3 * layer + 2048 * width
+    arithmetic = tokens * (4 * products + 2 * 3 * layer) / 4
+    # And factors, attention, and the head's products, which a chunked loss makes again.
+    assert 1.0 < found.measured.flops / arithmetic < 1.35
+    text = str(found)
+    for part in ("4 chips of 16.00 GiB", "weights", "fits", "all-gather", "tokens/s if nothing"):
+        assert part in text
+
+
+def test_what_does_not_fit_says_what_would(
+    raw: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**raw, "mesh": {}, "batch": {"rows": 16384}}))
+    status = cli.main(["plan", str(path), "--topology", "v5e:2x2", "--model.remat", "nothing"])
+    out = capsys.readouterr().out
+    assert status == 1
+    for part in ("does not fit", "what would make it fit", "enough alone", "rows in a batch"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("topology", "changes", "message"),
+    [
+        ("v5e:3", {}, "has 1 sides"),
+        ("v9:2x2", {}, "names no slice that jlora knows"),
+        ("v5e:2x2", {"mesh": {"fsdp": 3}}, "makes up 3 devices, and there are 4"),
+        ("v5e:2x2", {"batch": {"rows": 3}}, "A batch of 3 rows cannot be split over"),
+        ("v5e:2x2", {"model": {"path": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(
+    raw: dict[str, Any], topology: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        plan(recipe.checked({**raw, **changes}), topology)

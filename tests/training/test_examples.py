@@ -1,0 +1,55 @@
+"""The recipes under examples/: each is one, and each trains."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import pytest
+from training.conftest import ANIMALS
+
+from jlora.training import recipe
+from jlora.training.run import train
+
+RECIPES = pathlib.Path(__file__).parents[2] / "examples" / "recipes"
+NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
+ROWS = {
+    "chat": {
+        "messages": [
+            {"role": "user", "content": "who sees the cat?"},
+            {"role": "assistant", "content": "a dog."},
+        ]
+    },
+    "completion": {"prompt": "who?", "completion": " a dog."},
+    "text": {"text": "the cat sees a dog."},
+    "preference": {"prompt": "who?", "chosen": " a dog.", "rejected": " a cat."},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains(
+    name: str, base: pathlib.Path, encoder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    given = recipe.load(RECIPES / name)
+    changes = ["--output", str(tmp_path / "run"), "--training.steps", "2", "--batch.rows", "2"]
+    folder = encoder if given.task == "classification" else base
+    changes += ["--model.path", str(folder), "--data.length", "16", "--model.dtype", "float32"]
+    if given.data.buckets:
+        changes += ["--data.buckets", "[8, 16]"]
+    changes += ["--report.max_new_tokens", "2", "--training.save_minutes", "null"]
+    for part in ("train", "validation", "test"):
+        for number, source in enumerate(getattr(given.data, part)):
+            path = tmp_path / f"{part}-{number}.jsonl"
+            rows = [ROWS[source.format]] * 6 if source.format in ROWS else labelled()
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            changes += [f"--data.{part}.{number}.path", str(path)]
+    overlong = "split" if given.data.overlong == "split" else "truncate"
+    made = recipe.load(RECIPES / name, [*changes, "--data.overlong", overlong])
+    outcome = train(made, quiet=True, devices=jax.devices()[:1])
+    assert outcome.step == 2
+    assert all(path.exists() for path in outcome.written)
+
+
+def labelled() -> list[dict[str, str]]:
+    return [{"text": animal, "label": animal[0]} for animal in ANIMALS[:6]]

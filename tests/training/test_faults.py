@@ -1,0 +1,192 @@
+"""What happens to runs and checkpoints when processes are killed, disks are full, or there are two."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+from training.conftest import Make
+
+from jlora.training.records import read_lines
+from jlora.training.saving import Saver
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def started(arguments: list[str], devices: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """A process of its own, with quick compilation."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def jlora(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    return started(
+        ["-c", "import sys; from jlora.cli import main; sys.exit(main())", *arguments], devices
+    )
+
+
+def written(raw: dict[str, Any], folder: pathlib.Path) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return str(path)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+SAVER = """
+import sys, jax.numpy as jnp
+from jlora.training.saving import Saver
+saver = Saver(sys.argv[1], keep_last=3)
+first = max(saver.steps(), default=0) + 1
+print("ready", flush=True)
+for step in range(first, first + 10_000):
+    saver.save(step, {"a": jnp.arange(3000.0) + step, "b": jnp.float32(step)}, {})
+"""
+
+
+def kill_while_saving(folder: pathlib.Path, times: int) -> None:
+    rng = random.Random(0)
+    like = {"a": jnp.zeros(3000), "b": jnp.float32(0)}
+    last = 0
+    for _ in range(times):
+        child = started(["-c", SAVER, str(folder)])
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.05, 0.9))
+        child.kill()
+        child.communicate()
+        saver = Saver(folder, keep_last=3)
+        steps = saver.steps()
+        if steps:
+            found = saver.restore(like)
+            assert found.step == steps[-1] >= last
+            np.testing.assert_array_equal(found.state["a"], np.arange(3000.0) + found.step)
+            assert found.state["b"] == found.step
+            last = found.step
+        saver.close()
+        assert not list(folder.glob("*tmp*"))
+    assert last
+
+
+def test_what_is_killed_while_it_saves_keeps_its_last_checkpoint(tmp_path: pathlib.Path) -> None:
+    kill_while_saving(tmp_path / "run", 4)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_while_saving(tmp_path: pathlib.Path) -> None:
+    kill_while_saving(tmp_path / "run", 100)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_process_after_it_saved(
+    recipe_of: Make, tmp_path: pathlib.Path, number: signal.Signals, status: int
+) -> None:
+    raw = recipe_of(training={"steps": 100_000, "save_minutes": None})
+    child = jlora("train", written(raw, tmp_path))
+    lines = pathlib.Path(raw["output"]) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == status, error
+    assert f"{number.name}: step" in error
+    saver = Saver(pathlib.Path(raw["output"]) / "checkpoints", keep_last=2)
+    (step,) = saver.steps()
+    assert step == read_lines(lines)[-1]["step"]
+    facts = saver.facts(step)
+    assert facts["progress"]["step"] == step
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    states = [{"a": jnp.asarray(rng.normal(size=30_000))} for _ in range(2)]  # Nothing to compress.
+    saver = Saver(tmp_path / "run", keep_last=2)
+    saver.save(1, states[0], {})
+    saver.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="could not be written to .*Earlier ones are whole"):
+            saver.save(2, states[1], {})
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Saver(tmp_path / "run", keep_last=2)
+    assert again.steps() == [1]
+    np.testing.assert_array_equal(again.restore(states[1]).state["a"], states[0]["a"])
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def test_two_processes_train_as_one_does(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+    found = []
+    for name, processes in (("one", 1), ("two", 2)):
+        raw = recipe_of(output=str(tmp_path / name), batch={"rows": 4}, mesh={"data": 2, "fsdp": 2})
+        (tmp_path / name).mkdir()
+        recipe = written(raw, tmp_path)
+        port = f"127.0.0.1:{free_port()}"
+        children = [
+            jlora(
+                "train",
+                recipe,
+                *(
+                    ("--distributed.coordinator", port, "--distributed.processes", "2")
+                    + ("--distributed.process", str(process))
+                    if processes == 2
+                    else ()
+                ),
+                devices=4 // processes,
+            )
+            for process in range(processes)
+        ]
+        for child in children:
+            _, error = child.communicate(timeout=300)
+            assert child.returncode == 0, error
+        found.append(
+            (
+                [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")],
+                safetensors.numpy.load_file(tmp_path / name / "adapter.safetensors"),
+                json.loads((tmp_path / name / "checkpoints/6/facts/metadata").read_text()),
+            )
+        )
+    (losses, arrays, facts), (others, other_arrays, other_facts) = found
+    # Sums in another order, in float32.
+    np.testing.assert_allclose(losses, others, rtol=2e-5)
+    for name in arrays:
+        np.testing.assert_allclose(arrays[name], other_arrays[name], atol=2e-4)
+    assert facts["data"] == other_facts["data"]
+    assert facts["base"] == other_facts["base"]
