@@ -1,4 +1,4 @@
-"""What happens to runs and checkpoints when processes are killed, disks are full, or there are two."""
+"""Runs and checkpoints when processes are killed, disks are full, or there are two processes."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
+        saver.save(2, states[1], {})  # It returns before anything is written.
         with pytest.raises(OSError, match="could not be written to .*Earlier ones are whole"):
-            saver.save(2, states[1], {})
             saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -159,20 +159,14 @@ def test_two_processes_train_as_one_does(recipe_of: Make, tmp_path: pathlib.Path
         (tmp_path / name).mkdir()
         recipe = written(raw, tmp_path)
         port = f"127.0.0.1:{free_port()}"
-        children = [
-            jlora(
-                "train",
-                recipe,
-                *(
-                    ("--distributed.coordinator", port, "--distributed.processes", "2")
-                    + ("--distributed.process", str(process))
-                    if processes == 2
-                    else ()
-                ),
-                devices=4 // processes,
-            )
-            for process in range(processes)
-        ]
+        common = ["--distributed.coordinator", port, "--distributed.processes", "2"]
+        if processes == 1:
+            children = [jlora("train", recipe, devices=4)]
+        else:
+            children = [
+                jlora("train", recipe, *common, "--distributed.process", str(number), devices=2)
+                for number in range(2)
+            ]
         for child in children:
             _, error = child.communicate(timeout=300)
             assert child.returncode == 0, error

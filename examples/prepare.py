@@ -1,0 +1,191 @@
+"""Data and bases for the recipes that need nothing from a network: Python's own standard library.
+
+    python examples/prepare.py quickstart    # then: jlora train examples/recipes/quickstart.yaml
+    python examples/prepare.py docstrings    # then: jlora train examples/recipes/stdlib-base.yaml
+
+`quickstart` writes labelled docstrings, and links to all-MiniLM-L6-v2 as its package carries it.
+
+`docstrings` writes the library's source as plain text and pairs of a signature and its docstring,
+trains a tokenizer on the text, and writes a small decoder with random weights, which
+stdlib-base.yaml teaches Python and docstrings.yaml to write docstrings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+import tokenizers
+from flax import traverse_util
+
+from jlora.checkpoints import pieces
+from jlora.models import Decoder, model_of, stored_weights
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 2048,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "dtype": "float32",
+}
+SPECIAL = ("<s>", "</s>", "<pad>")
+
+
+# --- quickstart -----------------------------------------------------------------------------------
+
+
+def prepare_quickstart(folder: Path) -> None:
+    """Writes train.jsonl and test.jsonl, and a link to the base."""
+    from examples import quickstart
+
+    texts = quickstart.load_texts()
+    for split in ("train", "test"):
+        names = texts[split].features["label"].names
+        both = zip(texts[split]["text"], texts[split]["label"], strict=True)
+        rows = ({"text": text, "label": names[label]} for text, label in both)
+        write_lines(folder / f"{split}.jsonl", rows)
+    (folder / "base").symlink_to(quickstart.find_checkpoint().absolute())
+
+
+# --- docstrings -----------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+    """A documented function of the standard library.
+
+    Attributes:
+        module: Its file, from the library's root.
+        signature: `def name(arguments):`, or `class Name(bases):`.
+        doc: The first paragraph of its docstring.
+    """
+
+    module: str
+    signature: str
+    doc: str
+
+
+def prepare_docstrings(folder: Path) -> None:
+    """Writes the texts, the pairs, the tokenizer and the base."""
+    sources = dict(library())
+    held = {path for path in sources if is_held_out(path)}
+    write_lines(
+        folder / "source.jsonl",
+        ({"text": text} for path, text in sources.items() if path not in held),
+    )
+    pairs = [function for path, text in sources.items() for function in functions(path, text)]
+    for split in ("train", "test"):
+        chosen = (f for f in pairs if (f.module in held) == (split == "test"))
+        write_lines(
+            folder / f"{split}.jsonl",
+            ({"prompt": f'{f.signature}\n    """', "completion": f'{f.doc}"""'} for f in chosen),
+        )
+    base = folder / "base"
+    base.mkdir()
+    train_tokenizer((text for path, text in sources.items() if path not in held), base)
+    write_random(base)
+
+
+def library() -> Iterator[tuple[str, str]]:
+    """The files of the standard library, tests aside, with their paths in it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
+    for path in sorted(root.rglob("*.py")):
+        within = path.relative_to(root)
+        if skipped.isdisjoint(within.parts):
+            yield within.as_posix(), path.read_text(encoding="utf-8", errors="replace")
+
+
+def is_held_out(path: str) -> bool:
+    """Whether a file is for testing, as one in ten is: its path's hash tells."""
+    return hashlib.sha256(path.encode()).digest()[0] < 256 // 10
+
+
+def functions(path: str, text: str) -> Iterator[Function]:
+    """The documented functions and classes of a file."""
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        doc = ast.get_docstring(node)
+        if not doc or '"""' in doc:
+            continue
+        first = " ".join(inspect.cleandoc(doc).partition("\n\n")[0].split())
+        if isinstance(node, ast.ClassDef):
+            bases = ", ".join(ast.unparse(base) for base in node.bases)
+            signature = f"class {node.name}({bases}):" if bases else f"class {node.name}:"
+        else:
+            signature = f"def {node.name}({ast.unparse(node.args)}):"
+        if len(first.split()) >= 3 and len(signature) + len(first) < 600:
+            yield Function(path, signature, first)
+
+
+def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
+    """Writes a tokenizer of bytes and their most frequent pairs."""
+    made = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
+    made.train_from_iterator(
+        texts, vocab_size=CONFIG["vocab_size"], special_tokens=list(SPECIAL), show_progress=False
+    )
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_random(folder: Path) -> None:
+    """Writes a decoder with random weights as a Hugging Face folder."""
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    model = model_of(folder)
+    assert isinstance(model, Decoder)
+    tokens = np.zeros((1, 2), np.int32)
+    variables = nn.unbox(model.init(jax.random.key(0), tokens))
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    weights = stored_weights(model)[0]
+    make = pieces.maker(weights, flat)
+    tensors = {p.key: np.ascontiguousarray(make(p.key)) for w in weights.values() for p in w.pieces}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    """Writes a line of JSON for each row."""
+    with path.open("w", encoding="utf-8") as file:
+        count = sum(bool(file.write(json.dumps(row) + "\n")) for row in rows)
+    print(f"{path}: {count:,} rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=["quickstart", "docstrings"])
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="by default {what}-data")
+    given = parser.parse_args()
+    folder = given.output or Path(f"{given.what}-data")
+    if folder.exists():
+        print(f"{folder} is there already, and is left as it was.")
+        return
+    folder.mkdir(parents=True)
+    {"quickstart": prepare_quickstart, "docstrings": prepare_docstrings}[given.what](folder)
+
+
+if __name__ == "__main__":
+    main()
