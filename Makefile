@@ -20,7 +20,8 @@ LIVE_VENV ?= .venv-live
 .PHONY: quickstart test test-slow test-core test-foreign test-live lint format clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/prepare.py quickstart
+	$(BIN)/jlora train examples/recipes/quickstart.yaml
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(TESTS)

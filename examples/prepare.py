@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 import tokenizers
+from flax import linen as nn
 from flax import traverse_util
 
 from jlora.checkpoints import pieces

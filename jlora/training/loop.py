@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -160,6 +161,7 @@ class Loop:
         if self.progress.evaluated != self.progress.step and self._hooks.evaluate is not None:
             self._evaluated()
         self._save()
+        self._wait()
         return "steps"
 
     def _stepped(self, batch: Placed) -> tuple[State, Measured]:
@@ -262,19 +264,24 @@ class Loop:
     def _save(self, score: float | None = None) -> None:
         if self._saved == self.progress.step:
             return
+        self._wait()
         facts = {**self._facts, "progress": self.progress.facts()}
+        self._saver.save(self.progress.step, self.state, facts, score)
+        self._saved, self._saved_at = self.progress.step, time.monotonic()
+
+    def _wait(self) -> None:
+        """Until the last checkpoint is written."""
         try:
-            self._saver.save(self.progress.step, self.state, facts, score)
+            self._saver.wait()
         except OSError as error:
             if self.recipe.training.save_errors == "stop":
                 raise
-            print(f"warning: {error}", flush=True)
-        self._saved, self._saved_at = self.progress.step, time.monotonic()
+            warnings.warn(str(error), stacklevel=2)
 
     def _interrupted(self, seen: signal.Signals) -> None:
         self._look()
         self._save()
-        self._saver.wait()
+        self._saver.wait()  # What is not written is no reason to say that it is.
         raise Interrupted(
             f"{seen.name}: step {self.progress.step} of {self._steps} is saved in "
             f"{self._saver.folder}. Go on with --resume.",

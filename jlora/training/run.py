@@ -164,7 +164,6 @@ def train(
         finally:
             for recorder in every:
                 recorder.close()
-    saver.wait()
     seconds = time.monotonic() - start
     state, kept = loop.state, progress.step
     if progress.best_step is not None and progress.best_step != progress.step:

@@ -1,16 +1,18 @@
 """Checkpoints of a run, through Orbax: written in the background, whole or not at all, and checked.
 
 A checkpoint holds the training state and facts about the run. The facts have a SHA-256 of every
-array, which is compared when it is restored.
+array, which is compared when it is restored. Hashing and writing are done by a thread, so that a
+run waits only for the copy to the host.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +72,18 @@ class Saver:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            enable_async_checkpointing=False,  # The thread here does more than Orbax's would.
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "jlora-saving")
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._begun = set(self._manager.all_steps())
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
+        with contextlib.suppress(Exception):  # It is raised where it is asked for.
+            if self._writing is not None:
+                self._writing.exception()
         return sorted(self._manager.all_steps())
 
     def save(
@@ -92,19 +101,26 @@ class Saver:
             OSError: An earlier checkpoint could not be written.
             ValueError: There is one of that step.
         """
-        arrays = _named(state)
-        hashes = {name: _sha256(whole(array)) for name, array in arrays.items()}
+        if step in self._begun:
+            raise ValueError(f"{self.folder} has a checkpoint of step {step}, which is left alone.")
+        self.wait()
+        self._begun.add(step)
+        # On a CPU an array and NumPy's share memory, which the next step writes over.
+        arrays = {name: np.array(whole(array)) for name, array in _named(state).items()}
+        self._writing = self._worker.submit(self._write, step, arrays, dict(facts), score)
+
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], facts: dict[str, Any], score: float | None
+    ) -> None:
+        hashes = {name: _sha256(array) for name, array in arrays.items()}
         args = ocp.args.Composite(
             **{
                 _STATE: ocp.args.PyTreeSave(arrays),
                 _FACTS: ocp.args.JsonSave({"format": FORMAT, "sha256": hashes, **facts}),
             }
         )
-        if step in self.steps():
-            raise ValueError(f"{self.folder} has a checkpoint of step {step}, which is left alone.")
         metrics = None if score is None else {"score": score}
-        with _as_os_error(self.folder):
-            self._manager.save(step, args=args, metrics=metrics)
+        self._manager.save(step, args=args, metrics=metrics)
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -112,9 +128,17 @@ class Saver:
         Raises:
             OSError: Something could not be.
         """
-        with _as_os_error(self.folder):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except Exception as error:
+            raise OSError(
+                f"The checkpoint could not be written to {self.folder}: "
+                f"{str(error).partition(chr(10))[0]}. Earlier ones are whole. Make room or mend "
+                f"the rights, then resume."
+            ) from error
 
     def close(self) -> None:
         """Waits, and closes the folder.
@@ -122,7 +146,10 @@ class Saver:
         Raises:
             OSError: Something could not be written.
         """
-        with _as_os_error(self.folder):
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
             self._manager.close()
 
     def facts(self, step: int) -> dict[str, Any]:
@@ -251,15 +278,3 @@ def _sha256(array: np.ndarray) -> str:
 def _placed(array: np.ndarray, like: Any) -> Any:
     sharding = like.sharding
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-@contextlib.contextmanager
-def _as_os_error(folder: Path) -> Iterator[None]:
-    """Whatever Orbax raises where nothing can be written."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"The checkpoint could not be written to {folder}: {str(error).partition(chr(10))[0]}. "
-            f"Earlier ones are whole. Make room or mend the rights, then resume."
-        ) from error
