@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from jlora import models
 
-pytest.importorskip("matplotlib", reason="needs the extra jlora[quickstart]")
+pytest.importorskip("matplotlib", reason="needs the extra jlora[train]")
 from examples import quickstart
 
 needs_checkpoint = pytest.mark.skipif(
