@@ -24,6 +24,7 @@ from jlora.training.interruption import Interrupted
 from jlora.training.loop import NotFinite
 from jlora.training.records import read_lines
 from jlora.training.run import Outcome, train
+from jlora.training.saving import Saver
 
 
 def run(raw: dict[str, Any], *, devices: int = 1, **options: Any) -> Outcome:
@@ -269,6 +270,20 @@ def test_another_base_is_not_gone_on_with(
         run(raw, resume=True)
 
 
+def test_other_versions_are_warned_of(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    raw = copied(whole, tmp_path)
+    with pytest.raises(Interrupted):
+        run(raw, recorders=[After(2, stop)])
+    step = measured(raw)[-1]["step"]
+    path = output(raw) / f"checkpoints/{step}/facts/metadata"
+    facts = json.loads(path.read_text())
+    facts["versions"]["jax"] = "0.1.0"
+    path.write_text(json.dumps(facts))
+    with pytest.warns(UserWarning, match="made with .*'jax': '0.1.0'.* and this is"):
+        run(raw, resume=True)
+    assert measured(raw) == measured(whole)
+
+
 # --- meshes ---------------------------------------------------------------------------------------
 
 
@@ -334,6 +349,46 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     (tmp_path / "all.jsonl").write_text((json.dumps(rows[13]) + "\n") * 14)
     with pytest.raises(NotFinite, match="Step 2, the last of 2 in a row"):
         run(raw)
+
+
+@pytest.mark.parametrize("policy", ["stop", "warn"])
+def test_a_checkpoint_that_cannot_be_written_is_told(
+    recipe_of: Make, monkeypatch: Any, policy: str
+) -> None:
+    raw = recipe_of(training={"save_every": 2, "save_minutes": None, "save_errors": policy})
+    write = Saver._write
+
+    def failing(self: Saver, step: int, *rest: Any) -> None:
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        write(self, step, *rest)
+
+    monkeypatch.setattr(Saver, "_write", failing)
+    if policy == "stop":
+        with pytest.raises(OSError, match="could not be written .*No space left.*Earlier ones are"):
+            run(raw)
+        assert not (output(raw) / "adapter.safetensors").exists()
+    else:
+        with pytest.warns(UserWarning, match="could not be written .*No space left"):
+            run(raw)
+        assert (output(raw) / "adapter.safetensors").exists()
+    found = Saver(output(raw) / "checkpoints", keep_last=2).steps()
+    assert found == ([2] if policy == "stop" else [2, 6])
+
+
+def test_the_base_is_the_same_after_as_before(recipe_of: Make, monkeypatch: Any) -> None:
+    from jlora.training import run as running
+
+    kept: list[Any] = []
+    set_up = running.set_up
+    monkeypatch.setattr(running, "set_up", lambda *a, **k: kept.append(set_up(*a, **k)) or kept[-1])
+    raw = recipe_of()
+    run(raw)
+    _, params = models.load(raw["model"]["path"], dtype="float32", scanned=True)
+    jax.tree.map(np.testing.assert_array_equal, kept[0].frozen["base"], params)
+    # And nothing of its size is in the optimizer's state.
+    held = sum(array.size for array in jax.tree.leaves(kept[0].state.optimizer))
+    assert held <= 2 * sum(array.size for array in jax.tree.leaves(kept[0].state.trained)) + 10
 
 
 def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -> None:
