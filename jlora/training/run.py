@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
+import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,12 +73,36 @@ def connect(options: Distributed) -> None:
     Raises:
         RuntimeError: They do not find each other.
     """
+    arguments = joining(options, os.environ)
+    if arguments is not None:
+        jax.distributed.initialize(**arguments)
+
+
+def joining(options: Distributed, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is called with; None for a process alone.
+
+    Raises:
+        ValueError: A variable is no number.
+    """
     if options.coordinator is not None:
-        jax.distributed.initialize(
-            options.coordinator, num_processes=options.processes, process_id=options.process
-        )
-    elif options.auto:
-        jax.distributed.initialize()
+        return {
+            "coordinator_address": options.coordinator,
+            "num_processes": options.processes,
+            "process_id": options.process,
+        }
+    address = environment.get("JAX_COORDINATOR_ADDRESS")
+    if address is None:
+        return {} if options.auto else None
+    found: dict[str, Any] = {"coordinator_address": address}
+    for name, variable in (
+        ("num_processes", "JAX_NUM_PROCESSES"),
+        ("process_id", "JAX_PROCESS_ID"),
+    ):
+        text = environment.get(variable)
+        if text is not None and not text.isdigit():
+            raise ValueError(f"{variable}={text!r} is no number. Set it to one, or unset it.")
+        found[name] = None if text is None else int(text)
+    return found
 
 
 def train(

@@ -21,7 +21,9 @@ import safetensors.numpy
 import yaml
 from training.conftest import Make
 
+from jlora.training.recipe.sections import Distributed
 from jlora.training.records import read_lines
+from jlora.training.run import joining
 from jlora.training.saving import Saver
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -143,7 +145,45 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -
     np.testing.assert_array_equal(again.restore(states[1]).state["a"], states[0]["a"])
 
 
-# --- two processes --------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "want"),
+    [
+        ({}, {}, None),
+        ({"auto": True}, {}, {}),
+        (
+            {"coordinator": "a:1", "processes": 3, "process": 2},
+            {"JAX_COORDINATOR_ADDRESS": "b:2"},
+            {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2},
+        ),
+        (
+            {},
+            {
+                "JAX_COORDINATOR_ADDRESS": "b:2",
+                "JAX_NUM_PROCESSES": "4",
+                "JAX_PROCESS_ID": "0",
+            },
+            {"coordinator_address": "b:2", "num_processes": 4, "process_id": 0},
+        ),
+        (
+            {},
+            {"JAX_COORDINATOR_ADDRESS": "b:2"},
+            {"coordinator_address": "b:2", "num_processes": None, "process_id": None},
+        ),
+    ],
+)
+def test_processes_are_joined_as_they_are_told_to(
+    options: dict[str, Any], environment: dict[str, str], want: Any
+) -> None:
+    assert joining(Distributed(**options), environment) == want
+
+
+def test_a_number_of_processes_that_is_none_is_refused() -> None:
+    environment = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "two"}
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' is no number"):
+        joining(Distributed(), environment)
 
 
 def free_port() -> int:

@@ -249,7 +249,8 @@ class Distributed(Section):
     """Several processes, each of which is started with the same recipe.
 
     Attributes:
-        coordinator: host:port of the first process; JAX's own environment variables when null.
+        coordinator: host:port of the first process; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+            and JAX_PROCESS_ID say it when null.
         processes: How many there are.
         process: The number of this one.
         auto: Whether to ask the surroundings: Cloud TPU metadata, Slurm, or Open MPI.
