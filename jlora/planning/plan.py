@@ -132,9 +132,7 @@ def plan(recipe: Recipe, topology: str) -> Plan:
         FileNotFoundError: The base is not there.
     """
     found = devices_of(topology)
-    sizes = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
-    if recipe.mesh.data is not None:
-        sizes["data"] = recipe.mesh.data
+    sizes = {name: size for name, size in recipe.mesh if size is not None}
     mesh = meshes.make_mesh(sizes, found.devices)
     meshes.check_batch(mesh, recipe.batch.rows)
     labels = len(recipe.classification.labels or ("no", "yes"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from jlora.checkpoints.tensors import file_bytes
 from jlora.conversion import on_original_base
 from jlora.merging.export import merge_to
 from jlora.optim.labels import combine
+from jlora.training import mesh as meshes
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
@@ -31,9 +33,14 @@ _READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 ADAPTER, HEAD = "adapter.safetensors", "head.safetensors"
 
 
+def whole_adapter(setup: Setup, trained: PyTree) -> dict[str, Any]:
+    """The adapter that the loop trains, with its frozen arrays."""
+    return combine(trained["adapter"], setup.frozen["adapter"])
+
+
 def adapter_of(setup: Setup, trained: PyTree) -> dict[str, Any]:
-    """The whole adapter for the checkpoint's own base, in host memory."""
-    held = jax.tree.map(whole, combine(trained["adapter"], setup.frozen["adapter"]))
+    """The adapter for the checkpoint's own base, in host memory."""
+    held = jax.tree.map(whole, whole_adapter(setup, trained))
     if setup.fresh is None:
         return held
     return on_original_base(held, jax.tree.map(whole, setup.fresh))
@@ -128,6 +135,16 @@ def _replaced(folder: Path) -> Path:
     return folder
 
 
+def prompts_of(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of the recipe's prompts, as the model is used to them; none unless it writes."""
+    prompts = recipe.report.prompts if recipe.task != "classification" else []
+    if recipe.data.train[0].format != "chat" or tokenizer.template is None:
+        return [[*tokenizer.before, *ids] for ids in tokenizer.encode(prompts)]
+    chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    render = functools.partial(tokenizer.template.render, add_generation_prompt=True)
+    return tokenizer.encode([render(chat) for chat in chats])
+
+
 def texts(
     setup: Setup,
     adapter: PyTree | None,
@@ -158,15 +175,16 @@ def texts(
     if adapter is not None:
         given = {"base": given, "adapter": adapter}
         apply = lambda both, *inputs: lora.apply(both["base"], both["adapter"], *inputs)  # noqa: E731
-    made = models.generate(
-        setup.model,
-        given,
-        rows,
-        mask,
-        max_new_tokens=tokens,
-        sampling=models.Sampling(stop_tokens=models.stop_tokens(setup.folder)),
-        apply=apply,
-    )
+    with meshes.active(setup.mesh):
+        made = models.generate(
+            setup.model,
+            given,
+            rows,
+            mask,
+            max_new_tokens=tokens,
+            sampling=models.Sampling(stop_tokens=models.stop_tokens(setup.folder)),
+            apply=apply,
+        )
     ends = np.asarray(made.lengths)
     return [
         tokenizer.whole.decode(np.asarray(row[:end]).tolist(), skip_special_tokens=True)

@@ -5,12 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import types
-from collections.abc import Callable
-from typing import Any, Self
-
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from typing import Self
 
 # As a shell reports a process that the signal ended: 128 and its number.
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -53,24 +48,3 @@ class Watch:
         self.seen = signal.Signals(number)
         # Saving may hang, and then the next one has to get through.
         signal.signal(number, self._before[self.seen])  # type: ignore[arg-type]
-
-
-def agreement(mesh: Mesh) -> Callable[[int], Any]:
-    """A function from this process's wish to the greatest of all processes' wishes.
-
-    What it returns is computed after the work that was given to the devices before; `int` waits for
-    it. All processes have to call it equally often.
-    """
-    if jax.process_count() == 1:
-        return lambda wish: wish
-    every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    local = len(mesh.local_devices)
-    greatest = jax.jit(
-        lambda wishes: wishes.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
-
-    def agreed(wish: int) -> Any:
-        wishes = np.full(local, wish, np.int32)
-        return greatest(jax.make_array_from_process_local_data(every, wishes, (mesh.size,)))
-
-    return agreed

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora.training.interruption import EXIT_STATUS, Interrupted, Watch, agreement
+from jlora.training.interruption import EXIT_STATUS, Interrupted, Watch
+from jlora.training.processes import agreement
 from jlora.training.recipe.sections import Recipe
 from jlora.training.records import Recorder, record_all
 from jlora.training.saving import Saver

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+
+METRICS = "metrics.jsonl"
 Values = Mapping[str, float]
 
 
@@ -72,6 +75,22 @@ class TensorBoard:
     def close(self) -> None:
         """Writes what is left."""
         self._writer.close()
+
+
+def recorders_of(output: Path, *, tensorboard: bool, after: int) -> list[JsonLines | TensorBoard]:
+    """Those that write into a run's folder, from the first process alone.
+
+    Args:
+        output: The folder.
+        tensorboard: Whether TensorBoard's files are wanted too.
+        after: The last step that counts of what is there.
+    """
+    if jax.process_index() > 0:
+        return []
+    found: list[JsonLines | TensorBoard] = [JsonLines(output / METRICS, after=after)]
+    if tensorboard:
+        found.append(TensorBoard(output / "tensorboard", after=after))
+    return found
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -21,9 +21,9 @@ import safetensors.numpy
 import yaml
 from training.conftest import Make
 
+from jlora.training.processes import joining
 from jlora.training.recipe.sections import Distributed
 from jlora.training.records import read_lines
-from jlora.training.run import joining
 from jlora.training.saving import Saver
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -
     np.testing.assert_array_equal(again.restore(states[1]).state["a"], states[0]["a"])
 
 
-# --- several processes --------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Going on with a run: what a checkpoint says of the run that it is of, and what may differ."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from typing import Any
+
+from jlora.training.loop import Progress
+from jlora.training.reading import Datasets
+from jlora.training.recipe.sections import Recipe
+from jlora.training.saving import Saver
+from jlora.training.setup import Setup
+from jlora.training.step import State
+
+# What a run may not change while it goes on; all else may differ when it is resumed.
+_BOUND = ("seed", "lora", "more", "frozen", "optimizer", "preference", "classification")
+_VERSIONS = ("jax", "jaxlib", "flax", "optax")
+
+
+def facts_of(recipe: Recipe, setup: Setup, data: Datasets) -> dict[str, Any]:
+    """What a checkpoint says of the run that it is of."""
+    dumped = recipe.model_dump(mode="json")
+    return {
+        "recipe": {name: dumped[name] for name in _BOUND},
+        "schedule": {name: dumped["training"][name] for name in ("epochs", "steps")},
+        "data": data.train.fingerprint,
+        "tokenizer": data.tokenizer.fingerprint,
+        "base": setup.fingerprints,
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    }
+
+
+def resumed(
+    saver: Saver, setup: Setup, facts: dict[str, Any], allow_changes: bool
+) -> tuple[State, Progress]:
+    """The state and progress of the last checkpoint.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or of another run.
+    """
+    restored = saver.restore(setup.state)
+    changed = [name for name in facts if facts[name] != restored.facts[name] and name != "versions"]
+    if changed and not allow_changes:
+        told = [_difference(name, restored.facts[name], facts[name]) for name in changed]
+        raise ValueError(
+            f"The checkpoint of step {restored.step} in {saver.folder} was made with another "
+            f"{'; another '.join(told)}. Resume with what it was made with, or say "
+            f"--allow-changes to go on all the same."
+        )
+    if facts["versions"] != restored.facts["versions"]:
+        warnings.warn(
+            f"The checkpoint was made with {restored.facts['versions']}, and this is "
+            f"{facts['versions']}: the same to the last bit is not to be expected.",
+            stacklevel=2,
+        )
+    return restored.state, Progress.of(restored.facts["progress"])
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """What changed of one fact, as far as it can be said in a line."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if name == "base":
+            return f"base (the weight {keys[0]!r} has other numbers)"
+        parts = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys]
+        return f"{name} ({'; '.join(parts)})"
+    return name

@@ -1,0 +1,130 @@
+"""What a run says while it goes on, and what its report begins with."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jlora.training.reading import Datasets
+from jlora.training.recipe.sections import Recipe
+from jlora.training.setup import Setup
+from jlora.training.speed import flops_per_token, peak_memory_gib, peak_tflops
+
+
+class Talk:
+    """Lines and a progress bar, or silence."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def __call__(self, text: str) -> None:
+        if not self._quiet:
+            tqdm.write(text)
+
+    def bar(self, steps: int, done: int, shown: Shown) -> Bar:
+        return Bar(
+            tqdm(total=steps, initial=done, unit="step", disable=self._quiet, file=sys.stderr),
+            shown,
+        )
+
+
+class Shown:
+    """The few numbers beside the bar."""
+
+    def __init__(self, recipe: Recipe, setup: Setup) -> None:
+        peak = recipe.report.peak_tflops or peak_tflops(setup.mesh.devices.flat[0])
+        self._flops = flops_per_token(
+            setup.model, setup.frozen["base"], setup.state.trained, recipe.data.length
+        )
+        self._peak = None if peak is None else peak * 1e12 * setup.mesh.size
+
+    def text(self, values: dict[str, float]) -> str:
+        speed = values["tokens"] / values["seconds"] if values["seconds"] else 0.0
+        parts = [f"loss {values['loss']:.3f}", f"{speed:,.0f} tokens/s"]
+        if self._peak is not None:
+            parts.append(f"{speed * self._flops / self._peak:.0%} of peak")
+        return ", ".join([*parts, f"{peak_memory_gib():.1f} GiB"])
+
+
+class Bar:
+    """Shows every step's numbers."""
+
+    def __init__(self, bar: Any, shown: Shown) -> None:
+        self._bar, self._shown = bar, shown
+
+    def __enter__(self) -> Callable[[int, dict[str, float]], None]:
+        def show(step: int, values: dict[str, float]) -> None:
+            self._bar.set_postfix_str(self._shown.text(values), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+        return show
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def counted(setup: Setup) -> str:
+    trained = sum(array.size for array in jax.tree.leaves(setup.state.trained))
+    base = sum(array.size for array in jax.tree.leaves(setup.frozen["base"]))
+    return f"{trained:,} numbers are trained, {trained / base:.2%} of the base's {base:,}."
+
+
+class Course(NamedTuple):
+    """How a run went.
+
+    Attributes:
+        why: It ended: "steps", or "patience" when evaluations got no better.
+        kept: The step whose adapter is written.
+        steps: How many were to be made.
+        seconds: That it took.
+        waited_s: In which the devices had no batch.
+        tested: The means on the test data before and after, if there is any.
+        lines: Of metrics.jsonl.
+    """
+
+    why: str
+    kept: int
+    steps: int
+    seconds: float
+    waited_s: float
+    tested: Sequence[dict[str, float]]
+    lines: Sequence[dict[str, Any]]
+
+
+def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dict[str, str]:
+    """What the report begins with."""
+    stepped = [line for line in course.lines if "loss" in line]
+    held = {line["step"]: line for line in course.lines if "validation_loss" in line}
+    seconds, waited = round(course.seconds), round(course.waited_s)
+    told = {
+        "base": recipe.model.path,
+        "adapter": ", ".join(rule.family for rule in (*recipe.more, recipe.lora)),
+        "trained": counted(setup),
+        "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
+        "steps": f"{len(stepped)} of {course.steps}",
+        "time": f"{seconds} s, of which the devices waited {waited} s for data",
+        "loss": f"{_mean(stepped[:10])} at first, {_mean(stepped[-10:])} at last",
+    }
+    if course.why == "patience":
+        told["steps"] += f": no better evaluation in {recipe.training.patience}"
+    for path, said in data.reports.items():
+        told[path] = said
+    for name in course.tested[0] if course.tested else ():
+        both = " before, ".join(f"{one[name]:.4f}" for one in course.tested)
+        told[f"test {name}"] = f"{both} after"
+    if course.kept in held:
+        means = {name: value for name, value in held[course.kept].items() if name != "step"}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        told["validation"] = f"{values} at step {course.kept}, whose adapter was kept"
+    return told
+
+
+def _mean(lines: Sequence[dict[str, Any]]) -> str:
+    values = [line["loss"] for line in lines if math.isfinite(line["loss"])]
+    return f"{np.mean(values):.4f}" if values else "none"
