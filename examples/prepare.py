@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import json
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,7 +173,7 @@ def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
     """Writes a line of JSON for each row."""
     with path.open("w", encoding="utf-8") as file:
         count = sum(bool(file.write(json.dumps(row) + "\n")) for row in rows)
-    print(f"{path}: {count:,} rows")
+    print(f"{path.name}: {count:,} rows")
 
 
 def main() -> None:
@@ -184,8 +185,14 @@ def main() -> None:
     if folder.exists():
         print(f"{folder} is there already, and is left as it was.")
         return
-    folder.mkdir(parents=True)
-    {"quickstart": prepare_quickstart, "docstrings": prepare_docstrings}[given.what](folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: what an interruption leaves is not taken for the data.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        {"quickstart": prepare_quickstart, "docstrings": prepare_docstrings}[given.what](made)
+        made.rename(folder)
+    print(f"The data is in {folder}/.")
 
 
 if __name__ == "__main__":

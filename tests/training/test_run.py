@@ -74,7 +74,7 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
         report={"prompts": ["who sees the <cat>?"], "max_new_tokens": 4, "tensorboard": True},
         export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
     )
-    before = {f.name: f.read_bytes() for f in base.iterdir()}
+    files = {f.name: f.read_bytes() for f in base.iterdir()}
     outcome = run(raw)
     folder = output(raw)
     lines = measured(raw)
@@ -87,7 +87,7 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     assert min(held.values()) < losses[0] - 0.5
     before, after = outcome.tested
     assert after["loss"] < before["loss"] - 0.5
-    assert {f.name: f.read_bytes() for f in base.iterdir()} == before
+    assert {f.name: f.read_bytes() for f in base.iterdir()} == files
 
     # The adapter is that of the best evaluation, and the merged checkpoint computes the same.
     model, params = models.load(base, dtype="float32", scanned=True)
