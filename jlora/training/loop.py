@@ -120,7 +120,8 @@ class Loop:
         self.last: dict[str, float] = {}
         self._agree = agreement(setup.mesh)
         self._asked = 0  # What all processes wish for.
-        self._pending: tuple[int, Placed, Measured, float, Any] | None = None
+        self._pending: tuple[int, Placed, Measured, Any] | None = None
+        self._since = time.monotonic()  # When the devices were done with what was before a step.
 
     def run(self, batches: Iterable[Placed]) -> str:
         """Makes the steps that are left; returns why the run ended.
@@ -131,17 +132,15 @@ class Loop:
             OSError: A checkpoint could not be written.
         """
         options = self.recipe.training
-        began = time.monotonic()
+        self._since = time.monotonic()
         for batch in batches:
             self.state, measured = self._stepped(batch)
             # What the last step measured is looked at while this one runs.
-            now = time.monotonic()
             self._look()
             self.progress.step += 1
             self.progress.position = batch.after
             wish = self._agree(self._wish())
-            self._pending = self.progress.step, batch, measured, now - began, wish
-            began = now
+            self._pending = self.progress.step, batch, measured, wish
             if jax.process_count() == 1:  # Others hear of it one step later.
                 self._asked = wish
             if self._asked > _SAVE:
@@ -150,12 +149,12 @@ class Loop:
                 self._look()
                 if self._evaluated():
                     return "patience"
-                began = time.monotonic()
+                self._since = time.monotonic()
             elif self._asked == _SAVE or self._is_due(options.save_every):
                 self._look()
                 self._save()
                 self._asked = 0
-                began = time.monotonic()
+                self._since = time.monotonic()
             if self.progress.step >= self._steps:
                 break
         self._look()
@@ -186,9 +185,10 @@ class Loop:
         """Waits for the last step, records what it measured, and acts on it."""
         if self._pending is None:
             return
-        step, batch, measured, seconds, wish = self._pending
+        step, batch, measured, wish = self._pending
         self._pending = None
         values = jax.device_get(measured)
+        began, self._since = self._since, time.monotonic()
         self._asked = int(wish)
         self.progress.tokens += float(values.weight)
         told = {
@@ -197,7 +197,7 @@ class Loop:
             "learning_rate": float(values.learning_rate),
             "weight": float(values.weight),
             "tokens": float(batch.tokens * jax.process_count()),
-            "seconds": seconds,
+            "seconds": self._since - began,
             **{name: float(value) for name, value in values.others.items()},
         }
         self.last = told

@@ -139,6 +139,8 @@ def _told(corpus: Corpus) -> str:
     """What became of the rows: what was left out is said, what did not happen is not."""
     report = corpus.report._asdict()
     first = f"{report.pop('rows'):,} rows, {report.pop('examples'):,} examples"
-    tokens = f"{report.pop('tokens'):,} tokens, {report.pop('learned'):,} of them learned"
+    tokens, learned = f"{report.pop('tokens'):,} tokens", report.pop("learned")
+    if learned:  # Of texts with labels none is.
+        tokens += f", {learned:,} of them learned"
     rest = [f"{count:,} {name}" for name, count in report.items() if count]
     return ", ".join([first, tokens, *rest])

@@ -38,10 +38,14 @@ class JsonLines:
             after: The last step that counts: lines of later ones, which an interrupted run wrote
                 and a resumed one writes again, are taken out.
         """
+        path = Path(path)
         kept = [line for line in read_lines(path) if line["step"] <= after]
-        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        # Written beside the old file and moved into its place, so that being killed loses nothing.
+        temporary = path.with_suffix(".tmp")
+        self._file = temporary.open("w", encoding="utf-8")
         for line in kept:
             self._write(line)
+        temporary.replace(path)
 
     def record(self, step: int, values: Values) -> None:
         """Writes a line."""
@@ -52,10 +56,15 @@ class JsonLines:
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # JSON has no NaN; a reader of these lines should not need Python's.
-        plain = {k: v if math.isfinite(v) else str(v) for k, v in line.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        self._file.write(json.dumps(plain(line)) + "\n")
         self._file.flush()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it, which has no NaN: a reader should not need Python's."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:

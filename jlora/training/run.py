@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +22,16 @@ from jlora.training.placing import evaluation, placed_ahead, rows_here
 from jlora.training.processes import connect
 from jlora.training.reading import Datasets, read
 from jlora.training.recipe.sections import Recipe
-from jlora.training.records import METRICS, Recorder, read_lines, recorders_of
+from jlora.training.records import METRICS, Recorder, plain, read_lines, recorders_of
 from jlora.training.resuming import facts_of, resumed
 from jlora.training.saving import Saver, check_writable
 from jlora.training.setup import Setup, model_of, set_up
 from jlora.training.step import State
-from jlora.training.telling import Course, Shown, Talk, counted, summary
+from jlora.training.telling import Course, Shown, Talk, counted, figures, summary
 
 PyTree = Any
 REPORT, RECIPE, CHECKPOINTS = "report.html", "recipe.yaml", "checkpoints"
+RESULT = "result.json"
 
 
 class Outcome(NamedTuple):
@@ -137,7 +139,9 @@ def train(
             changes=_changes(setup, state),
             samples=list(map(report.Sample, recipe.report.prompts, before, after)),
         )
-        written.append(output / REPORT)
+        result = {**figures(setup, course), "versions": facts["versions"]}
+        (output / RESULT).write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
+        written += [output / REPORT, output / RESULT]
         for name, value in told.items():
             say(f"{name}: {value}")
     for path in written:

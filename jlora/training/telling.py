@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,22 +18,22 @@ from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
 from jlora.training.speed import flops_per_token, peak_memory_gib, peak_tflops
 
+_RECENT = 20  # Steps.
+_EVERY_S = 30.0
+
 
 class Talk:
     """Lines and a progress bar, or silence."""
 
     def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
+        self.quiet = quiet
 
     def __call__(self, text: str) -> None:
-        if not self._quiet:
+        if not self.quiet:
             tqdm.write(text)
 
     def bar(self, steps: int, done: int, shown: Shown) -> Bar:
-        return Bar(
-            tqdm(total=steps, initial=done, unit="step", disable=self._quiet, file=sys.stderr),
-            shown,
-        )
+        return Bar(steps, done, shown, self)
 
 
 class Shown:
@@ -43,9 +45,14 @@ class Shown:
             setup.model, setup.frozen["base"], setup.state.trained, recipe.data.length
         )
         self._peak = None if peak is None else peak * 1e12 * setup.mesh.size
+        # Steps differ in length, so speed is that of several.
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)
 
     def text(self, values: dict[str, float]) -> str:
-        speed = values["tokens"] / values["seconds"] if values["seconds"] else 0.0
+        """What is shown after a step that measured these."""
+        self._recent.append((values["tokens"], values["seconds"]))
+        tokens, seconds = map(sum, zip(*self._recent, strict=True))
+        speed = tokens / seconds if seconds else 0.0
         parts = [f"loss {values['loss']:.3f}", f"{speed:,.0f} tokens/s"]
         if self._peak is not None:
             parts.append(f"{speed * self._flops / self._peak:.0%} of peak")
@@ -53,15 +60,27 @@ class Shown:
 
 
 class Bar:
-    """Shows every step's numbers."""
+    """Shows every step's numbers: a bar on a terminal, and a line now and then elsewhere."""
 
-    def __init__(self, bar: Any, shown: Shown) -> None:
-        self._bar, self._shown = bar, shown
+    def __init__(self, steps: int, done: int, shown: Shown, say: Talk) -> None:
+        self._terminal = sys.stderr.isatty()
+        disable = say.quiet or not self._terminal
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=disable, file=sys.stderr)
+        self._steps, self._first, self._shown, self._say = steps, done, shown, say
+        self._began = self._told = time.monotonic()
 
     def __enter__(self) -> Callable[[int, dict[str, float]], None]:
         def show(step: int, values: dict[str, float]) -> None:
-            self._bar.set_postfix_str(self._shown.text(values), refresh=False)
-            self._bar.update(step - self._bar.n)
+            text = self._shown.text(values)
+            if self._terminal:
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(step - self._bar.n)
+                return
+            now = time.monotonic()
+            if step == self._steps or now - self._told >= _EVERY_S:
+                self._told = now
+                rest = (now - self._began) / (step - self._first) * (self._steps - step)
+                self._say(f"step {step} of {self._steps}: {text}, {rest / 60:.0f} min left")
 
         return show
 
@@ -70,9 +89,16 @@ class Bar:
 
 
 def counted(setup: Setup) -> str:
-    trained = sum(array.size for array in jax.tree.leaves(setup.state.trained))
-    base = sum(array.size for array in jax.tree.leaves(setup.frozen["base"]))
+    """How much is trained, in a sentence."""
+    trained, base = _sizes(setup)
     return f"{trained:,} numbers are trained, {trained / base:.2%} of the base's {base:,}."
+
+
+def _sizes(setup: Setup) -> tuple[int, int]:
+    """How many numbers are trained, and how many the base has."""
+    parts = setup.state.trained, setup.frozen["base"]
+    trained, base = (sum(array.size for array in jax.tree.leaves(part)) for part in parts)
+    return trained, base
 
 
 class Course(NamedTuple):
@@ -95,6 +121,31 @@ class Course(NamedTuple):
     waited_s: float
     tested: Sequence[dict[str, float]]
     lines: Sequence[dict[str, Any]]
+
+
+def figures(setup: Setup, course: Course) -> dict[str, Any]:
+    """What came of a run, for programs: the means of the tests and of the kept evaluation."""
+    trained, base = _sizes(setup)
+    held = [line for line in course.lines if line["step"] == course.kept]
+    means = {
+        name.removeprefix("validation_"): value
+        for line in held
+        for name, value in line.items()
+        if name.startswith("validation_")
+    }
+    return {
+        "why": course.why,
+        "steps": len([line for line in course.lines if "loss" in line]),
+        "kept": course.kept,
+        "validation": means or None,
+        "test": dict(zip(("before", "after"), course.tested, strict=False)) or None,
+        "trained": trained,
+        "base": base,
+        "seconds": round(course.seconds, 1),
+        "waited_s": round(course.waited_s, 3),
+        "device": setup.mesh.devices.flat[0].device_kind,
+        "devices": setup.mesh.size,
+    }
 
 
 def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dict[str, str]:

@@ -101,6 +101,12 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
         out = jlora.lora_transform(model.apply).apply(*loaded, tokens)
         np.testing.assert_allclose(out, adapted, atol=2e-5)
 
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test"] == {"before": before, "after": after}
+    assert result["steps"] == outcome.step
+    assert result["kept"] == outcome.kept
+    assert result["validation"]["loss"] == held[outcome.kept]
+
     page = (folder / "report.html").read_text()
     for text in ("learning rate", "validation", "mlp/down/kernel", "who sees the &lt;cat&gt;?"):
         assert text in page
