@@ -73,6 +73,7 @@ def main() -> None:
     """Measures the families asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--scanned", action="store_true", help="one stack of layers, in a scan")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
@@ -80,7 +81,10 @@ def main() -> None:
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     found = {
-        "command": "python benchmarks/families.py --shape " + options.shape,
+        "command": " ".join(
+            ["python benchmarks/families.py", "--shape", options.shape]
+            + ["--scanned"] * options.scanned
+        ),
         "device": jax.devices()[0].device_kind,
         "versions": {
             "python": sys.version.split()[0],
@@ -89,18 +93,23 @@ def main() -> None:
             "optax": optax.__version__,
         },
         "shape": dataclasses.asdict(shape),
+        "scanned": options.scanned,
         "repeats": options.repeats,
         "configs": {name: repr(config) for name, config in FAMILIES.items()},
     }
     params, rows, ordered, lora_ms = None, {}, [], None
     if options.append and options.output and options.output.exists():
         known = json.loads(options.output.read_text())
-        if any(known[key] != found[key] for key in ("device", "versions", "shape", "repeats")):
+        if any(
+            known[key] != found[key]
+            for key in ("device", "versions", "shape", "scanned", "repeats")
+        ):
             parser.error(f"{options.output} was measured otherwise; write another file.")
         rows = {row["method"]: FamilyRow(**row) for row in known["rows"]}
     for name in dict.fromkeys(["LoRA", *options.families]):
-        methods = Methods(shape, FAMILIES[name], params=params)
+        methods = Methods(shape, FAMILIES[name], params=params, scanned=options.scanned)
         params = methods.params
+        # A compiler counts what a scan repeats once, so operations are counted without one.
         abstract = Methods(shape, FAMILIES[name], abstract=True)
         row = measure("apply", methods, abstract, options.repeats)
         lora_ms = lora_ms or row.step_ms

@@ -76,7 +76,7 @@ class Layer(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         s = self.shape
         dtype, head = jnp.dtype(s.dtype), s.width // s.heads
 
@@ -93,7 +93,7 @@ class Layer(nn.Module):
         x = x + dense(s.width, "o", (-2, -1))(mixed)
         y = nn.RMSNorm(dtype=dtype, name="mlp_norm")(x)
         y = nn.silu(dense(s.hidden, "gate")(y)) * dense(s.hidden, "up")(y)
-        return x + dense(s.width, "down")(y)
+        return x + dense(s.width, "down")(y), None
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -104,15 +104,32 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Decoder(nn.Module):
-    """Token ids (batch, length) to logits (batch, length, vocabulary)."""
+    """Token ids (batch, length) to logits (batch, length, vocabulary).
+
+    Attributes:
+        shape: Of the layers.
+        attention: What computes it.
+        scanned: Whether the layers are one stack that a scan goes through.
+    """
 
     shape: Shape
     attention: Implementation = None
+    scanned: bool = False
 
     def setup(self) -> None:
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         self.embed = nn.Embed(s.vocabulary, s.width, dtype=dtype, param_dtype=dtype)
-        self.blocks = [Layer(s, self.attention) for _ in range(s.layers)]
+        if self.scanned:
+            stack: Any = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=s.layers,
+            )
+            self.blocks = [stack(s, self.attention)]
+        else:
+            self.blocks = [Layer(s, self.attention) for _ in range(s.layers)]
         self.norm = nn.RMSNorm(dtype=dtype)
         self.head = nn.Dense(s.vocabulary, use_bias=False, dtype=dtype, param_dtype=dtype)
 
@@ -121,7 +138,7 @@ class Decoder(nn.Module):
         angles = jnp.outer(jnp.arange(x.shape[1]), 10_000 ** (-jnp.arange(half) / half))
         rope = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
         for block in self.blocks:
-            x = block(x, rope)
+            x, _ = block(x, rope)
         return self.head(self.norm(x))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -140,10 +157,16 @@ class Methods:
     """Every way to make a step, as `(step, state)` with `step(params, state, tokens) -> state`."""
 
     def __init__(
-        self, shape: Shape, config: Any, *, params: Any = None, abstract: bool = False
+        self,
+        shape: Shape,
+        config: Any,
+        *,
+        params: Any = None,
+        abstract: bool = False,
+        scanned: bool = False,
     ) -> None:
         on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
-        self.model = Decoder(shape, "cudnn" if on_gpu and not abstract else None)
+        self.model = Decoder(shape, "cudnn" if on_gpu and not abstract else None, scanned)
         self._make = jax.eval_shape if abstract else lambda fn, *args: jax.jit(fn)(*args)
         draw = lambda key: jax.random.randint(key, (shape.batch, shape.length), 0, shape.vocabulary)
         self.tokens = self._make(draw, jax.random.key(1))
@@ -213,13 +236,13 @@ def _copy(tree: Any) -> Any:
 
 
 def _random(shapes: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(shapes)
+    leaves, treedef = jax.tree.flatten_with_path(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     values = [
         jnp.ones(leaf.shape, leaf.dtype)
-        if len(leaf.shape) < 2
-        else (jax.random.normal(key, leaf.shape) / leaf.shape[0] ** 0.5).astype(leaf.dtype)
-        for leaf, key in zip(leaves, keys, strict=True)
+        if "norm" in jax.tree_util.keystr(path)
+        else (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        for (path, leaf), key in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(treedef, values)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jlora.factored import balance, releases
 from jlora.factored.network import (
@@ -151,8 +152,50 @@ def _scaled(array: Any, gain: Operand, groups: Sequence[tuple[Atom, ...]]) -> An
     held = [group for group in groups if set(group) & set(gain.atoms)]
     factor = contract(gain, (), [atom for group in held for atom in group])
     factor = factor.reshape([size(group) if group in held else 1 for group in groups])
-    wide = jnp.promote_types(array.dtype, jnp.float32)
-    return (array.astype(wide) * factor.astype(wide)).astype(array.dtype)
+    factor = factor.astype(jnp.promote_types(array.dtype, jnp.float32))
+    if jnp.finfo(array.dtype).tiny > _LEAST_GAIN:
+        return (array.astype(factor.dtype) * factor).astype(array.dtype)
+    away = jnp.where(factor < 0, -_LEAST_GAIN, _LEAST_GAIN)
+    moved = jnp.where(jnp.abs(factor) < _LEAST_GAIN, away - factor, 0)
+    return _times(array, factor + lax.stop_gradient(moved))
+
+
+# What a gain nearer to zero is taken for, so that a product can be divided by it.
+_LEAST_GAIN = 2.0**-60
+
+
+@jax.custom_jvp
+def _times(array: Any, factor: Any) -> Any:
+    """The array times a factor, of a type no narrower, that is nowhere zero."""
+    return (array.astype(factor.dtype) * factor).astype(array.dtype)
+
+
+@functools.partial(_times.defjvp, symbolic_zeros=True)
+def _times_jvp(primals: Any, tangents: Any) -> Any:
+    array, factor = primals
+    moved, turned = tangents
+    result = _times(array, factor)
+    total = None
+    if not isinstance(moved, SymbolicZero):
+        total = _times(moved, factor)
+    if not isinstance(turned, SymbolicZero):
+        part = (_again(array, result, factor) * turned).astype(array.dtype)
+        total = part if total is None else total + part
+    return result, total
+
+
+@jax.custom_jvp
+def _again(array: Any, result: Any, factor: Any) -> Any:
+    """The array, from what `_times` made of it: that is kept for the gradient of what comes next
+    anyway, and so a step need not keep the array too.
+    """
+    del array
+    return result.astype(factor.dtype) / factor
+
+
+@_again.defjvp
+def _again_jvp(primals: Any, tangents: Any) -> Any:
+    return _again(*primals), tangents[0].astype(primals[2].dtype)
 
 
 def _observed(x: Operand, network: Network, inputs: Sequence[Atom]) -> Any:
