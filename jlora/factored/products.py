@@ -32,6 +32,9 @@ from jlora.factored.network import (
     size,
 )
 
+# What a gain nearer to zero is taken for, so that a product can be divided by it.
+_LEAST_GAIN = 2.0**-60
+
 
 class Role(enum.Enum):
     """What an axis of a weight does in a product."""
@@ -160,13 +163,9 @@ def _scaled(array: Any, gain: Operand, groups: Sequence[tuple[Atom, ...]]) -> An
     return _times(array, factor + lax.stop_gradient(moved))
 
 
-# What a gain nearer to zero is taken for, so that a product can be divided by it.
-_LEAST_GAIN = 2.0**-60
-
-
 @jax.custom_jvp
 def _times(array: Any, factor: Any) -> Any:
-    """The array times a factor, of a type no narrower, that is nowhere zero."""
+    """The array times a factor of a type no narrower."""
     return (array.astype(factor.dtype) * factor).astype(array.dtype)
 
 
@@ -179,23 +178,19 @@ def _times_jvp(primals: Any, tangents: Any) -> Any:
     if not isinstance(moved, SymbolicZero):
         total = _times(moved, factor)
     if not isinstance(turned, SymbolicZero):
-        part = (_again(array, result, factor) * turned).astype(array.dtype)
+        part = _turned(result, factor, turned)
         total = part if total is None else total + part
     return result, total
 
 
-@jax.custom_jvp
-def _again(array: Any, result: Any, factor: Any) -> Any:
-    """The array, from what `_times` made of it: that is kept for the gradient of what comes next
-    anyway, and so a step need not keep the array too.
+# What is kept for the gradient are the arguments, and nothing wider that is made from them.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _turned(result: Any, factor: Any, turn: Any) -> Any:
+    """What a change of the factor does, from `_times`' result: that is kept for the gradient of
+    what comes next anyway, and so a step need not keep the array too. Only second derivatives lose
+    by it: as many digits as the factor is below one.
     """
-    del array
-    return result.astype(factor.dtype) / factor
-
-
-@_again.defjvp
-def _again_jvp(primals: Any, tangents: Any) -> Any:
-    return _again(*primals), tangents[0].astype(primals[2].dtype)
+    return (result.astype(factor.dtype) * (turn / factor)).astype(result.dtype)
 
 
 def _observed(x: Operand, network: Network, inputs: Sequence[Atom]) -> Any:
