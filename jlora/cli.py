@@ -376,7 +376,7 @@ def _add_fields(one: argparse.ArgumentParser, options: type) -> None:
         kind = str(field.type).removesuffix(" | None")
         type_of = {"Path": Path, "int": int, "float": float}.get(kind, str)
         choices = _DTYPES if field.name == "dtype" else None
-        flag = "--" + field.name.replace("_", "-")
+        flag = _flag(field.name)
         if kind == "bool":
             one.add_argument(flag, action="store_true", help=texts[field.name])
         elif field.default is dataclasses.MISSING:
@@ -392,18 +392,48 @@ def _add_fields(one: argparse.ArgumentParser, options: type) -> None:
             )
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _apart(options: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and those that say otherwise than its recipe, in any order."""
+    flags = ["--help", *(_flag(field.name) for field in dataclasses.fields(options))]
+    own: list[str] = []
+    overrides: list[str] = []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        name, equals, _ = argument.partition("=")
+        # The parser takes its flags shortened too, and "--" is one of its own.
+        if not name.startswith("--") or any(flag.startswith(name) for flag in flags):
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if not equals and pending and not pending[0].startswith("--"):
+            overrides.append(pending.pop(0))
+    return own, overrides
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    The exit status is 1 for an error that it tells of, 2 for a command that there is not, and 143
-    or 130 for a training run that SIGTERM or SIGINT ended, after it was saved.
+    The exit status is 1 for an error that it tells of, 2 for a command that there is not, 143 or
+    130 for a training run that SIGTERM or SIGINT ended, after it was saved, and 130 for anything
+    else that SIGINT ended.
     """
     made = parser()
-    parsed, rest = made.parse_known_args(arguments)
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    overrides: list[str] = []
+    command = _COMMANDS.get(tuple(own[:1]), (object, None))[0]
+    overridable = hasattr(command, "overrides")
+    if overridable:
+        own[1:], overrides = _apart(command, own[1:])
+    parsed, rest = made.parse_known_args(own)
     given = vars(parsed)
     options, run = given.pop("options"), given.pop("run")
-    if any(field.name == "overrides" for field in dataclasses.fields(options)):
-        given["overrides"] = tuple(rest)
+    if overridable:
+        given["overrides"] = (*overrides, *rest)
     elif rest:
         made.error(f"unrecognized arguments: {' '.join(rest)}")
     with warnings.catch_warnings():
@@ -414,3 +444,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            return 130

@@ -190,6 +190,50 @@ def test_errors_are_told_without_a_trace(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "recipe.yaml", "--lora.rank", "3", "--output", "2024", "--resume"),
+        ("train", "--lora.rank", "3", "--resume", "--output=2024", "recipe.yaml"),
+        ("train", "--lora.rank", "3", "--res", "recipe.yaml", "--output", "2024"),
+    ],
+)
+def test_overrides_stand_before_the_recipe_or_after_it(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Any
+) -> None:
+    from jlora.training import run as running
+
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("recipe.yaml").write_text(
+        "output: run\nmodel: {path: base}\ndata: {train: [{path: x.jsonl, format: chat}]}\n"
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(running, "train", lambda *args, **options: seen.append((*args, options)))
+    status, _, error = run(capsys, *arguments)
+    assert status == 0, error
+    ((given, options),) = seen
+    assert (given.lora.rank, given.output, options["resume"]) == (3, "2024", True)
+
+
+def test_plans_take_overrides_in_any_order() -> None:
+    arguments = ["--mesh.fsdp", "4", "--topology", "v5e:2x2", "recipe.yaml", "--seed=1"]
+    own, overrides = cli._apart(cli.Plan, arguments)
+    assert own == ["--topology", "v5e:2x2", "recipe.yaml"]
+    assert overrides == ["--mesh.fsdp", "4", "--seed=1"]
+
+
+def test_control_c_is_told_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jlora import inspection
+
+    def interrupted(path: pathlib.Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect", interrupted)
+    assert run(capsys, "inspect", "anything") == (130, "", "Interrupted.\n")
+
+
 @pytest.mark.parametrize("command", list(cli._COMMANDS))
 def test_every_command_shows_an_example(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]

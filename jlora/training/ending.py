@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from jlora.training import mesh as meshes
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
-from jlora.transform import lora_transform
+from jlora.transform import lora_transform, merge
 
 PyTree = Any
 _READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
@@ -46,6 +48,30 @@ def adapter_of(setup: Setup, trained: PyTree) -> dict[str, Any]:
     return on_original_base(held, jax.tree.map(whole, setup.fresh))
 
 
+def export_folders(recipe: Recipe) -> list[Path]:
+    """The folders that the recipe asks for beside the adapter's file."""
+    asked, output = recipe.export, Path(recipe.output)
+    return [output / name for name in ("merged", *_READERS) if getattr(asked, name)]
+
+
+def check(recipe: Recipe, setup: Setup) -> None:
+    """Tries the exports on the fresh adapter: what cannot be is told before it is trained.
+
+    Raises:
+        ValueError: The adapter cannot be merged, or PEFT has no form for it.
+    """
+    if jax.process_count() > 1:  # No process has all of the weights.
+        return
+    adapter = adapter_of(setup, setup.state.trained)
+    if recipe.export.merged:
+        jax.eval_shape(merge, setup.frozen["base"], adapter)
+    with tempfile.TemporaryDirectory() as temporary:
+        for reader in _READERS:
+            if getattr(recipe.export, reader):
+                folder = Path(temporary) / reader
+                _write_peft(recipe, setup.model, setup.frozen["base"], adapter, reader, folder)
+
+
 def write(
     recipe: Recipe,
     setup: Setup,
@@ -53,15 +79,13 @@ def write(
     fingerprints: Mapping[str, str],
     labels: Sequence[str] | None,
 ) -> list[Path]:
-    """Writes what the recipe asks for into its folder, from the first process alone.
-
-    Files and folders of those names that an earlier end of the same run wrote are replaced.
+    """Writes the adapter, and a new head, from the first process alone.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: A number is not finite, or PEFT has no form for the adapter.
+        ValueError: A number is not finite.
     """
     output = Path(recipe.output)
     adapter = adapter_of(setup, trained)
@@ -72,7 +96,26 @@ def write(
         if head is not None:
             written.append(output / HEAD)
             _write_head(written[-1], recipe, setup, head, labels)
-        written += _exported(recipe, setup, adapter, output)
+    return written
+
+
+def export(
+    recipe: Recipe, setup: Setup, trained: PyTree, labels: Sequence[str] | None
+) -> list[Path]:
+    """Writes the folders that the recipe asks for, from the first process alone.
+
+    Those that an earlier end of the same run wrote are replaced, each when the new one is whole.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: A number is not finite, or PEFT has no form for the adapter.
+    """
+    adapter = adapter_of(setup, trained)
+    written = export_folders(recipe)
+    if written and jax.process_index() == 0:
+        _export(recipe, setup, adapter, labels)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jlora: written")
     return written
@@ -93,10 +136,8 @@ def _write_head(
     os.replace(partial, path)
 
 
-def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> list[Path]:
-    asked = recipe.export
-    if not (asked.merged or asked.peft or asked.vllm):
-        return []
+def _export(recipe: Recipe, setup: Setup, adapter: PyTree, labels: Sequence[str] | None) -> None:
+    asked, output = recipe.export, Path(recipe.output)
     # Read again, on the host: the devices hold parts of it, or another base.
     options: dict[str, Any] = {}
     if isinstance(setup.model, models.Decoder):
@@ -104,22 +145,37 @@ def _exported(recipe: Recipe, setup: Setup, adapter: PyTree, output: Path) -> li
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model, params = models.load(setup.folder, sharding=lambda *_: host, **options)
-        written: list[Path] = []
         if asked.merged:
-            written.append(_replaced(output / "merged"))
-            merged = merge_to(params, adapter, asked.merged_dtype)
-            models.save(
-                written[-1], merged.params, setup.folder, dtype=asked.merged_dtype, **options
-            )
+            dtype = asked.merged_dtype
+            merged = merge_to(params, adapter, dtype)
+            with _replacing(output / "merged") as folder:
+                models.save(folder, merged.params, setup.folder, dtype=dtype, **options)
+                if labels is not None and getattr(model.config, "labels", None) is not None:
+                    _name_labels(folder / "config.json", labels)
         for reader in _READERS:
-            if not getattr(asked, reader):
-                continue
-            written.append(_replaced(output / reader))
-            base, task = recipe.model.path, _peft_task(recipe, model)
-            peft.save(
-                written[-1], adapter, model, params, base_model=base, task=task, reader=reader
-            )
-    return written
+            if getattr(asked, reader):
+                with _replacing(output / reader) as folder:
+                    _write_peft(recipe, model, params, adapter, reader, folder)
+
+
+def _write_peft(
+    recipe: Recipe,
+    model: Any,
+    params: PyTree,
+    adapter: PyTree,
+    reader: Literal["peft", "vllm"],
+    folder: Path,
+) -> None:
+    base, task = recipe.model.path, _peft_task(recipe, model)
+    peft.save(folder, adapter, model, params, base_model=base, task=task, reader=reader)
+
+
+def _name_labels(path: Path, labels: Sequence[str]) -> None:
+    """Writes what a head's labels are called into its config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["id2label"] = {str(number): name for number, name in enumerate(labels)}
+    config["label2id"] = {name: number for number, name in enumerate(labels)}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _peft_task(recipe: Recipe, model: Any) -> str:
@@ -129,20 +185,37 @@ def _peft_task(recipe: Recipe, model: Any) -> str:
     return "FEATURE_EXTRACTION" if getattr(model.config, "labels", None) is None else "SEQ_CLS"
 
 
-def _replaced(folder: Path) -> Path:
-    """A name that is free: what an earlier end of the run wrote there goes."""
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A name to write a folder to, which then takes the place of what is there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
     shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    partial.rename(folder)
 
 
-def prompts_of(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of the recipe's prompts, as the model is used to them; none unless it writes."""
+def prompts_of(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of the recipe's prompts, as the model is used to them; none unless it writes.
+
+    Raises:
+        ValueError: One is too long for the model.
+    """
     prompts = recipe.report.prompts if recipe.task != "classification" else []
     if recipe.data.train[0].format != "chat" or tokenizer.template is None:
-        return [[*tokenizer.before, *ids] for ids in tokenizer.encode(prompts)]
-    chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    render = functools.partial(tokenizer.template.render, add_generation_prompt=True)
-    return tokenizer.encode([render(chat) for chat in chats])
+        found = [[*tokenizer.before, *ids] for ids in tokenizer.encode(prompts)]
+    else:
+        chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        render = functools.partial(tokenizer.template.render, add_generation_prompt=True)
+        found = tokenizer.encode([render(chat) for chat in chats])
+    room = setup.model.config.max_length - recipe.report.max_new_tokens
+    for prompt, tokens in zip(prompts, found, strict=True):
+        if len(tokens) > room:
+            raise ValueError(
+                f"The prompt {prompt[:40]!r} has {len(tokens)} tokens, and the model has room for "
+                f"{room} before report.max_new_tokens={recipe.report.max_new_tokens}. Shorten it."
+            )
+    return found
 
 
 def texts(
@@ -185,8 +258,7 @@ def texts(
             sampling=models.Sampling(stop_tokens=models.stop_tokens(setup.folder)),
             apply=apply,
         )
-    ends = np.asarray(made.lengths)
     return [
-        tokenizer.whole.decode(np.asarray(row[:end]).tolist(), skip_special_tokens=True)
-        for row, end in zip(made.tokens, ends, strict=True)
+        tokenizer.whole.decode(row[:end].tolist(), skip_special_tokens=True)
+        for row, end in zip(whole(made.tokens), whole(made.lengths), strict=True)
     ]

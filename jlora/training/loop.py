@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -88,12 +88,13 @@ class Hooks(NamedTuple):
     Attributes:
         recorders: Take measurements.
         show: Takes those of a step, for a progress bar.
-        evaluate: From the trained arrays to the means of an evaluation, by name; None for none.
+        evaluate: From the trained arrays, and what says whether to give up, to the means of an
+            evaluation, by name, or None if it gave up; None for none.
     """
 
     recorders: Sequence[Recorder]
     show: Callable[[int, dict[str, float]], None]
-    evaluate: Callable[[PyTree], dict[str, float]] | None
+    evaluate: Callable[[PyTree, Callable[[], bool]], dict[str, float] | None] | None
 
 
 class Loop:
@@ -131,38 +132,60 @@ class Loop:
             NotFinite: A loss or gradient was not, and the recipe does not skip such steps.
             OSError: A checkpoint could not be written.
         """
-        options = self.recipe.training
         self._since = time.monotonic()
+        why = self._made(batches)
+        self._look()
+        self._save()
+        self._wait()
+        return why
+
+    def _made(self, batches: Iterable[Placed]) -> str:
+        """Makes the steps; returns why there are no more."""
+        progress = self.progress
+        # What an interruption kept from being done is done first, as if it had not come.
+        if progress.step and self._evaluation_is_due(progress.position[1] == 0):
+            self._evaluated()
+        if self._is_patience_over():
+            return "patience"
+        if progress.step >= self._steps:
+            return "steps"
         for batch in batches:
             self.state, measured = self._stepped(batch)
             # What the last step measured is looked at while this one runs.
             self._look()
-            self.progress.step += 1
-            self.progress.position = batch.after
+            progress.step += 1
+            progress.position = batch.after
             wish = self._agree(self._wish())
-            self._pending = self.progress.step, batch, measured, wish
+            self._pending = progress.step, batch, measured, wish
             if jax.process_count() == 1:  # Others hear of it one step later.
                 self._asked = wish
-            if self._asked > _SAVE:
-                self._interrupted(signal.Signals(self._asked))
+            self._leave_if_asked()
             if self._evaluation_is_due(batch.ends_epoch):
                 self._look()
-                if self._evaluated():
+                self._evaluated()
+                self._go_on()
+                if self._is_patience_over():
                     return "patience"
-                self._since = time.monotonic()
-            elif self._asked == _SAVE or self._is_due(options.save_every):
+            elif self._asked == _SAVE or self._is_due(self.recipe.training.save_every):
                 self._look()
                 self._save()
-                self._asked = 0
-                self._since = time.monotonic()
-            if self.progress.step >= self._steps:
+                self._go_on()
+            if progress.step >= self._steps:
                 break
-        self._look()
-        if self.progress.evaluated != self.progress.step and self._hooks.evaluate is not None:
-            self._evaluated()
-        self._save()
-        self._wait()
         return "steps"
+
+    def _go_on(self) -> None:
+        """After a pause in which the devices made no step, and which ended with a save."""
+        if self._asked == _SAVE:
+            self._asked = 0
+        self._since = time.monotonic()
+        if jax.process_count() == 1 and self._watch.seen is not None:
+            self._asked = int(self._watch.seen)
+            self._leave_if_asked()
+
+    def _leave_if_asked(self) -> None:
+        if self._asked > _SAVE:
+            self._interrupted(signal.Signals(self._asked))
 
     def _stepped(self, batch: Placed) -> tuple[State, Measured]:
         try:
@@ -209,6 +232,12 @@ class Loop:
     def _not_finite(self, step: int, batch: Placed, values: Any) -> None:
         options = self.recipe.training
         if options.nonfinite == "skip" and values.skipped <= options.max_skipped:
+            warnings.warn(
+                f"Step {step} was skipped: loss={float(values.loss)}, "
+                f"gradient_norm={float(values.gradient_norm)}, of the examples "
+                f"{_told(batch.ids)} (source, example).",
+                stacklevel=2,
+            )
             return
         steps = self._saver.steps()
         kept = f"step {steps[-1]} in {self._saver.folder}" if steps else "none was saved yet"
@@ -226,32 +255,41 @@ class Loop:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
+    def _is_patience_over(self) -> bool:
+        patience = self.recipe.training.patience
+        return patience is not None and self.progress.worse >= patience
+
     def _evaluation_is_due(self, ends_epoch: bool) -> bool:
-        if self._hooks.evaluate is None:
+        if self._hooks.evaluate is None or self.progress.evaluated == self.progress.step:
             return False
         every = self.recipe.training.evaluate_every
         last = self.progress.step >= self._steps
         return last or (ends_epoch if every is None else self._is_due(every))
 
-    def _evaluated(self) -> bool:
-        """Evaluates and saves; whether the run has waited long enough for a better one."""
+    def _evaluated(self) -> None:
+        """Evaluates and saves."""
         assert self._hooks.evaluate is not None
-        progress, options = self.progress, self.recipe.training
-        means = self._hooks.evaluate(self.state.trained)
+        progress = self.progress
+        means = self._hooks.evaluate(self.state.trained, self._is_leaving)
+        if means is None:  # A resumed run evaluates first.
+            assert self._watch.seen is not None
+            self._interrupted(self._watch.seen)
         record_all(
             self._hooks.recorders,
             progress.step,
             {f"validation_{name}": value for name, value in means.items()},
         )
-        score = -means["loss"] if options.metric == "loss" else means["accuracy"]
+        loss_is_it = self.recipe.training.metric == "loss"
+        score = -means["loss"] if loss_is_it else means["accuracy"]
         progress.evaluated = progress.step
         progress.worse += 1
-        better = score > progress.best  # A NaN is not.
-        if better:
+        if score > progress.best:  # A NaN is not. Of equal ones the first is the best.
             progress.best, progress.best_step, progress.worse = score, progress.step, 0
-        # Of equal scores the first is the best one, so no other is told.
-        self._save(score if better else None)
-        return options.patience is not None and progress.worse >= options.patience
+        self._save()
+
+    def _is_leaving(self) -> bool:
+        """Whether an evaluation is not worth its time, because a signal waits for it."""
+        return jax.process_count() == 1 and self._watch.seen is not None
 
     def _wish(self) -> int:
         """The number of a signal that came, or that a save is due, or nothing."""
@@ -262,12 +300,12 @@ class Loop:
             return 0
         return _SAVE if time.monotonic() - self._saved_at >= 60 * options.save_minutes else 0
 
-    def _save(self, score: float | None = None) -> None:
+    def _save(self) -> None:
         if self._saved == self.progress.step:
             return
         self._wait()
         facts = {**self._facts, "progress": self.progress.facts()}
-        self._saver.save(self.progress.step, self.state, facts, score)
+        self._saver.save(self.progress.step, self.state, facts, self.progress.best_step)
         self._saved, self._saved_at = self.progress.step, time.monotonic()
 
     def _wait(self) -> None:
@@ -275,11 +313,12 @@ class Loop:
         try:
             self._saver.wait()
         except OSError as error:
+            self._saved = None
             if self.recipe.training.save_errors == "stop":
                 raise
             warnings.warn(str(error), stacklevel=2)
 
-    def _interrupted(self, seen: signal.Signals) -> None:
+    def _interrupted(self, seen: signal.Signals) -> NoReturn:
         self._look()
         self._save()
         self._saver.wait()  # What is not written is no reason to say that it is.

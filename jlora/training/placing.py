@@ -68,11 +68,34 @@ def placed_ahead(
     return prefetch(stream.batches(position, epochs=epochs), place)
 
 
-def evaluation(setup: Setup, stream: Stream) -> Callable[[PyTree], dict[str, float]]:
-    """A function from the trained arrays to the means over all examples of a stream."""
+def evaluation(
+    setup: Setup, stream: Stream
+) -> Callable[[PyTree, Callable[[], bool]], dict[str, float] | None]:
+    """A function from the trained arrays to the means over all examples of a stream.
 
-    def evaluate(trained: PyTree) -> dict[str, float]:
+    It asks what it is given between batches whether to give up, and then returns None.
+    """
+
+    def evaluate(trained: PyTree, is_over: Callable[[], bool]) -> dict[str, float] | None:
+        sums = []
         with placed_ahead(setup.mesh, stream, epochs=1) as ahead:
-            return means_of(setup.evaluate(trained, setup.frozen, b.arrays) for b in ahead)
+            for batch in ahead:
+                if is_over():
+                    return None
+                sums.append(setup.evaluate(trained, setup.frozen, batch.arrays))
+                jax.block_until_ready(sums[-2:][0])  # No more than two batches are held at once.
+        return means_of(sums)
 
     return evaluate
+
+
+def test_of(setup: Setup, stream: Stream) -> Callable[[PyTree], dict[str, float]]:
+    """The same for one that never gives up."""
+    evaluate = evaluation(setup, stream)
+
+    def test(trained: PyTree) -> dict[str, float]:
+        means = evaluate(trained, lambda: False)
+        assert means is not None
+        return means
+
+    return test

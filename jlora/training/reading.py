@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jlora.training.data.batches import Stream
 from jlora.training.data.corpus import Corpus, Reading
-from jlora.training.data.examples import FORMATS
+from jlora.training.data.examples import FORMATS, names_of_labels
 from jlora.training.data.order import Batching
 from jlora.training.data.sources import rows
 from jlora.training.data.template import ChatTemplate
@@ -25,7 +27,7 @@ class Datasets(NamedTuple):
         validation: That of an evaluation, if there is one.
         test: That of the test, if there is one.
         labels: What they are called, for classification.
-        reports: What became of each source's rows, by its path.
+        reports: What became of each source's rows, by its use and path.
     """
 
     tokenizer: Tokenizer
@@ -51,21 +53,21 @@ def read(recipe: Recipe, folder: Path, vocab_size: int, mine: slice, evaluated: 
         ValueError: A row is wrong; it is named.
     """
     template = recipe.data.chat_template
-    chosen = None if template is None else ChatTemplate.of(folder, text=Path(template).read_text())
-    tokenizer = Tokenizer.of(folder, chosen)
-    labels = recipe.classification.labels
-    train: list[Corpus] = []
+    now = None if recipe.data.date is None else datetime.datetime.fromisoformat(recipe.data.date)
+    chosen = None
+    if template is not None:
+        text = Path(template).read_text(encoding="utf-8")
+        chosen = ChatTemplate.of(folder, text=text, now=now)
+    tokenizer = Tokenizer.of(folder, chosen, now=now)
+    labels = _labels(recipe, folder, vocab_size)
+    held: dict[str, list[Corpus]] = {"train": [], "validation": [], "test": []}
     reports = {}
-    for source in recipe.data.train:
-        names = train[0].label_names if train else labels
-        train.append(_corpus(recipe, source, tokenizer, vocab_size, names))
-        reports[source.path] = _told(train[-1])
-    held: dict[str, list[Corpus]] = {"validation": [], "test": []}
-    for name, corpora in held.items():
-        for source in getattr(recipe.data, name):
-            made = _corpus(recipe, source, tokenizer, vocab_size, train[0].label_names)
-            corpora.append(made)
-            reports[source.path] = _told(made)
+    for use, corpora in held.items():
+        for source in getattr(recipe.data, use):
+            corpora.append(_corpus(recipe, source, tokenizer, vocab_size, labels))
+            part = "" if source.split == "train" else f" [{source.split}]"
+            reports[f"{use} {source.path}{part}"] = _told(corpora[-1])
+    train = held["train"]
 
     def evaluation(corpora: list[Corpus]) -> Stream | None:
         if not corpora:
@@ -83,7 +85,7 @@ def read(recipe: Recipe, folder: Path, vocab_size: int, mine: slice, evaluated: 
         pad=tokenizer.pad,
         mine=mine,
     )
-    validation, test = map(evaluation, held.values())
+    validation, test = evaluation(held["validation"]), evaluation(held["test"])
     return Datasets(tokenizer, stream, validation, test, train[0].label_names, reports)
 
 
@@ -104,6 +106,26 @@ def _powers(length: int) -> Sequence[int]:
     return [2**n for n in range(5, length.bit_length()) if 2**n < length]
 
 
+def _rows(source: Source) -> Any:
+    return rows(
+        source.path,
+        split=source.split,
+        name=source.name,
+        revision=source.revision,
+        limit=source.limit,
+    )
+
+
+def _reading(recipe: Recipe, source: Source, vocab_size: int) -> Reading:
+    return Reading(
+        length=recipe.data.length,
+        overlong=recipe.data.overlong,
+        vocab_size=vocab_size,
+        columns=source.columns,
+        where=source.path,
+    )
+
+
 def _corpus(
     recipe: Recipe,
     source: Source,
@@ -111,20 +133,6 @@ def _corpus(
     vocab_size: int,
     labels: Sequence[str] | None,
 ) -> Corpus:
-    found = rows(
-        source.path,
-        split=source.split,
-        name=source.name,
-        revision=source.revision,
-        limit=source.limit,
-    )
-    reading = Reading(
-        length=recipe.data.length,
-        overlong=recipe.data.overlong,
-        vocab_size=vocab_size,
-        columns=source.columns,
-        where=source.path,
-    )
     options: dict[str, object] = {}
     if source.format == "chat":
         options["loss_on"] = recipe.data.loss_on
@@ -132,7 +140,42 @@ def _corpus(
         options["loss_on"] = "all" if recipe.data.loss_on == "all" else "completion"
     elif source.format == "classification":
         options["label_names"] = labels
-    return FORMATS[source.format](found, tokenizer, reading, **options)
+    reading = _reading(recipe, source, vocab_size)
+    return FORMATS[source.format](_rows(source), tokenizer, reading, **options)
+
+
+def _labels(recipe: Recipe, folder: Path, vocab_size: int) -> Sequence[str] | None:
+    """What labels are called: as the recipe or the base's own head says, or the training data."""
+    if recipe.task != "classification":
+        return None
+    asked, own = recipe.classification.labels, head_labels(folder)
+    if asked and own and list(asked) != own:
+        raise ValueError(
+            f"classification.labels={list(asked)} are not {own}, which the base's own head gives "
+            f"scores to in this order. Leave them out, or give those."
+        )
+    if asked or own:
+        return asked or own
+    lists = [
+        list(names_of_labels(_rows(source), _reading(recipe, source, vocab_size)))
+        for source in recipe.data.train
+    ]
+    if all(names == lists[0] for names in lists):
+        return lists[0]
+    found = {name for names in lists for name in names}
+    # Numbers in their own order, and not 10 before 2.
+    return sorted(found, key=int if all(name.isdigit() for name in found) else None)
+
+
+def head_labels(folder: Path) -> list[str] | None:
+    """What the labels of a base's own head are called, in its order; None where they are not."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = config.get("id2label")
+    if not any("ForSequenceClassification" in name for name in config.get("architectures") or ()):
+        return None
+    if not isinstance(named, dict) or all(str(n).startswith("LABEL_") for n in named.values()):
+        return None
+    return [str(named[number]) for number in sorted(named, key=int)]
 
 
 def _told(corpus: Corpus) -> str:

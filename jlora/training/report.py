@@ -39,10 +39,17 @@ class Sample(NamedTuple):
     after: str
 
 
-def norms(params: Any, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def norms(
+    params: Any, adapter: Mapping[str, Any], fresh: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
     """The norm of every weight's change over that of the weight: one number per layer of a stack.
 
     Weights whose adapter is no change of the weight (a mixture) are left out.
+
+    Args:
+        params: That the run computed with.
+        adapter: For the checkpoint's own weights.
+        fresh: What was taken out of those to make `params`.
     """
     from jlora import tree
 
@@ -53,7 +60,10 @@ def norms(params: Any, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if not isinstance(leaf, AdapterLeaf) or leaf.family == "lora_mixture":
             continue
         own = {path: leaf} if leaf.share is None else {path: leaf, leaf.share: adapter[leaf.share]}
-        found[path] = np.asarray(_shares(arrays[path], delta(params, own)[path], leaf.axes.batch))
+        weight = arrays[path]
+        if fresh is not None and getattr(fresh[path], "residual", False):
+            weight = weight + delta(params, {path: fresh[path]})[path]
+        found[path] = np.asarray(_shares(weight, delta(params, own)[path], leaf.axes.batch))
     return found
 
 

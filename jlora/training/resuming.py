@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import math
 import warnings
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from jlora.training.loop import Progress
 from jlora.training.reading import Datasets
@@ -18,11 +23,31 @@ _BOUND = ("seed", "lora", "more", "frozen", "optimizer", "preference", "classifi
 _VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
 
+def dated(recipe: Recipe, kept: Path, resume: bool) -> Recipe:
+    """The recipe with the day that chat templates show: of a resumed run that on which it began.
+
+    Args:
+        recipe: Which may leave it open.
+        kept: The recipe that the run wrote when it began.
+        resume: Whether it did.
+    """
+    if recipe.data.date is not None:
+        return recipe
+    date = None
+    if resume and kept.is_file():
+        date = yaml.safe_load(kept.read_text(encoding="utf-8"))["data"].get("date")
+    data = recipe.data.model_copy(update={"date": date or datetime.date.today().isoformat()})
+    return recipe.model_copy(update={"data": data})
+
+
 def facts_of(recipe: Recipe, setup: Setup, data: Datasets) -> dict[str, Any]:
     """What a checkpoint says of the run that it is of."""
     dumped = recipe.model_dump(mode="json")
+    validation = None if data.validation is None else data.validation.fingerprint
     return {
         "recipe": {name: dumped[name] for name in _BOUND},
+        "numbers": {name: dumped["model"][name] for name in ("dtype", "compute_dtype")},
+        "evaluation": {"metric": recipe.training.metric, "data": validation},
         "schedule": {name: dumped["training"][name] for name in ("epochs", "steps")},
         "data": data.train.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
@@ -40,6 +65,10 @@ def resumed(
         FileNotFoundError: There is none.
         ValueError: It is damaged, or of another run.
     """
+    if not saver.steps():
+        raise FileNotFoundError(
+            f"{saver.folder} holds no checkpoint to go on from. Begin without --resume."
+        )
     restored = saver.restore(setup.state)
     changed = [name for name in facts if facts[name] != restored.facts[name] and name != "versions"]
     if changed and not allow_changes:
@@ -55,7 +84,10 @@ def resumed(
             f"{facts['versions']}: the same to the last bit is not to be expected.",
             stacklevel=2,
         )
-    return restored.state, Progress.of(restored.facts["progress"])
+    progress = Progress.of(restored.facts["progress"])
+    if "evaluation" in changed:  # Scores of other kinds cannot be compared.
+        progress.best, progress.best_step, progress.worse = -math.inf, None, 0
+    return restored.state, progress
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

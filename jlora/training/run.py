@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ from jlora.training import mesh as meshes
 from jlora.training.data.batches import Position
 from jlora.training.interruption import Watch
 from jlora.training.loop import Hooks, Loop, Progress
-from jlora.training.placing import evaluation, placed_ahead, rows_here
+from jlora.training.placing import evaluation, placed_ahead, rows_here, test_of
 from jlora.training.processes import connect
 from jlora.training.reading import Datasets, read
 from jlora.training.recipe.sections import Recipe
 from jlora.training.records import METRICS, Recorder, plain, read_lines, recorders_of
-from jlora.training.resuming import facts_of, resumed
+from jlora.training.resuming import dated, facts_of, resumed
 from jlora.training.saving import Saver, check_writable
 from jlora.training.setup import Setup, model_of, set_up
 from jlora.training.step import State
@@ -86,7 +86,10 @@ def train(
     connect(recipe.distributed)
     say = Talk(quiet or jax.process_index() > 0)
     output = _output(recipe, resume)
+    recipe = dated(recipe, output / RECIPE, resume)
     data, setup, steps = _made(recipe, _mesh(recipe, devices), say)
+    ending.check(recipe, setup)
+    prompts = ending.prompts_of(recipe, setup, data.tokenizer)
     saver = Saver(output / CHECKPOINTS, keep_last=recipe.training.keep_last)
     facts = facts_of(recipe, setup, data)
     state, progress = setup.state, Progress()
@@ -96,16 +99,14 @@ def train(
     if jax.process_index() == 0:
         dumped = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (output / RECIPE).write_text(dumped, encoding="utf-8")
-    prompts = ending.prompts_of(recipe, data.tokenizer)
     length = recipe.report.max_new_tokens
     before = ending.texts(setup, None, data.tokenizer, prompts, length)
-    test = None if data.test is None else evaluation(setup, data.test)
+    test = None if data.test is None else test_of(setup, data.test)
     tested = [] if test is None else [test(setup.state.trained)]
 
     validate = None if data.validation is None else evaluation(setup, data.validation)
     own = recorders_of(output, tensorboard=recipe.report.tensorboard, after=progress.step)
     every = [*own, *recorders]
-    start = time.monotonic()
     try:
         with (
             Watch() as watch,
@@ -118,7 +119,6 @@ def train(
     finally:
         for recorder in every:
             recorder.close()
-    seconds = time.monotonic() - start
 
     state, kept = _kept(loop.state, progress, saver)
     saver.close()
@@ -129,7 +129,7 @@ def train(
     after = ending.texts(setup, adapter, data.tokenizer, prompts, length)
     if jax.process_index() == 0:
         lines = read_lines(output / METRICS)
-        course = Course(why, kept, steps, seconds, ahead.waited_s, tested, lines)
+        course = Course(why, kept, steps, ahead.waited_s, tested, lines)
         told = summary(recipe, setup, data, course)
         report.write(
             output / REPORT,
@@ -144,19 +144,37 @@ def train(
         written += [output / REPORT, output / RESULT]
         for name, value in told.items():
             say(f"{name}: {value}")
+    # Last, because it may fail where nothing else does.
+    written += ending.export(recipe, setup, state.trained, data.labels)
     for path in written:
         say(f"Wrote {path}.")
     return Outcome(why, progress.step, kept, loop.last, tested, written)
 
 
 def _output(recipe: Recipe, resume: bool) -> Path:
-    """The folder of the run, in which something can be written."""
+    """The folder of the run, in which something can be written and nothing is lost."""
     output = Path(recipe.output)
-    if not resume and ((output / CHECKPOINTS).exists() or (output / METRICS).exists()):
-        raise FileExistsError(
-            f"{output} holds a run, which is left as it was. Go on with --resume, or give another "
-            f"--output."
-        )
+    exports = ending.export_folders(recipe)
+    base = Path(recipe.model.path).resolve()
+    for folder in exports:
+        if folder.resolve() in (base, *base.parents):
+            raise ValueError(
+                f"model.path={recipe.model.path!r} is in {folder}, which an export would replace. "
+                f"Give another output."
+            )
+    if not resume and jax.process_index() == 0:
+        steps = [path for path in (output / CHECKPOINTS).glob("*") if path.name.isdigit()]
+        if steps or (output / ending.ADAPTER).exists():
+            raise FileExistsError(
+                f"{output} holds a run, which is left as it was. Go on with --resume, or give "
+                f"another --output."
+            )
+        for folder in exports:
+            if folder.exists():
+                raise FileExistsError(
+                    f"{folder} is there already, and is left as it was. Remove it, or give "
+                    f"another --output."
+                )
     check_writable(output)
     return output
 
@@ -185,6 +203,11 @@ def _made(recipe: Recipe, mesh: Mesh, say: Talk) -> tuple[Datasets, Setup, int]:
     for path, told in data.reports.items():
         say(f"{path}: {told}")
     steps = recipe.training.steps or data.train.steps(recipe.training.epochs)
+    if not steps:
+        raise ValueError(
+            f"training.epochs={recipe.training.epochs} of these data make no whole batch. Give "
+            f"more epochs, more data, or training.steps."
+        )
     labels = None if data.labels is None else len(data.labels)
     setup = set_up(recipe, mesh, steps=steps, labels=labels)
     say(counted(setup))
@@ -196,6 +219,13 @@ def _kept(state: State, progress: Progress, saver: Saver) -> tuple[State, int]:
     best = progress.best_step
     if best is None or best == progress.step:
         return state, progress.step
+    if best not in saver.steps():
+        warnings.warn(
+            f"The best checkpoint, of step {best}, could not be written; what is left is the last, "
+            f"of step {progress.step}.",
+            stacklevel=2,
+        )
+        return state, progress.step
     return saver.restore(state, best).state, best
 
 
@@ -203,4 +233,5 @@ def _changes(setup: Setup, state: State) -> dict[str, Any]:
     """How far each weight moved; nothing where several processes hold parts of them."""
     if jax.process_count() > 1:
         return {}
-    return report.norms(setup.frozen["base"], ending.adapter_of(setup, state.trained))
+    adapter = ending.adapter_of(setup, state.trained)
+    return report.norms(setup.frozen["base"], adapter, setup.fresh)

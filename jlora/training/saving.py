@@ -12,14 +12,13 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from jlora.checkpoints.hosts import whole
 from jlora.checkpoints.tensors import listed
@@ -54,29 +53,23 @@ class Saver:
 
         Args:
             folder: Made if it is not there.
-            keep_last: How many checkpoints stay, beside that of the best score.
+            keep_last: How many checkpoints stay, beside the best one.
 
         Raises:
             OSError: Nothing can be written there.
         """
         self.folder = Path(folder).absolute()
         check_writable(self.folder)
-        keep = [
-            policies.LatestN(keep_last),
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics["score"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+        self._kept = _Kept(keep_last)
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=self._kept,
             enable_async_checkpointing=False,  # The thread here does more than Orbax's would.
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "jlora-saving")
         self._writing: concurrent.futures.Future[None] | None = None
+        self._last: int | None = None  # The step that is being written.
         self._begun = set(self._manager.all_steps())
 
     def steps(self) -> list[int]:
@@ -87,7 +80,7 @@ class Saver:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, step: int, state: PyTree, facts: Mapping[str, Any], score: float | None = None
+        self, step: int, state: PyTree, facts: Mapping[str, Any], best: int | None = None
     ) -> None:
         """Begins to write a checkpoint, and returns as soon as its arrays were copied to the host.
 
@@ -95,7 +88,7 @@ class Saver:
             step: Its number; there must be none of it yet.
             state: A tree of arrays.
             facts: What JSON can hold.
-            score: That of the best one keeps it; the higher, the better.
+            best: The step of the best checkpoint so far, which may be this one. It stays.
 
         Raises:
             OSError: An earlier checkpoint could not be written.
@@ -105,12 +98,13 @@ class Saver:
             raise ValueError(f"{self.folder} has a checkpoint of step {step}, which is left alone.")
         self.wait()
         self._begun.add(step)
+        self._last = step
         # On a CPU an array and NumPy's share memory, which the next step writes over.
         arrays = {name: np.array(whole(array)) for name, array in _named(state).items()}
-        self._writing = self._worker.submit(self._write, step, arrays, dict(facts), score)
+        self._writing = self._worker.submit(self._write, step, arrays, dict(facts), best)
 
     def _write(
-        self, step: int, arrays: dict[str, np.ndarray], facts: dict[str, Any], score: float | None
+        self, step: int, arrays: dict[str, np.ndarray], facts: dict[str, Any], best: int | None
     ) -> None:
         hashes = {name: _sha256(array) for name, array in arrays.items()}
         args = ocp.args.Composite(
@@ -119,8 +113,8 @@ class Saver:
                 _FACTS: ocp.args.JsonSave({"format": FORMAT, "sha256": hashes, **facts}),
             }
         )
-        metrics = None if score is None else {"score": score}
-        self._manager.save(step, args=args, metrics=metrics)
+        self._kept.best = best
+        self._manager.save(step, args=args)
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -134,6 +128,7 @@ class Saver:
         try:
             writing.result()
         except Exception as error:
+            self._begun.discard(self._last)  # It may be tried again.
             raise OSError(
                 f"The checkpoint could not be written to {self.folder}: "
                 f"{str(error).partition(chr(10))[0]}. Earlier ones are whole. Make room or mend "
@@ -238,9 +233,28 @@ class Saver:
 
     def _damaged(self, step: int, what: str, why: Any) -> str:
         others = [other for other in self.steps() if other != step]
-        mend = f"Resume from step {others[-1]}" if others else "Begin anew"
+        mend = f"Remove {self.folder / str(step)}, and a resumed run goes on from step {others[-1]}"
+        mend = mend if others else "Begin anew"
         reason = str(why).partition("\n")[0][:200]
         return f"Step {step} in {self.folder} is damaged at {what}: {reason}. {mend}."
+
+
+class _Kept:
+    """Which checkpoints stay: the last ones, and the best one.
+
+    Orbax's own policy for the best forgets the scores with the process.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """As Orbax asks for it."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.last :], self.best}
+        return [step in kept for step in steps]
 
 
 def check_writable(folder: Path) -> None:

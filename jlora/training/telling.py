@@ -108,8 +108,7 @@ class Course(NamedTuple):
         why: It ended: "steps", or "patience" when evaluations got no better.
         kept: The step whose adapter is written.
         steps: How many were to be made.
-        seconds: That it took.
-        waited_s: In which the devices had no batch.
+        waited_s: In which the devices had no batch, since the run was last resumed.
         tested: The means on the test data before and after, if there is any.
         lines: Of metrics.jsonl.
     """
@@ -117,10 +116,28 @@ class Course(NamedTuple):
     why: str
     kept: int
     steps: int
-    seconds: float
     waited_s: float
     tested: Sequence[dict[str, float]]
     lines: Sequence[dict[str, Any]]
+
+    @property
+    def stepped(self) -> list[dict[str, Any]]:
+        """The lines of steps."""
+        return [line for line in self.lines if "loss" in line]
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing."""
+        return sum(not _is_finite(line) for line in self.stepped)
+
+    @property
+    def seconds(self) -> float:
+        """That the steps took."""
+        return sum(line["seconds"] for line in self.stepped)
+
+
+def _is_finite(line: dict[str, Any]) -> bool:
+    return math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
 
 
 def figures(setup: Setup, course: Course) -> dict[str, Any]:
@@ -135,7 +152,8 @@ def figures(setup: Setup, course: Course) -> dict[str, Any]:
     }
     return {
         "why": course.why,
-        "steps": len([line for line in course.lines if "loss" in line]),
+        "steps": len(course.stepped),
+        "skipped": course.skipped,
         "kept": course.kept,
         "validation": means or None,
         "test": dict(zip(("before", "after"), course.tested, strict=False)) or None,
@@ -150,7 +168,7 @@ def figures(setup: Setup, course: Course) -> dict[str, Any]:
 
 def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dict[str, str]:
     """What the report begins with."""
-    stepped = [line for line in course.lines if "loss" in line]
+    stepped = course.stepped
     held = {line["step"]: line for line in course.lines if "validation_loss" in line}
     seconds, waited = round(course.seconds), round(course.waited_s)
     told = {
@@ -162,10 +180,11 @@ def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dic
         "time": f"{seconds} s, of which the devices waited {waited} s for data",
         "loss": f"{_mean(stepped[:10])} at first, {_mean(stepped[-10:])} at last",
     }
+    if course.skipped:
+        told["steps"] += f", {course.skipped} of them skipped: loss or gradient was not finite"
     if course.why == "patience":
-        told["steps"] += f": no better evaluation in {recipe.training.patience}"
-    for path, said in data.reports.items():
-        told[path] = said
+        told["steps"] += f"; no better evaluation in {recipe.training.patience}"
+    told |= data.reports
     for name in course.tested[0] if course.tested else ():
         both = " before, ".join(f"{one[name]:.4f}" for one in course.tested)
         told[f"test {name}"] = f"{both} after"

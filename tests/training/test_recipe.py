@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -19,6 +20,7 @@ from jlora.training.recipe.reading import overridden
 from jlora.training.recipe.section import Section
 from jlora.training.recipe.sections import Recipe
 
+RECIPES = pathlib.Path(__file__).parents[2] / "examples" / "recipes"
 LEAST: dict[str, Any] = {
     "output": "run",
     "model": {"path": "base"},
@@ -84,12 +86,55 @@ def test_a_familys_fields_reach_its_config() -> None:
 def test_the_schema_accepts_what_loads_and_nothing_else() -> None:
     schema = recipe.json_schema()
     json.dumps(schema)
+    jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"output", "model", "data"}
     model = schema["$defs"]["Model"]
     assert model["properties"]["path"]["description"].startswith("A Hugging Face folder")
     assert {"LoRA", "DoRA", "FourierFT"} <= set(schema["$defs"])
     assert schema["$defs"]["LoRA"]["properties"]["rank"]["description"].startswith("Width of")
+    assert "_Unknown" not in schema["$defs"]
+
+
+def passes(raw: Any) -> bool:
+    return jsonschema.Draft202012Validator(recipe.json_schema()).is_valid(raw)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_schema_accepts_the_ready_recipes(path: pathlib.Path) -> None:
+    assert passes(yaml.safe_load(path.read_text()))
+    assert passes(recipe.load(path).model_dump(mode="json"))
+
+
+def test_the_schema_accepts_the_commented_recipe() -> None:
+    assert passes(yaml.safe_load(recipe.commented()))
+
+
+@pytest.mark.parametrize(
+    ("rule", "good"),
+    [
+        ({"family": "LoRA", "rank": 16, "alpha": 32}, True),
+        ({"rank": 8, "alpha": 16}, True),
+        ({}, True),
+        ({"family": "DoRA", "rank": 8, "alpha": 16.0}, True),
+        ({"family": "IA3"}, True),
+        ({"family": "TokenRows", "tokens": [3, 1]}, True),
+        ({"family": "TokenRows"}, False),
+        ({"family": "Bogus", "x": 1}, False),
+        ({"family": "Bogus"}, False),
+        ({"family": "LoRA", "rnak": 8}, False),
+        ({"rnak": 8}, False),
+        ({"family": "IA3", "rank": 8}, False),
+        ({"family": "DoRA", "rank": "8"}, False),
+    ],
+)
+def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: bool) -> None:
+    for raw in (with_(lora=rule), with_(more=[{**rule, "targets": "q"}])):
+        assert passes(raw) == good
+        if good:
+            recipe.checked(raw)
+        else:
+            refusal(raw)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +158,10 @@ def test_the_schema_accepts_what_loads_and_nothing_else() -> None:
         ({"optimizer": {"budget": {"target_rank": 4}}}, "budget and the family AdaLoRA need"),
         ({"lora": {"family": "AdaLoRA"}}, "budget and the family AdaLoRA need each other"),
         ({"training": {"steps": 0}}, "training.steps=0: .* greater than or equal to 1"),
-        ({"training": {"patience": 2}}, "patience=2 waits for evaluations, and data.validati"),
+        ({"training": {"patience": 2}}, "patience=2 is about evaluations .*validation is empty"),
+        ({"training": {"evaluate_every": 7}}, "training.evaluate_every=7 .*Give validation sour"),
+        ({"training": {"epochs": 2, "steps": 5}}, "epochs=2 and steps=5 each say how long the ru"),
+        ({"batch": {"evaluation_rows": 3}}, "evaluation_rows=3 .*validation and data.test are em"),
         ({"training": {"metric": "accuracy"}}, "metric=accuracy, and text is measured by"),
         ({"batch": {"rows": -8}}, "batch.rows=-8: .* greater than or equal to 1"),
         ({"batch": {"rows": 2.5}}, "batch.rows=2.5: .* valid integer. rows: In each forward"),
@@ -131,16 +179,40 @@ def test_faults_are_told_with_field_value_and_mend(changes: dict[str, Any], mess
     assert re.search(message, refusal(with_(**changes))), refusal(with_(**changes))
 
 
+def sources(*formats: str, **fields: Any) -> list[dict[str, Any]]:
+    return [{"path": "x.jsonl", "format": name, **fields} for name in formats]
+
+
 def data(*formats: str, **fields: Any) -> dict[str, Any]:
-    return {"train": [{"path": "x.jsonl", "format": f} for f in formats], **fields}
+    return {"train": sources(*formats), **fields}
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (data("chat", "preference"), "of different tasks, and a run has one"),
-        (data("chat", overlong="split"), "overlong=split cuts plain text alone"),
-        (data("chat", length=8, buckets=[4, 16]), "bucket 16 exceeds length=8"),
+        (data("chat", overlong="split"), "overlong=split cuts plain text alone.*'chat'"),
+        (data("text", test=sources("chat"), overlong="split"), "overlong=split .*'chat', 'text'"),
+        (data("text", validation=sources("completion"), overlong="split"), "=split .*'completion'"),
+        (data("chat", length=8, buckets=[4, 16], packing=False), "bucket 16 exceeds length=8"),
+        (data("chat", length=8, buckets=[4]), "buckets=.4. are .* Use packing: false, or leave b"),
+        (data("chat", validation=sources("chat", weight=0.5)), "validation.0.weight=0.5 mixes tra"),
+        (data("chat", test=sources("chat", "chat", weight=2)), "test.0.weight=2.0 .*Leave it out"),
+        (data("completion", "text", loss_on="last"), "loss_on=last is for chat, .*'completion', "),
+        (data("text", loss_on="all"), "loss_on=all is for chat and completion, and the sources"),
+        (data("classification", loss_on="all"), "loss_on=all .*'classification'.. Leave it out"),
+        ({"train": sources("chat", weight=1e-5)}, "train.0.weight=1e-05: .* equal to 0.0001. weig"),
+        ({"train": sources("chat", weight=1e4)}, "train.0.weight=10000.0: .* less than 10000"),
+        ({"train": sources("chat", weight=float("inf"))}, "train.0.weight=inf: "),
+        ({"train": sources("chat", weight=float("nan"))}, "train.0.weight=nan: "),
+        (
+            data("chat", chat_template="nope.jinja"),
+            "data.chat_template='nope.jinja': There is no s",
+        ),
+        (data("chat", chat_template="{{ x }}" * 99), "There is no such file. Give one that is"),
+        (data("chat", date="2026-02-30"), "data.date='2026-02-30': That is no day. .* 2026-01-31"),
+        (data("chat", date="20260131"), "data.date='20260131': That is no day"),
+        (data("chat", date="today"), "data.date='today': That is no day"),
         (data("poem"), "data.train.0.format='poem'"),
         ({"train": []}, "data.train=.*at least 1 item"),
         (data("chat", validation=[{"path": "x"}]), "data.validation.0.format is missing"),
@@ -148,6 +220,61 @@ def data(*formats: str, **fields: Any) -> dict[str, Any]:
 )
 def test_faults_of_data_are_told(given: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(with_(data=given))), refusal(with_(data=given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report": {"prompts": ["who?"]}}, "report.prompts=.'who.'. are continued .*Leave them"),
+        ({"training": {"metric": "accuracy"}}, "training.metric=accuracy .*validation is empty"),
+    ],
+)
+def test_what_does_nothing_for_labels_is_refused(changes: dict[str, Any], message: str) -> None:
+    raw = with_(data=data("classification", test=sources("classification")), **changes)
+    assert re.search(message, refusal(raw)), refusal(raw)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        (data("text", overlong="split", validation=sources("text")), {}),
+        (data("chat", buckets=[8], packing=False), {}),
+        (data("preference", buckets=[8]), {}),
+        (data("chat", "text", loss_on="last"), {}),
+        (data("completion", "text", loss_on="all"), {}),
+        (data("text", validation=sources("chat"), loss_on="last"), {}),
+        ({"train": sources("chat", weight=1e-4)}, {}),
+        (data("chat", date="2026-01-31"), {}),
+        (data("chat", test=sources("chat")), {"batch": {"evaluation_rows": 3}}),
+        (data("chat", validation=sources("chat")), {"training": {"evaluate_every": 7}}),
+        (data("preference"), {"report": {"prompts": ["who?"]}}),
+        (data("chat"), {"training": {"steps": 5}}),
+        (data("chat"), {"training": {"epochs": 3}}),
+    ],
+)
+def test_what_does_something_loads_again_as_it_is_written(
+    given: dict[str, Any], changes: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    made = recipe.checked(with_(data=given, **changes))
+    # As a run writes its recipe: with epochs beside steps, and every default.
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    assert recipe.load(tmp_path / "recipe.yaml") == made
+
+
+def test_a_chat_template_that_is_there_is_taken(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ messages }}")
+    assert recipe.checked(with_(data=data("chat", chat_template=str(path)))).data.chat_template
+
+
+def test_days_need_no_quotes(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(with_(data=data("chat", date="DAY"))).replace("DAY", "2026-01-31")
+    )
+    assert "date: 2026-01-31" in path.read_text()
+    assert recipe.load(path).data.date == "2026-01-31"
+    assert recipe.load(path, ["--data.date", "2026-02-01"]).data.date == "2026-02-01"
 
 
 def test_all_faults_are_told_at_once() -> None:
@@ -176,10 +303,58 @@ def test_overrides_reach_every_place() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "place", "value"),
+    [
+        (["--output", "2024"], "output", "2024"),
+        (["--output", "1e-4"], "output", "1e-4"),
+        (["--output", "null"], "output", "null"),
+        (["--model.path", "a: b # c"], "model.path", "a: b # c"),
+        (["--model.revision", "0123"], "model.revision", "0123"),
+        (["--model.revision", "null"], "model.revision", None),
+        (["--model.dtype=float16"], "model.dtype", "float16"),
+        (["--lora.targets", "[qv]_proj$"], "lora.targets", "[qv]_proj$"),
+        (["--lora.targets", "[qv]"], "lora.targets", "[qv]"),
+        (["--frozen", "['[0]']", "--frozen.0", "[1]"], "frozen.0", "[1]"),
+        (["--data.train.0.name", "true"], "data.train.0.name", "true"),
+        (["--data.train.0.columns.messages", "7"], "data.train.0.columns.messages", "7"),
+        (
+            ["--report.prompts", "[a, b]", "--report.prompts.1", "Say: 1"],
+            "report.prompts.1",
+            "Say: 1",
+        ),
+        (["--seed", "7"], "seed", 7),
+        (["--model.scanned", "false"], "model.scanned", False),
+        (["--data.train.0.limit", "null"], "data.train.0.limit", None),
+        (["--lora.alpha", "-5"], "lora.alpha", -5),
+    ],
+)
+def test_overrides_of_text_are_the_text(arguments: list[str], place: str, value: Any) -> None:
+    found: Any = overridden(LEAST, arguments)
+    for key in place.split("."):
+        found = found[int(key) if isinstance(found, list) else key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_steps_of_the_command_line_replace_the_files_epochs() -> None:
+    def training(held: dict[str, Any], *arguments: str) -> dict[str, Any]:
+        return overridden(with_(training=held), arguments)["training"]
+
+    assert training({"epochs": 3}, "--training.steps", "5") == {"steps": 5}
+    assert training({"steps": 5}, "--training.epochs", "3") == {"epochs": 3}
+    assert training({"epochs": 3}, "--training.steps", "null") == {"epochs": 3, "steps": None}
+    # Who gives both is told.
+    both = {"epochs": 3, "steps": 5}
+    assert training({}, "--training.steps", "5", "--training.epochs", "3") == both
+    assert training({}, "--training.epochs", "3", "--training.steps", "5") == both
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["lora.rank", "3"], "'lora.rank' is no override. Write --section.field value"),
         (["--lora.rank"], "--lora.rank has no value"),
+        (["--lora.rank", "--output", "run"], "--lora.rank has no value"),
         (["--data.train.1.path", "x"], "1 is no entry of a list of 1; the first is 0"),
         (["--output.name", "x"], "output holds 'run', and nothing is inside that"),
         (["--lora", "{rank: [}"], "--lora is no YAML"),

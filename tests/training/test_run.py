@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from training.conftest import ANIMALS, Make
+from training.conftest import ANIMALS, DATA, Make
 
 import jlora
 from jlora import models
-from jlora.training import recipe
+from jlora.training import recipe, resuming
 from jlora.training.interruption import Interrupted
 from jlora.training.loop import NotFinite
 from jlora.training.records import read_lines
@@ -111,16 +112,63 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     for text in ("learning rate", "validation", "mlp/down/kernel", "who sees the &lt;cat&gt;?"):
         assert text in page
     assert list((folder / "tensorboard").iterdir())
-    assert recipe.load(folder / "recipe.yaml") == recipe.checked(raw)
+    kept = recipe.load(folder / "recipe.yaml")
+    assert kept == resuming.dated(recipe.checked(raw), folder / "recipe.yaml", resume=True)
 
 
 def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
     raw = recipe_of()
-    (output(raw) / "checkpoints").mkdir(parents=True)
+    # What is no whole checkpoint is no run.
+    (output(raw) / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint to go on from. Begin without"):
+        run(raw, resume=True)
+    (output(raw) / "checkpoints" / "3").mkdir()
     with pytest.raises(FileExistsError, match="holds a run, which is left as it was"):
         run(raw)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        run(raw, resume=True)
+
+
+def test_what_an_export_would_replace_is_left_alone(recipe_of: Make, base: pathlib.Path) -> None:
+    raw = recipe_of(export={"merged": True})
+    kept = output(raw) / "merged" / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(FileExistsError, match="merged is there already, and is left as it was"):
+        run(raw)
+    assert kept.read_text() == "mine"
+    shutil.rmtree(kept.parent)
+    shutil.copytree(base, kept.parent)
+    raw["model"]["path"] = str(kept.parent)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="which an export would replace"):
+            run(raw, resume=resume)
+    assert (kept.parent / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("lora", "export", "message"),
+    [
+        (
+            {"family": "LoRAMixture", "experts": 2, "rank": 2},
+            "merged",
+            "none can be merged|mixture",
+        ),
+        ({"family": "SoRA", "rank": 2}, "peft", "PEFT has nothing like"),
+        ({"family": "Full", "targets": "/q/kernel"}, "peft", "no part of a method of PEFT"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused_before_training(
+    recipe_of: Make, lora: dict[str, Any], export: str, message: str
+) -> None:
+    raw = recipe_of(export={export: True}) | {"lora": lora}
+    with pytest.raises(ValueError, match=message):
+        run(raw)
+    assert not (output(raw) / "metrics.jsonl").exists()
+
+
+def test_prompts_longer_than_the_model_are_refused(recipe_of: Make) -> None:
+    raw = recipe_of(report={"prompts": ["cat " * 400], "max_new_tokens": 4})
+    with pytest.raises(ValueError, match="has .* tokens, and the model has room for"):
+        run(raw)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +178,7 @@ def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
         ({"mesh": {"data": 8}}, "A batch of 2 rows cannot be split over data=8"),
         ({"mesh": {"tensor": 8}}, r"The weight 'params/.* is not divisible by tensor=8"),
         ({"data": {"length": 4096}}, "data.length=4096 runs past the"),
-        ({"data": {"length": 20}}, "row 0: .* tokens are more than length=20"),
+        ({"data": {"length": 20}}, "row 0: .* tokens are more than data.length=20"),
         ({"lora": {"targets": "atention"}}, "'atention' matches none of"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
     ],
@@ -197,6 +245,101 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert_same(raw, whole)
 
 
+def scripted(monkeypatch: Any, losses: list[float], interrupted: int | None = None) -> None:
+    """Gives evaluations these losses, one after the other; a signal comes during one of them."""
+    left, signals = list(losses), [interrupted]
+
+    def evaluate(_: Any, is_over: Callable[[], bool]) -> dict[str, float] | None:
+        if len(losses) - len(left) + 1 == signals[0]:
+            signals[0] = None
+            stop()
+            assert is_over()
+            return None
+        return {"loss": left.pop(0)}
+
+    monkeypatch.setattr("jlora.training.run.evaluation", lambda *_: evaluate)
+
+
+def evaluated(recipe_of: Make, chats: pathlib.Path, **training: Any) -> dict[str, Any]:
+    return recipe_of(
+        data={"validation": [{"path": str(chats), "format": "chat", "limit": 2}]},
+        training={"evaluate_every": 1, "keep_last": 1, "save_minutes": None, **training},
+    )
+
+
+def checkpoints(raw: dict[str, Any]) -> list[int]:
+    return sorted(int(f.name) for f in (output(raw) / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("during", ["a step", "an evaluation"])
+def test_no_evaluation_and_no_best_one_is_lost(
+    recipe_of: Make, chats: pathlib.Path, monkeypatch: Any, during: str
+) -> None:
+    raw = evaluated(recipe_of, chats)
+    stopped_in_evaluation = during == "an evaluation"
+    scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0, 2.5, 2.0], 4 if stopped_in_evaluation else None)
+    recorders = [] if stopped_in_evaluation else [After(4, stop)]
+    with pytest.raises(Interrupted):
+        run(raw, recorders=recorders)
+    outcome = run(raw, resume=True)
+    assert (outcome.why, outcome.step, outcome.kept) == ("steps", 6, 2)
+    lines = [line for line in measured(raw) if "validation_loss" in line]
+    assert [line["validation_loss"] for line in lines] == [5.0, 1.0, 4.0, 3.0, 2.5, 2.0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert checkpoints(raw) == [2, 6]
+    # A run that is over makes no step more.
+    adapter = (output(raw) / "adapter.safetensors").read_bytes()
+    again = run(raw, resume=True)
+    assert (again.step, again.kept) == (6, 2)
+    assert (output(raw) / "adapter.safetensors").read_bytes() == adapter
+
+
+def test_patience_that_is_over_stays_over(
+    recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
+) -> None:
+    raw = evaluated(recipe_of, chats, patience=2)
+    scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0])
+    assert (first := run(raw)).why == "patience"
+    assert (first.step, first.kept) == (4, 2)
+    second = run(raw, resume=True)
+    assert (second.why, second.step, second.kept) == ("patience", 4, 2)
+
+
+def test_without_the_best_checkpoint_the_last_one_is_left(
+    recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
+) -> None:
+    raw = evaluated(recipe_of, chats, save_errors="warn", patience=2)
+    scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0])
+    write = Saver._write
+
+    def failing(self: Saver, step: int, *rest: Any) -> None:
+        if step in (2, 4):
+            raise OSError(28, "No space left on device")
+        write(self, step, *rest)
+
+    monkeypatch.setattr(Saver, "_write", failing)
+    with (
+        pytest.warns(UserWarning, match="could not be written .*No space left"),
+        pytest.warns(UserWarning, match="best checkpoint, of step 2, could not be written"),
+    ):
+        outcome = run(raw)
+    assert (outcome.why, outcome.kept) == ("patience", 4)
+    assert (output(raw) / "adapter.safetensors").exists()
+
+
+def test_a_date_is_kept(recipe_of: Make) -> None:
+    raw = recipe_of()
+    run(raw)
+    path = output(raw) / "recipe.yaml"
+    made = recipe.load(path)
+    assert made.data.date is not None
+    path.write_text(path.read_text().replace(made.data.date, "2001-02-03"))
+    open_ended = recipe.checked(raw)
+    assert resuming.dated(open_ended, path, True).data.date == "2001-02-03"
+    assert resuming.dated(open_ended, path, False).data.date == made.data.date
+    assert resuming.dated(made, path, True).data.date == made.data.date
+
+
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(
     whole: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
@@ -234,6 +377,11 @@ def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathli
         (lambda raw: raw["lora"].update(alpha=8.0), "recipe .lora"),
         (lambda raw: raw["training"].update(epochs=4), "schedule .epochs: 3 there, 4 here"),
         (lambda raw: raw["batch"].update(accumulate=1), "another data"),
+        (lambda raw: raw["model"].update(compute_dtype="bfloat16"), "numbers .compute_dtype"),
+        (
+            lambda raw: raw["data"].update(validation=raw["data"]["train"]),
+            "another evaluation .data: None there",
+        ),
         (lambda raw: raw["data"]["train"][0].update(limit=19), "another data"),
         (lambda raw: raw["lora"].update(rank=3), r"is float32\(.*instead of float32"),
         (lambda raw: raw["lora"].update(targets="/q/kernel"), "has .* besides"),
@@ -342,9 +490,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     # Skipped, the run ends, and what is left is finite.
     raw |= {"output": str(tmp_path / "skipping")}
     raw["training"] = {"epochs": 2, "nonfinite": "skip", "max_skipped": 1}
-    run(raw)
+    with pytest.warns(UserWarning, match=r"was skipped: loss=nan, .* 0:13"):
+        run(raw)
     losses = [line["loss"] for line in measured(raw)]
     assert np.isnan(losses).sum() == 2
+    assert json.loads((output(raw) / "result.json").read_text())["skipped"] == 2
     adapter = safetensors.numpy.load_file(output(raw) / "adapter.safetensors")
     assert all(np.isfinite(array).all() for array in adapter.values())
 
@@ -353,7 +503,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     raw["data"]["train"][0]["limit"] = 14
     raw["data"]["train"][0]["path"] = str(tmp_path / "all.jsonl")
     (tmp_path / "all.jsonl").write_text((json.dumps(rows[13]) + "\n") * 14)
-    with pytest.raises(NotFinite, match="Step 2, the last of 2 in a row"):
+    with (
+        pytest.raises(NotFinite, match="Step 2, the last of 2 in a row"),
+        pytest.warns(UserWarning, match="Step 1 was skipped"),
+    ):
         run(raw)
 
 
@@ -474,8 +627,10 @@ def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_factors_taken_out_of_the_weights_end_on_the_original_base(
-    recipe_of: Make, base: pathlib.Path, init: str
+    recipe_of: Make, base: pathlib.Path, init: str, monkeypatch: Any
 ) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("jlora.training.report.write", lambda *_, **given: told.update(given))
     raw = recipe_of(
         lora={"init": init, "rank": 2, "dropout": 0.0},
         export={"merged": True, "merged_dtype": "float32"},
@@ -489,3 +644,60 @@ def test_factors_taken_out_of_the_weights_end_on_the_original_base(
     tokens = jnp.array([[3, 9, 17, 30]])
     adapted = jlora.lora_transform(model.apply).apply(params, adapter, tokens)
     np.testing.assert_allclose(model.apply(merged, tokens), adapted, atol=5e-5)
+    # The report tells how far the checkpoint's own weights moved.
+    path = ("params", "layers", "mlp", "up", "kernel")
+    old, new = (functools.reduce(lambda node, key: node[key], path, p) for p in (params, merged))
+    moved = np.linalg.norm(new - old, axis=(1, 2)) / np.linalg.norm(old, axis=(1, 2))
+    np.testing.assert_allclose(told["changes"]["/".join(path)], moved, rtol=1e-3)
+
+
+NAMES = {"0": "pos", "1": "neg", "2": "zed"}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_heads_own_labels_are_kept(
+    recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, named: bool
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(DATA / "encoders" / "bert_sequence", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder / name, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = NAMES if named else {number: f"LABEL_{number}" for number in NAMES}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "labels.jsonl"
+    rows = [{"text": a, "label": name} for a in ANIMALS[:4] for name in NAMES.values()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = recipe_of(
+        model={"path": str(folder)},
+        data={"train": [{"path": str(path), "format": "classification"}], "length": 16},
+        training={"steps": 1},
+        export={"merged": True, "merged_dtype": "float32"},
+    )
+    run(raw)
+    written = json.loads((output(raw) / "merged" / "config.json").read_text())["id2label"]
+    assert written == (NAMES if named else {"0": "neg", "1": "pos", "2": "zed"})
+    raw |= {"classification": {"labels": ["neg", "pos", "zed"]}, "output": str(tmp_path / "two")}
+    if named:
+        with pytest.raises(ValueError, match="which the base's own head gives"):
+            run(raw)
+
+
+def test_labels_are_those_of_all_sources(
+    recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    sources = []
+    for name, labels in (("one", ["b", "c"]), ("two", ["a"])):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"text": a, "label": label} for a in ANIMALS[:3] for label in labels]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"path": str(path), "format": "classification"})
+    raw = recipe_of(
+        model={"path": str(encoder)},
+        data={"train": sources, "length": 16},
+        training={"steps": 1},
+    )
+    run(raw)
+    head = safetensors.safe_open(output(raw) / "head.safetensors", framework="numpy")
+    assert json.loads(head.metadata()["labels"]) == ["a", "b", "c"]

@@ -57,8 +57,12 @@ def test_an_empty_folder_has_nothing_to_restore(tmp_path: pathlib.Path) -> None:
 
 def test_the_last_ones_and_the_best_one_stay(tmp_path: pathlib.Path) -> None:
     saver = Saver(tmp_path, keep_last=2)
-    for step, score in [(1, None), (2, -1.0), (3, -0.5), (4, -2.0), (5, None), (6, None)]:
-        saver.save(step, state(step), {}, score)
+    for step, best in [(1, None), (2, 2), (3, 3), (4, 3)]:
+        saver.save(step, state(step), {}, best)
+    saver.close()
+    saver = Saver(tmp_path, keep_last=2)  # As a process that goes on does.
+    for step in (5, 6):
+        saver.save(step, state(step), {}, 3)
     saver.wait()
     assert saver.steps() == [3, 5, 6]
     with pytest.raises(ValueError, match="has a checkpoint of step 5, which is left alone"):
@@ -103,7 +107,7 @@ def refused_or_right(folder: pathlib.Path) -> bool:
     else:
         assert_equal(found, state(7))
         return False
-    assert re.search(r"Step 7 .* is damaged at .*Resume from step 3", told), told
+    assert re.search(r"Step 7 .* is damaged at .*, and a resumed run goes on from step 3", told), told
     return True
 
 

@@ -80,15 +80,20 @@ class Stream:
 
         Raises:
             ValueError: The data is not of that kind, an example is longer than a row, the weights
-                leave no example.
+                leave no example for an epoch.
         """
         _check_kind(corpora, kind)
         if kind != "language":
             batching = dataclasses.replace(batching, packing=False)
         exact = exact_weights(weights, len(corpora))
-        if sum(w * c.examples for w, c in zip(exact, corpora, strict=True)) < 1:
+        sizes = [corpus.examples for corpus in corpora]
+        # Where no source has an example for the first epoch, that has no batch; where one has, it
+        # has one for every epoch.
+        if all(weight * size < 1 for weight, size in zip(exact, sizes, strict=True)):
             raise ValueError(
-                f"weights={list(weights or ())} leave not one example an epoch. Give greater ones."
+                f"The sources' weights={list(weights or ())} take none of their {sizes} examples "
+                f"in the first epoch, which has no batch then. Give one source a greater weight: "
+                f"times its examples it has to be 1 or more."
             )
         self.batching = batching
         self._corpora = corpora
@@ -171,6 +176,6 @@ def _check_kind(corpora: Sequence[Corpus], kind: Kind) -> None:
     names = {corpus.label_names for corpus in corpora}
     if len(names) > 1:
         raise ValueError(
-            f"The sources call their labels differently: {sorted(names, key=repr)}. Read them all "
-            f"with the same label_names."
+            f"The sources call their labels differently: {sorted(names, key=repr)}. Name them for "
+            f"all: label_names, in a recipe classification.labels."
         )

@@ -128,7 +128,8 @@ class Reading:
     def __post_init__(self) -> None:
         if type(self.length) is not int or self.length < 2:
             raise ValueError(
-                f"Reading.length={self.length} holds no token and the next. Give 2 or more."
+                f"Reading.length={self.length}, in a recipe data.length, holds no token and the "
+                f"next. Give 2 or more."
             )
         if self.overlong not in POLICIES:
             raise ValueError(
@@ -197,9 +198,9 @@ class Builder:
         if not report.examples:
             raise ValueError(
                 f"{self.reading.where} leaves nothing to learn: of {report.rows} rows "
-                f"{report.dropped} are longer than length={self.reading.length}, {report.lost} "
-                f"have nothing to learn before that, and {report.unlearned} nothing at all. Give "
-                f"a greater length, or look at the rows."
+                f"{report.dropped} are longer than data.length={self.reading.length}, "
+                f"{report.lost} have nothing to learn before that, and {report.unlearned} nothing "
+                f"at all. Give a greater length, or look at the rows."
             )
         corpus = Corpus(
             tokens=np.frombuffer(self._tokens, np.int32),
@@ -245,8 +246,8 @@ class Builder:
         if self.reading.overlong != "drop":
             raise ValueError(
                 f"{self.reading.where}, row {row}: {tokens} tokens are more than "
-                f'length={self.reading.length}. Give a greater length, or overlong="truncate" or '
-                f'"drop".'
+                f"data.length={self.reading.length}. Give a greater one, or data.overlong=truncate "
+                f"or drop."
             )
         self._counts["dropped"] += 1
 

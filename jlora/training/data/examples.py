@@ -12,7 +12,7 @@ import tokenizers
 
 from jlora.checkpoints.tensors import listed
 from jlora.training.data.corpus import Builder, Corpus, Part, Reading
-from jlora.training.data.labels import Labels, collected
+from jlora.training.data.labels import Labels, collected, numbered
 from jlora.training.data.messages import Message, checked
 from jlora.training.data.template import ChatTemplate, LossOn, Span
 from jlora.training.data.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def classification(
 
     Args:
         rows: With columns `text` and `label`, and `text_pair` if there are pairs. Labels are
-            strings, or numbers from 0.
+            strings, or numbers from 0, which those of a .csv file are if all are digits.
         tokenizer: Of the model.
         reading: Lengths, and what the columns are called.
         label_names: What the labels are called, in their order. When left out: what the table
@@ -159,7 +159,8 @@ def classification(
     """
     _refuse_split(reading)
     builder = Builder(reading)
-    labels = Labels.of(label_names or _label_names(rows, reading), reading.where)
+    labels = Labels.of(label_names or names_of_labels(rows, reading), reading.where)
+    found = _labels(rows, reading, label_names)
     encoder = _cutting(tokenizer, reading)
     for start, columns in _columns(rows, reading, ("text", "label"), ("text_pair",)):
         inputs: list[Any] = _strings(columns, "text", start, reading)
@@ -167,7 +168,7 @@ def classification(
             pairs = _strings(columns, "text_pair", start, reading)
             inputs = list(zip(inputs, pairs, strict=True))
         for number, made in enumerate(encoder.encode_batch_fast(inputs)):
-            label = labels.number(columns["label"][number], start + number)
+            label = labels.number(found[start + number], start + number)
             part = Part(made.ids, False, made.type_ids)
             builder.add_labelled(start + number, part, label, truncated=bool(made.overflowing))
     return builder.build(label_names=labels.names)
@@ -190,16 +191,18 @@ def _columns(
     unknown = sorted(set(reading.columns) - {*needed, *optional})
     if unknown:
         raise ValueError(
-            f"Reading.columns names {listed(unknown)}, which the format does not read. It reads "
-            f"{listed([*needed, *optional])}."
+            f"columns of {reading.where} names {listed(unknown)}, which the format does not read. "
+            f"It reads {listed([*needed, *optional])}."
         )
     names = {name: reading.columns.get(name, name) for name in (*needed, *optional)}
     wanted = dict.fromkeys((*needed, *reading.columns))
-    missing = [names[name] for name in wanted if names[name] not in there]
+    missing = {name: names[name] for name in wanted if names[name] not in there}
     if missing:
+        other = next((name for name in there if name not in names.values()), "its name there")
         raise ValueError(
-            f"{reading.where} has no column {listed(missing)}. It has {listed(there, 20)}: say "
-            f"which is which with Reading.columns={{{needed[0]!r}: ...}}."
+            f"{reading.where} has no column {listed(list(missing.values()))}. It has "
+            f"{listed(there, 20)}: say which is which with the source's columns, such as "
+            f"`columns: {{{next(iter(missing))}: {other}}}`."
         )
     names = {name: column for name, column in names.items() if column in there}
     for start in range(0, len(rows), _AT_ONCE):
@@ -235,8 +238,8 @@ def _tools(tools: Any, where: str) -> Any:
 def _template(tokenizer: Tokenizer, reading: Reading) -> ChatTemplate:
     if tokenizer.template is None:
         raise ValueError(
-            f"{reading.where} holds chats, and the tokenizer's folder no chat template. Give "
-            f"Tokenizer.of(folder, template), or data of prompts and completions."
+            f"{reading.where} holds chats, and the tokenizer's folder no chat template. Give one "
+            f"(data.chat_template of a recipe), or data of prompts and completions."
         )
     return tokenizer.template
 
@@ -250,16 +253,20 @@ def _eos(tokenizer: Tokenizer) -> int:
     return tokenizer.eos
 
 
-def _label_names(rows: Rows, reading: Reading) -> Sequence[str]:
+def names_of_labels(rows: Rows, reading: Reading) -> Sequence[str]:
     """What the table says that labels are called, or else the labels that there are."""
     column = reading.columns.get("label", "label")
     names = getattr(getattr(rows, "features", {}).get(column), "names", None)
-    if names is not None:
-        return names
-    alone = dataclasses.replace(reading, columns={"label": column})
-    return collected(
-        [x for _, part in _columns(rows, alone, ("label",)) for x in part["label"]], reading.where
-    )
+    return collected(_labels(rows, reading), reading.where) if names is None else names
+
+
+def _labels(rows: Rows, reading: Reading, names: Sequence[str] | None = None) -> Sequence[Any]:
+    """The labels of all rows, to be looked up among the names if those are known."""
+    alone = dataclasses.replace(reading, columns={"label": reading.columns.get("label", "label")})
+    found = [x for _, part in _columns(rows, alone, ("label",)) for x in part["label"]]
+    untyped = getattr(getattr(rows, "info", None), "builder_name", None) == "csv"
+    strings = untyped and all(isinstance(label, str) for label in found)
+    return numbered(found, names) if strings else found
 
 
 def _cutting(tokenizer: Tokenizer, reading: Reading) -> tokenizers.Tokenizer:
@@ -274,8 +281,8 @@ def _cutting(tokenizer: Tokenizer, reading: Reading) -> tokenizers.Tokenizer:
 def _refuse_split(reading: Reading) -> None:
     if reading.overlong == "split":
         raise ValueError(
-            'Reading.overlong="split" makes several examples of one, which only plain texts bear. '
-            'Use "truncate", "drop" or "error".'
+            "data.overlong=split makes several examples of one, which only plain texts bear. Use "
+            "truncate, drop or error."
         )
 
 

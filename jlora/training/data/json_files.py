@@ -6,11 +6,12 @@ the fields of all others. Here a string stays one, and a list or object comes ba
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import pyarrow as pa
 
@@ -84,7 +85,7 @@ def _rows(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _holds_array(file: Path) -> bool:
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         first = next((line.lstrip()[:1] for line in lines if line.strip()), b"")
     if not first:
         raise ValueError(f"{file} is empty. Give a file with at least one row.")
@@ -92,15 +93,25 @@ def _holds_array(file: Path) -> bool:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, entry in enumerate(_parsed(file.read_bytes(), str(file))):
+    with _opened(file) as content:
+        entries = _parsed(content.read(), str(file))
+    for number, entry in enumerate(entries):
         yield f"{file}: entry {number}", entry
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{file}:{number}", _parsed(line.strip(), f"{file}:{number}")
+
+
+def _opened(file: Path) -> BinaryIO:
+    """The file, from behind the byte order mark on that some editors write."""
+    content = file.open("rb")
+    if content.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        content.seek(0)
+    return content
 
 
 def _parsed(content: bytes, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jlora.checkpoints.tensors import listed
 
 # A higher number is no label but an id that came into the wrong column.
 MOST_LABELS = 100_000
+_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*")
 
 
 class Labels(NamedTuple):
@@ -51,7 +53,8 @@ class Labels(NamedTuple):
             return label
         raise ValueError(
             f"{self.where}, row {row}: label={label!r} is none of {listed(list(self.names), 20)}, "
-            f"nor a number below {len(self.names)}. Mend the row, or give all label_names."
+            f"nor a number below {len(self.names)}. Mend the row, or name all labels: "
+            f"label_names, in a recipe classification.labels."
         )
 
 
@@ -59,15 +62,31 @@ def collected(found: Sequence[Any], where: str) -> list[str]:
     """The names that labels have: strings in their order; of numbers, all up to the highest.
 
     Raises:
-        ValueError: They are neither all strings nor all numbers from 0.
+        ValueError: They are neither all strings, none of them empty, nor all numbers from 0.
     """
     kind = str if found and isinstance(found[0], str) else int
     for row, label in enumerate(found):
-        if type(label) is not kind or (type(label) is int and not 0 <= label < MOST_LABELS):
+        number = type(label) is int and 0 <= label < MOST_LABELS
+        if type(label) is not kind or not (number if kind is int else label):
             raise ValueError(
-                f"{where}, row {row}: label={label!r}, where labels have to be all strings, or all "
-                f"numbers from 0 and below {MOST_LABELS}. Mend the row."
+                f"{where}, row {row}: label={label!r}, where labels have to be all strings, none "
+                f"empty, or all numbers from 0 and below {MOST_LABELS}. Mend the row."
             )
     if kind is str:
         return sorted(set(found))
     return [str(number) for number in range(max(found) + 1)]
+
+
+def numbered(found: Sequence[str], names: Sequence[str] | None) -> Sequence[Any]:
+    """The labels of a table without types: as numbers if all are, unless names say otherwise.
+
+    Empty ones stay as they are, to be told with their row.
+    """
+    given = {label for label in found if label}
+    if not all(_NUMBER.fullmatch(label) for label in given):
+        return found
+    numbers = {label: float(label) if "." in label else int(label) for label in given}
+    places = {name: place for place, name in enumerate(names or ())}
+    if any(places.get(label, number) != number for label, number in numbers.items()):
+        return found
+    return [numbers.get(label, label) for label in found]

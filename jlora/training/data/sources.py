@@ -6,11 +6,12 @@ import glob
 import itertools
 import os
 import re
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jlora.checkpoints.tensors import listed
-from jlora.training.data import json_files
+from jlora.training.data import csv_files, json_files
 
 if TYPE_CHECKING:
     import datasets
@@ -42,13 +43,14 @@ def rows(
 ) -> datasets.Dataset:
     """The rows of a file, of a folder's files, or of a data set on the Hub.
 
-    Lines of JSON are checked before they are read, blank ones left out. A line of a .txt file is
-    a row with the column `text`.
+    Lines of JSON are checked before they are read, blank ones left out. Every cell of a .csv file
+    is text, as it stands there. A line of a .txt file is a row with the column `text`.
 
     Args:
         path: A .jsonl, .json, .parquet, .csv or .txt file, a pattern with `*` that finds some, a
-            folder of them, or `owner/name` on the Hub. Of a folder, the files with the split's
-            name in theirs are taken, or all for "train" if no name tells a split.
+            folder of them, or `owner/name` on the Hub. Of a folder whose files are named after
+            splits, such as train.jsonl or train-00000-of-00002.parquet, those of the split are
+            taken, and a warning counts the files of none; of another folder all for "train".
         split: "train", "validation", "test" or another of the Hub's; a slice such as
             "train[:95%]" takes a part.
         name: Which configuration of the Hub's data set.
@@ -100,25 +102,45 @@ def _files(path: str | os.PathLike[str], split: str) -> list[Path]:
 
 
 def _of_split(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that hold the split, by the words in their names."""
+    """The files of a folder that hold the split, by their names."""
     files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no {', '.join(_READERS)} file. Give the folder that does."
         )
     base = split.split("[")[0]
-    known = {word for words in _SPLITS.values() for word in words} | {base}
-    words = {file: known & set(re.split(r"[-_.]", file.stem.lower())) for file in files}
-    wanted = set(_SPLITS.get(base, ())) | {base}
-    chosen = [file for file in files if words[file] & wanted]
-    if not chosen and base == "train" and not any(words.values()):
+    words = _split_words(files, base)
+    if base == "train" and not any(words):
         return files
+    wanted = {*_SPLITS.get(base, ()), base}
+    chosen = [file for file, named in zip(files, words, strict=True) if named & wanted]
     if not chosen:
         raise ValueError(
             f"split={split!r}: none of {listed([file.name for file in files])} in {folder} carries "
             f"that name. Give one of the files."
         )
+    others = [file.name for file, named in zip(files, words, strict=True) if not named]
+    if others:
+        warnings.warn(
+            f"{folder}: split={split!r} takes {listed([file.name for file in chosen])}, and "
+            f"{len(others)} of {len(files)} files are of no split and not read: {listed(others)}. "
+            f"Give the pattern {str(folder / '*')!r} to read them all.",
+            stacklevel=4,
+        )
     return chosen
+
+
+def _split_words(files: list[Path], base: str) -> list[set[str]]:
+    """Of each file the words that say which split it holds; none where a folder has no such names.
+
+    The first word of a name tells, as in train-00000-of-00002. Other words do where all files have
+    one, as in small_train and small_test: night-train beside other files is a name like theirs.
+    """
+    known = {word for words in _SPLITS.values() for word in words} | {base}
+    parts = [re.split(r"[-_.]", file.stem.lower()) for file in files]
+    firsts = [known & {names[0]} for names in parts]
+    anywhere = [known & set(names) for names in parts]
+    return anywhere if not any(firsts) and all(anywhere) else firsts
 
 
 def _from_files(files: list[Path], split: str) -> datasets.Dataset:
@@ -140,9 +162,15 @@ def _from_files(files: list[Path], split: str) -> datasets.Dataset:
     base = split.split("[")[0]
     if reader == "json":
         return _part(datasets.Dataset(json_files.table(files)), base, split)
+    if reader == "csv":
+        # What the info says is how labels that are numbers are told from text.
+        info = datasets.DatasetInfo(builder_name="csv")
+        return _part(datasets.Dataset(csv_files.table(files), info=info), base, split)
+    # Some editors begin a text with a byte order mark, which is no part of it.
+    options: dict[str, Any] = {"encoding": "utf-8-sig"} if reader == "text" else {}
     try:
         return datasets.load_dataset(
-            str(reader), data_files={base: [str(file) for file in files]}, split=split
+            str(reader), data_files={base: [str(file) for file in files]}, split=split, **options
         )
     except (ValueError, StopIteration, exceptions.DatasetGenerationError) as error:
         reason = error.__cause__ or error

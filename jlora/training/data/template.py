@@ -27,6 +27,7 @@ LossOn = Literal["responses", "last", "all"]
 SPECIAL_TOKENS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -37,8 +38,8 @@ class ChatTemplate:
     Attributes:
         text: The template, in Jinja.
         variables: What it may use besides the messages: bos_token and others, `enable_thinking`.
-        now: What `strftime_now` tells; the clock when None. Set it if the template writes the date
-            and the run may be resumed on another day, when the texts would be others.
+        now: What `strftime_now` tells; the clock when None. Set it if the template is `dated` and
+            the run may be resumed on another day, when the texts would be others.
 
     References:
         transformers' `apply_chat_template`, whose renderings these are.
@@ -62,7 +63,7 @@ class ChatTemplate:
             folder: With the tokenizer's files.
             text: Another template, which goes with the folder's special tokens.
             variables: More of them, or others.
-            now: What `strftime_now` tells.
+            now: What `strftime_now` tells; the clock when None.
 
         Raises:
             ValueError: The folder has no template.
@@ -70,6 +71,11 @@ class ChatTemplate:
         folder = Path(folder)
         given = {**special_tokens(folder), **(variables or {})}
         return cls(_text_of(folder) if text is None else text, given, now)
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template asks for the date, so that its texts depend on `now`."""
+        return "strftime_now" in _COMMENT.sub("", self.text)
 
     def render(
         self,
@@ -169,7 +175,7 @@ class ChatTemplate:
             raise ValueError(
                 f"{where}: the chat template writes message {turn} in one way where the chat ends "
                 f"and in another where it goes on, so what the assistant says cannot be told "
-                f'apart. Use loss_on="last", or a template with {{% generation %}} tags.'
+                f"apart. Use data.loss_on=last, or a template with {{% generation %}} tags."
             )
         said = through[len(before) :]
         ended, content = said.rstrip(), messages[turn].get("content", "").rstrip()

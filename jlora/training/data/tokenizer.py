@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -38,12 +40,20 @@ class Tokenizer(NamedTuple):
     fingerprint: str
 
     @classmethod
-    def of(cls, folder: str | os.PathLike[str], template: ChatTemplate | None = None) -> Tokenizer:
+    def of(
+        cls,
+        folder: str | os.PathLike[str],
+        template: ChatTemplate | None = None,
+        *,
+        now: datetime.datetime | None = None,
+    ) -> Tokenizer:
         """The tokenizer of a folder with a tokenizer.json.
 
         Args:
             folder: A checkpoint's.
             template: Of chats; the folder's when left out.
+            now: What the template's `strftime_now` tells; what it has itself, or the clock, when
+                None. Of a template that is not `dated` nothing depends on it.
 
         Raises:
             FileNotFoundError: There is no tokenizer.json.
@@ -62,10 +72,14 @@ class Tokenizer(NamedTuple):
             before = (bos,)
         if template is None and find_template(folder) is not None:
             template = ChatTemplate.of(folder)
+        if template is not None and now is not None:
+            template = dataclasses.replace(template, now=now)
         digest = hashlib.sha256((folder / "tokenizer.json").read_bytes())
         digest.update(repr((before, bos, eos)).encode())
         if template is not None:
             digest.update(repr((template.text, sorted(template.variables.items()))).encode())
+            if template.dated and template.now is not None:
+                digest.update(template.now.isoformat().encode())
         return cls(plain, whole, before, bos, eos, pad or 0, template, digest.hexdigest())
 
     @property

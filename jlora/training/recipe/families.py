@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import jax.numpy as jnp
 import pydantic
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from jlora.adapters import inits
 from jlora.adapters.catalog import CONFIGS
@@ -56,6 +57,14 @@ class Rule(Section):
         if "dtype" in values:
             values["dtype"] = getattr(jnp, values["dtype"])
         return _FAMILIES[self.family](**values)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        if cls.model_fields["family"].default != Rule.model_fields["family"].default:
+            # A rule without a family is the default one's, and of no other in the schema's oneOf.
+            schema["required"] = ["family", *schema.get("required", [])]
+        return schema
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Rule:
@@ -132,7 +141,8 @@ else:
         typing.Union[  # noqa: UP007  Of a tuple that is made.
             tuple(
                 Annotated[rule, pydantic.Tag(name)]
-                for name, rule in (*RULES.items(), ("unknown", _Unknown))
+                # To the schema a family that there is not is simply wrong.
+                for name, rule in (*RULES.items(), ("unknown", SkipJsonSchema[_Unknown]))
             )
         ],
         pydantic.Discriminator(_family_of),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -19,7 +22,7 @@ from jlora.training.recipe.showing import inner_section
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, with 1e-4 as the number that it is meant to be, and no key given twice."""
+    """YAML, with 1e-4 as a number, 2026-01-31 as the text that it is, and no key given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -36,6 +39,12 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+# Each says how long a run is, so that the command line's stands in the place of the file's other.
+_INSTEAD = {"training.steps": "epochs", "training.epochs": "steps"}
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -72,25 +81,34 @@ def checked(raw: Mapping[str, Any], where: str = "The recipe") -> Recipe:
 
 
 def overridden(raw: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """A recipe's mapping with what `--section.field value` says; values are read as YAML.
+    """A recipe's mapping with what `--section.field value` says.
 
-    Numbers step into lists: `--data.train.0.path other.jsonl`.
+    Values are read as YAML, but those of text fields are the text. Numbers step into lists:
+    `--data.train.0.path other.jsonl`. Epochs take the place of the mapping's steps, and steps that
+    of its epochs.
 
     Raises:
         ValueError: For an argument that is no such pair.
     """
     result = _copied(raw)
     pending = list(arguments)
+    given: set[str] = set()
     while pending:
         flag = pending.pop(0)
         if not flag.startswith("--"):
             raise ValueError(f"{flag!r} is no override. Write --section.field value.")
         name, equals, text = flag[2:].partition("=")
         if not equals:
-            if not pending:
+            if not pending or pending[0].startswith("--"):
                 raise ValueError(f"{flag} has no value. Write {flag} value.")
             text = pending.pop(0)
-        _put(result, name.replace("-", "_").split("."), _parsed(text, flag), flag)
+        name = name.replace("-", "_")
+        value = _value(name.split("."), text, flag)
+        _put(result, name.split("."), value, flag)
+        if name in _INSTEAD and value is not None:
+            given.add(name)
+            if f"training.{_INSTEAD[name]}" not in given:
+                result["training"].pop(_INSTEAD[name], None)
     return result
 
 
@@ -122,6 +140,33 @@ def _place(tree: list[Any], key: str, flag: str) -> int:
     if not key.isdigit() or int(key) >= len(tree):
         raise ValueError(f"{flag}: {key} is no entry of a list of {len(tree)}; the first is 0.")
     return int(key)
+
+
+def _value(keys: Sequence[str], text: str, flag: str) -> Any:
+    """What a text means for the field that it is given to."""
+    found: set[Any] = {Recipe}
+    for key in keys:
+        found = {part for kind in found for part in _inside(kind, key)}
+    others = {kind for kind in found if typing.get_origin(kind) is not Literal} - {str}
+    if not found or others - {types.NoneType}:
+        return _parsed(text, flag)
+    return None if others and text in ("", "~", "null") else text
+
+
+def _inside(kind: Any, key: str) -> set[Any]:
+    """The types of what a section, list or mapping holds there."""
+    if inspect.isclass(kind) and issubclass(kind, Section):
+        return _kinds(kind.model_fields[key].annotation) if key in kind.model_fields else set()
+    return _kinds(typing.get_args(kind)[-1]) if typing.get_origin(kind) in (list, dict) else set()
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of which a value may be one."""
+    if typing.get_origin(annotation) is Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return {kind for part in typing.get_args(annotation) for kind in _kinds(part)}
+    return {annotation}
 
 
 def _parsed(text: str, where: str) -> Any:

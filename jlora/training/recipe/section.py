@@ -15,6 +15,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+# What the order of the data can count with, `jlora.training.data.order.exact_weights`.
+Weight = Annotated[float, Field(ge=1e-4, lt=1e4, allow_inf_nan=False)]
 
 
 class Section(pydantic.BaseModel):

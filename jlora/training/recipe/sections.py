@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os.path
 import re
 from typing import Annotated, Literal
 
@@ -9,7 +11,15 @@ import pydantic
 from pydantic import Field
 
 from jlora.training.recipe.families import RULES, AnyRule
-from jlora.training.recipe.section import Count, NotNegative, Positive, Section, Share, Text
+from jlora.training.recipe.section import (
+    Count,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    Text,
+    Weight,
+)
 
 Task = Literal["language", "preference", "classification"]
 _TASKS: dict[str, Task] = {
@@ -59,7 +69,7 @@ class Source(Section):
             text_pair if there are two texts.
         columns: From those names to the dataset's own.
         weight: How often the source is gone through in an epoch; 0.1 takes a tenth of it in each,
-            another one every time.
+            another one every time. Of training sources alone.
         limit: At most so many rows, the first ones; all when null.
     """
 
@@ -71,7 +81,7 @@ class Source(Section):
         examples=["chat"]
     )
     columns: dict[str, str] = {}
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     limit: Count | None = None
 
 
@@ -94,6 +104,8 @@ class Data(Section):
         loss_on: Which tokens of a chat or completion are learned: the responses, all, or a chat's
             last response.
         chat_template: A file with a template in the place of the tokenizer's own.
+        date: The day that a chat template which writes the date shows, such as "2026-01-31"; that
+            on which the run began when null, which a resumed run keeps.
     """
 
     train: Annotated[list[Source], Field(min_length=1)]
@@ -105,22 +117,71 @@ class Data(Section):
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     loss_on: Literal["responses", "all", "last"] = "responses"
     chat_template: Text | None = None
+    date: str | None = Field(default=None, json_schema_extra={"format": "date"})
+
+    @property
+    def formats(self) -> list[str]:
+        """Those of all sources, sorted."""
+        return sorted({s.format for s in (*self.train, *self.validation, *self.test)})
+
+    @pydantic.field_validator("chat_template")
+    @classmethod
+    def _check_template(cls, value: str | None) -> str | None:
+        if value is not None and not os.path.isfile(value):
+            raise ValueError("There is no such file. Give one that is there, or null")
+        return value
+
+    @pydantic.field_validator("date")
+    @classmethod
+    def _check_date(cls, value: str | None) -> str | None:
+        try:
+            # Python also reads weeks and days without dashes, which no template writes.
+            good = value is None or datetime.date.fromisoformat(value).isoformat() == value
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError("That is no day. Write year, month and day, such as 2026-01-31")
+        return value
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Data:
-        formats = sorted({s.format for s in (*self.train, *self.validation, *self.test)})
+        formats = self.formats
         if len({_TASKS[name] for name in formats}) > 1:
             raise ValueError(
                 f"The formats {formats} are of different tasks, and a run has one. Leave some out."
             )
-        if self.overlong == "split" and {source.format for source in self.train} != {"text"}:
+        if self.overlong == "split" and formats != ["text"]:
             raise ValueError(
-                "overlong=split cuts plain text alone, and some sources are of another format. Use "
-                "truncate or drop."
+                f"overlong=split cuts plain text alone, and the sources are of the formats "
+                f"{formats}. Use truncate or drop."
             )
         for bucket in self.buckets or ():
             if bucket > self.length:
                 raise ValueError(f"The bucket {bucket} exceeds length={self.length}. Leave it out.")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_use(self) -> Data:
+        """Refuses what would do nothing."""
+        if self.buckets is not None and self.packing and _TASKS[self.train[0].format] == "language":
+            raise ValueError(
+                f"buckets={self.buckets} are lengths of rows of one example, and packing=true "
+                f"fills rows of length={self.length} with several. Use packing: false, or leave "
+                f"buckets out."
+            )
+        for part in ("validation", "test"):
+            for number, source in enumerate(getattr(self, part)):
+                if source.weight != 1:
+                    raise ValueError(
+                        f"{part}.{number}.weight={source.weight} mixes training sources, and "
+                        f"this one is gone through whole. Leave it out; limit takes less of it."
+                    )
+        users = {"all": ["chat", "completion"], "last": ["chat"]}.get(self.loss_on, self.formats)
+        if not set(users) & set(self.formats):
+            raise ValueError(
+                f"loss_on={self.loss_on} is for {' and '.join(users)}, and the sources are of the "
+                f"formats {self.formats}. Leave it out."
+            )
         return self
 
 
@@ -131,7 +192,7 @@ class Batch(Section):
         rows: In each forward pass, over all devices.
         accumulate: Forward and backward passes in a step. Its loss is the mean over all their
             tokens, as if they were one.
-        evaluation_rows: In each pass of an evaluation; as many as rows when null.
+        evaluation_rows: In each pass over validation or test sources; as many as rows when null.
     """
 
     rows: Count = 8
@@ -204,7 +265,7 @@ class Training(Section):
     """How long a run goes on, and what is kept of it.
 
     Attributes:
-        epochs: How often the training sources are gone through.
+        epochs: How often the training sources are gone through; stays at 1 where steps decide.
         steps: How many steps are made, however many epochs that takes; epochs decide when null.
         evaluate_every: Steps between evaluations; at the end of every epoch when null.
         save_every: Steps between checkpoints; null leaves it to save_minutes.
@@ -228,6 +289,16 @@ class Training(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: Annotated[int, Field(ge=0)] = 3
     save_errors: Literal["stop", "warn"] = "stop"
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Training:
+        # The default stands beside steps in every recipe that a run writes, and says nothing.
+        if self.steps is not None and self.epochs != Training.model_fields["epochs"].default:
+            raise ValueError(
+                f"epochs={self.epochs} and steps={self.steps} each say how long the run is. Leave "
+                f"one out."
+            )
+        return self
 
 
 class Mesh(Section):
@@ -399,9 +470,27 @@ class Recipe(Section):
             raise ValueError(
                 "training.metric=accuracy, and text is measured by its loss. Use metric: loss."
             )
-        if self.training.patience is not None and not self.data.validation:
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_use(self) -> Recipe:
+        """Refuses what would do nothing."""
+        if not self.data.validation:
+            for name in ("patience", "evaluate_every", "metric"):
+                value = getattr(self.training, name)
+                if value != Training.model_fields[name].default:
+                    raise ValueError(
+                        f"training.{name}={value} is about evaluations as the run goes, and "
+                        f"data.validation is empty. Give validation sources, or leave it out."
+                    )
+        if self.batch.evaluation_rows and not (self.data.validation or self.data.test):
             raise ValueError(
-                f"training.patience={self.training.patience} waits for evaluations, and "
-                f"data.validation is empty. Give validation sources, or no patience."
+                f"batch.evaluation_rows={self.batch.evaluation_rows} is about evaluations, and "
+                f"data.validation and data.test are empty. Give such sources, or leave it out."
+            )
+        if self.report.prompts and self.task == "classification":
+            raise ValueError(
+                f"report.prompts={self.report.prompts} are continued by models that write, and "
+                f"classification trains one that chooses labels. Leave them out."
             )
         return self

@@ -215,7 +215,8 @@ def test_fingerprints_tell_what_batches_depend_on() -> None:
     [
         ({"kind": "preferences"}, "kind='preferences' is none of language, preference"),
         ({"kind": "preference"}, "kind='preference', and source 0 is for language"),
-        ({"weights": [0.01, 0.01]}, "leave not one example an epoch"),
+        ({"weights": [0.01, 0.01]}, r"weights=\[0.01, 0.01\] take none of their \[13, 5\] exam"),
+        ({"weights": [0.07, 0.19]}, "in the first epoch, which has no batch then. Give one source"),
         ({"seed": -3}, "seed=-3 is no seed"),
         ({"batching": Batching(rows=4, length=8)}, "Example 4 of source 0 has 12 tokens"),
     ],
@@ -224,6 +225,16 @@ def test_streams_that_cannot_be(given: dict[str, Any], message: str) -> None:
     options = {"batching": PACKED, "kind": "language", **given}
     with pytest.raises(ValueError, match=message):
         Stream(corpora(), **options)
+
+
+def test_law_a_stream_that_can_be_has_a_batch_in_every_epoch() -> None:
+    pair = [made([4]), made([5, 6], first=50)]
+    for weights in ([1.0, 0.1], [0.3, 0.5], [0.01, 1.7]):
+        of = Stream(pair, PACKED, weights=weights)
+        assert all(len(of.plan(number)) for number in range(20))
+    # Together they have one example an epoch, but none is whole before the second.
+    with pytest.raises(ValueError, match=r"weights=\[0.5, 0.5\] take none of their \[1, 1\]"):
+        Stream([made([4]), made([5], first=50)], PACKED, weights=[0.5, 0.5])
 
 
 def test_labels_of_sources_have_to_agree() -> None:

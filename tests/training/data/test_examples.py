@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jlora.training.data import examples
+from jlora.training.data import examples, sources
 from jlora.training.data.corpus import Corpus, Reading
 from jlora.training.data.template import ChatTemplate
 from jlora.training.data.tokenizer import Tokenizer
@@ -89,6 +90,26 @@ def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
     prints = [tokenizer.fingerprint for tokenizer in made]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def test_the_date_is_part_of_a_fingerprint_only_where_a_template_tells_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
+    days = [datetime.datetime(2026, 2, day) for day in (1, 2)]
+    for template in (None, TINY.template):
+        undated = [Tokenizer.of(tmp_path, template, now=now) for now in (None, *days)]
+        assert {tokenizer.fingerprint for tokenizer in undated} == {TINY.fingerprint}
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    for template in (None, ChatTemplate.of(tmp_path)):
+        dated = [Tokenizer.of(tmp_path, template, now=now) for now in (*days, None, days[0])]
+        prints = [tokenizer.fingerprint for tokenizer in dated]
+        assert prints[0] == prints[3]
+        assert len(set(prints)) == 3
+        assert dated[1].template is not None
+        assert dated[1].template.render(said("Hi")) == "02 Feb 2026"
+    kept = Tokenizer.of(tmp_path, ChatTemplate.of(tmp_path, now=days[1]))
+    assert kept.fingerprint == prints[1]
 
 
 # Chats
@@ -264,6 +285,8 @@ def test_labels_are_called_as_the_table_says(tmp_path: pathlib.Path) -> None:
         ([0, True], None, "row 1: label=True, where labels"),
         ([0, None], None, "row 1: label=None, where labels"),
         ([0.5], None, r"row 0: label=0\.5, where labels"),
+        (["a", ""], None, "row 1: label='', where labels have to be all strings, none empty"),
+        (["a", "b"], ["a", "c"], "name all labels: label_names, in a recipe classification.labels"),
         ([0, 2], ["a", "b"], "row 1: label=2 is none of a, b, nor a number below 2"),
         (["a", "a"], None, r"label_names=\['a'\] are not two or more names"),
         (["a", "b"], ["a", "b", "a"], "are not two or more names that differ"),
@@ -275,6 +298,65 @@ def test_labels_that_are_none(
     rows = [{"text": "a", "label": label} for label in labels]
     with pytest.raises(ValueError, match=message):
         examples.classification(rows, encoder(tmp_path), READING, label_names=names)
+
+
+def test_labels_of_csv_are_text_unless_all_are_numbers(tmp_path: pathlib.Path) -> None:
+    tokenizer = encoder(tmp_path)
+    tables = {
+        # Of numbers all up to the highest, in their own order.
+        "10 2 0": ([10, 2, 0], tuple(map(str, range(11)))),
+        " 1 +2 03": ([1, 2, 3], ("0", "1", "2", "3")),
+        "None a NA": ([1, 2, 0], ("NA", "None", "a")),
+        "True False True": ([1, 0, 1], ("False", "True")),
+        "1 b 1": ([0, 1, 0], ("1", "b")),
+    }
+    for cells, want in tables.items():
+        file = tmp_path / "a.csv"
+        file.write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells.split()))
+        corpus = examples.classification(sources.rows(file), tokenizer, READING)
+        assert corpus.labels is not None
+        assert (corpus.labels.tolist(), corpus.label_names) == want
+    file.write_text("text,label\na,1\na,0\na,1\n")
+    for names, numbers in ((["bad", "good"], [1, 0, 1]), (["1", "0"], [0, 1, 0])):
+        corpus = examples.classification(sources.rows(file), tokenizer, READING, label_names=names)
+        assert corpus.labels is not None
+        assert corpus.labels.tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["1", "", "0"], "row 1: label='', where labels"),
+        (["", "1", "0"], "row 0: label='', where labels"),
+        (["0", "-1"], "row 1: label=-1, where labels"),
+        (["0.0", "1.5"], r"row 0: label=0\.0, where labels"),
+    ],
+)
+def test_labels_of_csv_that_are_none(
+    cells: list[str], message: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells))
+    with pytest.raises(ValueError, match=message):
+        examples.classification(sources.rows(tmp_path / "a.csv"), encoder(tmp_path), READING)
+
+
+def test_numbers_of_csv_are_names_where_those_say_so(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,1\na,9\n")
+    reading = Reading(length=400, where="a.csv")
+    with pytest.raises(ValueError, match="a.csv, row 1: label='9' is none of 1, 2, b"):
+        examples.classification(
+            sources.rows(tmp_path / "a.csv"),
+            encoder(tmp_path),
+            reading,
+            label_names=["1", "2", "b"],
+        )
+
+
+def test_digits_as_strings_of_json_stay_names(tmp_path: pathlib.Path) -> None:
+    lines = [json.dumps({"text": "a", "label": label}) for label in ("2", "1")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = examples.classification(sources.rows(tmp_path / "a.jsonl"), encoder(tmp_path), READING)
+    assert corpus.label_names == ("1", "2")
 
 
 # Rows and columns
@@ -312,6 +394,7 @@ def test_chats_of_tables_are_those_of_lists() -> None:
     [
         ("completion", {"prompt": "a", "answer": "b"}, {}, "has no column completion. It has prom"),
         ("completion", {"prompt": "a"}, {"completion": "out"}, "has no column out. It has prompt:"),
+        ("completion", {"prompt": "a", "answer": "b"}, {}, "`columns: {completion: answer}`"),
         ("text", {"text": "a"}, {"txt": "a"}, "names txt, which the format does not read"),
         ("text", {"text": None}, {}, r"train.jsonl, row 1: text=None is no string"),
         ("completion", {"prompt": "a", "completion": 3}, {}, "row 1: completion=3 is no string"),
@@ -418,7 +501,9 @@ def test_rows_with_nothing_to_learn_are_counted() -> None:
 
 
 def test_options_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match=r"Reading.length=1 holds no token and the next"):
+    with pytest.raises(
+        ValueError, match=r"Reading.length=1, in a recipe data.length, holds no token and the next"
+    ):
         Reading(length=1)
     wrong: Any = "cut"
     with pytest.raises(ValueError, match=r"Reading.overlong='cut' is none of error, drop"):
@@ -433,7 +518,7 @@ def test_options_that_make_no_sense() -> None:
 
 @pytest.mark.parametrize("form", sorted(examples.FORMATS.keys() - {"text"}))
 def test_only_texts_are_split(form: str) -> None:
-    with pytest.raises(ValueError, match='overlong="split" makes several examples of one'):
+    with pytest.raises(ValueError, match="data.overlong=split makes several examples of"):
         examples.FORMATS[form]([], TINY, Reading(length=4, overlong="split"))
 
 

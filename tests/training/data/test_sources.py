@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pathlib
 
@@ -24,8 +25,10 @@ def test_every_kind_of_file_gives_its_rows(tmp_path: pathlib.Path) -> None:
     table.to_csv(str(tmp_path / "a.csv"))
     write(tmp_path / "a.jsonl")
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
-    for suffix in ("parquet", "csv", "jsonl", "json"):
+    for suffix in ("parquet", "jsonl", "json"):
         assert sources.rows(tmp_path / f"a.{suffix}").to_list() == ROWS, suffix
+    cells = [{column: str(value) for column, value in row.items()} for row in ROWS]
+    assert sources.rows(tmp_path / "a.csv").to_list() == cells
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     assert sources.rows(tmp_path / "a.txt")["text"][:] == ["one", "two"]
 
@@ -52,6 +55,52 @@ def test_values_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
     assert sources.rows(file, split="train[:34%]+train[-1:]").to_list() == [want[0], want[2]]
 
 
+def test_cells_of_csv_are_the_text_of_the_file(tmp_path: pathlib.Path) -> None:
+    values = ["4,5", "7", "007", "1e5", "null", "NA", "None", "True", "", " x ", "a\nb", '"', "é"]
+    values.append("long " * 50_000)
+    for name, part in (("a-1.csv", values[:5]), ("a-2.csv", values[5:])):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file)
+            writer.writerows([("prompt", "completion"), *((value, "1") for value in part)])
+    before = csv.field_size_limit(1000)
+    found = sources.rows(tmp_path)
+    assert found.to_list() == [{"prompt": value, "completion": "1"} for value in values]
+    assert sources.rows(tmp_path, split="train[1:2]")["prompt"][:] == ["7"]
+    assert csv.field_size_limit(before) == 1000  # The reader's own is not left behind.
+    (tmp_path / "a-2.csv").write_text("completion,prompt\n\nb,a\n")  # By name, without blank lines.
+    assert sources.rows(tmp_path).to_list()[-1] == {"prompt": "a", "completion": "b"}
+    (tmp_path / "a-2.csv").write_text("prompt,answer\na,b\n")
+    with pytest.raises(ValueError, match=r"a-2\.csv has the columns prompt, answer, and .*a-1"):
+        sources.rows(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: pathlib.Path) -> None:
+    texts = {
+        "a.txt": "one\ntwo\n",
+        "a.jsonl": '{"text": "one"}\n{"text": "two"}\n',
+        "a.json": '[{"text": "one"}, {"text": "two"}]',
+        "a.csv": "text\none\ntwo\n",
+    }
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert sources.rows(tmp_path / name).to_list() == [{"text": "one"}, {"text": "two"}], name
+
+
+def test_a_file_with_train_in_its_name_hides_no_others(tmp_path: pathlib.Path) -> None:
+    for number, name in enumerate(("a", "b", "night-train")):
+        write(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
+    assert sources.rows(tmp_path).to_list() == ROWS[:3]
+    with pytest.raises(ValueError, match="split='test': none of"):
+        sources.rows(tmp_path, split="test")
+
+
+def test_names_that_all_tell_a_split_are_taken_by_it(tmp_path: pathlib.Path) -> None:
+    for number, name in enumerate(("small_test", "small_train-1", "small_train-2")):
+        write(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
+    assert sources.rows(tmp_path).to_list() == ROWS[1:3]
+    assert sources.rows(tmp_path, split="test").to_list() == ROWS[:1]
+
+
 def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "b-2.jsonl", ROWS[4:])
     write(tmp_path / "b-1.jsonl", ROWS[:4])
@@ -62,8 +111,13 @@ def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
     assert sources.rows(tmp_path, split="train[:2]").to_list() == ROWS[:2]
     write(tmp_path / "test-1.jsonl", ROWS[:1])
     write(tmp_path / "train.jsonl", ROWS[1:3])
+    with pytest.warns(UserWarning, match=r"2 of 4 files are of no split .* b-1.jsonl, b-2"):
+        assert sources.rows(tmp_path).to_list() == ROWS[1:3]
+    with pytest.warns(UserWarning, match=r"split='test' takes test-1.jsonl, and 2 of 4"):
+        assert sources.rows(tmp_path, split="test").to_list() == ROWS[:1]
+    for name in ("b-1", "b-2"):
+        (tmp_path / f"{name}.jsonl").unlink()
     assert sources.rows(tmp_path).to_list() == ROWS[1:3]
-    assert sources.rows(tmp_path, split="test").to_list() == ROWS[:1]
 
 
 def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
@@ -91,7 +145,14 @@ def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
         ("a.jsonl", b"", r"a\.jsonl is empty"),
         ("a.jsonl", b"\n \n", r"a\.jsonl is empty"),
         ("a.csv", b"", r"a\.csv is empty"),
-        ("a.csv", b"a,b\n", r"gives no rows"),
+        ("a.csv", b"\n\n", r"a\.csv is empty"),
+        ("a.csv", b"a,b\n", r"holds no rows"),
+        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3 has 1 cells, and the first line names 2 columns"),
+        ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2 has 3 cells, .* text with commas in it needs quotes"),
+        ("a.csv", b"a,a\n1,2\n", r"a\.csv: the first line names columns twice: a, a"),
+        ("a.csv", b'a\n"1\n', r"a\.csv:2 is no CSV \(unexpected end of data\)"),
+        ("a.csv", b"a\n\xff\n", r"a\.csv is no UTF-8"),
+        ("a.txt", b"\xef\xbb\xbf", r"a\.txt.*gives no rows as text"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet, split='train', gives no rows as parquet"),
         ("a.tsv", b"a", r"end in \.tsv.*Give files of one kind"),
         ("a", b"a", r"end in no suffix"),

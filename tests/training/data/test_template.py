@@ -79,7 +79,9 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last_alone() -> None:
     thinking = said("A", "<think>a</think>\nB", "C", "<think>c</think>\nD")
     with pytest.raises(ValueError, match=r"row 3: the chat template writes message 1 in one way"):
         chat.spans(thinking, where="row 3")
-    with pytest.raises(ValueError, match=r'Use loss_on="last", or a template with {% generation'):
+    with pytest.raises(
+        ValueError, match=r"Use data.loss_on=last, or a template with {% generation"
+    ):
         chat.spans(thinking)
     text, spans = chat.spans(thinking, loss_on="last")
     assert "<think>a" not in text
@@ -127,6 +129,25 @@ def test_the_date_can_be_held() -> None:
     held = ChatTemplate(text, now=datetime.datetime(2026, 2, 1))
     assert held.render(said("Hi")) == "01 Feb 2026"
     assert ChatTemplate(text).render(said("Hi")).count(" ") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "dated"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", True),
+        ("{# No #}{% if x %}{% set date = strftime_now('%d') %}{% endif %}{# date #}", True),
+        ("{{ messages[0].content }}", False),
+        ("{# Without\nstrftime_now. #}{{ messages[0].content }}", False),
+    ],
+)
+def test_a_template_says_whether_it_asks_for_the_date(text: str, dated: bool) -> None:
+    assert ChatTemplate(text).dated == dated
+
+
+def test_the_date_of_a_folders_template_can_be_held(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    held = ChatTemplate.of(tmp_path, now=datetime.datetime(2026, 2, 1))
+    assert held.render(said("Hi")) == "01 Feb 2026"
 
 
 def test_fields_that_are_null_are_left_out() -> None:
