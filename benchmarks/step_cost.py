@@ -120,11 +120,12 @@ class Decoder(nn.Module):
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         self.embed = nn.Embed(s.vocabulary, s.width, dtype=dtype, param_dtype=dtype)
         if self.scanned:
+            everywhere: Any = nn.broadcast
             stack: Any = nn.scan(
                 Layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=everywhere,
                 length=s.layers,
             )
             self.blocks = [stack(s, self.attention)]

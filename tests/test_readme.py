@@ -49,6 +49,32 @@ def test_the_quickstarts_table_is_the_committed_one() -> None:
         assert f"{figure:.3f}" in README, figure
 
 
+def test_the_figures_of_runs_are_the_committed_ones() -> None:
+    results = ROOT / "benchmarks/results"
+    quickstart = json.loads((results / "quickstart_recipe.json").read_text())
+    assert (
+        f"| {quickstart['test']['after']['accuracy']:.3f} | {quickstart['trained']:,} |" in README
+    )
+    assert f"took {quickstart['seconds']:.0f} s" in README
+    both = json.loads((results / "docstrings.json").read_text())
+    base, run = both["stdlib-base"], both["docstrings"]
+    before, after = (run["test"][when]["loss"] for when in ("before", "after"))
+    assert f"from {before:.2f} to {after:.2f} nats" in README
+    assert f"{base['seconds'] / 60:.0f} and {run['seconds'] / 60:.0f} minutes" in README
+    saving = json.loads((results / "resume.json").read_text())
+    share = saving["lost_share_at_one_a_minute"]
+    for figure in (
+        f"{saving['gb']:.1f} GB",
+        f"{1e3 * saving['waited_s']:.0f} ms, {share:.2%} of a minute",
+        f"writes for {saving['written_s']:.1f} s",
+    ):
+        assert figure in README, figure
+    stages = json.loads((results / "input_pipeline.json").read_text())["rows"]
+    speed = {row["stage"]: row["tokens_per_s"] / 1e6 for row in stages}
+    assert f"{speed['batches 8 x 1024']:.0f} million tokens/s" in README
+    assert f"once at {speed['rows to a corpus']:.1f} million" in README
+
+
 def test_the_step_cost_table_is_the_committed_one() -> None:
     result = json.loads((ROOT / "benchmarks/results/step_cost_h100.json").read_text())
     for row in result["rows"]:

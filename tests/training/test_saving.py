@@ -107,7 +107,8 @@ def refused_or_right(folder: pathlib.Path) -> bool:
     else:
         assert_equal(found, state(7))
         return False
-    assert re.search(r"Step 7 .* is damaged at .*, and a resumed run goes on from step 3", told), told
+    pattern = r"Step 7 .* is damaged at .*, and a resumed run goes on from step 3"
+    assert re.search(pattern, told), told
     return True
 
 
