@@ -127,6 +127,48 @@ def test_doras_norm_from_the_factors_is_that_of_the_sum(dtype: str) -> None:
     np.testing.assert_allclose(leaf.norm(w)[0], expected, rtol=1e-6 if dtype == "float32" else 1e-4)
 
 
+def test_law_gains_at_and_near_zero_have_their_gradients() -> None:
+    """The gain's gradient is taken from the result, which a gain of zero makes zero."""
+    lora, params, adapter = made(jlora.DoRA(rank=2, alpha=3))
+    magnitude = adapter["w"].magnitude.at[jnp.array([0, 1, 3])].set(jnp.array([0.0, 1e-30, -0.4]))
+    adapter = {"w": dataclasses.replace(adapter["w"], magnitude=magnitude)}
+
+    def factored(adapter: Any) -> jax.Array:
+        return jnp.sin(lora.apply(params, adapter, X)).sum()
+
+    def dense(adapter: Any) -> jax.Array:
+        return jnp.sin(X @ jlora.merge(params, adapter)["w"]).sum()
+
+    one, two = jax.grad(factored)(adapter)["w"], jax.grad(dense)(adapter)["w"]
+    assert jnp.abs(two.magnitude[:2]).min() > 0.01
+    np.testing.assert_allclose(one.magnitude, two.magnitude, **FLOAT32)
+    np.testing.assert_allclose(one.a, two.a, **FLOAT32)
+    np.testing.assert_allclose(one.b, two.b, **FLOAT32)
+    forward = [jax.jvp(f, (adapter,), (adapter,))[1] for f in (factored, dense)]
+    np.testing.assert_allclose(*forward, **FLOAT32)
+
+
+def test_law_a_gain_keeps_nothing_that_the_model_does_not_keep() -> None:
+    """In a scan, where what is kept is what the program says and no compiler mends it."""
+    layers, rows, width = 3, 64, 32
+    x = jnp.ones((rows, width), jnp.bfloat16)
+    params = {"w": jax.random.normal(jax.random.key(0), (layers, width, width), jnp.bfloat16)}
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (jax.nn.silu(x @ w), None), x, params["w"])[0]
+
+    def kept(config: Any) -> list[tuple[tuple[int, ...], str]]:
+        lora = jlora.lora_transform(forward, {"w": config})
+        adapter = lora.init(jax.random.key(1), params, x)
+        _, backward = jax.vjp(lambda adapter: lora.apply(params, adapter, x), adapter)
+        arrays = [
+            array for array in jax.tree.leaves(backward) if array.size >= layers * rows * width
+        ]
+        return sorted((array.shape, str(array.dtype)) for array in arrays)
+
+    assert kept(jlora.DoRA(rank=2, alpha=2)) == kept(jlora.LoRA(rank=2, alpha=2))
+
+
 def test_dora_from_pissa_starts_at_the_base_on_its_residual() -> None:
     config = jlora.DoRA(rank=2, alpha=3, init=jlora.inits.pissa())
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
