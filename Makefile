@@ -26,7 +26,7 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-# Every family on every kind of layer.
+# Every family on every kind of layer, long runs, and plans of large models.
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
 

@@ -23,11 +23,8 @@ from jlora.factored.network import watching_sums
 # One of each way that a model uses weights; the others are in the slow group.
 LAYERS = [
     "dense_general",
-    "kv_einsum",
     "fused_qkv",
-    "concatenated_inputs",
     "experts",
-    "ragged_experts",
     "in_custom_vjp_true",
     "in_shard_map",
     "weight_norm",
@@ -35,7 +32,6 @@ LAYERS = [
     "embed",
     "tied_embedding",
     "conv_2d",
-    "conv_groups",
 ]
 OTHERS = sorted(set(DIFFERENTIABLE) - set(LAYERS))
 REST = sorted(set(FAMILIES) - {"lora"})  # LoRA itself has all of test_laws.py.

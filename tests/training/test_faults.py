@@ -192,6 +192,7 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     found = []
     for name, processes in (("one", 1), ("two", 2)):

@@ -27,6 +27,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains(
     name: str, base: pathlib.Path, encoder: pathlib.Path, tmp_path: pathlib.Path

@@ -230,7 +230,7 @@ def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert facts[0] == facts[1]  # The SHA-256 of every array, and the position of the data.
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     whole: dict[str, Any], tmp_path: pathlib.Path, step: int
 ) -> None:
@@ -271,7 +271,9 @@ def checkpoints(raw: dict[str, Any]) -> list[int]:
     return sorted(int(f.name) for f in (output(raw) / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("during", ["a step", "an evaluation"])
+@pytest.mark.parametrize(
+    "during", ["a step", pytest.param("an evaluation", marks=pytest.mark.slow)]
+)
 def test_no_evaluation_and_no_best_one_is_lost(
     recipe_of: Make, chats: pathlib.Path, monkeypatch: Any, during: str
 ) -> None:
@@ -294,6 +296,7 @@ def test_no_evaluation_and_no_best_one_is_lost(
     assert (output(raw) / "adapter.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.slow
 def test_patience_that_is_over_stays_over(
     recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
 ) -> None:
@@ -327,6 +330,7 @@ def test_without_the_best_checkpoint_the_last_one_is_left(
     assert (output(raw) / "adapter.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_date_is_kept(recipe_of: Make) -> None:
     raw = recipe_of()
     run(raw)
@@ -340,6 +344,7 @@ def test_a_date_is_kept(recipe_of: Make) -> None:
     assert resuming.dated(made, path, True).data.date == made.data.date
 
 
+@pytest.mark.slow
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(
     whole: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
@@ -355,6 +360,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(
     assert_same(raw, whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(Interrupted):
@@ -397,6 +403,7 @@ def test_another_run_is_not_gone_on_with(
         run({**raw, "output": str(tmp_path / "run")}, resume=True)
 
 
+@pytest.mark.slow
 def test_changes_can_be_allowed(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = json.loads(json.dumps(whole))
     shutil.copytree(output(whole), tmp_path / "run")
@@ -408,6 +415,7 @@ def test_changes_can_be_allowed(whole: dict[str, Any], tmp_path: pathlib.Path) -
     assert measured(raw)[: len(measured(whole))] == measured(whole)
 
 
+@pytest.mark.slow
 def test_another_base_is_not_gone_on_with(
     whole: dict[str, Any], base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -424,6 +432,7 @@ def test_another_base_is_not_gone_on_with(
         run(raw, resume=True)
 
 
+@pytest.mark.slow
 def test_other_versions_are_warned_of(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(Interrupted):
@@ -441,6 +450,7 @@ def test_other_versions_are_warned_of(whole: dict[str, Any], tmp_path: pathlib.P
 # --- meshes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
@@ -472,6 +482,7 @@ def broken_base(base: pathlib.Path, folder: pathlib.Path, token: int) -> pathlib
     return folder
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -510,6 +521,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
         run(raw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "warn"])
 def test_a_checkpoint_that_cannot_be_written_is_told(
     recipe_of: Make, monkeypatch: Any, policy: str
@@ -535,6 +547,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
     assert found == ([2] if policy == "stop" else [2, 6])
 
 
+@pytest.mark.slow
 def test_the_base_is_the_same_after_as_before(recipe_of: Make, monkeypatch: Any) -> None:
     from jlora.training import run as running
 
@@ -566,6 +579,7 @@ def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -
         run(recipe_of())
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(recipe_of: Make, chats: pathlib.Path) -> None:
     raw = recipe_of(
         data={"validation": [{"path": str(chats), "format": "chat", "limit": 5}]},
@@ -606,6 +620,7 @@ def test_labels_are_learned(recipe_of: Make, encoder: pathlib.Path, tmp_path: pa
     models.load(output(raw) / "merged")
 
 
+@pytest.mark.slow
 def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [
@@ -625,6 +640,7 @@ def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> Non
     assert lines[-1]["accuracy"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_factors_taken_out_of_the_weights_end_on_the_original_base(
     recipe_of: Make, base: pathlib.Path, init: str, monkeypatch: Any
@@ -684,6 +700,7 @@ def test_a_heads_own_labels_are_kept(
             run(raw)
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_all_sources(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
