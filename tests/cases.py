@@ -84,7 +84,7 @@ class Case:
         return run.lower(self.adapter, self.params, *self.inputs).compile()
 
 
-@functools.cache
+@functools.lru_cache(256)  # As many as the laws of test_laws.py come back to.
 def case(name: str, dtype: str, family: str = "lora") -> Case:
     layer = BY_NAME[name]
     fn, params, inputs = layer.make(jnp.dtype(dtype))

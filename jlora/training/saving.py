@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,9 +61,9 @@ class Saver:
         """
         self.folder = Path(folder).absolute()
         check_writable(self.folder)
+        _clear(self.folder)
         self._kept = _Kept(keep_last)
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True,
             preservation_policy=self._kept,
             enable_async_checkpointing=False,  # The thread here does more than Orbax's would.
         )
@@ -277,6 +278,16 @@ def check_writable(folder: Path) -> None:
             f"Nothing can be written to {folder} ({error.strerror}). Choose another output, or "
             f"mend its rights or space",
         ) from error
+
+
+def _clear(folder: Path) -> None:
+    """Removes what interrupted saves left.
+
+    Orbax's own clearing goes on beside the run, and a short run ends before it.
+    """
+    if jax.process_index() == 0:
+        for left in folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(left)
 
 
 def _named(state: PyTree) -> dict[str, Any]:

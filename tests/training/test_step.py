@@ -121,6 +121,15 @@ def test_the_loss_is_the_mean_over_learned_tokens() -> None:
     # Float32 against float64 on logits up to 5.
     np.testing.assert_allclose(measured.loss, (errors * learn).sum() / learn.sum(), rtol=2e-6)
 
+    def mean(trained: Any) -> jax.Array:
+        merged = jlora.merge(params, jlora.combine(trained, given.frozen["adapter"]))
+        logits = model.apply(merged, batch.tokens[0], batch.segments[0], batch.positions[0])
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets[0])
+        return (errors * learn).sum() / learn.sum()
+
+    gradient = jax.grad(mean)(given.state.trained["adapter"])
+    np.testing.assert_allclose(measured.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
+
 
 def test_passes_add_up_to_one_batch_whatever_their_tokens() -> None:
     given = language()
@@ -246,8 +255,12 @@ def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> No
     first = step(given.state, given.frozen, one, KEY)[1].loss
     assert first != step(later, given.frozen, one, KEY)[1].loss
     assert first == step(given.state, given.frozen, one, KEY)[1].loss
-    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
-    assert first != step(given.state, given.frozen, twice, KEY)[1].loss
+    # Passes that dropped the same would have one mean, however many there are.
+    losses = []
+    for passes in (2, 3):
+        same = jax.tree.map(functools.partial(jnp.repeat, repeats=passes, axis=0), one)
+        losses.append(step(given.state, given.frozen, same, KEY)[1].loss)
+    assert abs(losses[0] - losses[1]) > 1e-4 * first
     sums = evaluate_of(given)(given.state.trained, given.frozen, one)
     drawn = setting(tasks.language(model, RULES, PLAIN), params)  # The same draws.
     clean = evaluate_of(drawn)(drawn.state.trained, drawn.frozen, one)
