@@ -100,7 +100,7 @@ class Saver:
         self.wait()
         self._begun.add(step)
         self._last = step
-        # On a CPU an array and NumPy's share memory, which the next step writes over.
+        # Views would follow what the caller writes, and keep buffers that the next step could use.
         arrays = {name: np.array(whole(array)) for name, array in _named(state).items()}
         self._writing = self._worker.submit(self._write, step, arrays, dict(facts), best)
 

@@ -50,6 +50,15 @@ def test_the_latest_checkpoint_is_restored_bit_by_bit(folder: pathlib.Path) -> N
         saver.restore(state(0), 4)
 
 
+def test_what_is_written_is_the_state_at_the_call(tmp_path: pathlib.Path) -> None:
+    saver = Saver(tmp_path, keep_last=1)
+    changing = np.zeros(1_000_000, np.float32)
+    saver.save(1, {"a": changing}, {})
+    changing[:] = 1  # While it is being hashed.
+    saver.wait()
+    assert not saver.restore({"a": jnp.asarray(changing)}).state["a"].any()
+
+
 def test_an_empty_folder_has_nothing_to_restore(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         Saver(tmp_path, keep_last=1).restore(state(0))
