@@ -23,9 +23,11 @@ from jlora import models
 from jlora.training import recipe, resuming
 from jlora.training.interruption import Interrupted
 from jlora.training.loop import NotFinite
+from jlora.training.mesh import make_mesh
 from jlora.training.records import read_lines
 from jlora.training.run import Outcome, train
 from jlora.training.saving import Saver
+from jlora.training.setup import set_up
 
 
 def run(raw: dict[str, Any], *, devices: int = 1, **options: Any) -> Outcome:
@@ -466,6 +468,21 @@ def test_losses_are_the_same_on_one_device_and_on_eight(
         found.append([line["loss"] for line in measured(raw)])
     # Sums in another order, in float32, over six steps that each build on the last.
     np.testing.assert_allclose(*found, rtol=2e-5)
+
+
+def test_every_part_of_the_state_is_split(recipe_of: Make) -> None:
+    raw = recipe_of(batch={"rows": 8}, mesh={"fsdp": 4, "tensor": 2})
+    made = recipe.checked(raw)
+    state = set_up(made, make_mesh({"fsdp": 4, "tensor": 2}), steps=3, abstract=True).state
+    flat = jax.tree_util.tree_leaves_with_path(state.trained)
+    split = {jax.tree_util.keystr(path): array.sharding.spec for path, array in flat}
+    assert any(any(spec) for spec in split.values())
+    followed = 0
+    for path, moment in jax.tree_util.tree_leaves_with_path(state.optimizer):
+        of = [spec for name, spec in split.items() if jax.tree_util.keystr(path).endswith(name)]
+        assert [moment.sharding.spec] == of or not moment.ndim
+        followed += len(of)
+    assert followed == 2 * len(split)  # Both of Adam's moments.
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
