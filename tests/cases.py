@@ -84,10 +84,23 @@ class Case:
         return run.lower(self.adapter, self.params, *self.inputs).compile()
 
 
+@functools.cache
+def made(name: str, dtype: str) -> tuple[Any, Any, tuple[Any, ...]]:
+    """What a layer makes: one for all families."""
+    return BY_NAME[name].make(jnp.dtype(dtype))
+
+
+@functools.cache
+def base_output(name: str, dtype: str) -> Any:
+    """What a layer computes without an adapter."""
+    fn, params, inputs = made(name, dtype)
+    return jax.jit(fn)(params, *inputs)
+
+
 @functools.lru_cache(256)  # As many as the laws of test_laws.py come back to.
 def case(name: str, dtype: str, family: str = "lora") -> Case:
     layer = BY_NAME[name]
-    fn, params, inputs = layer.make(jnp.dtype(dtype))
+    fn, params, inputs = made(name, dtype)
     lora = jlora.lora_transform(fn, {layer.adapted: FAMILIES[family].config})
     fresh = lora.init(jax.random.key(1), params, *inputs)
     return Case(layer, fn, params, inputs, lora, fresh, moved(fresh))
