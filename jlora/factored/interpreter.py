@@ -10,6 +10,7 @@ import jax
 
 from jlora.factored import control, custom, products, releases, structure
 from jlora.factored.network import Factored, Network
+from jlora.factored.roles import Dense, mixes
 
 CONTROL = control.RULES | custom.RULES
 
@@ -94,11 +95,11 @@ def _run(eqn: Any, values: Sequence[Any], number: int) -> Sequence[Any]:
 
 def _multiply(eqn: Any, values: Sequence[Any]) -> Any:
     rule = products.RULES[eqn.primitive.name]
-    side = products.side_of(eqn, [_network(value) for value in values])
+    side = products.side_of([_network(value) for value in values])
     assert side is not None
     values = [v if i == side else control.densify(v) for i, v in enumerate(values)]
     roles = rule.roles(eqn, side, values[side].network)
-    if isinstance(roles, products.Dense) or products.mixes(values[side].network, roles):
+    if isinstance(roles, Dense) or mixes(values[side].network, roles):
         return releases.bind(eqn, [control.densify(value) for value in values])[0]
     return rule.multiply(eqn, lambda *arrays: releases.bind(eqn, arrays)[0], side, values)
 

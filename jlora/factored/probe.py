@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jlora.factored import custom, products, releases, structure
 from jlora.factored.control import RULES as CONTROL_RULES
 from jlora.factored.network import Atom, Network, build
-from jlora.factored.products import Role
+from jlora.factored.roles import Dense, Role
 
 _CONTROL = CONTROL_RULES | custom.RULES
 
@@ -206,7 +206,7 @@ class _Walk:
             for weight in _weights(value)
         )
         roles = products.RULES[name].roles(eqn, side, weight.network)
-        if isinstance(roles, products.Dense):
+        if isinstance(roles, Dense):
             if not weight.network.indexed:
                 self._record(weight, Use(name, str(roles), None, meets_data))
             return

@@ -90,10 +90,7 @@ def attend(
             implementation=implementation,
         )
     slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
-    distance = slots[:, :, None] - jnp.arange(key.shape[1])
-    seen = distance >= 0 if causal else jnp.ones_like(distance, bool)
-    if window is not None:
-        seen &= abs(distance) < window
+    seen = _seen(slots, key.shape[1], causal, window)
     if query_segments is not None:
         keys = query_segments if key_segments is None else key_segments
         seen &= (query_segments[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
@@ -102,6 +99,13 @@ def attend(
             query, key, value, scale=scale, mask=seen[:, None], implementation=implementation
         )
     return _capped(query, key, value, seen, scale, softcap)
+
+
+def _seen(slots: jax.Array, keys: int, causal: bool, window: int | None) -> jax.Array:
+    """Which keys a query may see from its slot, (batch or 1, queries, keys)."""
+    distance = slots[:, :, None] - jnp.arange(keys)
+    seen = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    return seen if window is None else seen & (abs(distance) < window)
 
 
 def _best(query: jax.Array, *, own: bool, segmented: bool, cap: float | None) -> Implementation:

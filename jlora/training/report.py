@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora import tree
 from jlora.adapters.protocol import AdapterLeaf
 from jlora.conversion import delta
 
@@ -51,8 +52,6 @@ def norms(
         adapter: For the checkpoint's own weights.
         fresh: What was taken out of those to make `params`.
     """
-    from jlora import tree
-
     flat = tree.flatten(params)
     arrays = dict(zip(flat.paths, flat.leaves, strict=True))
     found: dict[str, np.ndarray] = {}

@@ -97,8 +97,7 @@ def train(
         state, progress = resumed(saver, setup, facts, allow_changes)
         say(f"Going on after step {progress.step} of {steps}.")
     if jax.process_index() == 0:
-        dumped = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (output / RECIPE).write_text(dumped, encoding="utf-8")
+        _write_recipe(output / RECIPE, recipe)
     length = recipe.report.max_new_tokens
     before = ending.texts(setup, None, data.tokenizer, prompts, length)
     test = None if data.test is None else test_of(setup, data.test)
@@ -128,19 +127,17 @@ def train(
     adapter = ending.whole_adapter(setup, state.trained)
     after = ending.texts(setup, adapter, data.tokenizer, prompts, length)
     if jax.process_index() == 0:
-        lines = read_lines(output / METRICS)
-        course = Course(why, kept, steps, ahead.waited_s, tested, lines)
+        course = Course(why, kept, steps, ahead.waited_s, tested, read_lines(output / METRICS))
         told = summary(recipe, setup, data, course)
         report.write(
             output / REPORT,
             title=f"jlora: {output.name}",
             facts=told,
-            lines=lines,
+            lines=course.lines,
             changes=_changes(setup, state),
             samples=list(map(report.Sample, recipe.report.prompts, before, after)),
         )
-        result = {**figures(setup, course), "versions": facts["versions"]}
-        (output / RESULT).write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
+        _write_result(output / RESULT, {**figures(setup, course), "versions": facts["versions"]})
         written += [output / REPORT, output / RESULT]
         for name, value in told.items():
             say(f"{name}: {value}")
@@ -149,6 +146,15 @@ def train(
     for path in written:
         say(f"Wrote {path}.")
     return Outcome(why, progress.step, kept, loop.last, tested, written)
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    dumped = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    path.write_text(dumped, encoding="utf-8")
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
 
 
 def _output(recipe: Recipe, resume: bool) -> Path:

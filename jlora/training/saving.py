@@ -69,15 +69,15 @@ class Saver:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "jlora-saving")
-        self._writing: concurrent.futures.Future[None] | None = None
-        self._last: int | None = None  # The step that is being written.
+        # The step that is being written, and by what.
+        self._writing: tuple[int, concurrent.futures.Future[None]] | None = None
         self._begun = set(self._manager.all_steps())
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
         with contextlib.suppress(Exception):  # It is raised where it is asked for.
             if self._writing is not None:
-                self._writing.exception()
+                self._writing[1].exception()
         return sorted(self._manager.all_steps())
 
     def save(
@@ -99,10 +99,9 @@ class Saver:
             raise ValueError(f"{self.folder} has a checkpoint of step {step}, which is left alone.")
         self.wait()
         self._begun.add(step)
-        self._last = step
         # Views would follow what the caller writes, and keep buffers that the next step could use.
         arrays = {name: np.array(whole(array)) for name, array in _named(state).items()}
-        self._writing = self._worker.submit(self._write, step, arrays, dict(facts), best)
+        self._writing = step, self._worker.submit(self._write, step, arrays, dict(facts), best)
 
     def _write(
         self, step: int, arrays: dict[str, np.ndarray], facts: dict[str, Any], best: int | None
@@ -126,10 +125,11 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return
+        step, future = writing
         try:
-            writing.result()
+            future.result()
         except Exception as error:
-            self._begun.discard(self._last)  # It may be tried again.
+            self._begun.discard(step)  # It may be tried again.
             raise OSError(
                 f"The checkpoint could not be written to {self.folder}: "
                 f"{str(error).partition(chr(10))[0]}. Earlier ones are whole. Make room or mend "
