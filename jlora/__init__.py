@@ -45,6 +45,13 @@ from jlora.optim.penalties import decay_mask as decay_mask
 from jlora.optim.penalties import orthogonality as orthogonality
 from jlora.optim.penalties import overlap as overlap
 from jlora.optim.proximal import soft_threshold as soft_threshold
+from jlora.quantization.leaf import Quantized as Quantized
+from jlora.quantization.rules import dequantize as dequantize
+from jlora.quantization.rules import quantize as quantize
+from jlora.quantization.schemes import FP8 as FP8
+from jlora.quantization.schemes import NF4 as NF4
+from jlora.quantization.schemes import Int4 as Int4
+from jlora.quantization.schemes import Int8 as Int8
 from jlora.transform import LoraTransform as LoraTransform
 from jlora.transform import lora_transform as lora_transform
 from jlora.transform import merge as merge

@@ -22,9 +22,10 @@ from jlora.adapters.protocol import (
     trained_size,
 )
 from jlora.explanation import Explanation, Row
-from jlora.factored import balance, control, probe, releases
+from jlora.factored import balance, bases, control, probe, releases
 from jlora.factored.interpreter import evaluate
 from jlora.factored.network import Factored, build, watching_sums
+from jlora.packed import dense, is_packed
 
 PyTree = Any
 Adapter = dict[str, Any]
@@ -65,7 +66,9 @@ class ApplyWithBalanceFn(Protocol):
 
 
 class MergeFn(Protocol):
-    def __call__(self, params: PyTree, adapter: Adapter) -> PyTree: ...
+    def __call__(
+        self, params: PyTree, adapter: Adapter, *, dequantize: bool = False
+    ) -> PyTree: ...
 
 
 class ExplainFn(Protocol):
@@ -87,7 +90,7 @@ class LoraTransform(NamedTuple):
         apply_with_balance: As `apply`, to `(what fn returns, load-balancing loss)`: a float32, the
             sum over all mixtures of experts, each one where its experts are used alike; zero where
             there are none. Mixtures inside a `while_loop` are not counted.
-        merge: `(params, adapter)` to parameters that `fn` itself takes.
+        merge: `(params, adapter, dequantize=False)` to parameters that `fn` itself takes.
         explain: `(params, *inputs)` to a printable table of every weight and how it is computed.
     """
 
@@ -174,21 +177,33 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
     return LoraTransform(init, apply, apply_with_balance, merge, explain)
 
 
-def merge(params: PyTree, adapter: Adapter) -> PyTree:
-    """A new parameter tree with the adapter's updates added: same structure, shapes and types.
+def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTree:
+    """A new parameter tree with the adapter's updates added: same shapes and types.
 
     The sum is made in float32 (or wider) and rounded once to the weight's type.
 
     Args:
         params: The base; it is not changed.
         adapter: What `init` returned, trained.
+        dequantize: Whether all quantised weights become arrays, adapted or not. They are never
+            quantised anew, which would round the update away.
 
     Raises:
-        ValueError: When the adapter does not fit the parameters.
+        ValueError: When the adapter does not fit the parameters, or some of them are quantised and
+            `dequantize` is off.
     """
     flat = tree.flatten(params)
     leaves = list(flat.leaves)
-    for path, place in places(flat, adapter).items():
+    where = places(flat, adapter)
+    packed = [path for path, leaf in zip(flat.paths, leaves, strict=True) if is_packed(leaf)]
+    if packed and not dequantize:
+        raise ValueError(
+            f"params holds {len(packed)} quantised weights, such as {packed[0]!r}, and an update "
+            f"cannot be added to their codes. Merge into the weights that were quantised, or with "
+            f"dequantize=True into arrays of what they stand for."
+        )
+    leaves = [dense(leaf) for leaf in leaves]
+    for path, place in where.items():
         leaves[place] = _factored(path, jnp.asarray(leaves[place]), adapter, None).dense()
     return jax.tree.unflatten(flat.treedef, leaves)
 
@@ -202,6 +217,10 @@ def _evaluate(
         index = traced.param_index[place]
         factored = _factored(path, values[index], adapter, key)
         values[index] = factored.dense() if adapter[path].whole else factored
+    for place, index in traced.param_index.items():
+        if is_packed(values[index]):  # It needs no adapter to be followed to where it is used.
+            path, shape = traced.flat.paths[place], values[index].shape
+            values[index] = Factored(values[index], build(path, shape))
     # A constant comes back as a literal of JAX's own.
     outputs = evaluate(traced.program, values)
     return [jnp.asarray(control.densify(output)) for output in outputs]
@@ -266,7 +285,7 @@ def _trace(
         return [result for result in results if tree.is_array(result)]
 
     arrays = [leaves[index] for index in indices]
-    program = releases.trace(call, *arrays)
+    program = releases.trace(call, *map(bases.like, arrays))
 
     def restore(computed: Sequence[Any]) -> Any:
         following = iter(computed)
@@ -455,7 +474,7 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
             Row(
                 path=path,
                 shape=tuple(leaf.shape),
-                dtype=str(leaf.dtype),
+                dtype=str(leaf) if is_packed(leaf) else str(leaf.dtype),
                 axes=plan.axes[path],
                 adapter="frozen" if made is None else _named(configs[path], made),
                 parameters=0 if made is None else trained_size(made),

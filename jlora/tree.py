@@ -13,6 +13,8 @@ import flax.core.meta
 import jax
 import numpy as np
 
+from jlora.packed import Packed, is_packed
+
 PyTree = Any
 
 
@@ -29,21 +31,21 @@ def is_array(leaf: Any) -> bool:
 
     Python's own numbers are not: `train=False` and `deterministic=True` must stay static.
     """
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Packed)
 
 
 def flatten(tree: PyTree) -> Flat:
     """The leaves of a tree with their `/`-joined paths, in the order of `jax.tree.leaves`.
 
-    A box around an array (`flax.linen.Partitioned`, `flax.nnx.Variable`) adds nothing to the path.
+    A packed weight is one leaf. A box around an array (`flax.linen.Partitioned`, `flax.nnx.Variable`) adds nothing to the path.
 
     Raises:
         ValueError: When two leaves have one path, because a key contains `/`.
     """
-    boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_whole)
     paths: list[str] = []
     for keys, box in boxed:
-        inside, _ = jax.tree_util.tree_flatten_with_path(box)
+        inside, _ = jax.tree_util.tree_flatten_with_path(box, is_leaf=is_packed)
         for inner, _ in inside:
             # The key of a box that holds one array says nothing; those of a tree in a box do.
             names = (*keys, *inner) if len(inside) > 1 else keys
@@ -54,8 +56,12 @@ def flatten(tree: PyTree) -> Flat:
             f"Two leaves of the tree share the path {repeated[0]!r}, so a rule could not tell them "
             f"apart. Rename a key that contains '/'."
         )
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_packed)
     return Flat(tuple(paths), leaves, treedef)
+
+
+def _is_whole(node: Any) -> bool:
+    return is_packed(node) or _is_box(node)
 
 
 def _is_box(node: Any) -> bool:

@@ -106,7 +106,7 @@ class Weight(NamedTuple):
 def as_matrices(array: Any, axes: Axes) -> jax.Array:
     """An array laid out like a weight, as (batch, fan_in, fan_out)."""
     sizes = groups(array.shape, axes)
-    moved = jnp.transpose(jnp.asarray(array), [axis for group in axes for axis in group])
+    moved = jnp.transpose(jnp.asarray(dense(array)), [axis for group in axes for axis in group])
     return moved.reshape([math.prod(group) for group in sizes])
 
 

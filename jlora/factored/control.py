@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jlora.factored import balance, releases
+from jlora.factored import balance, bases, releases
 from jlora.factored.network import Atom, Dropout, Factored, Operand
 
 Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]
@@ -229,7 +229,7 @@ def _unstack(factored: Factored) -> _Stack:
 
         return Factored(base, factored.network.map(replace).with_axes(rest))
 
-    return _Stack((factored.base, operands), rebuild)
+    return _Stack((bases.by_leading_axis(factored.base), operands), rebuild)
 
 
 def fold_keys(value: Any, number: Any) -> Any:
@@ -370,11 +370,12 @@ def _by_shard(factored: Factored, spec: PartitionSpec, mesh: Any) -> _Sharded:
         if entry is not None
     }
     local = {
-        atom: Atom(atom.size // _ways(entry, mesh), atom.root, atom.indexed)
+        atom: Atom(atom.size // bases.ways(entry, mesh), atom.root, atom.indexed)
         for atom, entry in placed.items()
     }
     operands: list[Operand] = []
     network.map(lambda operand: operands.append(operand) or operand)
+    held, held_specs, part = bases.by_shard(factored.base, axis_spec, mesh)
     specs = [PartitionSpec(*(placed.get(a) for a in operand.atoms)) for operand in operands]
 
     def rebuild(shard: tuple[Any, list[Any]]) -> Factored:
@@ -384,15 +385,10 @@ def _by_shard(factored: Factored, spec: PartitionSpec, mesh: Any) -> _Sharded:
         inner = network.map(
             lambda operand: Operand(next(pieces), tuple(local.get(a, a) for a in operand.atoms))
         )
-        return Factored(base, inner.with_axes(axes))
+        return Factored(part(base), inner.with_axes(axes))
 
-    arrays = (factored.base, [operand.array for operand in operands])
-    return _Sharded(arrays, (spec, specs), rebuild)
-
-
-def _ways(entry: Any, mesh: Any) -> int:
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return functools.reduce(lambda total, name: total * mesh.shape[name], names, 1)
+    arrays = (held, [operand.array for operand in operands])
+    return _Sharded(arrays, (held_specs, specs), rebuild)
 
 
 RULES: dict[str, Control] = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.factored import products, releases, structure
+from jlora.factored import bases, products, releases, structure
 from jlora.factored.control import Body, Control, Evaluate, densify, is_factored, whole
 from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
 
@@ -92,7 +92,7 @@ def _multiplies(held: releases.Program) -> bool:
 
 def _plain(value: Any) -> Any:
     """An array of the value's shape, type and (in a shard_map) varying axes."""
-    return value.base if is_factored(value) else value
+    return bases.like(value.base) if is_factored(value) else value
 
 
 class _Backward:
@@ -252,13 +252,19 @@ def _to_operands(value: Factored, dense: Any, update: Network | None) -> Factore
 
     network = value.network
     terms = tuple(cotangent(term) for term in network.terms)
-    return Factored(dense.astype(value.base.dtype), Network(network.axes, network.path, (), terms))
+    moved = None if bases.is_deferred(value.base) else dense.astype(value.base.dtype)
+    return Factored(moved, Network(network.axes, network.path, (), terms))
 
 
 def _through_the_sum(value: Factored, dense: Any) -> Factored:
     """The cotangent of a factored weight by differentiating its dense sum."""
+    dense = dense.astype(value.base.dtype)
+    if bases.is_deferred(value.base):
+        summed = lambda network: dataclasses.replace(value, network=network).dense()  # noqa: E731
+        _, pull_back = jax.vjp(summed, value.network)
+        return Factored(None, pull_back(dense)[0])
     _, pull_back = jax.vjp(Factored.dense, value)
-    return pull_back(dense.astype(value.base.dtype))[0]
+    return pull_back(dense)[0]
 
 
 def _bodies(eqn: Any) -> list[Body]:

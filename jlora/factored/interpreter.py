@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jlora.factored import control, custom, products, releases, structure
+from jlora.factored import bases, control, custom, products, releases, structure
 from jlora.factored.network import Factored, Network
 from jlora.factored.roles import Dense, mixes
 
@@ -76,14 +76,14 @@ def _run(eqn: Any, values: Sequence[Any], number: int) -> Sequence[Any]:
             constant = scaling.number is None or releases.is_literal(eqn.invars[scaling.number])
             network = structure.scaled(weight.network, factor, base_too=constant)
             if constant:
-                (base,) = releases.bind(eqn, [_base(value) for value in values])
+                (base,) = bases.move(eqn, [_base(value) for value in values])
                 return [Factored(base, network)]
             return [Factored(weight.base, network)]
     if name in structure.RULES:
         networks = [_network(value) for value in values]
         moved = structure.RULES[name](eqn, networks, values)
         if moved is not None:
-            outputs = releases.bind(eqn, [_base(value) for value in values])
+            outputs = bases.move(eqn, [_base(value) for value in values])
             return [
                 output if network is None else Factored(output, network)
                 for output, network in zip(outputs, moved, strict=True)
@@ -101,7 +101,7 @@ def _multiply(eqn: Any, values: Sequence[Any]) -> Any:
     roles = rule.roles(eqn, side, values[side].network)
     if isinstance(roles, Dense) or mixes(values[side].network, roles):
         return releases.bind(eqn, [control.densify(value) for value in values])[0]
-    return rule.multiply(eqn, lambda *arrays: releases.bind(eqn, arrays)[0], side, values)
+    return rule.multiply(eqn, lambda *arrays: bases.multiply(eqn, arrays), side, values)
 
 
 def _network(value: Any) -> Network | None:

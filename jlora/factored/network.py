@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.factored import bases
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
@@ -223,7 +225,7 @@ class Factored:
         if watched is not None and not self.network.indexed:
             watched.append(self.network.path)
         dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
-        total = self.base.astype(dtype)
+        total = bases.array(self.base).astype(dtype)
         for term in self.network.terms:
             total = total + expand(term.operands, self.network, dtype)
         for gain in self.network.gains:

@@ -1,0 +1,130 @@
+"""The frozen part of an adapted weight: an array, or what the array is made from where it is used.
+
+A packed weight is unpacked inside the product that needs it, and once more in that product's
+gradient. What a training step keeps between the two is the packed form, which is there anyway; a
+residual of the full weight would take what packing has saved.
+
+References:
+    Dettmers et al., QLoRA, arXiv:2305.14314, section 3, on W being dequantised in both passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jlora.factored import releases
+from jlora.packed import Packed, dense, sliceable
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sources"],
+    meta_fields=["make", "shape", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A packed weight after moves that the traced program makes with it (a transpose, a slice).
+
+    Attributes:
+        sources: Arrays, packed weights and others of this kind.
+        make: From the sources, as arrays, to the array.
+        shape: Of the array.
+        dtype: Of the array.
+    """
+
+    sources: list[Any]
+    make: Callable[[list[Any]], Any]
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def is_deferred(value: Any) -> bool:
+    """Whether a base is yet to be made."""
+    return isinstance(value, Packed | Moved)
+
+
+def array(base: Any) -> Any:
+    """A base as an array."""
+    if isinstance(base, Moved):
+        return base.make([array(source) for source in base.sources])
+    return dense(base)
+
+
+def like(base: Any) -> Any:
+    """Something of the shape and type of a base."""
+    return jax.ShapeDtypeStruct(base.shape, base.dtype) if is_deferred(base) else base
+
+
+def move(eqn: Any, bases: Sequence[Any]) -> list[Any]:
+    """The outputs of an equation that moves or scales entries."""
+    deferred = [is_deferred(base) for base in bases]
+    if not any(deferred):
+        return releases.bind(eqn, bases)
+    if eqn.primitive.name == "optimization_barrier":
+        held = [base for base, later in zip(bases, deferred, strict=True) if not later]
+        arrays = iter(releases.bind(eqn, held))
+        return [b if later else next(arrays) for b, later in zip(bases, deferred, strict=True)]
+    # A literal is a number of no type, which it would lose on its way into the product.
+    sources = [
+        base if later else jnp.asarray(base, atom.aval.dtype)
+        for base, later, atom in zip(bases, deferred, eqn.invars, strict=True)
+    ]
+
+    def make(number: int) -> Callable[[list[Any]], Any]:
+        return lambda arrays: releases.bind(eqn, arrays)[number]
+
+    return [
+        Moved(sources, make(number), out.aval.shape, out.aval.dtype)
+        for number, out in enumerate(eqn.outvars)
+    ]
+
+
+def multiply(eqn: Any, values: Sequence[Any]) -> Any:
+    """The one output of a product."""
+    if not any(is_deferred(value) for value in values):
+        return releases.bind(eqn, values)[0]
+    # Nothing is saved but the arguments; the gradient makes the weight again.
+    return jax.checkpoint(lambda values: releases.bind(eqn, [array(v) for v in values])[0])(
+        list(values)
+    )
+
+
+def by_leading_axis(base: Any) -> Any:
+    """The base as something of which a scan can take one index after another."""
+    if isinstance(base, Packed) and sliceable(base):
+        return base
+    return array(base)
+
+
+def by_shard(base: Any, spec: Sequence[Any], mesh: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """How a base enters a `shard_map`: what is split, how, and from a shard to its base.
+
+    Args:
+        base: Of a weight with as many axes as `spec`.
+        spec: The mesh axes that each axis of the weight is split over; None where it is whole.
+        mesh: Gives their sizes.
+    """
+    if isinstance(base, Packed):
+        part = base.shard([ways(entry, mesh) for entry in spec])
+        if part is not None:
+            arrays, treedef = jax.tree.flatten(part)
+            specs = [
+                PartitionSpec(*(e if n > 1 else None for n, e in zip(a.shape, spec, strict=True)))
+                for a in arrays
+            ]
+            return arrays, specs, lambda shard: jax.tree.unflatten(treedef, shard)
+    return array(base), PartitionSpec(*spec), lambda shard: shard
+
+
+def ways(entry: Any, mesh: Any) -> int:
+    """Into how many parts the mesh axes of one entry of a spec split an axis."""
+    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(mesh.shape[name] for name in names)

@@ -1,0 +1,69 @@
+"""Weights kept in fewer bits than the numbers that a model computes with."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Packed(abc.ABC):
+    """A weight in another form than the array of its numbers.
+
+    It stands in a parameter tree in the array's place, and is itself a node of arrays. Every one of
+    these has as many axes as the weight, in the same order, and an axis that nothing is packed
+    along is as long as the weight's. So what slices, stacks or shards the weight does the same to
+    each of them, and what comes out is the packed form of the weight's slice, stack or shard.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype[Any]:
+        """Of the weight's numbers when they are computed with."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The weight's numbers."""
+
+    @abc.abstractmethod
+    def shard(self, ways: Sequence[int]) -> Packed | None:
+        """What the arrays make up when each is split like the weight, axes of length one left
+        whole: this node with its facts changed, whose arrays are to be replaced by their parts.
+
+        Args:
+            ways: Into how many parts each axis of the weight is split.
+
+        Returns:
+            None where they cannot be split so.
+        """
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def is_packed(node: Any) -> bool:
+    return isinstance(node, Packed)
+
+
+def dense(value: Any) -> Any:
+    """The numbers of a weight, packed or not."""
+    return value.dense() if isinstance(value, Packed) else value
+
+
+def sliceable(value: Packed) -> bool:
+    """Whether nothing is packed along the first axis."""
+    return all(array.shape[:1] == value.shape[:1] for array in jax.tree.leaves(value))

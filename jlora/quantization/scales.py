@@ -1,0 +1,102 @@
+"""The scales of blocks in 8 bits: double quantisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GROUP = 256  # Scales that share a scale of their own.
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "largest", "mean"],
+    meta_fields=["axis"],
+)
+@dataclasses.dataclass(frozen=True)
+class SmallScales:
+    """Scales as 8-bit codes: their distance from the mean, over the largest one in a group.
+
+    Groups are tiles of 256 scales: whole rows along the blocked axis, as many as make 256, so that
+    no axis before the last two is packed.
+
+    Attributes:
+        codes: uint8, laid out like the weight with one entry for a block.
+        largest: float32, one entry for each tile.
+        mean: float32, one for each matrix: the last two axes are 1.
+        axis: Of the blocks, counted from the last.
+
+    References:
+        Dettmers et al., QLoRA, arXiv:2305.14314, section 3, on double quantisation.
+    """
+
+    codes: jax.Array
+    largest: jax.Array
+    mean: jax.Array
+    axis: int
+
+    def dense(self) -> jax.Array:
+        """The scales in float32."""
+        table = jnp.asarray(dynamic_map())
+        relative = table.at[self.codes].get(mode="promise_in_bounds")
+        return relative * _expanded(self.largest, self.codes.shape) + self.mean
+
+
+def small_scales(scales: jax.Array, axis: int) -> SmallScales:
+    """Quantises scales, laid out like the weight with one entry for a block."""
+    ends = tuple(range(-min(2, scales.ndim), 0))
+    mean = scales.mean(ends, keepdims=True)
+    centred = scales - mean
+    tile = _tile(scales.shape, axis)
+    magnitudes = jnp.abs(centred)
+    for place, size in tile.items():
+        count = magnitudes.shape[place] // size
+        at = magnitudes.ndim + place
+        shape = (*magnitudes.shape[:at], count, size, *magnitudes.shape[at + 1 :])
+        magnitudes = magnitudes.reshape(shape).max(at + 1)
+    whole = _expanded(magnitudes, scales.shape)
+    relative = jnp.where(whole > 0, centred / jnp.where(whole > 0, whole, 1), 0)
+    table = dynamic_map()
+    codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), relative)
+    return SmallScales(codes.astype(jnp.uint8), magnitudes, mean, axis)
+
+
+def _tile(shape: tuple[int, ...], axis: int) -> dict[int, int]:
+    """How long a group is along each of the axes that it covers, counted from the last."""
+    along = math.gcd(shape[axis], GROUP)
+    if len(shape) == 1:
+        return {axis: along}
+    across = -2 if axis == -1 else -1
+    return {axis: along, across: math.gcd(shape[across], GROUP // along)}
+
+
+def _expanded(largest: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One entry for a tile as one for each of its scales."""
+    for place, (few, many) in enumerate(zip(largest.shape, shape, strict=True)):
+        if few != many:
+            largest = jnp.repeat(largest, many // few, place, total_repeat_length=many)
+    return largest
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """256 numbers from about -1 to 1, ascending, whose spacing grows with their magnitude.
+
+    For each power of ten from -6 to 0 the interval from a tenth of it to itself is cut into 1, 2,
+    4, ... 64 equal parts, whose midpoints are taken with both signs; beside them stand zero and one.
+
+    References:
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2.1
+        and appendix F, on dynamic tree quantisation.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = np.linspace(0.1, 1, 2**exponent + 1)
+        middles = 10.0 ** (exponent - 6) * (edges[1:] + edges[:-1]) / 2
+        values += [*middles, *-middles]
+    return np.sort(np.array(values, np.float32))
