@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
+
+from jlora.splitting import fitting
 
 
 class Packed(abc.ABC):
@@ -67,3 +70,11 @@ def dense(value: Any) -> Any:
 def sliceable(value: Packed) -> bool:
     """Whether nothing is packed along the first axis."""
     return all(array.shape[:1] == value.shape[:1] for array in jax.tree.leaves(value))
+
+
+def shardings(value: Packed, where: Sharding) -> Packed:
+    """Where the arrays of a packed weight lie, if the weight lay there: a node like it.
+
+    What has too few entries along an axis to be split like the weight is whole there.
+    """
+    return jax.tree.map(lambda array: fitting(where, array.shape), value)

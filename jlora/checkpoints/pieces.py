@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ import numpy as np
 from jax import lax
 
 from jlora.checkpoints.tensors import DTYPES, Tensors, listed
+from jlora.packed import shardings
+from jlora.quantization.leaf import Quantized
+from jlora.quantization.rules import axis_of, quantized_weight
+from jlora.quantization.schemes import Scheme
+from jlora.splitting import fitting
 
 Sharding = jax.sharding.Sharding
 
@@ -144,7 +150,8 @@ def load(
     weights: Mapping[str, Weight],
     dtype: jax.typing.DTypeLike | None,
     sharding: Callable[[str, jax.ShapeDtypeStruct], Sharding | None],
-) -> dict[str, jax.Array]:
+    schemes: Mapping[str, Scheme] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """The weights as arrays on their devices, read one piece at a time.
 
     The host holds no more than one piece, and of that only what its devices need.
@@ -154,6 +161,8 @@ def load(
         weights: What to load, by path.
         dtype: Of all weights; each file's own when None.
         sharding: A path and shape to where the weight belongs; JAX's default device when None.
+        schemes: How weights are quantised, by path. Of these the devices hold one layer (one
+            expert) at a time as it was.
 
     Raises:
         ValueError: The dtype is none of weights.
@@ -163,10 +172,11 @@ def load(
             f"dtype={jnp.dtype(dtype).name} would not hold the weights. Use one of "
             f"{', '.join(_LOADED)}."
         )
-    return {
-        path: _loaded(tensors, weight, dtype, functools.partial(sharding, path))
-        for path, weight in weights.items()
-    }
+    loaded: dict[str, Any] = {}
+    for path, weight in weights.items():
+        load = _loaded if path not in schemes else functools.partial(_quantized, schemes[path])
+        loaded[path] = load(tensors, weight, dtype, functools.partial(sharding, path))
+    return loaded
 
 
 def _loaded(
@@ -175,17 +185,55 @@ def _loaded(
     dtype: jax.typing.DTypeLike | None,
     sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
 ) -> jax.Array:
-    stored = [DTYPES[tensors.headers[piece.key].dtype] for piece in weight.pieces]
-    dtype = jnp.dtype(functools.reduce(jnp.promote_types, stored) if dtype is None else dtype)
-    place = sharding(jax.ShapeDtypeStruct(weight.shape, dtype))
-    place = place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    dtype, place = _place(tensors, weight, dtype, sharding)
     if len(weight.pieces) == 1:
         return _cast(_box(tensors, weight.pieces[0], place), dtype)
     array = jax.jit(functools.partial(jnp.zeros, weight.shape, dtype), out_shardings=place)()
     for piece in weight.pieces:
-        box = _box(tensors, piece, _for_boxes(place, weight, piece))
+        box = _box(tensors, piece, fitting(place, piece.box))
         array = _filled(array, box, piece.starts)
     return array
+
+
+def _place(
+    tensors: Tensors,
+    weight: Weight,
+    dtype: jax.typing.DTypeLike | None,
+    sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
+) -> tuple[Any, Sharding]:
+    """The type that a weight gets, and where it belongs."""
+    stored = [DTYPES[tensors.headers[piece.key].dtype] for piece in weight.pieces]
+    dtype = jnp.dtype(functools.reduce(jnp.promote_types, stored) if dtype is None else dtype)
+    place = sharding(jax.ShapeDtypeStruct(weight.shape, dtype))
+    return dtype, place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _quantized(
+    scheme: Scheme,
+    tensors: Tensors,
+    weight: Weight,
+    dtype: jax.typing.DTypeLike | None,
+    sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
+) -> Quantized:
+    """A weight that is quantised layer by layer (expert by expert), while it is read."""
+    dtype, place = _place(tensors, weight, dtype, sharding)
+    stacks = weight.pieces[0].stacks
+    layers: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in weight.pieces:
+        at, within = piece.starts[:stacks], (0,) * stacks + piece.starts[stacks:]
+        layers.setdefault(at, []).append(piece._replace(starts=within))
+    shape = (1,) * stacks + weight.shape[stacks:]
+    axis = axis_of(shape[stacks:], scheme)
+    like = quantized_weight(jax.ShapeDtypeStruct(weight.shape, dtype), scheme, axis)
+    empty = lambda: jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), like)
+    whole = jax.jit(empty, out_shardings=shardings(like, place))()
+    for at, pieces in layers.items():
+        layer = Weight(shape, tuple(pieces))
+        array = _loaded(tensors, layer, dtype, lambda _: fitting(place, shape))
+        starts = at + (0,) * (len(shape) - stacks)
+        one = quantized_weight(array, scheme, axis)
+        whole = jax.tree.map(lambda rest, part: _filled(rest, part, starts), whole, one)  # noqa: B023
+    return whole
 
 
 def _box(tensors: Tensors, piece: Piece, place: Sharding) -> jax.Array:
@@ -199,19 +247,6 @@ def _box(tensors: Tensors, piece: Piece, place: Sharding) -> jax.Array:
         return part.transpose(piece.order).reshape(shape)
 
     return jax.make_array_from_callback(piece.box, place, region)
-
-
-def _for_boxes(place: Sharding, weight: Weight, piece: Piece) -> Sharding:
-    """Where a box goes before it is put into its weight: along its axes, like the weight."""
-    if not isinstance(place, jax.sharding.NamedSharding):
-        return place
-    spec = [*place.spec, *([None] * (len(weight.shape) - len(place.spec)))]
-    kept = []
-    for axis, names in enumerate(spec):
-        split = () if names is None else names if isinstance(names, tuple) else (names,)
-        parts = math.prod(place.mesh.shape[name] for name in split)
-        kept.append(names if piece.box[axis] % parts == 0 else None)
-    return jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*kept))
 
 
 @functools.partial(jax.jit, static_argnums=1)

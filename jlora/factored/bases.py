@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from jlora.factored import releases
 from jlora.packed import Packed, dense, sliceable
+from jlora.splitting import ways
 
 
 @functools.partial(
@@ -122,9 +122,3 @@ def by_shard(base: Any, spec: Sequence[Any], mesh: Any) -> tuple[Any, Any, Calla
             ]
             return arrays, specs, lambda shard: jax.tree.unflatten(treedef, shard)
     return array(base), PartitionSpec(*spec), lambda shard: shard
-
-
-def ways(entry: Any, mesh: Any) -> int:
-    """Into how many parts the mesh axes of one entry of a spec split an axis."""
-    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(mesh.shape[name] for name in names)

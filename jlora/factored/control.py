@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jlora.factored import balance, bases, releases
 from jlora.factored.network import Atom, Dropout, Factored, Operand
+from jlora.splitting import ways
 
 Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]
 Run = Callable[[Any, Sequence[Any], Evaluate], list[Any] | None]
@@ -370,7 +371,7 @@ def _by_shard(factored: Factored, spec: PartitionSpec, mesh: Any) -> _Sharded:
         if entry is not None
     }
     local = {
-        atom: Atom(atom.size // bases.ways(entry, mesh), atom.root, atom.indexed)
+        atom: Atom(atom.size // ways(entry, mesh), atom.root, atom.indexed)
         for atom, entry in placed.items()
     }
     operands: list[Operand] = []

@@ -37,6 +37,8 @@ from jlora.models.encoder_architectures import ENCODERS, encoder_config, vit_con
 from jlora.models.encoder_names import NAMINGS, encoder_weights, vit_weights
 from jlora.models.names import decoder_weights
 from jlora.models.vit import ViT
+from jlora.quantization.rules import check_finite, schemes_of
+from jlora.quantization.schemes import Scheme
 
 PyTree = Any
 SHARD_BYTES = 5_000_000_000
@@ -95,6 +97,7 @@ def load(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     sharding: Callable[[str, jax.ShapeDtypeStruct], pieces.Sharding | None] | None = None,
+    quantize: Mapping[str, Scheme | None] | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> Loaded:
@@ -106,6 +109,8 @@ def load(
         dtype: Of the weights; that of the files when left out.
         sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
             there, so that no device or host ever holds more than its part.
+        quantize: From patterns of paths to schemes, as `jlora.quantize` takes them. Such a weight is
+            quantised layer by layer while it is read, and is nowhere as it was.
         revision: A branch, tag or commit on the Hub.
         **options: Of `Decoder`'s own: `scanned`, `remat`, `implementation`. For a computation in
             another dtype than the weights', use `model.clone(dtype=...)`.
@@ -113,8 +118,8 @@ def load(
     Raises:
         FileNotFoundError: Something is missing.
         OSError: The Hub cannot be reached.
-        ValueError: config.json asks for something that is not implemented, a file is damaged, or
-            the tensors are not those that config.json describes.
+        ValueError: config.json asks for something that is not implemented, a file is damaged, the
+            tensors are not those that config.json describes, or `quantize` does not fit them.
         TypeError: The model has no such option.
     """
     folder = hub.folder_of(folder, revision)
@@ -122,7 +127,13 @@ def load(
         form = _format(folder, tensors, options)
         weights = _as_stored(form, tensors)
         pieces.check(tensors, weights, form.carried)
-        arrays = pieces.load(tensors, weights, dtype, sharding or (lambda path, shape: None))
+        schemes: dict[str, Scheme] = {}
+        if quantize is not None:
+            kinds = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32) for p, w in weights.items()}
+            schemes = schemes_of(quantize, kinds)
+        where = sharding or (lambda path, shape: None)
+        arrays = pieces.load(tensors, weights, dtype, where, schemes)
+        check_finite({path: arrays[path] for path in schemes})
     return Loaded(form.model, traverse_util.unflatten_dict(arrays, sep="/"))
 
 

@@ -33,29 +33,45 @@ def quantize(params: PyTree, rules: Mapping[str, Scheme | None]) -> PyTree:
         ValueError: For a rule that matches nothing or has no effect, a weight that is quantised
             already, or one that holds NaN or Inf.
     """
+    flat = tree.flatten(params)
+    leaves = list(flat.leaves)
+    schemes = schemes_of(rules, dict(zip(flat.paths, leaves, strict=True)))
+    made: dict[str, Quantized] = {}
+    for place, path in enumerate(flat.paths):
+        if path in schemes:
+            made[path] = leaves[place] = quantized_weight(leaves[place], schemes[path])
+    check_finite(made)
+    return jax.tree.unflatten(flat.treedef, leaves)
+
+
+def schemes_of(
+    rules: Mapping[str, Scheme | None], weights: Mapping[str, Any]
+) -> dict[str, Scheme]:
+    """Which weights rules quantise, and how.
+
+    Args:
+        rules: As `quantize` takes them.
+        weights: All that there are, by path; their shapes and types are looked at.
+
+    Raises:
+        TypeError: As from `quantize`.
+        ValueError: As from `quantize`, but for NaN and Inf.
+    """
     if isinstance(rules, Scheme):
         raise TypeError(
             f"rules={rules!r} names no weights. Give a mapping from patterns, such as "
             f"{{r'kernel$': {rules!r}}}: norms, biases and embeddings are better left out."
         )
     tree.check_rules(rules, lambda node: isinstance(node, Scheme))
-    flat = tree.flatten(params)
-    assigned = tree.assign(rules, list(flat.paths))
+    assigned = tree.assign(rules, list(weights))
     for problem in assigned.problems:
         raise ValueError(problem)
-    leaves = list(flat.leaves)
-    finite: dict[str, Any] = {}
-    for place, path in enumerate(flat.paths):
-        pattern, scheme = assigned.rules.get(path, ("", None))
-        if scheme is None:
-            continue
-        check_weight(path, pattern, leaves[place])
-        leaves[place] = quantized_weight(leaves[place], scheme)
-        finite[path] = _finite(leaves[place])
-    for path, good in finite.items():
-        if good is not None and not good:
-            raise not_finite(path)
-    return jax.tree.unflatten(flat.treedef, leaves)
+    schemes: dict[str, Scheme] = {}
+    for path, (pattern, scheme) in assigned.rules.items():
+        if scheme is not None:
+            _check_weight(path, pattern, weights[path])
+            schemes[path] = scheme
+    return schemes
 
 
 def dequantize(params: PyTree) -> PyTree:
@@ -63,15 +79,21 @@ def dequantize(params: PyTree) -> PyTree:
     return jax.tree.map(dense, params, is_leaf=is_packed)
 
 
-def quantized_weight(weight: Any, scheme: Scheme) -> Quantized:
-    """One weight in a scheme; of shapes, if it is one."""
-    axis = _axis(tuple(weight.shape), scheme)
+def quantized_weight(weight: Any, scheme: Scheme, axis: int | None = None) -> Quantized:
+    """One weight in a scheme; of shapes, if it is one.
+
+    Args:
+        weight: An array or a shape.
+        scheme: How it is quantised.
+        axis: Along which; what suits the weight's shape when left out.
+    """
+    axis = axis_of(tuple(weight.shape), scheme) if axis is None else axis
     if isinstance(weight, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda array: quantized(array, scheme, axis), weight)
     return quantized(weight, scheme, axis)
 
 
-def check_weight(path: str, pattern: str, weight: Any) -> None:
+def _check_weight(path: str, pattern: str, weight: Any) -> None:
     """Refuses what cannot be quantised.
 
     Raises:
@@ -96,16 +118,22 @@ def check_weight(path: str, pattern: str, weight: Any) -> None:
         )
 
 
-def not_finite(path: str) -> ValueError:
-    """What is raised for a weight that holds NaN or Inf."""
-    return ValueError(
-        f"{path!r} holds NaN or Inf, which would spoil the blocks that they are in. Mend the "
-        f"checkpoint, or leave this weight out of the rules."
-    )
+def check_finite(weights: Mapping[str, Quantized]) -> None:
+    """Refuses weights, by path, that were not finite before they were quantised.
+
+    Raises:
+        ValueError: One holds NaN or Inf. Where values are only traced, none is raised.
+    """
+    finite = {path: _finite(weight) for path, weight in weights.items()}
+    for path, good in finite.items():
+        if good is not None and not good:
+            raise ValueError(
+                f"{path!r} holds NaN or Inf, which would spoil the blocks that they are in. Mend "
+                f"the checkpoint, or leave this weight out of the rules."
+            )
 
 
 def _finite(weight: Quantized) -> Any:
-    """Whether all of a weight was finite; None where that is not known yet."""
     scales = jax.tree.leaves(weight.scales)
     if any(isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) for array in scales):
         return None
@@ -113,7 +141,7 @@ def _finite(weight: Quantized) -> Any:
     return jnp.stack([jnp.isfinite(array).all() for array in floats]).all()
 
 
-def _axis(shape: tuple[int, ...], scheme: Scheme) -> int:
+def axis_of(shape: tuple[int, ...], scheme: Scheme) -> int:
     """Along which axis a weight's blocks run."""
     if scheme.axis is not None:
         if -scheme.axis > len(shape):

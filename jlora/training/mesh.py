@@ -23,7 +23,7 @@ from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora import tree
+from jlora import packed, tree
 from jlora.adapters.protocol import AdapterLeaf, array_fields, check_adapter
 
 AXES = ("data", "fsdp", "tensor")
@@ -216,10 +216,10 @@ def shardings(mesh: Mesh, arrays: Any, specs: Any) -> Any:
         split = [specs[path] for path in flat.paths]
     else:
         split = jax.tree.leaves(specs, is_leaf=_is_spec)
-    places = [
-        place(mesh, path, spec, leaf.shape)
-        for path, leaf, spec in zip(flat.paths, flat.leaves, split, strict=True)
-    ]
+    places = []
+    for path, leaf, spec in zip(flat.paths, flat.leaves, split, strict=True):
+        where = place(mesh, path, spec, leaf.shape)
+        places.append(packed.shardings(leaf, where) if packed.is_packed(leaf) else where)
     return jax.tree.unflatten(flat.treedef, places)
 
 
