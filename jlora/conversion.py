@@ -29,6 +29,7 @@ from jlora.adapters.protocol import (
 )
 from jlora.adapters.sora import SoRALeaf
 from jlora.factored.network import Factored, build
+from jlora.packed import is_packed
 
 PyTree = Any
 Adapter = Mapping[str, Any]
@@ -89,6 +90,13 @@ def residual_base(params: PyTree, adapter: Adapter) -> PyTree:
             "the initialisations pissa, olora, milora and lora_ga need another."
         )
     for path, place in places(flat, adapter).items():
+        if path in taken and is_packed(leaves[place]):
+            raise ValueError(
+                f"residual_base cannot take the factors out of {path!r}, which is quantised "
+                f"({leaves[place]}). Initialise on the weights as they were, take the factors out, "
+                f"and quantise what is left: jlora.quantize(jlora.residual_base(params, adapter), "
+                f"...)."
+            )
         if path in taken:
             base = jnp.asarray(leaves[place])
             # A DoRA's gains, and a gate of ones, are beside the point: the product is taken out.

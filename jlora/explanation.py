@@ -19,6 +19,7 @@ class Row(NamedTuple):
         base_parameters: How many the weight has.
         factored: The primitives that use it without its dense sum.
         dense: Why, elsewhere, the dense sum is formed.
+        stored: How the weight is quantised; empty where it is an array.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     base_parameters: int
     factored: tuple[str, ...]
     dense: tuple[str, ...]
+    stored: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         used = "; ".join(way + ", ".join(by) for way, by in ways if by)
     return (
         row.path,
-        "x".join(map(str, row.shape)) or "scalar",
+        f"{'x'.join(map(str, row.shape)) or 'scalar'} {row.stored}".rstrip(),
         roles or "-",
         row.adapter,
         f"{row.parameters:,}" if row.parameters else "-",

@@ -49,6 +49,10 @@ class Packed(abc.ABC):
             None where they cannot be split so.
         """
 
+    @abc.abstractmethod
+    def transpose(self, order: Sequence[int]) -> Packed:
+        """The transposed weight, packed."""
+
     @property
     def ndim(self) -> int:
         return len(self.shape)

@@ -66,9 +66,7 @@ class ApplyWithBalanceFn(Protocol):
 
 
 class MergeFn(Protocol):
-    def __call__(
-        self, params: PyTree, adapter: Adapter, *, dequantize: bool = False
-    ) -> PyTree: ...
+    def __call__(self, params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTree: ...
 
 
 class ExplainFn(Protocol):
@@ -193,19 +191,27 @@ def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTr
             `dequantize` is off.
     """
     flat = tree.flatten(params)
-    leaves = list(flat.leaves)
     where = places(flat, adapter)
-    packed = [path for path, leaf in zip(flat.paths, leaves, strict=True) if is_packed(leaf)]
+    leaves = unpacked(flat, dequantize)
+    for path, place in where.items():
+        leaves[place] = _factored(path, jnp.asarray(leaves[place]), adapter, None).dense()
+    return jax.tree.unflatten(flat.treedef, leaves)
+
+
+def unpacked(flat: tree.Flat, dequantize: bool) -> list[Any]:
+    """The leaves of parameters that an adapter is to be merged into, as arrays.
+
+    Raises:
+        ValueError: Some are quantised, and `dequantize` is off.
+    """
+    packed = [path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_packed(leaf)]
     if packed and not dequantize:
         raise ValueError(
             f"params holds {len(packed)} quantised weights, such as {packed[0]!r}, and an update "
             f"cannot be added to their codes. Merge into the weights that were quantised, or with "
             f"dequantize=True into arrays of what they stand for."
         )
-    leaves = [dense(leaf) for leaf in leaves]
-    for path, place in where.items():
-        leaves[place] = _factored(path, jnp.asarray(leaves[place]), adapter, None).dense()
-    return jax.tree.unflatten(flat.treedef, leaves)
+    return [dense(leaf) for leaf in flat.leaves]
 
 
 def _evaluate(
@@ -468,19 +474,22 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
         if made is not None:
             because = "trained whole" if made.whole else "cut across the update's own axes"
             dense = (dense if not made.whole and dense else (because,)) if path in summed else ()
+        elif is_packed(leaf) and path in summed:
+            dense = dense or ("cut across its blocks",)
         whole = made is not None and made.whole
         factored = [use.by for use in uses[path] if use.dense is None and not whole]
         rows.append(
             Row(
                 path=path,
                 shape=tuple(leaf.shape),
-                dtype=str(leaf) if is_packed(leaf) else str(leaf.dtype),
+                dtype=str(leaf.dtype),
                 axes=plan.axes[path],
                 adapter="frozen" if made is None else _named(configs[path], made),
                 parameters=0 if made is None else trained_size(made),
                 base_parameters=leaf.size,
                 factored=tuple(dict.fromkeys(factored)),
                 dense=dense,
+                stored=str(leaf) if is_packed(leaf) else "",
             )
         )
     shared = {name: trained_size(adapter[name]) for name in plan.shared}

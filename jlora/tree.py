@@ -37,7 +37,8 @@ def is_array(leaf: Any) -> bool:
 def flatten(tree: PyTree) -> Flat:
     """The leaves of a tree with their `/`-joined paths, in the order of `jax.tree.leaves`.
 
-    A packed weight is one leaf. A box around an array (`flax.linen.Partitioned`, `flax.nnx.Variable`) adds nothing to the path.
+    A packed weight is one leaf. A box around an array (`flax.linen.Partitioned`,
+    `flax.nnx.Variable`) adds nothing to the path.
 
     Raises:
         ValueError: When two leaves have one path, because a key contains `/`.

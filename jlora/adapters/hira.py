@@ -20,6 +20,7 @@ from jlora.adapters.protocol import (
     family,
 )
 from jlora.factored.probe import Axes
+from jlora.packed import dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class HiRALeaf(AdapterLeaf):
 
     def expression(self, given: Given) -> Expression:
         """The base as one more operand: a sum in its own type would round small updates off."""
-        base = (given.base, range(len(self.shape)))
+        base = (dense(given.base), range(len(self.shape)))
         return Expression(terms=[[base, *pair.labelled(self, self.a, self.b)]])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from jlora import tree
 from jlora.adapters import checks
 from jlora.factored.network import Labelled
 from jlora.factored.probe import Axes
+from jlora.packed import dense
 
 FROZEN = "frozen"  # The label of arrays that are not trained.
 
@@ -112,7 +113,7 @@ def as_matrices(array: Any, axes: Axes) -> jax.Array:
 
 def wide(array: Any) -> jax.Array:
     """The array in float32, or float64 where it is."""
-    array = jnp.asarray(array)
+    array = jnp.asarray(dense(array))
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 

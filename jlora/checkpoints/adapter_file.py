@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jlora.adapters.protocol import (
 from jlora.checkpoints.hosts import whole
 from jlora.checkpoints.tensors import file_bytes
 from jlora.factored.probe import Axes
+from jlora.quantization.leaf import Quantized, requantized
 
 PyTree = Any
 FORMAT = 1  # Raised when a reader of the old number would misread a file of the new.
@@ -134,12 +135,21 @@ def fingerprint(weight: Any) -> str:
     """A hash of a weight's shape and of entries spread over it.
 
     Entries are rounded to bfloat16 first, so the same checkpoint loaded in float32 and in bfloat16
-    has one fingerprint.
+    has one fingerprint. That of a quantised weight says how it was quantised, and is of its codes.
     """
-    chosen = np.arange(weight.size) if weight.size <= _SAMPLES else _spread(weight.size)
-    index = np.unravel_index(chosen, weight.shape)
-    entries = whole(weight[index]).astype(ml_dtypes.bfloat16)
-    content = repr(tuple(weight.shape)).encode() + entries.tobytes()
+    if not isinstance(weight, Quantized):
+        return _hash([_sample(weight).astype(ml_dtypes.bfloat16)], weight.shape)
+    samples = [_sample(array) for array in jax.tree.leaves(weight)]
+    return f"{json.dumps(weight.description, sort_keys=True)} {_hash(samples, weight.shape)}"
+
+
+def _sample(array: Any) -> np.ndarray:
+    chosen = np.arange(array.size) if array.size <= _SAMPLES else _spread(array.size)
+    return whole(array[np.unravel_index(chosen, array.shape)])
+
+
+def _hash(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
+    content = repr(tuple(shape)).encode() + b"".join(array.tobytes() for array in arrays)
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -259,10 +269,28 @@ def _check_base(
             f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
-    other = [name for name in expected if fingerprint(weights[name]) != expected[name]]
+    other = [name for name in expected if not _is_base(weights[name], expected[name])]
+    if other and isinstance(weights[other[0]], Quantized):
+        raise ValueError(
+            f"{path} was not trained on {other[0]!r} ({len(other)} of {len(expected)} adapted "
+            f"weights) as it is quantised in params: {weights[other[0]]}. If the weights were "
+            f"those before, pass allow_other_base=True: what the adapter computes then differs by "
+            f"what the quantisation took."
+        )
     if other:
         raise ValueError(
             f"{path} was trained on another base: {other[0]!r} ({len(other)} of {len(expected)} "
             f"adapted weights) has other numbers in params. Load the base it was trained on, or "
             f"pass allow_other_base=True."
         )
+
+
+def _is_base(weight: Any, expected: Any) -> bool:
+    """Whether a fingerprint is that of a weight, or of what the weight is once it is quantised."""
+    if fingerprint(weight) == expected:
+        return True
+    description = str(expected).rpartition(" ")[0]
+    if isinstance(weight, Quantized) or not description:
+        return False
+    quantised = requantized(weight, json.loads(description))
+    return quantised is not None and fingerprint(quantised) == expected

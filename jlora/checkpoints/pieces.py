@@ -9,7 +9,6 @@ or several tensors side by side. In each case it is a set of boxes, and every bo
 from __future__ import annotations
 
 import functools
-import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -188,11 +187,16 @@ def _loaded(
     dtype, place = _place(tensors, weight, dtype, sharding)
     if len(weight.pieces) == 1:
         return _cast(_box(tensors, weight.pieces[0], place), dtype)
-    array = jax.jit(functools.partial(jnp.zeros, weight.shape, dtype), out_shardings=place)()
+    array = _zeros(jax.ShapeDtypeStruct(weight.shape, dtype), place)
     for piece in weight.pieces:
         box = _box(tensors, piece, fitting(place, piece.box))
         array = _filled(array, box, piece.starts)
     return array
+
+
+def _zeros(like: Any, places: Any) -> Any:
+    zeros = lambda: jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), like)  # noqa: E731
+    return jax.jit(zeros, out_shardings=places)()
 
 
 def _place(
@@ -225,8 +229,7 @@ def _quantized(
     shape = (1,) * stacks + weight.shape[stacks:]
     axis = axis_of(shape[stacks:], scheme)
     like = quantized_weight(jax.ShapeDtypeStruct(weight.shape, dtype), scheme, axis)
-    empty = lambda: jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), like)
-    whole = jax.jit(empty, out_shardings=shardings(like, place))()
+    whole = _zeros(like, shardings(like, place))
     for at, pieces in layers.items():
         layer = Weight(shape, tuple(pieces))
         array = _loaded(tensors, layer, dtype, lambda _: fitting(place, shape))

@@ -27,7 +27,7 @@ from jlora.splitting import ways
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["sources"],
-    meta_fields=["make", "shape", "dtype"],
+    meta_fields=["make", "shape", "dtype", "order"],
 )
 @dataclasses.dataclass(frozen=True)
 class Moved:
@@ -38,12 +38,14 @@ class Moved:
         make: From the sources, as arrays, to the array.
         shape: Of the array.
         dtype: Of the array.
+        order: Where all that was done to the one source is a transpose, its axes in the new order.
     """
 
     sources: list[Any]
     make: Callable[[list[Any]], Any]
     shape: tuple[int, ...]
     dtype: Any
+    order: tuple[int, ...] | None = None
 
 
 def is_deferred(value: Any) -> bool:
@@ -81,10 +83,19 @@ def move(eqn: Any, bases: Sequence[Any]) -> list[Any]:
     def make(number: int) -> Callable[[list[Any]], Any]:
         return lambda arrays: releases.bind(eqn, arrays)[number]
 
+    order = _order(eqn, bases)
     return [
-        Moved(sources, make(number), out.aval.shape, out.aval.dtype)
+        Moved(sources, make(number), out.aval.shape, out.aval.dtype, order)
         for number, out in enumerate(eqn.outvars)
     ]
+
+
+def _order(eqn: Any, bases: Sequence[Any]) -> tuple[int, ...] | None:
+    """The axes of a packed weight as an equation leaves them, if it only transposes it."""
+    base = bases[0]
+    if eqn.primitive.name != "transpose" or not isinstance(base, Packed):
+        return None
+    return tuple(eqn.params["permutation"])
 
 
 def multiply(eqn: Any, values: Sequence[Any]) -> Any:
@@ -99,6 +110,9 @@ def multiply(eqn: Any, values: Sequence[Any]) -> Any:
 
 def by_leading_axis(base: Any) -> Any:
     """The base as something of which a scan can take one index after another."""
+    if isinstance(base, Moved) and base.order is not None:
+        turned = base.sources[0].transpose(base.order)
+        base = turned if sliceable(turned) else base
     if isinstance(base, Packed) and sliceable(base):
         return base
     return array(base)

@@ -8,7 +8,6 @@ differentiates and shards as the original did.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.factored import balance, bases, releases
-from jlora.factored.network import Atom, Dropout, Factored, Operand
+from jlora.factored.network import Atom, Dropout, Factored, Operand, note_sum
 from jlora.splitting import ways
 
 Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]
@@ -206,6 +205,9 @@ class _Stack(NamedTuple):
 
 def _unstack(factored: Factored) -> _Stack:
     """A stacked weight as arrays with the stack's axis first; operands without it are shared."""
+    base = bases.by_leading_axis(factored.base)
+    if bases.is_deferred(factored.base) and not bases.is_deferred(base):
+        note_sum(factored.network)
     leading, *rest = factored.network.axes
     if len(leading) != 1:
         return _Stack(factored.dense(), lambda item: item)
@@ -230,7 +232,7 @@ def _unstack(factored: Factored) -> _Stack:
 
         return Factored(base, factored.network.map(replace).with_axes(rest))
 
-    return _Stack((bases.by_leading_axis(factored.base), operands), rebuild)
+    return _Stack((base, operands), rebuild)
 
 
 def fold_keys(value: Any, number: Any) -> Any:

@@ -221,9 +221,7 @@ class Factored:
                     f"weight is used by more than products (lora.explain shows by what), so its "
                     f"input is unknown. Give its rule dropout=0.0, or leave out dropout_key."
                 )
-        watched = _sums.get()
-        if watched is not None and not self.network.indexed:
-            watched.append(self.network.path)
+        note_sum(self.network)
         dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
         total = bases.array(self.base).astype(dtype)
         for term in self.network.terms:
@@ -231,6 +229,13 @@ class Factored:
         for gain in self.network.gains:
             total = total * expand((gain,), self.network, dtype)
         return total.astype(self.base.dtype)
+
+
+def note_sum(network: Network) -> None:
+    """Tells who watches that the dense sum of a weight is formed."""
+    watched = _sums.get()
+    if watched is not None and not network.indexed:
+        watched.append(network.path)
 
 
 _sums: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("sums", default=None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora import tree
 from jlora.adapters.protocol import places
-from jlora.transform import merge
+from jlora.transform import merge, unpacked
 
 PyTree = Any
 # A change kept to less than this, or turned away by as much, is worth a warning.
@@ -66,7 +66,11 @@ class Merged(NamedTuple):
 
 
 def merge_to(
-    params: PyTree, adapter: Mapping[str, Any], dtype: jax.typing.DTypeLike | None = None
+    params: PyTree,
+    adapter: Mapping[str, Any],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    dequantize: bool = False,
 ) -> Merged:
     """The merged tree in a type, every weight summed in float32 and rounded once.
 
@@ -77,14 +81,16 @@ def merge_to(
         params: The base; it is not changed.
         adapter: What `init` returned, trained.
         dtype: Of all weights; each weight's own when None.
+        dequantize: Whether all quantised weights become arrays, adapted or not.
 
     Raises:
-        ValueError: The adapter does not fit, or a merged weight is not finite in its type.
+        ValueError: The adapter does not fit, a merged weight is not finite in its type, or some
+            weights are quantised and `dequantize` is off.
     """
     flat = tree.flatten(params)
     where = places(flat, adapter)
     shared = {name: node for name, node in adapter.items() if name not in where}
-    leaves = list(flat.leaves)
+    leaves = unpacked(flat, dequantize)
     report: dict[str, Kept] = {}
     for path, place in where.items():
         base = jnp.asarray(leaves[place])

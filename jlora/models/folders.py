@@ -109,8 +109,8 @@ def load(
         dtype: Of the weights; that of the files when left out.
         sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
             there, so that no device or host ever holds more than its part.
-        quantize: From patterns of paths to schemes, as `jlora.quantize` takes them. Such a weight is
-            quantised layer by layer while it is read, and is nowhere as it was.
+        quantize: From patterns of paths to schemes, as `jlora.quantize` takes them. Such a weight
+            is quantised layer by layer while it is read, and is nowhere whole as it was.
         revision: A branch, tag or commit on the Hub.
         **options: Of `Decoder`'s own: `scanned`, `remat`, `implementation`. For a computation in
             another dtype than the weights', use `model.clone(dtype=...)`.

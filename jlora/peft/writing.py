@@ -19,6 +19,7 @@ from jlora.adapters.protocol import AdapterLeaf, Weight, check_adapter
 from jlora.adapters.token_rows import TokenRowsLeaf
 from jlora.checkpoints.pieces import Weight as Stored
 from jlora.checkpoints.tensors import listed, new_folder
+from jlora.packed import dense
 from jlora.peft.config import CONFIG
 from jlora.peft.formats import FORMATS, Format
 from jlora.peft.layouts import Facts, to_file
@@ -276,7 +277,7 @@ def _check_gains(modules: Sequence[Module], base: _Base) -> None:
         gains = module.tensors.get("ia3_l")
         path = biases.get(module.site.module)
         outputs = gains is not None and gains.shape[0] != 1
-        if outputs and path and np.asarray(jax.device_get(base.arrays[path])).any():
+        if outputs and path and np.asarray(jax.device_get(dense(base.arrays[path]))).any():
             raise ValueError(
                 f"PEFT's IA3 scales the bias of {module.site.module} with its outputs, and jlora's "
                 f"scales the weight alone, so PEFT would compute something else. Merge the adapter."
@@ -432,7 +433,7 @@ def _heads(task: str | None, targets: set[str], base: _Base) -> set[str]:
 
 def _value(path: str, leaf: Any, base: _Base) -> np.ndarray:
     """A weight with its difference added, in float32 and rounded to the weight's type."""
-    value = np.asarray(jax.device_get(base.arrays[path]))
+    value = np.asarray(jax.device_get(dense(base.arrays[path])))
     delta = np.asarray(jax.device_get(leaf.delta), np.float32)
     return value if not delta.any() else (value.astype(np.float32) + delta).astype(value.dtype)
 
@@ -455,7 +456,7 @@ def _saved_tensors(
     for path in base.stored:
         for site in base.sites[path]:
             if site.module in saved:
-                value = np.asarray(jax.device_get(base.arrays[path]))
+                value = np.asarray(jax.device_get(dense(base.arrays[path])))
                 value = _value(path, wholes[path], base) if path in wholes else value
                 tensors[f"{site.module}.{site.parameter}"] = _tensor(site, value)
     return tensors
@@ -494,7 +495,7 @@ def _row_tensors(rows: Mapping[str, TokenRowsLeaf], base: _Base) -> dict[str, np
     """The trained rows of embeddings, as they are."""
     tensors = {}
     for path, leaf in rows.items():
-        table = np.asarray(jax.device_get(base.arrays[path]))[list(leaf.tokens)]
+        table = np.asarray(jax.device_get(dense(base.arrays[path])))[list(leaf.tokens)]
         delta = np.asarray(jax.device_get(leaf.delta), np.float32)
         value = (table.astype(np.float32) + delta).astype(table.dtype)
         tensors[f"{base.sites[path][0].module}.{TOKEN_ROWS}"] = value
@@ -507,6 +508,6 @@ def _embeddings(modules: Sequence[Module], base: _Base) -> dict[str, np.ndarray]
     for module in modules:
         site = module.site
         if site.module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            value = np.asarray(jax.device_get(base.arrays[site.path]))
+            value = np.asarray(jax.device_get(dense(base.arrays[site.path])))
             tensors[f"{site.module}.base_layer.{site.parameter}"] = _tensor(site, value)
     return tensors

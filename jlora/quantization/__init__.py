@@ -1,1 +1,1 @@
-"""Quantised weights: 4-bit NormalFloat, integers and 8-bit floats, dequantised where they are used."""
+"""Quantised weights: NF4, integers and 8-bit floats, dequantised where they are used."""

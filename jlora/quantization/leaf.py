@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jlora.packed import Packed
 from jlora.quantization.packing import joined, padded, split
 from jlora.quantization.scales import SmallScales, small_scales
-from jlora.quantization.schemes import Scheme
+from jlora.quantization.schemes import SCHEMES, Scheme
 
 
 @functools.partial(
@@ -59,8 +59,14 @@ class Quantized(Packed):
         arrays = jax.tree.leaves(self)
         return 8 * sum(array.size * array.dtype.itemsize for array in arrays) / self.size
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """All but the arrays, as JSON can hold it: what `requantized` takes."""
+        scheme = dataclasses.asdict(self.scheme) | {"axis": self.axis}
+        return {"scheme": self.scheme.name, "kind": self.kind, **scheme}
+
     def __str__(self) -> str:
-        return f"{self.scheme.name} as {self.kind}"
+        return self.scheme.name
 
     def dense(self) -> jax.Array:
         """The numbers, each a code's times its block's scale in float32, rounded once."""
@@ -68,8 +74,13 @@ class Quantized(Packed):
         blocks = split(self.scheme.decode(self.codes, self.axis), self.axis, self.scheme.block_size)
         # The scales stand before the axis within blocks, which takes the number of the old one.
         whole = joined(blocks * jnp.expand_dims(scales, blocks.ndim + self.axis), self.axis)
-        place = whole.ndim + self.axis
-        return jax.lax.slice_in_dim(whole, 0, self.length, axis=place).astype(self.dtype)
+        return jax.lax.slice_in_dim(whole, 0, self.length, axis=self.axis).astype(self.dtype)
+
+    def transpose(self, order: Sequence[int]) -> Quantized:
+        """The transposed weight: the same codes in another order."""
+        turned = jax.tree.map(lambda array: array.transpose(order), self)
+        place = list(order).index(self.ndim + self.axis)
+        return dataclasses.replace(turned, axis=place - self.ndim)
 
     def shard(self, ways: Sequence[int]) -> Quantized | None:
         """None where a block, or a group of scales, would be cut."""
@@ -103,3 +114,16 @@ def quantized(array: jax.Array, scheme: Scheme, axis: int) -> Quantized:
     if scheme.double_quantization:
         scales = small_scales(scales, axis)
     return Quantized(codes, scales, scheme, axis, array.shape[axis], array.dtype.name)
+
+
+def requantized(weight: Any, description: Mapping[str, Any]) -> Quantized | None:
+    """A weight as another one was quantised; None where the description is of no known scheme."""
+    facts = dict(description)
+    kind, found = facts.pop("kind", None), SCHEMES.get(facts.pop("scheme", ""))
+    try:
+        if found is None:
+            return None
+        scheme = found(**facts)
+        return quantized(jnp.asarray(weight).astype(kind), scheme, scheme.axis)
+    except (TypeError, ValueError):
+        return None

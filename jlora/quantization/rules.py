@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jlora import tree
 from jlora.packed import dense, is_packed
@@ -19,8 +20,8 @@ PyTree = Any
 def quantize(params: PyTree, rules: Mapping[str, Scheme | None]) -> PyTree:
     """A new parameter tree, in which some weights are quantised.
 
-    It is used through `lora_transform`: `apply(params, adapter, ...)`, with `{}` for no adapter. The
-    model itself knows nothing of quantised weights; `dequantize` makes arrays of them again.
+    It is used through `lora_transform`: `apply(params, adapter, ...)`, with `{}` for no adapter.
+    The model itself knows nothing of quantised weights; `dequantize` makes arrays of them again.
 
     Args:
         params: The weights; they are not changed. Shapes alone (`jax.ShapeDtypeStruct`) give
@@ -44,9 +45,7 @@ def quantize(params: PyTree, rules: Mapping[str, Scheme | None]) -> PyTree:
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
-def schemes_of(
-    rules: Mapping[str, Scheme | None], weights: Mapping[str, Any]
-) -> dict[str, Scheme]:
+def schemes_of(rules: Mapping[str, Scheme | None], weights: Mapping[str, Any]) -> dict[str, Scheme]:
     """Which weights rules quantise, and how.
 
     Args:
@@ -135,7 +134,7 @@ def check_finite(weights: Mapping[str, Quantized]) -> None:
 
 def _finite(weight: Quantized) -> Any:
     scales = jax.tree.leaves(weight.scales)
-    if any(isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) for array in scales):
+    if any(isinstance(array, Tracer | jax.ShapeDtypeStruct) for array in scales):
         return None
     floats = [array for array in scales if jnp.issubdtype(array.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(array).all() for array in floats]).all()

@@ -14,9 +14,7 @@ GROUP = 256  # Scales that share a scale of their own.
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["codes", "largest", "mean"],
-    meta_fields=["axis"],
+    jax.tree_util.register_dataclass, data_fields=["codes", "largest", "mean"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class SmallScales:
@@ -29,7 +27,6 @@ class SmallScales:
         codes: uint8, laid out like the weight with one entry for a block.
         largest: float32, one entry for each tile.
         mean: float32, one for each matrix: the last two axes are 1.
-        axis: Of the blocks, counted from the last.
 
     References:
         Dettmers et al., QLoRA, arXiv:2305.14314, section 3, on double quantisation.
@@ -38,7 +35,6 @@ class SmallScales:
     codes: jax.Array
     largest: jax.Array
     mean: jax.Array
-    axis: int
 
     def dense(self) -> jax.Array:
         """The scales in float32."""
@@ -63,7 +59,7 @@ def small_scales(scales: jax.Array, axis: int) -> SmallScales:
     relative = jnp.where(whole > 0, centred / jnp.where(whole > 0, whole, 1), 0)
     table = dynamic_map()
     codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), relative)
-    return SmallScales(codes.astype(jnp.uint8), magnitudes, mean, axis)
+    return SmallScales(codes.astype(jnp.uint8), magnitudes, mean)
 
 
 def _tile(shape: tuple[int, ...], axis: int) -> dict[int, int]:
@@ -88,7 +84,8 @@ def dynamic_map() -> np.ndarray:
     """256 numbers from about -1 to 1, ascending, whose spacing grows with their magnitude.
 
     For each power of ten from -6 to 0 the interval from a tenth of it to itself is cut into 1, 2,
-    4, ... 64 equal parts, whose midpoints are taken with both signs; beside them stand zero and one.
+    4, ... 64 equal parts, whose midpoints are taken with both signs; zero and one stand beside
+    them.
 
     References:
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -80,8 +81,8 @@ class NF4(Scheme):
         table = np.array(_NORMAL_FLOAT4)
         between = ((table[1:] + table[:-1]) / 2).astype(np.float32)
         # As many as lie below it; there is no other way to look them up that a TPU likes as well.
-        codes = sum((values > limit).astype(jnp.uint8) for limit in between)
-        return pack_nibbles(codes, axis)
+        below = [(values > limit).astype(jnp.uint8) for limit in between]
+        return pack_nibbles(functools.reduce(jnp.add, below), axis)
 
     def decode(self, codes: jax.Array, axis: int) -> jax.Array:
         """The number of each code."""
@@ -89,8 +90,8 @@ class NF4(Scheme):
         return table.at[unpack_nibbles(codes, axis)].get(mode="promise_in_bounds")
 
 
-# Eight quantiles of a normal distribution above its median and seven below, and zero, divided by the
-# largest: QLoRA, appendix E, to the digit, because codes of other libraries mean these.
+# Eight quantiles of a normal distribution above its median and seven below, and zero, divided by
+# the largest: QLoRA, appendix E, to the digit, because codes of other libraries mean these.
 _NORMAL_FLOAT4 = (
     -1.0,
     -0.6961928009986877,

@@ -14,6 +14,7 @@ import numpy as np
 from jlora import tree
 from jlora.adapters.protocol import AdapterLeaf
 from jlora.conversion import delta
+from jlora.packed import dense
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -59,7 +60,7 @@ def norms(
         if not isinstance(leaf, AdapterLeaf) or leaf.family == "lora_mixture":
             continue
         own = {path: leaf} if leaf.share is None else {path: leaf, leaf.share: adapter[leaf.share]}
-        weight = arrays[path]
+        weight = dense(arrays[path])
         if fresh is not None and getattr(fresh[path], "residual", False):
             weight = weight + delta(params, {path: fresh[path]})[path]
         found[path] = np.asarray(_shares(weight, delta(params, own)[path], leaf.axes.batch))
