@@ -1,0 +1,269 @@
+"""Codes and scales, against the papers' equations in NumPy and against bitsandbytes."""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jlora
+from jlora.quantization.scales import dynamic_map
+
+DATA = pathlib.Path(__file__).parent / "data"
+SCHEMES = {
+    "nf4": jlora.NF4(),
+    "nf4 plain": jlora.NF4(double_quantization=False),
+    "nf4 short": jlora.NF4(block_size=8),
+    "int8": jlora.Int8(block_size=32),
+    "int4": jlora.Int4(block_size=32),
+    "fp8": jlora.FP8(block_size=32),
+}
+
+
+def normal(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def quantized(weight: Any, scheme: Any) -> Any:
+    return jlora.quantize({"w": jnp.asarray(weight)}, {"w": scheme})["w"]
+
+
+# --- against bitsandbytes -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def theirs() -> dict[str, np.ndarray]:
+    with np.load(DATA / "bitsandbytes.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+def test_codes_are_those_of_bitsandbytes(theirs: dict[str, np.ndarray], double: bool) -> None:
+    # PyTorch's weights have their inputs last, and blocks run along them.
+    made = quantized(theirs["weight"].T, jlora.NF4(double_quantization=double))
+    kind = "double" if double else "plain"
+    np.testing.assert_array_equal(made.codes.T, theirs[f"{kind}_codes"])
+    if not double:
+        np.testing.assert_array_equal(made.scales.T, theirs["plain_scales"])
+        return
+    np.testing.assert_allclose(made.scales.largest.ravel(), theirs["largest"], rtol=1e-6)
+    np.testing.assert_allclose(made.scales.mean, [[theirs["mean"]]], rtol=1e-6)
+    # Where a scale lies in the middle of two codes, a last bit decides.
+    other = np.asarray(made.scales.codes.T) != theirs["double_scales"]
+    assert other.mean() <= 1 / 256
+    same = ~np.repeat(other, 64, axis=1)
+    np.testing.assert_allclose(made.dense().T[same], theirs["dense"][same], rtol=1e-6, atol=1e-8)
+
+
+def test_tables_are_those_of_bitsandbytes(theirs: dict[str, np.ndarray]) -> None:
+    one = jnp.asarray([[1.0, *theirs["table"][1:]]]).T  # The largest of the block is 1.
+    np.testing.assert_array_equal(
+        quantized(one, jlora.NF4(block_size=16, double_quantization=False)).dense()[1:, 0],
+        theirs["table"][1:],
+    )
+    np.testing.assert_allclose(dynamic_map(), theirs["map"], rtol=2e-7)  # Two last bits.
+
+
+# --- against the papers' equations ----------------------------------------------------------------
+
+
+def nf4() -> np.ndarray:
+    """The quantiles of a normal distribution that section 3 of the paper describes."""
+    outermost = 1 - (1 / 30 + 1 / 32) / 2
+    inverse = np.vectorize(statistics.NormalDist().inv_cdf)
+    above = inverse(np.linspace(outermost, 0.5, 9)[:-1])
+    below = -inverse(np.linspace(outermost, 0.5, 8)[:-1])
+    return np.sort([*above, 0.0, *below]) / above.max()
+
+
+def test_the_numbers_of_nf4_are_quantiles_of_a_normal_distribution() -> None:
+    values = nf4()
+    weight = np.concatenate([values, np.zeros(48)])[:, None]
+    made = quantized(weight, jlora.NF4(double_quantization=False)).dense()
+    # The paper gives them to seven digits, from probabilities rounded to seven digits.
+    np.testing.assert_allclose(made[:16, 0], values, atol=1e-6)
+
+
+def blocks(weight: np.ndarray, size: int) -> np.ndarray:
+    """(blocks, size, columns) of a matrix."""
+    return weight.reshape(-1, size, weight.shape[-1])
+
+
+def test_nf4_takes_the_nearest_number_of_the_scaled_block() -> None:
+    weight = np.asarray(normal(256, 48))
+    scale = np.abs(blocks(weight, 64)).max(1, keepdims=True)
+    made = quantized(weight, jlora.NF4(double_quantization=False))
+    relative = blocks(np.asarray(made.dense()), 64) / scale
+    numbers = np.array(nf4())
+    assert np.abs(relative[..., None] - numbers).min(-1).max() < 1e-6
+    nearest = np.abs(blocks(weight, 64)[..., None] / scale[..., None] - numbers).min(-1)
+    np.testing.assert_allclose(np.abs(relative - blocks(weight, 64) / scale), nearest, atol=2e-6)
+
+
+@pytest.mark.parametrize(("scheme", "largest"), [(jlora.Int8, 127), (jlora.Int4, 7)])
+def test_integers_are_symmetric_and_rounded_to_nearest(scheme: Any, largest: int) -> None:
+    weight = np.asarray(normal(96, 40))
+    scale = np.abs(blocks(weight, 32)).max(1, keepdims=True) / np.float32(largest)
+    expected = (np.round(blocks(weight, 32) / scale) * scale).reshape(weight.shape)
+    made = np.asarray(quantized(weight, scheme(block_size=32)).dense())
+    # A quotient whose last bit differs may round to the other side of a half.
+    off = np.abs(made - expected) > 1e-6
+    assert off.mean() < 1e-3
+    assert np.all(np.abs(made - weight) <= np.repeat(scale[:, 0], 32, 0) * 0.5001)
+
+
+def test_eight_bit_floats_are_those_of_ml_dtypes() -> None:
+    weight = np.asarray(normal(96, 40))
+    scale = np.abs(blocks(weight, 32)).max(1, keepdims=True) / np.float32(448)
+    scaled = (blocks(weight, 32) / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    made = quantized(weight, jlora.FP8(block_size=32)).dense()
+    off = np.abs(np.asarray(made) - (scaled * scale).reshape(weight.shape)) > 1e-6
+    assert off.mean() < 1e-3  # As with integers.
+    assert np.isfinite(made).all()
+
+
+def test_scales_in_eight_bits_are_the_map_times_the_largest_of_256() -> None:
+    weight = np.asarray(normal(1024, 64)) * np.linspace(0.5, 2, 64)
+    made = quantized(weight, jlora.NF4())
+    scales = np.abs(blocks(weight, 64)).max(1)  # (16, 64): 16 blocks for each column.
+    centred = scales - scales.mean()
+    # 256 scales are all 16 blocks of 16 columns.
+    largest = np.abs(centred).reshape(16, 4, 16).max((0, 2))
+    relative = centred / np.repeat(largest, 16)
+    nearest = dynamic_map()[np.abs(relative[..., None] - dynamic_map()).argmin(-1)]
+    expected = nearest * np.repeat(largest, 16) + scales.mean()
+    np.testing.assert_allclose(made.scales.dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "bits"),
+    [
+        (jlora.NF4(), (4096, 1024), 4 + 8 / 64 + 32 / (64 * 256)),
+        (jlora.NF4(), (14336, 128), 4 + 8 / 64 + 32 / (64 * 256)),
+        (jlora.NF4(double_quantization=False), (4096, 64), 4 + 32 / 64),
+        (jlora.Int8(), (4096, 64), 8 + 32 / 128),
+        (jlora.Int4(), (4096, 64), 4 + 32 / 64),
+        (jlora.FP8(), (4096, 64), 8 + 32 / 128),
+    ],
+)
+def test_bits_for_a_number(scheme: Any, shape: tuple[int, int], bits: float) -> None:
+    made = jlora.quantize({"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}, {"w": scheme})["w"]
+    assert made.bits == pytest.approx(bits, abs=1e-4)  # And one mean.
+    if scheme == jlora.NF4():
+        assert made.bits == pytest.approx(4.127, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", [(64, 3), (3, 64), (65, 7), (5, 70), (2, 64, 6), (1,), (129,)])
+def test_any_shape_comes_back(name: str, shape: tuple[int, ...]) -> None:
+    weight = normal(*shape)
+    made = quantized(weight, SCHEMES[name])
+    back = made.dense()
+    assert (made.shape, made.dtype, made.ndim, made.size) == (
+        (weight.shape, weight.dtype, weight.ndim, weight.size)
+    )
+    assert (back.shape, back.dtype) == (weight.shape, weight.dtype)
+    # Half the widest step of each scheme, of the largest number, and what double quantisation adds.
+    step = {"nf4": 0.16, "int8": 0.004, "int4": 0.08, "fp8": 0.04}[name.split()[0]]
+    assert float(jnp.abs(back - weight).max()) <= (step + 0.02) * float(jnp.abs(weight).max())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_blocks_of_zeros_are_zeros(name: str) -> None:
+    weight = normal(128, 6).at[:64].set(0).at[:, 2].set(0)
+    back = quantized(weight, SCHEMES[name]).dense()
+    assert not back[:64].any()
+    assert not back[:, 2].any()
+    assert back[64:, 0].any()
+    assert not quantized(jnp.zeros((64, 4)), SCHEMES[name]).dense().any()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("tiny", [1e-30, 1e30])
+def test_magnitudes_do_not_matter(name: str, tiny: float) -> None:
+    weight = normal(128, 6)
+    one, other = (quantized(weight * by, SCHEMES[name]) for by in (1.0, tiny))
+    np.testing.assert_allclose(other.dense() / tiny, one.dense(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(name: str, bad: float) -> None:
+    params = {"a": {"kernel": normal(64, 4)}, "b": {"kernel": normal(64, 4).at[7, 1].set(bad)}}
+    with pytest.raises(ValueError, match="'b/kernel' holds NaN or Inf.*Mend the checkpoint"):
+        jlora.quantize(params, {"kernel": SCHEMES[name]})
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_slices_stacks_and_transposes_of_the_arrays_are_those_of_the_weight(name: str) -> None:
+    scheme = SCHEMES[name]
+    stack = normal(3, 64, 128)
+    made = quantized(stack, scheme)
+    each = [quantized(layer, scheme) for layer in stack]
+    one = jax.tree.map(lambda array: array[1], made)
+    np.testing.assert_array_equal(one.dense(), made.dense()[1])
+    np.testing.assert_array_equal(one.dense(), each[1].dense())
+    joined = jax.tree.map(lambda *arrays: jnp.stack(arrays), *each)
+    np.testing.assert_array_equal(joined.dense(), made.dense())
+    for order in ((0, 2, 1), (2, 0, 1), (1, 2, 0)):
+        np.testing.assert_array_equal(made.transpose(order).dense(), made.dense().transpose(order))
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def test_the_first_rule_wins_and_nothing_else_is_touched() -> None:
+    params = {"a": {"kernel": normal(64, 4), "bias": normal(4)}, "head": {"kernel": normal(64, 4)}}
+    rules = {"head": None, r"kernel$": jlora.Int8(block_size=64)}
+    made = jlora.quantize(params, rules)
+    assert isinstance(made["a"]["kernel"], jlora.Quantized)
+    assert made["head"]["kernel"] is params["head"]["kernel"]
+    assert made["a"]["bias"] is params["a"]["bias"]
+    again = jlora.dequantize(made)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(
+    ("rules", "kind", "message"),
+    [
+        (jlora.NF4(), TypeError, r"names no weights. Give a mapping from patterns, such as"),
+        ({"kernel": 4}, TypeError, r"The rule 'kernel' maps to 4"),
+        ({"kernal": jlora.NF4()}, ValueError, r"'kernal' matches none of the 3 weights. The nea"),
+        ({"count": jlora.NF4()}, TypeError, "matches 'count', which is int32 and no array of fl"),
+        ({"scale": jlora.NF4()}, ValueError, r"matches 'scale', whose shape \(\) has no axis"),
+        ({"kernel": jlora.NF4(axis=-3)}, ValueError, r"along axis -3, which a weight of shape \(6"),
+    ],
+)
+def test_rules_that_fit_nothing_are_refused(rules: Any, kind: Any, message: str) -> None:
+    params = {"kernel": normal(64, 4), "count": jnp.int32(3), "scale": jnp.float32(1)}
+    with pytest.raises(kind, match=message):
+        jlora.quantize(params, rules)
+
+
+def test_what_is_quantised_is_not_quantised_again() -> None:
+    made = jlora.quantize({"w": normal(64, 4)}, {"w": jlora.Int8()})
+    with pytest.raises(ValueError, match=r"'w', which is quantised already \(int8\)"):
+        jlora.quantize(made, {"w": jlora.NF4()})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jlora.NF4(block_size=63), "NF4: block_size=63 must be an even number, 2 or more"),
+        (lambda: jlora.Int8(block_size=1), "Int8: block_size=1 must be a whole number, 2 or more"),
+        (lambda: jlora.FP8(block_size=64.0), "FP8: block_size=64.0 must be a whole number"),
+        (lambda: jlora.Int4(axis=0), "Int4: axis=0 must be counted from the last axis"),
+    ],
+)
+def test_schemes_that_make_no_sense_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
