@@ -102,10 +102,22 @@ def multiply(eqn: Any, values: Sequence[Any]) -> Any:
     """The one output of a product."""
     if not any(is_deferred(value) for value in values):
         return releases.bind(eqn, values)[0]
+
     # Nothing is saved but the arguments; the gradient makes the weight again.
-    return jax.checkpoint(lambda values: releases.bind(eqn, [array(v) for v in values])[0])(
-        list(values)
-    )
+    @jax.checkpoint
+    def product(values: list[Any]) -> Any:
+        held = [value for value in values if not is_deferred(value)]
+        arrays = [array(_after(held, v)) if is_deferred(v) else v for v in values]
+        return releases.bind(eqn, arrays)[0]
+
+    return product(list(values))
+
+
+def _after(arrays: Sequence[Any], base: Any) -> Any:
+    """The base, which cannot be unpacked before the arrays are there: all weights of a model can be
+    at once, and are, if nothing tells the compiler to wait.
+    """
+    return jax.lax.optimization_barrier(jax.lax.stop_gradient((list(arrays), base)))[1]
 
 
 def by_leading_axis(base: Any) -> Any:

@@ -379,6 +379,8 @@ def _by_shard(factored: Factored, spec: PartitionSpec, mesh: Any) -> _Sharded:
     operands: list[Operand] = []
     network.map(lambda operand: operands.append(operand) or operand)
     held, held_specs, part = bases.by_shard(factored.base, axis_spec, mesh)
+    if bases.is_deferred(factored.base) and isinstance(held, jax.Array):
+        note_sum(network)
     specs = [PartitionSpec(*(placed.get(a) for a in operand.atoms)) for operand in operands]
 
     def rebuild(shard: tuple[Any, list[Any]]) -> Factored:

@@ -75,7 +75,9 @@ def _expanded(largest: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One entry for a tile as one for each of its scales."""
     for place, (few, many) in enumerate(zip(largest.shape, shape, strict=True)):
         if few != many:
-            largest = jnp.repeat(largest, many // few, place, total_repeat_length=many)
+            wide = (*largest.shape[: place + 1], many // few, *largest.shape[place + 1 :])
+            repeated = jnp.broadcast_to(jnp.expand_dims(largest, place + 1), wide)
+            largest = repeated.reshape(*wide[:place], many, *wide[place + 2 :])
     return largest
 
 

@@ -1,0 +1,281 @@
+"""A quantised base is the base that it stands for: in every kind of layer, and nowhere wide."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BY_NAME, Case, case, errors, total
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_families import LAYERS
+from test_laws import DIFFERENTIABLE
+
+import jlora
+from jlora.packed import shardings
+
+# The least blocks that the axes of the layers allow.
+NF4 = jlora.NF4(block_size=2)
+SCHEMES = {"nf4": NF4, "int8": jlora.Int8(block_size=4), "fp8": jlora.FP8(block_size=3)}
+KINDS = [pytest.param(name, id=name) for name in LAYERS] + [
+    pytest.param(name, id=name, marks=pytest.mark.slow)
+    for name in sorted(set(DIFFERENTIABLE) - set(LAYERS))
+]
+# Double quantisation packs the last two axes of a weight, and these scan over one of them.
+CUT = {"in_scan_stacked_axis_one", "linen_scan_axis_one"}
+
+
+def quantized(one: Case, scheme: Any = NF4) -> Any:
+    names = "|".join(f"^{path}$" for path in one.adapter)
+    return jlora.quantize(one.params, {names: scheme})
+
+
+def differences(values: Any, truth: Any) -> float:
+    return max((float(error / (1 + size)) for error, size in errors(values, truth)), default=0.0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_law_a_quantised_base_computes_as_the_base_that_it_stands_for(name: str) -> None:
+    one = case(name, "float32")
+    packed = quantized(one)
+    dense = jlora.dequantize(packed)
+    assert differences(dense, one.params) > 1e-3  # Something was rounded.
+
+    @jax.jit
+    def both(params: Any, adapter: Any) -> Any:
+        loss = lambda adapter: total(one.lora.apply(params, adapter, *one.inputs))
+        return one.lora.apply(params, adapter, *one.inputs), jax.grad(loss)(adapter)
+
+    output, gradient = both(packed, one.adapter)
+    truth, slope = both(dense, one.adapter)
+    # The same products of the same numbers; some are fused otherwise.
+    assert differences(output, truth) < 1e-6
+    assert differences(jlora.partition(gradient)[0], jlora.partition(slope)[0]) < 1e-5
+    bare = jax.jit(one.lora.apply)(packed, {}, *one.inputs)
+    assert differences(bare, jax.jit(one.fn)(dense, *one.inputs)) < 1e-6
+
+    # What the gradient keeps has no wide copy of a weight, and explain says where one is made.
+    kept = residuals(one, packed)
+    wide = {tuple(sorted(leaf.shape)) for leaf in one.adapter.values()}
+    found = [array.shape for array in kept if tuple(sorted(array.shape)) in wide]
+    rows = {row.path: row for row in one.lora.explain(packed, *one.inputs).rows}
+    expected = one.layer.dense or name in CUT
+    assert bool(found) <= expected, found
+    for path in one.adapter:
+        assert rows[path].stored == "nf4"
+        assert bool(rows[path].dense) == expected or one.layer.dense
+
+
+def residuals(one: Case, params: Any) -> list[Any]:
+    """The floating arrays that a gradient with respect to the adapter keeps, as shapes."""
+    return kept_by(lambda params, a: one.lora.apply(params, a, *one.inputs), params, one.adapter)
+
+
+def kept_by(apply: Any, params: Any, adapter: Any) -> list[Any]:
+    def pull_back(params: Any, adapter: Any) -> Any:
+        return jax.vjp(lambda a: total(apply(params, a)), adapter)[1]
+
+    arrays = jax.tree.leaves(jax.eval_shape(pull_back, params, adapter))
+    return [array for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["fused_qkv", "linen_scan_remat"])
+def test_every_scheme_keeps_the_law(name: str, scheme: str) -> None:
+    one = case(name, "float32")
+    packed = quantized(one, SCHEMES[scheme])
+    output = one.compiled(jlora.dequantize(packed), one.adapter, *one.inputs)
+    found = jax.jit(one.lora.apply)(packed, one.adapter, *one.inputs)
+    assert differences(found, output) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["dora", "hira", "ia3", "lokr", "vera"])
+def test_families_that_look_at_the_base_see_its_numbers(family: str) -> None:
+    one = case("linen_scan_remat", "float32", family)
+    packed = quantized(one)
+    output = one.compiled(jlora.dequantize(packed), one.adapter, *one.inputs)
+    found = jax.jit(one.lora.apply)(packed, one.adapter, *one.inputs)
+    assert differences(found, output) < 1e-5
+    again = jlora.merge(packed, one.adapter, dequantize=True)
+    assert differences(jax.jit(one.fn)(again, *one.inputs), output) < 1e-5
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+WIDTH, LAYERS_OF_STACK, ROWS = 256, 8, 4
+
+
+def scanned(params: Any, x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(x @ weight), None
+
+    return jax.lax.scan(layer, x, params["kernel"])[0]
+
+
+def unrolled(params: Any, x: jax.Array) -> jax.Array:
+    for weight in params["kernel"]:
+        x = jnp.tanh(x @ weight)
+    return x
+
+
+def stacked(model: Any) -> tuple[Any, Any, Any]:
+    """The transform of a model, its parameters and its input."""
+    kernel = jax.random.normal(jax.random.key(0), (LAYERS_OF_STACK, WIDTH, WIDTH)) / 16
+    params = {"kernel": list(kernel) if model is unrolled else kernel}
+    x = jax.random.normal(jax.random.key(1), (ROWS, WIDTH))
+    return jlora.lora_transform(model, {"kernel": jlora.LoRA(rank=1, alpha=1)}), params, x
+
+
+@pytest.mark.parametrize("model", [scanned, unrolled])
+def test_law_no_wide_weight_is_kept_for_the_gradient(model: Any) -> None:
+    lora, params, x = stacked(model)
+    adapter = lora.init(jax.random.key(2), params, x)
+    apply = lambda params, adapter: lora.apply(params, adapter, x)
+    packed = jlora.quantize(params, {"kernel": jlora.NF4()})
+    wide = jax.tree.leaves(params)[0].shape
+    assert wide not in {array.shape for array in kept_by(apply, packed, adapter)}
+    # Where the base is made wide before, it is seen.
+    before = lambda packed, adapter: apply(jlora.dequantize(packed), adapter)
+    assert wide in {array.shape for array in kept_by(before, packed, adapter)}
+
+
+def test_law_a_step_never_holds_more_than_a_layer_of_wide_weights() -> None:
+    """Of layers in a scan; on a CPU the compiler unpacks those of an unrolled model at once."""
+    lora, params, x = stacked(scanned)
+    packed = jlora.quantize(params, {"kernel": jlora.NF4()})
+    adapter = lora.init(jax.random.key(2), params, x)
+
+    def step(params: Any, adapter: Any) -> Any:
+        return jax.grad(lambda a: lora.apply(params, a, x).sum())(adapter)
+
+    def temporary(params: Any) -> float:
+        compiled = jax.jit(step).lower(params, adapter).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * WIDTH**2)
+
+    held = temporary(packed)
+    # One layer's numbers in float32, its codes unpacked (a byte each), and some small change;
+    # the whole stack would be eight.
+    assert held < 3, held
+    assert temporary(packed) > temporary(params) - 1
+
+
+# --- other surroundings ---------------------------------------------------------------------------
+
+
+def test_a_sharded_base_computes_the_same() -> None:
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    weight = jax.random.normal(jax.random.key(0), (64, 32))
+    packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=8)})
+    where = shardings(packed["w"], NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    placed = {"w": jax.device_put(packed["w"], where)}
+    assert placed["w"].codes.sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert placed["w"].scales.mean.sharding.spec == PartitionSpec(None, None)
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], {"w": jlora.LoRA(rank=2, alpha=2)})
+    x = jax.random.normal(jax.random.key(1), (8, 64))
+    adapter = lora.init(jax.random.key(2), packed, x)
+    apply = jax.jit(lora.apply)
+    np.testing.assert_allclose(
+        apply(placed, adapter, x), apply(packed, adapter, x), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")])
+@pytest.mark.parametrize("block", [8, 64])
+def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
+    weight = jax.random.normal(jax.random.key(0), (64, 32))
+    packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=block, axis=-2)})
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*spec), PartitionSpec(None, spec[0])),
+        out_specs=PartitionSpec(None, spec[1]),
+    )
+    def product(w: jax.Array, x: jax.Array) -> jax.Array:
+        found = x @ w
+        return jax.lax.psum(found, "x") if spec[0] else found
+
+    lora = jlora.lora_transform(lambda p, x: product(p["w"], x), {"w": jlora.LoRA(rank=2, alpha=2)})
+    x = jax.random.normal(jax.random.key(1), (8, 64))
+    adapter = lora.init(jax.random.key(2), packed, x)
+    dense = jlora.dequantize(packed)
+    np.testing.assert_allclose(
+        jax.jit(lora.apply)(packed, adapter, x), x @ dense["w"], rtol=1e-4, atol=1e-4
+    )
+    # A block that would be cut makes the weight wide before it is split, and explain says so.
+    (row,) = lora.explain(packed, x).rows
+    assert bool(row.dense) == (block == 64 and spec[0] == "x")
+
+
+def test_batches_of_adapters_share_the_packed_base() -> None:
+    one = case("dense", "float32")
+    packed = quantized(one)
+    two = jax.tree.map(lambda array: jnp.stack([array, 2 * array]), one.adapter)
+    found = jax.vmap(lambda a: one.lora.apply(packed, a, *one.inputs))(two)
+    for number in range(2):
+        each = one.lora.apply(packed, jax.tree.map(lambda a: a[number], two), *one.inputs)  # noqa: B023
+        assert differences(jax.tree.map(lambda a: a[number], found), each) < 1e-5  # noqa: B023
+
+
+# --- merging, files -------------------------------------------------------------------------------
+
+
+def test_merging_into_codes_is_refused() -> None:
+    one = case("dense", "float32")
+    packed = quantized(one)
+    message = r"1 quantised weights, such as '.*'.*Merge into the weights that were quantised"
+    for merge in (jlora.merge, one.lora.merge, jlora.merge_to):
+        with pytest.raises(ValueError, match=message):
+            merge(packed, one.adapter)
+    merged = jlora.merge(packed, one.adapter, dequantize=True)
+    dense = jlora.dequantize(packed)
+    for found in (merged, jlora.merge_to(packed, one.adapter, dequantize=True).params):
+        jax.tree.map(np.testing.assert_array_equal, found, jlora.merge(dense, one.adapter))
+    assert jax.tree.structure(merged) == jax.tree.structure(one.params)
+
+
+def test_factors_cannot_be_taken_out_of_codes() -> None:
+    weight = {"w": jax.random.normal(jax.random.key(0), (16, 12))}
+    fn = lambda params, x: x @ params["w"]
+    lora = jlora.lora_transform(fn, {"w": jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())})
+    x = jnp.ones((1, 16))
+    packed = jlora.quantize(weight, {"w": jlora.NF4(block_size=16)})
+    with pytest.raises(ValueError, match="residual_base cannot take the factors out of 'w', whi"):
+        jlora.residual_base(packed, lora.init(jax.random.key(0), packed, x))
+    # In the right order the weight is nearer than without the factors.
+    adapter = lora.init(jax.random.key(0), weight, x)
+    rest = jlora.quantize(jlora.residual_base(weight, adapter), {"w": jlora.NF4(block_size=16)})
+    merged = jlora.merge(rest, adapter, dequantize=True)["w"]
+    assert jnp.linalg.norm(merged - weight["w"]) < jnp.linalg.norm(
+        jlora.dequantize(packed)["w"] - weight["w"]
+    )
+
+
+def test_an_adapter_file_knows_its_quantised_base(tmp_path: pathlib.Path) -> None:
+    one = case("dense", "float32")
+    packed, path = quantized(one), tmp_path / "adapter.safetensors"
+    jlora.save_adapter(path, one.adapter, packed)
+    for base in (packed, one.params):  # What it was quantised from is known by quantising it again.
+        loaded = jlora.load_adapter(path, base)
+        jax.tree.map(np.testing.assert_array_equal, loaded, one.adapter)
+    other = jax.tree.map(lambda array: array + 0.1, one.params)
+    for base in (other, quantized(one, jlora.Int8(block_size=4)), jlora.dequantize(packed)):
+        with pytest.raises(ValueError, match=r"trained on another base|as it is quantised in par"):
+            jlora.load_adapter(path, base)
+    jlora.save_adapter(path, one.adapter, one.params)
+    with pytest.raises(ValueError, match=r"was not trained on .* pass allow_other_base=True"):
+        jlora.load_adapter(path, packed)
+    jlora.load_adapter(path, packed, allow_other_base=True)
+
+
+def test_gradients_of_a_custom_rule_reach_the_factors_alone() -> None:
+    one = case("in_custom_vjp_true", "float32")
+    assert BY_NAME["in_custom_vjp_true"].adapted
+    packed = quantized(one)
+    gradient = jax.grad(lambda a: total(one.lora.apply(packed, a, *one.inputs)))(one.adapter)
+    assert jax.tree.structure(gradient) == jax.tree.structure(one.adapter)
