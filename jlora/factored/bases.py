@@ -100,17 +100,21 @@ def _order(eqn: Any, bases: Sequence[Any]) -> tuple[int, ...] | None:
 
 def multiply(eqn: Any, values: Sequence[Any]) -> Any:
     """The one output of a product."""
+    return apply(lambda arrays: releases.bind(eqn, arrays)[0], values)
+
+
+def apply(product: Callable[[list[Any]], Any], values: Sequence[Any]) -> Any:
+    """What a product makes of arrays, some of which are yet to be made."""
     if not any(is_deferred(value) for value in values):
-        return releases.bind(eqn, values)[0]
+        return product(list(values))
 
     # Nothing is saved but the arguments; the gradient makes the weight again.
     @jax.checkpoint
-    def product(values: list[Any]) -> Any:
+    def again(values: list[Any]) -> Any:
         held = [value for value in values if not is_deferred(value)]
-        arrays = [array(_after(held, v)) if is_deferred(v) else v for v in values]
-        return releases.bind(eqn, arrays)[0]
+        return product([array(_after(held, v)) if is_deferred(v) else v for v in values])
 
-    return product(list(values))
+    return again(list(values))
 
 
 def _after(arrays: Sequence[Any], base: Any) -> Any:

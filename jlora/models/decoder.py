@@ -23,14 +23,18 @@ from flax.linen import spmd
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from jlora.kernels.adapted import products_saveable
 from jlora.models import attention as attending
-from jlora.models.parts import ACTIVATIONS, named_axes, rows_of
+from jlora.models.losses import cross_entropy, logits_of
+from jlora.models.parts import ACTIVATIONS, named_axes, narrow_residuals, rows_of
 from jlora.models.rope import Rope, rotate
 
 Remat = Literal["nothing", "projections", "everything"]
 _REMATS: dict[str, Any] = {  # But "nothing".
     "everything": jax.checkpoint_policies.nothing_saveable,
-    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, products_saveable
+    ),
 }
 
 
@@ -160,11 +164,21 @@ class RMSNorm(nn.Module):
         init = nn.initializers.zeros if self.offset else nn.initializers.ones
         named = spmd.with_logical_partitioning(init, ("norm",))
         scale: Any = self.param("scale", named, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide *= lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
+        return _normalized(x, scale, self.eps, self.offset)
+
+
+@narrow_residuals
+def _normalized(x: jax.Array, scale: jax.Array, eps: float, offset: bool) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide *= lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    if offset:
+        return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@narrow_residuals
+def _gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    return ACTIVATIONS[activation](gate) * up
 
 
 class Attention(nn.Module):
@@ -263,7 +277,7 @@ class Mlp(nn.Module):
         else:
             gate = dense(c.intermediate_size, name="gate", kernel_init=init)(x)
             up = dense(c.intermediate_size, name="up", kernel_init=init)(x)
-        inner = ACTIVATIONS[c.activation](gate) * up
+        inner = _gated(gate, up, c.activation)
         inner = spmd.with_logical_constraint(inner, ("batch", "length", "mlp"))
         return dense(c.hidden_size, name="down", kernel_init=named_axes("mlp", "embed"))(inner)
 
@@ -303,7 +317,7 @@ class MixtureOfExperts(nn.Module):
         down = self.param("down", spmd.with_logical_partitioning(init, out_axes), narrow)
         rows, gate_up, down = promote_dtype(rows, gate_up, down, dtype=self.dtype)
         gate, up = jnp.split(lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-        out = lax.ragged_dot(ACTIVATIONS[c.activation](gate) * up, down, sizes)
+        out = lax.ragged_dot(_gated(gate, up, c.activation), down, sizes)
         out *= weights.reshape(-1)[order][:, None].astype(out.dtype)
         return jnp.zeros_like(tokens).at[order // e.chosen].add(out).reshape(x.shape)
 
@@ -419,7 +433,7 @@ class Decoder(nn.Module):
                 rows take the same slots, padding included.
         """
         hidden, cache = self._hidden(input_ids, mask, positions, cache)
-        logits = _logits(hidden, self._head(), self.config.logit_softcap)
+        logits = logits_of(hidden, self._head(), self.config.logit_softcap)
         logits = spmd.with_logical_constraint(logits, ("batch", "length", "vocab"))
         return logits if cache is None else (logits, cache)
 
@@ -443,18 +457,18 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Cross entropies (batch, length) of the targets, in nats and float32.
 
-        The logits of the whole vocabulary are never held: they are computed a part of the
-        vocabulary at a time, and again in the backward pass.
+        The logits of all tokens are never held: they are computed for a part of every text at a
+        time.
 
         Args:
             input_ids: As in a call.
             targets: (batch, length), the token that each position should predict.
             mask: As in a call.
             positions: As in a call.
-            chunks: Into how many parts the vocabulary is cut.
+            chunks: Into how many parts texts are cut.
         """
         hidden = self.hidden(input_ids, mask, positions)
-        return chunked_cross_entropy(
+        return cross_entropy(
             hidden, self._head(), targets, chunks=chunks, softcap=self.config.logit_softcap
         )
 
@@ -559,40 +573,3 @@ def _logits(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.Ar
     head = head.astype(hidden.dtype)
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def chunked_cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    *,
-    chunks: int,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Cross entropies (batch, length), in nats, without ever holding all logits.
-
-    Args:
-        hidden: (batch, length, width).
-        head: (width, vocabulary).
-        targets: (batch, length) token numbers. One that is no token gives NaN.
-        chunks: Into how many parts the vocabulary is cut.
-        softcap: Bound that a tanh puts on the logits.
-    """
-    vocabulary = head.shape[1]
-    size = -(-vocabulary // chunks)
-
-    def part(hidden: jax.Array, head: jax.Array, start: int) -> tuple[jax.Array, jax.Array]:
-        """The log of the part's sum of exponentials, and the targets' logits, 0 elsewhere."""
-        logits = _logits(hidden, head, softcap)
-        places = targets - start
-        inside = (places >= 0) & (places < head.shape[1])
-        places = jnp.clip(places, 0, head.shape[1] - 1)[..., None]
-        found = jnp.take_along_axis(logits, places, axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, found, 0)
-
-    again: Any = jax.checkpoint(part)  # Its logits are computed again in the backward pass.
-    starts = range(0, vocabulary, size)
-    parts = [again(hidden, head[:, start : start + size], start) for start in starts]
-    sums, found = (jnp.stack(values) for values in zip(*parts, strict=True))
-    losses = jax.nn.logsumexp(sums, axis=0) - found.sum(axis=0)
-    return jnp.where((targets >= 0) & (targets < vocabulary), losses, jnp.nan)

@@ -22,6 +22,25 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def narrow_residuals(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Element-wise work, of which nothing but its array arguments is kept for its gradient.
+
+    What it does in float32 inside would be kept in float32 otherwise, at twice the size, wherever
+    the compiler cannot make it anew: between the two passes of a scan.
+
+    Args:
+        fn: Arguments that are no arrays are static.
+    """
+
+    @functools.wraps(fn)
+    def run(*args: Any) -> jax.Array:
+        static = [n for n, arg in enumerate(args) if not hasattr(arg, "dtype")]
+        again: Any = jax.checkpoint(fn, prevent_cse=False, static_argnums=tuple(static))
+        return again(*args)
+
+    return run
+
+
 def named_axes(*names: str | None, init: Callable[..., Any] | None = None) -> Any:
     """An initialiser whose array's axes have logical names; that of a kernel when left out."""
     return spmd.with_logical_partitioning(init or nn.initializers.lecun_normal(), names)
