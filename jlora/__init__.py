@@ -46,6 +46,7 @@ from jlora.optim.penalties import orthogonality as orthogonality
 from jlora.optim.penalties import overlap as overlap
 from jlora.optim.proximal import soft_threshold as soft_threshold
 from jlora.quantization.leaf import Quantized as Quantized
+from jlora.quantization.loftq import loftq as loftq
 from jlora.quantization.rules import dequantize as dequantize
 from jlora.quantization.rules import quantize as quantize
 from jlora.quantization.schemes import FP8 as FP8

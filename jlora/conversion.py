@@ -108,7 +108,8 @@ def residual_base(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def on_original_base(adapter: Adapter, fresh: Adapter) -> dict[str, Any]:
-    """A plain LoRA for the original base, from one trained on `residual_base`.
+    """A plain LoRA for the original base, from one trained on the base of `residual_base` or
+    `loftq`.
 
     What the training changed is `A B - A0 B0`, a LoRA of twice the rank. Parts of the adapter that
     were on the original base already stay as they are. What was pruned or converted to LoRA since
@@ -116,7 +117,7 @@ def on_original_base(adapter: Adapter, fresh: Adapter) -> dict[str, Any]:
 
     Args:
         adapter: The trained adapter.
-        fresh: What `init` had returned.
+        fresh: What `init` had returned, or `loftq`.
 
     Raises:
         ValueError: When the adapter has other weights than `fresh`, or nothing of `fresh` was

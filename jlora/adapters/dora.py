@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -60,19 +59,12 @@ class DoRA(LoRA):
         facts = pair.facts_of(made)
         matrices = weight.matrices("DoRA")
         if not made.residual:  # A residual base gives way to the factors: their sum is the weight.
-            a, b = _as_matrices(made)
+            a, b = pair.as_matrices(made)
             matrices = matrices + made.scale * a @ b
         batch, _, outputs = weight.groups
         # Not narrower than float32: what is trained is how little it differs from the norm.
         magnitude = jnp.linalg.norm(matrices, axis=-2).reshape(*batch, *outputs)
         return DoRALeaf(**facts, magnitude=magnitude, through_norm=self.through_norm)
-
-
-def _as_matrices(leaf: LoRALeaf) -> tuple[jax.Array, jax.Array]:
-    """The factors as (batch, fan_in, rank) and (batch, rank, fan_out)."""
-    batch, *_ = leaf.groups
-    count = math.prod(batch)
-    return wide(leaf.a).reshape(count, -1, leaf.rank), wide(leaf.b).reshape(count, leaf.rank, -1)
 
 
 def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -122,7 +114,7 @@ class DoRALeaf(LoRALeaf):
         `w` and `b`: nothing here is larger than the factors.
         """
         matrices = as_matrices(base, self.axes)
-        a, b = _as_matrices(self)
+        a, b = pair.as_matrices(self)
         exact = jax.lax.Precision.HIGHEST
         crossed = _transposed_product(a, matrices)
         gram = jnp.einsum("nir,nis->nrs", a, a, precision=exact)

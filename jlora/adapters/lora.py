@@ -87,7 +87,7 @@ class LoRALeaf(AdapterLeaf):
         b: (*batch, rank, *outputs).
         shape: The weight's shape.
         axes: What each of the weight's axes does.
-        residual: Whether it belongs on a base that `jlora.residual_base` made.
+        residual: Whether it belongs on a base that `jlora.residual_base` or `jlora.loftq` made.
     """
 
     a: jax.Array = array("a")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jlora.adapters.inits import Initialization
-from jlora.adapters.protocol import AdapterLeaf, Groups, Weight
+from jlora.adapters.protocol import AdapterLeaf, Groups, Weight, wide
 from jlora.factored.network import Labelled
 from jlora.factored.probe import Axes
 
@@ -43,6 +43,12 @@ def axes_of(axes: Axes) -> dict[str, tuple[int | None, ...]]:
     """The weight's axes that those of `a` and `b` run along; None for the rank."""
     batch, inputs, outputs = axes
     return {"a": (*batch, *inputs, None), "b": (*batch, None, *outputs)}
+
+
+def as_matrices(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    """`a` as (batch, fan_in, rank) and `b` as (batch, rank, fan_out), in float32 or wider."""
+    count = math.prod(leaf.groups.batch)
+    return wide(leaf.a).reshape(count, -1, leaf.rank), wide(leaf.b).reshape(count, leaf.rank, -1)
 
 
 def labelled(

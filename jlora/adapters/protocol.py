@@ -111,6 +111,13 @@ def as_matrices(array: Any, axes: Axes) -> jax.Array:
     return moved.reshape([math.prod(group) for group in sizes])
 
 
+def from_matrices(matrices: jax.Array, shape: Sequence[int], axes: Axes) -> jax.Array:
+    """The inverse of `as_matrices`, for a weight of this shape."""
+    order = [axis for group in axes for axis in group]
+    moved = matrices.reshape([shape[axis] for axis in order])
+    return jnp.transpose(moved, [order.index(axis) for axis in range(len(shape))])
+
+
 def wide(array: Any) -> jax.Array:
     """The array in float32, or float64 where it is."""
     array = jnp.asarray(dense(array))

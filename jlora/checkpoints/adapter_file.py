@@ -115,7 +115,7 @@ def load_adapter(
         )
     weights = _weights(params, leaves)
     if not allow_other_base:
-        _check_base(path, _json(path, metadata, "base"), weights)
+        _check_base(path, _json(path, metadata, "base"), weights, leaves)
     return leaves
 
 
@@ -261,7 +261,10 @@ def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, n
 
 
 def _check_base(
-    path: pathlib.Path, expected: Mapping[str, Any], weights: Mapping[str, Any]
+    path: pathlib.Path,
+    expected: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    leaves: Mapping[str, Any],
 ) -> None:
     if set(expected) != set(weights):
         raise ValueError(
@@ -270,6 +273,15 @@ def _check_base(
             f"save the adapter again."
         )
     other = [name for name in expected if not _is_base(weights[name], expected[name])]
+    bound = [name for name in expected if _is_bound(leaves[name], weights[name], expected[name])]
+    if bound:
+        raise ValueError(
+            f"{path} belongs on {bound[0]!r} ({len(bound)} of {len(expected)} adapted weights) as "
+            f"it was quantised with this adapter and on nothing else: its factors started as a "
+            f"part of the weight. Load it with the parameters that jlora.loftq (or jlora.quantize "
+            f"of jlora.residual_base) made. For the weights as they were, save what "
+            f"jlora.on_original_base makes of it."
+        )
     if other and isinstance(weights[other[0]], Quantized):
         raise ValueError(
             f"{path} was not trained on {other[0]!r} ({len(other)} of {len(expected)} adapted "
@@ -285,11 +297,24 @@ def _check_base(
         )
 
 
+def _description(expected: Any) -> str:
+    """How the weight of a fingerprint was quantised, as JSON; empty where it was not."""
+    return str(expected).rpartition(" ")[0]
+
+
+def _is_bound(leaf: Any, weight: Any, expected: Any) -> bool:
+    """Whether a leaf belongs on a quantised weight that this is not: one that was made with it, so
+    that it cannot be told from the weight as it was before.
+    """
+    residual = getattr(leaf, "residual", False)
+    return residual and bool(_description(expected)) and fingerprint(weight) != expected
+
+
 def _is_base(weight: Any, expected: Any) -> bool:
     """Whether a fingerprint is that of a weight, or of what the weight is once it is quantised."""
     if fingerprint(weight) == expected:
         return True
-    description = str(expected).rpartition(" ")[0]
+    description = _description(expected)
     if isinstance(weight, Quantized) or not description:
         return False
     quantised = requantized(weight, json.loads(description))

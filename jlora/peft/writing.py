@@ -235,8 +235,8 @@ def _kind(own: Mapping[str, AdapterLeaf]) -> str:
     rest = [path for path, leaf in own.items() if getattr(leaf, "residual", False)]
     if rest:
         raise ValueError(
-            f"The adapter on {rest[0]!r} belongs on a base of jlora.residual_base, which no reader "
-            f"of these files has. Convert it with jlora.on_original_base first."
+            f"The adapter on {rest[0]!r} belongs on a base of jlora.residual_base or jlora.loftq, "
+            f"which no reader of these files has. Convert it with jlora.on_original_base first."
         )
     return kinds.pop() if kinds else "LORA"
 

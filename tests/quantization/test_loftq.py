@@ -1,0 +1,382 @@
+"""LoftQ: the quantised base and the adapter on it are together near the weights as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BY_NAME, FAMILIES, Case, case, errors, moved, total, widened
+
+import jlora
+from jlora.adapters.protocol import as_matrices
+from jlora.tree import flatten
+
+RNG = np.random.default_rng(0)
+# Far from what a block's scale and sixteen numbers can say, and in no order that suits them.
+W = RNG.normal(size=(24, 18)).astype(np.float32)
+X = RNG.normal(size=(50, 24)).astype(np.float32)
+NF4 = jlora.NF4(block_size=6)
+RULES = {"w": NF4}
+STARTED = ["lora", "lora_fa", "sora", "dora"]
+KINDS = [
+    "matmul",
+    "dense_general",
+    "fused_qkv",
+    "experts",
+    "conv_2d",
+    "conv_groups",
+    "embed",
+    "tied_embedding",
+    "linen_scan_remat",
+    "linen_scan_axis_one",
+]
+SMALL = jlora.Int4(block_size=2)  # Rough, and its blocks fit the small axes of the layers.
+
+
+def product(params: Any, x: Any) -> Any:
+    return x @ params["w"]
+
+
+def fresh(config: Any, weight: Any = W) -> tuple[Any, Any, Any]:
+    """The transform of a product, its parameters, and a fresh adapter."""
+    params = {"w": jnp.asarray(weight)}
+    lora = jlora.lora_transform(product, config)
+    return lora, params, lora.init(jax.random.key(0), params, X)
+
+
+def named(one: Case) -> dict[str, Any]:
+    return {"|".join(f"^{path}$" for path in one.adapter): SMALL}
+
+
+def distance(params: Any, other: Any) -> float:
+    """The Frobenius norm of the difference of all weights."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True)
+    return float(np.sqrt(sum(np.sum((np.float64(a) - np.float64(b)) ** 2) for a, b in pairs)))
+
+
+def missed(params: Any, base: Any, adapter: Any) -> float:
+    """`||W - Q - scale A B||`."""
+    return distance(jlora.merge(base, adapter, dequantize=True), params)
+
+
+# --- the algorithm --------------------------------------------------------------------------------
+
+
+def quantized(weight: np.ndarray, scheme: Any) -> np.ndarray:
+    """The paper's `q_N`, and back."""
+    return np.asarray(
+        jlora.dequantize(jlora.quantize({"w": jnp.asarray(weight)}, {"w": scheme}))["w"]
+    )
+
+
+def algorithm_1(weight: np.ndarray, scheme: Any, rank: int, steps: int, axes: Any) -> Any:
+    """The paper's, for a weight as a stack of matrices in the order `axes` of its axes.
+
+    Returns:
+        Q_T and the product of its A_T and B_T, both laid out like the weight.
+    """
+    order = [axis for group in axes for axis in group]
+    batch, inputs, outputs = ([weight.shape[axis] for axis in group] for group in axes)
+    taken = np.zeros_like(weight)
+    for _ in range(steps):
+        base = quantized(weight - taken, scheme)
+        rest = np.float64(weight - base).transpose(order)
+        matrices = rest.reshape(-1, int(np.prod(inputs)), int(np.prod(outputs)))
+        parts = []
+        for matrix in matrices:
+            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+            root = np.sqrt(s[:rank])
+            parts.append((u[:, :rank] * root) @ (root[:, None] * vt[:rank]))
+        whole = np.stack(parts).reshape([*batch, *inputs, *outputs])
+        taken = whole.transpose(np.argsort(order)).astype(np.float32)
+    return base, taken
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_it_is_the_algorithm_of_the_paper(steps: int, stabilized: bool) -> None:
+    config = jlora.LoRA(rank=4, alpha=3, rank_stabilized=stabilized)
+    _, params, adapter = fresh(config)
+    base, started = jlora.loftq(params, adapter, RULES, iterations=steps)
+    expected, taken = algorithm_1(W, NF4, 4, steps, adapter["w"].axes)
+    # The codes are the same, so that the numbers are but for the rounding of their scales.
+    np.testing.assert_allclose(jlora.dequantize(base)["w"], expected, rtol=1e-5, atol=1e-5)
+    leaf = started["w"]
+    scale = 3 / 2 if stabilized else 3 / 4
+    np.testing.assert_allclose(scale * leaf.a @ leaf.b, taken, rtol=1e-4, atol=1e-5)
+    # Both factors have the same singular values, and are otherwise as they were.
+    np.testing.assert_allclose(
+        np.linalg.norm(leaf.a, axis=0), np.linalg.norm(leaf.b, axis=1), rtol=1e-4
+    )
+    same = dataclasses.replace(leaf, a=adapter["w"].a, b=adapter["w"].b, residual=False)
+    assert jax.tree.structure(same) == jax.tree.structure(adapter["w"])
+    np.testing.assert_array_equal(params["w"], W)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_is_quantised_as_the_paper_has_it(name: str, steps: int) -> None:
+    one = case(name, "float32")
+    base, started = jlora.loftq(one.params, one.fresh, named(one), iterations=steps)
+    wide = by_path(one.params)
+    merged = by_path(jlora.merge(base, started, dequantize=True))
+    changes = jlora.delta(base, started)
+    for path, leaf in started.items():
+        weight = np.asarray(wide[path])
+        expected, taken = algorithm_1(weight, SMALL, leaf.rank, steps, leaf.axes)
+        np.testing.assert_allclose(changes[path], taken, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(merged[path], expected + taken, rtol=1e-4, atol=1e-5)
+
+
+def by_path(params: Any) -> dict[str, Any]:
+    return dict(zip(flatten(params).paths, jax.tree.leaves(params), strict=True))
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, "lora") for name in KINDS]
+    + [(name, family) for name in ("fused_qkv", "embed", "conv_2d") for family in STARTED[1:]],
+)
+def test_law_it_is_nearer_than_quantising_alone(name: str, family: str) -> None:
+    one = case(name, "float32", family)
+    plain = jlora.quantize(one.params, named(one))
+    alone = distance(jlora.dequantize(plain), one.params)
+    base, started = jlora.loftq(one.params, one.fresh, named(one))
+    assert missed(one.params, base, started) < 0.9 * alone
+    # And so is what the model computes, by the factors and as a merged weight.
+    wanted = jax.jit(one.fn)(one.params, *one.inputs)
+    found = jax.jit(one.lora.apply)(base, started, *one.inputs)
+    merged = jax.jit(one.fn)(jlora.merge(base, started, dequantize=True), *one.inputs)
+    for value, true in zip(jax.tree.leaves(found), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(value, true, rtol=1e-4, atol=1e-4)
+    assert distance(found, wanted) < distance(one.fn(jlora.dequantize(plain), *one.inputs), wanted)
+    # One iteration leaves the base that quantising makes.
+    jax.tree.map(np.testing.assert_array_equal, base, plain)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("config", [jlora.LoRA, jlora.DoRA, jlora.LoRAFA, jlora.SoRA])
+def test_law_the_distance_falls_with_the_rank_to_nothing(config: Any, steps: int) -> None:
+    distances = []
+    for rank in (1, 2, 6, 12, 17, 18):
+        _, params, adapter = fresh(config(rank=rank, alpha=5))
+        distances.append(missed(params, *jlora.loftq(params, adapter, RULES, iterations=steps)))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] < distance(quantized(W, NF4), W)
+    # All ranks together lack nothing but what float32 rounds off sums of 18 products.
+    assert distances[-1] < 1e-5 * np.linalg.norm(W)
+    assert distances[-2] > 1e-3
+
+
+def test_more_iterations_come_nearer() -> None:
+    _, params, adapter = fresh(jlora.LoRA(rank=6, alpha=5))
+    found = [
+        missed(params, *jlora.loftq(params, adapter, RULES, iterations=steps))
+        for steps in (1, 2, 5)
+    ]
+    assert found[0] > found[1] > found[2]
+
+
+@pytest.mark.parametrize("family", STARTED)
+def test_law_the_gradient_reaches_every_factor(family: str) -> None:
+    one = case("linen_scan_remat", "float32", family)
+    base, started = jlora.loftq(one.params, one.fresh, named(one), iterations=2)
+    dense = jlora.dequantize(base)
+    slope = lambda params: jax.grad(lambda a: total(one.lora.apply(params, a, *one.inputs)))(
+        started
+    )
+    gradient, truth = jlora.partition(slope(base))[0], jlora.partition(slope(dense))[0]
+    assert all(np.abs(array).max() > 1e-6 for array in jax.tree.leaves(gradient))
+    assert max(error / (1 + size) for error, size in errors(gradient, truth)) < 1e-4
+
+
+@pytest.mark.parametrize("config", [jlora.LoRA, jlora.LoRAFA, jlora.SoRA])
+def test_a_weight_that_lacks_nothing_can_still_be_trained(config: Any) -> None:
+    lora, params, adapter = fresh(config(rank=2, alpha=2), np.zeros_like(W))
+    base, started = jlora.loftq(params, adapter, RULES)
+    np.testing.assert_array_equal(lora.apply(base, started, X), 0)
+    gradient = jax.grad(lambda a: ((lora.apply(base, a, X) - 1) ** 2).sum())(started)
+    assert np.abs(gradient["w"].b).max() > 1e-3
+
+
+# --- types, and what is left as it was ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_bfloat16_model_keeps_its_types(steps: int) -> None:
+    one = case("dense_general", "bfloat16")
+    params = widened(one.params, jnp.bfloat16)
+    config = dataclasses.replace(FAMILIES["lora"].config, dtype=jnp.bfloat16)
+    lora = jlora.lora_transform(one.fn, {BY_NAME["dense_general"].adapted: config})
+    adapter = lora.init(jax.random.key(1), params, *one.inputs)
+    base, started = jlora.loftq(params, adapter, named(one), iterations=steps)
+    for path, leaf in started.items():
+        assert leaf.a.dtype == leaf.b.dtype == jnp.bfloat16, path
+    merged = jlora.merge(base, started, dequantize=True)
+    types = lambda params: jax.tree.map(lambda array: array.dtype, params)
+    assert types(merged) == types(params)
+    alone = distance(jlora.dequantize(jlora.quantize(params, named(one))), params)
+    assert distance(merged, params) < 0.9 * alone
+
+
+@pytest.mark.parametrize("scheme", [NF4, SMALL, jlora.Int8(block_size=4), jlora.FP8(block_size=3)])
+def test_every_scheme(scheme: Any) -> None:
+    _, params, adapter = fresh(jlora.LoRA(rank=6, alpha=5))
+    base, started = jlora.loftq(params, adapter, {"w": scheme}, iterations=2)
+    assert missed(params, base, started) < 0.8 * distance(quantized(W, scheme), W)
+
+
+def test_the_rules_say_what_is_quantised_and_the_adapter_what_is_started() -> None:
+    params = {name: jnp.asarray(RNG.normal(size=(6, 6)), jnp.float32) for name in "abcd"}
+    fn = lambda p, x: x @ p["a"] @ p["b"] @ p["c"] @ p["d"]
+    rules = {"a|b": jlora.LoRA(rank=2, alpha=2), "d": jlora.Full()}
+    lora = jlora.lora_transform(fn, rules)
+    adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 6)))
+    base, started = jlora.loftq(params, adapter, {"d": None, "a|c": NF4})
+    assert [isinstance(base[name], jlora.Quantized) for name in "abcd"] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    for name in "bd":
+        assert base[name] is params[name]
+        assert started[name] is adapter[name]
+    assert started["a"].residual
+    expected = jlora.quantize({"c": params["c"]}, {"c": NF4})
+    jax.tree.map(np.testing.assert_array_equal, base["c"], expected["c"])
+
+
+def test_an_orthogonal_start_is_fresh_and_keeps_its_keys() -> None:
+    config = jlora.LoRA(rank=4, alpha=4, init=jlora.inits.orthogonal())
+    _, params, adapter = fresh(config)
+    _, started = jlora.loftq(params, adapter, RULES)
+    _, other, usual = fresh(jlora.LoRA(rank=4, alpha=4))
+    jax.tree.map(np.testing.assert_array_equal, started, jlora.loftq(other, usual, RULES)[1])
+
+
+# --- the base it belongs on -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_file_is_loaded_on_its_own_base_alone(tmp_path: pathlib.Path, steps: int) -> None:
+    _, params, adapter = fresh(jlora.LoRA(rank=6, alpha=5))
+    base, started = jlora.loftq(params, adapter, RULES, iterations=steps)
+    path = tmp_path / "adapter.safetensors"
+    jlora.save_adapter(path, moved(started), base)
+    jax.tree.map(np.testing.assert_array_equal, jlora.load_adapter(path, base), moved(started))
+    plain = jlora.quantize(params, RULES)
+    if steps == 1:
+        jlora.load_adapter(path, plain)
+    # On the weights as they were, the start would be added to what is not lacking it.
+    for other in [params, jlora.dequantize(base), *([plain] if steps > 1 else [])]:
+        with pytest.raises(ValueError, match=r"belongs on 'w'.*as it was quantised.*on_original_b"):
+            jlora.load_adapter(path, other)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_was_trained_is_a_lora_for_the_weights_as_they_were(steps: int) -> None:
+    lora, params, adapter = fresh(jlora.LoRA(rank=6, alpha=5))
+    base, started = jlora.loftq(params, adapter, RULES, iterations=steps)
+    trained = moved(started)
+    plain = jlora.on_original_base(trained, started)
+    change = jlora.delta(base, trained)["w"] - jlora.delta(base, started)["w"]
+    np.testing.assert_allclose(lora.apply(params, plain, X), X @ (W + change), rtol=1e-4, atol=1e-4)
+    assert not plain["w"].residual
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {*STARTED, "dora_through_norm"}))
+def test_other_families_are_refused_by_name(family: str) -> None:
+    one = case("embed" if family == "token_rows" else "dense_general", "float32", family)
+    name = next(leaf.family for leaf in one.fresh.values() if hasattr(leaf, "axes"))
+    message = f"family '{name}'.*Use LoRA, LoRAFA, SoRA or DoRA there, or.*jlora.quantize"
+    with pytest.raises(ValueError, match=message):
+        jlora.loftq(one.params, one.fresh, {"kernel|embedding": SMALL})
+
+
+def changed(adapter: Any, **arrays: Any) -> Any:
+    return {"w": dataclasses.replace(adapter["w"], **arrays)}
+
+
+@pytest.mark.parametrize("config", [jlora.LoRA, jlora.DoRA, jlora.LoRAFA, jlora.SoRA])
+def test_a_trained_adapter_is_refused(config: Any) -> None:
+    _, params, adapter = fresh(config(rank=2, alpha=2))
+    b = adapter["w"].b
+    for trained in (b + 1e-4, b.at[0, 0].set(1e-9), b.at[0, 0].set(jnp.nan)):
+        with pytest.raises(ValueError, match=r"not as init made it.*Call it before training"):
+            jlora.loftq(params, changed(adapter, b=trained), RULES)
+
+
+def test_trained_magnitudes_and_gates_are_refused() -> None:
+    _, params, dora = fresh(jlora.DoRA(rank=2, alpha=2))
+    _, _, sora = fresh(jlora.SoRA(rank=2, alpha=2))
+    magnitude = dora["w"].magnitude.at[3].multiply(1.01)
+    for adapter in (changed(dora, magnitude=magnitude), changed(sora, gate=jnp.array([1.0, 0.5]))):
+        with pytest.raises(ValueError, match="not as init made it"):
+            jlora.loftq(params, adapter, RULES)
+
+
+def test_a_start_taken_out_of_the_weight_is_refused() -> None:
+    _, params, pissa = fresh(jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa()))
+    _, _, usual = fresh(jlora.LoRA(rank=2, alpha=2))
+    twice = jlora.loftq(params, usual, RULES)[1]
+    for adapter in (pissa, twice):
+        with pytest.raises(ValueError, match=r"give way to one of these only.*inits.uniform"):
+            jlora.loftq(params, adapter, RULES)
+
+
+def test_what_cannot_be_quantised_is_refused() -> None:
+    _, params, adapter = fresh(jlora.LoRA(rank=2, alpha=2))
+    for iterations in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=r"loftq: iterations=.* is no count"):
+            jlora.loftq(params, adapter, RULES, iterations=iterations)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'w', which is quantised already"):
+        jlora.loftq(jlora.quantize(params, RULES), adapter, RULES)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="'w' holds NaN or Inf"):
+            jlora.loftq({"w": params["w"].at[2, 3].set(bad)}, adapter, RULES)
+    with pytest.raises(ValueError, match="'v' matches none"):
+        jlora.loftq(params, adapter, {"v": NF4})
+    with pytest.raises(ValueError, match=r"none of the 1 adapted weights, such as 'w'"):
+        jlora.loftq({**params, "v": params["w"]}, adapter, {"v": NF4})
+    with pytest.raises(ValueError, match=r"none of the 0 adapted weights"):
+        jlora.loftq(params, {}, RULES)
+    with pytest.raises(TypeError, match="not what init returns"):
+        jlora.loftq(params, None, RULES)  # type: ignore[arg-type]
+    shapes = jax.eval_shape(lambda p: p, params)
+    with pytest.raises(TypeError, match="needs the numbers of 'w'"):
+        jlora.loftq(shapes, adapter, RULES)
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda p: jlora.loftq(p, adapter, RULES)[0])(params)
+    with pytest.warns(UserWarning, match="exceeds the weight's own rank"):
+        _, _, large = fresh(jlora.LoRA(rank=19, alpha=2))
+    with pytest.raises(ValueError, match="takes 19 directions of 'w', which has 18"):
+        jlora.loftq(params, large, RULES)
+
+
+def test_stacks_are_decomposed_layer_by_layer() -> None:
+    """Each layer's factors are those that it has alone."""
+    one = case("linen_scan_remat", "float32")
+    base, started = jlora.loftq(one.params, one.fresh, named(one))
+    packed = jlora.dequantize(base)
+    dense, kept = by_path(one.params), by_path(packed)
+    for path, leaf in started.items():
+        error = np.asarray(as_matrices(dense[path] - kept[path], leaf.axes))
+        assert len(error) > 1
+        change = np.asarray(as_matrices(jlora.delta(packed, {path: leaf})[path], leaf.axes))
+        for matrix, part in zip(error, change, strict=True):
+            s = np.linalg.svd(matrix, compute_uv=False)
+            np.testing.assert_allclose(
+                np.linalg.norm(matrix - part), np.linalg.norm(s[leaf.rank :]), rtol=1e-3, atol=1e-5
+            )
