@@ -137,6 +137,31 @@ def by_path(params: Any) -> dict[str, Any]:
     return dict(zip(flatten(params).paths, jax.tree.leaves(params), strict=True))
 
 
+def test_axes_in_an_order_that_is_not_its_own_inverse() -> None:
+    params = {"w": jnp.asarray(RNG.normal(size=(5, 3, 6)), jnp.float32)}
+    x = jnp.asarray(RNG.normal(size=(3, 4, 6)), jnp.float32)
+    lora = jlora.lora_transform(
+        lambda p, x: jnp.einsum("etd,fed->etf", x, p["w"]), jlora.LoRA(rank=2, alpha=3)
+    )
+    adapter = lora.init(jax.random.key(0), params, x)
+    assert adapter["w"].axes == ((1,), (2,), (0,))
+    base, started = jlora.loftq(params, adapter, {"w": SMALL}, iterations=2)
+    expected, taken = algorithm_1(np.asarray(params["w"]), SMALL, 2, 2, adapter["w"].axes)
+    np.testing.assert_allclose(jlora.dequantize(base)["w"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jlora.delta(base, started)["w"], taken, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [jlora.DoRA, jlora.LoRAFA, jlora.SoRA])
+def test_every_family_starts_at_the_same_weight(config: Any) -> None:
+    """DoRA's gains are one, so its magnitudes are the norms of what the factors make."""
+
+    def merged(config: Any) -> Any:
+        _, params, adapter = fresh(config(rank=3, alpha=5))
+        return jlora.merge(*jlora.loftq(params, adapter, RULES, iterations=2), dequantize=True)["w"]
+
+    np.testing.assert_allclose(merged(config), merged(jlora.LoRA), rtol=1e-5, atol=1e-5)
+
+
 # --- laws -----------------------------------------------------------------------------------------
 
 
