@@ -1,0 +1,47 @@
+"""The benchmark script of Qwix, which google-tunix brings along, on the CPU's shape."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from foreign_models import FOREIGN
+
+from benchmarks.h100 import common
+
+pytestmark = [*FOREIGN, pytest.mark.filterwarnings("ignore:::qwix")]
+
+pytest.importorskip("qwix")
+from benchmarks.h100 import peer_qwix  # noqa: E402
+
+TINY = common.SHAPES["tiny"]
+
+
+def test_a_step_of_qwix_trains_and_is_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    output = tmp_path / "row.json"
+    words = ["--tiny", "--steps", "2", "--repeats", "2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["peer_qwix", *words])
+    peer_qwix.main()
+    row = json.loads(output.read_text())
+    assert row["method"] == "qwix"
+    assert row["trained"] == TINY.lora_size()
+    assert row["details"]["adapter_dtype"] == "bfloat16"
+
+
+def test_every_adapter_gets_a_gradient() -> None:
+    tokens = jax.random.randint(jax.random.key(0), (TINY.batch, TINY.length), 0, TINY.vocabulary)
+    model = peer_qwix.adapted(TINY)
+    trained, frozen = peer_qwix.parameters(model, tokens)
+    step, init = peer_qwix.training_step(model)
+    now, moments = trained, init(trained)
+    for _ in range(2):  # `A` has no gradient before `B` has left zero.
+        _, now, moments = jax.jit(step)(now, moments, frozen, tokens)
+    for name, first in jax.device_get(moments[0].mu).items():
+        assert np.any(np.asarray(first, jnp.float32)), name
