@@ -16,16 +16,29 @@ import jlora
 ROOT = pathlib.Path(jlora.__file__).parent
 # What a part may import of the package; parts further down may import all of those above.
 ALLOWED = {
-    "tree": set(),
-    "factored": {"tree"},
-    "adapters": {"tree", "factored"},
+    "faithful": set(),
+    "kernels": set(),
+    "splitting": set(),
+    "packed": {"splitting"},
+    "tree": {"packed"},
+    "factored": {"tree", "faithful", "kernels", "splitting", "packed"},
+    "adapters": {"tree", "factored", "packed"},
+    "quantization": {"tree", "factored", "adapters", "packed"},
     "explanation": {"factored"},
-    "transform": {"tree", "factored", "adapters", "explanation"},
+    "transform": {"tree", "factored", "adapters", "packed", "explanation"},
     "nnx": {"tree"},
     "optim": {"tree", "factored", "adapters", "transform"},
-    "checkpoints": {"tree", "factored", "adapters", "transform"},
-    "models": {"tree", "transform", "checkpoints"},
-    "peft": {"tree", "factored", "adapters", "transform", "checkpoints", "models"},
+    "checkpoints": {
+        "tree",
+        "factored",
+        "adapters",
+        "transform",
+        "splitting",
+        "packed",
+        "quantization",
+    },
+    "models": {"tree", "faithful", "kernels", "quantization", "transform", "checkpoints"},
+    "peft": {"tree", "factored", "adapters", "packed", "transform", "checkpoints", "models"},
     "diffusion": {"tree", "factored", "adapters", "transform", "checkpoints", "peft"},
     "merging": {"tree", "factored", "adapters", "transform"},
     "inspection": {"checkpoints", "models", "peft"},
@@ -41,13 +54,15 @@ ALLOWED = {
         "training",
         "planning",
     },
-    "conversion": {"tree", "factored", "adapters", "transform"},
+    "conversion": {"tree", "factored", "adapters", "packed", "transform"},
     "calibration": {"tree", "factored", "adapters", "transform"},
     "training": {
         "documentation",
         "tree",
         "factored",
         "adapters",
+        "packed",
+        "quantization",
         "transform",
         "checkpoints",
         "models",
@@ -89,10 +104,11 @@ def test_reading_data_needs_no_device() -> None:
         assert not [name for name in imports(file) if name.split(".")[0] in ("jax", "flax")], file
 
 
-def test_only_one_file_depends_on_the_release_of_jax() -> None:
+def test_only_two_files_depend_on_the_release_of_jax() -> None:
     for file in MODULES:
         uses = [name for name in imports(file) if name.startswith("jax.extend")]
-        assert not uses or file.name == "releases.py", (file, uses)
+        # The one looks into programs, the other puts an operation into them.
+        assert not uses or file.name in ("releases.py", "operation.py"), (file, uses)
 
 
 def test_import_jlora_is_light() -> None:

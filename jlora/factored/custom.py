@@ -20,7 +20,6 @@ from jlora.factored.control import Body, Control, Evaluate, densify, is_factored
 from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
 from jlora.faithful import is_faithful
 
-
 # Moves between the product and the rule's result that a pair of operands can follow.
 _MOVES = ("transpose", "convert_element_type", "reshape", "squeeze", "copy")
 

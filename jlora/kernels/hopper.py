@@ -70,10 +70,8 @@ def product(
         turned: Whether W's contracted axis is its last.
         multiprocessors: Of the GPU; those of the first device when left out.
     """
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    if multiprocessors is None:
-        multiprocessors = jax.devices()[0].core_count  # type: ignore[attr-defined]
+    plgpu = _mosaic()
+    blocks = multiprocessors or jax.devices()[0].core_count
     # The tensor cores sum over 16 entries at a time, and swizzled memory is 32, 64 or 128 bytes.
     rank = next(size for size in (16, 32, 64) if size >= t.shape[1])
     padding = (0, rank - t.shape[1])
@@ -85,7 +83,7 @@ def product(
     call = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles, turned=turned),
         **{"out_type" if "out_type" in known else "out_shape": out},
-        grid=(multiprocessors,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="group",
@@ -94,11 +92,18 @@ def product(
     return call(x, w, t, b.T)
 
 
+def _mosaic() -> Any:
+    """Pallas for this generation of GPUs, which takes a second to import."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return plgpu
+
+
 def _kernel(x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: Tiles, turned: bool) -> None:
     """One block's share of the result. All arguments are in global memory, `b` as (n, rank)."""
     import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
 
+    plgpu = _mosaic()
     (m, k), n, rank = x.shape, out.shape[1], t.shape[1]
     grid = m // (2 * tiles.m), n // tiles.n
     w_tile = (tiles.n, tiles.k) if turned else (tiles.k, tiles.n)

@@ -1,0 +1,87 @@
+"""The kernels on the device that they are for: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.kernels import adapted, hopper, meeting, trial
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+# Relative to the size of a result: its rounding to bfloat16, and that of a factor before it.
+BOUND = 2.0**-8
+
+
+def array(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def wide(array: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(array.astype(jnp.float32)).astype(np.float64)
+
+
+def distance(found: Any, wanted: Any) -> float:
+    wanted = np.asarray(wanted)
+    return float(np.linalg.norm(wide(found) - wanted) / np.linalg.norm(wanted))
+
+
+def test_this_device_has_kernels() -> None:
+    assert trial.passed()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "rank"),
+    [(256, 64, 128, 16), (768, 192, 640, 8), (2048, 1024, 512, 64), (512, 4096, 256, 24)],
+)
+def test_the_product_is_that_of_numpy(m: int, k: int, n: int, rank: int, turned: bool) -> None:
+    x, t, b = array(0, m, k), array(1, m, rank), array(2, rank, n)
+    w = array(3, n, k) if turned else array(3, k, n)
+    out = jax.jit(hopper.product, static_argnames="turned")(x, w, t, b, turned=turned)
+    matrix = wide(w).T if turned else wide(w)
+    assert distance(out, wide(x) @ matrix + wide(t) @ wide(b)) < BOUND
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(64, 128, 16), (320, 640, 8), (4096, 2048, 64)])
+def test_what_meets_a_cotangent_is_that_of_numpy(m: int, n: int, rank: int) -> None:
+    dy, t, b = array(0, m, n), array(1, m, rank), array(2, rank, n)
+    u, db = jax.jit(meeting.meeting)(dy, t, b)
+    assert distance(u, wide(dy) @ wide(b).T) < BOUND
+    assert distance(db, wide(t).T @ wide(dy)) < BOUND
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["in"]) @ params["out"].T
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("config", [jlora.LoRA(rank=8, alpha=16), jlora.DoRA(rank=8, alpha=16)])
+def test_law_apply_and_gradients_are_those_of_plain_products(config: Any, quantised: bool) -> None:
+    params = {"in": 0.05 * array(0, 256, 512), "out": 0.05 * array(1, 128, 512)}
+    if quantised:
+        params = jlora.quantize(params, {".*": jlora.NF4()})
+    x = array(2, 4, 64, 256)
+    lora = jlora.lora_transform(model, config)
+    adapter = lora.init(jax.random.key(3), params, x)
+    adapter = jax.tree.map(
+        lambda a: a + 0.05 * jax.random.normal(jax.random.key(4), a.shape), adapter
+    )
+
+    def loss(adapter: Any, x: jax.Array) -> jax.Array:
+        return (lora.apply(params, adapter, x).astype(jnp.float32) ** 2).mean()
+
+    assert "adapted_product" in str(jax.make_jaxpr(loss)(adapter, x))
+    found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(adapter, x)
+    with adapted.plain_products():
+        wanted = jax.jit(jax.value_and_grad(lambda a, x: loss(a, x), argnums=(0, 1)))(adapter, x)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # Both round the same sums to bfloat16 in four places, each at its own time.
+        assert distance(one, wide(two)) < 4 * BOUND

@@ -1,0 +1,282 @@
+"""Kernels for one kind of device: when they are used, and that nothing else changes by them.
+
+The devices here run the operations as plain products, so what is tested is the operations'
+derivatives and shapes; `tests/gpu` runs the kernels themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.kernels import adapted, hopper, meeting, trial
+
+NAMES = ("adapted_product", "paired_product", "met_cotangent")
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device with kernels, and for products of any size."""
+    monkeypatch.setattr(trial, "passed", lambda: True)
+    monkeypatch.setattr(hopper, "fits", lambda *_: True)
+
+
+def array(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def program(fn: Callable[..., Any], *args: Any) -> str:
+    return str(jax.make_jaxpr(fn)(*args))
+
+
+PARAMS = {"in": array(0, 12, 20), "out": array(1, 8, 20), "heads": array(2, 8, 3, 5)}
+X = array(3, 3, 7, 12)
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    hidden = jnp.tanh(x @ params["in"]) @ params["out"].T  # The second as it lies turned.
+    return jnp.einsum("abi,ihd->abhd", hidden, params["heads"])
+
+
+LORA = jlora.lora_transform(model, jlora.LoRA(rank=4, alpha=8))
+
+
+def moved(lora: Any) -> Any:
+    adapter = lora.init(jax.random.key(4), PARAMS, X)
+    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(5), a.shape), adapter)
+
+
+def loss(adapter: Any, x: jax.Array) -> jax.Array:
+    return (LORA.apply(PARAMS, adapter, x) ** 2).sum()
+
+
+def stacked(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.stack([a, 2 * a]), tree)
+
+
+TRANSFORMS: dict[str, Callable[[Any], Any]] = {
+    "apply": lambda a: LORA.apply(PARAMS, a, X),
+    "grad": lambda a: jax.grad(loss, argnums=(0, 1))(a, X),
+    "grad of the adapter": lambda a: jax.grad(loss)(a, X),
+    "grad of the input": lambda a: jax.grad(loss, argnums=1)(a, X),
+    "jit of grad": lambda a: jax.jit(jax.grad(loss, argnums=(0, 1)))(a, X),
+    "grad of W": lambda a: jax.grad(lambda p: (LORA.apply(p, a, X) ** 2).sum())(PARAMS),
+    "jvp": lambda a: jax.jvp(lambda a, x: LORA.apply(PARAMS, a, x), (a, X), (a, X)),
+    "hessian": lambda a: jax.hessian(loss, argnums=1)(a, X[:1, :2]),
+    "vmap over inputs": lambda a: jax.vmap(lambda x: LORA.apply(PARAMS, a, x[None]), 1)(X),
+    "vmap over adapters": lambda a: jax.vmap(lambda a: LORA.apply(PARAMS, a, X))(stacked(a)),
+    "vmap of grad": lambda a: jax.vmap(jax.grad(loss), (0, None))(stacked(a), X),
+    "vmap of grad over both": lambda a: jax.vmap(jax.grad(loss))(stacked(a), stacked(X)),
+    "grad of vmap": lambda a: jax.grad(lambda s: jax.vmap(loss, (0, None))(s, X).sum())(stacked(a)),
+    "checkpoint": lambda a: jax.grad(jax.checkpoint(loss))(a, X),
+    "scan": lambda a: jax.grad(
+        lambda a: jax.lax.scan(lambda c, x: (c + loss(a, x), None), 0.0, stacked(X))[0]
+    )(a),
+}
+
+
+@pytest.mark.usefixtures("used")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_law_every_transformation_gives_what_plain_products_give(name: str) -> None:
+    adapter = moved(LORA)
+    found = TRANSFORMS[name](adapter)
+    with adapted.plain_products():
+        wanted = TRANSFORMS[name](adapter)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # Sums of at most 60 products in float32, made in another order.
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("used")
+def test_a_step_makes_every_product_in_one_operation() -> None:
+    adapter = moved(LORA)
+    text = program(jax.grad(loss), adapter, X)
+    # Three weights; the input's own gradient is not asked for, and the first is made from it.
+    assert [text.count(f" {name}") for name in NAMES] == [3, 2, 3]
+    # What is left are x A, and xᵀ u for A.
+    assert text.count("dot_general[") == 2 * 3
+    with adapted.plain_products():
+        assert "_product" not in program(jax.grad(lambda a, x: loss(a, x)), adapter, X)
+
+
+def dropped(a: Any) -> Any:
+    lora = jlora.lora_transform(model, jlora.LoRA(rank=4, alpha=8, dropout=0.5))
+    return lora.apply(PARAMS, lora.init(jax.random.key(0), PARAMS, X), X, dropout_key=a)
+
+
+@pytest.mark.usefixtures("used")
+def test_what_is_more_than_one_update_of_a_matrix_is_left_to_plain_products() -> None:
+    lora = jlora.lora_transform
+
+    def one(fn: Any, w: Any, x: Any, config: Any = None) -> str:
+        made = lora(fn, config or jlora.LoRA(rank=2, alpha=2))
+        adapter = made.init(jax.random.key(0), w, x)
+        return program(lambda a: made.apply(w, a, x), adapter)
+
+    w, x = array(0, 6, 5), array(1, 4, 6)
+    assert "adapted_product" in one(lambda w, x: x @ w, w, x)
+    plain = {
+        "the weight on the left": one(lambda w, x: w.T @ x.T, w, x),
+        "a batch of matrices": one(lambda w, x: x @ w, array(0, 3, 6, 5), array(1, 3, 4, 6)),
+        "a precision": one(lambda w, x: jnp.dot(x, w, precision="highest"), w, x),
+        "two terms": one(lambda w, x: x @ w, w, x, jlora.LoHa(rank=2, alpha=2)),
+        "a wider result": one(
+            lambda w, x: jnp.dot(x, w, preferred_element_type=jnp.float32),
+            w.astype(jnp.bfloat16),
+            x.astype(jnp.bfloat16),
+        ),
+        "dropout": program(dropped, jax.random.key(0)),
+    }
+    for what, text in plain.items():
+        assert "adapted_product" not in text, what
+
+
+@pytest.mark.usefixtures("used")
+@pytest.mark.parametrize("config", [jlora.DoRA(rank=2, alpha=4), jlora.LoRAFA(rank=2, alpha=4)])
+def test_families_with_a_pair_of_factors_use_it(config: Any) -> None:
+    lora = jlora.lora_transform(model, config)
+    adapter = moved(lora)
+    assert "adapted_product" in program(lambda a: lora.apply(PARAMS, a, X), adapter)
+    merged = model(lora.merge(PARAMS, adapter), X)
+    # Sums of at most 20 products in float32 between three layers.
+    np.testing.assert_allclose(lora.apply(PARAMS, adapter, X), merged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("used")
+def test_a_quantised_weight_is_made_again_in_the_gradient() -> None:
+    params = jlora.quantize(PARAMS, {"in|out": jlora.Int8(block_size=4)})
+    adapter = moved(LORA)
+
+    def total(a: Any) -> jax.Array:
+        return (LORA.apply(params, a, X) ** 2).sum()
+
+    found = jax.grad(total)(adapter)
+    with adapted.plain_products():
+        wanted = jax.grad(lambda a: (LORA.apply(params, a, X) ** 2).sum())(adapter)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+    _, pull_back = jax.vjp(total, adapter)
+    kept = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull_back)}
+    assert ((12, 20), "int8") in kept
+    assert ((12, 20), "float32") not in kept
+
+
+@pytest.mark.usefixtures("used")
+def test_a_policy_keeps_the_products() -> None:
+    policy = jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, adapted.products_saveable
+    )
+    again = lambda policy: program(jax.grad(jax.checkpoint(loss, policy=policy)), moved(LORA), X)
+    plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    assert again(policy).count(" adapted_product") == 3
+    assert again(plain).count(" adapted_product") > 3
+
+
+def test_sizes_that_the_tiles_do_not_divide_are_left_to_plain_products() -> None:
+    fits = functools.partial(hopper.fits, dtype=jnp.bfloat16)
+    assert fits(8192, 2048, 512, 16)
+    assert not fits(8192 + 128, 2048, 512, 16)
+    assert not fits(8192, 2048 + 32, 512, 16)
+    assert not fits(8192, 2048, 512 + 64, 16)
+    assert not fits(8192, 2048, 512, 65)
+    assert not hopper.fits(8192, 2048, 512, 16, jnp.float32)
+
+
+def test_here_is_no_device_with_kernels() -> None:
+    assert not trial.passed()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rank", [1, 16, 24, 64])
+def test_the_kernel_lowers_for_its_device(rank: int, turned: bool) -> None:
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+    product = functools.partial(hopper.product, turned=turned, multiprocessors=132)
+    arguments = (
+        shape(512, 192),
+        shape(256, 192) if turned else shape(192, 256),
+        shape(512, rank),
+        shape(rank, 256),
+    )
+    lowered = jax.jit(product).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    assert lowered.out_info.shape == (512, 256)
+
+
+@pytest.mark.parametrize("shape", [(256, 640, 6), (192, 256, 16), (64, 128, 33)])
+def test_what_meets_a_cotangent_is_every_part_of_it_once(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, n, rank = shape
+    dy, t, b = array(0, m, n), array(1, m, rank), array(2, rank, n)
+    call = pl.pallas_call
+
+    def interpreted(*args: Any, compiler_params: Any, **kwargs: Any) -> Any:
+        return call(*args, interpret=True, **kwargs)
+
+    monkeypatch.setattr(pl, "pallas_call", interpreted)
+    u, db = meeting.meeting(dy, t, b)
+    # Sums of up to 640 products of unit normals in float32.
+    np.testing.assert_allclose(u, dy @ b.T, atol=1e-3)
+    np.testing.assert_allclose(db, t.T @ dy, atol=1e-3)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A device that says it has kernels, which are plain products."""
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def product(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> Any:
+        return x @ (w.T if turned else w) + t @ b
+
+    monkeypatch.setattr(hopper, "product", product)
+    monkeypatch.setattr(meeting, "meeting", lambda dy, t, b: (dy @ b.T, t.T @ dy))
+    trial.passed.cache_clear()
+    yield monkeypatch
+    trial.passed.cache_clear()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_trial_passes_what_is_right_also_while_another_program_is_traced() -> None:
+    assert trial.passed()
+    trial.passed.cache_clear()
+    passed = []
+    jax.jit(lambda x: passed.append(trial.passed()) or x)(1.0)
+    assert passed == [True]
+
+
+WRONG: dict[str, Any] = {
+    "product": lambda x, w, t, b, *, turned: x @ (w.T if turned else w),
+    "meeting": lambda dy, t, b: (dy @ b.T, t.T @ (dy + 1)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_trial_tells_of_a_kernel_that_is_wrong(name: str, gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr({"product": hopper, "meeting": meeting}[name], name, WRONG[name])
+    with pytest.warns(RuntimeWarning, match="results are off by .* Plain products are used"):
+        assert not trial.passed()
+
+
+def test_the_trial_tells_of_a_kernel_that_does_not_compile(gpu: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("no such instruction")
+
+    gpu.setattr(hopper, "product", broken)
+    with pytest.warns(RuntimeWarning, match="NotImplementedError: no such instruction"):
+        assert not trial.passed()
+
+
+def test_several_devices_have_no_kernels(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(jax, "device_count", lambda: 2)
+    assert not trial.passed()
