@@ -41,6 +41,9 @@ from jlora.optim.labels import combine as combine
 from jlora.optim.labels import labels as labels
 from jlora.optim.labels import lora_optimizer as lora_optimizer
 from jlora.optim.labels import partition as partition
+from jlora.optim.offloading import check_offload as check_offload
+from jlora.optim.offloading import host_shardings as host_shardings
+from jlora.optim.offloading import offload as offload
 from jlora.optim.penalties import decay_mask as decay_mask
 from jlora.optim.penalties import orthogonality as orthogonality
 from jlora.optim.penalties import overlap as overlap

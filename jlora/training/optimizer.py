@@ -19,10 +19,12 @@ class Optimizing(NamedTuple):
     Attributes:
         transform: Of a mean loss's gradients, clipped or not.
         schedule: From the number of updates made to the learning rate.
+        offloaded: Whether a step takes the state from the host's memory and leaves it there.
     """
 
     transform: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
+    offloaded: bool = False
 
 
 def schedule(options: Optimizer, steps: int) -> optax.Schedule:
@@ -72,4 +74,4 @@ def optimizing(options: Optimizer, steps: int, *, gates: bool = False) -> Optimi
             final_steps=int(options.budget.final_share * steps),
             interval=options.budget.interval,
         )
-    return Optimizing(transform, rate)
+    return Optimizing(transform, rate, options.offload)

@@ -44,6 +44,8 @@ def facts_of(recipe: Recipe, setup: Setup, data: Datasets) -> dict[str, Any]:
     """What a checkpoint says of the run that it is of."""
     dumped = recipe.model_dump(mode="json")
     validation = None if data.validation is None else data.validation.fingerprint
+    # Where the state lies changes no number, and earlier checkpoints do not say it.
+    dumped["optimizer"].pop("offload")
     return {
         "recipe": {name: dumped[name] for name in _BOUND},
         "numbers": {name: dumped["model"][name] for name in ("dtype", "compute_dtype")},

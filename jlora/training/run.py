@@ -78,6 +78,7 @@ def train(
         FileExistsError: There is a run in the folder, and it is not resumed.
         FileNotFoundError: The base or data are not there, or there is no checkpoint to resume.
         ValueError: Something of the recipe cannot be, or the checkpoint is of another run.
+        RuntimeError: The optimizer's state was to be offloaded, and steps then come out wrong.
         NotFinite: A loss or gradient is not, and the recipe does not skip such steps.
         Interrupted: SIGTERM or SIGINT came; the step is saved.
         MemoryError: A step has no room on the devices.

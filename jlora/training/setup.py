@@ -26,6 +26,7 @@ from jlora.conversion import residual_base
 from jlora.models import names
 from jlora.models.folders import example_inputs
 from jlora.optim.labels import partition
+from jlora.optim.offloading import check_host_memory, check_offload, host_shardings
 from jlora.training import mesh as meshes
 from jlora.training import tasks
 from jlora.training.optimizer import Optimizing, optimizing
@@ -100,7 +101,9 @@ def set_up(
 
     Raises:
         FileNotFoundError: The base is not there.
-        ValueError: The recipe asks for what the model has not, or the mesh does not divide it.
+        ValueError: The recipe asks for what the model or devices have not, or the mesh does not
+            divide it.
+        RuntimeError: The devices compute something else with the optimizer's state offloaded.
     """
     folder = hub.folder_of(recipe.model.path, recipe.model.revision)
     model = model_of(recipe, folder)
@@ -123,6 +126,9 @@ def set_up(
         gates = any(isinstance(leaf, SoRALeaf) for leaf in _leaves(adapter))
         made = optimizing(recipe.optimizer, steps, gates=gates)
         state = _state(arrays, made, mesh, abstract)
+        if made.offloaded and not abstract:
+            passes = recipe.batch.accumulate
+            check_offload(made.transform, state.trained, state.optimizer, passes=passes)
     step = step_of(task.loss, made, recipe.optimizer.clip_norm)
     places = jax.tree.map(lambda array: array.sharding, state)
     return Setup(
@@ -231,6 +237,9 @@ def _state(trained: PyTree, made: Optimizing, mesh: Mesh, abstract: bool) -> Sta
         trained=jax.tree.map(lambda array: array.sharding, trained),
         optimizer=meshes.shardings(mesh, shapes.optimizer, optimizer),
     )
+    if made.offloaded:
+        check_host_memory(mesh.devices.flat)
+        places = places._replace(optimizer=host_shardings(places.optimizer))
     if abstract:
         return _described(shapes, places)
     return jax.jit(begin, out_shardings=places)(trained)

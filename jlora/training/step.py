@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora.optim.offloading import offload
 from jlora.training.optimizer import Optimizing
 
 PyTree = Any
@@ -97,6 +99,9 @@ def step_of(loss: LossFn, optimizing: Optimizing, clip_norm: float | None) -> St
         optimizing: What makes steps of gradients.
         clip_norm: Gradients of a larger global norm are scaled down to it.
     """
+    made_by = _skipping(optimizing.transform)
+    if optimizing.offloaded:
+        made_by = offload(made_by)
 
     def step(state: State, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[State, Measured]:
         sums, gradient = _accumulated(
@@ -111,12 +116,9 @@ def step_of(loss: LossFn, optimizing: Optimizing, clip_norm: float | None) -> St
         if clip_norm is not None:
             factor = jnp.minimum(1, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
             gradient = jax.tree.map(lambda g: g * factor, gradient)
-        updates, optimizer = optimizing.transform.update(gradient, state.optimizer, state.trained)
-        trained, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.trained, updates), optimizer),
-            (state.trained, state.optimizer),
-        )
+        updates, optimizer = made_by.update(gradient, state.optimizer, state.trained, finite=finite)
+        moved = optax.apply_updates(state.trained, updates)
+        trained = _chosen(finite, moved, state.trained)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         measured = Measured(
             loss=mean,
@@ -131,6 +133,20 @@ def step_of(loss: LossFn, optimizing: Optimizing, clip_norm: float | None) -> St
         return State(trained, optimizer, state.step + 1, made, skipped), measured
 
     return step
+
+
+def _skipping(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, whose state stays as it was where it is told `finite=False`."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> Any:
+        updates, new = transform.update(updates, state, params)
+        return updates, _chosen(extra["finite"], new, state)
+
+    return optax.GradientTransformationExtraArgs(transform.init, update)
+
+
+def _chosen(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(functools.partial(jnp.where, condition), new, old)
 
 
 def _accumulated(

@@ -238,6 +238,7 @@ class Optimizer(Section):
         epsilon: Added to its root.
         weight_decay: On factors; magnitudes, gates, biases and heads have none.
         clip_norm: Gradients of a larger norm are scaled down to it; null never does.
+        offload: Whether its state lies in the host's memory between steps, and not on the devices.
         ratios: Multiples of the learning rate by label: {b: 16} is LoRA+, {full: 10} is for heads.
         budget: AdaLoRA's; of that family alone, which needs one.
         orthogonality: How strongly AdaLoRA's factors are kept orthogonal.
@@ -254,6 +255,7 @@ class Optimizer(Section):
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.0
     clip_norm: Positive | None = 1.0
+    offload: bool = False
     ratios: dict[str, Positive] = {}
     budget: Budget | None = None
     orthogonality: NotNegative = 0.1
