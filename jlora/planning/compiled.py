@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.errors import JaxRuntimeError
 
+from jlora.optim.offloading import HOST
 from jlora.planning import hlo
 
 
@@ -22,6 +23,7 @@ class Memory(NamedTuple):
         outputs: What the step returns, without what takes the place of an argument.
         temporaries: All else that it holds: activations, gathered weights, gradients.
         program: The program itself.
+        host: Bytes of the host's memory that a chip's arguments take; they are not in the others.
     """
 
     arguments: dict[str, int]
@@ -29,10 +31,12 @@ class Memory(NamedTuple):
     outputs: int
     temporaries: int
     program: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
-        return sum((*self.arguments.values(), *self[1:]))
+        held = sum(self.arguments.values())
+        return held + self.padding + self.outputs + self.temporaries + self.program
 
 
 class Measured(NamedTuple):
@@ -100,7 +104,8 @@ def compile_step(lowered: Any, groups: Mapping[str, Any]) -> Any:
         held = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
         needed, available, temporaries_only = found
         temporaries = needed if temporaries_only else max(0, needed - sum(held.values()))
-        raise DoesNotFit(Memory(held, 0, 0, temporaries, 0), available) from error
+        host = bytes_on_host(list(groups.values()))
+        raise DoesNotFit(Memory(held, 0, 0, temporaries, 0, host), available) from error
 
 
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -127,14 +132,27 @@ def _too_large(message: str) -> tuple[int, int, bool] | None:
 
 
 def bytes_per_chip(arrays: Any) -> int:
-    """Bytes that each chip holds of a tree of arrays or shapes, by their shardings."""
+    """Bytes that each chip holds of a tree of arrays or shapes, by their shardings.
 
-    def size(array: Any) -> int:
-        sharding = getattr(array, "sharding", None)
-        shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
-        return math.prod(shape) * array.dtype.itemsize
+    What the host holds for it does not count.
+    """
+    return sum(_part(array) for array in jax.tree.leaves(arrays) if not _is_on_host(array))
 
-    return sum(map(size, jax.tree.leaves(arrays)))
+
+def bytes_on_host(arrays: Any) -> int:
+    """Bytes that the host holds for each chip of a tree of arrays or shapes."""
+    return sum(_part(array) for array in jax.tree.leaves(arrays) if _is_on_host(array))
+
+
+def _part(array: Any) -> int:
+    sharding = getattr(array, "sharding", None)
+    shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
+    return math.prod(shape) * array.dtype.itemsize
+
+
+def _is_on_host(array: Any) -> bool:
+    sharding = getattr(array, "sharding", None)
+    return sharding is not None and sharding.memory_kind == HOST
 
 
 def measured(compiled: Any, groups: Mapping[str, Any]) -> Measured:
@@ -158,14 +176,17 @@ def measured(compiled: Any, groups: Mapping[str, Any]) -> Measured:
         ) from error
     runs = list(hlo.runs(program))
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    # The peak is over all memories, and what lies in the host's is held throughout.
+    peak = stats.peak_memory_in_bytes - stats.host_argument_size_in_bytes
     return Measured(
         memory=Memory(
             arguments=held,
             padding=stats.argument_size_in_bytes - sum(held.values()),
             outputs=outputs,
             # Its own count of temporaries is of what is reserved, not of what is held at once.
-            temporaries=stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs,
+            temporaries=peak - stats.argument_size_in_bytes - outputs,
             program=stats.generated_code_size_in_bytes,
+            host=bytes_on_host(list(groups.values())),
         ),
         flops=sum(run.times * hlo.flops(run) for run in runs),
         hbm_bytes=sum(run.times * hlo.traffic(program, run) for run in runs),

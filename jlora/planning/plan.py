@@ -72,6 +72,8 @@ class Plan(NamedTuple):
         lines.append(
             f"  {'in all':<12} {gib(self.memory.peak):>12}  of {gib(self.available)}: {word}"
         )
+        if self.memory.host:
+            lines.append(f"  {'on the host':<12} {gib(self.memory.host):>12}  for each chip")
         lines += self._changes() if self.changes else []
         return "\n".join([*lines, *self._step()])
 

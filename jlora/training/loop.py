@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from jlora.optim.offloading import HOST
 from jlora.training.interruption import EXIT_STATUS, Interrupted, Watch
 from jlora.training.processes import agreement
 from jlora.training.recipe.sections import Recipe
@@ -334,6 +335,7 @@ def _gib(arrays: PyTree) -> str:
     held = sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for array in jax.tree.leaves(arrays)
+        if array.sharding.memory_kind != HOST
     )
     return f"{held / 2**30:.2f}"
 

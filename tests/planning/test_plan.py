@@ -74,6 +74,23 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
         assert part in text
 
 
+def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[str, Any]) -> None:
+    raw = {**raw, "lora": {"rank": 256}}
+    here = plan(recipe.checked(raw), "v5e:2x2")
+    there = plan(recipe.checked({**raw, "optimizer": {"offload": True}}), "v5e:2x2")
+    held = there.memory.arguments
+    assert held == {**here.memory.arguments, "optimizer": held["optimizer"]}
+    assert held["optimizer"] < 100  # Counts of steps.
+    state = here.memory.arguments["optimizer"] - held["optimizer"]
+    assert (here.memory.host, there.memory.host) == (0, state)
+    assert abs(there.memory.padding - here.memory.padding) < 2**20
+    # It is there while it is updated, and not while the layers run.
+    assert there.memory.temporaries < here.memory.temporaries + state
+    assert there.memory.peak < here.memory.peak
+    assert "on the host" in str(there)
+    assert "on the host" not in str(here)
+
+
 def test_what_does_not_fit_says_what_would(
     raw: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

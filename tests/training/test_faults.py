@@ -193,10 +193,18 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_two_processes_train_as_one_does(
+    recipe_of: Make, tmp_path: pathlib.Path, offload: bool
+) -> None:
     found = []
     for name, processes in (("one", 1), ("two", 2)):
-        raw = recipe_of(output=str(tmp_path / name), batch={"rows": 4}, mesh={"data": 2, "fsdp": 2})
+        raw = recipe_of(
+            output=str(tmp_path / name),
+            batch={"rows": 4},
+            mesh={"data": 2, "fsdp": 2},
+            optimizer={"offload": offload},
+        )
         (tmp_path / name).mkdir()
         recipe = written(raw, tmp_path)
         port = f"127.0.0.1:{free_port()}"
