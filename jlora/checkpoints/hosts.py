@@ -12,6 +12,5 @@ from jax.experimental import multihost_utils
 def whole(array: Any) -> np.ndarray:
     """All of an array, whichever process holds its parts; all of them have to ask for it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = jax.device_put(array, jax.memory.Space.Device)  # It may lie in the hosts' memory.
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(jax.device_get(array))
