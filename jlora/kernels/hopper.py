@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-MAX_RANK = 64
+from jlora.kernels import mosaic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def fits(rows: int, contracted: int, columns: int, rank: int, dtype: Any) -> boo
     """Whether a product of these sizes is one that `product` makes."""
     tiles = Tiles()
     whole = not (rows % (2 * tiles.m) or columns % tiles.n or contracted % tiles.k)
-    return dtype == jnp.bfloat16 and whole and 0 < rank <= MAX_RANK
+    return dtype == jnp.bfloat16 and whole and 0 < rank <= mosaic.MAX_RANK
 
 
 def product(
@@ -70,47 +69,28 @@ def product(
         turned: Whether W's contracted axis is its last.
         multiprocessors: Of the GPU; those of the first device when left out.
     """
-    plgpu = _mosaic()
-    blocks = multiprocessors or jax.devices()[0].core_count
-    # The tensor cores sum over 16 entries at a time, and swizzled memory is 32, 64 or 128 bytes.
-    rank = next(size for size in (16, 32, 64) if size >= t.shape[1])
-    padding = (0, rank - t.shape[1])
+    size = mosaic.padded_rank(t.shape[1])
+    padding = (0, size - t.shape[1])
     t, b = jnp.pad(t, ((0, 0), padding)), jnp.pad(b, (padding, (0, 0)))
-    tiles = Tiles() if rank < MAX_RANK else Tiles(out=32)
-    out = jax.ShapeDtypeStruct((x.shape[0], b.shape[1]), x.dtype)
-    # The name of the argument for the result's shape changed after JAX 0.10.
-    known = inspect.signature(plgpu.kernel).parameters
-    call = plgpu.kernel(
+    tiles = Tiles() if size < mosaic.MAX_RANK else Tiles(out=32)  # What shared memory holds.
+    call = mosaic.kernel(
         functools.partial(_kernel, tiles=tiles, turned=turned),
-        **{"out_type" if "out_type" in known else "out_shape": out},
-        grid=(blocks,),
+        jax.ShapeDtypeStruct((x.shape[0], b.shape[1]), x.dtype),
+        grid=(multiprocessors or jax.devices()[0].core_count,),
         grid_names=("block",),
         num_threads=3,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     return call(x, w, t, b.T)
-
-
-def _mosaic() -> Any:
-    """Pallas for this generation of GPUs, which takes a second to import."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    return plgpu
 
 
 def _kernel(x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: Tiles, turned: bool) -> None:
     """One block's share of the result. All arguments are in global memory, `b` as (n, rank)."""
     import jax.experimental.pallas as pl
 
-    plgpu = _mosaic()
+    plgpu = mosaic.plgpu()
     (m, k), n, rank = x.shape, out.shape[1], t.shape[1]
     grid = m // (2 * tiles.m), n // tiles.n
     w_tile = (tiles.n, tiles.k) if turned else (tiles.k, tiles.n)
-
-    def swizzled(columns: int) -> tuple[Any, ...]:
-        swizzle = plgpu.find_swizzle(columns * 16)
-        return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
     def pipeline(step: Any, around: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
@@ -118,18 +98,8 @@ def _kernel(x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: Tiles, turned: b
             grid=(k // tiles.k,),
             memory_registers=40,
             in_specs=[
-                plgpu.BlockSpec(
-                    (2 * tiles.m, tiles.k),
-                    lambda i: (0, i),
-                    transforms=swizzled(tiles.k),
-                    memory_space=plgpu.SMEM,
-                ),
-                plgpu.BlockSpec(
-                    w_tile,
-                    (lambda i: (0, i)) if turned else (lambda i: (i, 0)),
-                    transforms=swizzled(64),
-                    memory_space=plgpu.SMEM,
-                ),
+                mosaic.block((2 * tiles.m, tiles.k), lambda i: (0, i)),
+                mosaic.block(w_tile, (lambda i: (0, i)) if turned else (lambda i: (i, 0))),
             ],
             wg_axis="group",
             num_compute_wgs=2,
@@ -137,15 +107,12 @@ def _kernel(x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: Tiles, turned: b
             compute_context=around,
         )
 
-    def nothing(*_: Any) -> None:
-        return None
-
     @functools.partial(
         pl.run_scoped,
-        buffers=pipeline(nothing, nothing).get_allocations(x, w),
-        out_part=plgpu.SMEM((2, 2, 64, tiles.out), out.dtype, transforms=swizzled(tiles.out)),
-        t_tile=plgpu.SMEM((2, tiles.m, rank), t.dtype, transforms=swizzled(rank)),
-        b_tile=plgpu.SMEM((2, tiles.n, rank), b.dtype, transforms=swizzled(rank)),
+        buffers=pipeline(mosaic.nothing, mosaic.nothing).get_allocations(x, w),
+        out_part=mosaic.shared((2, 2, 64, tiles.out), out.dtype),
+        t_tile=mosaic.shared((2, tiles.m, rank), t.dtype),
+        b_tile=mosaic.shared((2, tiles.n, rank), b.dtype),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         collective_axes="group",
     )
@@ -167,8 +134,7 @@ def _kernel(x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: Tiles, turned: b
                     plgpu.copy_gmem_to_smem(b.at[columns, :], b_tile.at[group], arrived.at[group])
                     run(total)
                     plgpu.barrier_wait(arrived.at[group])
-                    turned_b = plgpu.transpose_ref(b_tile.at[group], (1, 0))
-                    plgpu.wgmma(total, t_tile.at[group], turned_b)
+                    plgpu.wgmma(total, t_tile.at[group], b_tile.at[group].transpose((1, 0)))
                     plgpu.wgmma_wait(0)
                     store(total[...].astype(out.dtype))
 
@@ -188,7 +154,7 @@ def _kernel(x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: Tiles, turned: b
 
             def step(_: Any, x_tile: Any, w_tile: Any, total: Any) -> Any:
                 x_part = x_tile.at[pl.ds(group * tiles.m, tiles.m)]
-                w_part = plgpu.transpose_ref(w_tile, (1, 0)) if turned else w_tile
+                w_part = w_tile.transpose((1, 0)) if turned else w_tile
                 plgpu.wgmma(total, x_part, w_part)
                 plgpu.wgmma_wait(0)
                 return total

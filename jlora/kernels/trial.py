@@ -55,7 +55,7 @@ def _errors() -> Iterator[float]:
     for turned in (False, True):
         product = functools.partial(hopper.product, turned=turned)
         yield _distance(_called(product, x, w.T.copy() if turned else w, t, b), wanted)
-    dy = array(256, 128)
+    dy = array(256, 128)  # As many rows as any kernel takes at once.
     u, db = _called(meeting.meeting, dy, t, b)
     yield _distance(u, _wide(dy) @ _wide(b).T)
     yield _distance(db, _wide(t).T @ _wide(dy))

