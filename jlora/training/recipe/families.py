@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import pydantic
 from pydantic import Field
-from pydantic.json_schema import SkipJsonSchema
 
 from jlora.adapters import inits
 from jlora.adapters.catalog import CONFIGS
 from jlora.adapters.protocol import AdapterConfig
 from jlora.documentation import attributes
-from jlora.training.recipe.section import Section, Text
+from jlora.training.recipe.choosing import Choice, one_of
+from jlora.training.recipe.section import Text
 
 _STARTS: dict[str, inits.Initialization] = {
     "uniform": inits.uniform,
@@ -36,7 +34,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
-class Rule(Section):
+class Rule(Choice):
     """A family of adapters, its hyperparameters, and the weights that it is for.
 
     Attributes:
@@ -45,26 +43,19 @@ class Rule(Section):
             products inside the model's layers when null.
     """
 
-    own: ClassVar[tuple[str, ...]] = ()
+    tag: ClassVar[str] = "family"
+    usual: ClassVar[str] = "LoRA"
     family: str = "LoRA"
     targets: Text | None = None
 
     def config(self) -> AdapterConfig:
         """What goes into the rules of `jlora.lora_transform`."""
-        values = {name: getattr(self, name) for name in self.own}
+        values = self.values()
         if "init" in values:
             values["init"] = _STARTS[values["init"]]
         if "dtype" in values:
             values["dtype"] = getattr(jnp, values["dtype"])
         return _FAMILIES[self.family](**values)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
-        schema = super().__get_pydantic_json_schema__(core_schema, handler)
-        if cls.model_fields["family"].default != Rule.model_fields["family"].default:
-            # A rule without a family is the default one's, and of no other in the schema's oneOf.
-            schema["required"] = ["family", *schema.get("required", [])]
-        return schema
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Rule:
@@ -114,36 +105,7 @@ def _rule(config: type[AdapterConfig]) -> type[Rule]:
 
 RULES = {name: _rule(config) for name, config in _FAMILIES.items()}
 
-
-def _family_of(value: Any) -> str:
-    found = value.get("family", "LoRA") if isinstance(value, Mapping) else value.family
-    return found if found in RULES else "unknown"
-
-
-class _Unknown(Rule):
-    """What stands for a family that there is not."""
-
-    model_config = pydantic.ConfigDict(extra="allow")
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        lower = {name.lower(): name for name in _FAMILIES}
-        near = difflib.get_close_matches(str(value.get("family")).lower(), lower, n=3, cutoff=0.3)
-        hint = f"; the nearest are {[lower[name] for name in near]}" if near else ""
-        raise ValueError(f"family={value.get('family')!r} is none of {sorted(_FAMILIES)}{hint}.")
-
-
 if typing.TYPE_CHECKING:
     AnyRule = Rule
 else:
-    AnyRule = Annotated[
-        typing.Union[  # noqa: UP007  Of a tuple that is made.
-            tuple(
-                Annotated[rule, pydantic.Tag(name)]
-                # To the schema a family that there is not is simply wrong.
-                for name, rule in (*RULES.items(), ("unknown", SkipJsonSchema[_Unknown]))
-            )
-        ],
-        pydantic.Discriminator(_family_of),
-    ]
+    AnyRule = one_of(RULES)

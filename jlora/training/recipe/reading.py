@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
+from jlora.training.recipe.choosing import UNKNOWN
 from jlora.training.recipe.families import RULES
+from jlora.training.recipe.schemes import QUANTIZATIONS
 from jlora.training.recipe.section import Section
 from jlora.training.recipe.sections import Recipe
 from jlora.training.recipe.showing import inner_section
@@ -43,6 +45,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+# The sections of which a field holds one, by the name that says which.
+_CHOICES: dict[str, type[Section]] = {**RULES, **QUANTIZATIONS}
 # Each says how long a run is, so that the command line's stands in the place of the file's other.
 _INSTEAD = {"training.steps": "epochs", "training.epochs": "steps"}
 
@@ -179,8 +183,8 @@ def _parsed(text: str, where: str) -> Any:
 def _told(fault: Any) -> str:
     """One fault: the field, its value, what is wrong, and what the field means."""
     loc, kind = fault["loc"], fault["type"]
-    # The names of families are steps to pydantic, and none in the file.
-    path = ".".join(str(part) for part in loc if part not in (*RULES, "unknown"))
+    # The names of families and schemes are steps to pydantic, and none in the file.
+    path = ".".join(str(part) for part in loc if part not in (*_CHOICES, UNKNOWN))
     message = fault["msg"].removeprefix("Value error, ")
     section = _section(loc[:-1])
     if kind == "extra_forbidden":
@@ -201,8 +205,8 @@ def _section(loc: Sequence[str | int]) -> type[Section]:
     """The section that a fault is in."""
     found: type[Section] = Recipe
     for part in loc:
-        if part in RULES:
-            found = RULES[str(part)]
+        if part in _CHOICES:
+            found = _CHOICES[str(part)]
         elif part in found.model_fields:
             found = inner_section(found.model_fields[str(part)].annotation) or found
     return found

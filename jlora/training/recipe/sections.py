@@ -11,6 +11,7 @@ import pydantic
 from pydantic import Field
 
 from jlora.training.recipe.families import RULES, AnyRule
+from jlora.training.recipe.schemes import AnyQuantization
 from jlora.training.recipe.section import (
     Count,
     NotNegative,
@@ -382,12 +383,16 @@ class Export(Section):
     Attributes:
         merged: Whether to write the merged checkpoint, as a Hugging Face folder.
         merged_dtype: Of that; that of the base's files when null.
+        merged_base: What the change is added to where the base was quantised: the dequantized
+            weights, which the adapter was trained on, so that the checkpoint computes what the run
+            measured; or the original ones, on which nothing was measured.
         peft: Whether to write a folder of PEFT's.
         vllm: Whether to write what vLLM serves.
     """
 
     merged: bool = False
     merged_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    merged_base: Literal["dequantized", "original"] = "dequantized"
     peft: bool = False
     vllm: bool = False
 
@@ -415,6 +420,7 @@ class Recipe(Section):
         output: The folder that everything is written to.
         seed: Of every draw: factors, dropout, the order of examples.
         model: The base that is adapted.
+        quantize: In how few bits it is held (QLoRA), such as {scheme: nf4}; as it is when null.
         lora: What is trained.
         more: Further rules, which come before it; each with its own targets.
         frozen: Regular expressions of weights that stay as they are, whatever the rules say.
@@ -433,6 +439,7 @@ class Recipe(Section):
     output: Text = Field(examples=["run"])
     seed: Annotated[int, Field(ge=0)] = 0
     model: Model
+    quantize: AnyQuantization | None = None
     lora: AnyRule = Field(default_factory=lambda: RULES["LoRA"]())
     more: list[AnyRule] = []
     frozen: list[Text] = []
@@ -457,7 +464,9 @@ class Recipe(Section):
         for number, rule in enumerate(self.more):
             if rule.targets is None:
                 raise ValueError(f"more.{number} has no targets. Say which weights it is for.")
-        for pattern in (self.lora.targets, *(rule.targets for rule in self.more), *self.frozen):
+        quantized = None if self.quantize is None else self.quantize.weights
+        targets = (rule.targets for rule in (self.lora, *self.more))
+        for pattern in (*targets, *self.frozen, quantized):
             try:
                 re.compile(pattern or "")
             except re.error as error:
@@ -475,6 +484,20 @@ class Recipe(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _check_starts(self) -> Recipe:
+        """Refuses what would have to be taken out of quantised weights."""
+        rules = {"lora": self.lora, **{f"more.{n}": rule for n, rule in enumerate(self.more)}}
+        for place, rule in rules.items() if self.quantize is not None else ():
+            init = getattr(rule.config(), "init", None)
+            if init is not None and init.residual:
+                raise ValueError(
+                    f"{place}.init={init.name} takes its start out of the weights, and quantize "
+                    f"keeps them as codes, which nothing can be taken out of. Use init: uniform, "
+                    f"gaussian or orthogonal, or leave quantize out."
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_use(self) -> Recipe:
         """Refuses what would do nothing."""
         if not self.data.validation:
@@ -489,6 +512,12 @@ class Recipe(Section):
             raise ValueError(
                 f"batch.evaluation_rows={self.batch.evaluation_rows} is about evaluations, and "
                 f"data.validation and data.test are empty. Give such sources, or leave it out."
+            )
+        merged_base = self.export.merged_base
+        if merged_base != "dequantized" and not (self.quantize and self.export.merged):
+            raise ValueError(
+                f"export.merged_base={merged_base} is about merging on a quantised base, which "
+                f"needs quantize and export.merged: true. Give both, or leave it out."
             )
         if self.report.prompts and self.task == "classification":
             raise ValueError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import textwrap
 import typing
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 
-from jlora.training.recipe.families import RULES
+from jlora.training.recipe.choosing import Choice
 from jlora.training.recipe.section import Section
 from jlora.training.recipe.sections import Recipe
 
@@ -35,7 +35,7 @@ def _lines(section: type[Section], depth: int) -> list[str]:
         default = (
             field.examples[0] if field.examples else field.get_default(call_default_factory=True)
         )
-        if inner is None or default == []:
+        if inner is None or default in ([], None):
             needed = "Needed. " if field.is_required() else ""
             lines += [*_comment(needed + text, indent), f"{indent}{name}: {_yaml(default)}"]
             continue
@@ -55,12 +55,15 @@ def _as_entry(body: list[str]) -> list[str]:
 
 
 def inner_section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, once or in a list."""
-    if typing.get_origin(annotation) is list:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) in (typing.Union, Annotated):  # One of the families.
-        return RULES["LoRA"] if RULES["LoRA"] in _members(annotation) else None
-    return annotation if inspect.isclass(annotation) and issubclass(annotation, Section) else None
+    """The section that a field holds, or may hold, once or in a list; of several the usual one."""
+    members = _members(annotation)
+    found = [kind for kind in members if inspect.isclass(kind) and issubclass(kind, Section)]
+    usual = [kind for kind in found if not issubclass(kind, Choice) or _is_usual(kind)]
+    return usual[0] if usual else None
+
+
+def _is_usual(kind: type[Choice]) -> bool:
+    return kind.model_fields[kind.tag].default == kind.usual
 
 
 def _members(annotation: Any) -> set[Any]:
