@@ -20,6 +20,7 @@ class Row(NamedTuple):
         factored: The primitives that use it without its dense sum.
         dense: Why, elsewhere, the dense sum is formed.
         stored: How the weight is quantised; empty where it is an array.
+        bits: That a number of it then takes, scales and padding counted.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Row(NamedTuple):
     factored: tuple[str, ...]
     dense: tuple[str, ...]
     stored: str = ""
+    bits: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,13 @@ class Explanation:
             f"{adapted} of {len(self.rows)} weights adapted, {self.parameters:,} parameters, "
             f"{self.trainable_share:.2%} of the base's."
         )
+        packed = [row for row in self.rows if row.stored]
+        if packed:
+            numbers = sum(row.base_parameters for row in packed)
+            bits = sum(row.bits * row.base_parameters for row in packed) / numbers
+            lines.append(
+                f"{len(packed)} of {len(self.rows)} weights quantised, in {bits:.2f} bits a number."
+            )
         lines.extend(f"refused: {problem}" for problem in self.problems)
         return "\n".join(lines)
 

@@ -61,6 +61,16 @@ class Packed(abc.ABC):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all its arrays."""
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self))
+
+    @property
+    def bits(self) -> float:
+        """How many bits a number of the weight takes, scales and padding counted."""
+        return 8 * self.nbytes / self.size
+
 
 def is_packed(node: Any) -> bool:
     return isinstance(node, Packed)
@@ -74,6 +84,15 @@ def dense(value: Any) -> Any:
 def sliceable(value: Packed) -> bool:
     """Whether nothing is packed along the first axis."""
     return all(array.shape[:1] == value.shape[:1] for array in jax.tree.leaves(value))
+
+
+def placed(shape: Any, where: Sharding) -> Any:
+    """A shape, of a packed weight or an array, that lies there."""
+
+    def described(array: Any, place: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+    return jax.tree.map(described, shape, shardings(shape, where) if is_packed(shape) else where)
 
 
 def shardings(value: Packed, where: Sharding) -> Packed:

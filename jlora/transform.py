@@ -490,6 +490,7 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
                 factored=tuple(dict.fromkeys(factored)),
                 dense=dense,
                 stored=str(leaf) if is_packed(leaf) else "",
+                bits=leaf.bits if is_packed(leaf) else 0.0,
             )
         )
     shared = {name: trained_size(adapter[name]) for name in plan.shared}

@@ -227,16 +227,21 @@ def _quantized(
         at, within = piece.starts[:stacks], (0,) * stacks + piece.starts[stacks:]
         layers.setdefault(at, []).append(piece._replace(starts=within))
     shape = (1,) * stacks + weight.shape[stacks:]
-    axis = axis_of(shape[stacks:], scheme)
-    like = quantized_weight(jax.ShapeDtypeStruct(weight.shape, dtype), scheme, axis)
+    like = quantized_like(weight, dtype, scheme)
     whole = _zeros(like, shardings(like, place))
     for at, pieces in layers.items():
         layer = Weight(shape, tuple(pieces))
         array = _loaded(tensors, layer, dtype, lambda _: fitting(place, shape))
         starts = at + (0,) * (len(shape) - stacks)
-        one = quantized_weight(array, scheme, axis)
+        one = quantized_weight(array, scheme, like.axis)
         whole = jax.tree.map(lambda rest, part: _filled(rest, part, starts), whole, one)  # noqa: B023
     return whole
+
+
+def quantized_like(weight: Weight, dtype: jax.typing.DTypeLike, scheme: Scheme) -> Quantized:
+    """The shapes of a weight in a scheme, which are those of its layers, stacked."""
+    axis = axis_of(weight.shape[weight.pieces[0].stacks :], scheme)
+    return quantized_weight(jax.ShapeDtypeStruct(weight.shape, dtype), scheme, axis)
 
 
 def _box(tensors: Tensors, piece: Piece, place: Sharding) -> jax.Array:

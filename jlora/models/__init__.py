@@ -11,6 +11,7 @@ from jlora.models.folders import Loaded as Loaded
 from jlora.models.folders import load as load
 from jlora.models.folders import model_of as model_of
 from jlora.models.folders import save as save
+from jlora.models.folders import shapes as shapes
 from jlora.models.folders import stop_tokens as stop_tokens
 from jlora.models.folders import stored_weights as stored_weights
 from jlora.models.generate import Generated as Generated

@@ -37,6 +37,7 @@ from jlora.models.encoder_architectures import ENCODERS, encoder_config, vit_con
 from jlora.models.encoder_names import NAMINGS, encoder_weights, vit_weights
 from jlora.models.names import decoder_weights
 from jlora.models.vit import ViT
+from jlora.packed import placed
 from jlora.quantization.rules import check_finite, schemes_of
 from jlora.quantization.schemes import Scheme
 
@@ -127,14 +128,54 @@ def load(
         form = _format(folder, tensors, options)
         weights = _as_stored(form, tensors)
         pieces.check(tensors, weights, form.carried)
-        schemes: dict[str, Scheme] = {}
-        if quantize is not None:
-            kinds = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32) for p, w in weights.items()}
-            schemes = schemes_of(quantize, kinds)
+        schemes = _schemes(quantize, weights)
         where = sharding or (lambda path, shape: None)
         arrays = pieces.load(tensors, weights, dtype, where, schemes)
         check_finite({path: arrays[path] for path in schemes})
     return Loaded(form.model, traverse_util.unflatten_dict(arrays, sep="/"))
+
+
+def shapes(
+    model: Any,
+    dtype: jax.typing.DTypeLike,
+    *,
+    sharding: Callable[[str, jax.ShapeDtypeStruct], pieces.Sharding] | None = None,
+    quantize: Mapping[str, Scheme | None] | None = None,
+) -> PyTree:
+    """The shapes of what `load` returns as the params of a model, without its files.
+
+    Args:
+        model: Of `jlora.models`.
+        dtype: Of the weights.
+        sharding: As `load` takes it; the shapes then have it.
+        quantize: As `load` takes it.
+
+    Raises:
+        ValueError: `quantize` does not fit the weights.
+        TypeError: It is no model of `jlora.models`.
+    """
+    weights = stored_weights(model)[0]
+    schemes = _schemes(quantize, weights)
+
+    def shape(path: str, weight: pieces.Weight) -> Any:
+        like: Any = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype))
+        place = None if sharding is None else sharding(path, like)
+        if path in schemes:
+            like = pieces.quantized_like(weight, dtype, schemes[path])
+        return like if place is None else placed(like, place)
+
+    flat = {path: shape(path, weight) for path, weight in weights.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _schemes(
+    quantize: Mapping[str, Scheme | None] | None, weights: Mapping[str, pieces.Weight]
+) -> dict[str, Scheme]:
+    """Which weights are quantised, and how."""
+    if quantize is None:
+        return {}
+    kinds = {path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for path, w in weights.items()}
+    return schemes_of(quantize, kinds)
 
 
 def model_of(folder: str | os.PathLike[str], **options: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.models.decoder import Cache, Decoder, empty_cache
+from jlora.packed import is_packed
 
 Apply = Callable[..., Any]
 
@@ -131,7 +132,8 @@ def generate(
             f"`jax.random.key(0)` say."
         )
     if cache_dtype is None:
-        leaves = [leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+        weights = jax.tree.leaves(params, is_leaf=is_packed)
+        leaves = [leaf.dtype for leaf in weights if leaf.ndim > 1]
         cache_dtype = model.dtype or max(leaves, key=leaves.count)
     key = jax.random.key(0) if key is None else key
     same: Any = model  # A frozen dataclass, which hashes by its fields.

@@ -14,6 +14,7 @@ from jlora import models
 from jlora.planning.compiled import DoesNotFit, Measured, Memory, compile_step, gib, measured
 from jlora.planning.roofline import Change, Estimate, advice, estimate
 from jlora.planning.topology import Chip, devices_of
+from jlora.quantization.rules import Held, held
 from jlora.training import mesh as meshes
 from jlora.training.data.arrays import Classes, Language
 from jlora.training.recipe.sections import Recipe
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
         estimate: Of its time; None where it does not fit.
         changes: What would make it fit, or nothing.
         seconds: That compiling took.
+        quantized: What the quantised weights of the base take in all; None without any.
     """
 
     topology: str
@@ -47,6 +49,7 @@ class Plan(NamedTuple):
     estimate: Estimate | None
     changes: list[Change]
     seconds: float
+    quantized: Held | None = None
 
     @property
     def fits(self) -> bool:
@@ -61,6 +64,7 @@ class Plan(NamedTuple):
         lines = [
             f"{self.topology}: {chips} chips of {gib(self.chip.hbm_bytes)}, as {sizes}; compiled "
             f"in {self.seconds:.0f} s",
+            *([] if self.quantized is None else [f"quantised: {self.quantized}"]),
             "",
             "memory of each chip",
             *(f"  {name:<12} {gib(size):>12}" for name, size in self.memory.arguments.items()),
@@ -149,14 +153,23 @@ def plan(recipe: Recipe, topology: str) -> Plan:
     key = jax.eval_shape(lambda: jax.random.key(0))
     began = time.monotonic()
     lowered = setup.step.lower(setup.state, setup.frozen, batch, key)
-    shape = dict(mesh.shape)
+    shape, quantized = dict(mesh.shape), held(setup.frozen["base"])
     try:
         compiled = compile_step(lowered, groups)
     except DoesNotFit as error:
         changes = _changes(recipe, setup, error.memory, error.available, shape)
         seconds = time.monotonic() - began
         return Plan(
-            topology, found.chip, shape, error.memory, error.available, None, None, changes, seconds
+            topology=topology,
+            chip=found.chip,
+            mesh=shape,
+            memory=error.memory,
+            available=error.available,
+            measured=None,
+            estimate=None,
+            changes=changes,
+            seconds=seconds,
+            quantized=quantized,
         )
     seconds = time.monotonic() - began
     did = measured(compiled, groups)
@@ -165,7 +178,18 @@ def plan(recipe: Recipe, topology: str) -> Plan:
         tokens *= 2
     time_of = estimate(did, found.chip, tokens=tokens, chips=mesh.size)
     room = int(found.chip.hbm_bytes)
-    return Plan(topology, found.chip, shape, did.memory, room, did, time_of, [], seconds)
+    return Plan(
+        topology=topology,
+        chip=found.chip,
+        mesh=shape,
+        memory=did.memory,
+        available=room,
+        measured=did,
+        estimate=time_of,
+        changes=[],
+        seconds=seconds,
+        quantized=quantized,
+    )
 
 
 def _batch(recipe: Recipe, mesh: Mesh) -> Any:

@@ -54,12 +54,6 @@ class Quantized(Packed):
         return jnp.dtype(self.kind)
 
     @property
-    def bits(self) -> float:
-        """How many bits a number of the weight takes, scales and padding counted."""
-        arrays = jax.tree.leaves(self)
-        return 8 * sum(array.size * array.dtype.itemsize for array in arrays) / self.size
-
-    @property
     def description(self) -> dict[str, Any]:
         """All but the arrays, as JSON can hold it: what `requantized` takes."""
         scheme = dataclasses.asdict(self.scheme) | {"axis": self.axis}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,45 @@ def quantized_weight(weight: Any, scheme: Scheme, axis: int | None = None) -> Qu
     if isinstance(weight, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda array: quantized(array, scheme, axis), weight)
     return quantized(weight, scheme, axis)
+
+
+class Held(NamedTuple):
+    """The quantised weights of a tree.
+
+    Attributes:
+        weights: How many there are.
+        of: How many weights the tree has.
+        schemes: Their names.
+        bits: That a number of them takes on average, scales and padding counted.
+        gib: That they take.
+        dense_gib: That they would take as arrays.
+    """
+
+    weights: int
+    of: int
+    schemes: tuple[str, ...]
+    bits: float
+    gib: float
+    dense_gib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.weights} of {self.of} weights as {', '.join(self.schemes)}: {self.bits:.2f} "
+            f"bits a number, {self.gib:.2f} GiB instead of {self.dense_gib:.2f}"
+        )
+
+
+def held(params: PyTree) -> Held | None:
+    """What the quantised weights of a tree take, of arrays or shapes; None where there are none."""
+    leaves = tree.flatten(params).leaves
+    found = [leaf for leaf in leaves if is_packed(leaf)]
+    if not found:
+        return None
+    size, numbers = (sum(getattr(leaf, name) for leaf in found) for name in ("nbytes", "size"))
+    wide = sum(leaf.size * leaf.dtype.itemsize for leaf in found)
+    schemes = tuple(sorted({str(leaf) for leaf in found}))
+    bits = 8 * size / numbers
+    return Held(len(found), len(leaves), schemes, bits, size / 2**30, wide / 2**30)
 
 
 def _check_weight(path: str, pattern: str, weight: Any) -> None:

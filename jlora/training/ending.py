@@ -27,7 +27,7 @@ from jlora.optim.labels import combine
 from jlora.training import mesh as meshes
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.recipe.sections import Recipe
-from jlora.training.setup import Setup
+from jlora.training.setup import Setup, layout_of, schemes_of
 from jlora.transform import lora_transform, merge
 
 PyTree = Any
@@ -64,7 +64,7 @@ def check(recipe: Recipe, setup: Setup) -> None:
         return
     adapter = adapter_of(setup, setup.state.trained)
     if recipe.export.merged:
-        jax.eval_shape(merge, setup.frozen["base"], adapter)
+        jax.eval_shape(functools.partial(merge, dequantize=True), setup.frozen["base"], adapter)
     with tempfile.TemporaryDirectory() as temporary:
         for reader in _READERS:
             if getattr(recipe.export, reader):
@@ -138,16 +138,17 @@ def _write_head(
 
 def _export(recipe: Recipe, setup: Setup, adapter: PyTree, labels: Sequence[str] | None) -> None:
     asked, output = recipe.export, Path(recipe.output)
-    # Read again, on the host: the devices hold parts of it, or another base.
-    options: dict[str, Any] = {}
-    if isinstance(setup.model, models.Decoder):
-        options = {"scanned": recipe.model.scanned}
+    options = layout_of(recipe, setup.model)
+    rules = None if asked.merged_base == "original" else schemes_of(recipe)
+    # The codes that were trained on are those of the weights in the run's type.
+    of_run = {} if rules is None else {"dtype": recipe.model.dtype, "quantize": rules}
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model, params = models.load(setup.folder, sharding=lambda *_: host, **options)
+        # Read again, on the host: the devices hold parts of it, or another base.
+        model, params = models.load(setup.folder, sharding=lambda *_: host, **of_run, **options)
         if asked.merged:
             dtype = asked.merged_dtype
-            merged = merge_to(params, adapter, dtype)
+            merged = merge_to(params, adapter, dtype, dequantize=True)
             with _replacing(output / "merged") as folder:
                 models.save(folder, merged.params, setup.folder, dtype=dtype, **options)
                 if labels is not None and getattr(model.config, "labels", None) is not None:
@@ -243,11 +244,8 @@ def texts(
         rows[row, length - len(found) :] = found
         mask[row, length - len(found) :] = 1
     lora = lora_transform(setup.model.apply)
-    given: Any = setup.frozen["base"]
-    apply = None
-    if adapter is not None:
-        given = {"base": given, "adapter": adapter}
-        apply = lambda both, *inputs: lora.apply(both["base"], both["adapter"], *inputs)  # noqa: E731
+    given = {"base": setup.frozen["base"], "adapter": adapter or {}}
+    apply = lambda both, *inputs: lora.apply(both["base"], both["adapter"], *inputs)  # noqa: E731
     with meshes.active(setup.mesh):
         made = models.generate(
             setup.model,

@@ -43,11 +43,13 @@ def dated(recipe: Recipe, kept: Path, resume: bool) -> Recipe:
 def facts_of(recipe: Recipe, setup: Setup, data: Datasets) -> dict[str, Any]:
     """What a checkpoint says of the run that it is of."""
     dumped = recipe.model_dump(mode="json")
+    # A checkpoint of before there were quantised bases says nothing of them.
+    bound = [*_BOUND, "quantize"] if recipe.quantize is not None else _BOUND
     validation = None if data.validation is None else data.validation.fingerprint
     # Where the state lies changes no number, and earlier checkpoints do not say it.
     dumped["optimizer"].pop("offload")
     return {
-        "recipe": {name: dumped[name] for name in _BOUND},
+        "recipe": {name: dumped[name] for name in bound},
         "numbers": {name: dumped["model"][name] for name in ("dtype", "compute_dtype")},
         "evaluation": {"metric": recipe.training.metric, "data": validation},
         "schedule": {name: dumped["training"][name] for name in ("epochs", "steps")},

@@ -27,7 +27,7 @@ from jlora.training.resuming import dated, facts_of, resumed
 from jlora.training.saving import Saver, check_writable
 from jlora.training.setup import Setup, model_of, set_up
 from jlora.training.step import State
-from jlora.training.telling import Course, Shown, Talk, counted, figures, summary
+from jlora.training.telling import Course, Shown, Talk, counted, figures, quantized, summary
 
 PyTree = Any
 REPORT, RECIPE, CHECKPOINTS = "report.html", "recipe.yaml", "checkpoints"
@@ -218,6 +218,8 @@ def _made(recipe: Recipe, mesh: Mesh, say: Talk) -> tuple[Datasets, Setup, int]:
     labels = None if data.labels is None else len(data.labels)
     setup = set_up(recipe, mesh, steps=steps, labels=labels)
     say(counted(setup))
+    for name, told in quantized(setup).items():
+        say(f"{name}: {told}")
     return data, setup, steps
 
 

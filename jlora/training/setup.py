@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import models, tree
@@ -23,10 +21,10 @@ from jlora.adapters.sora import SoRALeaf
 from jlora.checkpoints import hub
 from jlora.checkpoints.adapter_file import fingerprint
 from jlora.conversion import residual_base
-from jlora.models import names
 from jlora.models.folders import example_inputs
 from jlora.optim.labels import partition
 from jlora.optim.offloading import check_host_memory, check_offload, host_shardings
+from jlora.quantization.schemes import Scheme
 from jlora.training import mesh as meshes
 from jlora.training import tasks
 from jlora.training.optimizer import Optimizing, optimizing
@@ -35,7 +33,8 @@ from jlora.training.step import State, evaluation_of, initial, step_of
 
 PyTree = Any
 
-# Products inside layers; a router chooses experts, and moving it moves all of them.
+# Products inside layers, which are adapted, and quantised. A router chooses experts, and moving it
+# moves all of them.
 _IN_LAYERS = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
 _TARGETS = {"BitFit": r"/layers?(_\d+)?/.*bias$", "TokenRows": r"/(embed|word)/embedding$"}
 _HEAD = r"^params/classifier/"
@@ -181,6 +180,12 @@ def rules_of(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | None]:
     return rules
 
 
+def schemes_of(recipe: Recipe) -> dict[str, Scheme] | None:
+    """The recipe's rules for what of the base is quantised, as `models.load` takes them."""
+    asked = recipe.quantize
+    return None if asked is None else {asked.weights or _IN_LAYERS: asked.config()}
+
+
 # --- arrays, or what stands for them --------------------------------------------------------------
 
 
@@ -188,22 +193,17 @@ def _base(
     recipe: Recipe, folder: Path, model: Any, specs: meshes.Specs, mesh: Mesh, abstract: bool
 ) -> PyTree:
     """The frozen weights, each read right to where it lies."""
-    dtype = recipe.model.dtype
-    if not abstract:
-        options: dict[str, Any] = {}
-        if isinstance(model, models.Decoder):
-            options = {"scanned": recipe.model.scanned}
-        where = lambda path, shape: meshes.place(mesh, path, specs[path], shape.shape)  # noqa: E731
-        return models.load(folder, dtype=dtype, sharding=where, **options).params
-    flat = {
-        path: jax.ShapeDtypeStruct(
-            shape.shape,
-            jnp.dtype(dtype or "bfloat16"),
-            sharding=meshes.place(mesh, path, specs[path], shape.shape),
-        )
-        for path, shape in names.shapes(model, *example_inputs(model)).items()
-    }
-    return traverse_util.unflatten_dict(flat, sep="/")
+    dtype, schemes = recipe.model.dtype, schemes_of(recipe)
+    where = lambda path, shape: meshes.place(mesh, path, specs[path], shape.shape)  # noqa: E731
+    if abstract:
+        return models.shapes(model, dtype or "bfloat16", sharding=where, quantize=schemes)
+    options = layout_of(recipe, model)
+    return models.load(folder, dtype=dtype, sharding=where, quantize=schemes, **options).params
+
+
+def layout_of(recipe: Recipe, model: Any) -> dict[str, Any]:
+    """The options of `models.load` that say how the recipe has layers lie."""
+    return {"scanned": recipe.model.scanned} if isinstance(model, models.Decoder) else {}
 
 
 def _adapter(

@@ -80,7 +80,6 @@ def preference(model: Any, rules: Rules, options: Optimizer, asked: Preference) 
         on DPO with noisy preferences".
     """
     inner = language(model, rules, options)
-    base = _losses(model)
 
     def loss(trained: PyTree, frozen: PyTree, batch: Any, key: jax.Array | None) -> Sums:
         adapter = combine(trained["adapter"], frozen["adapter"])
@@ -90,7 +89,8 @@ def preference(model: Any, rules: Rules, options: Optimizer, asked: Preference) 
         losses, balance = inner.lora.apply_with_balance(
             frozen["base"], adapter, *texts, *places, dropout_key=key
         )
-        reference = jax.lax.stop_gradient(base(frozen["base"], *texts, *places))
+        # Without an adapter; through the transform all the same, which knows quantised weights.
+        reference = jax.lax.stop_gradient(inner.lora.apply(frozen["base"], {}, *texts, *places))
         learned = batch.learn.reshape(losses.shape)
         # Log-probabilities under the policy over those under the reference, (rows, 2).
         ratios = ((reference - losses) * learned).sum(axis=-1).reshape(-1, 2)

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jlora import tree
+from jlora.quantization.rules import held
 from jlora.training.reading import Datasets
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
@@ -20,6 +22,11 @@ from jlora.training.speed import flops_per_token, peak_memory_gib, peak_tflops
 
 _RECENT = 20  # Steps.
 _EVERY_S = 30.0
+_MERGED = {
+    "dequantized": "into the dequantized weights: the model that was trained and measured",
+    "original": "into the original weights, which are not the quantised ones that the adapter was "
+    "trained on: nothing here was measured on the merged model",
+}
 
 
 class Talk:
@@ -94,11 +101,16 @@ def counted(setup: Setup) -> str:
     return f"{trained:,} numbers are trained, {trained / base:.2%} of the base's {base:,}."
 
 
+def quantized(setup: Setup) -> dict[str, str]:
+    """What of the base is quantised, by the name that a report has for it; nothing if none is."""
+    found = held(setup.frozen["base"])
+    return {} if found is None else {"quantised": str(found)}
+
+
 def _sizes(setup: Setup) -> tuple[int, int]:
     """How many numbers are trained, and how many the base has."""
-    parts = setup.state.trained, setup.frozen["base"]
-    trained, base = (sum(array.size for array in jax.tree.leaves(part)) for part in parts)
-    return trained, base
+    trained = sum(array.size for array in jax.tree.leaves(setup.state.trained))
+    return trained, sum(leaf.size for leaf in tree.flatten(setup.frozen["base"]).leaves)
 
 
 class Course(NamedTuple):
@@ -143,10 +155,11 @@ def _is_finite(line: dict[str, Any]) -> bool:
 def figures(setup: Setup, course: Course) -> dict[str, Any]:
     """What came of a run, for programs: the means of the tests and of the kept evaluation."""
     trained, base = _sizes(setup)
-    held = [line for line in course.lines if line["step"] == course.kept]
+    found = held(setup.frozen["base"])
+    kept = [line for line in course.lines if line["step"] == course.kept]
     means = {
         name.removeprefix("validation_"): value
-        for line in held
+        for line in kept
         for name, value in line.items()
         if name.startswith("validation_")
     }
@@ -159,6 +172,7 @@ def figures(setup: Setup, course: Course) -> dict[str, Any]:
         "test": dict(zip(("before", "after"), course.tested, strict=False)) or None,
         "trained": trained,
         "base": base,
+        "quantized": None if found is None else found._asdict(),
         "seconds": round(course.seconds, 1),
         "waited_s": round(course.waited_s, 3),
         "device": setup.mesh.devices.flat[0].device_kind,
@@ -169,10 +183,11 @@ def figures(setup: Setup, course: Course) -> dict[str, Any]:
 def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dict[str, str]:
     """What the report begins with."""
     stepped = course.stepped
-    held = {line["step"]: line for line in course.lines if "validation_loss" in line}
+    evaluated = {line["step"]: line for line in course.lines if "validation_loss" in line}
     seconds, waited = round(course.seconds), round(course.waited_s)
     told = {
         "base": recipe.model.path,
+        **quantized(setup),
         "adapter": ", ".join(rule.family for rule in (*recipe.more, recipe.lora)),
         "trained": counted(setup),
         "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
@@ -180,6 +195,8 @@ def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dic
         "time": f"{seconds} s, of which the devices waited {waited} s for data",
         "loss": f"{_mean(stepped[:10])} at first, {_mean(stepped[-10:])} at last",
     }
+    if recipe.quantize is not None and recipe.export.merged:
+        told["merged"] = _MERGED[recipe.export.merged_base]
     if course.skipped:
         told["steps"] += f", {course.skipped} of them skipped: loss or gradient was not finite"
     if course.why == "patience":
@@ -188,8 +205,8 @@ def summary(recipe: Recipe, setup: Setup, data: Datasets, course: Course) -> dic
     for name in course.tested[0] if course.tested else ():
         both = " before, ".join(f"{one[name]:.4f}" for one in course.tested)
         told[f"test {name}"] = f"{both} after"
-    if course.kept in held:
-        means = {name: value for name, value in held[course.kept].items() if name != "step"}
+    if course.kept in evaluated:
+        means = {name: value for name, value in evaluated[course.kept].items() if name != "step"}
         values = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         told["validation"] = f"{values} at step {course.kept}, whose adapter was kept"
     return told
