@@ -46,7 +46,7 @@ class SmallScales:
 def small_scales(scales: jax.Array, axis: int) -> SmallScales:
     """Quantises scales, laid out like the weight with one entry for a block."""
     ends = tuple(range(-min(2, scales.ndim), 0))
-    mean = scales.mean(ends, keepdims=True)
+    mean = _mean(scales, ends)
     centred = scales - mean
     tile = _tile(scales.shape, axis)
     magnitudes = jnp.abs(centred)
@@ -60,6 +60,23 @@ def small_scales(scales: jax.Array, axis: int) -> SmallScales:
     table = dynamic_map()
     codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), relative)
     return SmallScales(codes.astype(jnp.uint8), magnitudes, mean)
+
+
+def _mean(scales: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean over axes, which stay with length one.
+
+    It is the same to the last bit however the array is split over devices, as the fingerprint of a
+    weight must be: it is a sum of integers, which have no order, and is rounded once.
+    """
+    count = math.prod(scales.shape[axis] for axis in axes)
+    step = 2 ** min(14, (2**30 // count).bit_length() - 1)  # No sum below passes 2**31.
+    largest = scales.max(axes, keepdims=True)
+    shares = scales / jnp.where(largest > 0, largest, 1) * step
+    whole = jnp.floor(shares)
+    digits = (whole, jnp.floor((shares - whole) * step))
+    high, low = (x.astype(jnp.int32).sum(axes, keepdims=True) for x in digits)
+    mean = (high // count) * step + ((high % count) * step + low) // count
+    return largest * (mean.astype(jnp.float32) / step**2)
 
 
 def _tile(shape: tuple[int, ...], axis: int) -> dict[int, int]:

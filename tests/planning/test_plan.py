@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jlora import cli
@@ -89,6 +90,32 @@ def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[
     assert there.memory.peak < here.memory.peak
     assert "on the host" in str(there)
     assert "on the host" not in str(here)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "bits"),
+    [
+        # A scale of 8 bits for 64 numbers, and one of 32 for 256 of those.
+        ({"scheme": "nf4"}, 4 + 8 / 64 + 32 / (64 * 256)),
+        ({"scheme": "int8", "block_size": 32}, 8 + 32 / 32),
+    ],
+)
+def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
+    raw: dict[str, Any], quantize: dict[str, Any], bits: float
+) -> None:
+    found = plan(recipe.checked({**raw, "quantize": quantize}), "v5e:2x2")
+    width, inner, kv = 512, 1536, 256
+    layer = 2 * width * width + 2 * width * kv + 3 * width * inner
+    # Embedding, head and norms stay in bfloat16; all but norms is split over four chips.
+    rest = (2 * 2048 * width // 4 + 7 * width) * 2
+    quantised = found.memory.arguments["weights"] - rest
+    # Scales of scales have too few entries for four chips, and lie whole on each.
+    np.testing.assert_allclose(quantised, 3 * layer * bits / 8 / 4, rtol=5e-3)
+    assert found.quantized is not None
+    assert found.quantized.bits == pytest.approx(bits, rel=1e-3)
+    # What the weights take is what the step is called with, and it is not unpacked all at once.
+    assert found.memory.padding < 0.1 * quantised
+    assert f"quantised: 7 of 12 weights as {quantize['scheme']}: {bits:.2f} bits" in str(found)
 
 
 def test_what_does_not_fit_says_what_would(

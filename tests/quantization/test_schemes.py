@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.quantization.scales import dynamic_map
@@ -267,3 +268,15 @@ def test_what_is_quantised_is_not_quantised_again() -> None:
 def test_schemes_that_make_no_sense_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("split", [("x", None), (None, "x")])
+def test_law_a_weight_that_is_split_has_the_same_codes_and_scales(split: Any) -> None:
+    """To the last bit, for it has the same fingerprint; a sum of floats would have another one."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    weight = normal(1024, 512)
+    parts = jax.device_put(weight, NamedSharding(mesh, PartitionSpec(*split)))
+    one, many = (quantized(array, jlora.NF4()) for array in (weight, parts))
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    plain = quantized(weight, jlora.NF4(double_quantization=False)).scales
+    np.testing.assert_allclose(one.scales.mean[0, 0], plain.mean(), rtol=1e-6)

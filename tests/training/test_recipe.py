@@ -14,6 +14,7 @@ import yaml
 
 import jlora
 from jlora.adapters.catalog import CONFIGS
+from jlora.quantization.schemes import SCHEMES
 from jlora.training import recipe
 from jlora.training.recipe.families import RULES
 from jlora.training.recipe.reading import overridden
@@ -81,6 +82,39 @@ def test_a_familys_fields_reach_its_config() -> None:
     made = recipe.checked(with_(lora=lora)).lora.config()
     assert isinstance(made, jlora.DoRA)
     assert (made.rank, made.alpha, made.dropout, made.init.name) == (3, 6.0, 0.1, "gaussian")
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_can_be_asked_for(name: str) -> None:
+    made = recipe.checked(with_(quantize={"scheme": name, "block_size": 32, "axis": -1})).quantize
+    assert made is not None
+    assert made.config() == SCHEMES[name](block_size=32, axis=-1)
+    assert set(type(made).own) == {field.name for field in dataclasses.fields(SCHEMES[name])}
+    assert recipe.checked(with_(quantize={"scheme": name})).quantize.config() == SCHEMES[name]()  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("quantize", "good"),
+    [
+        (None, True),
+        ({}, True),
+        ({"scheme": "nf4", "double_quantization": False}, True),
+        ({"double_quantization": False, "weights": "mlp"}, True),
+        ({"scheme": "int8", "block_size": 32}, True),
+        ({"scheme": "int8", "double_quantization": False}, False),
+        ({"scheme": "nf5"}, False),
+        ({"bits": 4}, False),
+        ("nf4", False),
+    ],
+)
+def test_law_the_schema_accepts_the_schemes_that_load(quantize: Any, good: bool) -> None:
+    raw = with_(quantize=quantize)
+    assert passes(raw) == good
+    if good:
+        made = recipe.checked(raw)
+        assert recipe.checked(made.model_dump(mode="json")) == made
+    else:
+        refusal(raw)
 
 
 def test_the_schema_accepts_what_loads_and_nothing_else() -> None:
@@ -171,6 +205,32 @@ def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: 
             {"distributed": {"process": 2, "processes": 2, "coordinator": "host:1"}},
             "process=2 is none of processes=2",
         ),
+        ({"quantize": "nf4"}, "quantize='nf4': That is no section. Give one, such as .scheme: nf4"),
+        ({"quantize": {"scheme": "nf5"}}, "quantize: scheme='nf5' is none of .*nearest are .'nf4'"),
+        ({"quantize": {"scheme": ["nf4"]}}, "quantize: scheme=.'nf4'. is none of "),
+        ({"quantize": {"blocksize": 64}}, "quantize.blocksize is no field. Do you mean block_size"),
+        (
+            {"quantize": {"scheme": "int8", "double_quantization": True}},
+            "quantize.double_quantization is no field. There are axis, block_size, scheme, weights",
+        ),
+        ({"quantize": {"block_size": 3}}, "quantize: NF4: block_size=3 must be an even number"),
+        ({"quantize": {"block_size": "64"}}, "block_size='64': .* block_size: How many numbers"),
+        ({"quantize": {"weights": "("}}, "'.' is no regular expression"),
+        (
+            {"quantize": {}, "lora": {"init": "pissa"}},
+            "lora.init=pissa takes its start out of the weights, .* Use init: uniform, gaussian",
+        ),
+        (
+            {"quantize": {}, "more": [{"targets": "q", "family": "DoRA", "init": "olora"}]},
+            "more.0.init=olora takes its start out of",
+        ),
+        ({"export": {"merged_base": "original"}}, "merged_base=original is about .*needs quantize"),
+        (
+            {"quantize": {}, "export": {"merged_base": "original"}},
+            "needs quantize and export.merged: true. Give both, or leave it out",
+        ),
+        ({"lora": 5}, "lora=5: That is no section. Give one, such as .family: LoRA"),
+        ({"optimizer": {"budget": {"interval": 0}}}, "interval=0: .* interval: Steps between two"),
         ({"output": ""}, "output='': .* at least 1 character"),
         ({"seed": -1}, "seed=-1: .* greater than or equal to 0"),
     ],
@@ -323,6 +383,9 @@ def test_overrides_reach_every_place() -> None:
             "Say: 1",
         ),
         (["--seed", "7"], "seed", 7),
+        (["--quantize.weights", "[qv]"], "quantize.weights", "[qv]"),
+        (["--quantize.scheme", "int8"], "quantize.scheme", "int8"),
+        (["--quantize.block_size", "32"], "quantize.block_size", 32),
         (["--model.scanned", "false"], "model.scanned", False),
         (["--data.train.0.limit", "null"], "data.train.0.limit", None),
         (["--lora.alpha", "-5"], "lora.alpha", -5),

@@ -1,0 +1,285 @@
+"""Runs on a quantised base: QLoRA as a section of a recipe."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training.conftest import ANIMALS, Make
+from training.test_run import After, measured, output, run, stop
+
+import jlora
+from jlora import models, tree
+from jlora.quantization.rules import axis_of
+from jlora.training import recipe
+from jlora.training import run as running
+from jlora.training.interruption import Interrupted
+from jlora.training.mesh import make_mesh
+from jlora.training.setup import schemes_of, set_up
+
+NF4 = {"scheme": "nf4", "block_size": 4}
+TOKENS = jnp.array([[3, 9, 17, 30]])
+
+
+def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The model, the base as the run has it, and the adapter that it wrote."""
+    schemes = schemes_of(recipe.checked(raw))
+    base = raw["model"]["path"]
+    model, params = models.load(base, dtype="float32", scanned=True, quantize=schemes)
+    return model, params, jlora.load_adapter(output(raw) / "adapter.safetensors", params)
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
+    recipe_of: Make, monkeypatch: Any
+) -> None:
+    made: list[Any] = []
+    original = running.set_up
+    monkeypatch.setattr(
+        running, "set_up", lambda *a, **k: made.append(original(*a, **k)) or made[-1]
+    )
+    raw = recipe_of(
+        quantize=NF4,
+        training={"steps": 24},
+        report={"prompts": ["who sees the cat?"], "max_new_tokens": 2},
+        export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
+    )
+    run(raw)
+    losses = [line["loss"] for line in measured(raw)]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.5
+
+    # The base is the same after as before, and nothing of its size is trained.
+    model, params, adapter = on_quantised(raw)
+    assert {str(leaf) for leaf in packed(params).values()} == {"nf4"}
+    jax.tree.map(np.testing.assert_array_equal, made[0].frozen["base"], params)
+
+    # What is exported computes what was trained, with what rounding float32 takes.
+    adapted = jlora.lora_transform(model.apply).apply(params, adapter, TOKENS)
+    _, merged = models.load(output(raw) / "merged", dtype="float32", scanned=True)
+    np.testing.assert_allclose(model.apply(merged, TOKENS), adapted, atol=2e-5)
+    for name in ("peft", "vllm"):
+        loaded = jlora.peft.load(output(raw) / name, model, params)
+        out = jlora.lora_transform(model.apply).apply(*loaded, TOKENS)
+        np.testing.assert_allclose(out, adapted, atol=2e-5)
+
+    # It is told, to people and to programs.
+    page = (output(raw) / "report.html").read_text()
+    assert "7 of 12 weights as nf4: " in page
+    assert "into the dequantized weights: the model that was trained" in page
+    told = json.loads((output(raw) / "result.json").read_text())
+    found = tree.flatten(params).leaves
+    assert told["base"] == sum(leaf.size for leaf in found)
+    sizes = packed(params).values()
+    bits = sum(leaf.bits * leaf.size for leaf in sizes) / sum(leaf.size for leaf in sizes)
+    assert told["quantized"]["bits"] == pytest.approx(bits)
+    assert (told["quantized"]["weights"], told["quantized"]["schemes"]) == (7, ["nf4"])
+
+    # The run that is over exports onto the original weights when it is told to.
+    raw["export"] |= {"merged_base": "original"}
+    run(raw, resume=True)
+    _, wide = models.load(raw["model"]["path"], dtype="float32", scanned=True)
+    on_wide = jlora.load_adapter(output(raw) / "adapter.safetensors", wide)
+    expected = jlora.lora_transform(model.apply).apply(wide, on_wide, TOKENS)
+    _, merged = models.load(output(raw) / "merged", dtype="float32", scanned=True)
+    np.testing.assert_allclose(model.apply(merged, TOKENS), expected, atol=2e-5)
+    assert float(jnp.abs(expected - adapted).max()) > 1e-2
+    assert "into the original weights, which are not" in (output(raw) / "report.html").read_text()
+
+
+def packed(params: Any) -> dict[str, Any]:
+    """The quantised weights, by path."""
+    flat = tree.flatten(params)
+    pairs = zip(flat.paths, flat.leaves, strict=True)
+    return {path: leaf for path, leaf in pairs if hasattr(leaf, "bits")}
+
+
+def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
+    recipe_of: Make, tmp_path: pathlib.Path
+) -> None:
+    saving = {"save_every": 2, "save_minutes": None, "keep_last": 9}
+    whole = recipe_of(quantize=NF4, training={"steps": 4, **saving})
+    run(whole)
+    raw = {**whole, "output": str(tmp_path / "cut")}
+    with pytest.raises(Interrupted):
+        run(raw, recorders=[After(2, stop)])
+    for other, message in (
+        ({"scheme": "int8", "block_size": 4}, r"recipe \(quantize: \{'scheme': 'nf4', .* there, "),
+        ({**NF4, "weights": "/mlp/"}, "weights.*: '/mlp/'"),
+        (None, r"recipe \(quantize: .* there, None here\); another base"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run({**raw, "quantize": other}, resume=True)
+    run(raw, resume=True)
+    assert measured(raw) == measured(whole)
+    one, two = ((output(r) / "adapter.safetensors").read_bytes() for r in (raw, whole))
+    assert one == two
+
+
+def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
+    recipe_of: Make, tmp_path: pathlib.Path
+) -> None:
+    losses, adapters = [], []
+    for number, (devices, sizes) in enumerate(((1, {}), (8, {"fsdp": 4, "tensor": 2}))):
+        raw = recipe_of(
+            output=str(tmp_path / f"run-{number}"),
+            quantize=NF4,
+            batch={"rows": 8},
+            mesh=sizes,
+            training={"steps": 3},
+        )
+        run(raw, devices=devices)
+        losses.append([line["loss"] for line in measured(raw)])
+        adapters.append(on_quantised(raw)[2])  # Which refuses another base.
+    # Sums in another order, in float32, over three steps that each build on the last.
+    np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+# --- shapes alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scanned", "quantize"),
+    [
+        (True, NF4),
+        (False, {**NF4, "double_quantization": False}),
+        (True, {"scheme": "int8", "block_size": 3, "weights": "mlp|embed"}),
+        pytest.param(True, {"scheme": "fp8"}, marks=pytest.mark.slow),
+        pytest.param(True, {"scheme": "int4", "block_size": 2, "axis": -1}, marks=pytest.mark.slow),
+    ],
+)
+def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
+    recipe_of: Make, scanned: bool, quantize: dict[str, Any]
+) -> None:
+    sizes = {"fsdp": 4, "tensor": 2}
+    raw = recipe_of(quantize=quantize, model={"scanned": scanned}, mesh=sizes, batch={"rows": 8})
+    real, shapes = (
+        set_up(recipe.checked(raw), make_mesh(sizes), steps=3, abstract=abstract)
+        for abstract in (False, True)
+    )
+    pairs = ((one.frozen, one.state) for one in (real, shapes))
+    flat, treedefs = zip(*map(jax.tree.flatten, pairs), strict=True)
+    assert treedefs[0] == treedefs[1]  # The scheme, axis, and length of every weight, too.
+    for array, shape in zip(*flat, strict=True):
+        assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
+        assert array.sharding.is_equivalent_to(shape.sharding, array.ndim)
+    # Weights are quantised, split over both axes, and computed with in their own type.
+    found = packed(shapes.frozen["base"])
+    assert found
+    split = {entry for leaf in found.values() for entry in leaf.codes.sharding.spec}
+    assert {"fsdp", "tensor"} <= split
+    assert {str(leaf.dtype) for leaf in found.values()} == {"float32"}
+
+
+def test_law_an_encoders_shapes_are_its_arrays(encoder: pathlib.Path) -> None:
+    rules = {"layer.*kernel$": jlora.NF4(block_size=4)}
+    model, params = models.load(encoder, dtype="float32", quantize=rules)
+    found = models.shapes(model, "float32", quantize=rules)
+    jax.tree.map(
+        lambda a, s: np.testing.assert_equal((a.shape, a.dtype), (s.shape, s.dtype)), params, found
+    )
+
+
+def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    # More layers than any other axis is long, and as many as a block.
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 64}))
+    model = models.model_of(tmp_path, scanned=True)
+    found = packed(models.shapes(model, "bfloat16", quantize={"kernel$": jlora.NF4()}))
+    for leaf in found.values():
+        assert leaf.axis == axis_of(leaf.shape[1:], leaf.scheme)
+        assert leaf.codes.shape[0] == 64
+
+
+def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path) -> None:
+    model = models.model_of(base, scanned=True)
+    params = models.shapes(model, "bfloat16", quantize={"mlp.*kernel$": jlora.Int8(block_size=2)})
+    told = jlora.lora_transform(model.apply, {"q/kernel": None}).explain(params, TOKENS)
+    # A byte for each number, and 32 bits for every two.
+    assert "3 of 12 weights quantised, in 24.00 bits a number." in str(told)
+    assert {row.bits for row in told.rows if row.stored == "int8"} == {24.0}
+    wide = models.shapes(model, "bfloat16")
+    assert "quantised" not in str(
+        jlora.lora_transform(model.apply, {"q/kernel": None}).explain(wide, TOKENS)
+    )
+
+
+# --- what cannot be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ({"weights": "/layers/atention/"}, "'/layers/atention/' matches none of .* nearest paths"),
+        ({"block_size": 4, "axis": -3, "weights": "norm/scale"}, "runs along axis -3"),
+    ],
+)
+def test_weights_that_cannot_be_quantised_are_refused(
+    recipe_of: Make, quantize: dict[str, Any], message: str
+) -> None:
+    made, mesh = recipe.checked(recipe_of(quantize=quantize)), make_mesh({}, jax.devices()[:1])
+    for abstract in (True, False):
+        with pytest.raises(ValueError, match=message):
+            set_up(made, mesh, steps=1, abstract=abstract)
+
+
+# --- other tasks and families ---------------------------------------------------------------------
+
+
+def test_preferences_have_the_quantised_base_as_their_reference(
+    recipe_of: Make, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"the {a} is", "chosen": " good.", "rejected": " bad!"} for a in ANIMALS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = recipe_of(
+        quantize=NF4,
+        data={"train": [{"path": str(path), "format": "preference"}], "length": 32},
+        training={"epochs": 4, "steps": None},
+        preference={"beta": 0.5},
+    )
+    run(raw)
+    lines = measured(raw)
+    # A fresh adapter changes nothing of either side.
+    np.testing.assert_allclose(lines[0]["loss"], np.log(2), rtol=1e-5)
+    assert lines[-1]["loss"] < 0.5
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"family": "DoRA", "rank": 2},
+        pytest.param({"family": "HiRA", "rank": 2}, marks=pytest.mark.slow),
+        pytest.param({"family": "IA3"}, marks=pytest.mark.slow),
+    ],
+)
+def test_labels_are_learned_on_a_quantised_encoder(
+    recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, lora: dict[str, Any]
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    rows = [{"text": f"{a} {v}", "label": v} for v in ("sees", "eats") for a in ANIMALS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = recipe_of(
+        model={"path": str(encoder)},
+        quantize={"scheme": "int8", "block_size": 4},
+        data={"train": [{"path": str(path), "format": "classification"}], "length": 16},
+        training={"epochs": 4, "steps": None},
+        export={"merged": True, "merged_dtype": "float32"},
+    ) | {"lora": lora}
+    run(raw)
+    losses = [line["loss"] for line in measured(raw)]
+    assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
+    rules = schemes_of(recipe.checked(raw))
+    model, params = models.load(encoder, dtype="float32", quantize=rules)
+    adapter = jlora.load_adapter(output(raw) / "adapter.safetensors", params)
+    inputs = (TOKENS, jnp.ones_like(TOKENS))
+    adapted = jlora.lora_transform(model.apply).apply(params, adapter, *inputs)
+    _, merged = models.load(output(raw) / "merged", dtype="float32")
+    out = model.apply(merged, *inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, adapted)
