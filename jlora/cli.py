@@ -203,6 +203,7 @@ def inspect(options: Inspect) -> None:
 def export_merged(options: ExportMerged) -> None:
     """Writes the merged checkpoint and prints what rounding leaves of each change."""
     from jlora import models
+    from jlora.checkpoints.adapter_file import schemes_of
     from jlora.merging.export import merge_to
 
     _new(options.out)
@@ -217,6 +218,13 @@ def export_merged(options: ExportMerged) -> None:
         **_layout(options.adapter),
     )
     print(merged)
+    schemes = [] if options.adapter.is_dir() else schemes_of(options.adapter)
+    if schemes:
+        print(
+            f"The adapter was trained on weights quantised as {', '.join(schemes)}, and is merged "
+            f"into the original ones, which it was not measured on. The export of its recipe "
+            f"merges into the dequantized ones: --export.merged true --resume."
+        )
     print(f"Wrote {options.out}.")
 
 

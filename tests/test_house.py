@@ -70,6 +70,7 @@ ALLOWED = {
         "optim",
         "merging",
         "conversion",
+        "quantization",
     },
 }
 ALLOWED["planning"] = ALLOWED["training"] | {"training"}

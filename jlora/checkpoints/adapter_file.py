@@ -131,6 +131,20 @@ def weight_paths(path: str | os.PathLike[str]) -> list[str]:
     return sorted(_json(path, metadata, "base"))
 
 
+def schemes_of(path: str | os.PathLike[str]) -> list[str]:
+    """The schemes of the quantised weights that an adapter was trained on; none of arrays.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is no such file, damaged, or of a newer format.
+    """
+    path = pathlib.Path(path)
+    metadata, _ = _read(path)
+    texts = (str(held).rpartition(" ")[0] for held in _json(path, metadata, "base").values())
+    found = {json.loads(text).get("scheme") for text in texts if text}
+    return sorted(map(str, found))
+
+
 def fingerprint(weight: Any) -> str:
     """A hash of a weight's shape and of entries spread over it.
 

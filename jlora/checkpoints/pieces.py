@@ -220,18 +220,18 @@ def _quantized(
     sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
 ) -> Quantized:
     """A weight that is quantised layer by layer (expert by expert), while it is read."""
-    dtype, place = _place(tensors, weight, dtype, sharding)
+    kind, place = _place(tensors, weight, dtype, sharding)
     stacks = weight.pieces[0].stacks
     layers: dict[tuple[int, ...], list[Piece]] = {}
     for piece in weight.pieces:
         at, within = piece.starts[:stacks], (0,) * stacks + piece.starts[stacks:]
         layers.setdefault(at, []).append(piece._replace(starts=within))
     shape = (1,) * stacks + weight.shape[stacks:]
-    like = quantized_like(weight, dtype, scheme)
+    like = quantized_like(weight, kind, scheme)
     whole = _zeros(like, shardings(like, place))
     for at, pieces in layers.items():
         layer = Weight(shape, tuple(pieces))
-        array = _loaded(tensors, layer, dtype, lambda _: fitting(place, shape))
+        array = _loaded(tensors, layer, kind, lambda _: fitting(place, shape))
         starts = at + (0,) * (len(shape) - stacks)
         one = quantized_weight(array, scheme, like.axis)
         whole = jax.tree.map(lambda rest, part: _filled(rest, part, starts), whole, one)  # noqa: B023

@@ -14,7 +14,7 @@ from training.conftest import ANIMALS, Make
 from training.test_run import After, measured, output, run, stop
 
 import jlora
-from jlora import models, tree
+from jlora import cli, models, tree
 from jlora.quantization.rules import axis_of
 from jlora.training import recipe
 from jlora.training import run as running
@@ -49,7 +49,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
         quantize=NF4,
         training={"steps": 24},
         report={"prompts": ["who sees the cat?"], "max_new_tokens": 2},
-        export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
+        export={"merged": True, "merged_dtype": "float32", "peft": True},
     )
     run(raw)
     losses = [line["loss"] for line in measured(raw)]
@@ -64,10 +64,9 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     adapted = jlora.lora_transform(model.apply).apply(params, adapter, TOKENS)
     _, merged = models.load(output(raw) / "merged", dtype="float32", scanned=True)
     np.testing.assert_allclose(model.apply(merged, TOKENS), adapted, atol=2e-5)
-    for name in ("peft", "vllm"):
-        loaded = jlora.peft.load(output(raw) / name, model, params)
-        out = jlora.lora_transform(model.apply).apply(*loaded, TOKENS)
-        np.testing.assert_allclose(out, adapted, atol=2e-5)
+    loaded = jlora.peft.load(output(raw) / "peft", model, params)
+    out = jlora.lora_transform(model.apply).apply(*loaded, TOKENS)
+    np.testing.assert_allclose(out, adapted, atol=2e-5)
 
     # It is told, to people and to programs.
     page = (output(raw) / "report.html").read_text()
@@ -122,6 +121,7 @@ def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
     assert one == two
 
 
+@pytest.mark.slow
 def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
     recipe_of: Make, tmp_path: pathlib.Path
 ) -> None:
@@ -208,6 +208,33 @@ def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path
     assert "quantised" not in str(
         jlora.lora_transform(model.apply, {"q/kernel": None}).explain(wide, TOKENS)
     )
+
+
+def test_text_is_written_with_a_cache_of_the_computations_type(base: pathlib.Path) -> None:
+    model, params = models.load(base, dtype="float32", scanned=True)
+    held = jlora.quantize(params, {"layers.*kernel|embed|head": jlora.Int8(block_size=2)})
+    lora = jlora.lora_transform(model.apply)
+    apply = lambda params, *inputs: lora.apply(params, {}, *inputs)
+    written, expected = (
+        models.generate(model, given, TOKENS, max_new_tokens=8, apply=by).tokens
+        for given, by in ((held, apply), (jlora.dequantize(held), None))
+    )
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_the_command_line_tells_what_an_adapter_was_trained_on(
+    base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, wide = models.load(base)
+    lora = jlora.lora_transform(model.apply, {"q/kernel": jlora.LoRA(rank=2, alpha=4)})
+    fresh = lora.init(jax.random.key(0), wide, TOKENS)
+    bases = {"wide": wide, "quantised": jlora.quantize(wide, {"q/kernel": jlora.NF4()})}
+    for name, params in bases.items():
+        jlora.save_adapter(tmp_path / f"{name}.safetensors", fresh, params)
+        arguments = [str(base), str(tmp_path / f"{name}.safetensors"), str(tmp_path / name)]
+        assert cli.main(["export", "merged", *arguments]) == 0
+        told = "trained on weights quantised as nf4, and is merged into the original ones"
+        assert (told in capsys.readouterr().out) == (name == "quantised")
 
 
 # --- what cannot be -------------------------------------------------------------------------------
