@@ -37,7 +37,7 @@ ALLOWED = {
         "packed",
         "quantization",
     },
-    "models": {"tree", "faithful", "kernels", "quantization", "transform", "checkpoints"},
+    "models": {"tree", "faithful", "kernels", "packed", "quantization", "transform", "checkpoints"},
     "peft": {"tree", "factored", "adapters", "packed", "transform", "checkpoints", "models"},
     "diffusion": {"tree", "factored", "adapters", "transform", "checkpoints", "peft"},
     "merging": {"tree", "factored", "adapters", "transform"},
@@ -70,7 +70,6 @@ ALLOWED = {
         "optim",
         "merging",
         "conversion",
-        "quantization",
     },
 }
 ALLOWED["planning"] = ALLOWED["training"] | {"training"}

@@ -8,9 +8,12 @@ import re
 import shutil
 import tomllib
 
+import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 
+import jlora
 from jlora.training import recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -107,3 +110,18 @@ def test_the_families_tables_are_the_committed_ones() -> None:
     for row in result["rows"]:
         line = f"| {row['family']} | {row['test_accuracy']:.3f} | {row['adapter_parameters']:,} |"
         assert line in README, row
+
+
+def test_the_bits_of_quantised_weights_are_those_of_the_table() -> None:
+    rows = re.findall(
+        r"^\| `(NF4|Int4|Int8|FP8)\(block_size=(\d+)\)` \| ([\d.]+) \|", README, re.MULTILINE
+    )
+    assert len(rows) == 4
+    weight = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    for name, block, bits in rows:
+        scheme = getattr(jlora, name)(block_size=int(block))
+        assert scheme == getattr(jlora, name)()
+        found = jlora.quantize({"w": weight}, {"w": scheme})["w"].bits
+        assert f"{found:.3f}".rstrip("0") == bits, name
+    plain = jlora.NF4(double_quantization=False)
+    assert jlora.quantize({"w": weight}, {"w": plain})["w"].bits == 4.5

@@ -195,20 +195,20 @@ def row(
         timing: From `timed`.
         script: The module that was run.
         libraries: Whose versions matter, as they are called on PyPI.
-        **more: The fields of `Row` that only the method knows.
+        **more: The fields of `Row` that only the method knows; also batch and length, where they
+            are not the shape's.
     """
     shape = SHAPES[options.shape]
+    fields = {"batch": shape.batch, "length": shape.length, **more}
     return Row(
         method=method,
         shape=options.shape,
-        batch=shape.batch,
-        length=shape.length,
         **timing._asdict(),
-        tokens_per_s=round(1e3 * shape.batch * shape.length / timing.step_ms),
+        tokens_per_s=round(1e3 * fields["batch"] * fields["length"] / timing.step_ms),
         device=device_name(),
         versions=versions(*libraries),
         command=command(script, options.output),
-        **more,
+        **fields,
     )
 
 

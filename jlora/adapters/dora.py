@@ -20,6 +20,8 @@ from jlora.adapters.protocol import (
     family,
     wide,
 )
+from jlora.factored.probe import Axes
+from jlora.packed import Packed, is_packed, sliceable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,11 @@ class DoRA(LoRA):
         """Factors as `init` makes them, and the norms of what they make."""
         made = super().leaf(key, weight)
         facts = pair.facts_of(made)
+        if is_packed(weight.value) and not made.residual:
+            start = DoRALeaf(**facts, magnitude=jnp.zeros(()), through_norm=self.through_norm)
+            sizes = weight.groups
+            norm = start.norm(weight.value).reshape(*sizes.batch, *sizes.outputs)
+            return dataclasses.replace(start, magnitude=norm)
         matrices = weight.matrices("DoRA")
         if not made.residual:  # A residual base gives way to the factors: their sum is the weight.
             a, b = pair.as_matrices(made)
@@ -65,6 +72,23 @@ class DoRA(LoRA):
         # Not narrower than float32: what is trained is how little it differs from the norm.
         magnitude = jnp.linalg.norm(matrices, axis=-2).reshape(*batch, *outputs)
         return DoRALeaf(**facts, magnitude=magnitude, through_norm=self.through_norm)
+
+
+def _norm_of_array(leaf: DoRALeaf, base: Packed) -> jax.Array:
+    return leaf.norm(base.dense())
+
+
+def _norms_of_stack(leaf: DoRALeaf, base: Packed) -> jax.Array:
+    """The norms of all entries of a stack, (batch, fan_out), with one of these unpacked."""
+    later = Axes(*(tuple(axis - 1 for axis in group if axis) for group in leaf.axes))
+    facts = {"shape": leaf.shape[1:], "axes": later, "magnitude": jnp.zeros(())}
+
+    def of_one(held: tuple[Any, Any, Any]) -> jax.Array:
+        a, b, entry = held
+        return dataclasses.replace(leaf, a=a, b=b, **facts).norm(entry)
+
+    norms = jax.lax.map(of_one, (leaf.a, leaf.b, base))
+    return norms.reshape(-1, norms.shape[-1])
 
 
 def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -111,8 +135,13 @@ class DoRALeaf(LoRALeaf):
         """`||W + s A B||` over what makes each output, (batch, fan_out), without the sum.
 
         It is the root of `||w||^2 + 2 s (A^T W) . b + s^2 b^T (A^T A) b` for every output's columns
-        `w` and `b`: nothing here is larger than the factors.
+        `w` and `b`: nothing here is larger than the factors. A packed base is unpacked one after
+        another of what it is a stack of, and again in the gradient.
         """
+        if is_packed(base):
+            stacked = self.axes.batch[:1] == (0,) and sliceable(base)
+            norms = _norms_of_stack if stacked else _norm_of_array
+            return jax.checkpoint(norms)(self, base)
         matrices = as_matrices(base, self.axes)
         a, b = pair.as_matrices(self)
         exact = jax.lax.Precision.HIGHEST

@@ -279,3 +279,39 @@ def test_gradients_of_a_custom_rule_reach_the_factors_alone() -> None:
     packed = quantized(one)
     gradient = jax.grad(lambda a: total(one.lora.apply(packed, a, *one.inputs)))(one.adapter)
     assert jax.tree.structure(gradient) == jax.tree.structure(one.adapter)
+
+
+@pytest.mark.parametrize("through_norm", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_dora_unpacks_one_weight_of_a_stack_at_a_time(stacked: bool, through_norm: bool) -> None:
+    layers = (5,) if stacked else ()
+    params = {"w": jax.random.normal(jax.random.key(0), (*layers, 64, 48))}
+    x = jax.random.normal(jax.random.key(1), (3, 64))
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        if not stacked:
+            return x @ params["w"]
+        start = jnp.zeros((3, 48))
+        return jax.lax.scan(lambda c, w: (c + jnp.sin(x @ w), None), start, params["w"])[0]
+
+    lora = jlora.lora_transform(model, jlora.DoRA(rank=2, alpha=4, through_norm=through_norm))
+    packed = jlora.quantize(params, {"w": jlora.NF4()})
+    dense = jlora.dequantize(packed)
+    adapter = lora.init(jax.random.key(2), packed, x)
+    # Norms from the factors, and norms of the sum: both in float32, of 64 numbers.
+    start = lora.init(jax.random.key(2), dense, x)
+    np.testing.assert_allclose(adapter["w"].magnitude, start["w"].magnitude, rtol=1e-6)
+    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+
+    def loss(params: Any, a: Any) -> jax.Array:
+        return (lora.apply(params, a, x) ** 2).sum()
+
+    found, wanted = (jax.jit(jax.grad(loss, argnums=1))(p, adapter) for p in (packed, dense))
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # Sums of 64 products in float32, made in another order.
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+    kept = {array.shape for array in kept_by(lambda p, a: lora.apply(p, a, x), packed, adapter)}
+    assert not kept & {(*layers, 64, 48), (64, 48)}
+    if stacked:
+        text = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(packed, adapter))
+        assert "f32[5,64,48]" not in text

@@ -1,0 +1,223 @@
+"""A training step of jlora's decoder with LoRA, with a quantised base, or without an adapter.
+
+On a CPU, in seconds: `python -m benchmarks.h100.step --tiny`; on one GPU:
+`python -m benchmarks.h100.step --shape 1b --output lora_1b.json`. `--method floor` is the same step
+without an adapter: the gradient goes through every activation down to the first layer's norm.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+
+import jlora
+from benchmarks.h100 import common
+from jlora import tree
+from jlora.kernels.adapted import plain_products
+from jlora.models.decoder import Decoder, DecoderConfig, Kind
+from jlora.models.rope import rope
+from jlora.quantization.rules import quantized_weight
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+SCHEMES: Mapping[str, Any] = {"nf4": jlora.NF4(), "int8": jlora.Int8(), "none": None}
+PROJECTIONS = r"layers.*kernel"
+FLOOR = "params/layers_0/attention_norm/scale"
+
+
+def decoder(shape: common.Shape, *, stacked: bool, remat: Any) -> Decoder:
+    """The decoder, computing in bfloat16."""
+    rotary = rope({"rope_theta": 5e5}, head_dim=shape.head_dim, max_length=8192)
+    config = DecoderConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        kinds=(Kind(rope=rotary),),
+        layers=(0,) * shape.layers,
+        max_length=8192,
+        query_scale=shape.head_dim**-0.5,
+    )
+    return Decoder(config, scanned=stacked, remat=remat, dtype=jnp.bfloat16)
+
+
+def parameters(model: Decoder, scheme: Any) -> Any:
+    """Random parameters in bfloat16, the projections quantised; one matrix at a time is wide."""
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), token))
+    flat = tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(flat.paths))
+    leaves = [
+        _drawn(key, leaf.shape, scheme if path.endswith("kernel") else None)
+        if len(leaf.shape) > 1 and not path.endswith("scale")
+        else jnp.ones(leaf.shape, jnp.bfloat16)
+        for key, path, leaf in zip(keys, flat.paths, flat.leaves, strict=True)
+    ]
+    return jax.tree.unflatten(flat.treedef, leaves)
+
+
+# Compiled once for each shape, of which a decoder has few.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
+    def matrix(key: jax.Array) -> Any:
+        drawn = 0.02 * jax.random.normal(key, shape[-2:], jnp.bfloat16)
+        return drawn if scheme is None else quantized_weight(drawn, scheme)
+
+    if len(shape) < 3:
+        return matrix(key)
+    return jax.lax.map(matrix, jax.random.split(key, shape[0]))
+
+
+def training_step(
+    model: Decoder, method: str, chunks: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A step, and what makes its state `(trained, moments)` from parameters and tokens.
+
+    The step takes `(trained, moments, params, tokens)` and returns `(loss, trained, moments)`.
+    """
+    optimizer = optax.adam(common.LEARNING_RATE)
+
+    def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        return model.apply(params, inputs, targets, method="losses", chunks=chunks).mean()  # type: ignore
+
+    config = jlora.LoRA(rank=common.RANK, alpha=common.ALPHA)
+    lora = jlora.lora_transform(mean_loss, {PROJECTIONS: config})
+
+    def loss(trained: Any, params: Any, tokens: jax.Array) -> jax.Array:
+        if method == "lora":
+            return lora.apply(params, trained, tokens)
+        flat = tree.flatten(params)
+        leaves = [
+            trained.astype(leaf.dtype) if path == FLOOR else leaf
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ]
+        return mean_loss(jax.tree.unflatten(flat.treedef, leaves), tokens)
+
+    def step(trained: Any, moments: Any, params: Any, tokens: jax.Array) -> Any:
+        value, gradient = jax.value_and_grad(loss)(trained, params, tokens)
+        updates, moments = optimizer.update(gradient, moments)
+        return value, optax.apply_updates(trained, updates), moments
+
+    def init(params: Any, tokens: jax.Array) -> Any:
+        if method == "lora":
+            trained = lora.init(jax.random.key(2), params, tokens)
+        else:
+            flat = tree.flatten(params)
+            # In float32, where a step is more than its rounding.
+            trained = flat.leaves[flat.paths.index(FLOOR)].astype(jnp.float32)
+        return trained, optimizer.init(trained)
+
+    return step, init
+
+
+def measure(options: Any) -> common.Row:
+    """The row of jlora's step."""
+    shape = common.SHAPES[options.shape]
+    batch, length = options.batch or shape.batch, options.length or shape.length
+    tokens = jax.random.randint(jax.random.key(3), (batch, length + 1), 0, shape.vocabulary)
+    model = decoder(shape, stacked=options.stacked, remat=options.remat)
+    params = parameters(model, SCHEMES[options.quantize])
+    step, init = training_step(model, options.method, options.chunks)
+    state = init(params, tokens)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
+    if options.method == "lora":
+        common.check_trained(size, shape)
+    with plain_products() if options.plain else contextlib.nullcontext():
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*state, params, tokens)
+    details = {
+        "adapter_dtype": "float32",
+        "base_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**30,
+        "kernels": "mosaic_gpu" in lowered.as_text(),
+    }
+    compiled = lowered.compile()
+
+    def advance() -> jax.Array:
+        nonlocal state
+        loss, *rest = compiled(*state, params, tokens)
+        state = tuple(rest)
+        return loss
+
+    def wait() -> Any:
+        return jax.block_until_ready(state)
+
+    timing = common.timed(advance, wait, steps=options.steps, repeats=options.repeats)
+    if options.trace:
+        options.trace.write_text(json.dumps(kernels(advance, wait), indent=1) + "\n")
+    return common.row(
+        method_of(options),
+        options,
+        timing,
+        script="benchmarks.h100.step",
+        libraries=LIBRARIES,
+        peak_gib=common.peak_gib(jax.devices()[0]),
+        planned_gib=common.planned_gib(compiled),
+        trained=size,
+        details=details,
+        batch=batch,
+        length=length,
+    )
+
+
+def method_of(options: Any) -> str:
+    """What the row is called."""
+    name = "floor" if options.method == "floor" else "jlora"
+    extras = [options.quantize] * (options.quantize != "none")
+    extras += ["layers in a stack"] * options.stacked
+    extras += [f"remat={options.remat}"] * (options.remat != "nothing")
+    extras += ["plain products"] * options.plain
+    return ", ".join([name, *extras])
+
+
+def kernels(advance: Callable[[], Any], wait: Callable[[], Any], steps: int = 3) -> list[Any]:
+    """What ran on the GPU in one of some steps: `[ms, times, name]`, the longest first."""
+    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                advance()
+            wait()
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                if "GPU" in plane.name and "Stream" in line.name:
+                    for event in line.events:
+                        found[event.name][0] += event.duration_ns / 1e6 / steps
+                        found[event.name][1] += 1 / steps
+    rows = [[round(ms, 4), round(times, 2), name] for name, (ms, times) in found.items()]
+    return sorted(rows, reverse=True)
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--method", choices=["lora", "floor"], default="lora")
+    parser.add_argument("--quantize", choices=SCHEMES, default="none", help="the projections")
+    parser.add_argument("--stacked", action="store_true", help="layers as one scan")
+    parser.add_argument("--plain", action="store_true", help="without jlora's kernels")
+    parser.add_argument("--remat", choices=["nothing", "projections", "everything"])
+    parser.set_defaults(remat="nothing")
+    parser.add_argument("--chunks", type=int, default=8, help="parts of a text for the head")
+    parser.add_argument("--batch", type=int, help="sequences a step; the shape's when left out")
+    parser.add_argument("--length", type=int, help="tokens a sequence")
+    parser.add_argument("--trace", type=pathlib.Path, help="a JSON file of the GPU's kernels")
+    options = parser.parse_args()
+    if options.method == "floor" and (options.stacked or options.quantize != "none"):
+        parser.error("--method floor is measured with wide weights, each layer with its own.")
+    common.finish(measure(options), options.output)
+
+
+if __name__ == "__main__":
+    main()
