@@ -28,6 +28,7 @@ from jlora.models import attention, folders, rope
 from jlora.models.architectures import decoder_config
 from jlora.models.decoder import Decoder
 from jlora.models.generate import Sampling, choose, generate
+from jlora.models.losses import cross_entropy
 from jlora.models.names import decoder_weights, shapes
 
 DATA = pathlib.Path(__file__).parent / "data" / "decoders"
@@ -309,6 +310,64 @@ def test_losses_in_parts_are_those_of_the_logits(name: str) -> None:
         np.testing.assert_allclose(one, two, atol=1e-5 * (1 + scale))
     assert "[2,9,44]" not in compiled.as_text()
     assert "[18,44]" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # The second squashes its logits.
+def test_law_a_frozen_heads_gradient_is_that_of_a_trained_one(name: str) -> None:
+    model, params = loaded(name)
+    ids = jnp.asarray(expected(name)["input_ids"])
+    frozen, trained = dict(params["params"]), {"layers_0": params["params"]["layers_0"]}
+    frozen.pop("layers_0")
+
+    def loss(trained: Any) -> jax.Array:
+        every = {"params": {**frozen, **trained}}
+        losses = model.apply(every, ids, jnp.roll(ids, -1, 1), chunks=3, method="losses")
+        # Each token's loss with a factor of its own.
+        return (losses * jnp.arange(1.0, 1 + losses.size).reshape(losses.shape)).mean()  # type: ignore
+
+    found = jax.grad(loss)(trained)["layers_0"]
+    head = {key: params["params"][key] for key in ("embed", "head") if key in params["params"]}
+    wanted = jax.grad(loss)({**trained, **head})["layers_0"]
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        scale = float(jnp.abs(two).max())
+        np.testing.assert_allclose(one, two, atol=1e-5 * (1 + scale))
+    # Three parts, each with its logits and what these do to the hidden states; not its logits again.
+    products = [
+        line
+        for line in str(jax.make_jaxpr(jax.grad(loss))(trained)).splitlines()
+        if "dot_general[" in line and ",44]" in line
+    ]
+    assert len(products) == 3, products
+
+
+def test_what_waits_for_the_heads_gradient_is_as_narrow_as_the_hidden_states() -> None:
+    hidden = jnp.ones((2, 9, 16), jnp.bfloat16)
+    head, targets = jnp.ones((16, 44), jnp.bfloat16), jnp.zeros((2, 9), jnp.int32)
+    _, pull_back = jax.vjp(lambda x: cross_entropy(x, head, targets, chunks=3), hidden)
+    kept = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull_back)}
+    assert ((2, 3, 16), "bfloat16") in kept
+    assert not {kind for shape, kind in kept if len(shape) == 3 and shape[-1] > 1} - {"bfloat16"}
+
+
+@pytest.mark.parametrize(("name", "path"), [("llama", "head"), ("gemma2", "embed/embedding")])
+def test_law_an_adapted_head_stays_factored_in_the_losses(name: str, path: str) -> None:
+    model, params = loaded(name)
+    ids = jnp.asarray(expected(name)["input_ids"])
+
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        targets = jnp.roll(ids, -1, 1)
+        return model.apply(params, ids, targets, chunks=3, method="losses").mean()  # type: ignore
+
+    lora = jlora.lora_transform(loss, {path: jlora.LoRA(rank=2, alpha=4)})
+    (row,) = [row for row in lora.explain(params, ids).rows if row.parameters]
+    assert not row.dense
+    adapter = jax.tree.map(lambda a: a + 0.05, lora.init(jax.random.key(0), params, ids))
+    merged = lambda a: loss(lora.merge(params, a), ids)
+    found, wanted = (
+        jax.value_and_grad(one)(adapter) for one in (lambda a: lora.apply(params, a, ids), merged)
+    )
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * (1 + float(jnp.abs(two).max())))
 
 
 def test_a_target_outside_the_vocabulary_has_no_loss() -> None:
