@@ -331,7 +331,7 @@ def test_law_a_frozen_heads_gradient_is_that_of_a_trained_one(name: str) -> None
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         scale = float(jnp.abs(two).max())
         np.testing.assert_allclose(one, two, atol=1e-5 * (1 + scale))
-    # Three parts, each with its logits and what these do to the hidden states; not its logits again.
+    # Three parts, each with its logits once.
     products = [
         line
         for line in str(jax.make_jaxpr(jax.grad(loss))(trained)).splitlines()
@@ -396,6 +396,25 @@ def test_recomputing_changes_no_gradient(remat: Any, scanned: bool) -> None:
         for one in ("nothing", "projections", "everything")
     ]
     assert counts[0] < counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_scan_keeps_no_activation_wider_than_it_is_computed_in(name: str) -> None:
+    model, params = loaded(name, True, "bfloat16")
+    ids = expected(name)["input_ids"]
+    hidden = lambda layers: model.apply(
+        {"params": {**params["params"], "layers": layers}}, ids, method="hidden"
+    )
+    layers = params["params"]["layers"]
+    _, pull_back = jax.vjp(hidden, layers)
+    activations = [
+        (leaf.shape, leaf.dtype.name)
+        for leaf in jax.tree.leaves(pull_back)
+        # Of every layer, for every token, more than a number.
+        if leaf.shape[1:3] == ids.shape and leaf.shape[-1] > 1
+    ]
+    assert activations
+    assert {kind for _, kind in activations} == {"bfloat16"}
 
 
 def test_models_refuse_options_that_they_have_not() -> None:
