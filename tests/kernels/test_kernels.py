@@ -71,7 +71,9 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "grad of W": lambda a: jax.grad(lambda p: (LORA.apply(p, a, X) ** 2).sum())(PARAMS),
     "jvp": lambda a: jax.jvp(lambda a, x: LORA.apply(PARAMS, a, x), (a, X), (a, X)),
     "hessian": lambda a: jax.hessian(loss, argnums=1)(a, X[:1, :2]),
-    "vmap over inputs": lambda a: jax.vmap(lambda x: LORA.apply(PARAMS, a, x[None]), 1)(X),
+    "vmap over inputs": lambda a: jax.vmap(lambda x: LORA.apply(PARAMS, a, x), 1)(
+        jnp.stack([X, 2 * X], axis=1)
+    ),
     "vmap over adapters": lambda a: jax.vmap(lambda a: LORA.apply(PARAMS, a, X))(stacked(a)),
     "vmap of grad": lambda a: jax.vmap(jax.grad(loss), (0, None))(stacked(a), X),
     "vmap of grad over both": lambda a: jax.vmap(jax.grad(loss))(stacked(a), stacked(X)),
