@@ -362,6 +362,9 @@ def test_law_an_adapted_head_stays_factored_in_the_losses(name: str, path: str) 
     (row,) = [row for row in lora.explain(params, ids).rows if row.parameters]
     assert not row.dense
     adapter = jax.tree.map(lambda a: a + 0.05, lora.init(jax.random.key(0), params, ids))
+    text = str(jax.make_jaxpr(jax.grad(lambda a: lora.apply(params, a, ids)))(adapter))
+    for shape in ("12,44", "44,12"):
+        assert f":f32[{shape}] = dot_general" not in text
     merged = lambda a: loss(lora.merge(params, a), ids)
     found, wanted = (
         jax.value_and_grad(one)(adapter) for one in (lambda a: lora.apply(params, a, ids), merged)
