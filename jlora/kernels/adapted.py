@@ -21,20 +21,34 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
-from jlora.kernels import hopper, meeting, trial
+from jlora.kernels import hopper, meeting, tpu, trial
 from jlora.kernels.operation import mapped, operation, total
 
-_plainly: contextvars.ContextVar[bool] = contextvars.ContextVar("plainly", default=False)
+_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("asked", default=None)
 
 
 @contextlib.contextmanager
 def plain_products() -> Iterator[None]:
     """What is traced inside uses no kernels of jlora's own, as on devices that have none."""
-    token = _plainly.set(True)
+    token = _asked.set("none")
     try:
         yield
     finally:
-        _plainly.reset(token)
+        _asked.reset(token)
+
+
+@contextlib.contextmanager
+def tpu_products() -> Iterator[None]:
+    """What is traced inside uses the product for TPUs, when it runs on one chip of them.
+
+    It has to be asked for: it is compiled ahead of time for TPUs, and run in JAX's interpreter, but
+    nobody has timed it on one. In a program for several chips it would not be split over them.
+    """
+    token = _asked.set("tpu")
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def fits(x: Any, w: Any, rank: int, *, turned: bool) -> bool:
@@ -46,11 +60,14 @@ def fits(x: Any, w: Any, rank: int, *, turned: bool) -> bool:
         rank: Of the update.
         turned: Whether W's contracted axis is its last.
     """
-    if _plainly.get() or x.dtype != w.dtype:
+    asked = _asked.get()
+    if asked == "none" or x.dtype != w.dtype:
         return False
     rows, k = math.prod(x.shape[:-1]), x.shape[-1]
     n = w.shape[0] if turned else w.shape[1]
     both = (k, n), (n, k)  # The gradient's product is the transposed one.
+    if asked == "tpu":
+        return all(tpu.fits(rows, *one, rank, x.dtype) for one in both)
     return all(hopper.fits(rows, *one, rank, x.dtype) for one in both) and trial.passed()
 
 
@@ -90,7 +107,12 @@ def _paired_by_hopper(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[A
     return [out.reshape(*x.shape[:-1], -1)]
 
 
-_paired = operation("paired_product", _paired_plainly, _paired_by_hopper)
+def _paired_by_tpu(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[Any]:
+    out = tpu.product(_rows(x), w, _rows(t), b, turned=turned)
+    return [out.reshape(*x.shape[:-1], -1)]
+
+
+_paired = operation("paired_product", _paired_plainly, _paired_by_hopper, _paired_by_tpu)
 
 
 def _met_plainly(dy: Any, t: Any, b: Any) -> list[Any]:
@@ -113,7 +135,11 @@ def _adapted_by_hopper(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[
     return _paired_by_hopper(x, w, x @ a, b, turned=turned)
 
 
-_adapted = operation("adapted_product", _adapted_plainly, _adapted_by_hopper)
+def _adapted_by_tpu(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[Any]:
+    return _paired_by_tpu(x, w, x @ a, b, turned=turned)
+
+
+_adapted = operation("adapted_product", _adapted_plainly, _adapted_by_hopper, _adapted_by_tpu)
 
 
 def _derivative(primals: Sequence[Any], tangents: Sequence[Any], *, turned: bool) -> Any:

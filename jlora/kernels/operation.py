@@ -14,7 +14,9 @@ from jax.interpreters import ad, batching, mlir
 Plain = Callable[..., Sequence[Any]]
 
 
-def operation(name: str, plain: Plain, by_hopper: Plain | None = None) -> Primitive:
+def operation(
+    name: str, plain: Plain, by_hopper: Plain | None = None, by_tpu: Plain | None = None
+) -> Primitive:
     """An operation that gives what `plain` does, under every transformation of JAX.
 
     A primitive, where `jax.custom_vjp` would do for the gradient alone, goes through forward-mode
@@ -26,6 +28,7 @@ def operation(name: str, plain: Plain, by_hopper: Plain | None = None) -> Primit
         plain: From arrays, with static keyword arguments, to arrays.
         by_hopper: The same on NVIDIA GPUs that `jlora.kernels.hopper` is made for; whoever binds
             the operation has made sure that there is one.
+        by_tpu: The same on TPUs.
     """
     made = Primitive(name)
     made.multiple_results = True
@@ -56,9 +59,10 @@ def operation(name: str, plain: Plain, by_hopper: Plain | None = None) -> Primit
     ad.primitive_jvps[made] = derivative
     batching.primitive_batchers[made] = functools.partial(mapped, plain)
     mlir.register_lowering(made, mlir.lower_fun(plain, multiple_results=True))
-    if by_hopper is not None:
-        lowered = mlir.lower_fun(by_hopper, multiple_results=True)
-        mlir.register_lowering(made, lowered, platform="cuda")
+    for platform, fn in (("cuda", by_hopper), ("tpu", by_tpu)):
+        if fn is not None:
+            lowered = mlir.lower_fun(fn, multiple_results=True)
+            mlir.register_lowering(made, lowered, platform=platform)
     return made
 
 

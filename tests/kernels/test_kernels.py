@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.kernels import adapted, hopper, meeting, trial
+from jlora.kernels import adapted, hopper, meeting, tpu, trial
 
 NAMES = ("adapted_product", "paired_product", "met_cotangent")
 
@@ -127,6 +127,9 @@ def test_what_is_more_than_one_update_of_a_matrix_is_left_to_plain_products() ->
     assert "adapted_product" in one(lambda w, x: x @ w, w, x)
     plain = {
         "the weight on the left": one(lambda w, x: w.T @ x.T, w, x),
+        "the weight on the left, met as on the right": one(
+            lambda w, x: jax.lax.dot_general(w, x, (((0,), (1,)), ((), ()))), w, x
+        ),
         "a batch of matrices": one(lambda w, x: x @ w, array(0, 3, 6, 5), array(1, 3, 4, 6)),
         "a precision": one(lambda w, x: jnp.dot(x, w, precision="highest"), w, x),
         "two terms": one(lambda w, x: x @ w, w, x, jlora.LoHa(rank=2, alpha=2)),
@@ -223,6 +226,36 @@ def test_the_kernel_of_the_gradient_lowers_for_its_device(shape: tuple[int, int,
     lowered = jax.jit(meeting.meeting).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
     assert [one.shape for one in lowered.out_info] == [(m, rank), (rank, n)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(256, 512, 256, 16), (512, 256, 768, 3)])
+def test_the_product_for_tpus_is_the_plain_one(shape: tuple[int, ...], turned: bool) -> None:
+    m, k, n, rank = shape
+    x, w, t, b = (
+        array(seed, *sizes).astype(jnp.bfloat16)
+        for seed, sizes in enumerate(((m, k), (n, k) if turned else (k, n), (m, rank), (rank, n)))
+    )
+    found = tpu.product(x, w, t, b, turned=turned, interpret=True).astype(jnp.float32)
+    x, w, t, b = (np.asarray(one, np.float32) for one in (x, w, t, b))
+    wanted = x @ (w.T if turned else w) + t @ b
+    # One rounding to bfloat16.
+    np.testing.assert_allclose(found, wanted, rtol=2.0**-8, atol=2.0**-8)
+
+
+def test_the_product_for_tpus_is_used_where_it_is_asked_for() -> None:
+    lora = jlora.lora_transform(lambda w, x: x @ w, jlora.LoRA(rank=2, alpha=2))
+    w, x = (array(seed, 256, 256).astype(jnp.bfloat16) for seed in range(2))
+    adapter = lora.init(jax.random.key(0), w, x)
+
+    def text() -> str:
+        return program(lambda a: lora.apply(w, a, x), adapter)
+
+    assert "adapted_product" not in text()
+    with adapted.tpu_products():
+        assert "adapted_product" in text()
+        small = lora.apply(w, adapter, x[:8])  # Sizes that its tiles do not divide.
+    np.testing.assert_array_equal(small, lora.apply(w, adapter, x[:8]))
 
 
 @pytest.fixture

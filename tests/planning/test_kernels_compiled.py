@@ -1,0 +1,51 @@
+"""The product for TPUs, compiled ahead of time for one chip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jlora
+from jlora.kernels import adapted
+from jlora.planning import topology
+
+ROWS, WIDTH, INNER = 1024, 512, 2048
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    chip = topology.devices_of("v5e:2x2").devices[0]
+    where = jax.sharding.SingleDeviceSharding(chip)
+
+    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+    params = {"in": shape(WIDTH, INNER), "out": shape(INNER, WIDTH)}
+    x = shape(ROWS, WIDTH)
+    lora = jlora.lora_transform(model, jlora.LoRA(rank=16, alpha=16))
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+    adapter = jax.tree.map(lambda leaf: shape(*leaf.shape, dtype=leaf.dtype), adapter)
+
+    def loss(adapter: Any, params: Any, x: jax.Array) -> jax.Array:
+        return lora.apply(params, adapter, x).astype(jnp.float32).sum()
+
+    found = {}
+    for name, context in (("tpu", adapted.tpu_products), ("plain", adapted.plain_products)):
+        with context():
+            # A function of its own, since JAX keeps what it has traced before.
+            gradient = jax.grad(lambda a, p, x: loss(a, p, x), argnums=(0, 2))
+            found[name] = jax.jit(gradient).lower(adapter, params, x).compile().as_text()
+    return found
+
+
+def test_law_both_products_and_their_gradients_are_the_kernel(texts: dict[str, str]) -> None:
+    # Forward the first alone: the second's result is summed, and nothing needs it.
+    assert texts["tpu"].count('custom_call_target="tpu_custom_call"') == 3
+    assert "tpu_custom_call" not in texts["plain"]
