@@ -310,8 +310,8 @@ def test_dora_unpacks_one_weight_of_a_stack_at_a_time(stacked: bool, through_nor
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         # Sums of 64 products in float32, made in another order.
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
-    kept = {array.shape for array in kept_by(lambda p, a: lora.apply(p, a, x), packed, adapter)}
-    assert not kept & {(*layers, 64, 48), (64, 48)}
+    kept = kept_by(lambda p, a: lora.apply(p, a, x), packed, adapter)
+    assert max(array.size for array in kept) < 64 * 48
     if stacked:
         text = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(packed, adapter))
         assert "f32[5,64,48]" not in text

@@ -280,3 +280,15 @@ def test_law_a_weight_that_is_split_has_the_same_codes_and_scales(split: Any) ->
     jax.tree.map(np.testing.assert_array_equal, one, many)
     plain = quantized(weight, jlora.NF4(double_quantization=False)).scales
     np.testing.assert_allclose(one.scales.mean[0, 0], plain.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_law_a_transposed_weight_is_the_transpose_of_what_it_stands_for(
+    axis: int, order: tuple[int, ...]
+) -> None:
+    weight = jax.random.normal(jax.random.key(0), (4, 6, 10))
+    packed = jlora.quantize({"w": weight}, {"w": jlora.Int4(block_size=2, axis=axis)})["w"]
+    turned = packed.transpose(order)
+    assert turned.shape == tuple(weight.shape[axis] for axis in order)
+    np.testing.assert_array_equal(turned.dense(), packed.dense().transpose(order))
