@@ -118,7 +118,8 @@ def arithmetic(of: Plan) -> float:
         passes += numbers - math.prod(matrices["down"])
     # x A and its product with B forward and twice backward, and forward again.
     lora = 4 * RANK * sum(sum(shape) for shape in matrices.values())
-    head = 3 * of.size["hidden_size"] * of.size["vocab_size"]  # Its logits are computed twice.
+    # A frozen head's logits, and what they do to the hidden states.
+    head = 2 * of.size["hidden_size"] * of.size["vocab_size"]
     # Half of all pairs: two products forward, again those in the backward pass, and seven there.
     attention = (2 + 2 + 7) * of.length / 2 * of.size["num_heads"] * of.size["head_dim"]
     return 2.0 * tokens * (layers * (passes + lora + attention) + head)
