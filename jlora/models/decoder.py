@@ -367,6 +367,15 @@ class Decoder(nn.Module):
     dtype: Any = None
     implementation: attending.Implementation | None = None
 
+    @property
+    def stackable(self) -> bool:
+        """Whether the weights of all layers can be stacked."""
+        return len(set(self._sparse)) == 1
+
+    @property
+    def _sparse(self) -> list[bool]:
+        return [number in self.config.sparse_layers for number in range(len(self.config.layers))]
+
     def setup(self) -> None:
         c = self.config
         block: Any = Block
@@ -381,10 +390,10 @@ class Decoder(nn.Module):
                 prevent_cse=not self.scanned,
                 static_argnums=static,
             )
-        sparse = [number in c.sparse_layers for number in range(len(c.layers))]
+        sparse = self._sparse
         rest = {"dtype": self.dtype, "implementation": self.implementation}
         if self.scanned:
-            if len(set(sparse)) > 1:
+            if not self.stackable:
                 raise ValueError(
                     "scanned=True stacks the weights of all layers, and some of these are mixtures "
                     "of experts while others are not. Use scanned=False."

@@ -138,7 +138,7 @@ def _write_head(
 
 def _export(recipe: Recipe, setup: Setup, adapter: PyTree, labels: Sequence[str] | None) -> None:
     asked, output = recipe.export, Path(recipe.output)
-    options = layout_of(recipe, setup.model)
+    options = layout_of(setup.model)
     rules = None if asked.merged_base == "original" else schemes_of(recipe)
     # The codes that were trained on are those of the weights in the run's type.
     of_run = {} if rules is None else {"dtype": recipe.model.dtype, "quantize": rules}

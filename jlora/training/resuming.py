@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,31 @@ _BOUND = ("seed", "lora", "more", "frozen", "optimizer", "preference", "classifi
 _VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
 
-def dated(recipe: Recipe, kept: Path, resume: bool) -> Recipe:
-    """The recipe with the day that chat templates show: of a resumed run that on which it began.
+def settled(recipe: Recipe, kept: Path, resume: bool, devices: Sequence[Any]) -> Recipe:
+    """The recipe with what it leaves to the day and to the devices; a resumed run has both from
+    when it began.
+
+    Chat templates show the day. Layers lie apart on a single GPU, where a scan copies every layer's
+    weights out of their stack, and what they keep for the gradient into one.
 
     Args:
-        recipe: Which may leave it open.
+        recipe: Which may leave them open.
         kept: The recipe that the run wrote when it began.
         resume: Whether it did.
+        devices: What it runs on.
     """
-    if recipe.data.date is not None:
-        return recipe
-    date = None
+    began: Any = {"data": {}, "model": {}}
     if resume and kept.is_file():
-        date = yaml.safe_load(kept.read_text(encoding="utf-8"))["data"].get("date")
-    data = recipe.data.model_copy(update={"date": date or datetime.date.today().isoformat()})
-    return recipe.model_copy(update={"data": data})
+        began = yaml.safe_load(kept.read_text(encoding="utf-8"))
+    data, model = recipe.data, recipe.model
+    if data.date is None:
+        date = began["data"].get("date") or datetime.date.today().isoformat()
+        data = data.model_copy(update={"date": date})
+    if model.scanned is None:
+        one_gpu = [device.platform for device in devices] == ["gpu"]
+        scanned = began["model"].get("scanned") if resume else False if one_gpu else None
+        model = model.model_copy(update={"scanned": scanned})
+    return recipe.model_copy(update={"data": data, "model": model})
 
 
 def facts_of(recipe: Recipe, setup: Setup, data: Datasets) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from jlora.training.processes import connect
 from jlora.training.reading import Datasets, read
 from jlora.training.recipe.sections import Recipe
 from jlora.training.records import METRICS, Recorder, plain, read_lines, recorders_of
-from jlora.training.resuming import dated, facts_of, resumed
+from jlora.training.resuming import facts_of, resumed, settled
 from jlora.training.saving import Saver, check_writable
 from jlora.training.setup import Setup, model_of, set_up
 from jlora.training.step import State
@@ -87,8 +87,9 @@ def train(
     connect(recipe.distributed)
     say = Talk(quiet or jax.process_index() > 0)
     output = _output(recipe, resume)
-    recipe = dated(recipe, output / RECIPE, resume)
-    data, setup, steps = _made(recipe, _mesh(recipe, devices), say)
+    mesh = _mesh(recipe, devices)
+    recipe = settled(recipe, output / RECIPE, resume, list(mesh.devices.flat))
+    data, setup, steps = _made(recipe, mesh, say)
     ending.check(recipe, setup)
     prompts = ending.prompts_of(recipe, setup, data.tokenizer)
     saver = Saver(output / CHECKPOINTS, keep_last=recipe.training.keep_last)

@@ -150,9 +150,8 @@ def model_of(recipe: Recipe, folder: Path) -> Any:
     asked = recipe.model
     model = models.model_of(folder)
     if isinstance(model, models.Decoder):
-        model = model.clone(
-            scanned=asked.scanned, remat=asked.remat, implementation=asked.attention
-        )
+        scanned = model.stackable if asked.scanned is None else asked.scanned
+        model = model.clone(scanned=scanned, remat=asked.remat, implementation=asked.attention)
     return model if asked.compute_dtype is None else model.clone(dtype=asked.compute_dtype)
 
 
@@ -197,13 +196,13 @@ def _base(
     where = lambda path, shape: meshes.place(mesh, path, specs[path], shape.shape)  # noqa: E731
     if abstract:
         return models.shapes(model, dtype or "bfloat16", sharding=where, quantize=schemes)
-    options = layout_of(recipe, model)
+    options = layout_of(model)
     return models.load(folder, dtype=dtype, sharding=where, quantize=schemes, **options).params
 
 
-def layout_of(recipe: Recipe, model: Any) -> dict[str, Any]:
-    """The options of `models.load` that say how the recipe has layers lie."""
-    return {"scanned": recipe.model.scanned} if isinstance(model, models.Decoder) else {}
+def layout_of(model: Any) -> dict[str, Any]:
+    """The options of `models.load` that say how a model's layers lie."""
+    return {"scanned": model.scanned} if isinstance(model, models.Decoder) else {}
 
 
 def _adapter(

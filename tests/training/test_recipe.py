@@ -20,6 +20,7 @@ from jlora.training.recipe.families import RULES
 from jlora.training.recipe.reading import overridden
 from jlora.training.recipe.section import Section
 from jlora.training.recipe.sections import Recipe
+from jlora.training.setup import model_of
 
 RECIPES = pathlib.Path(__file__).parents[2] / "examples" / "recipes"
 LEAST: dict[str, Any] = {
@@ -456,3 +457,12 @@ def test_a_recipe_is_written_as_it_is_read() -> None:
     made = recipe.checked(with_(lora=lora, more=[{"family": "BitFit", "targets": "bias$"}]))
     assert recipe.checked(made.model_dump(mode="json")) == made
     assert set(RULES) == {config.__name__ for config in CONFIGS}
+
+
+@pytest.mark.parametrize(("name", "stacked"), [("llama", True), ("qwen3_moe_some", False)])
+def test_layers_are_stacked_where_they_are_alike(name: str, stacked: bool) -> None:
+    folder = pathlib.Path(__file__).parent.parent / "models/data/decoders" / name
+    open_ended = recipe.checked(with_(model={"path": str(folder)}))
+    assert open_ended.model.scanned is None
+    model = model_of(open_ended, folder)
+    assert (model.scanned, model.stackable) == (stacked, stacked)

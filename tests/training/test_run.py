@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 from training.conftest import ANIMALS, DATA, Make
 
 import jlora
@@ -115,7 +117,8 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
         assert text in page
     assert list((folder / "tensorboard").iterdir())
     kept = recipe.load(folder / "recipe.yaml")
-    assert kept == resuming.dated(recipe.checked(raw), folder / "recipe.yaml", resume=True)
+    path = folder / "recipe.yaml"
+    assert kept == resuming.settled(recipe.checked(raw), path, True, jax.devices())
 
 
 def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
@@ -341,9 +344,36 @@ def test_a_date_is_kept(recipe_of: Make) -> None:
     assert made.data.date is not None
     path.write_text(path.read_text().replace(made.data.date, "2001-02-03"))
     open_ended = recipe.checked(raw)
-    assert resuming.dated(open_ended, path, True).data.date == "2001-02-03"
-    assert resuming.dated(open_ended, path, False).data.date == made.data.date
-    assert resuming.dated(made, path, True).data.date == made.data.date
+
+    def date(of: Any, resume: bool) -> str | None:
+        return resuming.settled(of, path, resume, jax.devices()).data.date
+
+    assert date(open_ended, True) == "2001-02-03"
+    assert date(open_ended, False) == made.data.date
+    assert date(made, True) == made.data.date
+
+
+def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
+    recipe_of: Make, tmp_path: pathlib.Path
+) -> None:
+    raw = recipe_of()
+    raw["model"].pop("scanned", None)
+    gpu = types.SimpleNamespace(platform="gpu")
+    kept = tmp_path / "kept.yaml"
+
+    def scanned(devices: Any, *, resume: bool = False, **model: Any) -> bool | None:
+        of = recipe.checked({**raw, "model": {**raw["model"], **model}})
+        return resuming.settled(of, kept, resume, devices).model.scanned
+
+    assert scanned([gpu]) is False
+    assert scanned([gpu, gpu]) is None
+    assert scanned(jax.devices()[:1]) is None
+    assert scanned([gpu], scanned=True) is True
+    # A run goes on as it began, wherever it does: its adapter has the layers' own paths.
+    for began in (None, False):
+        kept.write_text(yaml.safe_dump({"data": {}, "model": {"scanned": began}}))
+        assert scanned([gpu], resume=True) is began
+        assert scanned(jax.devices()[:1], resume=True) is began
 
 
 @pytest.mark.slow

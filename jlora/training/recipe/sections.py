@@ -41,7 +41,8 @@ class Model(Section):
         dtype: Of the frozen weights; that of the files when null.
         compute_dtype: Of the computation; that of the weights when null.
         scanned: Whether a decoder's layers are one program over stacked weights, which compiles in
-            the time of one layer. Models whose layers differ in kind take false.
+            the time of one layer. When null they are, but where layers differ in kind and on a
+            single GPU, where a step is faster with layers apart.
         remat: What a decoder's backward pass computes again instead of keeping it: nothing, all but
             the projections, or everything in a layer.
         attention: xla, cudnn or splash; the best for the device when null.
@@ -51,7 +52,7 @@ class Model(Section):
     revision: Text | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    scanned: bool = True
+    scanned: bool | None = None
     remat: Literal["nothing", "projections", "everything"] = "nothing"
     attention: Literal["xla", "cudnn", "splash"] | None = None
 
