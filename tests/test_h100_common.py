@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.h100 import common
+from benchmarks.h100 import common, table
 
 # One projection after the other: rank times inputs and outputs, for two layers.
 TINY = 2 * 16 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 160) + (160 + 64))
@@ -94,10 +95,37 @@ def test_the_command_names_no_folder_of_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     output = tmp_path / "row.json"
-    monkeypatch.setattr(sys, "argv", ["peer", "--tiny", "--output", str(output)])
+    words = ["peer", "--tiny", "--output", str(output), "--trace", str(tmp_path / "kernels.json")]
+    monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setenv("XLA_FLAGS", "--some")
-    said = common.command("benchmarks.h100.peer", output)
-    assert said == "XLA_FLAGS='--some' python -m benchmarks.h100.peer --tiny --output row.json"
+    assert common.command("benchmarks.h100.peer") == (
+        "XLA_FLAGS='--some' python -m benchmarks.h100.peer --tiny --output row.json "
+        "--trace kernels.json"
+    )
+
+
+def test_a_table_has_a_row_for_each_measurement_and_its_share_of_the_floor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    for name, ms in (("slow", 8.0), ("floor", 4.0)):
+        row = dataclasses.replace(a_row(), method=name, step_ms=ms, peak_gib=1.5)
+        common.write(row, tmp_path / f"{name}.json")
+    longer = dataclasses.replace(a_row(), length=64, planned_gib=2.25)
+    common.write(longer, tmp_path / "longer.json")
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert table.tables() == {
+        ("tiny", 2, 32): [
+            "| method | ms / step | / floor | tokens/s | peak GiB |",
+            "|---|---|---|---|---|",
+            "| floor | 4.0 | 1.00 | 16,000 | 1.5 |",
+            "| slow | 8.0 | 2.00 | 16,000 | 1.5 |",
+        ],
+        ("tiny", 2, 64): [
+            "| method | ms / step | / floor | tokens/s | peak GiB |",
+            "|---|---|---|---|---|",
+            "| none | 4.0 |  | 16,000 | 2.2 |",
+        ],
+    }
 
 
 def test_the_shared_part_loads_no_library_that_is_measured() -> None:

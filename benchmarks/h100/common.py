@@ -207,7 +207,7 @@ def row(
         tokens_per_s=round(1e3 * fields["batch"] * fields["length"] / timing.step_ms),
         device=device_name(),
         versions=versions(*libraries),
-        command=command(script, options.output),
+        command=command(script),
         **fields,
     )
 
@@ -261,9 +261,9 @@ def device_name() -> str:
     return platform.machine()
 
 
-def command(script: str, output: pathlib.Path | None) -> str:
-    """How a module was run, XLA's flags included; of where it wrote, the file's name only."""
-    words = [output.name if output and word == str(output) else word for word in sys.argv[1:]]
+def command(script: str) -> str:
+    """How a module was run, XLA's flags included; of files, the names only."""
+    words = [pathlib.Path(word).name if "/" in word else word for word in sys.argv[1:]]
     flags = os.environ.get("XLA_FLAGS")
     return " ".join([*([f"XLA_FLAGS='{flags}'"] if flags else []), "python -m", script, *words])
 

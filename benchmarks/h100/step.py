@@ -87,7 +87,8 @@ def training_step(
 
     The step takes `(trained, moments, params, tokens)` and returns `(loss, trained, moments)`.
     """
-    optimizer = optax.adam(common.LEARNING_RATE)
+    # The floor's steps have to be seen in a norm's scale, which is one in bfloat16.
+    optimizer = optax.adam(common.LEARNING_RATE if method == "lora" else 1e-2)
 
     def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
