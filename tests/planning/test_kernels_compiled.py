@@ -12,6 +12,8 @@ import jlora
 from jlora.kernels import adapted
 from jlora.planning import topology
 
+pytest.importorskip("libtpu")
+
 ROWS, WIDTH, INNER = 1024, 512, 2048
 
 
