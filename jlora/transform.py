@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,25 +14,20 @@ from jlora import tree
 from jlora.adapters.protocol import (
     AdapterConfig,
     AdapterLeaf,
-    Kind,
-    Weight,
     expression_of,
     leaves_of,
     places,
     trained_size,
 )
+from jlora.assigning import Adapter, Rules, abstract_adapter, plan_of
 from jlora.explanation import Explanation, Row
-from jlora.factored import balance, bases, control, probe, releases
+from jlora.factored import balance, control, probe
 from jlora.factored.interpreter import evaluate
 from jlora.factored.network import Factored, build, watching_sums
 from jlora.packed import dense, is_packed
+from jlora.tracing import Traced, trace
 
 PyTree = Any
-Adapter = dict[str, Any]
-"""One leaf for each adapted weight, keyed by the weight's `/`-joined path; and what several weights
-share, under its name."""
-
-Rules = AdapterConfig | Mapping[str, AdapterConfig | None]
 
 
 class InitFn(Protocol):
@@ -131,8 +126,8 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
                 "lora_transform was given no rules, so init does not know what to adapt. Give it a "
                 "config, or patterns with configs."
             )
-        traced = _trace(fn, params, inputs, kwargs)
-        plan = _plan(rules, traced)
+        traced = trace(fn, params, inputs, kwargs)
+        plan = plan_of(rules, traced)
         for problem in plan.problems:
             raise problem
         adapter: Adapter = {
@@ -154,7 +149,7 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
         if dropout_key is not None:
             _check_key("dropout_key", dropout_key)
         where = places(tree.flatten(params), adapter)  # Before fn could fail on wrong params.
-        traced = _trace(fn, params, inputs, kwargs)
+        traced = trace(fn, params, inputs, kwargs)
         return traced.restore(_evaluate(traced, where, adapter, dropout_key))
 
     def apply_with_balance(
@@ -170,7 +165,7 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
         return outputs, balance.total(losses)
 
     def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:
-        return _explain(rules or {}, _trace(fn, params, inputs, kwargs))
+        return _explain(rules or {}, trace(fn, params, inputs, kwargs))
 
     return LoraTransform(init, apply, apply_with_balance, merge, explain)
 
@@ -215,7 +210,7 @@ def unpacked(flat: tree.Flat, dequantize: bool) -> list[Any]:
 
 
 def _evaluate(
-    traced: _Traced, where: Mapping[str, int], adapter: Adapter, key: jax.Array | None
+    traced: Traced, where: Mapping[str, int], adapter: Adapter, key: jax.Array | None
 ) -> list[Any]:
     """The outputs of the traced program with adapted weights in it."""
     values: list[Any] = list(traced.arrays)
@@ -256,201 +251,11 @@ def _key_for(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-# --- tracing -------------------------------------------------------------------------------------
+# --- explaining ----------------------------------------------------------------------------------
 
 
-class _Traced(NamedTuple):
-    """A call of the wrapped function as a program of arrays."""
-
-    program: releases.Program
-    flat: tree.Flat  # The parameters.
-    param_index: dict[int, int]  # From a leaf of the parameters to the program's input.
-    arrays: list[Any]
-    restore: Callable[[Sequence[Any]], Any]  # From the program's outputs to the call's.
-
-
-def _trace(
-    fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Traced:
-    flat = tree.flatten(params)
-    rest, rest_tree = jax.tree.flatten((inputs, kwargs))
-    leaves = [*flat.leaves, *rest]
-    indices = [i for i, leaf in enumerate(leaves) if tree.is_array(leaf)]
-    outputs: dict[str, Any] = {}
-
-    def call(*arrays: Any) -> list[Any]:
-        filled = list(leaves)
-        for index, array in zip(indices, arrays, strict=True):
-            filled[index] = array
-        count = len(flat.leaves)
-        own_params = jax.tree.unflatten(flat.treedef, filled[:count])
-        own_inputs, own_kwargs = jax.tree.unflatten(rest_tree, filled[count:])
-        results, outputs["tree"] = jax.tree.flatten(fn(own_params, *own_inputs, **own_kwargs))
-        outputs["static"] = [None if tree.is_array(result) else result for result in results]
-        outputs["is_array"] = [tree.is_array(result) for result in results]
-        return [result for result in results if tree.is_array(result)]
-
-    arrays = [leaves[index] for index in indices]
-    program = releases.trace(call, *map(bases.like, arrays))
-
-    def restore(computed: Sequence[Any]) -> Any:
-        following = iter(computed)
-        results = [
-            next(following) if array else static
-            for array, static in zip(outputs["is_array"], outputs["static"], strict=True)
-        ]
-        return jax.tree.unflatten(outputs["tree"], results)
-
-    param_index = {place: i for i, place in enumerate(indices) if place < len(flat.leaves)}
-    return _Traced(program, flat, param_index, arrays, restore)
-
-
-# --- planning ------------------------------------------------------------------------------------
-
-
-class _Plan(NamedTuple):
-    """Which weights a rule adapts, and what is wrong with the rules."""
-
-    adapted: list[tuple[Weight, AdapterConfig]]
-    shared: dict[str, tuple[AdapterConfig, list[Weight]]]
-    uses: dict[str, list[probe.Use]]
-    axes: dict[str, probe.Axes | None]
-    problems: list[Exception]
-
-
-def _plan(rules: Rules, traced: _Traced) -> _Plan:
-    flat = traced.flat
-    leaves = {flat.paths[place]: flat.leaves[place] for place in traced.param_index}
-    weights = {
-        index: (flat.paths[place], tuple(flat.leaves[place].shape))
-        for place, index in traced.param_index.items()
-    }
-    uses = probe.uses(traced.program, weights)
-    axes = {path: probe.axes_of(uses[path], len(leaf.shape)) for path, leaf in leaves.items()}
-    plan = _Plan([], {}, uses, axes, [])
-
-    def weight_at(path: str) -> Weight:
-        return _weight(path, leaves[path], uses[path])
-
-    def adapt(weight: Weight, config: AdapterConfig) -> None:
-        plan.adapted.append((weight, config))
-        if config.share is not None:
-            sharing, weights = plan.shared.setdefault(config.share, (config, []))
-            weights.append(weight)
-            if sharing != config or config.share in leaves:
-                other = "a weight of that path" if sharing == config else repr(sharing)
-                plan.problems.append(
-                    ValueError(
-                        f"{config!r} shares arrays under the name {config.share!r}, which {other} "
-                        f"has too. Give it another name with share=..."
-                    )
-                )
-
-    if not isinstance(rules, Mapping):
-        refused: list[str] = []
-        for path in leaves:
-            weight = weight_at(path)
-            if not rules.selects(weight):
-                continue
-            refusal = _refusal(weight, rules)
-            if refusal is None:
-                adapt(weight, rules)
-            else:
-                refused.append(f"{path!r} cannot be: {refusal}.")
-        if not plan.adapted:
-            wanted = _WANTED.get(rules.kinds, "feeds a matrix product or convolution")
-            why = refused[0] if refused else f"None of the {len(leaves)} weights {wanted}."
-            plan.problems.append(
-                ValueError(
-                    f"rules={rules!r} adapts nothing. {why} lora.explain(params, ...) lists how "
-                    f"each weight is used; a mapping can name an embedding."
-                )
-            )
-        return plan
-    assigned = tree.assign(rules, list(leaves))
-    plan.problems.extend(ValueError(problem) for problem in assigned.problems)
-    for path in leaves:
-        pattern, config = assigned.rules.get(path, ("", None))
-        if config is None:
-            continue
-        weight = weight_at(path)
-        refusal = _refusal(weight, config)
-        if refusal is None:
-            adapt(weight, config)
-        else:
-            kind = TypeError if not _is_float(weight) else ValueError
-            plan.problems.append(
-                kind(
-                    f"The rule {pattern!r} matches {path!r}, which cannot be adapted by "
-                    f"{type(config).__name__}: {refusal}. Narrow the pattern, or put "
-                    f"{_narrow(path)!r}: None before it."
-                )
-            )
-    return plan
-
-
-def _weight(path: str, value: Any, uses: Sequence[probe.Use]) -> Weight:
-    """A weight, as what uses it tells."""
-    known = [use for use in uses if use.roles is not None]
-    by = tuple(dict.fromkeys(use.by for use in uses))
-    return Weight(
-        path=path,
-        value=value,
-        axes=probe.axes_of(uses, len(value.shape)) or probe.Axes((), (), ()),
-        kind=_kind(known, by),
-        multiplies=any(use.meets_data for use in known),
-        uses=by,
-        window=probe.window_of(uses),
-        dense=tuple(dict.fromkeys(use.dense for use in uses if use.dense)),
-    )
-
-
-def weights_of(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> dict[str, Weight]:
-    """Every array of `params` by its path, with how `fn(params, *inputs)` uses it."""
-    traced = _trace(fn, params, inputs, {})
-    flat = traced.flat
-    places = {index: place for place, index in traced.param_index.items()}
-    shapes = {
-        index: (flat.paths[place], tuple(flat.leaves[place].shape))
-        for index, place in places.items()
-    }
-    uses = probe.uses(traced.program, shapes)
-    return {
-        flat.paths[place]: _weight(flat.paths[place], flat.leaves[place], uses[flat.paths[place]])
-        for place in places.values()
-    }
-
-
-_WANTED = {frozenset({"bias"}): "is a bias"}
-
-
-def _kind(known: Sequence[probe.Use], by: Sequence[str]) -> Kind:
-    """What a weight is, by its uses in products and look-ups and by the names of all its uses."""
-    if not known:
-        return "bias" if by and set(by) <= {"add", "sub", "add_any"} else "other"
-    if any(use.by == "gather" and probe.is_lookup(use, known) for use in known):
-        return "embedding"
-    convolved = any(use.by == "conv_general_dilated" for use in known)
-    return "convolution" if convolved else "linear"
-
-
-def _is_float(weight: Weight) -> bool:
-    return jnp.issubdtype(weight.value.dtype, jnp.floating)
-
-
-def _refusal(weight: Weight, config: AdapterConfig) -> str | None:
-    if not _is_float(weight):
-        return f"its type is {weight.value.dtype}, which has no gradient"
-    return config.refusal(weight)
-
-
-def _narrow(path: str) -> str:
-    """The shortest pattern that names leaves like this one: its last key."""
-    return path.rsplit("/", 1)[-1] + "$"
-
-
-def _explain(rules: Rules, traced: _Traced) -> Explanation:
-    plan = _plan(rules, traced)
+def _explain(rules: Rules, traced: Traced) -> Explanation:
+    plan = plan_of(rules, traced)
     configs = {weight.path: config for weight, config in plan.adapted}
     # What happens to a weight can depend on which others are adapted: of a product of two weights
     # only one can stay factored.
@@ -460,7 +265,7 @@ def _explain(rules: Rules, traced: _Traced) -> Explanation:
         if traced.flat.paths[place] in configs
     }
     uses = plan.uses | probe.uses(traced.program, weights)
-    adapter = _abstract_adapter(plan)
+    adapter = abstract_adapter(plan)
     try:
         summed = _summed(traced, adapter)
     except ValueError as error:  # A mixture where no input is known.
@@ -503,22 +308,7 @@ def _named(config: AdapterConfig, leaf: AdapterLeaf) -> str:
     return name + (", full-size" if leaf.weight_sized and not leaf.whole else "")
 
 
-def _abstract_adapter(plan: _Plan) -> Adapter:
-    """The adapter that init would make, as shapes."""
-
-    def make(values: dict[str, Any]) -> Adapter:
-        key = jax.random.key(0)
-        placed = lambda weight: weight._replace(value=values[weight.path])  # noqa: E731
-        made: Adapter = {w.path: config.leaf(key, placed(w)) for w, config in plan.adapted}
-        for name, (config, weights) in plan.shared.items():
-            made[name] = config.shared(key, [placed(weight) for weight in weights])
-        return made
-
-    values = {weight.path: weight.value for weight, _ in plan.adapted}
-    return jax.eval_shape(make, values)
-
-
-def _summed(traced: _Traced, adapter: Adapter) -> set[str]:
+def _summed(traced: Traced, adapter: Adapter) -> set[str]:
     """The paths of weights whose dense sum `apply` forms."""
     places_of = {path: place for place, path in enumerate(traced.flat.paths)}
     where = {path: places_of[path] for path in leaves_of(adapter)}

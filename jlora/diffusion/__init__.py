@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from jlora.assigning import weights_of
 from jlora.checkpoints.pieces import Weight as Stored
 from jlora.diffusion import reading, writing
 from jlora.diffusion.writing import Part as Part
-from jlora.transform import weights_of
 
 PyTree = Any
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.adapters.protocol import check_adapter
+from jlora.assigning import weights_of
 from jlora.checkpoints.pieces import Weight as Stored
 from jlora.checkpoints.tensors import listed, write_new_file
 from jlora.diffusion.names import KOHYA, by_flat_name, flat
 from jlora.diffusion.reading import METADATA, adaptable, unfit
 from jlora.peft.writing import Module, taken_apart
-from jlora.transform import weights_of
 
 PyTree = Any
 _DOWN, _UP = "lora_A.weight", "lora_B.weight"

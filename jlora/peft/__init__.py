@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from jlora.assigning import weights_of
 from jlora.checkpoints.pieces import Weight as Stored
 from jlora.models import folders
 from jlora.peft import reading, vllm, writing
 from jlora.peft.reading import LoadedAdapter as LoadedAdapter
-from jlora.transform import weights_of
 
 PyTree = Any
 

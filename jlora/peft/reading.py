@@ -17,6 +17,7 @@ from jlora import tree
 from jlora.adapters.full import BitFit, Full
 from jlora.adapters.protocol import AdapterConfig, SharedArrays, Weight
 from jlora.adapters.token_rows import TokenRows
+from jlora.assigning import weights_of
 from jlora.checkpoints.pieces import Weight as Stored
 from jlora.checkpoints.tensors import listed, open_file, read_finite
 from jlora.peft import config as configs
@@ -24,7 +25,6 @@ from jlora.peft.formats import Fields, Format
 from jlora.peft.layouts import Facts, to_leaf
 from jlora.peft.leaves import Part, fresh, leaf_of
 from jlora.peft.sites import Site, sites_of
-from jlora.transform import weights_of
 
 PyTree = Any
 PREFIX = "base_model.model."
