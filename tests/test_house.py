@@ -82,7 +82,7 @@ ALLOWED = {
         "conversion",
     },
 }
-ALLOWED["planning"] = ALLOWED["training"] | {"training"}
+ALLOWED["planning"] = ALLOWED["training"] | {"training", "kernels"}
 
 
 def imports(file: pathlib.Path) -> set[str]:

@@ -122,6 +122,7 @@ def _asks_more(eqn: Any, x: Any, factored: Factored) -> bool:
         or eqn.params["precision"] is not None
         or eqn.outvars[0].aval.dtype != x.dtype
         or bool(releases.varying(x))
+        or releases.explicitly_split(x)
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+from jax.sharding import AxisType
 
 
 class Program(NamedTuple):
@@ -48,6 +49,12 @@ def varying(array: Any) -> tuple[str, ...]:
     """The mesh axes over which shards of an array may differ, inside a shard_map that tracks it."""
     kind = getattr(jax.typeof(array), "manual_axis_type", None)
     return tuple(getattr(kind, "varying", ()))
+
+
+def explicitly_split(array: Any) -> bool:
+    """Whether an array's type says how it lies on a mesh (explicit axes)."""
+    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    return any(kind == AxisType.Explicit for kind in getattr(mesh, "axis_types", ()))
 
 
 def is_literal(atom: Any) -> bool:

@@ -47,7 +47,8 @@ def fits(rows: int, contracted: int, columns: int, rank: int, dtype: Any) -> boo
     """Whether a product of these sizes is one that `product` makes."""
     tiles = Tiles()
     whole = not (rows % (2 * tiles.m) or columns % tiles.n or contracted % tiles.k)
-    return dtype == jnp.bfloat16 and whole and 0 < rank <= mosaic.MAX_RANK
+    some = min(rows, contracted, columns, rank) > 0
+    return dtype == jnp.bfloat16 and whole and some and rank <= mosaic.MAX_RANK
 
 
 def product(

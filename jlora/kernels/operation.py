@@ -37,6 +37,11 @@ def operation(
     def run(args: Sequence[Any], facts: tuple[tuple[str, Any], ...]) -> Any:
         return made.bind(*args, **dict(facts))
 
+    def alone(*args: Any, **facts: Any) -> Any:
+        if jax.config.jax_disable_jit:  # Who looks at every step sees the plain ones.
+            return plain(*args, **facts)
+        return run(args, tuple(sorted(facts.items())))
+
     def shapes(*avals: Any, **facts: Any) -> Sequence[Any]:
         # Traced, so that whatever JAX tells of an array (where it lies, say) is right.
         return jax.make_jaxpr(functools.partial(plain, **facts))(*avals).out_avals
@@ -54,7 +59,7 @@ def operation(
         _, out = jax.jvp(of_moving, [primals[n] for n in moving], [given[n] for n in moving])
         return made.bind(*primals, **facts), out
 
-    made.def_impl(lambda *args, **facts: run(args, tuple(sorted(facts.items()))))
+    made.def_impl(alone)
     made.def_abstract_eval(shapes)
     ad.primitive_jvps[made] = derivative
     batching.primitive_batchers[made] = functools.partial(mapped, plain)

@@ -18,7 +18,8 @@ _STEP = 512  # Of the sum.
 def fits(rows: int, contracted: int, columns: int, rank: int, dtype: Any) -> bool:
     """Whether a product of these sizes is one that `product` makes."""
     whole = not (rows % 256 or columns % 256 or contracted % 256)
-    return dtype == jnp.bfloat16 and whole and 0 < rank <= 128
+    some = min(rows, contracted, columns, rank) > 0
+    return dtype == jnp.bfloat16 and whole and some and rank <= 128
 
 
 def product(

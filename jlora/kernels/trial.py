@@ -65,7 +65,9 @@ def _called(fn: Callable[..., Any], *arrays: Any) -> Any:
     """What a function makes of arrays. It is compiled and called by hand: this may happen while
     another program is traced, of which a plain call would become a part.
     """
-    return jax.jit(fn).lower(*arrays).compile()(*arrays)
+    # Whatever the caller has set must not be taken for a fault of the kernels.
+    with jax.transfer_guard("allow"), jax.disable_jit(False):
+        return jax.jit(fn).lower(*arrays).compile()(*arrays)
 
 
 def _wide(array: Any) -> np.ndarray[Any, Any]:

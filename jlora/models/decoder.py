@@ -576,9 +576,3 @@ def _positions(segments: jax.Array | None, shape: Sequence[int]) -> jax.Array:
         return slots
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return slots - lax.cummax(jnp.where(segments != before, slots, 0), axis=1)
-
-
-def _logits(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.Array:
-    head = head.astype(hidden.dtype)
-    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import models
+from jlora.kernels.adapted import plain_products
 from jlora.planning.compiled import DoesNotFit, Measured, Memory, compile_step, gib, measured
 from jlora.planning.roofline import Change, Estimate, advice, estimate
 from jlora.planning.topology import Chip, devices_of
@@ -152,7 +153,8 @@ def plan(recipe: Recipe, topology: str) -> Plan:
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     began = time.monotonic()
-    lowered = setup.step.lower(setup.state, setup.frozen, batch, key)
+    with plain_products():  # A host's own GPU has kernels that the target has not.
+        lowered = setup.step.lower(setup.state, setup.frozen, batch, key)
     shape, quantized = dict(mesh.shape), held(setup.frozen["base"])
     try:
         compiled = compile_step(lowered, groups)

@@ -185,6 +185,26 @@ def test_a_policy_keeps_the_products() -> None:
     assert again(plain).count(" adapted_product") > 3
 
 
+@pytest.mark.usefixtures("used")
+def test_arrays_that_say_how_they_lie_are_left_to_plain_products() -> None:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    lora = jlora.lora_transform(lambda w, x: x @ w, jlora.LoRA(rank=2, alpha=2))
+    with jax.set_mesh(mesh):
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        w, x = array(0, 6, 5), jax.device_put(array(1, 4, 3, 6), where)
+        adapter = lora.init(jax.random.key(0), w, x)
+        text = program(jax.grad(lambda a: lora.apply(w, a, x).sum()), adapter)
+    assert "_product" not in text
+
+
+@pytest.mark.usefixtures("used")
+def test_without_jit_the_plain_products_are_run() -> None:
+    adapter = moved(LORA)
+    with jax.disable_jit():
+        found = LORA.apply(PARAMS, adapter, X)
+    np.testing.assert_allclose(found, LORA.apply(PARAMS, adapter, X), rtol=1e-4, atol=1e-4)
+
+
 def test_sizes_that_the_tiles_do_not_divide_are_left_to_plain_products() -> None:
     fits = functools.partial(hopper.fits, dtype=jnp.bfloat16)
     assert fits(8192, 2048, 512, 16)
@@ -193,6 +213,7 @@ def test_sizes_that_the_tiles_do_not_divide_are_left_to_plain_products() -> None
     assert not fits(8192, 2048, 512 + 64, 16)
     assert not fits(8192, 2048, 512, 65)
     assert not hopper.fits(8192, 2048, 512, 16, jnp.float32)
+    assert not fits(0, 2048, 512, 16)
 
 
 def test_here_is_no_device_with_kernels() -> None:
@@ -281,7 +302,10 @@ def test_the_trial_passes_what_is_right_also_while_another_program_is_traced() -
     trial.passed.cache_clear()
     passed = []
     jax.jit(lambda x: passed.append(trial.passed()) or x)(1.0)
-    assert passed == [True]
+    trial.passed.cache_clear()
+    with jax.disable_jit(), jax.transfer_guard("disallow"):
+        passed.append(trial.passed())
+    assert passed == [True, True]
 
 
 WRONG: dict[str, Any] = {
