@@ -38,7 +38,7 @@ def operation(
         return made.bind(*args, **dict(facts))
 
     def alone(*args: Any, **facts: Any) -> Any:
-        if jax.config.jax_disable_jit:  # Who looks at every step sees the plain ones.
+        if jax.config.values["jax_disable_jit"]:  # Who looks at every step sees the plain ones.
             return plain(*args, **facts)
         return run(args, tuple(sorted(facts.items())))
 
