@@ -211,6 +211,13 @@ def test_the_self_test_passes_what_is_right(name: str, passes: int) -> None:
     jlora.check_offload(transform, params, state, passes=passes)
 
 
+def test_the_self_test_of_nothing_passes() -> None:
+    transform = optax.adam(1e-2)
+    jlora.check_offload(
+        transform, {}, jax.device_put(transform.init({}), NamedSharding(mesh(), PartitionSpec()))
+    )
+
+
 def test_the_self_test_needs_no_arrays_and_cuts_long_ones() -> None:
     place = NamedSharding(mesh(), PartitionSpec("fsdp"))
     params = {"kernel": jax.ShapeDtypeStruct((1 << 40, 3), jnp.bfloat16, sharding=place)}

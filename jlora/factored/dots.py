@@ -99,13 +99,14 @@ def _whole(
     matrix = (n, k) if turned else (k, n)
     rows = jax.ShapeDtypeStruct((*x.shape[: len(x.shape) - len(last)], k), x.dtype)
     w = jax.ShapeDtypeStruct(matrix, factored.base.dtype)
-    if not adapted.fits(rows, w, a.shape[-1], turned=turned):
+    device = adapted.device_for(rows, w, a.shape[-1], turned=turned)
+    if device is None:
         return None
 
     def product(values: list[Any]) -> Any:
         x, w, a, b = values
         return adapted.adapted_product(
-            x.reshape(rows.shape), w.reshape(matrix), a, b, turned=turned
+            x.reshape(rows.shape), w.reshape(matrix), a, b, turned=turned, device=device
         )
 
     out = bases.apply(product, [x, factored.base, a, b])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
 from jlora.kernels import hopper, meeting, tpu, trial
-from jlora.kernels.operation import mapped, operation, total
+from jlora.kernels.operation import Device, mapped, operation, total, transposed
 
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("asked", default=None)
 
@@ -51,8 +51,9 @@ def tpu_products() -> Iterator[None]:
         _asked.reset(token)
 
 
-def fits(x: Any, w: Any, rank: int, *, turned: bool) -> bool:
-    """Whether kernels make this product and its gradient on the device that JAX computes on.
+def device_for(x: Any, w: Any, rank: int, *, turned: bool) -> Device | None:
+    """The kind of device, among those that JAX computes on, whose kernels make this product and its
+    gradient; None if there is none.
 
     Args:
         x: (..., k), or its shape and type.
@@ -61,17 +62,19 @@ def fits(x: Any, w: Any, rank: int, *, turned: bool) -> bool:
         turned: Whether W's contracted axis is its last.
     """
     asked = _asked.get()
-    if asked == "none" or x.dtype != w.dtype:
-        return False
+    if asked == "none" or x.dtype != w.dtype or jax.sharding.get_abstract_mesh().size > 1:
+        return None
     rows, k = math.prod(x.shape[:-1]), x.shape[-1]
     n = w.shape[0] if turned else w.shape[1]
     both = (k, n), (n, k)  # The gradient's product is the transposed one.
     if asked == "tpu":
-        return all(tpu.fits(rows, *one, rank, x.dtype) for one in both)
-    return all(hopper.fits(rows, *one, rank, x.dtype) for one in both) and trial.passed()
+        return "tpu" if all(tpu.fits(rows, *one, rank, x.dtype) for one in both) else None
+    if all(hopper.fits(rows, *one, rank, x.dtype) for one in both) and trial.passed(rank):
+        return "hopper"
+    return None
 
 
-def adapted_product(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> jax.Array:
+def adapted_product(x: Any, w: Any, a: Any, b: Any, *, turned: bool, device: Device) -> jax.Array:
     """`x W + (x A) B` (..., n), in the type of x.
 
     Args:
@@ -80,8 +83,9 @@ def adapted_product(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> jax.Arra
         a: (k, rank).
         b: (rank, n).
         turned: Whether W's contracted axis is its last.
+        device: Whose kernels make it where they can.
     """
-    return _adapted.bind(x, w, a, b, turned=turned)[0]
+    return _adapted.bind(x, w, a, b, turned=turned, device=device)[0]
 
 
 def products_saveable(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -112,7 +116,9 @@ def _paired_by_tpu(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[Any]
     return [out.reshape(*x.shape[:-1], -1)]
 
 
-_paired = operation("paired_product", _paired_plainly, _paired_by_hopper, _paired_by_tpu)
+_paired = operation(
+    "paired_product", _paired_plainly, {"hopper": _paired_by_hopper, "tpu": _paired_by_tpu}
+)
 
 
 def _met_plainly(dy: Any, t: Any, b: Any) -> list[Any]:
@@ -120,11 +126,13 @@ def _met_plainly(dy: Any, t: Any, b: Any) -> list[Any]:
 
 
 def _met_by_hopper(dy: Any, t: Any, b: Any) -> list[Any]:
+    if b.shape[0] > meeting.MAX_RANK:
+        return _met_plainly(dy, t, b)
     u, db = meeting.meeting(_rows(dy), _rows(t), b)
     return [u.reshape(t.shape), db]
 
 
-_met = operation("met_cotangent", _met_plainly, _met_by_hopper)
+_met = operation("met_cotangent", _met_plainly, {"hopper": _met_by_hopper})
 
 
 def _adapted_plainly(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[Any]:
@@ -139,19 +147,23 @@ def _adapted_by_tpu(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[Any
     return _paired_by_tpu(x, w, x @ a, b, turned=turned)
 
 
-_adapted = operation("adapted_product", _adapted_plainly, _adapted_by_hopper, _adapted_by_tpu)
+_adapted = operation(
+    "adapted_product", _adapted_plainly, {"hopper": _adapted_by_hopper, "tpu": _adapted_by_tpu}
+)
 
 
-def _derivative(primals: Sequence[Any], tangents: Sequence[Any], *, turned: bool) -> Any:
+def _derivative(
+    primals: Sequence[Any], tangents: Sequence[Any], *, turned: bool, device: Device
+) -> Any:
     x, w, a, b = primals
     dx, dw, da, db = (None if type(tangent) is ad.Zero else tangent for tangent in tangents)
-    out = _adapted.bind(x, w, a, b, turned=turned)
+    out = _adapted.bind(x, w, a, b, turned=turned, device=device)
     parts = []
     if da is not None and db is not None:
         dx = jnp.zeros_like(x) if dx is None else dx
-        parts += _moved.bind(dx, da, db, x, w, x @ a, a, b, turned=turned)
+        parts += _moved.bind(dx, da, db, x, w, x @ a, a, b, turned=turned, device=device)
     else:
-        parts += [] if dx is None else _adapted.bind(dx, w, a, b, turned=turned)
+        parts += [] if dx is None else _adapted.bind(dx, w, a, b, turned=turned, device=device)
         parts += [] if da is None else [(x @ da) @ b]
         parts += [] if db is None else [(x @ a) @ db]
     parts += [] if dw is None else [_times(x, dw, turned)]
@@ -159,21 +171,23 @@ def _derivative(primals: Sequence[Any], tangents: Sequence[Any], *, turned: bool
 
 
 def _adapted_transposed(
-    cotangents: Sequence[Any], x: Any, w: Any, a: Any, b: Any, *, turned: bool
+    cotangents: Sequence[Any], *args: Any, turned: bool, device: Device
 ) -> list[Any]:
-    """As a linear function of x alone."""
-    assert ad.is_undefined_primal(x)
+    x, w, a, b = args
     (dy,) = cotangents
-    if type(dy) is ad.Zero:
-        return [ad.Zero(x.aval), None, None, None]
-    (dx,) = _adapted.bind(dy, w, b.T, a.T, turned=not turned)
+    if not ad.is_undefined_primal(x) or type(dy) is ad.Zero:
+        return transposed(_adapted_plainly, cotangents, *args, turned=turned)
+    (dx,) = _adapted.bind(dy, w, b.T, a.T, turned=not turned, device=device)
     return [dx, None, None, None]
 
 
-def _adapted_mapped(args: Sequence[Any], axes: Sequence[Any], *, turned: bool) -> Any:
+def _adapted_mapped(
+    args: Sequence[Any], axes: Sequence[Any], *, turned: bool, device: Device
+) -> Any:
     x, *weights = args
     if all(axis is None for axis in axes[1:]):  # More rows of x, and one matrix.
-        return _adapted.bind(jnp.moveaxis(x, axes[0], 0), *weights, turned=turned), [0]
+        x = jnp.moveaxis(x, axes[0], 0)
+        return _adapted.bind(x, *weights, turned=turned, device=device), [0]
     return mapped(_adapted_plainly, args, axes, turned=turned)
 
 
@@ -193,28 +207,19 @@ _moved = operation("moved_product", _moved_plainly)
 
 
 def _moved_transposed(
-    cotangents: Sequence[Any],
-    dx: Any,
-    da: Any,
-    db: Any,
-    x: Any,
-    w: Any,
-    t: Any,
-    a: Any,
-    b: Any,
-    *,
-    turned: bool,
+    cotangents: Sequence[Any], *args: Any, turned: bool, device: Device
 ) -> list[Any]:
     """As a linear function of what moves: the gradient of the product."""
+    dx, da, db, x, w, t, a, b = args
     (dy,) = cotangents
     unmoved = [None] * 5
     if type(dy) is ad.Zero:
         zeros = [ad.Zero(one.aval) if ad.is_undefined_primal(one) else None for one in (dx, da, db)]
         return [*zeros, *unmoved]
-    u, to_b = _met.bind(dy, t, b)
+    u, to_b = _met.bind(dy, t, b, device=device)
     to_x = None  # Where x is what the model was given.
     if ad.is_undefined_primal(dx):
-        (to_x,) = _paired.bind(dy, w, u, a.T, turned=not turned)
+        (to_x,) = _paired.bind(dy, w, u, a.T, turned=not turned, device=device)
     return [to_x, _rows(x).T @ _rows(u), to_b, *unmoved]
 
 

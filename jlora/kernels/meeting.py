@@ -16,6 +16,7 @@ from jax import lax
 
 from jlora.kernels import mosaic
 
+MAX_RANK = 32  # With more, parts of sums would take as much memory as the cotangent.
 _ROWS = 64  # Of a tile: as many as one instruction of the tensor cores takes.
 _BLOCKS = 128  # About as many as there are multiprocessors.
 
@@ -25,7 +26,7 @@ def meeting(dy: jax.Array, t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.A
 
     Args:
         dy: (m, n), where m is a multiple of 256 and n of 128.
-        t: (m, rank).
+        t: (m, rank), where the rank is at most `MAX_RANK`.
         b: (rank, n).
     """
     (m, n), rank = dy.shape, t.shape[1]
@@ -33,7 +34,7 @@ def meeting(dy: jax.Array, t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.A
     padding = (0, size - rank), (0, 0)
     t, b = jnp.pad(t.T, padding), jnp.pad(b, padding)
     # What a block sums over rows stays in registers, of which a large rank leaves fewer columns.
-    widest = 512 if size == 16 else 256 if size == 32 else 128
+    widest = 512 if size == 16 else 256
     wide = next(columns for columns in (512, 256, 128) if columns <= widest and n % columns == 0)
     while wide > 128 and (n // wide) * (m // (4 * _ROWS)) < _BLOCKS:
         wide //= 2  # A few columns are taken by more blocks.

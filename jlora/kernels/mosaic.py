@@ -24,7 +24,10 @@ def padded_rank(rank: int) -> int:
     """The rank that kernels compute with: sums go over 16 entries at a time, and a row of shared
     memory takes 32, 64 or 128 bytes.
     """
-    return next(size for size in (16, 32, MAX_RANK) if size >= rank)
+    for size in (16, 32, MAX_RANK):
+        if size >= rank:
+            return size
+    raise ValueError(f"Rank {rank} is more than {MAX_RANK}, the most that these kernels take.")
 
 
 def kernel(

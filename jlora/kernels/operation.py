@@ -1,10 +1,14 @@
-"""Operations of JAX that plain code defines and a device may make in its own way."""
+"""Operations of JAX that plain code defines and a device may make in its own way.
+
+Every one has a static fact `device`: the kind of device whose kernels were chosen when the program
+was traced. Compiled for another one after all, it is what the plain code says.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +16,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Plain = Callable[..., Sequence[Any]]
+Device = Literal["hopper", "tpu"]
+_PLATFORMS: dict[Device, str] = {"hopper": "cuda", "tpu": "tpu"}
 
 
-def operation(
-    name: str, plain: Plain, by_hopper: Plain | None = None, by_tpu: Plain | None = None
-) -> Primitive:
+def operation(name: str, plain: Plain, kernels: Mapping[Device, Plain] | None = None) -> Primitive:
     """An operation that gives what `plain` does, under every transformation of JAX.
 
     A primitive, where `jax.custom_vjp` would do for the gradient alone, goes through forward-mode
@@ -26,12 +30,14 @@ def operation(
     Args:
         name: As programs show it.
         plain: From arrays, with static keyword arguments, to arrays.
-        by_hopper: The same on NVIDIA GPUs that `jlora.kernels.hopper` is made for; whoever binds
-            the operation has made sure that there is one.
-        by_tpu: The same on TPUs.
+        kernels: The same for kinds of devices, by `Device`. Whoever binds the operation with that
+            device has made sure that it has them.
     """
     made = Primitive(name)
     made.multiple_results = True
+
+    def defined(*args: Any, device: Device, **facts: Any) -> Sequence[Any]:
+        return plain(*args, **facts)
 
     @functools.partial(jax.jit, static_argnums=(1,))
     def run(args: Sequence[Any], facts: tuple[tuple[str, Any], ...]) -> Any:
@@ -39,12 +45,12 @@ def operation(
 
     def alone(*args: Any, **facts: Any) -> Any:
         if jax.config.values["jax_disable_jit"]:  # Who looks at every step sees the plain ones.
-            return plain(*args, **facts)
+            return defined(*args, **facts)
         return run(args, tuple(sorted(facts.items())))
 
     def shapes(*avals: Any, **facts: Any) -> Sequence[Any]:
         # Traced, so that whatever JAX tells of an array (where it lies, say) is right.
-        return jax.make_jaxpr(functools.partial(plain, **facts))(*avals).out_avals
+        return jax.make_jaxpr(functools.partial(defined, **facts))(*avals).out_avals
 
     def derivative(primals: Sequence[Any], tangents: Sequence[Any], **facts: Any) -> Any:
         given = [t if type(t) is not ad.Zero else None for t in tangents]
@@ -54,7 +60,7 @@ def operation(
             held = list(primals)
             for number, value in zip(moving, values, strict=True):
                 held[number] = value
-            return list(plain(*held, **facts))
+            return list(defined(*held, **facts))
 
         _, out = jax.jvp(of_moving, [primals[n] for n in moving], [given[n] for n in moving])
         return made.bind(*primals, **facts), out
@@ -62,19 +68,48 @@ def operation(
     made.def_impl(alone)
     made.def_abstract_eval(shapes)
     ad.primitive_jvps[made] = derivative
-    batching.primitive_batchers[made] = functools.partial(mapped, plain)
-    mlir.register_lowering(made, mlir.lower_fun(plain, multiple_results=True))
-    for platform, fn in (("cuda", by_hopper), ("tpu", by_tpu)):
-        if fn is not None:
-            lowered = mlir.lower_fun(fn, multiple_results=True)
-            mlir.register_lowering(made, lowered, platform=platform)
+    ad.primitive_transposes[made] = functools.partial(transposed, defined)
+    batching.primitive_batchers[made] = functools.partial(mapped, defined)
+    mlir.register_lowering(made, mlir.lower_fun(defined, multiple_results=True))
+    for kind, kernel in (kernels or {}).items():
+        lowered = mlir.lower_fun(functools.partial(_made, kind, kernel, plain), True)
+        mlir.register_lowering(made, lowered, platform=_PLATFORMS[kind])
     return made
+
+
+def _made(
+    kind: Device, kernel: Plain, plain: Plain, *args: Any, device: Device, **facts: Any
+) -> Sequence[Any]:
+    """On a platform with a kernel for one kind of device."""
+    return kernel(*args, **facts) if device == kind else plain(*args, **facts)
 
 
 def mapped(plain: Plain, args: Sequence[Any], axes: Sequence[Any], **facts: Any) -> Any:
     """What JAX asks of an operation mapped over axes of its inputs, made by its definition."""
     out = jax.vmap(functools.partial(plain, **facts), list(axes))(*args)
     return out, [0] * len(out)
+
+
+def transposed(
+    plain: Plain, cotangents: Sequence[Any], *args: Any, **facts: Any
+) -> list[Any | None]:
+    """What JAX asks of an operation as a linear function of some of its inputs."""
+    unknown = [number for number, one in enumerate(args) if ad.is_undefined_primal(one)]
+    shapes = [jax.ShapeDtypeStruct(args[n].aval.shape, args[n].aval.dtype) for n in unknown]
+
+    def of_unknown(*values: Any) -> Sequence[Any]:
+        held = list(args)
+        for number, value in zip(unknown, values, strict=True):
+            held[number] = value
+        return list(plain(*held, **facts))
+
+    given = [ad.instantiate_zeros(one) for one in cotangents]
+    out: list[Any | None] = [None] * len(args)
+    for number, found in zip(
+        unknown, jax.linear_transpose(of_unknown, *shapes)(given), strict=True
+    ):
+        out[number] = found
+    return out
 
 
 def total(parts: Sequence[Any]) -> Any:

@@ -86,4 +86,7 @@ def product(
 
 def _tile(length: int, most: int) -> int:
     """The largest part of a length, no larger than `most`, that divides it."""
-    return next(size for size in (1024, 512, 256) if size <= most and length % size == 0)
+    for size in (1024, 512, 256):
+        if size <= most and length % size == 0:
+            return size
+    raise ValueError(f"A length of {length} is no multiple of 256, as this kernel's tiles are.")

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.kernels import hopper, meeting
+from jlora.kernels import hopper, meeting, mosaic
 
 _BOUND = 2.0**-7  # Relative; factors and result are rounded to bfloat16, each by 2**-9 at most.
 
 
-@functools.cache
-def passed() -> bool:
-    """Whether the device that JAX computes on runs the kernels, and gets the plain results.
+def passed(rank: int) -> bool:
+    """Whether the device that JAX computes on runs the kernels for updates of a rank, and gets the
+    plain results.
 
     They are left out on a host with several GPUs: the compiler cannot split them over these.
     """
@@ -26,8 +26,13 @@ def passed() -> bool:
     capability = str(getattr(device, "compute_capability", ""))
     if device.platform != "gpu" or capability != "9.0" or jax.device_count() > 1:
         return False
+    return _passed(mosaic.padded_rank(rank))
+
+
+@functools.cache
+def _passed(rank: int) -> bool:
     try:
-        wrong = max(_errors())
+        wrong = max(_errors(rank))
     except Exception as error:  # Whatever the compiler of an experimental kernel raises.
         reason = f"{type(error).__name__}: {error}"
     else:
@@ -43,22 +48,24 @@ def passed() -> bool:
     return False
 
 
-def _errors() -> Iterator[float]:
+def _errors(rank: int) -> Iterator[float]:
     """How far each kernel is from NumPy in float32, relative to the result's size."""
     numbers = np.random.default_rng(0)
 
     def array(*shape: int) -> np.ndarray[Any, Any]:
-        return numbers.standard_normal(shape).astype(jnp.bfloat16)
+        return numbers.standard_normal(shape, np.float32).astype(jnp.bfloat16)
 
-    x, w, t, b = array(256, 192), array(192, 128), array(256, 16), array(16, 128)
+    # More tiles than there are multiprocessors, and as many columns as any kernel takes at once.
+    x, w, t, b = array(8192, 192), array(192, 1024), array(8192, rank), array(rank, 1024)
     wanted = _wide(x) @ _wide(w) + _wide(t) @ _wide(b)
     for turned in (False, True):
         product = functools.partial(hopper.product, turned=turned)
         yield _distance(_called(product, x, w.T.copy() if turned else w, t, b), wanted)
-    dy = array(256, 128)  # As many rows as any kernel takes at once.
-    u, db = _called(meeting.meeting, dy, t, b)
-    yield _distance(u, _wide(dy) @ _wide(b).T)
-    yield _distance(db, _wide(t).T @ _wide(dy))
+    if rank <= meeting.MAX_RANK:
+        dy = array(8192, 1024)
+        u, db = _called(meeting.meeting, dy, t, b)
+        yield _distance(u, _wide(dy) @ _wide(b).T)
+        yield _distance(db, _wide(t).T @ _wide(dy))
 
 
 def _called(fn: Callable[..., Any], *arrays: Any) -> Any:
@@ -66,7 +73,8 @@ def _called(fn: Callable[..., Any], *arrays: Any) -> Any:
     another program is traced, of which a plain call would become a part.
     """
     # Whatever the caller has set must not be taken for a fault of the kernels.
-    with jax.transfer_guard("allow"), jax.disable_jit(False):
+    here = jax.default_device(jax.devices()[0])
+    with here, jax.transfer_guard("allow"), jax.disable_jit(False):
         return jax.jit(fn).lower(*arrays).compile()(*arrays)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,19 +48,9 @@ def cross_entropy(
         Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2, on the gradient made beside the
         loss. Here losses stay apart, so that each keeps a factor of its own.
     """
-    vocabulary = head.shape[1]
-    size = -(-hidden.shape[1] // chunks)
-    parts = [
-        _losses(
-            lax.slice_in_dim(hidden, start, min(start + size, hidden.shape[1]), axis=1),
-            head,
-            lax.slice_in_dim(targets, start, min(start + size, hidden.shape[1]), axis=1),
-            softcap,
-        )
-        for start in range(0, hidden.shape[1], size)
-    ]
-    losses = jnp.concatenate(parts, axis=1)
-    return jnp.where((targets >= 0) & (targets < vocabulary), losses, jnp.nan)
+    size = max(1, -(-hidden.shape[1] // chunks))
+    losses = _losses(hidden, head, targets, size, softcap)
+    return jnp.where((targets >= 0) & (targets < head.shape[1]), losses, jnp.nan)
 
 
 def _of_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -71,37 +62,70 @@ def _inside(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.clip(targets, 0, logits.shape[-1] - 1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _in_parts(
+    fn: Callable[[jax.Array, jax.Array], Any], hidden: jax.Array, targets: jax.Array, size: int
+) -> Any:
+    """What `fn` makes of `size` tokens of every text at a time."""
+    batch, length = targets.shape
+    whole = length - length % size
+
+    def cut(array: jax.Array) -> jax.Array:
+        parts = array[:, :whole].reshape(batch, whole // size, size, *array.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    def joined(parts: jax.Array) -> jax.Array:
+        return jnp.moveaxis(parts, 0, 1).reshape(batch, whole, *parts.shape[3:])
+
+    # A loop: of parts that it may make in any order, a compiler holds several at once.
+    out = lax.map(lambda part: fn(*part), (cut(hidden), cut(targets)))
+    out = jax.tree.map(joined, out)
+    if whole == length:
+        return out
+    last = fn(hidden[:, whole:], targets[:, whole:])
+    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), out, last)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _losses(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, softcap: float | None
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, size: int, softcap: float | None
 ) -> jax.Array:
-    """The cross entropies of a part that is small enough for all of its logits."""
-    return _again(marked(hidden), head, targets, softcap)
+    return _again(marked(hidden), head, targets, size, softcap)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(3,))
 def _again(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, softcap: float | None
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, size: int, softcap: float | None
 ) -> jax.Array:
-    return _of_logits(logits_of(hidden, head, softcap), targets)
+    """The cross entropies, whose derivative makes the logits again."""
+
+    @jax.checkpoint
+    def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return _of_logits(logits_of(hidden, head, softcap), targets)
+
+    return _in_parts(losses, hidden, targets, size)
 
 
 @functools.partial(_losses.defjvp, symbolic_zeros=True)
-def _losses_jvp(softcap: float | None, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+def _losses_jvp(
+    size: int, softcap: float | None, primals: Any, tangents: Any
+) -> tuple[jax.Array, Any]:
     hidden, head, targets = primals
     moved, turned, _ = tangents
-    if not isinstance(turned, SymbolicZero):
-        if isinstance(moved, SymbolicZero):
-            moved = jnp.zeros_like(hidden)
-        return jax.jvp(lambda x, w: _again(x, w, targets, softcap), (hidden, head), (moved, turned))
-    logits = logits_of(hidden, head, softcap)
-    losses = _of_logits(logits, targets)
     if isinstance(moved, SymbolicZero):
-        return losses, jnp.zeros_like(losses)
-    slope = jax.nn.softmax(logits) - jax.nn.one_hot(_inside(logits, targets), logits.shape[-1])
-    if softcap is not None:
-        slope *= 1 - (logits / softcap) ** 2
-    return losses, _along(slope.astype(hidden.dtype) @ head.astype(hidden.dtype).T, moved)
+        moved = jnp.zeros_like(hidden)
+    if not isinstance(turned, SymbolicZero):
+        run = functools.partial(_again, targets=targets, size=size, softcap=softcap)
+        return jax.jvp(run, (hidden, head), (moved, turned))
+    head = head.astype(hidden.dtype)
+
+    def with_slope(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = logits_of(hidden, head, softcap)
+        slope = jax.nn.softmax(logits) - jax.nn.one_hot(_inside(logits, targets), head.shape[1])
+        if softcap is not None:
+            slope *= 1 - (logits / softcap) ** 2
+        return _of_logits(logits, targets), slope.astype(hidden.dtype) @ head.T
+
+    losses, slope = _in_parts(with_slope, hidden, targets, size)
+    return losses, _along(slope, moved)
 
 
 # What waits for the backward pass is the slope in its own type, and not in float32.

@@ -174,7 +174,7 @@ def check_offload(
 def _small(params: PyTree) -> PyTree:
     """Arrays like those of a tree, with long axes cut; equal lengths stay equal, and divisible."""
     leaves, treedef = jax.tree.flatten(params)
-    parts = max(len(leaf.sharding.device_set) for leaf in leaves)
+    parts = max((len(leaf.sharding.device_set) for leaf in leaves), default=1)
     longest = parts * math.ceil(_LENGTH / parts)
     rng = np.random.default_rng(0)
     made = []
@@ -228,7 +228,8 @@ def _gradient(params: PyTree, rows: jax.Array) -> PyTree:
     """Of a loss that keeps arrays for its gradient, summed over rows as a training step does."""
 
     def loss(params: PyTree, row: jax.Array) -> jax.Array:
-        return sum(jnp.sin(row.astype(x.dtype) * x).sum() for x in jax.tree.leaves(params))  # type: ignore
+        waves = (jnp.sin(row.astype(x.dtype) * x).sum() for x in jax.tree.leaves(params))
+        return sum(waves, start=jnp.zeros(()))
 
     of_row = jax.grad(loss)
     if len(rows) == 1:
