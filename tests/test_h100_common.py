@@ -97,10 +97,11 @@ def test_the_command_names_no_folder_of_this_machine(
     output = tmp_path / "row.json"
     words = ["peer", "--tiny", "--output", str(output), "--trace", str(tmp_path / "kernels.json")]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setenv("XLA_FLAGS", "--some")
+    monkeypatch.setenv("XLA_FLAGS", "--one --two")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     assert common.command("benchmarks.h100.peer") == (
-        "XLA_FLAGS='--some' python -m benchmarks.h100.peer --tiny --output row.json "
-        "--trace kernels.json"
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=.9 XLA_FLAGS='--one --two' python -m benchmarks.h100.peer "
+        "--tiny --output row.json --trace kernels.json"
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import jlora
+from benchmarks.h100 import table
 from jlora.training import recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,6 +84,16 @@ def test_the_step_cost_table_is_the_committed_one() -> None:
     for row in result["rows"]:
         assert f"{row['step_ms']:.1f}" in README, row
         assert f"{row['tokens_per_s']:,}" in README, row
+
+
+def test_the_tables_of_the_h100_are_the_committed_ones() -> None:
+    tables = table.tables()
+    assert len(tables) == 4
+    for lines in tables.values():
+        assert "\n".join(lines) + "\n" in README
+    unsloth = json.loads((ROOT / "benchmarks/results/unsloth_h100.json").read_text())
+    speed = f"{unsloth['tokens_per_s']:,} tokens/s in {unsloth['step_ms']} ms"
+    assert f"{speed}, with NF4 {unsloth['nf4']['tokens_per_s']:,}." in README
 
 
 def test_every_dependency_is_named() -> None:

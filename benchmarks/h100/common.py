@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -262,10 +263,11 @@ def device_name() -> str:
 
 
 def command(script: str) -> str:
-    """How a module was run, XLA's flags included; of files, the names only."""
+    """How a module was run, with what was set for XLA; of files, the names only."""
     words = [pathlib.Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    flags = os.environ.get("XLA_FLAGS")
-    return " ".join([*([f"XLA_FLAGS='{flags}'"] if flags else []), "python -m", script, *words])
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS")
+    given = [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
+    return " ".join([*given, "python -m", script, *words])
 
 
 def planned_gib(compiled: Any) -> float:
