@@ -30,9 +30,13 @@ test: lint
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
 
-# The laws and the core alone, for a second Python and JAX.
+# The laws and the core alone, for a second Python and JAX: what runs and files are made of, and not
+# all that is done with them.
+LATER := tests/examples tests/planning tests/peft tests/parity tests/test_h100_step.py \
+	tests/training/test_quantized_runs.py tests/training/test_offloaded_run.py \
+	tests/training/test_faults.py
 test-core: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 --ignore=tests/examples tests
+	$(BIN)/python -m pytest -n 2 $(LATER:%=--ignore=%) tests
 
 # The laws on models of transformers and google-tunix, and PyTorch's results.
 test-foreign: $(FOREIGN_VENV)/.installed

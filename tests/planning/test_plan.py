@@ -75,6 +75,7 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
         assert part in text
 
 
+@pytest.mark.slow
 def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[str, Any]) -> None:
     raw = {**raw, "lora": {"rank": 256}}
     here = plan(recipe.checked(raw), "v5e:2x2")
@@ -97,7 +98,7 @@ def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[
     [
         # A scale of 8 bits for 64 numbers, and one of 32 for 256 of those.
         ({"scheme": "nf4"}, 4 + 8 / 64 + 32 / (64 * 256)),
-        ({"scheme": "int8", "block_size": 32}, 8 + 32 / 32),
+        pytest.param({"scheme": "int8", "block_size": 32}, 8 + 32 / 32, marks=pytest.mark.slow),
     ],
 )
 def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(

@@ -74,8 +74,14 @@ def test_law_a_run_is_the_same_to_the_last_bit(
     assert_same(raw, whole)
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["from the devices", "from the host"])
-@pytest.mark.parametrize("after", [False, True], ids=["to the devices", "to the host"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(False, True, id="from the devices to the host"),
+        pytest.param(True, False, id="from the host to the devices"),
+        pytest.param(True, True, marks=pytest.mark.slow, id="from the host to the host"),
+    ],
+)
 def test_law_a_run_goes_on_wherever_its_state_lay(
     whole: dict[str, Any], recipe_of: Make, tmp_path: pathlib.Path, before: bool, after: bool
 ) -> None:

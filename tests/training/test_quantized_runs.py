@@ -99,6 +99,7 @@ def packed(params: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in pairs if hasattr(leaf, "bits")}
 
 
+@pytest.mark.slow
 def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
     recipe_of: Make, tmp_path: pathlib.Path
 ) -> None:
