@@ -17,7 +17,7 @@ FOREIGN_VENV ?= .venv-foreign
 LIVE := transformers==5.23.0 torch==2.13.0 peft==0.21.2
 LIVE_VENV ?= .venv-live
 
-.PHONY: quickstart test test-slow test-core test-foreign test-live lint format clean
+.PHONY: quickstart test test-slow test-grid test-core test-foreign test-live lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/prepare.py quickstart
@@ -26,9 +26,13 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-# Every family on every kind of layer, long runs, and plans of large models.
+# Every way to adapt on every kind of layer, long runs, and plans of large models.
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
+
+# The pairs of a family and a layer that the slow group leaves out, because another one is like it.
+test-grid: $(VENV)/.tools
+	$(BIN)/python -m pytest -n 2 -m grid $(TESTS)
 
 # The laws and the core alone, for a second Python and JAX: what runs and files are made of, and not
 # all that is done with them.

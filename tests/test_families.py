@@ -64,8 +64,28 @@ def grid(layers: list[str]) -> list[Any]:
     return [pytest.param(*pair, id="-".join(pair)) for pair in pairs if pair not in UNTESTABLE]
 
 
+# Families whose terms are made alike. On the other layers they take turns in the slow group, where
+# each way to make a term so meets every layer; the group named grid has the rest.
+KIN = [
+    ["lora_fa", "adalora", "vera"],
+    ["dylora", "sora", "vb_lora"],
+    ["dora", "dora_through_norm"],
+    ["loha", "loha_tucker"],
+    ["lokr", "lokr_tucker", "lokr_pairs"],
+    ["fourierft", "fourierft_whole"],
+    ["ia3", "ia3_inputs"],
+]
+TURNS = {family: (number, len(kin)) for kin in KIN for number, family in enumerate(kin)}
+
+
+def group_of(family: str, layer: str) -> Any:
+    number, count = TURNS.get(family, (0, 1))
+    has_its_turn = OTHERS.index(layer) % count == number
+    return pytest.mark.slow if has_its_turn else pytest.mark.grid
+
+
 GRID = grid(LAYERS) + [
-    pytest.param(*one.values, id=one.id, marks=pytest.mark.slow) for one in grid(OTHERS)
+    pytest.param(*one.values, id=one.id, marks=group_of(*one.values)) for one in grid(OTHERS)
 ]
 
 
