@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -106,18 +107,16 @@ def _paired_plainly(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[Any
     return [_times(x, w, turned) + t @ b]
 
 
-def _paired_by_hopper(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[Any]:
-    out = hopper.product(_rows(x), w, _rows(t), b, turned=turned)
+def _paired_by(maker: Any, x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[Any]:
+    out = maker.product(_rows(x), w, _rows(t), b, turned=turned)
     return [out.reshape(*x.shape[:-1], -1)]
 
 
-def _paired_by_tpu(x: Any, w: Any, t: Any, b: Any, *, turned: bool) -> list[Any]:
-    out = tpu.product(_rows(x), w, _rows(t), b, turned=turned)
-    return [out.reshape(*x.shape[:-1], -1)]
-
-
+_MAKERS: dict[Device, Any] = {"hopper": hopper, "tpu": tpu}
 _paired = operation(
-    "paired_product", _paired_plainly, {"hopper": _paired_by_hopper, "tpu": _paired_by_tpu}
+    "paired_product",
+    _paired_plainly,
+    {kind: functools.partial(_paired_by, maker) for kind, maker in _MAKERS.items()},
 )
 
 
@@ -139,16 +138,14 @@ def _adapted_plainly(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[An
     return _paired_plainly(x, w, x @ a, b, turned=turned)
 
 
-def _adapted_by_hopper(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[Any]:
-    return _paired_by_hopper(x, w, x @ a, b, turned=turned)
-
-
-def _adapted_by_tpu(x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[Any]:
-    return _paired_by_tpu(x, w, x @ a, b, turned=turned)
+def _adapted_by(maker: Any, x: Any, w: Any, a: Any, b: Any, *, turned: bool) -> list[Any]:
+    return _paired_by(maker, x, w, x @ a, b, turned=turned)
 
 
 _adapted = operation(
-    "adapted_product", _adapted_plainly, {"hopper": _adapted_by_hopper, "tpu": _adapted_by_tpu}
+    "adapted_product",
+    _adapted_plainly,
+    {kind: functools.partial(_adapted_by, maker) for kind, maker in _MAKERS.items()},
 )
 
 
@@ -173,6 +170,7 @@ def _derivative(
 def _adapted_transposed(
     cotangents: Sequence[Any], *args: Any, turned: bool, device: Device
 ) -> list[Any]:
+    """As a linear function of x, by kernels; of any other input, as the plain products."""
     x, w, a, b = args
     (dy,) = cotangents
     if not ad.is_undefined_primal(x) or type(dy) is ad.Zero:

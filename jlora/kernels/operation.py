@@ -53,16 +53,9 @@ def operation(name: str, plain: Plain, kernels: Mapping[Device, Plain] | None = 
         return jax.make_jaxpr(functools.partial(defined, **facts))(*avals).out_avals
 
     def derivative(primals: Sequence[Any], tangents: Sequence[Any], **facts: Any) -> Any:
-        given = [t if type(t) is not ad.Zero else None for t in tangents]
-        moving = [number for number, tangent in enumerate(given) if tangent is not None]
-
-        def of_moving(*values: Any) -> Sequence[Any]:
-            held = list(primals)
-            for number, value in zip(moving, values, strict=True):
-                held[number] = value
-            return list(defined(*held, **facts))
-
-        _, out = jax.jvp(of_moving, [primals[n] for n in moving], [given[n] for n in moving])
+        moving = [number for number, t in enumerate(tangents) if type(t) is not ad.Zero]
+        of_moving = _of_some(functools.partial(defined, **facts), primals, moving)
+        _, out = jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
         return made.bind(*primals, **facts), out
 
     made.def_impl(alone)
@@ -96,20 +89,22 @@ def transposed(
     """What JAX asks of an operation as a linear function of some of its inputs."""
     unknown = [number for number, one in enumerate(args) if ad.is_undefined_primal(one)]
     shapes = [jax.ShapeDtypeStruct(args[n].aval.shape, args[n].aval.dtype) for n in unknown]
-
-    def of_unknown(*values: Any) -> Sequence[Any]:
-        held = list(args)
-        for number, value in zip(unknown, values, strict=True):
-            held[number] = value
-        return list(plain(*held, **facts))
-
-    given = [ad.instantiate_zeros(one) for one in cotangents]
+    back = jax.linear_transpose(_of_some(functools.partial(plain, **facts), args, unknown), *shapes)
+    found = back([ad.instantiate_zeros(one) for one in cotangents])
     out: list[Any | None] = [None] * len(args)
-    for number, found in zip(
-        unknown, jax.linear_transpose(of_unknown, *shapes)(given), strict=True
-    ):
-        out[number] = found
+    for number, value in zip(unknown, found, strict=True):
+        out[number] = value
     return out
+
+
+def _of_some(plain: Plain, args: Sequence[Any], numbers: Sequence[int]) -> Plain:
+    """The function of those arguments alone, the others as they are."""
+
+    def of_some(*values: Any) -> Sequence[Any]:
+        given = dict(zip(numbers, values, strict=True))
+        return list(plain(*(given.get(number, one) for number, one in enumerate(args))))
+
+    return of_some
 
 
 def total(parts: Sequence[Any]) -> Any:

@@ -31,15 +31,9 @@ def product(
     turned: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """`x W + t b` (m, n) in bfloat16, summed in float32.
+    """`x W + t b` (m, n) of what `jlora.kernels.hopper.product` takes, in the same types.
 
-    Args:
-        x: (m, k).
-        w: (k, n), or (n, k) if turned.
-        t: (m, rank).
-        b: (rank, n).
-        turned: Whether W's contracted axis is its last.
-        interpret: Whether JAX runs the kernel step by step, on whatever device there is.
+    With `interpret` JAX runs the kernel step by step, on whatever device there is.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.tpu as tpu
