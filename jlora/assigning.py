@@ -31,14 +31,20 @@ class Plan(NamedTuple):
     problems: list[Exception]
 
 
-def plan_of(rules: Rules, traced: Traced) -> Plan:
+def _used(traced: Traced) -> tuple[dict[str, Any], dict[str, list[probe.Use]]]:
+    """The parameters that are arrays, by path, and what uses each."""
     flat = traced.flat
     leaves = {flat.paths[place]: flat.leaves[place] for place in traced.param_index}
-    weights = {
+    shapes = {
         index: (flat.paths[place], tuple(flat.leaves[place].shape))
         for place, index in traced.param_index.items()
     }
-    uses = probe.uses(traced.program, weights)
+    return leaves, probe.uses(traced.program, shapes)
+
+
+def plan_of(rules: Rules, traced: Traced) -> Plan:
+    """Which of a program's weights the rules adapt; what cannot be is among the plan's problems."""
+    leaves, uses = _used(traced)
     axes = {path: probe.axes_of(uses[path], len(leaf.shape)) for path, leaf in leaves.items()}
     plan = Plan([], {}, uses, axes, [])
 
@@ -120,18 +126,8 @@ def weight_of(path: str, value: Any, uses: Sequence[probe.Use]) -> Weight:
 
 def weights_of(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> dict[str, Weight]:
     """Every array of `params` by its path, with how `fn(params, *inputs)` uses it."""
-    traced = trace(fn, params, inputs, {})
-    flat = traced.flat
-    places = {index: place for place, index in traced.param_index.items()}
-    shapes = {
-        index: (flat.paths[place], tuple(flat.leaves[place].shape))
-        for index, place in places.items()
-    }
-    uses = probe.uses(traced.program, shapes)
-    return {
-        flat.paths[place]: weight_of(flat.paths[place], flat.leaves[place], uses[flat.paths[place]])
-        for place in places.values()
-    }
+    leaves, uses = _used(trace(fn, params, inputs, {}))
+    return {path: weight_of(path, leaf, uses[path]) for path, leaf in leaves.items()}
 
 
 _WANTED = {frozenset({"bias"}): "is a bias"}

@@ -26,6 +26,7 @@ class Traced(NamedTuple):
 def trace(
     fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Traced:
+    """The call `fn(params, *inputs, **kwargs)` as a program; what is no array in it is static."""
     flat = tree.flatten(params)
     rest, rest_tree = jax.tree.flatten((inputs, kwargs))
     leaves = [*flat.leaves, *rest]
