@@ -15,6 +15,7 @@ import tokenizers
 
 import jlora
 from jlora import cli, models, peft
+from jlora.cli import running, training
 
 HERE = pathlib.Path(__file__).parent
 BASE = HERE / "models" / "data" / "decoders" / "llama"
@@ -217,7 +218,7 @@ def test_overrides_stand_before_the_recipe_or_after_it(
 
 def test_plans_take_overrides_in_any_order() -> None:
     arguments = ["--mesh.fsdp", "4", "--topology", "v5e:2x2", "recipe.yaml", "--seed=1"]
-    own, overrides = cli._apart(cli.Plan, arguments)
+    own, overrides = running.apart(training.Plan, arguments)
     assert own == ["--topology", "v5e:2x2", "recipe.yaml"]
     assert overrides == ["--mesh.fsdp", "4", "--seed=1"]
 
@@ -234,7 +235,7 @@ def test_control_c_is_told_in_a_line(
     assert run(capsys, "inspect", "anything") == (130, "", "Interrupted.\n")
 
 
-@pytest.mark.parametrize("command", list(cli._COMMANDS))
+@pytest.mark.parametrize("command", list(running.COMMANDS))
 def test_every_command_shows_an_example(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,4 +244,4 @@ def test_every_command_shows_an_example(
     assert caught.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
     assert f"example: jlora {' '.join(command)}" in out
-    assert "None" not in cli._COMMANDS[command][0].__doc__.splitlines()[0]
+    assert "None" not in running.COMMANDS[command][0].__doc__.splitlines()[0]
