@@ -18,7 +18,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.factored import balance, bases, releases
-from jlora.factored.network import Atom, Dropout, Factored, Operand, note_sum
+from jlora.factored.contraction import Atom, Operand
+from jlora.factored.network import Dropout, Factored, note_sum
 from jlora.splitting import ways
 
 Evaluate = Callable[[releases.Program, Sequence[Any]], list[Any]]

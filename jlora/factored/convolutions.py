@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.factored.network import Atom, Network, Operand, Term, contract, expand, fused, size
+from jlora.factored.contraction import Atom, Operand, contract, fused, size
+from jlora.factored.network import Network, Term, expand
 from jlora.factored.roles import Dense, Product, Role, Roles
 from jlora.factored.terms import labelled, split_axes, with_gains
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.factored import bases, products, releases, structure
+from jlora.factored.contraction import Atom, Operand, contract
 from jlora.factored.control import Body, Control, Evaluate, densify, is_factored, whole
-from jlora.factored.network import Atom, Factored, Network, Operand, Term, contract
+from jlora.factored.network import Factored, Network, Term
 from jlora.faithful import is_faithful
 
 # Moves between the product and the rule's result that a pair of operands can follow.

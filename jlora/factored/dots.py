@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora.factored import bases, releases
-from jlora.factored.network import Atom, Factored, Network, contract, size
+from jlora.factored.contraction import Atom, contract, size
+from jlora.factored.network import Factored, Network
 from jlora.factored.roles import Dense, Product, Role, Roles
 from jlora.factored.terms import (
     add_terms,

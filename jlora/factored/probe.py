@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jlora.factored import custom, products, releases, structure
+from jlora.factored.contraction import Atom
 from jlora.factored.control import RULES as CONTROL_RULES
-from jlora.factored.network import Atom, Network, build
+from jlora.factored.network import Network, build
 from jlora.factored.roles import Dense, Role
 
 _CONTROL = CONTROL_RULES | custom.RULES

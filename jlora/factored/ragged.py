@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.factored.network import Atom, Network, Operand, Term, absorption, contract, fused, size
+from jlora.factored.contraction import Atom, Operand, absorption, contract, fused, size
+from jlora.factored.network import Network, Term
 from jlora.factored.roles import Dense, Product, Role, Roles
 from jlora.factored.terms import split_axes, with_gains
 

@@ -6,7 +6,8 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jlora.factored.network import Atom, Network
+from jlora.factored.contraction import Atom
+from jlora.factored.network import Network
 
 
 class Role(enum.Enum):

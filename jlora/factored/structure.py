@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.factored.network import Atom, Axes, Dropout, Network, Operand, Term, size
+from jlora.factored.contraction import Atom, Operand, size
+from jlora.factored.network import Axes, Dropout, Network, Term
 
 Networks = list[Network | None]
 Rule = Callable[[Any, Networks, Sequence[Any]], list[Network] | None]

@@ -12,7 +12,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jlora.factored import balance, releases
-from jlora.factored.network import Atom, Factored, Gate, Network, Operand, contract, size
+from jlora.factored.contraction import Atom, Operand, contract, size
+from jlora.factored.network import Factored, Gate, Network
 
 # What a gain nearer to zero is taken for, so that a product can be divided by it.
 _LEAST_GAIN = 2.0**-60
