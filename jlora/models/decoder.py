@@ -131,7 +131,7 @@ class Cache(NamedTuple):
     """The keys and values that a decoder has seen.
 
     Attributes:
-        keys: One per layer, (batch, capacity, kv_heads, head_dim); one stacked array if scanned.
+        keys: One per layer, (batch, kv_heads, capacity, head_dim); one stacked array if scanned.
         values: Likewise.
         segments: (batch, capacity), 0 where there is no token.
         length: How many slots are taken, the same for every text.
@@ -237,13 +237,13 @@ class Attention(nn.Module):
             query, key = rotate(query, table), rotate(key, table)
         if kv is not None:
             assert context.length is not None
-            start = (0, context.length, 0, 0)
+            start = (0, 0, context.length, 0)
             keys, values = (
-                lax.dynamic_update_slice(held, new.astype(held.dtype), start)
+                lax.dynamic_update_slice(held, jnp.swapaxes(new, 1, 2).astype(held.dtype), start)
                 for held, new in zip(kv, (key, value), strict=True)
             )
             kv = keys, values
-            key, value = keys.astype(query.dtype), values.astype(query.dtype)
+            key, value = (jnp.swapaxes(held, 1, 2).astype(query.dtype) for held in kv)
         out = attending.attend(
             query,
             key,
@@ -557,7 +557,8 @@ def empty_cache(
         dtype: Of the keys and values held.
     """
     c = model.config
-    shape = (batch, capacity, c.num_kv_heads, c.head_dim)
+    # A head's keys lie together: a step reads them as they lie, and copies none.
+    shape = (batch, c.num_kv_heads, capacity, c.head_dim)
     count = len(c.layers)
 
     def empty() -> Any:
