@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,15 +18,14 @@ from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.lora_fa import LoRAFALeaf
 from jlora.adapters.protocol import (
     AdapterLeaf,
-    Expression,
     Given,
-    as_matrices,
     check_adapter,
     expression_of,
     places,
     wide,
 )
 from jlora.adapters.sora import SoRALeaf
+from jlora.deltas import decomposed, difference
 from jlora.factored.network import Factored, build
 from jlora.packed import is_packed
 
@@ -51,16 +49,8 @@ def delta(params: PyTree, adapter: Adapter) -> dict[str, jax.Array]:
     for path, place in places(flat, adapter).items():
         base = wide(flat.leaves[place])
         expression = expression_of(adapter, path, base)
-        changes[path] = _difference(path, base, expression)
+        changes[path] = difference(path, base, expression)
     return changes
-
-
-def _difference(path: str, base: jax.Array, expression: Expression) -> jax.Array:
-    """The terms alone where there are no gains: a sum with the base would round them."""
-    network = build(path, base.shape, **expression._asdict())
-    if not expression.gains:
-        return Factored(jnp.zeros_like(base), network).dense()
-    return Factored(base, network).dense() - base
 
 
 # --- initialisations that change the base --------------------------------------------------------
@@ -312,7 +302,7 @@ def to_lora(adapter: Adapter, params: PyTree, rank: int) -> Converted:
             )
         base = wide(flat.leaves[place])
         expression = expression_of(adapter, path, base)
-        u, s, vt = _decomposed(path, leaf, base, expression)
+        u, s, vt = decomposed(path, leaf, base, expression)
         kept = min(rank, s.shape[-1])
         squares = np.asarray(s, np.float64) ** 2
         whole = squares.sum()
@@ -331,59 +321,3 @@ def to_lora(adapter: Adapter, params: PyTree, rank: int) -> Converted:
             residual=_is_residual(leaf),
         )
     return converted
-
-
-def _decomposed(
-    path: str, leaf: AdapterLeaf, base: jax.Array, expression: Expression
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The singular triplets of the change, for each of the weight's matrices."""
-    thin = _thin_factors(leaf, expression)
-    if thin is None:
-        change = as_matrices(_difference(path, base, expression), leaf.axes)
-        u, s, vt = jnp.linalg.svd(change, full_matrices=False)
-        return u, s, vt
-    a, b = thin
-    left, inner_a = jnp.linalg.qr(a)
-    right, inner_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    exact = jax.lax.Precision.HIGHEST
-    core = jnp.matmul(inner_a, jnp.swapaxes(inner_b, -1, -2), precision=exact)
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    vt = jnp.matmul(vt, jnp.swapaxes(right, -1, -2), precision=exact)
-    return jnp.matmul(left, u, precision=exact), s, vt
-
-
-def _thin_factors(leaf: AdapterLeaf, expression: Expression) -> tuple[jax.Array, jax.Array] | None:
-    """The change as a product (batch, fan_in, m) (batch, m, fan_out), where it is one of a few
-    arrays with the inputs, a few with the outputs, and a small `m` between.
-    """
-    if expression.gains or expression.splits or expression.gate or len(expression.terms) != 1:
-        return None
-    batch, inputs, outputs = leaf.axes
-    (term,) = expression.terms
-    length: dict[Any, int] = dict(enumerate(leaf.shape))
-    for array, labels in term:
-        length.update(zip(labels, array.shape, strict=True))
-    middle = [label for label in length if label not in range(len(leaf.shape))]
-    near = [one for one in term if set(one[1]) & set(inputs)]
-    far = [one for one in term if not set(one[1]) & set(inputs)]
-    near_labels, far_labels = ({a for _, labels in side for a in labels} for side in (near, far))
-    size = math.prod(length[label] for label in middle)
-    fan_in = math.prod(length[axis] for axis in inputs)
-    fan_out = math.prod(length[axis] for axis in outputs)
-    crossed = near_labels & set(outputs)
-    missing = (set(inputs) - near_labels) | (set(outputs) - far_labels)
-    if crossed or missing or size >= min(fan_in, fan_out):
-        return None
-    number = {label: i for i, label in enumerate(length)}
-
-    def product(side: list[Any], kept: list[Any]) -> jax.Array:
-        operands: list[Any] = []
-        for array, labels in side:
-            operands += [wide(array), [number[label] for label in labels]]
-        for label in kept:  # Ones for what no array of this side has.
-            operands += [jnp.ones(length[label]), [number[label]]]
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.einsum(*operands, [number[label] for label in kept], precision=exact)
-
-    a, b = product(near, [*batch, *inputs, *middle]), product(far, [*batch, *middle, *outputs])
-    return a.reshape(-1, fan_in, size), b.reshape(-1, size, fan_out)

@@ -138,6 +138,8 @@ class Expression(NamedTuple):
         gate: A router, the label of what it chooses from, and how many of those every input keeps.
         observed: Arrays whose gradients are made to be moments of the inputs: their count, their
             sum and the sum of their outer products.
+        pick: An integer, and the label of which it chooses one index in every term: one of several
+            updates, of which the first is none at all.
     """
 
     gains: Sequence[Labelled] = ()
@@ -145,6 +147,7 @@ class Expression(NamedTuple):
     splits: Mapping[int, Sequence[int]] = {}
     gate: tuple[Labelled, Hashable, int] | None = None
     observed: Sequence[Labelled] = ()
+    pick: tuple[Any, Hashable] | None = None
 
 
 class Given(NamedTuple):

@@ -23,9 +23,9 @@ from jlora.adapters.protocol import (
     array_fields,
     check_adapter,
     places,
-    static_facts,
 )
 from jlora.checkpoints.hosts import whole
+from jlora.checkpoints.lineage import Lineage, arrays_of, described, hash_of
 from jlora.checkpoints.tensors import file_bytes
 from jlora.factored.probe import Axes
 from jlora.quantization.leaf import Quantized, requantized
@@ -35,27 +35,37 @@ FORMAT = 1  # Raised when a reader of the old number would misread a file of the
 _SAMPLES = 64  # Entries of a weight that its fingerprint reads.
 
 
-def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, Any], params: PyTree) -> None:
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Mapping[str, Any],
+    params: PyTree,
+    lineage: Lineage | None = None,
+) -> None:
     """Writes an adapter to one safetensors file, which replaces a file of that name at once.
 
-    The file's metadata has the families, axes, ranks and scales, and a fingerprint of every weight
-    of the base that is adapted, so that loading it onto another base can be refused.
+    The file's metadata has the families, axes, ranks and scales, a fingerprint of every weight of
+    the base that is adapted, so that loading it onto another base can be refused, the content hash,
+    and where the adapter comes from.
 
     Args:
         path: Where to; its folder must exist.
         adapter: What `init` returned, trained.
         params: The base it was trained on.
+        lineage: How it was made, if that is known.
 
     Raises:
-        TypeError: When `adapter` is not an adapter.
+        TypeError: When `adapter` is not an adapter, or `lineage` no lineage.
         ValueError: When it does not fit `params`, or holds an array that is not finite.
     """
     weights = _weights(params, adapter)
-    write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights})
+    write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights}, lineage)
 
 
 def write_adapter(
-    path: str | os.PathLike[str], adapter: Mapping[str, Any], fingerprints: Mapping[str, str]
+    path: str | os.PathLike[str],
+    adapter: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    lineage: Lineage | None = None,
 ) -> None:
     """As `save_adapter`, where the base is not at hand but its weights' fingerprints are.
 
@@ -63,27 +73,26 @@ def write_adapter(
         path: Where to; its folder must exist.
         adapter: Its arrays are all here.
         fingerprints: Of the weights that it adapts, by path.
+        lineage: How it was made, if that is known.
 
     Raises:
-        TypeError: When `adapter` is not an adapter.
+        TypeError: When `adapter` is not an adapter, or `lineage` no lineage.
         ValueError: When it holds an array that is not finite.
     """
     check_adapter(adapter)
-    tensors: dict[str, np.ndarray] = {}
-    leaves: dict[str, Any] = {}
-    for weight_path, leaf in adapter.items():
-        leaves[weight_path] = {"family": leaf.family, **static_facts(leaf)}
-        for field in array_fields(leaf):
-            if getattr(leaf, field.name) is None:
-                continue
-            value = np.asarray(jax.device_get(getattr(leaf, field.name)))
-            _check_finite(f"{weight_path}/{field.name}", value)
-            tensors[f"{weight_path}/{field.name}"] = np.ascontiguousarray(value)
+    lineage = Lineage() if lineage is None else lineage
+    if not isinstance(lineage, Lineage):
+        raise TypeError(f"lineage={lineage!r} is no Lineage, of jlora.checkpoints.lineage.")
+    tensors = arrays_of(adapter)
+    for name, value in tensors.items():
+        _check_finite(name, value)
     metadata = {
         "format": "jlora",
         "version": str(FORMAT),
-        "adapter": json.dumps(leaves, sort_keys=True),
+        "adapter": json.dumps(described(adapter), sort_keys=True),
         "base": json.dumps(dict(fingerprints), sort_keys=True),
+        "content": hash_of(described(adapter), tensors),
+        "lineage": lineage.as_json(),
     }
     _write_atomically(pathlib.Path(path), file_bytes(tensors, metadata))
 
@@ -104,9 +113,11 @@ def load_adapter(
     """
     path = pathlib.Path(path)
     metadata, tensors = _read(path)
+    description = _json(path, metadata, "adapter")
+    content = hash_of(description, tensors)
     leaves = {
         weight_path: _leaf(path, weight_path, facts, tensors)
-        for weight_path, facts in _json(path, metadata, "adapter").items()
+        for weight_path, facts in description.items()
     }
     if tensors:
         raise ValueError(
@@ -114,6 +125,11 @@ def load_adapter(
             f"was changed after jlora wrote it; save the adapter again."
         )
     weights = _weights(params, leaves)
+    if metadata.get("content", content) != content:  # Files of an older jlora have none.
+        raise ValueError(
+            f"{path} holds other numbers or facts than jlora wrote to it. Copy it again; if it was "
+            f"changed on purpose, save the adapter anew."
+        )
     if not allow_other_base:
         _check_base(path, _json(path, metadata, "base"), weights, leaves)
     return leaves
@@ -129,6 +145,32 @@ def weight_paths(path: str | os.PathLike[str]) -> list[str]:
     path = pathlib.Path(path)
     metadata, _ = _read(path)
     return sorted(_json(path, metadata, "base"))
+
+
+def read_lineage(path: str | os.PathLike[str]) -> Lineage:
+    """How the adapter in a file was made; an empty lineage where the file does not say.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is no such file, damaged, or of a newer format.
+    """
+    path = pathlib.Path(path)
+    metadata, _ = _read(path)
+    return lineage_of(path, metadata)
+
+
+def lineage_of(path: pathlib.Path, metadata: Mapping[str, str]) -> Lineage:
+    """The lineage in a file's metadata.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    if "lineage" not in metadata:
+        return Lineage()
+    try:
+        return Lineage.from_json(metadata["lineage"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}. Copy the file again.") from error
 
 
 def schemes_of(path: str | os.PathLike[str]) -> list[str]:

@@ -33,7 +33,7 @@ def _conv_roles(eqn: Any, side: int, network: Network) -> Roles | Dense:
 def _conv(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -> Any:
     """A convolution with the base, plus for every term one with what holds its window."""
     x, factored = values
-    network: Network = factored.network
+    network: Network = factored.network.plain()
     form = _Convolution(eqn, network)
     x_groups = labelled(x.shape, {form.channel: (Atom(form.groups), *form.inputs)})
     out_groups = labelled(eqn.outvars[0].aval.shape, {form.feature: form.outputs})

@@ -44,7 +44,7 @@ def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | Non
                 f"function with a derivative of its own ({eqn.primitive.name}): its rule would "
                 f"see the input that was not dropped. Give its rule dropout=0.0."
             )
-    values = [_unobserved(value) for value in values]
+    values = [_unobserved(_plain_choice(value)) for value in values]
     backward = _Backward(eqn, [_plain(value) for value in values])
 
     @jax.custom_vjp
@@ -62,6 +62,13 @@ def _run(eqn: Any, values: Sequence[Any], evaluate: Evaluate) -> list[Any] | Non
 
     run.defvjp(forward, pull_back)
     return run(list(values))
+
+
+def _plain_choice(value: Any) -> Any:
+    """The value with the choice among updates made: derivatives of a rule are of one of them."""
+    if not is_factored(value):
+        return value
+    return dataclasses.replace(value, network=value.network.plain())
 
 
 def _unobserved(value: Any) -> Any:

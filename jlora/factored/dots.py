@@ -121,6 +121,7 @@ def _asks_more(eqn: Any, x: Any, factored: Factored) -> bool:
         len(terms) != 1
         or terms[0].dropout is not None
         or terms[0].gate is not None
+        or terms[0].pick is not None
         or eqn.params["precision"] is not None
         or eqn.outvars[0].aval.dtype != x.dtype
         or bool(releases.varying(x))

@@ -69,8 +69,43 @@ class Gate:
     fan_in: int
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["slots"])
+@dataclasses.dataclass(frozen=True)
+class Pick:
+    """Takes one of several updates that operands hold side by side.
+
+    The choice waits for the product, so that what slices a stack of layers slices all updates, and
+    no update is copied whole before.
+
+    Attributes:
+        index: Which one, an integer without axes. The first stands for none at all: what it is
+            added to stays as it is, bit by bit. Where there is no such update, the sum is NaN.
+        slots: The axis of operands that it counts along.
+    """
+
+    index: Operand
+    slots: Atom
+
+    def of(self, operand: Operand) -> Operand:
+        """The operand's part that is chosen."""
+        if self.slots not in operand.atoms:
+            return operand
+        axis = operand.atoms.index(self.slots)
+        array = jax.lax.dynamic_index_in_dim(operand.array, self.index.array, axis, keepdims=False)
+        return Operand(array, (*operand.atoms[:axis], *operand.atoms[axis + 1 :]))
+
+    def add(self, total: Any, update: Any) -> Any:
+        """The sum, with nothing added for the first."""
+        index = self.index.array
+        # JAX takes the nearest index in the place of one that is not there.
+        exists = (index >= 0) & (index < self.slots.size)
+        return jnp.where(index == 0, total, jnp.where(exists, total + update, jnp.nan))
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["operands", "dropout", "gate"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["operands", "dropout", "gate", "pick"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -82,6 +117,7 @@ class Term:
     operands: tuple[Operand, ...]
     dropout: Dropout | None = None
     gate: Gate | None = None
+    pick: Pick | None = None
 
     def map(self, fn: Callable[[Operand], Operand]) -> Term:
         dropout, gate = self.dropout, self.gate
@@ -89,7 +125,28 @@ class Term:
             dropout = Dropout(dropout.rate, fn(dropout.keys))
         if gate is not None:
             gate = dataclasses.replace(gate, router=fn(gate.router))
-        return Term(tuple(fn(operand) for operand in self.operands), dropout, gate)
+        pick = self.pick and dataclasses.replace(self.pick, index=fn(self.pick.index))
+        return Term(tuple(fn(operand) for operand in self.operands), dropout, gate, pick)
+
+    @property
+    def picked(self) -> tuple[Operand, ...]:
+        """Its operands, of several updates the one that is chosen."""
+        if self.pick is None:
+            return self.operands
+        return tuple(self.pick.of(operand) for operand in self.operands)
+
+    def add(self, total: Any, update: Any) -> Any:
+        """The sum of anything and what this term's operands made of the same."""
+        return total + update if self.pick is None else self.pick.add(total, update)
+
+    def plain(self) -> Term:
+        """The same with the choice made, for uses that know of none."""
+        if self.pick is None:
+            return self
+        first, *others = self.picked
+        one = jnp.ones((), first.array.dtype)
+        first = first.map(lambda array: array * self.pick.add(one, 0))  # type: ignore[union-attr]
+        return dataclasses.replace(self, operands=(first, *others), pick=None)
 
 
 @functools.partial(
@@ -139,6 +196,10 @@ class Network:
             terms=tuple(term.map(fn) for term in self.terms),
             observed=tuple(fn(operand) for operand in self.observed),
         )
+
+    def plain(self) -> Network:
+        """The network with every choice among updates made."""
+        return dataclasses.replace(self, terms=tuple(term.plain() for term in self.terms))
 
     def replace_atom(
         self, old: Atom, new: tuple[Atom, ...], fn: Callable[[Any, int], Any]
@@ -198,7 +259,7 @@ class Factored:
         dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
         total = bases.array(self.base).astype(dtype)
         for term in self.network.terms:
-            total = total + expand(term.operands, self.network, dtype)
+            total = term.add(total, expand(term.picked, self.network, dtype))
         for gain in self.network.gains:
             total = total * expand((gain,), self.network, dtype)
         return total.astype(self.base.dtype)
@@ -233,6 +294,7 @@ def build(
     terms: Sequence[Sequence[Labelled]] = (),
     splits: Mapping[int, Sequence[int]] = types.MappingProxyType({}),
     gate: tuple[Labelled, Hashable, int] | None = None,
+    pick: tuple[Any, Hashable] | None = None,
     observed: Sequence[Labelled] = (),
     dropout: tuple[float, Any, Sequence[int]] | None = None,
 ) -> Network:
@@ -246,6 +308,7 @@ def build(
         splits: Axes of the weight that arrays see as several, slowest first, with their sizes.
             Part `i` of axis `n` has the label `(n, i)`.
         gate: For every term, a router, the label of what it chooses from, and how many it keeps.
+        pick: For every term, an integer and the label that it chooses one index of.
         observed: Arrays whose gradients products make to be moments of what the weight meets.
         dropout: A rate, an array of random keys, and the weight's axes that the keys run over.
     """
@@ -278,11 +341,12 @@ def build(
         inputs = [axis for axis in router[1] if axis != label and axis not in shared]
         fan_in = math.prod(atoms[axis].size for axis in inputs)
         chosen = Gate(operand(*router), atoms[label], top_k, fan_in)
+    taken = None if pick is None else Pick(Operand(pick[0], ()), atoms[pick[1]])
     return Network(
         axes=tuple(group(axis) for axis in range(len(shape))),
         path=path,
         gains=tuple(operand(*gain) for gain in gains),
-        terms=tuple(Term(operands, drop, chosen) for operands in products),
+        terms=tuple(Term(operands, drop, chosen, taken) for operands in products),
         observed=tuple(operand(*one) for one in observed),
     )
 

@@ -39,7 +39,7 @@ def _ragged_roles(eqn: Any, side: int, network: Network) -> Roles | Dense:
 def _ragged(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -> Any:
     """Rows times the matrix of their group, one operand of a term after another."""
     x, factored, group_sizes = values
-    network: Network = factored.network
+    network: Network = factored.network.plain()
     if any(term.gate is not None for term in network.terms):
         raise ValueError(
             f"The mixture on {network.path!r} cannot be used by lax.ragged_dot, whose rows have "

@@ -446,6 +446,7 @@ def _gather(eqn: Any, networks: Networks, values: Sequence[Any]) -> list[Network
             tuple(look_up(operand, 0) for operand in term.operands),
             term.dropout
             and Dropout(term.dropout.rate, Operand(term.dropout.keys.array.reshape(-1)[0], ())),
+            pick=term.pick,
         )
         for term in network.terms
     )
