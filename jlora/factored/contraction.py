@@ -52,14 +52,12 @@ def contract(
     precision: Any = None,
     out_dtype: Any = None,
     cast: bool = True,
-    by_entry: bool = False,
 ) -> Any:
     """The product of all operands, summed over every atom that is not in `out`.
 
     Starts at `first` (an activation) and absorbs one operand at a time, always the one that leaves
     the smallest result, so `x A B` goes through the rank and never forms `A B`. Operands are cast
-    to `first`'s type unless `cast` is off; `out_dtype` is the type of the last product. `by_entry`
-    multiplies entries and adds them up, which a compiler joins with whatever makes the operands.
+    to `first`'s type unless `cast` is off; `out_dtype` is the type of the last product.
     """
     labels: dict[Atom, int] = {}
 
@@ -75,7 +73,7 @@ def contract(
         last, following = position == len(order), remaining[number]
         if last:
             kept = [atom for atom in out if atom in kept]
-        product = (_by_entry if by_entry else jnp.einsum)(
+        product = jnp.einsum(
             current.array,
             ids(current.atoms),
             following.array.astype(current.array.dtype) if cast else following.array,
@@ -90,31 +88,6 @@ def contract(
         array = jnp.einsum(current.array, ids(current.atoms), ids(present))
         current = Operand(array.astype(out_dtype or array.dtype), tuple(present))
     return _spread(current, out)
-
-
-def _by_entry(
-    x: Any,
-    x_ids: Sequence[int],
-    y: Any,
-    y_ids: Sequence[int],
-    kept: Sequence[int],
-    *,
-    precision: Any,
-    preferred_element_type: Any,
-) -> Any:
-    """As `jnp.einsum` of two, without a product of matrices; summed in float32 or wider."""
-    del precision
-    labels = [*kept, *(label for label in dict.fromkeys((*x_ids, *y_ids)) if label not in kept)]
-
-    def spread(array: Any, ids: Sequence[int]) -> Any:
-        present = [label for label in labels if label in ids]
-        array = jnp.transpose(array, [list(ids).index(label) for label in present])
-        missing = [axis for axis, label in enumerate(labels) if label not in ids]
-        wide = jnp.promote_types(array.dtype, jnp.float32)
-        return jnp.expand_dims(array, missing).astype(wide)
-
-    total = (spread(x, x_ids) * spread(y, y_ids)).sum(tuple(range(len(kept), len(labels))))
-    return total.astype(preferred_element_type or x.dtype)
 
 
 def fused(

@@ -15,10 +15,6 @@ from jlora.factored import balance, releases
 from jlora.factored.contraction import Atom, Operand, contract, size
 from jlora.factored.network import Factored, Gate, Network
 
-# With a choice of its own for each text, a matrix unit has a text's tokens alone to work on, and
-# would need the chosen factors copied out first.
-_FEW = 4
-
 # What a gain nearer to zero is taken for, so that a product can be divided by it.
 _LEAST_GAIN = 2.0**-60
 
@@ -48,21 +44,9 @@ def add_terms(
             gate = _gate_weights(term.gate, x, out, factored.network.path, precision)
             operands.append(gate)
         dropped = x if term.dropout is None else x.map(functools.partial(term.dropout, use=use))
-        update = contract(
-            dropped,
-            operands,
-            out,
-            precision=precision,
-            out_dtype=base.dtype,
-            by_entry=term.pick is not None and _are_few(x, out),
-        )
+        update = contract(dropped, operands, out, precision=precision, out_dtype=base.dtype)
         total = term.add(total, update.reshape(base.shape))
     return total
-
-
-def _are_few(x: Operand, out: Sequence[Atom]) -> bool:
-    """Whether an input has so few rows that a product with it only reads the other side once."""
-    return size([atom for atom in x.atoms if atom in out]) <= _FEW
 
 
 def _gate_weights(
