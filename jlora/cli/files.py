@@ -13,10 +13,20 @@ class Inspect:
     """What a checkpoint's folder, a folder of PEFT's or an adapter file holds.
 
     Attributes:
-        path: The folder or file.
+        path: The folder or file; a recipe, with --importance.
+        importance: Print how much each weight matters instead: gradient_norm, fisher, sensitivity
+            or activation on a recipe's data; condition or stable_rank of a recipe's base or a
+            checkpoint's folder.
+        batches: On how many of a recipe's batches that is measured; 8 when left out.
+        budget: Print the recipe's rules too, with ranks that train at most so many numbers.
+        overrides: What is said otherwise than the recipe, as `--section.field value`.
     """
 
     path: Path
+    importance: str | None = None
+    batches: int | None = None
+    budget: int | None = None
+    overrides: tuple[str, ...] = ()
     example = "jlora inspect my-adapter/"
 
 
@@ -79,10 +89,22 @@ class ExportAdapter:
 
 
 def inspect(options: Inspect) -> None:
-    """Prints what is there."""
+    """Prints what is there, or how much each weight matters."""
+    from jlora.cli import importance
     from jlora.inspection import inspect
 
-    print(inspect(options.path))
+    rest = {"--batches": options.batches, "--budget": options.budget}
+    if options.importance is None:
+        importance.refuse_without({**rest, " ".join(options.overrides): options.overrides})
+        print(inspect(options.path))
+        return
+    importance.show(
+        options.path,
+        options.importance,
+        batches=options.batches,
+        budget=options.budget,
+        overrides=options.overrides,
+    )
 
 
 def export_merged(options: ExportMerged) -> None:
