@@ -38,7 +38,7 @@ test-grid: $(VENV)/.tools
 # all that is done with them.
 LATER := tests/examples tests/planning tests/peft tests/parity tests/test_h100_step.py \
 	tests/training/test_quantized_runs.py tests/training/test_offloaded_run.py \
-	tests/training/test_faults.py
+	tests/training/test_faults.py tests/ranks/test_search.py
 test-core: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 $(LATER:%=--ignore=%) tests
 
@@ -67,7 +67,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -q -e ".[dev,train,plan]"
+	$(PIP) install -q -e ".[dev,train,search,plan]"
 	touch $@
 
 $(FOREIGN_VENV)/.installed: pyproject.toml Makefile

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.checkpoints.adapter_file import lineage_of
+from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.tensors import ITEM_BYTES, open_file, opened, read_json
 from jlora.peft.config import CONFIG, read_config
 from jlora.peft.reading import PREFIX, TENSORS
@@ -88,14 +90,44 @@ def _adapter_file(path: Path) -> Contents:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Copy it anew.") from error
     ranks = collections.Counter(facts.get("rank") for facts in parts.values())
+    lineage = lineage_of(path, metadata)
+    content = {"content": metadata["content"]} if "content" in metadata else {}
     facts = {
         "families": _list(families),
         "ranks": _list(collections.Counter({r: n for r, n in ranks.items() if r is not None})),
         "adapted weights": str(len(parts)),
         "targets": _list(collections.Counter(_without_numbers(p, "/") for p in parts)),
         **_counted(shapes, dtypes),
+        **content,
+        **_origin(lineage),
     }
     return Contents("jlora adapter", facts)
+
+
+def _origin(lineage: Lineage) -> dict[str, str]:
+    """What is known of how an adapter was made."""
+    known: dict[str, str] = {}
+    if lineage.method:
+        known["made by"] = lineage.method
+    for number, parent in enumerate(lineage.parents, start=1):
+        known[f"parent {number}"] = f"{parent.weight:g} x {parent.name} ({parent.content[:12]})"
+    if lineage.recipe is not None:
+        known["recipe"] = ", ".join(_told(lineage.recipe)) or "told in its metadata"
+    return known
+
+
+def _told(recipe: Mapping[str, Any]) -> list[str]:
+    """The base, the data and the output of a recipe, as far as it names them."""
+    base, data = recipe.get("model"), recipe.get("data")
+    train = data.get("train") if isinstance(data, dict) else None
+    listed = train if isinstance(train, list) else []
+    sources = [one.get("path") for one in listed if isinstance(one, dict)]
+    named = {
+        "base": base.get("path") if isinstance(base, dict) else None,
+        "data": " and ".join(map(str, sources)),
+        "output": recipe.get("output"),
+    }
+    return [f"{name} {value}" for name, value in named.items() if value]
 
 
 def _peft_folder(path: Path) -> Contents:

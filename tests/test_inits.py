@@ -288,7 +288,7 @@ def test_a_conversion_of_thin_factors_forms_nothing_of_the_weights_size() -> Non
     leaf = adapter["w"]
 
     def convert(base: Any) -> Any:
-        return jlora.conversion._decomposed("w", leaf, base, leaf.expression(Given(base)))
+        return jlora.deltas.decomposed("w", leaf, base, leaf.expression(Given(base)))
 
     text = str(jax.make_jaxpr(convert)(jnp.zeros((300, 200))))
     assert "200,4" in text

@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from jlora import models, peft
 from jlora.checkpoints.adapter_file import write_adapter
 from jlora.checkpoints.hosts import whole
+from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.tensors import file_bytes
 from jlora.conversion import on_original_base
 from jlora.merging.export import merge_to
@@ -92,7 +93,10 @@ def write(
     head = jax.tree.map(whole, trained.get("head"))
     written = [output / ADAPTER]
     if jax.process_index() == 0:
-        write_adapter(written[0], adapter, fingerprints)
+        # Where a run wrote to is no part of what it made: the same run makes the same bytes.
+        made_by = recipe.model_dump(mode="json", exclude={"output"})
+        lineage = Lineage(method="jlora train", recipe=made_by)
+        write_adapter(written[0], adapter, fingerprints, lineage)
         if head is not None:
             written.append(output / HEAD)
             _write_head(written[-1], recipe, setup, head, labels)

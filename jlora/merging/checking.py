@@ -1,0 +1,106 @@
+"""What adapters must have in common before they are combined or compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jlora import tree
+from jlora.adapters.mixture import LoRAMixtureLeaf
+from jlora.adapters.protocol import AdapterLeaf, array_fields, leaves_of, places
+from jlora.deltas import looks_at_base
+
+PyTree = Any
+Adapter = Mapping[str, Any]
+
+
+def check_adapters(adapters: Any) -> None:
+    """Checks that these are adapters of one model whose changes can be added up.
+
+    Raises:
+        TypeError: When it is no sequence, or one of them is no adapter.
+        ValueError: When there is none, when one of them is a mixture, is on a residual base, holds
+            a number that is not finite or an array of another shape, or when two of them have other
+            shapes or axes for a weight.
+    """
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Sequence):
+        raise TypeError(
+            f"adapters={type(adapters).__name__} is no list of adapters. Give a list, such as "
+            f"[first, second]."
+        )
+    if not adapters:
+        raise ValueError("adapters=[] leaves nothing to combine. Give at least one.")
+    seen: dict[str, tuple[int, AdapterLeaf]] = {}
+    for number, adapter in enumerate(adapters):
+        _check_shapes(adapter)
+        for path, leaf in leaves_of(adapter).items():
+            _check_leaf(number, path, leaf)
+            other, first = seen.setdefault(path, (number, leaf))
+            if (first.shape, first.axes) != (leaf.shape, leaf.axes):
+                raise ValueError(
+                    f"adapters[{other}] and adapters[{number}] take {path!r} for different "
+                    f"weights: shape {first.shape} with {first.axes}, and {leaf.shape} with "
+                    f"{leaf.axes}. Give adapters of one model, loaded with its layers laid out "
+                    f"alike."
+                )
+        for path, node in adapter.items():
+            for field in array_fields(node):
+                _check_finite(f"adapters[{number}][{path!r}].{field.name}", node, field.name)
+
+
+def bases_of(adapters: Iterable[Adapter], params: PyTree | None) -> dict[str, Any]:
+    """The base of each weight whose change depends on it, by path.
+
+    Raises:
+        ValueError: When there is such a weight and no params, or params are of another model.
+    """
+    flat = None if params is None else tree.flatten(params)
+    bases: dict[str, Any] = {}
+    for number, adapter in enumerate(adapters):
+        where = {} if flat is None else places(flat, adapter)
+        for path, leaf in leaves_of(adapter).items():
+            if not looks_at_base(adapter, path):
+                continue
+            if flat is None:
+                raise ValueError(
+                    f"adapters[{number}] changes {path!r} by what depends on the weight itself "
+                    f"(family {leaf.family!r}), and params=None. Give params, the base that it was "
+                    f"trained on."
+                )
+            bases[path] = flat.leaves[where[path]]
+    return bases
+
+
+def _check_shapes(adapter: Any) -> None:
+    """Checks an adapter's arrays against its own facts, as `places` does against params."""
+    leaves = leaves_of(adapter) if isinstance(adapter, Mapping) else {}
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in leaves.values()]
+    places(tree.Flat(tuple(leaves), shapes, None), adapter)
+
+
+def _check_leaf(number: int, path: str, leaf: AdapterLeaf) -> None:
+    if isinstance(leaf, LoRAMixtureLeaf):
+        raise ValueError(
+            f"adapters[{number}] has a mixture on {path!r}, whose change depends on the input and "
+            f"is no weight. Leave that part out, or apply the mixture by itself."
+        )
+    if getattr(leaf, "residual", False):
+        raise ValueError(
+            f"adapters[{number}] belongs on a residual base at {path!r}: its factors started as a "
+            f"part of the weight. Give what jlora.on_original_base makes of it."
+        )
+
+
+def _check_finite(name: str, node: Any, field: str) -> None:
+    value = getattr(node, field)
+    if value is None or isinstance(value, Tracer):
+        return
+    if not np.isfinite(np.asarray(value).astype(np.float32)).all():
+        raise ValueError(
+            f"{name} holds NaN or infinity, which every result would. Go back to a checkpoint from "
+            f"before the training diverged."
+        )

@@ -1,0 +1,310 @@
+"""Several adapters as one, added up as what they change and not factor by factor."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jlora.adapters import checks
+from jlora.adapters.full import BiasLeaf, FullLeaf
+from jlora.adapters.lora import LoRALeaf
+from jlora.adapters.protocol import AdapterLeaf, leaves_of
+from jlora.deltas import (
+    Change,
+    as_weight,
+    change_of,
+    dense_of,
+    is_matrix,
+    triplets,
+)
+from jlora.merging.checking import bases_of, check_adapters
+from jlora.merging.methods import Linear, Method
+
+PyTree = Any
+Adapter = Mapping[str, Any]
+_LINEAR = Linear()
+
+
+class Combined(NamedTuple):
+    """One adapter made of several.
+
+    Attributes:
+        adapter: For every weight that any of them adapts a LoRA leaf, or the dense change.
+        kept: For every weight the share of the combined change's squared norm that the adapter
+            keeps; 1 where it is exact.
+    """
+
+    adapter: dict[str, Any]
+    kept: dict[str, jax.Array]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.adapter))
+        lines = [f"{'weight':{width}} {'rank':>5} {'kept':>7}"]
+        for path, leaf in self.adapter.items():
+            rank = leaf.rank if isinstance(leaf, LoRALeaf) else "whole"
+            lines.append(f"{path:{width}} {rank:>5} {float(self.kept[path]):7.4f}")
+        return "\n".join(lines)
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | jax.Array | np.ndarray | None = None,
+    *,
+    method: Method = _LINEAR,
+    params: PyTree | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    key: jax.Array | None = None,
+) -> Combined:
+    """One adapter of several, combined in what they change: `sum_i w_i delta_i` for `Linear`.
+
+    Nothing crosses one adapter's `A` with another's `B`. `Linear` joins the factors, so that ranks
+    add; with `rank` or `energy` it decomposes the joined factors and forms no dense change. Other
+    methods look at entries: they form the dense changes of one matrix at a time (of a stack, one
+    layer after another), and without `rank` or `energy` their result is the dense change. The
+    result is float32 or wider, of scale one, and has no dropout.
+
+    Runs under `jax.jit` and `jax.vmap`, over weights and over adapters, but for `energy`.
+
+    Args:
+        adapters: What `init` returned, trained; of any families that can be merged. A weight that
+            one of them leaves alone is unchanged by it.
+        weights: A number for each adapter, (adapters,), which may be negative; ones when None.
+        method: `Linear()`, `Magnitude`, `TIES`, `DARE` or `DELLA`.
+        params: Their base. Only needed for families whose change depends on the weight: DoRA, HiRA,
+            IA3.
+        rank: Of the result, the nearest LoRA in the sense of least squares; lower where a weight's
+            own rank is. Weights that are no matrix (biases, norms) stay exact.
+        energy: In place of a rank: for every weight the lowest rank that keeps this share of the
+            combined change's squared norm, above 0 and up to 1 (all but rounding).
+        key: For `DARE` and `DELLA`. Every weight, layer and adapter has its own draws.
+
+    Raises:
+        TypeError: For adapters, weights or a method that are none.
+        ValueError: For adapters that cannot be combined (mixtures, those on a residual base, other
+            shapes), weights of another number, numbers that are not finite, or options that do not
+            go together.
+    """
+    check_adapters(adapters)
+    factors = _weights(weights, len(adapters))
+    _check_options(method, rank, energy, key)
+    bases = bases_of(adapters, params)
+    combined = Combined({}, {})
+    for path in dict.fromkeys(path for adapter in adapters for path in leaves_of(adapter)):
+        there = [number for number, adapter in enumerate(adapters) if path in adapter]
+        changes = tuple(change_of(adapters[number], path, bases.get(path)) for number in there)
+        leaves = [adapters[number][path] for number in there]
+        parts = _Parts(
+            changes,
+            jnp.stack([factors[number] for number in there]),
+            _keys(key, path, there) if method.random else None,
+        )
+        made = _made(path, leaves, parts, method, rank, energy)
+        combined.adapter[path], combined.kept[path] = made
+    return combined
+
+
+def analogy(a: Adapter, b: Adapter, c: Adapter, **options: Any) -> Combined:
+    """An adapter for `d`, where `a` is to `b` as `c` is to `d`: `c + (b - a)`.
+
+    Args:
+        a: Such as of sentiment in reviews of one shop, without labels.
+        b: The same with labels.
+        c: Of another shop, without labels.
+        **options: Of `combine`, but for weights.
+
+    References:
+        Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089, section 5.
+    """
+    return combine([c, b, a], [1.0, 1.0, -1.0], **options)
+
+
+# --- what is given -------------------------------------------------------------------------------
+
+
+def _weights(weights: Any, count: int) -> jax.Array:
+    """The weights, (count,), in float32 or wider."""
+    if weights is None:
+        return jnp.ones(count)
+    given = jnp.asarray(weights)
+    if given.shape != (count,):
+        raise ValueError(
+            f"weights of shape {given.shape} are not one for each of the {count} adapters. Give "
+            f"{count} numbers in the order of the adapters."
+        )
+    if not jnp.issubdtype(given.dtype, jnp.floating) and not jnp.issubdtype(
+        given.dtype, jnp.integer
+    ):
+        raise TypeError(f"weights={weights!r} are {given.dtype}. Give real numbers.")
+    if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given, np.float64)).all():
+        raise ValueError(f"weights={weights!r} are not finite. Give finite numbers.")
+    return given.astype(jnp.promote_types(given.dtype, jnp.float32))
+
+
+def _check_options(method: Any, rank: Any, energy: Any, key: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method={method!r} is none of jlora.merging's. Give one such as "
+            f"jlora.merging.TIES(density=0.2)."
+        )
+    if rank is not None and energy is not None:
+        raise ValueError(
+            f"rank={rank} and energy={energy} both say how low the result's rank is. Give one."
+        )
+    if rank is not None:
+        checks.rank("rank", rank)
+    if energy is not None and not (checks.is_number(energy) and 0 < energy <= 1):
+        raise ValueError(
+            f"energy={energy!r} is no share of a squared norm. Use a number above 0 and up to 1, "
+            f"such as 0.95."
+        )
+    if method.random and key is None:
+        raise ValueError(
+            f"method={method} drops entries at random and was given no key. Give key="
+            f"jax.random.key(0), or another seed for other draws."
+        )
+
+
+def _keys(key: Any, path: str, numbers: Sequence[int]) -> jax.Array:
+    """A key for each adapter that adapts the weight, (adapters,), all of the weight's own."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # A key of the old kind.
+        key = jax.random.wrap_key_data(key)
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return jax.vmap(functools.partial(jax.random.fold_in, own))(jnp.array(numbers))
+
+
+# --- one weight ----------------------------------------------------------------------------------
+
+
+class _Parts(NamedTuple):
+    """What is combined in one weight."""
+
+    changes: tuple[Change, ...]
+    weights: jax.Array  # (changes,)
+    keys: jax.Array | None  # (changes,)
+
+
+def _made(
+    path: str,
+    leaves: Sequence[AdapterLeaf],
+    parts: _Parts,
+    method: Method,
+    rank: int | None,
+    energy: float | None,
+) -> tuple[AdapterLeaf, jax.Array]:
+    """The leaf of one weight, and the share that it keeps."""
+    leaf, exact = leaves[0], jnp.ones(())
+    lowered = is_matrix(leaf.axes) and (rank is not None or energy is not None)
+    joined = _joined(parts) if isinstance(method, Linear) else None
+    if joined is not None and not lowered:
+        return _lora(leaf, joined.a, joined.b), exact
+    if not lowered:
+        cls = BiasLeaf if all(isinstance(one, BiasLeaf) for one in leaves) else FullLeaf
+        delta = as_weight(_dense(method, parts), leaf)
+        return cls(delta=delta, shape=leaf.shape, axes=leaf.axes), exact
+    u, s, vt = _triplets(joined) if joined is not None else _dense_triplets(method, rank, parts)
+    if rank is None:
+        assert energy is not None
+        rank = _least_rank(path, s, energy)
+    kept = min(rank, s.shape[-1])
+    root = jnp.sqrt(s[:, :kept])
+    a, b = u[:, :, :kept] * root[:, None, :], root[:, :, None] * vt[:, :kept]
+    return _lora(leaf, a, b), _share(s, kept)
+
+
+def _joined(parts: _Parts) -> Change | None:
+    """`[a1 a2 ...] [w1 b1; w2 b2; ...]`, where all changes are factors."""
+    near, far = [], []
+    for weight, change in zip(parts.weights, parts.changes, strict=True):
+        if change.a is None or change.b is None:
+            return None
+        near.append(change.a)
+        far.append(weight * change.b)
+    return Change(jnp.concatenate(near, -1), jnp.concatenate(far, -2))
+
+
+def _lora(leaf: AdapterLeaf, a: Any, b: Any) -> LoRALeaf:
+    """Plain LoRA of scale one from (batch, fan_in, rank) and (batch, rank, fan_out)."""
+    batch, inputs, outputs = leaf.groups
+    rank = a.shape[-1]
+    return LoRALeaf(
+        a=a.reshape(*batch, *inputs, rank),
+        b=b.reshape(*batch, rank, *outputs),
+        shape=leaf.shape,
+        axes=leaf.axes,
+        rank=rank,
+        alpha=float(rank),
+    )
+
+
+def _one(method: Method, parts: _Parts, number: jax.Array) -> jax.Array:
+    """The combined change of one of a weight's matrices."""
+    keys = parts.keys
+    if keys is not None:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+    deltas = jnp.stack([dense_of(change) for change in parts.changes])
+    return method.joined(deltas, parts.weights, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense(method: Method, parts: _Parts) -> jax.Array:
+    """The combined change, (batch, fan_in, fan_out), made one matrix after another."""
+
+    def one(held: tuple[jax.Array, tuple[Change, ...]]) -> jax.Array:
+        number, changes = held
+        return _one(method, parts._replace(changes=changes), number)
+
+    return jax.lax.map(one, (jnp.arange(_count(parts)), parts.changes))
+
+
+_triplets = jax.jit(triplets)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _dense_triplets(
+    method: Method, rank: int | None, parts: _Parts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first `rank` singular vectors of the combined change, and all singular values."""
+
+    def one(held: tuple[jax.Array, tuple[Change, ...]]) -> tuple[jax.Array, ...]:
+        number, changes = held
+        change = _one(method, parts._replace(changes=changes), number)
+        u, s, vt = triplets(Change(dense=change))
+        return u[:, :rank], s, vt[:rank]
+
+    u, s, vt = jax.lax.map(one, (jnp.arange(_count(parts)), parts.changes))
+    return u, s, vt
+
+
+def _count(parts: _Parts) -> int:
+    return jax.tree.leaves(parts.changes)[0].shape[0]
+
+
+def _share(s: jax.Array, kept: int) -> jax.Array:
+    """The share of the squared norm in the first singular values of a stack, (batch, k)."""
+    largest = s.max()
+    squares = jnp.square(s / jnp.where(largest > 0, largest, 1))  # Small ones do not underflow.
+    whole = squares.sum()
+    return jnp.where(whole > 0, squares[:, :kept].sum() / jnp.where(whole > 0, whole, 1), 1)
+
+
+def _least_rank(path: str, s: jax.Array, energy: float) -> int:
+    """The lowest rank that keeps a share of the squared norm, at least one."""
+    if isinstance(s, Tracer):
+        raise ValueError(
+            f"energy={energy} chooses the rank of {path!r} by its numbers, which jax.jit and "
+            f"jax.vmap do not know. Give rank=, or call combine outside of them."
+        )
+    values = np.asarray(s, np.float64)
+    # What rounding leaves is no rank: the tolerance of numpy.linalg.matrix_rank.
+    tolerance = values.max(initial=0) * s.shape[-1] * float(jnp.finfo(s.dtype).eps)
+    squares = np.where(values > tolerance, values, 0) ** 2
+    within = np.cumsum(squares.sum(0))
+    return 1 + int(np.searchsorted(within, energy * within[-1])) if within[-1] else 1

@@ -1,0 +1,223 @@
+"""How adapters meet: the figures are NumPy's, of the dense changes in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import case, moved
+from merging.changes import LAYOUTS, bias, change, lora
+
+from jlora import merging
+
+# From singular vectors in float32.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def adapters(layout: str) -> dict[str, dict[str, Any]]:
+    return {
+        "one": {"w": lora(layout, 1)},
+        "two": {"w": lora(layout, 2, rank=1, alpha=4.0)},
+        "three": {"w": lora(layout, 3, rank=3, rank_stabilized=True)},
+    }
+
+
+def overlap(one: np.ndarray, two: np.ndarray) -> float:
+    """`||Q1^T Q2||^2 / min(r1, r2)` of two orthonormal bases."""
+    return float(((one.T @ two) ** 2).sum() / min(one.shape[1], two.shape[1]))
+
+
+def spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    rank = int((s > 1e-6 * s[0]).sum())  # The factors are of float32.
+    return u[:, :rank], vt[:rank].T
+
+
+def effective_rank(matrix: np.ndarray) -> float:
+    s = np.linalg.svd(matrix, compute_uv=False)
+    share = s[s > 0] / s.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layout
+        if layout in ("plain", "experts_in_the_middle")
+        else pytest.param(layout, marks=pytest.mark.slow)
+        for layout in LAYOUTS
+    ],
+)
+def test_law_figures_agree_with_the_dense_changes(layout: str) -> None:
+    given = adapters(layout)
+    found = merging.interference(given).weights["w"]
+    dense = [change(adapter["w"]) for adapter in given.values()]
+    for i, j in itertools.product(range(3), range(3)):
+        one, two = dense[i], dense[j]
+        cosine = (one * two).sum() / np.sqrt((one**2).sum() * (two**2).sum())
+        pairs = [(spaces(a), spaces(b)) for a, b in zip(one, two, strict=True)]
+        want = (
+            cosine,
+            np.mean([overlap(a[0], b[0]) for a, b in pairs]),
+            np.mean([overlap(a[1], b[1]) for a, b in pairs]),
+            (np.sign(one) * np.sign(two) < 0).mean(),
+        )
+        got = (found.cosine, found.inputs, found.outputs, found.conflicts)
+        np.testing.assert_allclose([values[i, j] for values in got], want, **CLOSE)
+    want_ranks = [np.mean([effective_rank(matrix) for matrix in one]) for one in dense]
+    np.testing.assert_allclose(found.effective_rank, want_ranks, **CLOSE)
+
+
+def test_known_relations_have_the_figures_they_should() -> None:
+    one = lora("plain", 1)
+    # The same inputs with outputs of its own, and the opposite change.
+    turned = dataclasses.replace(lora("plain", 2), a=one.a)
+    opposite = dataclasses.replace(one, b=-2 * one.b)
+    found = merging.interference({"a": {"w": one}, "b": {"w": turned}, "c": {"w": opposite}})
+    meeting = found.weights["w"]
+    assert meeting.inputs[0, 1] == pytest.approx(1, abs=1e-5)
+    assert meeting.outputs[0, 1] < 0.9
+    assert meeting.cosine[0, 2] == pytest.approx(-1, abs=1e-6)
+    assert meeting.conflicts[0, 2] == 1
+    assert meeting.inputs[0, 2] == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(np.diagonal(meeting.cosine), 1, atol=1e-6)
+
+
+def test_the_cosine_of_a_stack_is_of_the_whole_weight() -> None:
+    given = {"a": {"w": lora("stacked", 1)}, "b": {"w": lora("stacked", 2)}}
+    one, two = (change(adapter["w"]).ravel() for adapter in given.values())
+    want = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+    assert merging.interference(given).weights["w"].cosine[0, 1] == pytest.approx(want, abs=1e-5)
+
+
+def test_directions_that_only_rounding_gives_are_no_directions() -> None:
+    wide, other = lora("plain", 1, rank=4), lora("plain", 2)
+    b = np.array(wide.b)
+    b[1:] = np.outer([0.7, -1.3, 2.1], b[0])  # Of four ranks one is left, up to rounding.
+    single = dataclasses.replace(wide, b=b)
+    found = merging.interference({"a": {"w": single}, "b": {"w": other}}).weights["w"]
+    near, against = (spaces(change(leaf)[0])[0] for leaf in (single, other))
+    assert (near.shape, against.shape) == ((6, 1), (6, 2))
+    assert found.inputs[0, 1] == pytest.approx(overlap(near, against), abs=1e-4)
+    assert found.effective_rank[0] == pytest.approx(1, abs=1e-3)
+
+
+def test_where_there_is_nothing_to_compare_there_is_no_number() -> None:
+    idle = dataclasses.replace(lora("plain", 3), b=0 * lora("plain", 3).b)
+    given = {
+        "a": {"w": lora("plain", 1), "only": lora("stacked", 1)},
+        "b": {"w": lora("plain", 2)},
+        "idle": {"w": idle},
+    }
+    found = merging.interference(given)
+    only, shared = found.weights["only"], found.weights["w"]
+    assert np.isfinite(only.cosine).tolist() == [[True, False, False], *[[False] * 3] * 2]
+    assert np.isnan(only.effective_rank[1:]).all()
+    assert np.isnan(shared.cosine[2]).all()
+    assert np.isnan(shared.conflicts[2]).all()
+    assert shared.effective_rank[2] == 0
+    assert np.isfinite(found.mean("cosine")[0, 1])
+    assert np.isnan(found.mean("cosine")[2]).all()
+
+
+def test_biases_have_cosines_and_no_subspaces() -> None:
+    found = merging.interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}}).weights["b"]
+    one, two = (np.asarray(bias(seed).delta, np.float64) for seed in (1, 2))
+    want = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+    assert found.cosine[0, 1] == pytest.approx(want, abs=1e-6)
+    assert found.conflicts[0, 1] == (one * two < 0).mean()
+    assert np.isnan(found.inputs).all()
+    assert np.isnan(found.outputs).all()
+
+
+def test_families_that_need_the_base_are_compared_by_their_change() -> None:
+    one = case("experts", "float32", "hira")
+    other = moved(one.fresh, 5)
+    found = merging.interference({"a": one.adapter, "b": other}, one.params).weights["w"]
+    base = np.asarray(one.params["w"], np.float64)
+    flat = [
+        (base * (np.asarray(a["w"].a, np.float64) @ np.asarray(a["w"].b, np.float64))).ravel()
+        for a in (one.adapter, other)
+    ]
+    want = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert found.cosine[0, 1] == pytest.approx(want, abs=1e-5)
+    with pytest.raises(ValueError, match="Give params"):
+        merging.interference({"a": one.adapter, "b": other})
+
+
+def test_the_table_has_every_pair_and_every_weight() -> None:
+    given = {name: {**a, "bias": bias(n)} for n, (name, a) in enumerate(adapters("plain").items())}
+    found = merging.interference(given)
+    means, ranks, weights = str(found).split("\n\n")
+    assert [line.split()[:3] for line in means.splitlines()[2:]] == [
+        ["one", "/", "two"],
+        ["one", "/", "three"],
+        ["two", "/", "three"],
+    ]
+    assert f"{found.mean('cosine')[1, 2]:.3f}" in means.splitlines()[-1]
+    assert [line.split()[0] for line in ranks.splitlines()[1:]] == ["one", "two", "three"]
+    cosine = np.abs(np.triu(found.weights["w"].cosine, 1))
+    i, j = np.unravel_index(cosine.argmax(), cosine.shape)
+    line = weights.splitlines()[2].split()
+    assert line[:4] == ["w", found.names[i], "/", found.names[j]]
+    assert weights.splitlines()[3].split()[-3:-1] == ["-", "-"]
+
+
+def test_the_heat_map_is_a_picture_that_grows_with_what_it_shows(tmp_path: Path) -> None:
+    sizes = []
+    for count in (2, 8):
+        figures = np.random.default_rng(0).uniform(-1, 1, (4, count, count))
+        figures[1, 0] = np.nan
+        meeting = merging.Meeting(*figures, np.ones(count))
+        names = tuple(f"task {number}" for number in range(count))
+        path = tmp_path / f"{count}.png"
+        merging.heat_map(merging.Interference(names, {"a": meeting, "b": meeting}), path)
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG")
+        sizes.append(int.from_bytes(content[16:20], "big"))
+    assert sizes[0] < sizes[1]
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    import sys
+
+    found = merging.interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "jlora\[train\]"'):
+        merging.heat_map(found, tmp_path / "map.png")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([{"w": lora("plain", 1)}], TypeError, "has no names"),
+        ({}, ValueError, "at least two"),
+        ({"a": {"w": lora("plain", 1)}}, ValueError, r"adapters=\['a'\] has nothing to compare"),
+        ({"a": {"w": lora("plain", 1)}, "b": 3}, TypeError, "not what init returns"),
+        (
+            {"a": {"w": lora("plain", 1)}, "b": {"w": lora("transposed", 1)}},
+            ValueError,
+            "different weights",
+        ),
+        (
+            {
+                "a": {"w": lora("plain", 1)},
+                "b": {"w": dataclasses.replace(lora("plain", 1), a=jnp.full((6, 2), jnp.nan))},
+            },
+            ValueError,
+            "holds NaN",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    given: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        merging.interference(given)

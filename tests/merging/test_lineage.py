@@ -1,0 +1,225 @@
+"""Adapters that know where they come from, and which adapter they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from merging.changes import bias, lora
+
+import jlora
+from jlora.checkpoints.adapter_file import load_adapter, read_lineage, save_adapter, weight_paths
+from jlora.checkpoints.lineage import Lineage, Parent, content_hash
+from jlora.inspection import inspect
+
+PARAMS = {"w": jnp.arange(30.0).reshape(6, 5), "b": jnp.arange(5.0)}
+ADAPTER = {"w": lora("plain", 1), "b": bias(2)}
+HASH = content_hash(ADAPTER)
+LINEAGE = Lineage(
+    parents=(Parent("one.safetensors", HASH, 1.0), Parent("two", "0" * 64, -0.5)),
+    method="TIES(density=0.2), rank=4",
+    recipe={"model": {"path": "base"}, "data": {"train": [{"path": "x.jsonl"}]}, "seed": 3},
+)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length])["__metadata__"]
+
+
+def rewritten(path: Path, without: tuple[str, ...] = (), **changes: str) -> None:
+    """The file with other metadata, as another program might write it."""
+    metadata = {k: v for k, v in metadata_of(path).items() if k not in without} | changes
+    path.write_bytes(safetensors.numpy.save(safetensors.numpy.load_file(path), metadata))
+
+
+def test_law_the_hash_is_the_same_after_saving_and_loading(tmp_path: Path) -> None:
+    narrow = dataclasses.replace(ADAPTER["w"], a=jnp.asarray(ADAPTER["w"].a, jnp.bfloat16))
+    for adapter in (ADAPTER, {"w": narrow}):
+        path = tmp_path / "adapter.safetensors"
+        save_adapter(path, adapter, PARAMS)
+        assert content_hash(load_adapter(path, PARAMS)) == content_hash(adapter)
+        assert metadata_of(path)["content"] == content_hash(adapter)
+
+
+def test_the_hash_is_of_everything_but_the_order() -> None:
+    leaf = ADAPTER["w"]
+    assert content_hash(dict(reversed(ADAPTER.items()))) == HASH
+    a = np.array(leaf.a)
+    a[0, 0] = np.nextafter(a[0, 0], np.inf, dtype=np.float32)
+    others = [
+        {"w": leaf},
+        {"v": leaf, "b": ADAPTER["b"]},
+        {**ADAPTER, "w": dataclasses.replace(leaf, a=a)},
+        {**ADAPTER, "w": dataclasses.replace(leaf, alpha=3.5)},
+        {**ADAPTER, "w": dataclasses.replace(leaf, rank_stabilized=True)},
+        {**ADAPTER, "w": dataclasses.replace(leaf, b=np.float64(leaf.b))},
+        {**ADAPTER, "w": jlora.adapters.lora_fa.LoRAFALeaf(**vars(leaf))},
+    ]
+    hashes = [HASH, *map(content_hash, others)]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_law_a_lineage_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, ADAPTER, PARAMS, LINEAGE)
+    assert read_lineage(path) == LINEAGE
+    save_adapter(path, ADAPTER, PARAMS)
+    assert read_lineage(path) == Lineage()
+    # Neither the lineage nor the name of the file is part of what the adapter is.
+    assert metadata_of(path)["content"] == HASH
+
+
+def test_files_of_an_older_jlora_still_load(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    save_adapter(path, ADAPTER, PARAMS, LINEAGE)
+    rewritten(path, without=("content", "lineage"))
+    assert content_hash(load_adapter(path, PARAMS)) == HASH
+    assert read_lineage(path) == Lineage()
+    assert "content" not in inspect(path).facts
+
+
+def test_a_file_with_other_numbers_than_it_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, ADAPTER, PARAMS)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ValueError, match="other numbers or facts than jlora wrote"):
+        load_adapter(path, PARAMS)
+    path.write_bytes(good)
+    rewritten(path, adapter=metadata_of(path)["adapter"].replace('"alpha": 3.0', '"alpha": 6.0'))
+    with pytest.raises(ValueError, match="other numbers or facts than jlora wrote"):
+        load_adapter(path, PARAMS)
+
+
+def test_inspect_tells_where_an_adapter_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, ADAPTER, PARAMS, LINEAGE)
+    facts = inspect(path).facts
+    assert facts["content"] == HASH
+    assert facts["made by"] == "TIES(density=0.2), rank=4"
+    assert facts["parent 1"] == f"1 x one.safetensors ({HASH[:12]})"
+    assert facts["parent 2"] == "-0.5 x two (000000000000)"
+    assert facts["recipe"] == "base base, data x.jsonl"
+    assert all(text in str(inspect(path)) for text in facts.values())
+
+
+@pytest.mark.parametrize(
+    "recipe", [{}, {"model": 3, "data": []}, {"data": {"train": 3}}, {"data": {"train": [3]}}]
+)
+def test_a_recipe_of_another_kind_is_told_of(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, ADAPTER, PARAMS, Lineage(recipe=recipe))
+    assert inspect(path).facts["recipe"] == "told in its metadata"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[" * 20000,
+        "[]",
+        "3",
+        '"text"',
+        '{"parents": 3}',
+        '{"parents": [3]}',
+        '{"parents": [{"name": "a"}]}',
+        f'{{"parents": [{{"name": "", "content": "{HASH}", "weight": 1}}]}}',
+        '{"parents": [{"name": "a", "content": "zz", "weight": 1}]}',
+        f'{{"parents": [{{"name": "a", "content": "{HASH}", "weight": NaN}}]}}',
+        f'{{"parents": [{{"name": "a", "content": "{HASH}", "weight": 1{"0" * 400}}}]}}',
+        f'{{"parents": [{{"name": "a", "content": "{HASH}", "weight": "1"}}]}}',
+        '{"method": 3}',
+        '{"recipe": []}',
+        '{"recipe": {"seed": Infinity}}',
+        '{"other": 1}',
+    ],
+)
+def test_a_damaged_lineage_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, ADAPTER, PARAMS)
+    rewritten(path, lineage=text)
+    if text == "[]":  # A dict of no pairs.
+        assert read_lineage(path) == Lineage()
+        return
+    for read in (read_lineage, inspect):
+        with pytest.raises(ValueError, match=r"adapter.safetensors: the lineage is damaged"):
+            read(path)
+    # The numbers are all there.
+    assert weight_paths(path) == ["b", "w"]
+    assert content_hash(load_adapter(path, PARAMS)) == HASH
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["name", "content", "weight", "model", "data", "train", "path"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.dictionaries(st.sampled_from(["parents", "method", "recipe"]), VALUES, max_size=3)
+)
+def test_a_lineage_with_anything_in_it_is_refused_or_told(held: dict[str, Any]) -> None:
+    from jlora.inspection import _origin
+
+    try:
+        found = Lineage.from_json(json.dumps(held))
+    except ValueError:
+        return
+    assert Lineage.from_json(found.as_json()) == found
+    assert all(isinstance(text, str) for text in _origin(found).values())
+
+
+def test_what_is_no_lineage_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    with pytest.raises(TypeError, match="is no Lineage"):
+        save_adapter(path, ADAPTER, PARAMS, {"method": "x"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="holds what JSON does not"):
+        Lineage(recipe={"seed": jax.numpy.ones(2)})
+    with pytest.raises(ValueError, match="Parent.content='abc' is no content hash"):
+        Parent("a", "abc", 1.0)
+    with pytest.raises(TypeError, match="not what init returns"):
+        content_hash({"w": 3})
+    assert not path.exists()
+
+
+def test_a_training_run_leaves_its_recipe_but_not_where_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jlora.training import ending
+    from jlora.training.recipe.sections import Recipe
+
+    monkeypatch.setattr(ending, "adapter_of", lambda *_: ADAPTER)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        data = {"train": [{"path": "x.jsonl", "format": "chat"}]}
+        made = Recipe.model_validate({"output": str(folder), "model": {"path": "b"}, "data": data})
+        ending.write(made, None, {}, dict.fromkeys(ADAPTER, "0" * 32), None)  # type: ignore[arg-type]
+    one, two = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    recipe = read_lineage(one).recipe
+    assert recipe is not None
+    again = Recipe.model_validate({"output": str(tmp_path / "two"), **recipe})
+    assert again == made
+    assert inspect(one).facts["recipe"] == "base b, data x.jsonl"
