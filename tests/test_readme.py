@@ -15,6 +15,7 @@ import yaml
 
 import jlora
 from benchmarks.h100 import table
+from benchmarks.h100.common import SHAPES
 from jlora.training import recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -136,3 +137,30 @@ def test_the_bits_of_quantised_weights_are_those_of_the_table() -> None:
         assert f"{found:.3f}".rstrip("0") == bits, name
     plain = jlora.NF4(double_quantization=False)
     assert jlora.quantize({"w": weight}, {"w": plain})["w"].bits == 4.5
+
+
+def test_the_rows_of_many_adapters_are_the_committed_ones() -> None:
+    results = ROOT / "benchmarks/results/multi"
+    names = {
+        "decode_1024": "decode, 1,024 tokens before",
+        "decode_4096": "decode, 4,096 tokens before",
+        "prefill_512": "prefill, 512 tokens",
+        "train_1b": "training",
+    }
+    for name, step in names.items():
+        for row in json.loads((results / f"{name}.json").read_text())["rows"]:
+            figures = f"{row['distinct']} | {row['step_ms']:.1f} | {row['ratio']:.2f}"
+            assert f"| {step} | {row['method']} | {figures} |" in README, row
+    shape = SHAPES["8b"]
+    factors_gb = 64 * shape.lora_size() * 2 / 1e9
+    assert f"reads {factors_gb:.1f} GB of factors" in README
+    ratios: dict[int, list[float]] = {}
+    for row in json.loads((results / "products.json").read_text())["rows"]:
+        # What a way costs beside the base's own product.
+        segments, looked_up = (
+            row["us"][way] - row["us"]["base alone"] for way in ("segments", "looked up")
+        )
+        ratios.setdefault(row["tokens"], []).append(segments / looked_up)
+    least, most, prompts = min(ratios[1]), max(ratios[1]), ratios[512][0]
+    told = f"{least:.0f} to {most:.0f} times as long as that for single tokens and {prompts:.0f}"
+    assert told in README

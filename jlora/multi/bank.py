@@ -230,13 +230,15 @@ class AdapterBank:
                     f"The batch asks for {len(wanted)} adapters, and the bank has {self._count} "
                     f"slots with the bare base. Split the batch, or make a bank of more slots."
                 )
+            # Those that are there become the most recent before any other takes a slot, so that
+            # what gives one up is never of this batch.
             for name in wanted:
                 if name in self._slot_of:
                     self._hits += 1
                     self._slot_of.move_to_end(name)
             for name in wanted:
                 if name not in self._slot_of:
-                    self._load(name, wanted)
+                    self._load(name)
             index = [0 if name is None else self._slot_of[name] for name in names]
             return self._slots, np.array(index, np.int32)
 
@@ -286,12 +288,12 @@ class AdapterBank:
 
         return run
 
-    def _load(self, name: str, wanted: Sequence[str]) -> None:
-        """Brings an adapter to the devices, in the place of one that the batch does not want."""
+    def _load(self, name: str) -> None:
+        """Brings an adapter to the devices, in the place of the least recently used."""
         factors = self._shelf.factors(name)  # First: it may fail, and nothing has changed yet.
         if not self._free:
-            oldest = next(other for other in self._slot_of if other not in wanted)
-            self._free.append(self._slot_of.pop(oldest))
+            _, number = self._slot_of.popitem(last=False)
+            self._free.append(number)
             self._evicted += 1
         number = self._free[-1]
         self._slots = lying.put(self._slots, number, factors)

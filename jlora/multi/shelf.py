@@ -113,7 +113,7 @@ class Shelf:
     def _make_room(self) -> None:
         while self._most is not None and len(self._held) > self._most:
             name, held = next(iter(self._held.items()))
-            if name not in self._files or self._files[name].content != held.content:
+            if name not in self._files:  # A file of what it was before is gone already.
                 self._files[name] = self._write(name, held)
                 self.written += 1
             del self._held[name]

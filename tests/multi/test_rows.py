@@ -90,16 +90,18 @@ def test_law_rows_of_the_bare_base_are_those_of_the_base_to_the_bit(
     assert (found[0] != base[0]).any()
 
 
-def test_a_negative_zero_of_the_base_stays_one() -> None:
+def test_whatever_lies_in_the_first_slot_changes_nothing() -> None:
     fn = lambda p, x: x @ p["w"]
-    params = {"w": jnp.zeros((6, 5))}
+    params = {"w": jnp.full((6, 5), 0.5)}
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
-    x = jnp.full((2, 6), -1.0)  # Products with zero are -0.0.
+    x = jax.random.normal(jax.random.key(1), (2, 6))
     fresh = lora.init(jax.random.key(0), params, x)
     slots = slots_of(fresh, [moved(fresh)])
-    rows = multi.apply_rows(lora, params, slots, jnp.array([0, 1]), x)
-    base = np.asarray(fn(params, x))
-    assert np.array_equal(np.signbit(rows[0]), np.signbit(base[0]))
+    for value in (jnp.nan, 1.0):
+        filled = multi.padded(jax.tree.map(lambda a, v=value: jnp.full_like(a, v), fresh), slots)
+        slots = multi.put(slots, 0, filled)
+        rows = multi.apply_rows(lora, params, slots, jnp.array([0, 1]), x)
+        np.testing.assert_array_equal(rows[0], fn(params, x)[0])
 
 
 def test_other_orders_of_a_batch_gives_the_same_rows(apart: Setting) -> None:
