@@ -115,7 +115,7 @@ def measured(size: Size, name: str, steps: int, repeats: int) -> float:
         return x
 
     compiled = run.lower(x, layers, index, sizes).compile()
-    compiled(x, layers, index, sizes).block_until_ready()
+    out = compiled(x, layers, index, sizes).block_until_ready()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

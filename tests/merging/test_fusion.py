@@ -1,0 +1,260 @@
+"""Weights found from a few examples: against least squares in NumPy."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import sys
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import case, moved
+
+import jlora
+from jlora.merging.fusion import fuse, fuse_by_gradient
+from jlora.merging.mixing import fixed, mixed, weights_of, with_weights
+
+needs_optuna = pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None or importlib.util.find_spec("cmaes") is None,
+    reason='needs `pip install "jlora[search]"`',
+)
+WANTED = np.array([0.75, -1.0, 0.25])
+
+
+@functools.cache
+def task() -> tuple[Any, Any, Any, Any]:
+    """A layer, a mix of three adapters, a loss and its arguments: outputs of other weights, with
+    noise that no weights explain.
+    """
+    one = case("dense_general", "float32")
+    mix = mixed({name: moved(one.fresh, seed) for seed, name in enumerate("abc", 3)}, [0, 0, 0])
+    wanted = one.lora.apply(one.params, with_weights(mix, WANTED), *one.inputs)
+    goal = wanted + 0.1 * jax.random.normal(jax.random.key(0), wanted.shape)
+
+    @jax.jit
+    def loss(adapter: Any, params: Any, x: Any, goal: Any) -> jax.Array:
+        return ((one.lora.apply(params, adapter, x) - goal) ** 2).mean()
+
+    return one, mix, loss, (one.params, *one.inputs, goal)
+
+
+@functools.cache
+def least_squares() -> tuple[np.ndarray, float]:
+    """The best weights and their loss, by NumPy in float64."""
+    one, mix, _, (params, x, goal) = task()
+    each = [
+        np.float64(one.lora.apply(params, with_weights(mix, row), x) - one.fn(params, x)).ravel()
+        for row in np.eye(3)
+    ]
+    rest = np.float64(goal - one.fn(params, x)).ravel()
+    weights, (squares,), *_ = np.linalg.lstsq(np.stack(each, 1), rest, rcond=None)
+    return weights, squares / rest.size
+
+
+@needs_optuna
+def test_a_search_without_gradients_finds_the_least_squares() -> None:
+    _, mix, loss, arguments = task()
+    weights, least = least_squares()
+    found = fuse(loss, mix, *arguments, budget=250, penalty=0.0)
+    assert found.loss < least + 1e-3
+    np.testing.assert_allclose(found.weights, weights, atol=0.05)  # As far as 1e-3 of loss allows.
+    np.testing.assert_allclose(weights_of(found.adapter)["params/kernel"], found.weights, rtol=1e-6)
+    assert len(found.history) == 250
+    assert found.history[0] > least + 0.3
+    assert found.loss == min(found.history)
+
+
+@needs_optuna
+def test_the_history_is_the_loss_with_the_penalty_and_no_weight_leaves_the_bound() -> None:
+    _, mix, loss, arguments = task()
+    tried = []
+
+    def watched(adapter: Any, *arguments: Any) -> jax.Array:
+        tried.append(np.float64(weights_of(adapter)["params/kernel"]))
+        return loss(adapter, *arguments)
+
+    found = fuse(watched, mix, *arguments, budget=40, bound=0.3, penalty=0.1, seed=1)
+    assert not tried[0].any(), "the bare base comes first"
+    assert 0.25 < np.abs(tried).max() <= 0.3
+    values = [float(loss(with_weights(mix, row), *arguments)) for row in tried]
+    expected = np.array(values) + 0.1 * np.abs(tried).mean(1)
+    # The weights passed through float32.
+    np.testing.assert_allclose(found.history, expected, rtol=1e-5)
+    best = int(expected.argmin())
+    np.testing.assert_allclose(found.weights, tried[best], rtol=1e-6)
+    np.testing.assert_allclose(found.loss, values[best], rtol=1e-6)
+
+
+@needs_optuna
+def test_one_seed_finds_one_result_and_another_seed_another() -> None:
+    _, mix, loss, arguments = task()
+    first, again, other = (
+        fuse(loss, mix, *arguments, budget=12, seed=seed).history for seed in (3, 3, 4)
+    )
+    assert first == again
+    assert first != other
+
+
+@needs_optuna
+def test_the_loss_is_compiled_once_for_all_tries() -> None:
+    one, mix, _, arguments = task()
+    traces = []
+
+    @jax.jit
+    def loss(adapter: Any, params: Any, x: Any, goal: Any) -> jax.Array:
+        traces.append(1)
+        return ((one.lora.apply(params, adapter, x) - goal) ** 2).mean()
+
+    fuse(loss, mix, *arguments, budget=9)
+    assert len(traces) == 1
+
+
+@needs_optuna
+def test_any_function_is_searched_and_a_try_that_overflows_is_the_worst() -> None:
+    _, mix, _, _ = task()
+
+    def loss(adapter: Any) -> float:
+        weights = np.asarray(weights_of(adapter)["params/kernel"])
+        return float("nan") if weights[0] < 0 else round(abs(1 - weights.sum()), 1)
+
+    found = fuse(loss, mix, budget=40, penalty=0.0)
+    assert found.loss <= 0.2
+    assert found.weights[0] >= 0
+    assert np.isinf(found.history).any()
+
+
+@needs_optuna
+def test_a_single_adapter_and_a_budget_of_one_work() -> None:
+    one, _, loss, arguments = task()
+    mix = mixed({"only": moved(one.fresh, 3)})
+    assert fuse(loss, mix, *arguments, budget=12).weights.shape == (1,)
+    assert fuse(loss, mix, *arguments, budget=1).weights == [0.0]
+
+
+@needs_optuna
+def test_optuna_says_nothing_and_is_left_as_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import optuna
+
+    _, mix, loss, arguments = task()
+    before = optuna.logging.get_verbosity()
+    assert before <= logging.INFO
+    fuse(loss, mix, *arguments, budget=2)
+    assert optuna.logging.get_verbosity() == before
+    assert capsys.readouterr() == ("", "")
+
+
+@needs_optuna
+def test_a_search_that_means_nothing_is_refused() -> None:
+    _, mix, loss, arguments = task()
+    for options, message in [
+        ({"budget": 0}, "budget=0 is no count"),
+        ({"bound": 0}, "bound=0 gives"),
+        ({"penalty": -1}, "penalty=-1 is no"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fuse(loss, mix, *arguments, **options)
+    with pytest.raises(ValueError, match="loss=nan of the bare base is not finite"):
+        fuse(lambda adapter: float("nan"), mix)
+
+
+def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, mix, loss, arguments = task()
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ModuleNotFoundError, match=r"'optuna' is missing. .*jlora\[search\]"):
+        fuse(loss, mix, *arguments)
+
+
+# By gradients
+
+
+def test_an_optimizer_finds_the_least_squares() -> None:
+    _, mix, loss, arguments = task()
+    weights, least = least_squares()
+    found = fuse_by_gradient(loss, mix, *arguments, steps=300, optimizer=optax.adam(0.05))
+    # Adam's last steps are of some 1e-4 around the least.
+    np.testing.assert_allclose(found.weights, weights, atol=2e-3)
+    np.testing.assert_allclose(found.loss, least, rtol=1e-3)
+    assert len(found.history) == 301
+    np.testing.assert_allclose(found.history[0], loss(mix, *arguments), rtol=1e-5)
+    output = jlora.merge(arguments[0], fixed(found.adapter))["params"]["kernel"]
+    chex.assert_trees_all_close(
+        output, jlora.merge(arguments[0], found.adapter)["params"]["kernel"], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_one_step_is_the_optimizers_own() -> None:
+    _, mix, loss, arguments = task()
+    slope = jax.grad(lambda w: loss(with_weights(mix, w), *arguments))(jnp.zeros(3))
+    found = fuse_by_gradient(loss, mix, *arguments, steps=1, optimizer=optax.sgd(0.01))
+    np.testing.assert_allclose(found.weights, -0.01 * np.asarray(slope), rtol=1e-5)
+    # A step too far is not returned: the start was better.
+    far = fuse_by_gradient(loss, mix, *arguments, steps=1, optimizer=optax.sgd(100.0))
+    assert not far.weights.any()
+    assert far.loss == far.history[0] < far.history[1]
+
+
+def test_other_examples_do_not_recompile_the_descent() -> None:
+    one, mix, _, (params, x, goal) = task()
+    traces = []
+
+    def loss(adapter: Any, params: Any, x: Any, goal: Any) -> jax.Array:
+        traces.append(1)
+        return ((one.lora.apply(params, adapter, x) - goal) ** 2).mean()
+
+    optimizer = optax.sgd(0.1)
+    fuse_by_gradient(loss, mix, params, x, goal, steps=2, optimizer=optimizer)
+    count = len(traces)
+    fuse_by_gradient(loss, mix, params, x, goal + 1, steps=2, optimizer=optimizer)
+    assert len(traces) == count
+
+
+def test_weights_by_layer_fit_better_than_one_for_all() -> None:
+    one = case("attention", "float32")
+    mix = mixed({name: moved(one.fresh, seed) for seed, name in enumerate("ab", 3)})
+    by_path = {path: [0.5 * i, 1 - 0.5 * i] for i, path in enumerate(mix)}
+    goal = one.lora.apply(one.params, with_weights(mix, by_path), *one.inputs)
+    loss = lambda adapter: ((one.lora.apply(one.params, adapter, *one.inputs) - goal) ** 2).mean()
+    options: Any = {"steps": 150, "optimizer": optax.adam(0.03)}
+    together = fuse_by_gradient(loss, mix, **options)
+    apart = fuse_by_gradient(loss, mix, **options, layer_wise=True)
+    assert apart.loss < 0.1 * together.loss
+    assert set(apart.weights) == set(mix)
+    again = fuse_by_gradient(loss, apart.adapter, **options, layer_wise=True)
+    assert again.history[0] == pytest.approx(apart.loss, rel=1e-4)  # Where the first left off.
+    with pytest.raises(ValueError, match="would set them all alike"):
+        fuse_by_gradient(loss, apart.adapter, **options)
+
+
+def test_the_program_forms_no_gradient_of_a_factor() -> None:
+    _, mix, loss, arguments = task()
+    (leaf,) = mix.values()
+    step = lambda w: jax.grad(lambda w: loss(with_weights(mix, w), *arguments))(w)
+    text = jax.jit(step).lower(jnp.zeros(3)).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line or "custom-call" in line]
+    assert products
+    a = f"f32[{','.join(map(str, leaf.a.shape))}]"
+    flat_b = f"f32[{leaf.b.shape[0]},{np.prod(leaf.b.shape[1:])}]"
+    for shape in (a, flat_b):
+        made = [line for line in products if line.split("=")[1].strip().startswith(shape)]
+        assert not made, made
+
+
+def test_a_descent_that_means_nothing_is_refused() -> None:
+    _, mix, loss, arguments = task()
+    with pytest.raises(ValueError, match="steps=0 is no count"):
+        fuse_by_gradient(loss, mix, *arguments, steps=0, optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="loss=nan is not finite"):
+        fuse_by_gradient(
+            lambda adapter: jnp.nan * weights_of(adapter)["params/kernel"].sum(),
+            mix,
+            steps=2,
+            optimizer=optax.sgd(0.1),
+        )

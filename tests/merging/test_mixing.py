@@ -1,0 +1,424 @@
+"""Adapters side by side under weights, against their changes summed in NumPy; one on another."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import LORA, case, moved, total
+
+import jlora
+from jlora.adapters.mix import MixLeaf
+from jlora.merging.hierarchy import stacked
+from jlora.merging.mixing import fixed, mixed, names_of, weights_of, with_weights
+
+SLOW = ["stacked_on_the_last_axis", "conv_2d", "tied_embedding", "ragged_experts"]
+LAYERS = [
+    *["dense_general", "experts", "linen_scan_remat", "embed"],
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+]
+WEIGHTS = [0.75, -1.25, 0.5]
+# float32 against float64: sums of at most 60 products of numbers near one.
+FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@functools.cache
+def parts(name: str) -> dict[str, Any]:
+    """Three adapters of one layer, of other families and ranks."""
+    one = case(name, "float32")
+
+    def trained(config: Any, seed: int) -> Any:
+        lora = jlora.lora_transform(one.fn, {one.layer.adapted: config})
+        return moved(lora.init(jax.random.key(seed), one.params, *one.inputs), seed)
+
+    return {
+        "first": trained(LORA, 3),
+        "second": trained(jlora.LoRAFA(rank=1, alpha=2), 4),
+        "third": trained(jlora.SoRA(rank=3, alpha=2, rank_stabilized=True), 5),
+    }
+
+
+def change(leaf: Any) -> np.ndarray:
+    """`scale * A diag(g) B` in float64, laid out like the weight."""
+    batch, inputs, outputs = leaf.axes
+    rank = leaf.a.shape[-1]
+    label, scale = len(leaf.shape), leaf.alpha / rank
+    if leaf.rank_stabilized:
+        scale = leaf.alpha / np.sqrt(rank)
+    gate = np.float64(getattr(leaf, "gate", np.ones((*leaf.groups.batch, rank))))
+    a, b = np.float64(leaf.a), np.float64(leaf.b)
+    labels = [[*batch, *inputs, label], [*batch, label], [*batch, label, *outputs]]
+    operands = [item for pair in zip([a, gate, b], labels, strict=True) for item in pair]
+    return scale * np.einsum(*operands, list(range(label)))
+
+
+def summed(params: Any, adapters: dict[str, Any], weights: Any) -> Any:
+    """The base plus the weighted changes: float64."""
+    flat = jlora.tree.flatten(params)
+    leaves = []
+    for path, base in zip(flat.paths, flat.leaves, strict=True):
+        sum_ = np.float64(base)
+        for weight, adapter in zip(weights, adapters.values(), strict=True):
+            if path in adapter:
+                # One weight for all, or one for each matrix of a stack on the first axes.
+                by_layer = np.reshape(
+                    weight, np.shape(weight) + (1,) * (base.ndim - np.ndim(weight))
+                )
+                sum_ = sum_ + by_layer * change(adapter[path])
+        leaves.append(sum_)
+    return jax.tree.unflatten(flat.treedef, leaves)
+
+
+def narrow(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_law_a_mix_is_the_weighted_sum_of_the_changes(name: str) -> None:
+    one, adapters = case(name, "float32"), parts(name)
+    mix = mixed(adapters, WEIGHTS)
+    expected = summed(one.params, adapters, WEIGHTS)
+    chex.assert_trees_all_close(one.lora.merge(one.params, mix), narrow(expected), **FLOAT32)
+    run = jax.jit(one.lora.apply)
+    output = run(one.params, mix, *one.inputs)
+    dense = jax.jit(one.fn)(narrow(expected), *one.inputs)
+    # Layers after one another add up what each rounds.
+    chex.assert_trees_all_close(output, dense, rtol=1e-4, atol=1e-4)
+    # Plain LoRA of it is the same function.
+    chex.assert_trees_all_close(
+        one.compiled(one.params, fixed(mix), *one.inputs), output, **FLOAT32
+    )
+
+
+def test_without_weights_the_changes_are_added() -> None:
+    adapters = parts("dense_general")
+    chex.assert_trees_all_equal(mixed(adapters), mixed(adapters, [1, 1, 1]))
+
+
+@pytest.mark.parametrize("name", ["dense_general", "experts", "linen_scan_remat"])
+def test_law_vmap_over_weights_is_each_alone(name: str) -> None:
+    one, mix = case(name, "float32"), mixed(parts(name))
+    rows = jnp.array([WEIGHTS, [0.0, 0.0, 1.0], [2.0, 0.5, -1.0], [0.0, 0.0, 0.0]])
+    run = jax.jit(
+        lambda weights: one.lora.apply(one.params, with_weights(mix, weights), *one.inputs)
+    )
+    together = jax.jit(jax.vmap(run))(rows)
+    for row, output in enumerate(together):
+        chex.assert_trees_all_close(output, run(rows[row]), **FLOAT32)
+    chex.assert_trees_all_close(together[3], one.fn(one.params, *one.inputs), **FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["dense_general", "experts"])
+def test_mapping_over_weights_repeats_no_factor_and_no_base(name: str) -> None:
+    one, mix = case(name, "float32"), mixed(parts(name))
+    run = jax.vmap(lambda w: one.lora.apply(one.params, with_weights(mix, w), *one.inputs))
+    text = str(jax.make_jaxpr(run)(jnp.ones((7, 3))))
+    (leaf,) = mix.values()
+    for array in (leaf.a, leaf.b, np.empty(leaf.shape)):
+        shape = ",".join(map(str, array.shape))
+        assert f"f32[7,{shape}]" not in text, "a row must not repeat it"
+        assert f"f32[{shape}]" in text
+
+
+def test_the_gradient_of_the_weights_is_the_papers_and_that_of_the_factors_is_zero() -> None:
+    one, adapters = case("transposed", "float32"), parts("transposed")
+    mix = mixed(adapters, WEIGHTS)
+    (x,) = one.inputs
+    loss = lambda mix: total(one.lora.apply(one.params, mix, x))
+    (slope,) = jax.jit(jax.grad(loss))(mix).values()
+    w = summed(one.params, adapters, WEIGHTS)["w"]
+    cotangent = np.cos(np.float64(x) @ w.T)
+    expected = [
+        (cotangent * (np.float64(x) @ change(adapter["w"]).T)).sum()
+        for adapter in adapters.values()
+    ]
+    # A sum of 40 entries, each from products as above.
+    np.testing.assert_allclose(slope.weights, expected, rtol=1e-4, atol=1e-4)
+    assert not slope.a.any()
+    assert not slope.b.any()
+    assert set(jax.tree.leaves(jlora.labels(mix))) == {"frozen", "mix"}
+
+
+def test_what_only_some_adapters_have_counts_for_those() -> None:
+    one = case("attention", "float32")
+    first, second = moved(one.fresh, 3), moved(one.fresh, 4)
+    paths = list(first)
+    adapters = {
+        "first": {path: first[path] for path in paths[:3]},
+        "second": {path: second[path] for path in paths[1:]},
+    }
+    mix = mixed(adapters, [0.5, 2.0])
+    assert [mix[path].ranks for path in (paths[0], paths[1], paths[3])] == [(2, 0), (2, 2), (0, 2)]
+    expected = summed(one.params, adapters, [0.5, 2.0])
+    chex.assert_trees_all_close(one.lora.merge(one.params, mix), narrow(expected), **FLOAT32)
+
+
+def test_law_weights_by_layer_change_each_layer_of_a_stack() -> None:
+    one, adapters = case("linen_scan_remat", "float32"), parts("linen_scan_remat")
+    mix = mixed(adapters)
+    rng = np.random.default_rng(0)
+    by_path = {path: rng.normal(size=(*leaf.groups.batch, 3)) for path, leaf in mix.items()}
+    assert {numbers.ndim for numbers in by_path.values()} == {2}
+    layered = with_weights(mix, by_path)
+    found = jlora.delta(one.params, layered)
+    for path, numbers in by_path.items():
+        leaf = mix[path]
+        assert leaf.axes.batch == (0,)
+        sum_ = sum(
+            numbers[:, i].reshape(-1, *[1] * (len(leaf.shape) - 1)) * change(adapter[path])
+            for i, adapter in enumerate(adapters.values())
+        )
+        np.testing.assert_allclose(found[path], sum_, **FLOAT32)
+    plain = jlora.delta(one.params, fixed(layered))
+    chex.assert_trees_all_close(plain, found, **FLOAT32)
+    run = jax.jit(one.lora.apply)
+    chex.assert_trees_all_close(
+        run(one.params, layered, *one.inputs),
+        one.compiled(one.params, fixed(layered), *one.inputs),
+        **FLOAT32,
+    )
+    # One number for all layers of a path is that number for each.
+    alike = {path: np.broadcast_to(WEIGHTS, numbers.shape) for path, numbers in by_path.items()}
+    short = dict.fromkeys(by_path, WEIGHTS)
+    chex.assert_trees_all_equal(
+        jlora.delta(one.params, with_weights(mix, alike)),
+        jlora.delta(one.params, with_weights(mix, short)),
+    )
+
+
+def test_weights_that_are_read_and_set_again_change_nothing() -> None:
+    mix = mixed(parts("linen_scan_remat"), WEIGHTS)
+    chex.assert_trees_all_equal(with_weights(mix, weights_of(mix)), mix)
+    assert names_of(mix) == ("first", "second", "third")
+
+
+def test_other_weights_do_not_recompile() -> None:
+    one, mix = case("dense_general", "float32"), mixed(parts("dense_general"))
+    traces = []
+
+    @jax.jit
+    def run(mix: Any) -> Any:
+        traces.append(1)
+        return one.lora.apply(one.params, mix, *one.inputs)
+
+    for weights in ([1, 2, 3], WEIGHTS, np.zeros(3)):
+        run(with_weights(mix, weights))
+    assert len(traces) == 1
+
+
+def test_nan_in_one_adapters_weight_stays_with_it() -> None:
+    """A product with zeros and ones would hand it to all."""
+    (leaf,) = mixed(parts("dense_general")).values()
+    gates = dataclasses.replace(leaf, weights=jnp.array([1, np.nan, 2])).gates
+    np.testing.assert_array_equal(np.isnan(gates), np.repeat([False, True, False], leaf.ranks))
+
+
+def test_mixes_are_mixed_again_and_become_lora() -> None:
+    one, adapters = case("dense_general", "float32"), parts("dense_general")
+    inner = mixed({"first": adapters["first"], "second": adapters["second"]}, [2, 3])
+    outer = mixed({"inner": inner, "third": adapters["third"]}, [0.5, -1])
+    expected = summed(one.params, adapters, [1.0, 1.5, -1.0])
+    chex.assert_trees_all_close(one.lora.merge(one.params, outer), narrow(expected), **FLOAT32)
+    converted = jlora.to_lora(mixed(adapters, WEIGHTS), one.params, 6)
+    np.testing.assert_allclose(
+        jlora.merge(one.params, converted.adapter)["params"]["kernel"],
+        summed(one.params, adapters, WEIGHTS)["params"]["kernel"],
+        **FLOAT32,
+    )
+
+
+@pytest.mark.parametrize("name", ["experts", "linen_scan_remat"])
+def test_law_what_is_saved_is_what_is_loaded(name: str, tmp_path: pathlib.Path) -> None:
+    one, mix = case(name, "float32"), mixed(parts(name), WEIGHTS)
+    by_path = {p: np.full((*leaf.groups.batch, 3), 0.5) for p, leaf in mix.items()}
+    for adapter in (mix, with_weights(mix, by_path)):
+        jlora.save_adapter(tmp_path / "mix.safetensors", adapter, one.params)
+        loaded = jlora.load_adapter(tmp_path / "mix.safetensors", one.params)
+        chex.assert_trees_all_equal_structs(loaded, adapter)
+        chex.assert_trees_all_equal(loaded, adapter)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layered": 1}, TypeError, "layered=1 must be"),
+        ({"names": ("a", "b", 3)}, TypeError, "not all texts"),
+        ({"names": ("a", "b")}, ValueError, "do not tell 3 adapters apart"),
+        ({"names": ("a", "b", "a")}, ValueError, "do not tell 3 adapters apart"),
+        ({"ranks": (2, -1, 5)}, ValueError, "not all counts"),
+        ({"ranks": (2, 1.0, 3)}, ValueError, "not all counts"),
+        ({"ranks": (0, 0, 0)}, ValueError, "leave no adapter"),
+    ],
+)
+def test_a_file_with_wrong_facts_is_refused(changes: Any, error: Any, message: str) -> None:
+    (leaf,) = mixed(parts("dense_general")).values()
+    leaf.check()
+    with pytest.raises(error, match=message):
+        dataclasses.replace(leaf, **changes).check()
+
+
+def test_adapters_that_cannot_be_mixed_are_refused() -> None:
+    adapters = parts("dense_general")
+    one = adapters["first"]
+    (path,) = one
+    for bad, error, message in [
+        ({}, ValueError, r"adapters=\[\] names nothing"),
+        ({1: one}, ValueError, r"adapters=\[1\] names nothing"),
+        ([one], TypeError, "adapters=list must map names"),
+        (one, TypeError, "adapters is one adapter, of 1 weights"),
+        ({"a": {}}, ValueError, "are all empty"),
+        ({"a": one, "b": 3}, TypeError, "int"),
+    ]:
+        with pytest.raises(error, match=message):
+            mixed(bad)
+    with pytest.raises(ValueError, match=r"shape \(2,\) instead of \(3,\)"):
+        mixed(adapters, [1, 2])
+    with pytest.raises(ValueError, match="The weights hold NaN"):
+        mixed(adapters, [1, np.nan, 2])
+    nan = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.inf), one)
+    with pytest.raises(ValueError, match=rf"adapters\[1\]\['{path}'\].a holds NaN or infinity"):
+        mixed({"a": one, "b": nan})
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
+    with pytest.raises(ValueError, match=r"has shape \(3, 6, 2\).*like a stack of adapters"):
+        mixed({"a": one, "b": stack})
+
+
+def test_adapters_of_other_weights_under_one_path_are_refused() -> None:
+    first, second = parts("transposed")["first"], parts("matmul")["first"]
+    with pytest.raises(ValueError, match=r"'w' for different.*\(5, 6\).*\(6, 5\)"):
+        mixed({"a": first, "b": second})
+    (leaf,) = first.values()
+    turned = dataclasses.replace(leaf, axes=type(leaf.axes)((), (0,), (1,)), a=leaf.b.T, b=leaf.a.T)
+    with pytest.raises(ValueError, match="'w' for different weights"):
+        mixed({"a": first, "b": {"w": turned}})
+
+
+def test_families_with_a_thin_change_are_mixed_with_lora() -> None:
+    one = case("dense", "float32")
+    vera = case("dense", "float32", "vera")  # Rank 11 of a weight (6, 5): not thin.
+    with pytest.raises(TypeError, match=r"'b' has a VeRALeaf"):
+        mixed({"a": one.adapter, "b": vera.adapter})
+    thin = jlora.lora_transform(one.fn, {"kernel": jlora.VeRA(rank=3)})
+    third = moved(thin.init(jax.random.key(0), one.params, *one.inputs))
+    adalora = {**case("dense", "float32", "adalora").adapter}
+    mix = mixed({"a": one.adapter, "b": adalora, "c": third}, [2, -1, 0.5])
+    changes = [jlora.delta(one.params, each) for each in (one.adapter, adalora, third)]
+    (path,) = mix
+    expected = 2 * changes[0][path] - changes[1][path] + 0.5 * changes[2][path]
+    np.testing.assert_allclose(jlora.delta(one.params, mix)[path], expected, **FLOAT32)
+
+
+def test_families_that_are_no_pair_of_factors_are_refused_with_what_to_do() -> None:
+    one = case("dense", "float32", "dora")
+    with pytest.raises(TypeError, match=r"'a' has a DoRALeaf.*jlora.to_lora"):
+        mixed({"a": one.adapter})
+    pissa = jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())
+    lora = jlora.lora_transform(one.fn, {"kernel": pissa})
+    taken = lora.init(jax.random.key(0), one.params, *one.inputs)
+    with pytest.raises(ValueError, match="jlora.on_original_base"):
+        mixed({"a": taken})
+
+
+def test_weights_for_something_else_are_refused() -> None:
+    mix = mixed(parts("attention"))
+    path, *rest = mix
+    with pytest.raises(TypeError, match="LoRALeaf on .* has no weights to set"):
+        with_weights({**mix, path: parts("attention")["first"][path]}, WEIGHTS)
+    with pytest.raises(ValueError, match=f"differ in the paths .*'{path}'"):
+        with_weights(mix, dict.fromkeys(rest, WEIGHTS))
+    with pytest.raises(ValueError, match=r"shape \(2,\) instead of \(3,\)\."):
+        with_weights(mix, {p: [1, 2] for p in mix})
+    other = {name: mixed({"a": parts("attention")["first"]})[name] for name in rest}
+    with pytest.raises(ValueError, match="2 different mixes"):
+        weights_of({path: mix[path], **other})
+    with pytest.raises(ValueError, match="0 different mixes"):
+        names_of({})
+    stack = mixed(parts("linen_scan_remat"))
+    with pytest.raises(ValueError, match=r"instead of \(3,\) or \(3, 3\)|instead of \(3,\) or"):
+        with_weights(stack, {p: np.ones((leaf.shape[0] + 1, 3)) for p, leaf in stack.items()})
+
+
+# One on another
+
+
+@pytest.mark.parametrize("name", ["dense_general", "linen_scan_remat", "tied_embedding"])
+def test_law_stacked_is_the_upper_adapter_on_the_merged_lower_one(name: str) -> None:
+    one, adapters = case(name, "float32"), parts(name)
+    lower, upper = adapters["third"], adapters["first"]
+    merged = one.lora.merge(one.params, lower)
+
+    def on_top(upper: Any, lower: Any) -> jax.Array:
+        return total(one.lora.apply(one.params, stacked(lower, upper), *one.inputs))
+
+    def on_merged(upper: Any) -> jax.Array:
+        return total(one.lora.apply(merged, upper, *one.inputs))
+
+    before = jax.tree.map(np.array, lower)
+    value, (slope, of_lower) = jax.jit(jax.value_and_grad(on_top, (0, 1)))(upper, lower)
+    expected, expected_slope = jax.jit(jax.value_and_grad(on_merged))(upper)
+    # Sums of some hundred entries, each as exact as above.
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-3)
+    chex.assert_trees_all_close(slope, expected_slope, rtol=1e-3, atol=1e-3)
+    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(slope)) > 0.1
+    chex.assert_trees_all_equal(of_lower, jax.tree.map(np.zeros_like, lower))
+    chex.assert_trees_all_equal(lower, before)
+
+
+def test_stacked_keeps_what_only_one_of_them_adapts() -> None:
+    one = case("attention", "float32")
+    paths = list(one.adapter)
+    lower = jlora.lora_transform(one.fn, {paths[0]: jlora.DoRA(rank=2, alpha=3)}).init(
+        jax.random.key(0), one.params, *one.inputs
+    )
+    lower = {**moved(lower), paths[1]: moved(one.fresh, 4)[paths[1]]}
+    upper = {path: one.adapter[path] for path in paths[1:]}
+    both = stacked(lower, upper)
+    merged = jlora.merge(one.params, lower)
+    chex.assert_trees_all_close(
+        jlora.merge(one.params, both), jlora.merge(merged, upper), **FLOAT32
+    )
+    assert set(both) == set(paths)
+
+
+def test_dropout_of_the_lower_adapter_is_left_out_and_must_not_reach_it_from_the_upper() -> None:
+    one = case("attention", "float32")
+    paths = list(one.adapter)
+    dropping = {p: dataclasses.replace(leaf, dropout=0.5) for p, leaf in one.adapter.items()}
+    upper = {path: one.adapter[path] for path in paths[1:]}
+    both = stacked(dropping, upper)
+    assert {leaf.dropout for leaf in both.values()} == {0.0}
+    with pytest.raises(ValueError, match=r"dropout=0.5 on .*lora.merge\(params, lower\)"):
+        stacked(one.adapter, dropping)
+    alone = stacked({paths[0]: one.adapter[paths[0]]}, {paths[1]: dropping[paths[1]]})
+    assert alone[paths[1]].dropout == 0.5
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    one = case("dense", "float32")
+    dylora, vera = (case("dense", "float32", name).adapter for name in ("dylora", "vera"))
+    with pytest.raises(TypeError, match="ranks are drawn at each step"):
+        stacked(one.adapter, dylora)
+    with pytest.raises(ValueError, match="shared arrays under 'vera'"):
+        stacked(vera, vera)
+    thin = jlora.lora_transform(one.fn, {"kernel": jlora.VeRA(rank=3)})
+    shared = thin.init(jax.random.key(0), one.params, *one.inputs)
+    assert set(stacked(shared, one.adapter)) == set(one.adapter)
+    with pytest.raises(TypeError, match="'lower' has a DoRALeaf"):
+        stacked(case("dense", "float32", "dora").adapter, one.adapter)
+
+
+def test_a_mix_says_what_it_holds() -> None:
+    (leaf,) = mixed(parts("dense_general")).values()
+    assert isinstance(leaf, MixLeaf)
+    assert leaf.rank == 6
+    assert jlora.adapters.protocol.trained_size(leaf) == 3
