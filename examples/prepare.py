@@ -1,9 +1,11 @@
 """Data and bases for the recipes that need nothing from a network: Python's own standard library.
 
-    python examples/prepare.py quickstart    # then: jlora train examples/recipes/quickstart.yaml
-    python examples/prepare.py docstrings    # then: jlora train examples/recipes/stdlib-base.yaml
+    python examples/prepare.py quickstart   # then: jlora train examples/recipes/quickstart.yaml
+    python examples/prepare.py rank-search  # then: jlora rank-search with rank-search.yaml there
+    python examples/prepare.py docstrings   # then: jlora train examples/recipes/stdlib-base.yaml
 
 `quickstart` writes labelled docstrings, and links to all-MiniLM-L6-v2 as its package carries it.
+`rank-search` does so too, with a fifth of the training texts apart, to choose settings on.
 
 `docstrings` writes the library's source as plain text and pairs of a signature and its docstring,
 trains a tokenizer on the text, and writes a small decoder with random weights, which
@@ -60,14 +62,47 @@ SPECIAL = ("<s>", "</s>", "<pad>")
 
 def prepare_quickstart(folder: Path) -> None:
     """Writes train.jsonl and test.jsonl, and a link to the base."""
+    for split, rows in labelled().items():
+        write_lines(folder / f"{split}.jsonl", iter(rows))
+    link_base(folder)
+
+
+def prepare_rank_search(folder: Path) -> None:
+    """Writes the same, with validation.jsonl taken out of train.jsonl."""
+    splits = labelled()
+    held = [is_validation(row["text"]) for row in splits["train"]]
+    both = list(zip(splits["train"], held, strict=True))
+    for split, wanted in (("train", False), ("validation", True)):
+        write_lines(folder / f"{split}.jsonl", (row for row, is_held in both if is_held == wanted))
+    write_lines(folder / "test.jsonl", iter(splits["test"]))
+    link_base(folder)
+
+
+def labelled() -> dict[str, list[dict[str, str]]]:
+    """The rows of train and test: docstrings, and the packages that they are from."""
     from examples import quickstart
 
+    found = {}
     texts = quickstart.load_texts()
     for split in ("train", "test"):
         names = texts[split].features["label"].names
         both = zip(texts[split]["text"], texts[split]["label"], strict=True)
-        rows = ({"text": text, "label": names[label]} for text, label in both)
-        write_lines(folder / f"{split}.jsonl", rows)
+        found[split] = [{"text": text, "label": names[label]} for text, label in both]
+    return found
+
+
+def is_validation(text: str) -> bool:
+    """Whether a training text is for choosing settings, as one in five is.
+
+    Its hash tells, by another byte than that which told that it is for training.
+    """
+    return hashlib.sha256(text.encode()).digest()[1] < 256 // 5
+
+
+def link_base(folder: Path) -> None:
+    """Writes a link to all-MiniLM-L6-v2."""
+    from examples import quickstart
+
     (folder / "base").symlink_to(quickstart.find_checkpoint().absolute())
 
 
@@ -176,9 +211,16 @@ def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
     print(f"{path.name}: {count:,} rows")
 
 
+WAYS = {
+    "quickstart": prepare_quickstart,
+    "rank-search": prepare_rank_search,
+    "docstrings": prepare_docstrings,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["quickstart", "docstrings"])
+    parser.add_argument("what", choices=list(WAYS))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="by default {what}-data")
     given = parser.parse_args()
     folder = given.output or Path(f"{given.what}-data")
@@ -190,7 +232,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as temporary:
         made = Path(temporary) / folder.name
         made.mkdir()
-        {"quickstart": prepare_quickstart, "docstrings": prepare_docstrings}[given.what](made)
+        WAYS[given.what](made)
         made.rename(folder)
     print(f"The data is in {folder}/.")
 

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,3 +246,126 @@ def test_every_command_shows_an_example(
     out = " ".join(capsys.readouterr().out.split())
     assert f"example: jlora {' '.join(command)}" in out
     assert "None" not in running.COMMANDS[command][0].__doc__.splitlines()[0]
+
+
+def saved(path: pathlib.Path, seed: int, **options: Any) -> pathlib.Path:
+    """An adapter file for two kinds of weight, moved off zero."""
+    model, params = models.load(BASE, **options)
+    lora = jlora.lora_transform(model.apply, {"(q|down)/kernel": jlora.LoRA(rank=2, alpha=4)})
+    fresh = lora.init(jax.random.key(0), params, jnp.arange(3, 11)[None])
+    jlora.save_adapter(path, cases.moved(fresh, seed), params)
+    return path
+
+
+def test_adapters_are_merged_with_their_lineage_and_what_they_share(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    from jlora.checkpoints.adapter_file import read_lineage
+    from jlora.checkpoints.lineage import Parent, content_hash
+
+    one, out = saved(tmp_path / "one.safetensors", 1), tmp_path / "both.safetensors"
+    picture = tmp_path / "map.png"
+    weights = ("--weights", 1, -0.5, "--heat-map", picture)
+    status, text, error = run(capsys, "merge", BASE, out, one, PEFT / "lora", *weights)
+    assert status == 0, error
+    assert "params/layers_0/attention/q/kernel" in text
+    assert "one / lora" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    model, params = models.load(BASE)
+    parts = [jlora.load_adapter(one, params), peft.load(PEFT / "lora", model, params).adapter]
+    changes = [jlora.delta(params, part) for part in parts]
+    got = jlora.delta(params, jlora.load_adapter(out, params))
+    assert got.keys() == changes[0].keys() | changes[1].keys()
+    for path, change in got.items():
+        want = changes[0].get(path, 0) - 0.5 * changes[1].get(path, 0)
+        np.testing.assert_allclose(change, want, rtol=1e-5, atol=1e-5)  # Sums of five products.
+    lineage = read_lineage(out)
+    assert lineage.method == "jlora merge: Linear()"
+    assert lineage.parents == (
+        Parent(str(one), content_hash(parts[0]), 1.0),
+        Parent(str(PEFT / "lora"), content_hash(parts[1]), -0.5),
+    )
+    told = run(capsys, "inspect", out)[1]
+    assert f"1 x {one} ({content_hash(parts[0])[:12]})" in told
+    assert "jlora merge: Linear()" in told
+
+
+def test_methods_and_ranks_are_asked_for_by_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    from jlora import merging
+    from jlora.checkpoints.adapter_file import read_lineage
+
+    files = [saved(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    _, params = models.load(BASE)
+    parts = [jlora.load_adapter(file, params) for file in files]
+    for number, (arguments, method, options, told) in enumerate(
+        [
+            (("ties", "--density", 0.5, "--rank", 3), merging.TIES(0.5), {"rank": 3}, "rank=3"),
+            (
+                ("dare-ties", "--density", 0.5, "--seed", 7, "--energy", 0.9),
+                merging.DARE(0.5, elect_signs=True),
+                {"energy": 0.9, "key": jax.random.key(7)},
+                "energy=0.9, seed=7",
+            ),
+        ]
+    ):
+        out = tmp_path / f"out-{number}.safetensors"
+        status, _, error = run(capsys, "merge", BASE, out, *files, "--method", *arguments)
+        assert status == 0, error
+        want = merging.combine(parts, method=method, **options).adapter
+        got = jlora.load_adapter(out, params)
+        for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert read_lineage(out).method == f"jlora merge: {method}, {told}"
+
+
+def test_adapters_that_lie_otherwise_are_not_merged(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    stacked, out = saved(tmp_path / "s.safetensors", 1, scanned=True), tmp_path / "out.safetensors"
+    status, _, error = run(capsys, "merge", BASE, out, adapter, stacked)
+    assert status == 1
+    assert f"{stacked} is for layers in one stack, and {adapter} for layers apart" in error
+    # A folder of PEFT's is read for either.
+    status, text, error = run(capsys, "merge", BASE, out, PEFT / "lora", stacked)
+    assert status == 0, error
+    assert "params/layers/attention/q/kernel" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "slerp"), "--method slerp is none of linear, magnitude, ties"),
+        (("--method", "ties"), "--method ties needs --density. Give it"),
+        (("--density", 0.2), "--method linear has no use for --density. Leave it out"),
+        (("--method", "ties", "--density", 0.2, "--epsilon", 0.1), "has no use for --epsilon"),
+        (("--method", "della", "--density", 0.5), "--method della needs --epsilon"),
+        (("--seed", 3), "draws nothing, so --seed does nothing"),
+        (("--weights", 1, 2, 3), "--weights has 3 numbers for 2 adapters"),
+        (("--rank", 2, "--energy", 0.5), "rank=2 and energy=0.5"),
+        (("--heat-map", PEFT), "exists and is left as it was"),
+        (("--method", "ties", "--density", 2), "TIES.density=2.0 is no share"),
+    ],
+)
+def test_merges_that_cannot_be_are_refused(
+    arguments: tuple[Any, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    adapter: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    out = tmp_path / "out.safetensors"
+    status, _, error = run(capsys, "merge", BASE, out, adapter, PEFT / "lora", *arguments)
+    assert status == 1
+    assert message in error
+    assert not out.exists()
+
+
+def test_folders_that_replace_weights_are_not_merged(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    status, _, error = run(capsys, "merge", BASE, out, adapter, PEFT / "lora_saved")
+    assert status == 1
+    assert "also replaces weights of the base" in error

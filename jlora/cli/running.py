@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import cli
-from jlora.cli import files, text, training
+from jlora.cli import files, merging, ranks, text, training
 from jlora.documentation import attributes
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -22,7 +22,9 @@ COMMANDS: dict[tuple[str, ...], tuple[type, Callable[[Any], int | None]]] = {
     ("train",): (training.Train, training.train),
     ("recipe",): (training.ShowRecipe, training.show_recipe),
     ("plan",): (training.Plan, training.plan),
+    ("rank-search",): (ranks.RankSearch, ranks.rank_search),
     ("inspect",): (files.Inspect, files.inspect),
+    ("merge",): (merging.Merge, merging.merge),
     ("export", "merged"): (files.ExportMerged, files.export_merged),
     ("export", "peft"): (files.ExportPeft, files.export_peft),
     ("export", "adapter"): (files.ExportAdapter, files.export_adapter),
@@ -83,6 +85,10 @@ def _add_fields(one: argparse.ArgumentParser, options: type) -> None:
             )
 
 
+# Fields of every recipe, which no flag is shortened to: --seed is not --seeds.
+_OF_RECIPES = ("--seed", "--output")
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -97,7 +103,8 @@ def apart(options: type, arguments: Sequence[str]) -> tuple[list[str], list[str]
         argument = pending.pop(0)
         name, equals, _ = argument.partition("=")
         # The parser takes its flags shortened too, and "--" is one of its own.
-        if not name.startswith("--") or any(flag.startswith(name) for flag in flags):
+        is_own = name not in _OF_RECIPES and any(flag.startswith(name) for flag in flags)
+        if not name.startswith("--") or is_own:
             own.append(argument)
             continue
         overrides.append(argument)
@@ -132,7 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             return run(options(**given)) or 0
-        except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            MemoryError,
+            ModuleNotFoundError,
+        ) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:

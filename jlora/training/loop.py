@@ -112,10 +112,27 @@ class Loop:
         hooks: Hooks,
         watch: Watch,
         steps: int,
+        until: int | None = None,
     ) -> None:
+        """Takes everything that a run has.
+
+        Args:
+            recipe: Of the run.
+            setup: What it computes with.
+            state: What it goes on from, and so does `progress`.
+            progress: Where that is.
+            saver: Takes checkpoints.
+            facts: What they say of the run.
+            hooks: What it tells others.
+            watch: Notes signals.
+            steps: How many the run has in all.
+            until: The step that it pauses after, when it has more.
+        """
         self.recipe, self.setup, self.state, self.progress = recipe, setup, state, progress
         self._saver, self._facts, self._hooks, self._watch = saver, facts, hooks, watch
         self._steps = steps
+        self._until = steps if until is None else min(until, steps)
+        self.means: dict[str, float] = {}  # Of the last evaluation.
         self._key = dropout_key(recipe)
         self._saved = progress.step if progress.step else None
         self._saved_at = time.monotonic()
@@ -138,7 +155,22 @@ class Loop:
         self._look()
         self._save()
         self._wait()
+        if why == "until":
+            self._evaluate_pause()
         return why
+
+    def _evaluate_pause(self) -> None:
+        """Evaluates where the run pauses, if that was not due anyway. Its progress is not told, so
+        that it goes on as if it had not paused: the best of the others stays the best.
+        """
+        evaluated = self.means and self.progress.evaluated == self.progress.step
+        if self._hooks.evaluate is None or evaluated:
+            return
+        means = self._hooks.evaluate(self.state.trained, self._is_leaving)
+        if self._is_leaving() or means is None:
+            assert self._watch.seen is not None
+            self._interrupted(self._watch.seen)
+        self.means = means
 
     def _made(self, batches: Iterable[Placed]) -> str:
         """Makes the steps; returns why there are no more."""
@@ -148,8 +180,8 @@ class Loop:
             self._evaluated()
         if self._is_patience_over():
             return "patience"
-        if progress.step >= self._steps:
-            return "steps"
+        if progress.step >= self._until:
+            return self._end()
         for batch in batches:
             self.state, measured = self._stepped(batch)
             # What the last step measured is looked at while this one runs.
@@ -171,9 +203,13 @@ class Loop:
                 self._look()
                 self._save()
                 self._go_on()
-            if progress.step >= self._steps:
+            if progress.step >= self._until:
                 break
-        return "steps"
+        return self._end()
+
+    def _end(self) -> str:
+        """Why no more steps are made now."""
+        return "until" if self.progress.step < self._steps else "steps"
 
     def _go_on(self) -> None:
         """After a pause in which the devices made no step, and which ended with a save."""
@@ -275,6 +311,7 @@ class Loop:
         if means is None:  # A resumed run evaluates first.
             assert self._watch.seen is not None
             self._interrupted(self._watch.seen)
+        self.means = means
         record_all(
             self._hooks.recorders,
             progress.step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from jlora.training.records import METRICS, Recorder, plain, read_lines, recorde
 from jlora.training.resuming import facts_of, resumed, settled
 from jlora.training.saving import Saver, check_writable
 from jlora.training.setup import Setup, model_of, set_up
+from jlora.training.sharing import Shared
 from jlora.training.step import State
 from jlora.training.telling import Course, Shown, Talk, counted, figures, quantized, summary
 
@@ -38,12 +40,14 @@ class Outcome(NamedTuple):
     """What a run came to.
 
     Attributes:
-        why: "steps", or "patience" when evaluations got no better.
+        why: "steps", "patience" when evaluations got no better, or "until" where it pauses.
         step: The last one.
-        kept: The step whose adapter was written: the best one, or the last.
+        kept: The step whose adapter was written: the best one, or the last. Where it pauses, the
+            last one, whose adapter was not written yet.
         last: What the last step measured.
         tested: The means on the test data, before and after; nothing without any.
         written: Files and folders.
+        paused: The means on the validation data where it pauses; nothing elsewhere.
     """
 
     why: str
@@ -52,6 +56,7 @@ class Outcome(NamedTuple):
     last: dict[str, float]
     tested: list[dict[str, float]]
     written: list[Path]
+    paused: dict[str, float]
 
 
 def train(
@@ -59,8 +64,10 @@ def train(
     *,
     resume: bool = False,
     allow_changes: bool = False,
+    until: int | None = None,
     recorders: Sequence[Recorder] = (),
     devices: Sequence[Any] | None = None,
+    shared: Shared | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Trains what the recipe describes, and writes the adapter, exports and report to its folder.
@@ -70,26 +77,32 @@ def train(
         resume: Whether to go on from the last checkpoint in the folder.
         allow_changes: Whether data, base or hyperparameters may differ from those that the
             checkpoint was made with.
+        until: The step after which the run pauses: it is saved and evaluated, and nothing else is
+            written. Learning rates stay those of all the recipe's steps, and `resume` goes on to
+            the same bytes as without a pause. A run that has no more steps ends as ever.
         recorders: Take what is measured, besides metrics.jsonl.
         devices: Those that are used; all when left out.
+        shared: What this run takes from earlier ones of the process, and leaves for later ones.
         quiet: Whether to show nothing.
 
     Raises:
         FileExistsError: There is a run in the folder, and it is not resumed.
         FileNotFoundError: The base or data are not there, or there is no checkpoint to resume.
-        ValueError: Something of the recipe cannot be, or the checkpoint is of another run.
+        ValueError: Something of the recipe cannot be, the checkpoint is of another run, or the run
+            is past `until` already.
         RuntimeError: The optimizer's state was to be offloaded, and steps then come out wrong.
         NotFinite: A loss or gradient is not, and the recipe does not skip such steps.
         Interrupted: SIGTERM or SIGINT came; the step is saved.
         MemoryError: A step has no room on the devices.
         OSError: Something could not be written.
     """
+    _check_until(until)
     connect(recipe.distributed)
     say = Talk(quiet or jax.process_index() > 0)
     output = _output(recipe, resume)
     mesh = _mesh(recipe, devices)
     recipe = settled(recipe, output / RECIPE, resume, list(mesh.devices.flat))
-    data, setup, steps = _made(recipe, mesh, say)
+    data, setup, steps = _made(recipe, mesh, say, shared)
     ending.check(recipe, setup)
     prompts = ending.prompts_of(recipe, setup, data.tokenizer)
     saver = Saver(output / CHECKPOINTS, keep_last=recipe.training.keep_last)
@@ -98,6 +111,7 @@ def train(
     if resume:
         state, progress = resumed(saver, setup, facts, allow_changes)
         say(f"Going on after step {progress.step} of {steps}.")
+    _check_until(until, progress.step)
     if jax.process_index() == 0:
         _write_recipe(output / RECIPE, recipe)
     length = recipe.report.max_new_tokens
@@ -115,12 +129,15 @@ def train(
             placed_ahead(setup.mesh, data.train, Position(*progress.position)) as ahead,
         ):
             hooks = Hooks(every, show, validate)
-            loop = Loop(recipe, setup, state, progress, saver, facts, hooks, watch, steps)
+            loop = Loop(recipe, setup, state, progress, saver, facts, hooks, watch, steps, until)
             why = loop.run(ahead)
     finally:
         for recorder in every:
             recorder.close()
 
+    if why == "until":
+        saver.close()
+        return Outcome(why, progress.step, progress.step, loop.last, tested, [], loop.means)
     state, kept = _kept(loop.state, progress, saver)
     saver.close()
     if test is not None:
@@ -147,7 +164,13 @@ def train(
     written += ending.export(recipe, setup, state.trained, data.labels)
     for path in written:
         say(f"Wrote {path}.")
-    return Outcome(why, progress.step, kept, loop.last, tested, written)
+    return Outcome(why, progress.step, kept, loop.last, tested, written, {})
+
+
+def _check_until(until: int | None, step: int = 0) -> None:
+    if until is not None and until < max(step, 1):
+        where = f"the run has made {step}" if step else "the first is 1"
+        raise ValueError(f"until={until} is no step to pause after: {where}. Give a later one.")
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
@@ -196,7 +219,9 @@ def _mesh(recipe: Recipe, devices: Sequence[Any] | None) -> Mesh:
     return mesh
 
 
-def _made(recipe: Recipe, mesh: Mesh, say: Talk) -> tuple[Datasets, Setup, int]:
+def _made(
+    recipe: Recipe, mesh: Mesh, say: Talk, shared: Shared | None
+) -> tuple[Datasets, Setup, int]:
     """The data, everything that is computed with, and how many steps there are."""
     folder = hub.folder_of(recipe.model.path, recipe.model.revision)
     config = model_of(recipe, folder).config
@@ -207,7 +232,8 @@ def _made(recipe: Recipe, mesh: Mesh, say: Talk) -> tuple[Datasets, Setup, int]:
         )
     rows = recipe.batch.rows
     mine, evaluated = (rows_here(mesh, n) for n in (rows, recipe.batch.evaluation_rows or rows))
-    data = read(recipe, folder, config.vocab_size, mine, evaluated)
+    reading = functools.partial(read, recipe, folder, config.vocab_size, mine, evaluated)
+    data = reading() if shared is None else shared.data(recipe, mesh, reading)
     for path, told in data.reports.items():
         say(f"{path}: {told}")
     steps = recipe.training.steps or data.train.steps(recipe.training.epochs)
@@ -218,6 +244,8 @@ def _made(recipe: Recipe, mesh: Mesh, say: Talk) -> tuple[Datasets, Setup, int]:
         )
     labels = None if data.labels is None else len(data.labels)
     setup = set_up(recipe, mesh, steps=steps, labels=labels)
+    if shared is not None:
+        setup = shared.programs(recipe, setup, steps, labels)
     say(counted(setup))
     for name, told in quantized(setup).items():
         say(f"{name}: {told}")
