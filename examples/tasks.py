@@ -40,6 +40,7 @@ class Encoder(NamedTuple):
 
     Attributes:
         model: The encoder's module.
+        kernels: A pattern for those that are adapted.
         lora: Around it.
         params: Its base.
         texts: The splits `train` and `test`, tokenised.
@@ -50,6 +51,7 @@ class Encoder(NamedTuple):
     """
 
     model: Any
+    kernels: str
     lora: jlora.LoraTransform
     params: Any
     texts: datasets.DatasetDict
@@ -67,7 +69,7 @@ class Encoder(NamedTuple):
         init = jlora.inits.eva(moments, center=False)
         settings = self.settings
         rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha, init=init)
-        lora = jlora.lora_transform(self.model.apply, {KERNELS: rule})
+        lora = jlora.lora_transform(self.model.apply, {self.kernels: rule})
         return lora.init(jax.random.key(0), self.params, *self._shapes())
 
     def _shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -83,17 +85,19 @@ class Encoder(NamedTuple):
         return quickstart.features_of(functools.partial(self.encode, merged), data)
 
 
-def loaded(settings: quickstart.Settings) -> Encoder:
-    """Everything that the examples start with."""
+def loaded(settings: quickstart.Settings, kernels: str = KERNELS) -> Encoder:
+    """Everything that the examples start with, LoRA on the kernels of this pattern."""
     checkpoint = quickstart.find_checkpoint()
     model, params = jlora.models.load(checkpoint)
     rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha)
-    lora = jlora.lora_transform(model.apply, {KERNELS: rule})
+    lora = jlora.lora_transform(model.apply, {kernels: rule})
     texts = quickstart.load_texts(settings.texts_per_package)
     texts = quickstart.tokenised(texts, checkpoint, settings.lengths[-1])
     encode = quickstart.pooled(model.apply)
-    moments = jax.jit(functools.partial(jlora.input_moments, model.apply, {KERNELS: rule}))
-    return Encoder(model, lora, params, texts, settings, step_of(lora, settings), encode, moments)
+    moments = jax.jit(functools.partial(jlora.input_moments, model.apply, {kernels: rule}))
+    return Encoder(
+        model, kernels, lora, params, texts, settings, step_of(lora, settings), encode, moments
+    )
 
 
 # --- tasks ---------------------------------------------------------------------------------------
@@ -255,10 +259,10 @@ def trained(
 
 def table(rows: dict[str, dict[str, float]], width: int = 30) -> str:
     """Rows of figures under the names of their columns."""
-    columns = list(next(iter(rows.values())))
-    lines = [" " * width + "".join(f"{column:>{len(column) + 3}}" for column in columns)]
+    widths = {column: max(8, len(column)) + 2 for column in next(iter(rows.values()))}
+    lines = [" " * width + "".join(f"{column:>{widths[column]}}" for column in widths)]
     for name, figures in rows.items():
-        cells = (f"{figures[column]:{len(column) + 3}.3f}" for column in columns)
+        cells = (f"{figures[column]:{widths[column]}.3f}" for column in widths)
         lines.append(f"{name:{width}}" + "".join(cells))
     return "\n".join(lines)
 

@@ -44,6 +44,7 @@ def test_examples_are_a_few_of_each_package_and_others_in_another_draw():
 
 
 @needs_all
+@pytest.mark.slow
 def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["lorahub.py", "--tiny", f"--output={output}"])

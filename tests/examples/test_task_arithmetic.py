@@ -83,6 +83,7 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path, monkeypatch):
 
 
 @needs_checkpoint
+@pytest.mark.slow
 def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["task_arithmetic.py", "--tiny", f"--output={output}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -479,7 +480,12 @@ def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path) -> None:
 
 # --- Optuna ---------------------------------------------------------------------------------------
 
+needs_optuna = pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None, reason="needs the extra jlora[search]"
+)
 
+
+@needs_optuna
 def test_optuna_draws_between_the_ends_and_prunes(
     raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path
 ) -> None:
@@ -503,6 +509,7 @@ def test_optuna_draws_between_the_ends_and_prunes(
     assert state_of(found.folder) == state
 
 
+@needs_optuna
 def test_optuna_ends_what_diverges(raw: dict[str, Any], runs: Runs) -> None:
     runs.quality = lambda given, at: (
         math.nan if given.optimizer.learning_rate > 0.012 else plausible(given, at)
