@@ -38,7 +38,8 @@ test-grid: $(VENV)/.tools
 # all that is done with them.
 LATER := tests/examples tests/planning tests/peft tests/parity tests/test_h100_step.py \
 	tests/training/test_quantized_runs.py tests/training/test_offloaded_run.py \
-	tests/training/test_faults.py tests/ranks/test_search.py
+	tests/training/test_faults.py tests/ranks/test_search.py tests/ranks/test_search_cli.py \
+	tests/ranks/test_importance_cli.py
 test-core: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 $(LATER:%=--ignore=%) tests
 
@@ -91,4 +92,4 @@ $(LIVE_VENV)/.installed: pyproject.toml Makefile
 
 clean:
 	rm -rf $(VENV) $(FOREIGN_VENV) $(LIVE_VENV) quickstart-data quickstart-output \
-		docstrings-data docstrings-run .pytest_cache .ruff_cache
+		docstrings-data docstrings-run rank-search-data rank-search-output .pytest_cache .ruff_cache
