@@ -34,6 +34,14 @@ from jlora.transform import lora_transform, merge
 PyTree = Any
 _READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 ADAPTER, HEAD = "adapter.safetensors", "head.safetensors"
+# What of a recipe has no part in the numbers: runs that make the same adapter make the same bytes.
+_ELSEWHERE: dict[str, Any] = {
+    "output": True,
+    "distributed": True,
+    "export": True,
+    "report": True,
+    "optimizer": {"offload"},
+}
 
 
 def whole_adapter(setup: Setup, trained: PyTree) -> dict[str, Any]:
@@ -93,8 +101,7 @@ def write(
     head = jax.tree.map(whole, trained.get("head"))
     written = [output / ADAPTER]
     if jax.process_index() == 0:
-        # Where a run wrote to is no part of what it made: the same run makes the same bytes.
-        made_by = recipe.model_dump(mode="json", exclude={"output"})
+        made_by = recipe.model_dump(mode="json", exclude=_ELSEWHERE)
         lineage = Lineage(method="jlora train", recipe=made_by)
         write_adapter(written[0], adapter, fingerprints, lineage)
         if head is not None:
