@@ -22,6 +22,10 @@ needs_checkpoint = pytest.mark.skipif(
 )
 
 
+# Written with the example's present form, and not seen to pass or fail since.
+UNSEEN = pytest.mark.skip(reason="run it alone once, then take this mark away")
+
+
 def test_the_two_tasks_share_no_package():
     assert set(continual.FIRST) | set(continual.SECOND) == set(quickstart.PACKAGES)
     assert not set(continual.FIRST) & set(continual.SECOND)
@@ -59,6 +63,7 @@ def test_what_is_left_outside_an_adapter_has_no_part_in_its_directions():
 
 @needs_checkpoint
 @pytest.mark.slow
+@UNSEEN
 def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["continual.py", "--tiny", f"--output={output}"])
@@ -80,6 +85,7 @@ def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
 
 @needs_checkpoint
 @pytest.mark.slow
+@UNSEEN
 def test_orthogonal_adapters_interfere_less_and_forget_less():
     """On the quickstart's task split in two, fewer texts of it, and three seeds."""
     settings = dataclasses.replace(continual.SETTINGS, texts_per_package=50)
