@@ -1,5 +1,6 @@
-"""Eight devices on one CPU, and quick compilation, before JAX looks."""
+"""Eight devices on one CPU, quick compilation, and no program compiled twice, before JAX looks."""
 
+import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -7,13 +8,21 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Level 0 leaves out the optimisation of machine code, which is most of the tests' time. What the
 # laws look at, the compiler's own program of products and fusions, is the same.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
+_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Half the time of a compilation; later releases have one way alone, and an unknown flag ends
+    # the process.
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
+
+# Both workers and later runs find what one has compiled; the programs' text, the flags and the
+# versions are the key. Most of what a test waits for is one of many thousand small programs.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"),
 )
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MANY = 30_000

@@ -110,8 +110,10 @@ def weight_shaped_products(
     wanted = set().union(*(joined(shape) for shape in (*shapes, *slices)))
     found = []
     for line in hlo.splitlines():
-        match = re.search(r"= \w+\[([\d,]*)\]\S* (dot|convolution|scatter|custom-call)\(", line)
-        if match:
+        match = re.search(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
+        # The compiler may make a loop of a scatter, whose body updates the array row by row.
+        updates = match and match[2] == "fusion" and "/scatter" in line
+        if match and (updates or match[2] in ("dot", "convolution", "scatter", "custom-call")):
             dims = tuple(sorted(int(n) for n in match[1].split(",") if n and int(n) > 1))
             if dims in wanted:
                 found.append(line.strip())

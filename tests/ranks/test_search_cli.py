@@ -129,13 +129,16 @@ def test_fields_of_every_recipe_are_no_short_flags(word: str) -> None:
 
 
 def jlora(*words: str) -> subprocess.Popen[str]:
-    """A process of its own, with quick compilation."""
+    """A process of its own, with quick compilation and no folder of programs but the search's."""
     environment = {
-        **os.environ,
+        **{
+            name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+        },
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.Popen(
         [sys.executable, "-c", "import sys; from jlora.cli import main; sys.exit(main())", *words],
         env=environment,
