@@ -58,8 +58,7 @@ def ways(first: tasks.Adapter, second: tasks.Adapter) -> dict[str, tasks.Adapter
         "TIES, density 0.5, rank 8": combine(both, method=TIES(density=0.5), rank=8).adapter,
         "factors added (PEFT)": factors_added(both, [1.0, 1.0]),
         "base - first": combine([first], [-1.0]).adapter,
-        "base - 2 first": combine([first], [-2.0]).adapter,
-        "sum - 3 first": combine(both, [-2.0, 1.0]).adapter,
+        "second - first": combine(both, [-1.0, 1.0]).adapter,
     }
 
 

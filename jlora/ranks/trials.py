@@ -150,7 +150,11 @@ class Runner:
     def _make(self, trial: Trial, until: int) -> None:
         """Trains up to a step, and notes what came of it."""
         folder = self._ledger.folder / FOLDER / trial.name
-        if until < self.steps or not _read_result(trial, folder, self.metric):
+        result = _result_of(folder) if until == self.steps else None
+        if result is not None:  # The search was killed before it noted that.
+            _note_result(trial, result, self.metric)
+            trial.seconds = trial.seconds or result["seconds"]
+        else:
             if time.monotonic() > self._deadline:
                 raise OutOfTime
             began = time.monotonic()
@@ -180,8 +184,9 @@ class Runner:
             if outcome.why == "until":
                 _note(trial, until, outcome.paused[self.metric], "until")
             else:
-                read = _read_result(trial, folder, self.metric)
-                assert read
+                result = _result_of(folder)
+                assert result is not None
+                _note_result(trial, result, self.metric)
 
     def _told(self, trial: Trial, until: int) -> str:
         score = trial.score(until, self.metric)
@@ -197,17 +202,18 @@ def _note(trial: Trial, step: int, value: float, why: str) -> None:
         trial.why = "diverged"
 
 
-def _read_result(trial: Trial, folder: Path, metric: str) -> bool:
-    """Notes what a run that ended wrote; whether one did."""
+def _result_of(folder: Path) -> Mapping[str, Any] | None:
+    """What a run that ended wrote; None if none did."""
     try:
-        result: Mapping[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # One that was killed as it wrote it.
-        return False
+        return None
+
+
+def _note_result(trial: Trial, result: Mapping[str, Any], metric: str) -> None:
     # What is no number, JSON has as text.
     _note(trial, trial.of, float(result["validation"][metric]), "steps")
     trial.trained = result["trained"]
-    trial.seconds = trial.seconds or result["seconds"]
-    return True
 
 
 def check_settings(recipe: Recipe, settings: Sequence[Setting]) -> None:

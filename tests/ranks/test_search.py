@@ -9,12 +9,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 from training.conftest import Make
 
 from jlora.ranks import course, search, trials
@@ -405,6 +406,10 @@ def test_time_that_is_over_ends_a_search_that_can_be_gone_on_with(
     assert len(runs.calls) == 5
     assert (found.setting, found.stages, found.finished) == (None, (), False)
     assert {path.name for path in found.folder.iterdir()} == {"trials", FILE, "table.md"}
+    seconds = [
+        trial["seconds"] for trial in json.loads((found.folder / FILE).read_text())["trials"]
+    ]
+    assert seconds == [60.0] * 5 + [0.0]  # The last one did not begin.
     found = searched(raw, dataclasses.replace(WIDE, minutes=10.5), resume=True)
     assert len(runs.calls) == 16
     assert [stage.name for stage in found.stages] == ["rank"]
@@ -458,7 +463,18 @@ def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
     assert (first["why"], first["trained"], list(first["values"])) == ("steps", 12, ["8"])
 
 
-def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path) -> None:
+@pytest.fixture(scope="module")
+def no_cache() -> Iterator[None]:
+    """No compiled program is kept, as where nobody asked for it; the tests' own folder is."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path, no_cache: None) -> None:
     def settings() -> tuple[Any, ...]:
         config = jax.config
         return (
@@ -476,6 +492,17 @@ def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path) -> None:
     with pytest.raises(Killed):
         died()
     assert settings() == before
+
+
+def test_a_folder_of_programs_that_the_user_has_stays_the_one(
+    tmp_path: pathlib.Path, no_cache: None
+) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    try:
+        with search.programs_kept(tmp_path / "cache"):
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 # --- Optuna ---------------------------------------------------------------------------------------
@@ -614,7 +641,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_run(
 
 @pytest.fixture(scope="module")
 def real(
-    tmp_path_factory: pytest.TempPathFactory, encoder: pathlib.Path
+    tmp_path_factory: pytest.TempPathFactory, encoder: pathlib.Path, no_cache: None
 ) -> tuple[dict[str, Any], Found, list[tuple[str, int]]]:
     """A search of two ranks with two seeds and two steps, which died in the middle."""
     folder = tmp_path_factory.mktemp("search")
@@ -665,6 +692,7 @@ def real(
     return raw, found, calls
 
 
+@pytest.mark.slow
 def test_a_real_search_ends_with_a_recipe_that_can_be_trained(
     real: tuple[dict[str, Any], Found, list[tuple[str, int]]],
 ) -> None:
@@ -687,6 +715,7 @@ def test_a_real_search_ends_with_a_recipe_that_can_be_trained(
     assert list((found.folder / "cache").iterdir())
 
 
+@pytest.mark.slow
 def test_real_trials_are_run_folders_and_are_made_once(
     real: tuple[dict[str, Any], Found, list[tuple[str, int]]],
 ) -> None:
