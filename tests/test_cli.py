@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import cases
@@ -331,6 +332,19 @@ def test_adapters_that_lie_otherwise_are_not_merged(
     status, text, error = run(capsys, "merge", BASE, out, PEFT / "lora", stacked)
     assert status == 0, error
     assert "params/layers/attention/q/kernel" in text
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str],
+    adapter: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    pair = (adapter, PEFT / "lora", "--heat-map", tmp_path / "map.png")
+    status, _, error = run(capsys, "merge", BASE, tmp_path / "out.safetensors", *pair)
+    assert (status, list(tmp_path.iterdir())) == (1, [])
+    assert "error: --heat-map draws with matplotlib, which is missing. Use pip install" in error
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def _check(options: Merge) -> None:
         check_new(options.heat_map)
         if len(options.adapters) < 2:
             raise ValueError("--heat-map compares adapters, and only one is given. Leave it out.")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(
+                "--heat-map draws with matplotlib, which is missing. Use "
+                "pip install 'jlora[train]', or leave it out."
+            )
     if options.weights is not None and len(options.weights) != len(options.adapters):
         raise ValueError(
             f"--weights has {len(options.weights)} numbers for {len(options.adapters)} adapters. "
