@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import pathlib
 import tempfile
@@ -68,9 +67,9 @@ def parameters(model: Decoder, scheme: Any) -> Any:
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
-# Compiled once for each shape, of which a decoder has few.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _drawn(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
+def drawn_matrices(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
+    """A random matrix in bfloat16, or a stack of them, quantised if there is a scheme."""
+
     def matrix(key: jax.Array) -> Any:
         drawn = 0.02 * jax.random.normal(key, shape[-2:], jnp.bfloat16)
         return drawn if scheme is None else quantized_weight(drawn, scheme)
@@ -78,6 +77,10 @@ def _drawn(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
     if len(shape) < 3:
         return matrix(key)
     return jax.lax.map(matrix, jax.random.split(key, shape[0]))
+
+
+# Compiled once for each shape, of which a decoder has few.
+_drawn = jax.jit(drawn_matrices, static_argnums=(1, 2))
 
 
 def training_step(
