@@ -30,7 +30,8 @@ test: lint
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
 
-# The pairs of a family and a layer that the slow group leaves out, because another one is like it.
+# What the slow group leaves out because something in it is like it: pairs of a family and a layer,
+# plans of further models, a hundred kills.
 test-grid: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 -m grid $(TESTS)
 

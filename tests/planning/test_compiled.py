@@ -233,15 +233,22 @@ def test_a_step_that_does_not_fit_is_refused_with_what_it_needs() -> None:
 # --- the shapes that users train -----------------------------------------------------------------
 
 
-@pytest.mark.slow
+SLOW = [
+    (LLAMA_70B, "v5p:4x4x4", {"fsdp": 64}, {"rows": 64}),
+    (LLAMA_70B, "v5p:8x8x8", {"fsdp": 128, "tensor": 4}, {"rows": 128}),
+]
+GRID = [
+    (LLAMA_8B, "v5e:4x4", {"fsdp": 16}, {"rows": 16}),
+    (LLAMA_8B, "v6e:4x4", {"fsdp": 8, "tensor": 2}, {"rows": 16, "remat": "projections"}),
+    (LLAMA_8B, "v5e:16x16", {"fsdp": 64}, {"rows": 256}),
+]
+
+
 @pytest.mark.parametrize(
     ("size", "name", "sizes", "options"),
     [
-        (LLAMA_8B, "v5e:4x4", {"fsdp": 16}, {"rows": 16}),
-        (LLAMA_8B, "v6e:4x4", {"fsdp": 8, "tensor": 2}, {"rows": 16, "remat": "projections"}),
-        (LLAMA_8B, "v5e:16x16", {"fsdp": 64}, {"rows": 256}),
-        (LLAMA_70B, "v5p:4x4x4", {"fsdp": 64}, {"rows": 64}),
-        (LLAMA_70B, "v5p:8x8x8", {"fsdp": 128, "tensor": 4}, {"rows": 128}),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in SLOW),
+        *(pytest.param(*of, marks=pytest.mark.grid) for of in GRID),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )

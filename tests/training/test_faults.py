@@ -97,9 +97,11 @@ def test_what_is_killed_while_it_saves_keeps_its_last_checkpoint(tmp_path: pathl
     kill_while_saving(tmp_path / "run", 4)
 
 
-@pytest.mark.slow
-def test_a_hundred_kills_while_saving(tmp_path: pathlib.Path) -> None:
-    kill_while_saving(tmp_path / "run", 100)
+@pytest.mark.parametrize(
+    "times", [pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.grid)]
+)
+def test_so_it_is_however_often_it_is_killed(times: int, tmp_path: pathlib.Path) -> None:
+    kill_while_saving(tmp_path / "run", times)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
