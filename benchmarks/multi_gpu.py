@@ -39,9 +39,9 @@ from jlora.training.saving import Saver
 from jlora.training.setup import Setup, set_up
 from jlora.training.step import State, initial
 
-# Dense products of bfloat16 at the boost clock, by a part of the device's name. NVIDIA H100 and
-# H200 Tensor Core GPU datasheets, SXM; the sheets' own numbers are with sparsity, twice these.
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
+# Dense products of bfloat16 at the boost clock, by the device's name. NVIDIA H100 and H200 Tensor
+# Core GPU datasheets, SXM; the sheets' own numbers are with sparsity, twice these.
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 
 def config_of(shape: common.Shape) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def exchanged(compiled: Any) -> list[dict[str, Any]]:
 
 def peak_of(device: str) -> float | None:
     """The most operations of a card per second, or None for one that is not in the table."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    return PEAK_FLOPS.get(device)
 
 
 def measure(options: Any) -> common.Row:
@@ -239,7 +239,7 @@ def measure(options: Any) -> common.Row:
         lambda: jax.block_until_ready(running.state),
         steps=options.steps,
         repeats=options.repeats,
-    )
+    )._replace(loss_before=losses[0])
     peaks = [common.peak_gib(device) for device in running.mesh.devices.flat]
     row = common.row(
         method_of(options),
@@ -247,7 +247,8 @@ def measure(options: Any) -> common.Row:
         timing,
         script="benchmarks.multi_gpu",
         libraries=LIBRARIES,
-        peak_gib=None if None in peaks else max(peaks),  # type: ignore[type-var]
+        # The other mesh of --restored-from has taken its own part of the memory.
+        peak_gib=None if options.restored_from or None in peaks else max(peaks),  # type: ignore
         planned_gib=common.planned_gib(compiled),
         trained=sum(leaf.size for leaf in jax.tree.leaves(running.state.trained)),
         batch=rows,
@@ -258,7 +259,10 @@ def measure(options: Any) -> common.Row:
     most = peak_of(row.device)
     details["collectives"] = exchanged(compiled)
     details["losses"] = losses
-    details["share_of_peak"] = most and flops / (1e-3 * row.step_ms) / (cards * most)
+    # Products in float32 have another peak.
+    if options.float32:
+        most = None
+    details["share_of_peak"] = most and 1e3 * flops / row.step_ms / (cards * most)
     return row
 
 

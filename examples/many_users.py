@@ -146,13 +146,16 @@ def served(
     return np.concatenate(found)
 
 
-def requests_of(count: int, rng: np.random.Generator) -> list[tuple[str, int]]:
-    """Every user with every text, four users at a time, in batches that mix them."""
+def requests_of(count: int, rng: np.random.Generator) -> list[list[tuple[str, int]]]:
+    """Every user with every text in any order, first of four users and then of the others.
+
+    The bank has room for four, so no batch may mix the two.
+    """
     users = list(USERS)
     found = []
     for group in (users[:4], users[4:]):
         pairs = [(user, text) for user in group for text in range(count)]
-        found += [pairs[n] for n in rng.permutation(len(pairs))]
+        found.append([pairs[n] for n in rng.permutation(len(pairs))])
     return found
 
 
@@ -166,8 +169,9 @@ def run(output: Path, settings: quickstart.Settings, steps: int) -> dict[str, An
     bank = multi.AdapterBank(given.lora, given.params, adapters["user-0"], slots=5)
     for user, adapter in adapters.items():
         bank.add(user, adapter)
-    requests = requests_of(len(given.test.labels), np.random.default_rng(1))
-    scores = served(bank, given, requests)
+    halves = requests_of(len(given.test.labels), np.random.default_rng(1))
+    scores = np.concatenate([served(bank, given, half) for half in halves])
+    requests = [request for half in halves for request in half]
     alone = jax.jit(given.lora.apply)
     rows = {}
     for user, adapter in adapters.items():

@@ -14,11 +14,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from cases import BY_NAME, case
+from cases import BY_NAME, case, moved
 
 import jlora
 
 NAMES = list(BY_NAME)
+
+
+def test_a_number_alone_is_saved_and_loaded(tmp_path: pathlib.Path) -> None:
+    params = {"scale": jnp.float32(2.0), "w": jnp.eye(3)}
+    fn = lambda p, x: p["scale"] * (x @ p["w"])
+    lora = jlora.lora_transform(fn, {"scale": jlora.Full(), "w": jlora.LoRA(rank=1, alpha=1)})
+    adapter = moved(lora.init(jax.random.key(0), params, jnp.ones((2, 3))))
+    jlora.save_adapter(tmp_path / "a.safetensors", adapter, params)
+    again = jlora.load_adapter(tmp_path / "a.safetensors", params)
+    chex.assert_trees_all_equal(again, adapter)
+    assert adapter["scale"].delta.shape == ()
 
 
 @pytest.mark.parametrize("name", NAMES)

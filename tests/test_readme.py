@@ -164,3 +164,27 @@ def test_the_rows_of_many_adapters_are_the_committed_ones() -> None:
     least, most, prompts = min(ratios[1]), max(ratios[1]), ratios[512][0]
     told = f"{least:.0f} to {most:.0f} times as long as that for single tokens and {prompts:.0f}"
     assert told in README
+
+
+def test_the_rank_search_is_the_committed_one() -> None:
+    results = ROOT / "benchmarks/results/rank_search"
+    found = json.loads((results / "search.json").read_text())
+    trials = len(found["trials"])
+    assert f"{trials} trials took {found['seconds']:.0f} s on a CPU" in README
+    table = (results / "table.md").read_text()
+    for part in ("Rank", "Confirmation against the recipe as it was"):
+        text = table.split(f"## {part}\n")[1].split("\n## ")[0]
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(rows) >= 4
+        assert "\n".join(rows) + "\n" in README
+    means = {}
+    for trial in found["trials"]:
+        if trial["of"] == 30 and "30" in trial["values"] and trial["seed"] < 2:
+            key = tuple(trial["setting"].values())
+            means.setdefault(key, []).append(trial["values"]["30"])
+    for key, values in means.items():
+        # What the table says is what the trials are.
+        assert f"{sum(values) / len(values):.4f}" in table, key
+    command = found["command"].split(" --minutes")[0]
+    recipe_text = (ROOT / "examples/recipes/rank-search.yaml").read_text()
+    assert command in " ".join(recipe_text.replace("\\\n#", " ").split())

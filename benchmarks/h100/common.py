@@ -240,7 +240,8 @@ def line(row: Row) -> str:
 
 
 def write(row: Row, path: pathlib.Path) -> None:
-    """Writes the row as JSON, over what was there."""
+    """Writes the row as JSON, over what was there, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(row), indent=2) + "\n")
 
 

@@ -59,6 +59,18 @@ def scale(name: str, value: Any) -> None:
         )
 
 
+def positive(name: str, value: Any) -> None:
+    """A finite number above zero."""
+    if not is_number(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r} is out of range. Use a finite number above 0.")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """A finite number, zero or more."""
+    if not is_number(value) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} is out of range. Use a finite number, 0.0 or more.")
+
+
 def rate(name: str, value: Any) -> None:
     """A probability below one."""
     if not is_number(value) or not 0 <= value < 1:

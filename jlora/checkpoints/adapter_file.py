@@ -200,6 +200,8 @@ def fingerprint(weight: Any) -> str:
 
 
 def _sample(array: Any) -> np.ndarray:
+    if not array.ndim:
+        return whole(array.reshape(1))
     chosen = np.arange(array.size) if array.size <= _SAMPLES else _spread(array.size)
     return whole(array[np.unravel_index(chosen, array.shape)])
 

@@ -113,7 +113,7 @@ def content_hash(adapter: Mapping[str, Any]) -> str:
 def arrays_of(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of an adapter, by the path of the weight and their own name."""
     return {
-        f"{path}/{field.name}": np.ascontiguousarray(jax.device_get(getattr(node, field.name)))
+        f"{path}/{field.name}": np.asarray(jax.device_get(getattr(node, field.name)), order="C")
         for path, node in adapter.items()
         for field in array_fields(node)
         if getattr(node, field.name) is not None

@@ -238,7 +238,7 @@ def file_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
 
     The library writes metadata in an order that differs from run to run.
     """
-    made = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    made = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()})
     size = int.from_bytes(made[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(made[8 : 8 + size])}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -47,7 +47,7 @@ def merge(options: Merge) -> None:
     import jax
 
     from jlora import merging, models
-    from jlora.checkpoints.adapter_file import save_adapter
+    from jlora.checkpoints.adapter_file import save_adapter, schemes_of
     from jlora.checkpoints.lineage import Lineage, Parent, content_hash
 
     method = _method(options)
@@ -77,6 +77,14 @@ def merge(options: Merge) -> None:
         if options.heat_map is not None:
             merging.heat_map(found, options.heat_map)
             print(f"Wrote {options.heat_map}.")
+    schemes = sorted(
+        {s for path in options.adapters if not path.is_dir() for s in schemes_of(path)}
+    )
+    if schemes:
+        print(
+            f"Some were trained on weights quantised as {', '.join(schemes)}; the new adapter is "
+            f"for the original ones, which those were not measured on."
+        )
     print(f"Wrote {options.out}.")
 
 
@@ -117,6 +125,8 @@ def _check(options: Merge) -> None:
     check_new(options.out)
     if options.heat_map is not None:
         check_new(options.heat_map)
+        if options.heat_map.absolute() == options.out.absolute():
+            raise ValueError(f"--heat-map {options.heat_map} is the new adapter's own file, too.")
         if len(options.adapters) < 2:
             raise ValueError("--heat-map compares adapters, and only one is given. Leave it out.")
         if importlib.util.find_spec("matplotlib") is None:

@@ -32,3 +32,7 @@ def check_new(out: Path) -> None:
     """Refuses to write where something is, before the work begins."""
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out} exists and is left as it was. Choose another name.")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{out.parent} is no folder that {out.name} could be put in. Make it."
+        )

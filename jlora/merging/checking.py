@@ -34,6 +34,8 @@ def check_adapters(adapters: Any) -> None:
         )
     if not adapters:
         raise ValueError("adapters=[] leaves nothing to combine. Give at least one.")
+    if not any(adapters):
+        raise ValueError("The adapters change no weight at all. Give one that was trained.")
     seen: dict[str, tuple[int, AdapterLeaf]] = {}
     for number, adapter in enumerate(adapters):
         _check_shapes(adapter)

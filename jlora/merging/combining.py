@@ -68,7 +68,9 @@ def combine(
     Nothing crosses one adapter's `A` with another's `B`. `Linear` joins the factors, so that ranks
     add; with `rank` or `energy` it decomposes the joined factors and forms no dense change. Other
     methods look at entries: they form the dense changes of one matrix at a time (of a stack, one
-    layer after another), and without `rank` or `energy` their result is the dense change. The
+    layer after another), and without `rank` or `energy` their result is the dense change. So is
+    that of `Linear` where one of the changes is no product of thin factors (DoRA, IA3, HiRA, Full).
+    Biases and norms are one column each, and those of a stack one column of all its layers. The
     result is float32 or wider, of scale one, and has no dropout.
 
     Runs under `jax.jit` and `jax.vmap`, over weights and over adapters, but for `energy`.
@@ -159,7 +161,7 @@ def _check_options(method: Any, rank: Any, energy: Any, key: Any) -> None:
             f"rank={rank} and energy={energy} both say how low the result's rank is. Give one."
         )
     if rank is not None:
-        checks.rank("rank", rank)
+        checks.count("rank", rank)
     if energy is not None and not (checks.is_number(energy) and 0 < energy <= 1):
         raise ValueError(
             f"energy={energy!r} is no share of a squared norm. Use a number above 0 and up to 1, "
@@ -290,9 +292,10 @@ def _count(parts: _Parts) -> int:
 def _share(s: jax.Array, kept: int) -> jax.Array:
     """The share of the squared norm in the first singular values of a stack, (batch, k)."""
     largest = s.max()
-    squares = jnp.square(s / jnp.where(largest > 0, largest, 1))  # Small ones do not underflow.
+    # Small ones do not underflow, and of NaN no share is told.
+    squares = jnp.square(s / jnp.where(largest == 0, 1, largest))
     whole = squares.sum()
-    return jnp.where(whole > 0, squares[:, :kept].sum() / jnp.where(whole > 0, whole, 1), 1)
+    return jnp.where(whole == 0, 1, squares[:, :kept].sum() / jnp.where(whole == 0, 1, whole))
 
 
 def _least_rank(path: str, s: jax.Array, energy: float) -> int:

@@ -108,10 +108,12 @@ def merge_to(
             report[path] = Kept(*kept)
     lost = [path for path, kept in report.items() if kept.is_lost]
     if lost:
-        worst = min(lost, key=lambda path: report[path].gain)
+        worst = min(lost, key=lambda path: min(report[path].gain, report[path].cosine))
+        left = report[worst]
         warnings.warn(
-            f"{len(lost)} of {len(report)} changes are lost by rounding, most at {worst!r}, of "
-            f"which {report[worst].gain:.0%} is left. Merge to float32, or keep the adapter apart.",
+            f"{len(lost)} of {len(report)} changes are lost by rounding, most at {worst!r}: along "
+            f"the change {left.gain:.0%} of it is left, and the cosine of the two is "
+            f"{left.cosine:.2f}. Merge to float32, or keep the adapter apart.",
             UpdateLostWarning,
             stacklevel=2,
         )

@@ -73,8 +73,8 @@ def fuse(
         Nevergrad's.
     """
     checks.count("budget", budget)
-    checks.scale("bound", bound)
-    checks.deviation("penalty", penalty)
+    checks.positive("bound", bound)
+    checks.not_negative("penalty", penalty)
     names = names_of(mix)
     tries: list[tuple[np.ndarray, float, float]] = []  # weights, loss, with the penalty
     with _search(seed) as study:
@@ -140,7 +140,7 @@ def fuse_by_gradient(
             f"loss={history[0]} is not finite at the mix's own weights nor after. Look at the "
             f"examples, or start with smaller weights."
         )
-    best = int(np.nanargmin(history))
+    best = int(np.where(np.isfinite(history), history, np.inf).argmin())
     weights = jax.tree.map(lambda one: np.asarray(one[best]), passed)
     return Fused(with_weights(mix, weights), weights, history[best].item(), tuple(history.tolist()))
 

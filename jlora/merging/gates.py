@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora import tree
 from jlora.adapters import checks
+from jlora.adapters.protocol import wide
 from jlora.merging.mixing import check_finite, names_of, with_weights
 from jlora.transform import LoraTransform
 
@@ -64,7 +65,7 @@ def gate_of(
         raise ValueError(
             f"embeddings and the mix differ in {other}. Give prompts of each of {list(names)}."
         )
-    checks.scale("temperature", temperature)
+    checks.positive("temperature", temperature)
     centroids = []
     for name in names:
         rows = np.asarray(embeddings[name], np.float64)
@@ -103,7 +104,7 @@ def gate_weights(gate: Gate, embedding: Any, *, top_k: int | None = None) -> jax
         temperature, there of each layer's own features.
     """
     count, width = gate.centroids.shape
-    embedding = jnp.asarray(embedding)
+    embedding = wide(jnp.asarray(embedding))  # Squares of float16 overflow at 256.
     if embedding.ndim != 2 or embedding.shape[1] != width:
         raise ValueError(
             f"embedding has shape {embedding.shape}, and the gate compares rows of {width} "

@@ -25,8 +25,9 @@ def stacked(lower: Adapter, upper: Adapter) -> dict[str, Any]:
     and nothing of it is dropped at random. Train and save `upper`; `combine` joins the two.
 
     Args:
-        lower: The trained adapter below. Weights that it alone adapts may be of any family.
-        upper: The adapter on top. Weights that it alone adapts may be of any family.
+        lower: The trained adapter below. Weights that it alone adapts may be of any family that is
+            a change of the weight, which a mixture of experts is not.
+        upper: The adapter on top. Likewise.
 
     Raises:
         ValueError: Where both adapt a weight and the two do not lie alike or the upper one has a
@@ -46,7 +47,7 @@ def stacked(lower: Adapter, upper: Adapter) -> dict[str, Any]:
     joined: dict[str, Any] = {**lower, **upper}
     for path, leaf in below.items():
         if path not in above:
-            joined[path] = _without_dropout(leaf)
+            joined[path] = _settled(leaf)
             continue
         _check_stackable(path, above[path])
         factors = [factors_of("lower", lower, path), factors_of("upper", upper, path)]
@@ -57,7 +58,10 @@ def stacked(lower: Adapter, upper: Adapter) -> dict[str, Any]:
     }
 
 
-def _without_dropout(leaf: Any) -> Any:
+def _settled(leaf: Any) -> Any:
+    """The leaf without what training draws: dropout, and DyLoRA's ranks."""
+    if isinstance(leaf, DyLoRALeaf):
+        leaf = dataclasses.replace(leaf, least_rank=leaf.rank)
     return dataclasses.replace(leaf, dropout=0.0) if leaf.dropout else leaf
 
 

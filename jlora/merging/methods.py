@@ -59,11 +59,14 @@ def total(weighted: jax.Array) -> jax.Array:
 def agreed_mean(weighted: jax.Array) -> jax.Array:
     """For every entry the mean of those changes that have the sign of the sum.
 
-    A sum of zero counts as positive. A change of zero has no sign and counts nowhere.
+    A sum of zero counts as positive. A change of zero has no sign and counts nowhere. Where one is
+    NaN, so is the result.
     """
-    elected = jnp.where(weighted.sum(0) >= 0, 1, -1)
+    summed = weighted.sum(0)
+    elected = jnp.where(summed >= 0, 1, -1)
     agree = jnp.sign(weighted) == elected
-    return jnp.where(agree, weighted, 0).sum(0) / jnp.maximum(agree.sum(0), 1)
+    mean = jnp.where(agree, weighted, 0).sum(0) / jnp.maximum(agree.sum(0), 1)
+    return jnp.where(jnp.isnan(summed), summed, mean)
 
 
 # --- methods -------------------------------------------------------------------------------------

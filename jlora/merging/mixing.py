@@ -31,8 +31,9 @@ def mixed(adapters: Mapping[str, Adapter], weights: Any = None) -> dict[str, Mix
     Args:
         adapters: Trained adapters of one base, by name: of LoRA, or of any family whose change is
             a product of two thin factors, whatever the base.
-        weights: (n,) numbers, in the order of `adapters`; one for each when None, which is their
-            sum.
+        weights: A number for each adapter by its name, or (n,) in the order of `adapters`; ones
+            when None, which is their sum. JAX sorts the names of a dict that goes through one of
+            its functions, `jax.jit` as well as `jax.tree.map`: there, give weights by name.
 
     Raises:
         ValueError: For no adapters, for those of one weight that do not lie alike, that belong on
@@ -44,6 +45,13 @@ def mixed(adapters: Mapping[str, Adapter], weights: Any = None) -> dict[str, Mix
     """
     names = _names(adapters)
     check_adapters([adapters[name] for name in names])
+    if isinstance(weights, Mapping):
+        other = sorted(set(weights) ^ set(names))
+        if other:
+            raise ValueError(
+                f"weights and adapters differ in {other}. Give a weight for each of {list(names)}."
+            )
+        weights = jnp.stack([jnp.asarray(weights[name], float) for name in names])
     numbers = _numbers(np.ones(len(names)) if weights is None else weights, (len(names),))
     joined = {}
     for path in dict.fromkeys(path for name in names for path in leaves_of(adapters[name])):

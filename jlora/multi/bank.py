@@ -86,8 +86,9 @@ class AdapterBank:
             like: An adapter, or its shapes, of all weights that any adapter may change.
             slots: How many adapters are on the devices at once, the bare base counted.
             rank: The highest; that of `like` when left out.
-            dtype: Of the factors; that of the weight they change when left out, as products cast
-                them to the activation's type anyway.
+            dtype: Of the factors; that of the weight they change when left out. Products cast them
+                to the activation's type: give float32 where the model computes wider than its
+                weights are.
             host: How many adapters the host's memory holds at most; all when left out.
             folder: For files of those beyond; needed where `host` is given.
 

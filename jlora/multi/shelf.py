@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from jlora.checkpoints.lineage import content_hash
-from jlora.checkpoints.tensors import file_bytes
+from jlora.checkpoints.tensors import DTYPES, file_bytes
 from jlora.multi.slots import Padded
+
+_DTYPES = {**DTYPES, "F64": np.dtype(np.float64)}
 
 
 class Held(NamedTuple):
@@ -106,7 +108,11 @@ class Shelf:
         if name not in self._held:
             self._held[name] = self._read(name)
             self.read += 1
-            self._make_room()
+            try:
+                self._make_room()
+            except OSError:
+                del self._held[name]
+                raise
         self._held.move_to_end(name)
         return self._held[name].factors
 
@@ -128,8 +134,12 @@ class Shelf:
         written = file_bytes(tensors, {"content": held.content})
         path = self._folder / f"{name}-{held.content[:16]}.safetensors"
         partial = path.with_suffix(".partial")
-        partial.write_bytes(written)
-        os.replace(partial, path)
+        try:
+            partial.write_bytes(written)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # A full disk needs the room.
+            raise
         return _File(path, held.content, hashlib.sha256(written).digest())
 
     def _read(self, name: str) -> Held:
@@ -145,7 +155,11 @@ class Shelf:
                 f"{file.path} is not as the bank wrote it for the adapter {name!r}. Remove the "
                 f"adapter from the bank, and add it anew."
             )
-        tensors = safetensors.numpy.load(found)
+        # The library's own reader for NumPy knows no bfloat16.
+        tensors = {
+            key: np.frombuffer(facts["data"], _DTYPES[facts["dtype"]]).reshape(facts["shape"])
+            for key, facts in safetensors.deserialize(found)
+        }
         weights = sorted({key.rpartition("/")[0] for key in tensors})
         pairs = {
             weight: Padded(*(tensors[f"{weight}/{side}"] for side in Padded._fields))

@@ -140,11 +140,12 @@ class Ledger:
 
         Args:
             folder: Of the search.
-            facts: What `begun` was given; all but "recipe" may differ.
+            facts: What `begun` was given; all but "recipe" may differ, and once learning rates are
+                tried also the rungs may not.
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: It cannot be read, is of a later release, or of another recipe.
+            ValueError: It cannot be read, is of a later release, or of another recipe or rungs.
         """
         path = folder / FILE
         if not path.is_file():
@@ -170,6 +171,12 @@ class Ledger:
             raise ValueError(
                 f"{path} is of another recipe: {listed(differing)}. Resume with the recipe as it "
                 f"was, or give another --output."
+            )
+        looks, asked = (each["options"]["rungs"] for each in (held, facts))
+        if looks != asked and any(trial.stage == "rates" for trial in trials):
+            raise ValueError(
+                f"rungs={asked}, and {path} has trials of learning rates that were looked at at "
+                f"the steps of rungs={looks}. Resume with as many as before."
             )
         return cls(folder, {**held, **facts}, {trial.name: trial for trial in trials})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -125,7 +126,8 @@ def with_ranks(recipe: Recipe, measured: Importance, budget: int) -> dict[str, A
 
     Raises:
         TypeError: When the recipe's main family has no rank.
-        ValueError: As `allocate` and `as_recipe`.
+        ValueError: As `allocate` and `as_recipe`, and when a rule of `more` has a rank and is not
+            like the main one.
     """
     config = recipe.lora.config()
     if not isinstance(config, LoRA | AdaLoRA):
@@ -133,19 +135,35 @@ def with_ranks(recipe: Recipe, measured: Importance, budget: int) -> dict[str, A
             f"lora.family={recipe.lora.family} has no rank that a budget could be spent on. Use "
             f"--lora.family LoRA."
         )
+    for place, rule in enumerate(recipe.more):
+        own = rule.config()
+        if _ranked(own) is not None and not _differ_in_rank_alone(own, config):
+            raise ValueError(
+                f"more.{place} is a {type(own).__name__} with other facts than the main rule has, "
+                f"and the weights that it names would get the main rule's. Make the two alike but "
+                f"for rank and alpha, or leave that rule out."
+            )
     sections = as_recipe(allocate(measured, budget, config=config))
     others = [
         {"family": rule.family, **rule.model_dump(mode="json", exclude_defaults=True)}
         for rule in recipe.more
         if _ranked(rule.config()) is None
     ]
-    more = [*others, *sections.get("more", [])]
+    # The first rule that matches a weight wins, and those with ranks name each of theirs.
+    more = [*sections.get("more", []), *others]
     frozen = [*recipe.frozen, *sections.get("frozen", [])]
     return {
         "lora": sections["lora"],
         **({"more": more} if more else {}),
         **({"frozen": frozen} if frozen else {}),
     }
+
+
+def _differ_in_rank_alone(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    ranks = {name: getattr(other, name) for name in ("rank", "alpha") if hasattr(other, name)}
+    return dataclasses.replace(one, **ranks) == other
 
 
 def _ranked(config: Any) -> Any:

@@ -80,7 +80,7 @@ def summary(recipe: Recipe, ledger: Ledger, stages: Sequence[Stage], finished: b
         lines.append(f"Chosen: **{last.setting}**, {_value(last.summary, metric)}.")
         if last.name == "confirmation":
             own = next(each for each in last.candidates if each.setting == setting_of(recipe))
-            lines.append(f"{verdict(last.summary, own.summary)}")
+            lines.append(verdict(last.candidates[last.chosen], own))
     lines.append(
         f"{begun} trials took {ledger.facts['seconds']:.0f} s on {ledger.facts['device']}."
     )
@@ -97,6 +97,8 @@ def notes(ledger: Ledger) -> str:
             f"in the order of the examples. ± is its standard error: the deviation over the root "
             f"of the count. From {seeds} seeds it is itself uncertain by about "
             f"{uncertainty_of_error(seeds):.0%} of it.",
+            "- Errors of differences are taken as if scores were independent. Seeds order the "
+            "examples alike for every setting, so the real ones are smaller, as a rule.",
             "- All trials are measured on the same validation examples, at their last step. How "
             "much another set of examples would change the scores is not in the errors.",
             "- The choice was made on these scores, so that the score of what was chosen is "

@@ -51,7 +51,8 @@ def shrinking(
 
     After a cut the optimizer starts anew, for moments belong to factors that are gone: whatever
     part of its state remembers gradients is as `init` makes it, counts for bias correction
-    included. Schedules of the learning rate go on.
+    included. Schedules of the learning rate go on; those inside `optax.MultiSteps`, whose whole
+    state is one memory of gradients, do not: put that around what this returns.
 
     `trimmed` leaves out the zeros in the end. Alternatives: `jlora.AdaLoRA` with
     `jlora.adalora_budget`, which weighs directions of all weights against each other; `jlora.SoRA`

@@ -198,7 +198,18 @@ def sampled(
 
 def _best_played(runner: Runner, played: Played, seed: int, name: str, looks: int) -> Stage:
     """The best of those that came to the last rung."""
-    ended = [setting for setting, scores in played.items() if len(scores) == looks]
+    ended = [
+        setting
+        for setting, scores in played.items()
+        if len(scores) == looks and scores[-1] != DIVERGED
+    ]
+    if not ended:
+        first = next(iter(played))
+        why = (
+            f"Of {len(played)} settings those that led at a look had all diverged by the next. The "
+            f"first, which the stages before had chosen, stays."
+        )
+        return Stage(name, (candidate(runner, name, first, [seed]),), 0, why)
     tried = tuple(candidate(runner, name, setting, [seed]) for setting in ended)
     chosen = one_standard_error([each.summary for each in tried], [0] * len(tried))
     why = (
@@ -208,10 +219,14 @@ def _best_played(runner: Runner, played: Played, seed: int, name: str, looks: in
     return Stage(name, tried, chosen, why)
 
 
-def verdict(best: Summary, before: Summary) -> str:
+def verdict(best: Candidate, own: Candidate) -> str:
     """How the choice stands to the recipe as it was, in a sentence."""
-    if best == before:
+    if best.setting == own.setting:
         return "It is the recipe as it was."
+    return _gain(best.summary, own.summary)
+
+
+def _gain(best: Summary, before: Summary) -> str:
     if DIVERGED in (best.mean, before.mean):
         return "The recipe as it was diverged."
     gain, error = best.mean - before.mean, error_of_difference(best, before)

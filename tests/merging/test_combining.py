@@ -563,3 +563,28 @@ def test_the_table_of_what_is_kept_names_every_weight() -> None:
     assert lines[0].split() == ["weight", "rank", "kept"]
     assert lines[1].split()[:2] == ["w", "1"]
     assert lines[2].split() == ["b", "whole", "1.0000"]
+
+
+@pytest.mark.parametrize(
+    "method", [merging.TIES(density=1.0), merging.Magnitude(density=1.0), merging.Linear()]
+)
+def test_nan_in_a_compiled_program_stays_nan(method: merging.Method) -> None:
+    first, second = three(next(iter(LAYOUTS)))[:2]
+    broken = np.array(second["w"].b)
+    broken.flat[0] = np.nan
+    second = {"w": dataclasses.replace(second["w"], b=broken)}
+    made = jax.jit(lambda adapters: merging.combine(adapters, method=method, rank=2))
+    found = made([first, second])
+    assert np.isnan(found.kept["w"])
+    assert np.isnan(np.asarray(found.adapter["w"].b)).any()
+    # Entry by entry, only where it is.
+    dense = jax.jit(lambda adapters: merging.combine(adapters, method=merging.TIES(density=1.0)))
+    delta = np.asarray(dense([first, second]).adapter["w"].delta)
+    assert 0 < np.isnan(delta).sum() < delta.size
+
+
+def test_adapters_of_no_weight_are_refused() -> None:
+    with pytest.raises(ValueError, match="change no weight at all"):
+        merging.combine([{}, {}])
+    with pytest.raises(ValueError, match="change no weight at all"):
+        merging.interference({"a": {}, "b": {}})

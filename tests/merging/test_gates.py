@@ -72,6 +72,17 @@ def test_an_embedding_of_length_zero_gets_equal_weights_and_finite_gradients() -
         assert np.isfinite(slope).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_long_embeddings_of_narrow_types_are_compared_as_wide_ones(dtype: Any) -> None:
+    near, far = np.eye(2, 4), -np.eye(2, 4)
+    gate = gate_of({"a": near, "b": far, "c": far}, mix_of("dense"))
+    rows = jnp.asarray([[300, 200, 0, 100], [-300, 4, 8, 0]], dtype)
+    found = gate_weights(gate, rows)
+    np.testing.assert_array_equal(found, gate_weights(gate, rows.astype(jnp.float32)))
+    assert np.argmax(found, axis=1).tolist()[0] == 0
+    assert found[0, 0] > 0.9 > 0.1 > found[1, 0]
+
+
 def test_a_gate_can_be_trained_to_tell_inputs_apart() -> None:
     """By its centroids and its temperature, from prompts that say nothing."""
     alike = dict.fromkeys("abc", PROMPTS["a"])

@@ -102,6 +102,18 @@ def test_without_weights_the_changes_are_added() -> None:
     chex.assert_trees_all_equal(mixed(adapters), mixed(adapters, [1, 1, 1]))
 
 
+def test_weights_by_name_are_those_of_their_adapters_in_any_order() -> None:
+    one, adapters = case("dense", "float32"), parts("dense")
+    backwards = {name: adapters[name] for name in reversed(adapters)}
+    weights = dict(zip(adapters, WEIGHTS, strict=True))
+    want = summed(one.params, adapters, WEIGHTS)
+    for make in (mixed, jax.jit(mixed)):  # jit sorts the names.
+        found = jlora.merge(one.params, make(backwards, weights))
+        chex.assert_trees_all_close(found, want, **FLOAT32)
+    with pytest.raises(ValueError, match=r"differ in \['third'\]. Give a weight for each of"):
+        mixed(adapters, {"first": 1.0, "second": 1.0})
+
+
 @pytest.mark.parametrize("name", ["dense_general", "experts", "linen_scan_remat"])
 def test_law_vmap_over_weights_is_each_alone(name: str) -> None:
     one, mix = case(name, "float32"), mixed(parts(name))
@@ -401,6 +413,23 @@ def test_dropout_of_the_lower_adapter_is_left_out_and_must_not_reach_it_from_the
         stacked(one.adapter, dropping)
     alone = stacked({paths[0]: one.adapter[paths[0]]}, {paths[1]: dropping[paths[1]]})
     assert alone[paths[1]].dropout == 0.5
+
+
+def test_ranks_of_a_lower_adapter_are_not_drawn() -> None:
+    one = case("attention", "float32")
+    lora = jlora.lora_transform(one.fn, {one.layer.adapted: jlora.DyLoRA(rank=2, alpha=3)})
+    lower = moved(lora.init(jax.random.key(3), one.params, *one.inputs))
+    paths = list(lower)
+    upper = {path: one.adapter[path] for path in paths[1:]}
+    both = stacked(lower, upper)
+    assert both[paths[0]].family == "dylora"
+    drawn = [
+        one.lora.apply(one.params, both, *one.inputs, dropout_key=jax.random.key(seed))
+        for seed in range(4)
+    ]
+    wanted = one.lora.apply(jlora.merge(one.params, lower), upper, *one.inputs)
+    for found in drawn:
+        chex.assert_trees_all_close(found, wanted, **FLOAT32)
 
 
 def test_what_cannot_be_stacked_is_refused() -> None:

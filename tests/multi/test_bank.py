@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import re
 from typing import Any
@@ -151,6 +152,40 @@ def test_beyond_the_hosts_room_adapters_wait_in_files(tmp_path: pathlib.Path) ->
     bank.remove("a")
     assert not list((tmp_path / "shelf").glob("a-*"))
     assert bank.names == ["b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_factors_come_back_from_files(dtype: str, tmp_path: pathlib.Path) -> None:
+    bank = bank_of(2, host=1, folder=tmp_path, dtype=dtype)
+    for number, name in enumerate("abc"):
+        bank.add(name, adapter(number))
+    before = [np.asarray(bank.apply(given()[1], [name], X[:1])) for name in "abc"]
+    again = [np.asarray(bank.apply(given()[1], [name], X[:1])) for name in "abc"]
+    assert bank.counts.read >= 3
+    np.testing.assert_array_equal(before, again)
+    assert not np.array_equal(before[0], before[1])
+
+
+def test_a_full_disk_holds_no_more_on_the_host_however_often_it_is_asked(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = bank_of(2, host=1, folder=tmp_path)
+    bank.add("a", adapter(1))
+    bank.add("b", adapter(2))  # a goes to disk.
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                bank.apply(given()[1], ["a"], X[:1])
+    assert os.replace is replace
+    assert not list(tmp_path.glob("*.partial"))
+    check_rows(bank, ["a", None], {"a": adapter(1)})
+    check_rows(bank, ["b", None], {"b": adapter(2)})
 
 
 def test_a_replaced_adapter_is_never_read_from_its_old_file(tmp_path: pathlib.Path) -> None:

@@ -65,7 +65,7 @@ def test_the_budget_of_a_recipe_becomes_rules_that_it_can_hold(
     )
     assert table.splitlines()[-1] == "6 weights, measured on 8 examples."
     sections = yaml.safe_load(text)
-    assert sections["more"][0] == biases
+    assert sections["more"][-1] == biases
     assert sections["frozen"] == ["layers/mlp/gate"]
     rules = rules_of(recipe.checked({**raw, **sections}), models.model_of(base))
     found = {pattern: config for pattern, config in rules.items() if pattern.startswith("^")}
@@ -179,6 +179,19 @@ def test_what_would_do_nothing_is_refused(
     )
     assert (status, out) == (1, "")
     assert match in error
+
+
+def test_a_budget_does_not_change_what_other_rules_are(recipe_of: Make) -> None:
+    alike = {"targets": "mlp/.*kernel", "rank": 1, "alpha": 1.0}
+    raw = {**recipe_of(), "lora": {"rank": 2, "alpha": 4.0}, "more": [alike]}
+    nothing = ranks.Importance("by_hand", {})
+    # Alike but for the rank, it comes to the allocation, which has nothing to go by.
+    with pytest.raises(ValueError, match="scores every weight zero"):
+        on_recipes.with_ranks(recipe.checked(raw), nothing, 100)
+    for other in ({"family": "DoRA"}, {"dropout": 0.1}):
+        read = recipe.checked({**raw, "more": [{**alike, **other}]})
+        with pytest.raises(ValueError, match="more.0 is a .* other facts than the main rule has"):
+            on_recipes.with_ranks(read, nothing, 100)
 
 
 def test_a_budget_on_a_family_without_ranks_is_refused(recipe_of: Make) -> None:

@@ -234,6 +234,36 @@ def test_the_recipe_stays_where_nothing_is_better(raw: dict[str, Any], runs: Run
     assert "It is the recipe as it was." in (found.folder / "table.md").read_text()
 
 
+def test_another_setting_with_the_same_scores_is_not_the_recipe(
+    raw: dict[str, Any], runs: Runs
+) -> None:
+    runs.quality = lambda given, at: 1.0
+    found = searched(raw, dataclasses.replace(WIDE, ranks=(1, 2)))
+    assert found.setting is not None
+    assert found.setting.rank == 1
+    text = (found.folder / "table.md").read_text()
+    assert "It is the recipe as it was." not in text
+    assert "Its mean is 0.0000 better than that of the recipe as it was, which is no more" in text
+
+
+def test_a_search_whose_leaders_diverge_keeps_what_it_had(raw: dict[str, Any], runs: Runs) -> None:
+    def leaders_diverge(given: Recipe, at: int) -> float:
+        own = given.optimizer.learning_rate == 0.01 and given.lora.values()["alpha"] == 8.0
+        if own or given.seed < 3:
+            return plausible(given, at) - (0.4 if given.seed == 3 else 0.0)
+        return 0.9 if at == 2 else math.nan
+
+    runs.quality = leaders_diverge
+    found = searched(raw)
+    rates = found.stages[2]
+    assert rates.setting == found.stages[1].setting
+    assert (
+        "had all diverged by the next. The first, which the stages before had chosen" in rates.why
+    )
+    assert found.finished
+    assert {path.name for path in found.folder.iterdir()} >= {"table.md", "best.yaml", FILE}
+
+
 def test_a_loss_is_the_better_the_smaller(raw: dict[str, Any], runs: Runs) -> None:
     raw["training"]["metric"] = "loss"
     found = searched(raw)
@@ -356,6 +386,12 @@ def test_another_recipe_is_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> 
     assert len(runs.calls) == calls
     with pytest.raises(FileNotFoundError, match=r"search.json is missing.*Begin without --resume"):
         searched({**raw, "output": raw["output"] + "-other"}, resume=True)
+
+
+def test_other_rungs_are_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> None:
+    searched(raw)
+    with pytest.raises(ValueError, match="rungs=2, and .*search.json has trials .* of rungs=3"):
+        searched(raw, dataclasses.replace(WIDE, rungs=2), resume=True)
 
 
 def test_other_data_is_not_gone_on_with(
