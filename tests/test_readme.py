@@ -166,6 +166,21 @@ def test_the_rows_of_many_adapters_are_the_committed_ones() -> None:
     assert told in README
 
 
+def test_the_examples_of_several_adapters_are_the_committed_ones() -> None:
+    results = ROOT / "benchmarks/results"
+    halves = json.loads((results / "task_arithmetic.json").read_text())
+    for name, row in halves["test_accuracy"].items():
+        assert f"| {name} | {row['first half']:.3f} | {row['second half']:.3f} |" in README, name
+    texts = halves["test_texts"]
+    assert f"on {texts['first']} and {texts['second']} texts" in README
+    learned = json.loads((results / "continual.json").read_text())
+    for way, figures in learned["figures"].items():
+        names = ("shared inputs", "loss added", "forgotten", "second task")
+        cells = " | ".join(f"{figures[name]['mean']:.3f}" for name in names)
+        assert f"| {way} | {cells} |" in README, way
+    assert f"means of {len(learned['seeds'])} seeds" in README
+
+
 def test_the_rank_search_is_the_committed_one() -> None:
     results = ROOT / "benchmarks/results/rank_search"
     found = json.loads((results / "search.json").read_text())
