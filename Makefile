@@ -37,10 +37,12 @@ test-grid: $(VENV)/.tools
 
 # The laws and the core alone, for a second Python and JAX: what runs and files are made of, and not
 # all that is done with them.
-LATER := tests/examples tests/planning tests/peft tests/parity tests/test_h100_step.py \
+LATER := tests/examples tests/planning tests/peft tests/parity tests/kernels tests/ranks \
+	tests/models/test_encoders.py tests/quantization/test_loftq.py tests/merging/test_mixing.py \
+	tests/merging/test_gates.py tests/merging/test_fusion.py tests/test_h100_step.py \
+	tests/test_multi_gpu.py tests/test_inits.py tests/test_cli.py \
 	tests/training/test_quantized_runs.py tests/training/test_offloaded_run.py \
-	tests/training/test_faults.py tests/ranks/test_search.py tests/ranks/test_search_cli.py \
-	tests/ranks/test_importance_cli.py
+	tests/training/test_faults.py
 test-core: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 $(LATER:%=--ignore=%) tests
 

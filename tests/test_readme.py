@@ -179,6 +179,11 @@ def test_the_examples_of_several_adapters_are_the_committed_ones() -> None:
         cells = " | ".join(f"{figures[name]['mean']:.3f}" for name in names)
         assert f"| {way} | {cells} |" in README, way
     assert f"means of {len(learned['seeds'])} seeds" in README
+    fused = json.loads((results / "lorahub.json").read_text())
+    for name, row in fused["test_accuracy"].items():
+        figures = " | ".join(f"{row[which]:.3f}" for which in ("mean", "least", "most"))
+        assert f"| {name} | {figures} |" in README, name
+    assert f"{fused['examples']} labelled texts, drawn {fused['draws']} times" in README
 
 
 def test_the_rank_search_is_the_committed_one() -> None:
