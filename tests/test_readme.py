@@ -179,6 +179,12 @@ def test_the_examples_of_several_adapters_are_the_committed_ones() -> None:
         cells = " | ".join(f"{figures[name]['mean']:.3f}" for name in names)
         assert f"| {way} | {cells} |" in README, way
     assert f"means of {len(learned['seeds'])} seeds" in README
+    users = json.loads((results / "many_users.json").read_text())
+    for name, row in users["test_accuracy"].items():
+        figures = " | ".join(f"{row[which]:.3f}" for which in ("never", "among others", "alone"))
+        assert f"| {name} | {figures} |" in README, name
+    assert f"{users['requests']:,} requests in mixed batches" in README
+    assert users["bank"]["compiled"] == 1
     fused = json.loads((results / "lorahub.json").read_text())
     for name, row in fused["test_accuracy"].items():
         figures = " | ".join(f"{row[which]:.3f}" for which in ("mean", "least", "most"))
