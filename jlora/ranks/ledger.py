@@ -155,6 +155,7 @@ class Ledger:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             form, recipe = held["format"], held["recipe"]
+            looks = held["options"]["rungs"] if form <= FORMAT else None
             trials = [Trial.of_facts(one) for one in held.pop("trials")]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
@@ -172,7 +173,7 @@ class Ledger:
                 f"{path} is of another recipe: {listed(differing)}. Resume with the recipe as it "
                 f"was, or give another --output."
             )
-        looks, asked = (each["options"]["rungs"] for each in (held, facts))
+        asked = facts["options"]["rungs"]
         if looks != asked and any(trial.stage == "rates" for trial in trials):
             raise ValueError(
                 f"rungs={asked}, and {path} has trials of learning rates that were looked at at "

@@ -156,8 +156,8 @@ def test_a_search_that_means_nothing_is_refused() -> None:
     _, mix, loss, arguments = task()
     for options, message in [
         ({"budget": 0}, "budget=0 is no count"),
-        ({"bound": 0}, "bound=0 gives"),
-        ({"penalty": -1}, "penalty=-1 is no"),
+        ({"bound": 0}, "bound=0 is out of range. Use a finite number above 0"),
+        ({"penalty": -1}, "penalty=-1 is out of range. Use a finite number, 0.0 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             fuse(loss, mix, *arguments, **options)

@@ -172,7 +172,7 @@ def test_prompts_that_make_no_gate_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             gate_of({**PROMPTS, **changes}, mix)
-    with pytest.raises(ValueError, match="temperature=0 gives"):
+    with pytest.raises(ValueError, match="temperature=0 is out of range"):
         gate_of(PROMPTS, mix, temperature=0)
 
 

@@ -779,13 +779,14 @@ def test_real_trials_are_run_folders_and_are_made_once(
 def test_the_state_is_whole_at_every_moment(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = Ledger.begun(tmp_path, {"recipe": {"seed": 1}})
+    facts = {"recipe": {"seed": 1}, "options": {"rungs": 3}}
+    ledger = Ledger.begun(tmp_path, facts)
     trial = ledger.trial("rank", Setting(2, "all", 0.1, 4.0), 3, 8)
     trial.values[4] = 0.25
     trial.why = "until"
     ledger.save()
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    again = Ledger.resumed(tmp_path, {"recipe": {"seed": 1}})
+    again = Ledger.resumed(tmp_path, facts)
     assert again.trials == ledger.trials
     assert trial.score(4, "accuracy") == 0.25
     assert trial.score(4, "loss") == -0.25
@@ -800,5 +801,5 @@ def test_the_state_is_whole_at_every_moment(
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(Killed):
         ledger.save()
-    again = Ledger.resumed(tmp_path, {"recipe": {"seed": 1}})
+    again = Ledger.resumed(tmp_path, facts)
     assert next(iter(again.trials.values())).why == "until"
