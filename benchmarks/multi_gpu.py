@@ -343,6 +343,8 @@ def main() -> None:
     parser.add_argument("--losses", type=int, default=20, help="first steps whose losses are kept")
     parser.add_argument("--restored-from", type=mesh_of, help="mesh that a checkpoint comes from")
     options = parser.parse_args()
+    if options.losses < 1:
+        parser.error(f"--losses {options.losses} leaves no first loss to tell. Give 1 or more.")
     precision = "highest" if options.float32 else None
     with jax.default_matmul_precision(precision):
         common.finish(measure(options), options.output)

@@ -30,13 +30,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def rank(name: str, value: Any) -> None:
-    """A count of at least one."""
+def integer(name: str, value: Any) -> None:
+    """A rank as a type: an int."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"{name}={value!r} is a {type(value).__name__}; a rank is a count. Use an int of 1 or "
             f"more."
         )
+
+
+def rank(name: str, value: Any) -> None:
+    """A count of at least one."""
+    integer(name, value)
     if value < 1:
         raise ValueError(
             f"{name}={value} leaves no room for an update. Use a rank of 1 or more; to leave a "

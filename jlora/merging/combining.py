@@ -161,6 +161,7 @@ def _check_options(method: Any, rank: Any, energy: Any, key: Any) -> None:
             f"rank={rank} and energy={energy} both say how low the result's rank is. Give one."
         )
     if rank is not None:
+        checks.integer("rank", rank)
         checks.count("rank", rank)
     if energy is not None and not (checks.is_number(energy) and 0 < energy <= 1):
         raise ValueError(

@@ -495,7 +495,7 @@ GOOD = {"w": lora("plain", 1)}
         ([GOOD], {"weights": [True]}, TypeError, "Give real numbers"),
         ([GOOD], {"weights": [1j]}, TypeError, "Give real numbers"),
         ([GOOD], {"rank": 0}, ValueError, "rank=0"),
-        ([GOOD], {"rank": 2.0}, ValueError, "rank=2.0 is no count"),
+        ([GOOD], {"rank": 2.0}, TypeError, "rank=2.0"),
         ([GOOD], {"rank": 2, "energy": 0.5}, ValueError, "rank=2 and energy=0.5"),
         ([GOOD], {"energy": 0}, ValueError, "energy=0 is no share"),
         ([GOOD], {"energy": 1.5}, ValueError, "energy=1.5"),
