@@ -24,16 +24,16 @@ quickstart: $(VENV)/.installed
 	$(BIN)/jlora train examples/recipes/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # Every way to adapt on every kind of layer, long runs, and plans of large models.
 test-slow: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 -m slow $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(TESTS)
 
 # What the slow group leaves out because something in it is like it: pairs of a family and a layer,
 # plans of further models, a hundred kills.
 test-grid: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 -m grid $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m grid $(TESTS)
 
 # The laws and the core alone, for a second Python and JAX: what runs and files are made of, and not
 # all that is done with them.
@@ -44,15 +44,15 @@ LATER := tests/examples tests/planning tests/peft tests/parity tests/kernels tes
 	tests/training/test_quantized_runs.py tests/training/test_offloaded_run.py \
 	tests/training/test_faults.py
 test-core: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 $(LATER:%=--ignore=%) tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(LATER:%=--ignore=%) tests
 
 # The laws on models of transformers and google-tunix, and PyTorch's results.
 test-foreign: $(FOREIGN_VENV)/.installed
-	$(FOREIGN_VENV)/bin/python -m pytest -n 2 -m foreign tests/foreign
+	$(FOREIGN_VENV)/bin/python -m pytest -n 2 --dist loadfile -m foreign tests/foreign
 
 # Checkpoints and adapters that jlora writes, in transformers and PEFT.
 test-live: $(LIVE_VENV)/.installed
-	$(LIVE_VENV)/bin/python -m pytest -n 2 -m live tests/live
+	$(LIVE_VENV)/bin/python -m pytest -n 2 --dist loadfile -m live tests/live
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from cases import BY_NAME, case, moved
+from _support.cases import BY_NAME, case, moved
 
 import jlora
 

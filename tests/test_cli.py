@@ -7,13 +7,13 @@ import shutil
 import sys
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from _support import cases
 
 import jlora
 from jlora import cli, models, peft

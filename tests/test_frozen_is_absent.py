@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import moved
+from _support.cases import moved
+from _support.tiny_transformers import TOKENS, WIDTH, make
 from test_laws import weight_shaped_products
-from transformers_in_three_ways import TOKENS, WIDTH, make
 
 import jlora
 

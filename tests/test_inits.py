@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, case, moved, total
+from _support.cases import BY_NAME, case, moved, total
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from cases import case, total
+from _support.cases import case, total
 
 import jlora
 
@@ -65,7 +65,7 @@ def test_training_in_one_tree_leaves_the_base_bit_identical_and_without_state() 
 
 def test_one_transformation_for_all_is_that_transformation_on_the_adapter_alone() -> None:
     one = case("attention", "float32")
-    gradient = one.gradient(one.adapter, one.params, *one.inputs)
+    gradient = one.gradient
     plain, ours = optax.adamw(1e-2), jlora.lora_optimizer(optax.adamw(1e-2))
     expected, _ = plain.update(gradient, plain.init(one.adapter), one.adapter)
     updates, _ = ours.update(gradient, ours.init(one.adapter), one.adapter)
@@ -133,7 +133,7 @@ def test_the_gradient_of_a_part_is_the_part_of_the_gradient() -> None:
     one = case("attention", "float32")
     trained, rest = jlora.partition(one.adapter, lambda label: label == "b")
     loss = lambda b: total(one.lora.apply(one.params, jlora.combine(b, rest), *one.inputs))
-    whole = one.gradient(one.adapter, one.params, *one.inputs)
+    whole = one.gradient
     expected, _ = jlora.partition(whole, lambda label: label == "b")
     # Float32 through six products, fused otherwise.
     chex.assert_trees_all_close(jax.jit(jax.grad(loss))(trained), expected, rtol=2e-5, atol=2e-5)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import case, moved, total
+from _support.cases import case, moved, total
 from flax import nnx
 
 import jlora

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, moved
+from _support.cases import Case, moved
 
 import jlora
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import Case, errors, moved, total
+from _support.cases import Case, errors, moved, total
 from foreign_models import FOREIGN, MODELS, foreign_case
 from test_laws import weight_shaped_products
 
@@ -53,7 +53,7 @@ def base_output(name: str) -> Any:
 
 
 def law_a_fresh_adapter_changes_nothing(one: Case, base: Any) -> None:
-    close(one.compiled(one.params, one.fresh, *one.inputs), base)
+    close(one.output_of(one.fresh), base)
     # Rounding alone is below 1e-4.
     assert all(error > 1e-2 for error, _ in errors(one.output, base)), "nothing was adapted"
 
@@ -67,7 +67,7 @@ def law_apply_and_merge_agree_and_so_do_their_gradients(one: Case) -> None:
     assert type(one.output) is type(output)
     close(one.output, output)
     truth = jlora.partition(gradient)[0]
-    ours, frozen = jlora.partition(one.gradient(one.adapter, one.params, *one.inputs))
+    ours, frozen = jlora.partition(one.gradient)
     close(ours, truth, GRADIENT)
     close(frozen, jax.tree.map(jnp.zeros_like, frozen))
     # A weight that no gradient reached would agree with anything that is zero.
@@ -83,7 +83,7 @@ def law_frozen_is_absent_from_the_compiled_gradient(
 ) -> None:
     # The weights, and one matrix of a stack.
     shapes = {row.shape for row in adapted(explanation)} | set(map(matrix, adapted(explanation)))
-    found = weight_shaped_products(one.gradient.as_text(), shapes, with_slices=False)
+    found = weight_shaped_products(one.program.as_text(), shapes, with_slices=False)
     assert not found, found
 
 

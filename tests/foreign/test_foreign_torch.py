@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import Case, moved
+from _support.cases import Case, moved
 from foreign_models import DORA, FOREIGN, LAYERS, LORA, VERA, foreign_case
 
 import jlora

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import moved, total
+from _support.cases import moved, total
 from foreign_models import (
     BATCH,
     BERT,
@@ -176,4 +176,4 @@ def test_parameters_sharded_by_tunix_give_the_same() -> None:
     assert query.addressable_shards[0].data.shape == (WIDTH // 2, HEADS // 2, HEAD)
     close(jax.jit(one.lora.apply)(params, one.adapter, *one.inputs), one.output)
     slope = jax.jit(jax.grad(lambda a, p: total(one.lora.apply(p, a, *one.inputs))))
-    close(slope(one.adapter, params), one.gradient(one.adapter, one.params, *one.inputs), GRADIENT)
+    close(slope(one.adapter, params), one.gradient, GRADIENT)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAMILIES, case, moved
+from _support.cases import FAMILIES, case, moved
 from merging.changes import LAYOUTS, bias, change, lora
 
 import jlora

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import case, moved
+from _support.cases import case, moved
 
 import jlora
 from jlora.merging.fusion import fuse, fuse_by_gradient

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import case, moved
+from _support.cases import case, moved
 
 import jlora
 from jlora.merging.gates import apply_per_row, gate_of, gate_weights

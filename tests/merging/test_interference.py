@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import case, moved
+from _support.cases import case, moved
 from merging.changes import LAYOUTS, bias, change, lora
 
 from jlora import merging

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LORA, case, moved, total
+from _support.cases import LORA, case, moved, total
 
 import jlora
 from jlora.adapters.mix import MixLeaf

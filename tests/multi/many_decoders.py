@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from cases import moved
+from _support.cases import moved
 
 import jlora
 from jlora import models, multi

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import moved
+from _support.cases import moved
 
 import jlora
 from jlora import multi

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import case, moved, total
+from _support.cases import case, moved, total
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from many_decoders import Setting, setting
 

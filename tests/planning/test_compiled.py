@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-import steps
+from _support import train_steps
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import tree
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     length: int
     remat: str
     topology: topology.Topology
-    step: steps.Step
+    step: train_steps.Step
     lowered: Any
     compiled: Any
     measured: compiling.Measured
@@ -77,8 +77,8 @@ def plan(
 ) -> Plan:
     found = topology.devices_of(name)
     mesh = meshes.make_mesh(sizes, found.devices)
-    model = steps.decoder(size, scanned=True, remat=remat, dtype=jnp.bfloat16)
-    step = steps.step(
+    model = train_steps.decoder(size, scanned=True, remat=remat, dtype=jnp.bfloat16)
+    step = train_steps.step(
         model, mesh, rows=rows, length=length, rank=RANK, dtype=jnp.bfloat16, chunks=chunks
     )
     with meshes.active(mesh):

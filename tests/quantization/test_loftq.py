@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, FAMILIES, Case, case, errors, moved, total, widened
+from _support.cases import BY_NAME, FAMILIES, Case, case, errors, moved, total, widened
 
 import jlora
 from jlora.adapters.protocol import as_matrices

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, Case, case, errors, total
+from _support.cases import BY_NAME, Case, case, errors, total
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_families import LAYERS
 from test_laws import DIFFERENTIABLE

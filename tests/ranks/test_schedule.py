@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import moved
+from _support.cases import moved
 
 import jlora
 from jlora import ranks

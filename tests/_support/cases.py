@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from layers import LAYERS, Layer
 
 import jlora
+from _support.layer_zoo import LAYERS, Layer
 
 BY_NAME = {layer.name: layer for layer in LAYERS}
 LORA = jlora.LoRA(rank=2, alpha=3)
@@ -68,20 +68,45 @@ class Case:
     lora: jlora.LoraTransform
     fresh: Any
     adapter: Any  # Moved off zero.
+    differentiable: bool = True
 
     @functools.cached_property
     def compiled(self) -> Any:
+        """`apply` as a function that compiles for whatever shapes it is given."""
         return jax.jit(self.lora.apply)
 
     @functools.cached_property
+    def program(self) -> Any:
+        """One compiled program for the gradient with respect to the adapter and the output.
+
+        Called as `program(adapter, params, *inputs)`, with the shapes of this case.
+        """
+
+        def loss(adapter: Any, params: Any, *inputs: Any) -> Any:
+            output = self.lora.apply(params, adapter, *inputs)
+            return total(output), output
+
+        run = jax.jit(jax.grad(loss, has_aux=True))
+        return run.lower(self.adapter, self.params, *self.inputs).compile()
+
+    def output_of(self, adapter: Any) -> Any:
+        """The output with another adapter of the same shapes."""
+        if not self.differentiable:
+            return self.compiled(self.params, adapter, *self.inputs)
+        return self.program(adapter, self.params, *self.inputs)[1]
+
+    @functools.cached_property
     def output(self) -> Any:
-        return self.compiled(self.params, self.adapter, *self.inputs)
+        return self.output_of(self.adapter)
+
+    @functools.cached_property
+    def explanation(self) -> jlora.Explanation:
+        return self.lora.explain(self.params, *self.inputs)
 
     @functools.cached_property
     def gradient(self) -> Any:
-        """The compiled gradient with respect to the adapter."""
-        run = jax.jit(jax.grad(lambda a, p, *x: total(self.lora.apply(p, a, *x))))
-        return run.lower(self.adapter, self.params, *self.inputs).compile()
+        """The gradient at the adapter."""
+        return self.program(self.adapter, self.params, *self.inputs)[0]
 
 
 @functools.cache
@@ -103,24 +128,21 @@ def case(name: str, dtype: str, family: str = "lora") -> Case:
     fn, params, inputs = made(name, dtype)
     lora = jlora.lora_transform(fn, {layer.adapted: FAMILIES[family].config})
     fresh = lora.init(jax.random.key(1), params, *inputs)
-    return Case(layer, fn, params, inputs, lora, fresh, moved(fresh))
+    differentiable = name != "generate"  # A loop whose length is not known has no reverse mode.
+    return Case(layer, fn, params, inputs, lora, fresh, moved(fresh), differentiable)
 
 
 def moved(adapter: Any, seed: int = 2) -> Any:
     """The adapter with noise on every array that is trained, so that no factor is zero."""
-    leaves, treedef = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        treedef,
-        [
-            leaf
-            if label == "frozen"
-            else leaf + (0.3 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-            for leaf, key, label in zip(
-                leaves, keys, jax.tree.leaves(jlora.labels(adapter)), strict=True
-            )
-        ],
-    )
+    rng = np.random.default_rng(seed)
+
+    def noisy(leaf: Any, label: str) -> Any:
+        if label == "frozen":
+            return leaf
+        start = np.asarray(leaf)
+        return jax.device_put(start + (0.3 * rng.normal(size=start.shape)).astype(start.dtype))
+
+    return jax.tree.map(noisy, adapter, jlora.labels(adapter))
 
 
 def total(output: Any) -> jax.Array:
@@ -132,7 +154,12 @@ def total(output: Any) -> jax.Array:
 def widened(tree: Any, dtype: Any = jnp.float32) -> Any:
     """The same numbers in a wider type."""
     return jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+        lambda leaf: (
+            jax.device_put(np.asarray(leaf).astype(dtype))
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else leaf
+        ),
+        tree,
     )
 
 

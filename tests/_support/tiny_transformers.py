@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import jlora
 
 LAYERS, WIDTH, HIDDEN, HEADS, VOCABULARY = 4, 64, 200, 2, 80
-TOKENS = jnp.arange(2 * 24).reshape(2, 24)
+TOKENS = jax.device_put(np.arange(2 * 24, dtype=np.int32).reshape(2, 24))
 
 
 class Transformer(NamedTuple):

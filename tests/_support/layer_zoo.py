@@ -50,12 +50,36 @@ def layer(adapted: str = "w", dense: bool = False) -> Callable[[Any], Any]:
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def weight(shape: tuple[int, ...], dtype: Any, seed: int = 7) -> jax.Array:
     fan = int(np.prod(shape[:-1]))
-    return (jax.random.normal(jax.random.key(seed), shape) / np.sqrt(fan)).astype(dtype)
+    drawn = np.random.default_rng(seed).normal(size=shape) / np.sqrt(fan)
+    return jax.device_put(drawn.astype(dtype))
+
+
+def integers(shape: tuple[int, ...], end: int) -> jax.Array:
+    return jax.device_put(np.random.default_rng(1).integers(0, end, shape, np.int32))
+
+
+def drawn_like(shapes: Any, dtype: Any) -> Any:
+    """Parameters for the shapes of a Flax model: biases of zero, scales of one, and weights."""
+
+    def draw(seed: int, path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), leaf.shape)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
+        if "bias" in name:
+            return jax.device_put(np.zeros(leaf.shape, dtype))
+        if "scale" in name or "sigma" in name:
+            return jax.device_put(np.ones(leaf.shape, dtype))
+        return weight(leaf.shape, dtype, 100 + seed)
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    return jax.tree.unflatten(treedef, [draw(n, *leaf) for n, leaf in enumerate(leaves)])
 
 
 def plain(fn: Callable[..., Any], shape: tuple[int, ...], x: tuple[int, ...]) -> Any:
@@ -68,12 +92,9 @@ def plain(fn: Callable[..., Any], shape: tuple[int, ...], x: tuple[int, ...]) ->
 def linen(module: Callable[[Any], nn.Module], x: tuple[int, ...], integer: int = 0) -> Any:
     def make(dtype: Any) -> Any:
         model = module(dtype)
-        if integer:
-            inputs = jax.random.randint(jax.random.key(1), x, 0, integer)
-        else:
-            inputs = normal(1, x, dtype)
-        variables = model.init(jax.random.key(0), inputs)
-        return model.apply, jax.tree.map(lambda a: a.astype(dtype), variables), (inputs,)
+        inputs = integers(x, integer) if integer else normal(1, x, dtype)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+        return model.apply, drawn_like(shapes, dtype), (inputs,)
 
     return make
 
@@ -176,7 +197,11 @@ add(
 @layer()
 def look_up_with_a_filling(dtype: Any) -> Any:
     fn = lambda p, t: jnp.take(p["w"], t, axis=0, mode="fill", fill_value=1.5)
-    return fn, {"w": weight((7, 5), dtype)}, (jnp.array([[0, 6, 7], [3, 9, 2]]),)
+    return (
+        fn,
+        {"w": weight((7, 5), dtype)},
+        (jax.device_put(np.array([[0, 6, 7], [3, 9, 2]], np.int32)),),
+    )
 
 
 @layer(adapted="^(e|k)$")
@@ -186,7 +211,7 @@ def looked_up_rows_joined(dtype: Any) -> Any:
 
     shapes = {"e": (7, 5), "e2": (8, 3), "k": (8, 6)}
     params = {name: weight(shape, dtype, seed) for seed, (name, shape) in enumerate(shapes.items())}
-    return fn, params, (jnp.array([[0, 6, 5, 1], [3, 7, 2, 2]]),)
+    return fn, params, (jax.device_put(np.array([[0, 6, 5, 1], [3, 7, 2, 2]], np.int32)),)
 
 
 # Inside other programs.
@@ -499,9 +524,8 @@ add("partitioned", linen(Partitioned, (4, 6)), "kernel$")
 # Flax NNX.
 def nnx_layer(module: Callable[[Any, nnx.Rngs], nnx.Module], x: tuple[int, ...]) -> Any:
     def make(dtype: Any) -> Any:
-        fn, params = jlora.from_nnx(module(dtype, nnx.Rngs(0)))
-        cast = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-        return fn, jax.tree.map(cast, params), (normal(1, x, dtype),)
+        fn, shapes = jlora.from_nnx(nnx.eval_shape(lambda: module(dtype, nnx.Rngs(0))))
+        return fn, drawn_like(shapes, dtype), (normal(1, x, dtype),)
 
     return make
 
@@ -572,8 +596,7 @@ def generate(dtype: Any) -> Any:
         logits = jnp.zeros((3, 7), dtype)
         return lax.while_loop(lambda s: s[0] < 3, step, (0, prefill, logits))[2]
 
-    tokens = jax.random.randint(jax.random.key(1), (3, 4), 0, 7)
-    return forward, {"w": weight((7, 6), dtype)}, (tokens,)
+    return forward, {"w": weight((7, 6), dtype)}, (integers((3, 4), 7),)
 
 
 NAMES = [each.name for each in LAYERS]
