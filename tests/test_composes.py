@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _support.cases import case, moved, total
+from _support.layer_zoo import normal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
@@ -152,7 +153,7 @@ def test_sharded_parameters_and_batch_give_the_same(name: str) -> None:
 
 def test_pmap_trains_as_one_device_on_the_whole_batch() -> None:
     one = case("dense", "float32")
-    x = jax.random.normal(jax.random.key(5), (8, 2, 4, 6))
+    x = normal(5, (8, 2, 4, 6), np.float32)
 
     def gradient(params: Any, adapter: Any, x: jax.Array) -> Any:
         own = jax.grad(lambda a: total(one.lora.apply(params, a, x)))(adapter)
@@ -169,8 +170,8 @@ def test_pmap_trains_as_one_device_on_the_whole_batch() -> None:
 def test_collectives_inside_the_wrapped_function_keep_their_axis() -> None:
     fn = lambda p, x: jax.lax.pmean(x @ p["w"], "devices")
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
-    params = {"w": jax.random.normal(jax.random.key(0), (6, 5))}
-    x = jax.random.normal(jax.random.key(1), (8, 3, 6))
+    params = {"w": normal(0, (6, 5), np.float32)}
+    x = normal(1, (8, 3, 6), np.float32)
     plain = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
     adapter = moved(plain.init(jax.random.key(2), params, x[0]))
     out = jax.pmap(lora.apply, axis_name="devices", in_axes=(None, None, 0))(params, adapter, x)
@@ -195,8 +196,8 @@ def test_shard_map_inside_the_function_splits_the_factors_as_the_weight(
         in_specs=(spec, PartitionSpec(None, rows)),
         out_specs=PartitionSpec(None, columns),
     )
-    params = {"w": jax.random.normal(jax.random.key(0), (8, 12))}
-    x = jax.random.normal(jax.random.key(1), (3, 8))
+    params = {"w": normal(0, (8, 12), np.float32)}
+    x = normal(1, (3, 8), np.float32)
     lora = jlora.lora_transform(lambda p, x: run(p["w"], x), jlora.LoRA(rank=2, alpha=2))
     adapter = moved(lora.init(jax.random.key(2), params, x))
     expected = x @ jlora.merge(params, adapter)["w"]
@@ -209,7 +210,7 @@ def test_shard_map_inside_the_function_splits_the_factors_as_the_weight(
 def test_shard_map_around_apply() -> None:
     one = case("dense", "float32")
     on = mesh((8,), ("data",))
-    x = jax.random.normal(jax.random.key(5), (8, 4, 6))
+    x = normal(5, (8, 4, 6), np.float32)
     run = jax.shard_map(
         lambda p, a, x: one.lora.apply(p, a, x),
         mesh=on,

@@ -20,7 +20,7 @@ from jlora.adapters.protocol import Given, as_matrices
 RNG = np.random.default_rng(0)
 W = (RNG.normal(size=(8, 7)) * 0.7 ** np.arange(7)).astype(np.float32)
 X = RNG.normal(size=(20, 8)).astype(np.float32)
-PARAMS = {"w": jnp.asarray(W)}
+PARAMS = {"w": jax.device_put(W)}
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}  # Decompositions of numbers near one.
 
 
@@ -80,7 +80,7 @@ def test_the_part_taken_out_is_that_of_the_singular_values(init: Any, part: slic
 
 
 def test_a_randomized_decomposition_nears_the_exact_one_as_it_iterates() -> None:
-    matrix = jnp.asarray(RNG.normal(size=(60, 40)) * 0.9 ** np.arange(40), jnp.float32)
+    matrix = jax.device_put((RNG.normal(size=(60, 40)) * 0.9 ** np.arange(40)).astype(np.float32))
     exact = np.linalg.svd(matrix, compute_uv=False)[:4]
     errors = []
     for iterations in (0, 1, 4):
@@ -176,7 +176,7 @@ def test_moments_are_those_of_what_a_weight_meets() -> None:
     for got, expected in zip(moments_of(product, PARAMS, x), written_out(x), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
     twice = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] @ p["w"]
-    params = {**PARAMS, "v": jnp.asarray(RNG.normal(size=(7, 8)), jnp.float32)}
+    params = {**PARAMS, "v": jax.device_put(RNG.normal(size=(7, 8)).astype(np.float32))}
     second = np.tanh(x @ W) @ np.asarray(params["v"])
     expected = written_out(np.concatenate([x, second]))
     for got, one in zip(moments_of(twice, params, x), expected, strict=True):
@@ -184,7 +184,7 @@ def test_moments_are_those_of_what_a_weight_meets() -> None:
 
 
 def test_moments_of_a_scanned_stack_are_those_of_each_layer() -> None:
-    stack = jnp.asarray(RNG.normal(size=(3, 6, 6)), jnp.float32)
+    stack = jax.device_put(RNG.normal(size=(3, 6, 6)).astype(np.float32))
     x = RNG.normal(size=(4, 6)).astype(np.float32)
 
     def scanned(p: Any, x: Any) -> Any:

@@ -159,7 +159,7 @@ def test_a_step_gives_the_states_buffers_back() -> None:
 
 
 def test_the_state_can_be_carried_through_a_scan_of_steps() -> None:
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(4, 3, 8)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(2).normal(size=(4, 3, 8)).astype(np.float32))
     params = parameters()
 
     def many(optimizer: Any, params: Any, state: Any) -> Any:

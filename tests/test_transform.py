@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _support.cases import case, moved, total
+from _support.layer_zoo import normal
 from flax import nnx
 
 import jlora
@@ -290,7 +291,7 @@ def test_the_update_is_the_papers_equation(stabilized: bool, scale: float) -> No
 
 
 def test_an_identifier_beyond_the_table_leaves_gradients_finite() -> None:
-    params = {"e": jax.random.normal(jax.random.key(7), (7, 5))}
+    params = {"e": normal(7, (7, 5), np.float32)}
     tokens = jnp.array([1, 2, 7])
 
     def fn(p: Any, tokens: jax.Array) -> jax.Array:
@@ -341,7 +342,7 @@ def test_static_values_keywords_and_other_outputs_pass_through() -> None:
 def test_a_function_that_returns_its_parameters_returns_them_adapted() -> None:
     fn = lambda p, x: (x @ p["w"], p)
     lora = jlora.lora_transform(fn, CONFIG)
-    params = {"w": jax.random.normal(jax.random.key(0), (6, 5))}
+    params = {"w": normal(0, (6, 5), np.float32)}
     x = jnp.ones((2, 6))
     adapter = moved(lora.init(jax.random.key(1), params, x))
     _, returned = lora.apply(params, adapter, x)
@@ -529,7 +530,7 @@ def test_dropout_where_no_input_is_known_is_refused(name: str, reason: str) -> N
 def test_merged_parameters_go_back_into_an_nnx_module() -> None:
     module = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), jnp.tanh)
     fn, params = jlora.from_nnx(module)
-    x = jax.random.normal(jax.random.key(1), (3, 6))
+    x = normal(1, (3, 6), np.float32)
     chex.assert_trees_all_equal(fn(params, x), module(x))
     lora = jlora.lora_transform(fn, CONFIG)
     adapter = moved(lora.init(jax.random.key(1), params, x))

@@ -147,8 +147,8 @@ def test_inputs_by_name_and_flags_reach_the_model() -> None:
         y = 2 * y if double else y
         return {"y": y if shift is None else y + shift["by"]}
 
-    params = {"w": jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)}
-    x = jnp.asarray(RNG.normal(size=(4, 6)), jnp.float32)
+    params = {"w": jax.device_put(RNG.normal(size=(6, 5)).astype(np.float32))}
+    x = jax.device_put(RNG.normal(size=(4, 6)).astype(np.float32))
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
     shift = {"by": jnp.arange(4.0)[:, None]}
     fresh = lora.init(jax.random.key(0), params, x, double=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _support.cases import case, moved, total
+from _support.layer_zoo import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from many_decoders import Setting, setting
 
@@ -50,14 +51,16 @@ def test_law_a_row_is_that_of_its_adapter_alone(name: str) -> None:
     adapters = [moved(one.fresh, seed) for seed in (3, 4)]
     slots = slots_of(one.fresh, adapters)
     (x,) = one.inputs
-    x = jnp.concatenate([x, jnp.roll(x, 1, -1)])[:4]
-    index = jnp.array([2, 0, 1, 2][: len(x)])
+    x = np.concatenate([x, np.roll(x, 1, -1)])[:4]
+    index = np.array([2, 0, 1, 2][: len(x)], np.int32)
     rows = jax.jit(lambda s, i, x: multi.apply_rows(one.lora, one.params, s, i, x))(slots, index, x)
     for number, (slot, row) in enumerate(zip(index, x, strict=True)):
         held = one.fresh if slot == 0 else adapters[int(slot) - 1]
         expected = one.compiled(one.params, held, row[None])
         chex.assert_trees_all_close(
-            jax.tree.map(lambda leaf, n=number: leaf[n : n + 1], rows), expected, **FLOAT32
+            jax.tree.map(lambda leaf, n=number: np.asarray(leaf)[n : n + 1], rows),
+            expected,
+            **FLOAT32,
         )
 
 
@@ -92,13 +95,15 @@ def test_law_rows_of_the_bare_base_are_those_of_the_base_to_the_bit(
 
 def test_whatever_lies_in_the_first_slot_changes_nothing() -> None:
     fn = lambda p, x: x @ p["w"]
-    params = {"w": jnp.full((6, 5), 0.5)}
+    params = {"w": np.full((6, 5), 0.5, np.float32)}
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
-    x = jax.random.normal(jax.random.key(1), (2, 6))
+    x = normal(1, (2, 6), np.float32)
     fresh = lora.init(jax.random.key(0), params, x)
     slots = slots_of(fresh, [moved(fresh)])
     for value in (jnp.nan, 1.0):
-        filled = multi.padded(jax.tree.map(lambda a, v=value: jnp.full_like(a, v), fresh), slots)
+        filled = multi.padded(
+            jax.tree.map(lambda a, v=value: np.full(a.shape, v, a.dtype), fresh), slots
+        )
         slots = multi.put(slots, 0, filled)
         rows = multi.apply_rows(lora, params, slots, jnp.array([0, 1]), x)
         np.testing.assert_array_equal(rows[0], fn(params, x)[0])
@@ -116,7 +121,9 @@ def test_other_orders_of_a_batch_gives_the_same_rows(apart: Setting) -> None:
 
 @pytest.mark.parametrize("length", [1, 9])
 def test_law_a_nan_adapter_reaches_only_its_own_rows(layers: Setting, length: int) -> None:
-    broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), layers.adapters["a"])
+    broken = jax.tree.map(np.array, layers.adapters["a"])
+    for leaf in jax.tree.leaves(broken):
+        leaf[..., 0] = np.nan
     layers.shared.add("broken", broken, allow_nonfinite=True)
     tokens = layers.tokens(len(NAMES), length)
     names = ["broken" if name == "a" else name for name in NAMES]
@@ -149,7 +156,7 @@ def test_a_slot_that_is_not_there_gives_nan_and_nobody_elses_adapter(
 def test_one_slot_for_all_rows_is_an_adapter_as_any(apart: Setting) -> None:
     slots, (slot,) = apart.shared.placed(["b"])
     tokens = apart.tokens(2, 9)
-    found = apart.lora.apply(apart.params, multi.at(slots, slot), tokens)
+    found = jax.jit(apart.lora.apply)(apart.params, multi.at(slots, slot), tokens)
     np.testing.assert_allclose(found, apart.expected(["b", "b"], tokens), **FLOAT32)
     merged = apart.lora.merge(apart.params, multi.at(slots, slot))
     chex.assert_trees_all_close(
@@ -279,8 +286,8 @@ def test_what_all_rows_share_and_other_axes_are_kept() -> None:
         y = jnp.einsum("tbd,dk->tbk", x, p["w"]) * scale
         return {"y": y, "shared": scale + 1}
 
-    params = {"w": jax.random.normal(jax.random.key(0), (6, 5))}
-    x = jax.random.normal(jax.random.key(1), (4, 2, 6))
+    params = {"w": normal(0, (6, 5), np.float32)}
+    x = normal(1, (4, 2, 6), np.float32)
     scale = jnp.arange(5.0)
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
     adapter = moved(lora.init(jax.random.key(2), params, x, scale, True))

@@ -44,7 +44,7 @@ def product(params: Any, x: Any) -> Any:
 
 def fresh(config: Any, weight: Any = W) -> tuple[Any, Any, Any]:
     """The transform of a product, its parameters, and a fresh adapter."""
-    params = {"w": jnp.asarray(weight)}
+    params = {"w": jax.device_put(weight)}
     lora = jlora.lora_transform(product, config)
     return lora, params, lora.init(jax.random.key(0), params, X)
 
@@ -61,7 +61,8 @@ def distance(params: Any, other: Any) -> float:
 
 def missed(params: Any, base: Any, adapter: Any) -> float:
     """`||W - Q - scale A B||`."""
-    return distance(jlora.merge(base, adapter, dequantize=True), params)
+    merge = jax.jit(lambda base, adapter: jlora.merge(base, adapter, dequantize=True))
+    return distance(merge(base, adapter), params)
 
 
 # --- the algorithm --------------------------------------------------------------------------------
@@ -138,8 +139,8 @@ def by_path(params: Any) -> dict[str, Any]:
 
 
 def test_axes_in_an_order_that_is_not_its_own_inverse() -> None:
-    params = {"w": jnp.asarray(RNG.normal(size=(5, 3, 6)), jnp.float32)}
-    x = jnp.asarray(RNG.normal(size=(3, 4, 6)), jnp.float32)
+    params = {"w": jax.device_put(RNG.normal(size=(5, 3, 6)).astype(np.float32))}
+    x = jax.device_put(RNG.normal(size=(3, 4, 6)).astype(np.float32))
     lora = jlora.lora_transform(
         lambda p, x: jnp.einsum("etd,fed->etf", x, p["w"]), jlora.LoRA(rank=2, alpha=3)
     )
@@ -182,7 +183,9 @@ def test_law_it_is_nearer_than_quantising_alone(name: str, family: str) -> None:
     merged = jax.jit(one.fn)(jlora.merge(base, started, dequantize=True), *one.inputs)
     for value, true in zip(jax.tree.leaves(found), jax.tree.leaves(merged), strict=True):
         np.testing.assert_allclose(value, true, rtol=1e-4, atol=1e-4)
-    assert distance(found, wanted) < distance(one.fn(jlora.dequantize(plain), *one.inputs), wanted)
+    assert distance(found, wanted) < distance(
+        jax.jit(one.fn)(jlora.dequantize(plain), *one.inputs), wanted
+    )
     # One iteration leaves the base that quantising makes.
     jax.tree.map(np.testing.assert_array_equal, base, plain)
 
@@ -215,9 +218,8 @@ def test_law_the_gradient_reaches_every_factor(family: str) -> None:
     one = case("linen_scan_remat", "float32", family)
     base, started = jlora.loftq(one.params, one.fresh, named(one), iterations=2)
     dense = jlora.dequantize(base)
-    slope = lambda params: jax.grad(lambda a: total(one.lora.apply(params, a, *one.inputs)))(
-        started
-    )
+    loss = lambda a, params: total(one.lora.apply(params, a, *one.inputs))
+    slope = lambda params: jax.jit(jax.grad(loss))(started, params)
     gradient, truth = jlora.partition(slope(base))[0], jlora.partition(slope(dense))[0]
     assert all(np.abs(array).max() > 1e-6 for array in jax.tree.leaves(gradient))
     assert max(error / (1 + size) for error, size in errors(gradient, truth)) < 1e-4
@@ -228,7 +230,7 @@ def test_a_weight_that_lacks_nothing_can_still_be_trained(config: Any) -> None:
     lora, params, adapter = fresh(config(rank=2, alpha=2), np.zeros_like(W))
     base, started = jlora.loftq(params, adapter, RULES)
     np.testing.assert_array_equal(lora.apply(base, started, X), 0)
-    gradient = jax.grad(lambda a: ((lora.apply(base, a, X) - 1) ** 2).sum())(started)
+    gradient = jax.jit(jax.grad(lambda a: ((lora.apply(base, a, X) - 1) ** 2).sum()))(started)
     assert np.abs(gradient["w"].b).max() > 1e-3
 
 
@@ -260,7 +262,7 @@ def test_every_scheme(scheme: Any) -> None:
 
 
 def test_the_rules_say_what_is_quantised_and_the_adapter_what_is_started() -> None:
-    params = {name: jnp.asarray(RNG.normal(size=(6, 6)), jnp.float32) for name in "abcd"}
+    params = {name: jax.device_put(RNG.normal(size=(6, 6)).astype(np.float32)) for name in "abcd"}
     fn = lambda p, x: x @ p["a"] @ p["b"] @ p["c"] @ p["d"]
     rules = {"a|b": jlora.LoRA(rank=2, alpha=2), "d": jlora.Full()}
     lora = jlora.lora_transform(fn, rules)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _support.cases import BY_NAME, Case, case, errors, total
+from _support.layer_zoo import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_families import LAYERS
 from test_laws import DIFFERENTIABLE
@@ -124,9 +125,9 @@ def unrolled(params: Any, x: jax.Array) -> jax.Array:
 
 def stacked(model: Any) -> tuple[Any, Any, Any]:
     """The transform of a model, its parameters and its input."""
-    kernel = jax.random.normal(jax.random.key(0), (LAYERS_OF_STACK, WIDTH, WIDTH)) / 16
+    kernel = normal(0, (LAYERS_OF_STACK, WIDTH, WIDTH), np.float32) / 16
     params = {"kernel": list(kernel) if model is unrolled else kernel}
-    x = jax.random.normal(jax.random.key(1), (ROWS, WIDTH))
+    x = normal(1, (ROWS, WIDTH), np.float32)
     return jlora.lora_transform(model, {"kernel": jlora.LoRA(rank=1, alpha=1)}), params, x
 
 
@@ -168,14 +169,14 @@ def test_law_a_step_never_holds_more_than_a_layer_of_wide_weights() -> None:
 
 def test_a_sharded_base_computes_the_same() -> None:
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    weight = jax.random.normal(jax.random.key(0), (64, 32))
+    weight = normal(0, (64, 32), np.float32)
     packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=8)})
     where = shardings(packed["w"], NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
     placed = {"w": jax.device_put(packed["w"], where)}
     assert placed["w"].codes.sharding.spec == PartitionSpec("fsdp", "tensor")
     assert placed["w"].scales.mean.sharding.spec == PartitionSpec(None, None)
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], {"w": jlora.LoRA(rank=2, alpha=2)})
-    x = jax.random.normal(jax.random.key(1), (8, 64))
+    x = normal(1, (8, 64), np.float32)
     adapter = lora.init(jax.random.key(2), packed, x)
     apply = jax.jit(lora.apply)
     np.testing.assert_allclose(
@@ -187,7 +188,7 @@ def test_a_sharded_base_computes_the_same() -> None:
 @pytest.mark.parametrize("block", [8, 64])
 def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
     mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
-    weight = jax.random.normal(jax.random.key(0), (64, 32))
+    weight = normal(0, (64, 32), np.float32)
     packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=block, axis=-2)})
 
     @functools.partial(
@@ -201,7 +202,7 @@ def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
         return jax.lax.psum(found, "x") if spec[0] else found
 
     lora = jlora.lora_transform(lambda p, x: product(p["w"], x), {"w": jlora.LoRA(rank=2, alpha=2)})
-    x = jax.random.normal(jax.random.key(1), (8, 64))
+    x = normal(1, (8, 64), np.float32)
     adapter = lora.init(jax.random.key(2), packed, x)
     dense = jlora.dequantize(packed)
     np.testing.assert_allclose(
@@ -215,10 +216,11 @@ def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
 def test_batches_of_adapters_share_the_packed_base() -> None:
     one = case("dense", "float32")
     packed = quantized(one)
-    two = jax.tree.map(lambda array: jnp.stack([array, 2 * array]), one.adapter)
-    found = jax.vmap(lambda a: one.lora.apply(packed, a, *one.inputs))(two)
+    two = jax.tree.map(lambda array: np.stack([array, 2 * np.asarray(array)]), one.adapter)
+    apply = jax.jit(lambda a: one.lora.apply(packed, a, *one.inputs))
+    found = jax.jit(jax.vmap(apply))(two)
     for number in range(2):
-        each = one.lora.apply(packed, jax.tree.map(lambda a: a[number], two), *one.inputs)  # noqa: B023
+        each = apply(jax.tree.map(lambda a: a[number], two))  # noqa: B023
         assert differences(jax.tree.map(lambda a: a[number], found), each) < 1e-5  # noqa: B023
 
 
@@ -240,7 +242,7 @@ def test_merging_into_codes_is_refused() -> None:
 
 
 def test_factors_cannot_be_taken_out_of_codes() -> None:
-    weight = {"w": jax.random.normal(jax.random.key(0), (16, 12))}
+    weight = {"w": normal(0, (16, 12), np.float32)}
     fn = lambda params, x: x @ params["w"]
     lora = jlora.lora_transform(fn, {"w": jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())})
     x = jnp.ones((1, 16))
@@ -285,8 +287,8 @@ def test_gradients_of_a_custom_rule_reach_the_factors_alone() -> None:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_dora_unpacks_one_weight_of_a_stack_at_a_time(stacked: bool, through_norm: bool) -> None:
     layers = (5,) if stacked else ()
-    params = {"w": jax.random.normal(jax.random.key(0), (*layers, 64, 48))}
-    x = jax.random.normal(jax.random.key(1), (3, 64))
+    params = {"w": normal(0, (*layers, 64, 48), np.float32)}
+    x = normal(1, (3, 64), np.float32)
 
     def model(params: Any, x: jax.Array) -> jax.Array:
         if not stacked:

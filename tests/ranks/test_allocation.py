@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _support.layer_zoo import normal
 from training.conftest import Make
 
 import jlora
@@ -335,7 +336,7 @@ def test_rules_that_a_recipe_would_read_otherwise_are_refused() -> None:
 def test_evas_ranks_and_its_start_come_from_the_same_moments() -> None:
     fn = lambda p, x: jnp.sin(x @ p["w"]) @ p["v"]
     params = {"w": jnp.linspace(-1, 1, 30).reshape(6, 5), "v": jnp.ones((5, 7))}
-    x = jax.random.normal(jax.random.key(0), (40, 6)) * jnp.array([9, 3, 1, 0.1, 0.1, 0.1])
+    x = normal(0, (40, 6), np.float32) * jnp.array([9, 3, 1, 0.1, 0.1, 0.1])
     moments = jax.jit(lambda x: jlora.input_moments(fn, LORA, params, x))(x)
     importance = ranks.importance(fn, params, [x], method=ranks.Activation(moments=moments))
     config = dataclasses.replace(LORA, init=jlora.inits.eva(moments))
