@@ -37,12 +37,12 @@ FAMILIES: dict[str, Any] = {
     "LoHa, rank 4": jlora.LoHa(rank=4, alpha=4),
     "LoKr": jlora.LoKr(rank=RANK, alpha=RANK),
     "HiRA": jlora.HiRA(rank=RANK),
-    "FourierFT, 64 waves": jlora.FourierFT(frequencies=64),
-    "FourierFT, 1000": jlora.FourierFT(frequencies=1000),
+    "FourierFT, 64 waves": jlora.FourierFT(num_frequencies=64),
+    "FourierFT, 1000": jlora.FourierFT(num_frequencies=1000),
     "IA3": jlora.IA3(),
-    "VB-LoRA": jlora.VBLoRA(rank=4, vectors=64, length=64),
-    "Full": jlora.Full(),
-    "Mixture of 4 LoRAs": jlora.LoRAMixture(experts=4, rank=RANK, alpha=RANK),
+    "VB-LoRA": jlora.VBLoRA(rank=4, num_vectors=64, vector_length=64),
+    "Full": jlora.FullDelta(),
+    "Mixture of 4 LoRAs": jlora.LoRAMoE(num_experts=4, rank=RANK, alpha=RANK),
 }
 
 

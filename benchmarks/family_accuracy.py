@@ -38,7 +38,7 @@ import optax
 import jlora
 import jlora.models
 from jlora.adapters.adalora import AdaLoRALeaf
-from jlora.adapters.protocol import AdapterConfig, trained_size
+from jlora.adapters.base import AdapterConfig, count_trainable_elements
 from jlora.adapters.sora import SoRALeaf
 
 Adapter = Mapping[str, Any]
@@ -84,12 +84,12 @@ def adam(rate: jax.Array, steps: int) -> optax.GradientTransformation:
 
 def adam_with(ratios: Mapping[str, float]) -> Callable[..., optax.GradientTransformation]:
     """Adam with learning rates of their own for some labels."""
-    return lambda rate, steps: jlora.lora_optimizer(optax.adam(rate), ratios=ratios)
+    return lambda rate, steps: jlora.lora_optimizer(optax.adam(rate), lr_multipliers=ratios)
 
 
 def adam_with_budget(rate: jax.Array, steps: int) -> optax.GradientTransformation:
     """Adam under AdaLoRA's budget, two thirds of the ranks in the end."""
-    return jlora.adalora_budget(
+    return jlora.adalora_rank_allocator(
         adam(rate, steps),
         target_rank=8,
         total_steps=steps,
@@ -105,7 +105,7 @@ def adam_with_threshold(rate: jax.Array, steps: int) -> optax.GradientTransforma
     close every gate; and gates start at one, which takes them ten times the rate to leave in time.
     """
     del steps
-    optimizer = jlora.lora_optimizer(optax.adam(rate), ratios={"gate": 10})
+    optimizer = jlora.lora_optimizer(optax.adam(rate), lr_multipliers={"gate": 10})
     return optax.chain(optimizer, jlora.soft_threshold(lambda _: 10 * rate * 0.3))
 
 
@@ -130,7 +130,7 @@ def no_figures(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dic
 def at_lower_ranks(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[str, float]:
     """DyLoRA's test accuracy with its first ranks alone."""
     return {
-        f"test_accuracy_rank_{rank}": accuracy_of(jlora.truncate(adapter, rank))
+        f"test_accuracy_rank_{rank}": accuracy_of(jlora.truncate_rank(adapter, rank))
         for rank in (1, 2, 4)
     }
 
@@ -143,7 +143,7 @@ def pruned(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[st
     closed = jnp.concatenate([gate.ravel() for gate in gates]) == 0
     return {
         "share_of_ranks_at_zero": float(closed.mean()),
-        "test_accuracy_pruned": accuracy_of(jlora.prune(adapter)),
+        "test_accuracy_pruned": accuracy_of(jlora.prune_ranks(adapter)),
     }
 
 
@@ -175,11 +175,11 @@ class Family(NamedTuple):
 
 FAMILIES = (
     Family("LoRA", jlora.LoRA(rank=8, alpha=16.0), (2e-3, 4e-3)),
-    Family("rsLoRA", jlora.LoRA(rank=8, alpha=16.0, rank_stabilized=True), (1e-3, 2e-3)),
+    Family("rsLoRA", jlora.LoRA(rank=8, alpha=16.0, use_rslora=True), (1e-3, 2e-3)),
     Family("LoRA+", jlora.LoRA(rank=8, alpha=16.0), (2e-4, 5e-4), optimizer=adam_with({"b": 16})),
     Family(
         "PiSSA",
-        jlora.LoRA(rank=8, alpha=8.0, init=jlora.inits.pissa()),
+        jlora.LoRA(rank=8, alpha=8.0, init=jlora.initializers.pissa()),
         (5e-4, 1e-3),
         base=jlora.residual_base,
     ),
@@ -191,7 +191,7 @@ FAMILIES = (
         jlora.AdaLoRA(rank=12, alpha=24.0),
         (1e-2, 3e-2),
         optimizer=adam_with_budget,
-        penalty=lambda adapter: 0.1 * jlora.orthogonality(adapter),
+        penalty=lambda adapter: 0.1 * jlora.orthogonal_regularizer(adapter),
         figures=pruned,
     ),
     Family("DyLoRA", jlora.DyLoRA(rank=8, alpha=16.0), (2e-3, 4e-3), figures=at_lower_ranks),
@@ -206,19 +206,19 @@ FAMILIES = (
     Family("LoKr", jlora.LoKr(rank=8, alpha=16.0), (1e-2, 2e-2)),
     Family("HiRA", jlora.HiRA(rank=8), (1e-2, 3e-2)),
     # On weights as small as these a fresh adapter of the default deviation does harm.
-    Family("FourierFT", jlora.FourierFT(frequencies=200, std=0.0), (3e-2, 1e-1)),
+    Family("FourierFT", jlora.FourierFT(num_frequencies=200, std=0.0), (3e-2, 1e-1)),
     Family("IA3", jlora.IA3(), (2e-2, 5e-2)),
     Family(
         "VB-LoRA",
-        jlora.VBLoRA(rank=4, vectors=64, length=128),
+        jlora.VBLoRA(rank=4, num_vectors=64, vector_length=128),
         (5e-3, 2e-2),
         optimizer=adam_with({"logits": 10}),
     ),
     Family("BitFit", jlora.BitFit(), (2e-3, 5e-3), pattern=r"layer_\d+/.*bias"),
-    Family("Full", jlora.Full(), (1e-4, 2e-4), pattern=r"layer_\d+/"),
+    Family("Full", jlora.FullDelta(), (1e-4, 2e-4), pattern=r"layer_\d+/"),
     Family(
         "Mixture of LoRAs",
-        jlora.LoRAMixture(experts=4, rank=2, alpha=4.0),
+        jlora.LoRAMoE(num_experts=4, rank=2, alpha=4.0),
         (2e-3, 4e-3),
         mergeable=False,
     ),
@@ -333,7 +333,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(1), number)
 
         def loss(trained: Any) -> tuple[jax.Array, jax.Array]:
-            hidden, balance = self.lora.apply_with_balance(
+            hidden, balance = self.lora.apply_with_aux_loss(
                 params, trained["adapter"], batch.ids, batch.mask, dropout_key=key
             )
             features = jlora.models.mean_pool(hidden, batch.mask)
@@ -464,7 +464,7 @@ def measure(
     difference = None
     if family.mergeable:
         difference = float(jnp.abs(features - merged_features(adapter)).max())
-    size = sum(map(trained_size, adapter.values()))
+    size = sum(map(count_trainable_elements, adapter.values()))
     return Row(
         family=family.name,
         test_accuracy=quickstart.accuracy(head, features, whole.labels),

@@ -90,7 +90,7 @@ def trained(rows: Rows, vocabulary: int) -> data.Tokenizer:
         made.save(f"{folder}/tokenizer.json")
         config = pathlib.Path(folder) / "tokenizer_config.json"
         config.write_text('{"eos_token": "</s>"}')
-        return data.Tokenizer.of(folder)
+        return data.Tokenizer.from_folder(folder)
 
 
 def median_s(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
@@ -112,10 +112,14 @@ def encoded(rows: Rows, tokenizer: data.Tokenizer) -> int:
     """How many tokens the library makes of the texts, when asked for them as the corpus asks."""
     words = [row["text"] for row in rows]
     parts = (words[start : start + 1000] for start in range(0, len(words), 1000))
-    return sum(len(made) for part in parts for made in tokenizer.plain.encode_batch_fast(part))
+    return sum(
+        len(made)
+        for part in parts
+        for made in tokenizer.without_special_tokens.encode_batch_fast(part)
+    )
 
 
-def made(stream: data.Stream) -> tuple[int, int]:
+def made(stream: data.BatchStream) -> tuple[int, int]:
     """The tokens and the places of an epoch's batches, made ahead as a trainer has them made."""
     tokens = places = 0
     with data.prefetch(stream.batches(epochs=1), lambda item: item[1].arrays) as batches:
@@ -130,16 +134,16 @@ def measure(rows: Rows, vocabulary: int, repeats: int) -> list[Row]:
     tokenizer = trained(rows, vocabulary)
     seconds, tokens = median_s(lambda: encoded(rows, tokenizer), repeats)
     found = [row("encode_batch_fast alone", tokens, seconds)]
-    reading = data.Reading(length=LONGEST, overlong="split")
+    reading = data.TokenizeConfig(max_seq_length=LONGEST, truncation="split")
     table = datasets.Dataset.from_list(rows)
-    seconds, corpus = median_s(lambda: data.text(table, tokenizer, reading), repeats)
+    seconds, corpus = median_s(lambda: data.tokenize_texts(table, tokenizer, reading), repeats)
     found.append(row("rows to a corpus", corpus.report.tokens, seconds))
     for count, length in SHAPES:
-        batching = data.Batching(rows=count, length=length)
-        plan = lambda b=batching: data.epoch_plan([corpus.lengths()], b, seed=0, epoch=0)
+        batching = data.BatchConfig(batch_size=count, seq_length=length)
+        plan = lambda b=batching: data.plan_epoch([corpus.lengths()], b, seed=0, epoch=0)
         seconds, _ = median_s(plan, repeats)
         found.append(row(f"plan {count} x {length}", corpus.report.tokens, seconds))
-        stream = data.Stream([corpus], batching)
+        stream = data.BatchStream([corpus], batching)
         seconds, (tokens, places) = median_s(lambda s=stream: made(s), repeats)
         found.append(row(f"batches {count} x {length}", tokens, seconds, round(tokens / places, 4)))
     return found

@@ -24,8 +24,8 @@ import optax
 import jlora
 from benchmarks.h100 import common
 from benchmarks.h100.step import PROJECTIONS, decoder, parameters
-from jlora import multi
-from jlora.models.decoder import Decoder, empty_cache
+from jlora import multi_lora
+from jlora.models.decoder import Decoder, init_cache
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 CONFIG = jlora.LoRA(rank=common.RANK, alpha=common.ALPHA)
@@ -74,10 +74,10 @@ def drawn(like: Any, seed: int) -> Any:
     return jax.tree.unflatten(treedef, made)
 
 
-def filled(lora: Any, params: Any, count: int, *inputs: Any) -> multi.Slots:
+def filled(lora: Any, params: Any, count: int, *inputs: Any) -> multi_lora.Slots:
     """The slots of that many adapters with noise in their factors, drawn where they lie."""
     like = jax.eval_shape(lora.init, jax.random.key(0), params, *inputs)
-    slots = multi.empty(like, count + 1, common.RANK, jnp.bfloat16)
+    slots = multi_lora.empty_slots(like, count + 1, common.RANK, jnp.bfloat16)
     leaves, treedef = jax.tree.flatten(slots)
     keys = jax.random.split(jax.random.key(4), len(leaves))
     return jax.tree.unflatten(treedef, [_noise(k, x) for k, x in zip(keys, leaves, strict=True)])
@@ -155,9 +155,11 @@ def decode(options: Any, model: Decoder, params: Any) -> Sequence[Row]:
     tokens = tokens_of(shape, rows, 1)
     mask = jnp.ones((rows, 1), jnp.int32)
     positions = jnp.full((rows, 1), context - 1, jnp.int32)
-    cache = empty_cache(model, rows, context, jnp.bfloat16)
-    cache = cache._replace(segments=cache.segments.at[:, :-1].set(1), length=jnp.int32(context - 1))
-    axes = multi.row_axes_of(lambda rows: empty_cache(model, rows, context, jnp.bfloat16))
+    cache = init_cache(model, rows, context, jnp.bfloat16)
+    cache = cache._replace(
+        segment_ids=cache.segment_ids.at[:, :-1].set(1), length=jnp.int32(context - 1)
+    )
+    axes = multi_lora.infer_batch_axes(lambda rows: init_cache(model, rows, context, jnp.bfloat16))
     lora = jlora.lora_transform(model.apply, {WEIGHTS[options.weights]: CONFIG})
     measure = Measuring(options, "decode", rows=rows, length=1, context=context)
 
@@ -169,8 +171,8 @@ def decode(options: Any, model: Decoder, params: Any) -> Sequence[Row]:
         return again(cache), logits.max()
 
     def by_row(cache: Any, params: Any, slots: Any, index: Any) -> Any:
-        logits, cache = multi.apply_rows(
-            lora, params, slots, index, tokens, mask, positions, cache, row_axes=(0, 0, 0, axes)
+        logits, cache = multi_lora.apply_per_example(
+            lora, params, slots, index, tokens, mask, positions, cache, batch_axes=(0, 0, 0, axes)
         )
         return again(cache), logits.max()
 
@@ -204,7 +206,7 @@ def prefill(options: Any, model: Decoder, params: Any) -> Sequence[Row]:
         return seen, following(params, tokens).max()
 
     def by_row(seen: Any, params: Any, slots: Any, index: Any) -> Any:
-        return seen, multi.apply_rows(lora, params, slots, index, tokens).max()
+        return seen, multi_lora.apply_per_example(lora, params, slots, index, tokens).max()
 
     def alike(seen: Any, params: Any, adapter: Any) -> Any:
         return seen, lora.apply(params, adapter, tokens).max()
@@ -243,12 +245,14 @@ def train(options: Any, model: Decoder, params: Any) -> Sequence[Row]:
 
     def at_once(state: Any, params: Any, tokens: jax.Array) -> Any:
         loss = lambda adapter, own: lora.apply(params, adapter, own)
-        adapters, moments, losses = multi.train_together(loss, optimizer).step(*state, tokens)
+        adapters, moments, losses = multi_lora.train_in_parallel(loss, optimizer).step(
+            *state, tokens
+        )
         return (adapters, moments), losses.sum()
 
     one = (adapters[0], optimizer.init(adapters[0]))
     measure("one adapter, all rows", 1, alone, one, params, tokens)
-    stacked = multi.stack(adapters)
+    stacked = multi_lora.stack_adapters(adapters)
     together = (stacked, jax.vmap(optimizer.init)(stacked))
     measure(f"{count} at once, a row each", count, at_once, together, params, tokens[:, None])
     measure(f"{count} runs, a row each", count, alone, one, params, tokens[:1], times=count)

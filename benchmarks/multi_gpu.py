@@ -29,15 +29,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.h100 import common
 from benchmarks.h100.step import LIBRARIES, SCHEMES, drawn_matrices
-from jlora import packed, tree
-from jlora.optim.labels import partition
-from jlora.planning import hlo
-from jlora.training import mesh as meshes
+from jlora import _quantized_array, _tree
+from jlora.optim.multi_transform import partition
+from jlora.planning import hlo_cost
 from jlora.training import recipe as recipes
-from jlora.training.data.arrays import Language
-from jlora.training.saving import Saver
-from jlora.training.setup import Setup, set_up
-from jlora.training.step import State, initial
+from jlora.training import sharding
+from jlora.training.checkpointing import CheckpointManager
+from jlora.training.data.batch_stream import LMBatch
+from jlora.training.setup import Setup, build_setup
+from jlora.training.train_step import TrainState, init_train_state
 
 # Dense products of bfloat16 at the boost clock, by the device's name. NVIDIA H100 and H200 Tensor
 # Core GPU datasheets, SXM; the sheets' own numbers are with sparsity, twice these.
@@ -70,26 +70,26 @@ def recipe_of(folder: pathlib.Path, sizes: dict[str, int], rows: int, options: A
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_of(shape)))
     quantize = {} if options.quantize == "none" else {"quantize": {"scheme": options.quantize}}
-    return recipes.checked(
+    return recipes.validate(
         {
             "output": str(folder / "run"),
             "model": {
                 "path": str(folder),
                 "dtype": "bfloat16",
                 "compute_dtype": "float32" if options.float32 else "bfloat16",
-                "scanned": options.stacked,
-                "remat": options.remat,
+                "scan_layers": options.stacked,
+                "remat_policy": options.remat,
             },
-            "lora": {"rank": common.RANK, "alpha": float(common.ALPHA)},
+            "adapter": {"rank": common.RANK, "alpha": float(common.ALPHA)},
             "data": {
                 "train": [{"path": "none.txt", "format": "text"}],
-                "length": options.length or shape.length,
+                "max_seq_length": options.length or shape.length,
             },
-            "batch": {"rows": rows},
+            "batch": {"size": rows},
             "optimizer": {
                 "learning_rate": common.LEARNING_RATE,
                 "schedule": "constant",
-                "warmup_share": 0.0,
+                "warmup_ratio": 0.0,
             },
             "training": {"steps": 10_000},
             "mesh": sizes,
@@ -106,7 +106,7 @@ def base_like(described: Any, scheme: Any) -> Any:
 
     The numbers of a weight do not depend on how it is split.
     """
-    flat = tree.flatten(described)
+    flat = _tree.flatten_with_paths(described)
     keys = jax.random.split(jax.random.key(1), len(flat.paths))
     leaves = [_weight(*of, scheme) for of in zip(keys, flat.paths, flat.leaves, strict=True)]
     return jax.tree.unflatten(flat.treedef, leaves)
@@ -117,7 +117,7 @@ def _weight(key: jax.Array, path: str, like: Any, scheme: Any) -> Any:
     places = tuple(array.sharding for array in arrays)
     if path.endswith("scale"):
         return jnp.ones(like.shape, like.dtype, device=places[0])
-    scheme = scheme if packed.is_packed(like) else None
+    scheme = scheme if _quantized_array.is_quantized(like) else None
     return _drawing(like.shape, scheme, treedef, places)(key)
 
 
@@ -127,26 +127,28 @@ def _drawing(shape: tuple[int, ...], scheme: Any, treedef: Any, places: Any) -> 
     return jax.jit(lambda key: drawn_matrices(key, shape, scheme), out_shardings=where)
 
 
-def state_like(setup: Setup, base: Any) -> tuple[State, Any]:
+def state_like(setup: Setup, base: Any) -> tuple[TrainState, Any]:
     """The state before the first step, where the recipe has it, and the adapter's frozen part."""
 
     def fresh(key: jax.Array, base: Any) -> Any:
-        trained, frozen = partition(setup.task.lora.init(key, base, *setup.task.inputs))
-        return initial({"adapter": trained}, setup.optimizing), frozen
+        trained, frozen = partition(
+            setup.objective.lora.init(key, base, *setup.objective.example_inputs)
+        )
+        return init_train_state({"adapter": trained}, setup.optimizer), frozen
 
     described = (setup.state, setup.frozen["adapter"])
     where = jax.tree.map(lambda array: array.sharding, described)
-    with meshes.active(setup.mesh):
+    with sharding.use_mesh(setup.mesh):
         return jax.jit(fresh, out_shardings=where)(jax.random.key(2), base)
 
 
-def batch_of(mesh: Mesh, rows: int, length: int, vocabulary: int) -> Language:
+def batch_of(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch:
     """Full rows of random tokens, the same on every mesh."""
     text = np.random.default_rng(3).integers(0, vocabulary, (1, rows, length + 1), np.int32)
     ones = np.ones((1, rows, length), np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
-    whole = Language(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
-    place = NamedSharding(mesh, PartitionSpec(None, meshes.BATCH))
+    whole = LMBatch(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
+    place = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.tree.map(lambda array: jax.device_put(array, place), whole)
 
 
@@ -156,19 +158,21 @@ class OnCards:
     def __init__(self, sizes: dict[str, int], rows: int, options: Any, folder: pathlib.Path):
         devices = jax.devices()[: math.prod(sizes.values())]
         recipe = recipe_of(folder, sizes, rows, options)
-        self.mesh = meshes.make_mesh(sizes, devices)
-        meshes.check_batch(self.mesh, rows)
-        self.setup = set_up(recipe, self.mesh, steps=recipe.training.steps or 0, abstract=True)
+        self.mesh = sharding.make_mesh(sizes, devices)
+        sharding.check_batch_size(self.mesh, rows)
+        self.setup = build_setup(
+            recipe, self.mesh, total_steps=recipe.training.steps or 0, abstract=True
+        )
         base = base_like(self.setup.frozen["base"], SCHEMES[options.quantize])
         self.state, adapter = state_like(self.setup, base)
         self.frozen = {"base": base, "adapter": adapter}
         vocabulary = common.SHAPES[options.shape].vocabulary
-        self.batch = batch_of(self.mesh, rows, recipe.data.length, vocabulary)
+        self.batch = batch_of(self.mesh, rows, recipe.data.max_seq_length, vocabulary)
 
     def compiled(self) -> Any:
         """`(state, frozen, batch, key)` to the next state and what was measured."""
         given = (self.state, self.frozen, self.batch, jax.random.key(4))
-        return self.setup.step.lower(*given).compile()
+        return self.setup.train_step.lower(*given).compile()
 
     def advance(self, compiled: Any) -> jax.Array:
         """Goes one step; its loss, which need not be there yet."""
@@ -203,8 +207,8 @@ def useful_flops(shape: common.Shape, rows: int, length: int) -> float:
 
 def exchanged(compiled: Any) -> list[dict[str, Any]]:
     """What the cards exchange in a step, by the compiled program."""
-    found = hlo.collectives(hlo.parse(compiled.as_text()))
-    return [{"kind": one.kind, "times": one.times, "bytes": one.bytes} for one in found]
+    found = hlo_cost.collect_collective_stats(hlo_cost.parse_hlo(compiled.as_text()))
+    return [{"kind": one.kind, "times": one.executions, "bytes": one.sent_bytes} for one in found]
 
 
 def peak_of(device: str) -> float | None:
@@ -225,7 +229,7 @@ def measure(options: Any) -> common.Row:
         "quantize": options.quantize,
         "compute_dtype": "float32" if options.float32 else "bfloat16",
         "stacked": options.stacked,
-        "remat": options.remat,
+        "remat_policy": options.remat,
     }
     with tempfile.TemporaryDirectory() as folder:
         running = OnCards(sizes, rows, options, pathlib.Path(folder))
@@ -250,7 +254,7 @@ def measure(options: Any) -> common.Row:
         # The other mesh of --restored-from has taken its own part of the memory.
         peak_gib=None if options.restored_from or None in peaks else max(peaks),  # type: ignore
         planned_gib=common.planned_gib(compiled),
-        trained=sum(leaf.size for leaf in jax.tree.leaves(running.state.trained)),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(running.state.trainable)),
         batch=rows,
         length=length,
         details=details,
@@ -274,9 +278,9 @@ def restored(running: OnCards, rows: int, options: Any, folder: pathlib.Path) ->
     """
     other = OnCards(options.restored_from, rows, options, folder)
     before = other.advanced(other.compiled(), 3)
-    saver = Saver(folder / "checkpoints", keep_last=1)
+    saver = CheckpointManager(folder / "checkpoints", save_total_limit=1)
     saver.save(3, other.state, {})
-    saver.wait()
+    saver.wait_until_finished()
     read = saver.restore(running.state, 3).state
     saver.close()
     pairs = zip(jax.tree.leaves(other.state), jax.tree.leaves(read), strict=True)
@@ -299,9 +303,9 @@ def mesh_of(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in meshes.AXES or axis in sizes or not size.isdigit() or size == "0":
+        if axis not in sharding.MESH_AXES or axis in sizes or not size.isdigit() or size == "0":
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no mesh. Give axes of {list(meshes.AXES)} with their sizes, such as "
+                f"{text!r} is no mesh. Give axes of {list(sharding.MESH_AXES)} with their sizes, such as "
                 f"fsdp=2 or data=2,tensor=4."
             )
         sizes[axis] = int(size)
@@ -337,7 +341,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="sequences in all, instead of --batch")
     parser.add_argument("--length", type=int, help="tokens a sequence")
     parser.add_argument("--stacked", action="store_true", help="layers as one scan")
-    parser.add_argument("--remat", choices=["nothing", "projections", "everything"])
+    parser.add_argument("--remat", choices=["nothing", "save_projections", "full"])
     parser.set_defaults(remat="nothing")
     parser.add_argument("--float32", action="store_true", help="to compare losses, not speed")
     parser.add_argument("--losses", type=int, default=20, help="first steps whose losses are kept")

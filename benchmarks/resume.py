@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.training.saving import Saver
+from jlora.training.checkpointing import CheckpointManager
 
 # Rank 16 beside q, k, v, o, gate, up, down of 32 layers, 4096 and 14,336 wide, 1024 for k and v.
 LAYERS, RANK = 32, 16
@@ -54,12 +54,12 @@ def measured(tiny: bool, repeats: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     waited, written = [], []
     try:
-        saver = Saver(folder / "run", keep_last=2)
+        saver = CheckpointManager(folder / "run", save_total_limit=2)
         for step in range(1, repeats + 1):
             start = time.perf_counter()
             saver.save(step, held, {})
             waited.append(time.perf_counter() - start)
-            saver.wait()
+            saver.wait_until_finished()
             written.append(time.perf_counter() - start)
         start = time.perf_counter()
         saver.restore(held)

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 import jlora
 from examples import quickstart, tasks
-from jlora.merging import interference, stacked
+from jlora.merging import compose_adapters, measure_interference
 
 FIRST, SECOND = quickstart.PACKAGES[:6], quickstart.PACKAGES[6:]
 SETTINGS = dataclasses.replace(
@@ -108,11 +108,11 @@ def sequence(
             earlier=earlier,
             strength=way.strength,
         )
-        both = stacked(earlier, later)
+        both = compose_adapters(earlier, later)
         after = tasks.judged(encoder, first, head, both)
-        shared = interference({"first": earlier, "second": later}).mean("inputs")[0, 1]
+        shared = measure_interference({"first": earlier, "second": later}).mean("inputs")[0, 1]
         figures[name] = {
-            "overlap": float(jlora.overlap(later, earlier)),
+            "overlap": float(jlora.subspace_overlap(later, earlier)),
             "shared inputs": float(shared),
             "loss added": after.loss - before.loss,
             "forgotten": before.accuracy - after.accuracy,

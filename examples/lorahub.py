@@ -30,7 +30,7 @@ import optax
 import jlora
 import jlora.models
 from examples import quickstart, tasks
-from jlora.merging import fixed, fuse, fuse_by_gradient, mixed, with_weights
+from jlora.merging import fit_weights, fold_weights, lorahub, weighted_sum, with_weights
 
 GROUPS = {
     "networks": ("asyncio", "http", "urllib"),
@@ -91,9 +91,9 @@ def fused(
     options: Any = {"steps": STEPS, "optimizer": OPTIMIZER}
     return {
         "best single adapter": singles[best],
-        "LoraHub, 40 tries": fuse(loss, mix, *given, budget=40, seed=seed).adapter,
-        "by gradient": fuse_by_gradient(loss, start, *given, **options).adapter,
-        "by gradient, every kernel": fuse_by_gradient(
+        "LoraHub, 40 tries": lorahub(loss, mix, *given, num_trials=40, seed=seed).adapter,
+        "by gradient": fit_weights(loss, start, *given, **options).adapter,
+        "by gradient, every kernel": fit_weights(
             loss, start, *given, **options, layer_wise=True
         ).adapter,
     }
@@ -117,7 +117,7 @@ def run(output: Path, settings: quickstart.Settings) -> dict[str, Any]:
     task = tasks.task_of(encoder, quickstart.PACKAGES)
     head = tasks.head_for(encoder, task, encoder.fresh(0))
     loss = loss_of(encoder.lora, head, task.allowed)
-    mix = mixed(upstream(encoder, head))
+    mix = weighted_sum(upstream(encoder, head))
     count = len(GROUPS)
     same: dict[str, Any] = {
         "encoder alone": with_weights(mix, np.zeros(count)),
@@ -150,7 +150,7 @@ def run(output: Path, settings: quickstart.Settings) -> dict[str, Any]:
         **tasks.circumstances("lorahub", settings),
     }
     tasks.write_results(output, results)
-    jlora.save_adapter(output / "lorahub.safetensors", fixed(searched[0]), encoder.params)
+    jlora.save_adapter(output / "lorahub.safetensors", fold_weights(searched[0]), encoder.params)
     print(tasks.table(rows))
     print(f"{results['seconds']:.0f} s in all; the files are in {output}/")
     return results

@@ -26,7 +26,7 @@ import optax
 import jlora
 import jlora.models
 from examples import quickstart, tasks
-from jlora import multi
+from jlora import multi_lora
 
 LABELS = 2
 ROWS = 8  # Of each user in a step.
@@ -97,12 +97,12 @@ def trained(given: Service, steps: int, settings: quickstart.Settings) -> dict[s
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, max(1, steps // 10), steps
     )
-    together = multi.train_together(loss, optax.adam(schedule))
+    together = multi_lora.train_in_parallel(loss, optax.adam(schedule))
     fresh = [
         given.lora.init(jax.random.key(number), given.params, *_texts(given.train, [0]))
         for number in range(len(USERS))
     ]
-    adapters = multi.stack(fresh)
+    adapters = multi_lora.stack_adapters(fresh)
     state = together.init(adapters)
     step = jax.jit(together.step, donate_argnums=(0, 1))
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def trained(given: Service, steps: int, settings: quickstart.Settings) -> dict[s
             [wanted(user, given.train.labels[own]) for user, own in zip(USERS, chosen, strict=True)]
         )
         adapters, state, _ = step(adapters, state, ids, mask, labels)
-    return dict(zip(USERS, multi.unstack(adapters), strict=True))
+    return dict(zip(USERS, multi_lora.unstack_adapters(adapters), strict=True))
 
 
 def balanced(user: str, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -131,7 +131,7 @@ def _texts(batch: quickstart.Batch, chosen: Any) -> tuple[np.ndarray, np.ndarray
 
 
 def served(
-    bank: multi.AdapterBank, given: Service, requests: Sequence[tuple[str, int]]
+    bank: multi_lora.AdapterBank, given: Service, requests: Sequence[tuple[str, int]]
 ) -> np.ndarray:
     """The scores of requests, each a user and a text, in batches of mixed users."""
     found = []
@@ -166,7 +166,7 @@ def run(output: Path, settings: quickstart.Settings, steps: int) -> dict[str, An
     print(f"Training {len(USERS)} adapters at once, {steps} steps", flush=True)
     adapters = trained(given, steps, settings)
     trained_in = time.perf_counter() - start
-    bank = multi.AdapterBank(given.lora, given.params, adapters["user-0"], slots=5)
+    bank = multi_lora.AdapterBank(given.lora, given.params, adapters["user-0"], slots=5)
     for user, adapter in adapters.items():
         bank.add(user, adapter)
     halves = requests_of(len(given.test.labels), np.random.default_rng(1))
@@ -189,7 +189,7 @@ def run(output: Path, settings: quickstart.Settings, steps: int) -> dict[str, An
         "test_accuracy": rows,
         "users": USERS,
         "steps": steps,
-        "bank": bank.counts._asdict(),
+        "bank": bank.stats._asdict(),
         "requests": len(requests),
         "training_seconds": trained_in,
         "seconds": time.perf_counter() - start,
@@ -197,7 +197,7 @@ def run(output: Path, settings: quickstart.Settings, steps: int) -> dict[str, An
     }
     tasks.write_results(output, results)
     print(tasks.table(rows))
-    print(f"{len(requests)} requests in batches of {SERVED}: {bank.counts}")
+    print(f"{len(requests)} requests in batches of {SERVED}: {bank.stats}")
     print(f"{results['seconds']:.0f} s in all; the figures are in {output}/")
     return results
 

@@ -33,8 +33,8 @@ import tokenizers
 from flax import linen as nn
 from flax import traverse_util
 
-from jlora.checkpoints import pieces
-from jlora.models import Decoder, model_of, stored_weights
+from jlora.models import Decoder, checkpoint_mapping, model_from_config
+from jlora.models.hf import weight_mapping
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -193,14 +193,14 @@ def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
 def write_random(folder: Path) -> None:
     """Writes a decoder with random weights as a Hugging Face folder."""
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    model = model_of(folder)
+    model = model_from_config(folder)
     assert isinstance(model, Decoder)
     tokens = np.zeros((1, 2), np.int32)
     variables = nn.unbox(model.init(jax.random.key(0), tokens))
     flat = traverse_util.flatten_dict(variables, sep="/")
-    weights = stored_weights(model)[0]
-    make = pieces.maker(weights, flat)
-    tensors = {p.key: np.ascontiguousarray(make(p.key)) for w in weights.values() for p in w.pieces}
+    weights = checkpoint_mapping(model)[0]
+    make = weight_mapping.make_tensor_getter(weights, flat)
+    tensors = {p.key: np.ascontiguousarray(make(p.key)) for w in weights.values() for p in w.slices}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

@@ -430,8 +430,8 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
     lora = jlora.lora_transform(model.apply, {r"layer_\d+/.*/kernel": rule})
     example = test_batches[0].ids, test_batches[0].mask
     explanation = lora.explain(params, *example)
-    share = explanation.trainable_share
-    print(f"LoRA adds {explanation.parameters:,} weights, {share:.1%} of the encoder's")
+    share = explanation.trainable_fraction
+    print(f"LoRA adds {explanation.trainable_params:,} weights, {share:.1%} of the encoder's")
     adapter = lora.init(jax.random.key(0), params, *example)
     # The training step takes its first state's memory, so the head that is reported is a copy.
     trained = {"adapter": adapter, "head": jax.tree.map(jnp.copy, frozen_head)}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 import jlora
 from examples import quickstart, tasks
-from jlora.merging import TIES, combine
+from jlora.merging import TIES, combine_adapters
 
 HALVES = {"first": quickstart.PACKAGES[0::2], "second": quickstart.PACKAGES[1::2]}
 
@@ -52,13 +52,15 @@ def ways(first: tasks.Adapter, second: tasks.Adapter) -> dict[str, tasks.Adapter
         "base": jax.tree.map(jnp.zeros_like, first),
         "first adapter": first,
         "second adapter": second,
-        "sum": combine(both).adapter,
-        "half of the sum": combine(both, [0.5, 0.5]).adapter,
-        "sum, rank 8": combine(both, rank=8).adapter,
-        "TIES, density 0.5, rank 8": combine(both, method=TIES(density=0.5), rank=8).adapter,
+        "sum": combine_adapters(both).adapter,
+        "half of the sum": combine_adapters(both, [0.5, 0.5]).adapter,
+        "sum, rank 8": combine_adapters(both, rank=8).adapter,
+        "TIES, density 0.5, rank 8": combine_adapters(
+            both, method=TIES(density=0.5), rank=8
+        ).adapter,
         "factors added (PEFT)": factors_added(both, [1.0, 1.0]),
-        "base - first": combine([first], [-1.0]).adapter,
-        "second - first": combine(both, [-1.0, 1.0]).adapter,
+        "base - first": combine_adapters([first], [-1.0]).adapter,
+        "second - first": combine_adapters(both, [-1.0, 1.0]).adapter,
     }
 
 

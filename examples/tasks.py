@@ -25,7 +25,7 @@ import optax
 import jlora
 import jlora.models
 from examples import quickstart
-from jlora.merging import stacked
+from jlora.merging import compose_adapters
 
 Adapter = dict[str, Any]
 Head = quickstart.Head
@@ -66,7 +66,7 @@ class Encoder(NamedTuple):
 
     def fresh_along(self, moments: dict[str, Any]) -> Adapter:
         """One whose input directions are those in which inputs of these moments are largest."""
-        init = jlora.inits.eva(moments, center=False)
+        init = jlora.initializers.eva(moments, center=False)
         settings = self.settings
         rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha, init=init)
         lora = jlora.lora_transform(self.model.apply, {self.kernels: rule})
@@ -177,7 +177,7 @@ def step_of(lora: jlora.LoraTransform, settings: quickstart.Settings) -> Callabl
 
     def loss(trained: Any, frozen: Any, batch: quickstart.Batch) -> jax.Array:
         adapter, earlier = trained["adapter"], frozen["earlier"]
-        active = adapter if earlier is None else stacked(earlier, adapter)
+        active = adapter if earlier is None else compose_adapters(earlier, adapter)
         hidden = lora.apply(frozen["params"], active, batch.ids, batch.mask)
         head = trained["head"] if "head" in trained else frozen["head"]
         scores = scores_of(head, jlora.models.mean_pool(hidden, batch.mask), frozen["allowed"])
@@ -185,7 +185,7 @@ def step_of(lora: jlora.LoraTransform, settings: quickstart.Settings) -> Callabl
         mean = jnp.average(errors, weights=batch.real)
         if earlier is None:
             return mean
-        return mean + frozen["strength"] * jlora.overlap(adapter, earlier)
+        return mean + frozen["strength"] * jlora.subspace_overlap(adapter, earlier)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def step(

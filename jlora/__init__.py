@@ -1,61 +1,32 @@
 """LoRA for JAX and Flax: a transform of a function and its parameter tree."""
 
-from jlora.adapters import inits as inits
-from jlora.adapters.adalora import AdaLoRA as AdaLoRA
-from jlora.adapters.catalog import families_table as families_table
-from jlora.adapters.dora import DoRA as DoRA
-from jlora.adapters.dylora import DyLoRA as DyLoRA
-from jlora.adapters.fourierft import FourierFT as FourierFT
-from jlora.adapters.full import BitFit as BitFit
-from jlora.adapters.full import Full as Full
-from jlora.adapters.hira import HiRA as HiRA
-from jlora.adapters.ia3 import IA3 as IA3
-from jlora.adapters.loha import LoHa as LoHa
-from jlora.adapters.lokr import LoKr as LoKr
-from jlora.adapters.lora import LoRA as LoRA
-from jlora.adapters.lora_fa import LoRAFA as LoRAFA
-from jlora.adapters.mixture import LoRAMixture as LoRAMixture
-from jlora.adapters.sora import SoRA as SoRA
-from jlora.adapters.token_rows import TokenRows as TokenRows
-from jlora.adapters.vb_lora import VBLoRA as VBLoRA
-from jlora.adapters.vera import VeRA as VeRA
-from jlora.calibration import input_moments as input_moments
-from jlora.checkpoints.adapter_file import load_adapter as load_adapter
-from jlora.checkpoints.adapter_file import save_adapter as save_adapter
-from jlora.conversion import Converted as Converted
-from jlora.conversion import delta as delta
-from jlora.conversion import on_original_base as on_original_base
-from jlora.conversion import prune as prune
-from jlora.conversion import residual_base as residual_base
-from jlora.conversion import to_lora as to_lora
-from jlora.conversion import truncate as truncate
-from jlora.explanation import Explanation as Explanation
-from jlora.merging.export import Kept as Kept
-from jlora.merging.export import Merged as Merged
-from jlora.merging.export import UpdateLostWarning as UpdateLostWarning
-from jlora.merging.export import merge_to as merge_to
-from jlora.nnx import from_nnx as from_nnx
-from jlora.nnx import update_nnx as update_nnx
-from jlora.optim.budget import adalora_budget as adalora_budget
-from jlora.optim.labels import combine as combine
-from jlora.optim.labels import labels as labels
-from jlora.optim.labels import lora_optimizer as lora_optimizer
-from jlora.optim.labels import partition as partition
-from jlora.optim.offloading import check_offload as check_offload
-from jlora.optim.offloading import host_shardings as host_shardings
-from jlora.optim.offloading import offload as offload
-from jlora.optim.penalties import decay_mask as decay_mask
-from jlora.optim.penalties import orthogonality as orthogonality
-from jlora.optim.penalties import overlap as overlap
-from jlora.optim.proximal import soft_threshold as soft_threshold
-from jlora.quantization.leaf import Quantized as Quantized
-from jlora.quantization.loftq import loftq as loftq
-from jlora.quantization.rules import dequantize as dequantize
-from jlora.quantization.rules import quantize as quantize
-from jlora.quantization.schemes import FP8 as FP8
-from jlora.quantization.schemes import NF4 as NF4
-from jlora.quantization.schemes import Int4 as Int4
-from jlora.quantization.schemes import Int8 as Int8
-from jlora.transform import LoraTransform as LoraTransform
-from jlora.transform import lora_transform as lora_transform
-from jlora.transform import merge as merge
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jlora import initializers as initializers
+    from jlora._api import *  # noqa: F403
+
+__version__ = importlib.metadata.version("jlora")
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported at their first use, so that `jlora --help` does not wait for JAX.
+    if importlib.util.find_spec(f"jlora.{name}") is not None:
+        return importlib.import_module(f"jlora.{name}")
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+    api = importlib.import_module("jlora._api")
+    if name == "__all__":
+        return [*api.__all__, "__version__"]
+    if name not in api.__all__:
+        raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("jlora._api").__all__})

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import tree
+from jlora import _tree
 
 PyTree = Any
 
@@ -54,8 +54,8 @@ def update_nnx(module: Any, params: PyTree) -> None:
     """
     from flax import nnx
 
-    own = tree.flatten(nnx.state(module))
-    new = tree.flatten(params)
+    own = _tree.flatten_with_paths(nnx.state(module))
+    new = _tree.flatten_with_paths(params)
     mine = {p: np.shape(leaf) for p, leaf in zip(own.paths, own.leaves, strict=True)}
     theirs = {p: np.shape(leaf) for p, leaf in zip(new.paths, new.leaves, strict=True)}
     for path in (*mine, *theirs):

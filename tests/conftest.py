@@ -24,6 +24,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+pytest_plugins = ["_support.training_fixtures"]
+
 _MAPS = pathlib.Path("/proc/self/maps")
 _MANY = 30_000
 _ended = itertools.count(1)

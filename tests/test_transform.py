@@ -114,9 +114,9 @@ def test_of_a_product_of_two_adapted_weights_explain_names_the_dense_one() -> No
     fn = lambda p, x: x @ (p["a"] @ p["b"])
     x = jnp.ones((4, 6))
     both = jlora.lora_transform(fn, {"a|b": CONFIG}).explain(params, x)
-    assert {row.path: bool(row.dense) for row in both.rows} == {"a": False, "b": True}
+    assert {row.path: bool(row.dense_reasons) for row in both.rows} == {"a": False, "b": True}
     (_, b) = jlora.lora_transform(fn, {"b": CONFIG}).explain(params, x).rows
-    assert b.factored == ("dot_general",)
+    assert b.factored_uses == ("dot_general",)
 
 
 def test_an_embedding_can_be_named() -> None:
@@ -190,7 +190,7 @@ def test_a_model_without_products_is_refused() -> None:
         ({"alpha": "1"}, ValueError),
         ({"dropout": 1.0}, ValueError),
         ({"dropout": -0.1}, ValueError),
-        ({"rank_stabilized": 1}, TypeError),
+        ({"use_rslora": 1}, TypeError),
         ({"init": "pissa"}, TypeError),
         ({"dtype": jnp.int8}, TypeError),
     ],
@@ -269,7 +269,7 @@ def test_the_initializer_of_a_is_given_a_matrix_for_each_layer() -> None:
         return jax.random.normal(key, shape, dtype)
 
     one = case("linen_scan", "float32")
-    config = jlora.LoRA(rank=2, alpha=1, init=jlora.inits.drawn(initializer))
+    config = jlora.LoRA(rank=2, alpha=1, init=jlora.initializers.from_initializer(initializer))
     lora = jlora.lora_transform(one.fn, {"Dense_1/kernel": config})
     adapter = lora.init(jax.random.key(0), one.params, *one.inputs)
     assert seen == [(6, 2)]
@@ -278,7 +278,7 @@ def test_the_initializer_of_a_is_given_a_matrix_for_each_layer() -> None:
 
 @pytest.mark.parametrize(("stabilized", "scale"), [(False, 6 / 4), (True, 6 / 2)])
 def test_the_update_is_the_papers_equation(stabilized: bool, scale: float) -> None:
-    config = jlora.LoRA(rank=4, alpha=6, rank_stabilized=stabilized)
+    config = jlora.LoRA(rank=4, alpha=6, use_rslora=stabilized)
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(6, 5)).astype(np.float32)}

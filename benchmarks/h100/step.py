@@ -22,11 +22,12 @@ from flax.core import meta
 
 import jlora
 from benchmarks.h100 import common
-from jlora import tree
-from jlora.kernels.adapted import plain_products
-from jlora.models.decoder import Decoder, DecoderConfig, Kind
-from jlora.models.rope import rope
-from jlora.quantization.rules import quantized_weight
+from jlora import _tree
+from jlora.kernels.lora_matmul import plain_products
+from jlora.models.decoder import Decoder
+from jlora.models.decoder_config import DecoderConfig, LayerKind
+from jlora.models.rope import rope_from_config
+from jlora.quantization.quantize import quantize_weight
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 SCHEMES: Mapping[str, Any] = {"nf4": jlora.NF4(), "int8": jlora.Int8(), "none": None}
@@ -36,7 +37,9 @@ FLOOR = "params/layers_0/attention_norm/scale"
 
 def decoder(shape: common.Shape, *, stacked: bool, remat: Any) -> Decoder:
     """The decoder, computing in bfloat16."""
-    rotary = rope({"rope_theta": 5e5}, head_dim=shape.head_dim, max_length=8192)
+    rotary = rope_from_config(
+        {"rope_theta": 5e5}, head_dim=shape.head_dim, max_position_embeddings=8192
+    )
     config = DecoderConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -44,19 +47,19 @@ def decoder(shape: common.Shape, *, stacked: bool, remat: Any) -> Decoder:
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        kinds=(Kind(rope=rotary),),
-        layers=(0,) * shape.layers,
-        max_length=8192,
+        layer_kinds=(LayerKind(rope=rotary),),
+        layer_kind_ids=(0,) * shape.layers,
+        max_seq_length=8192,
         query_scale=shape.head_dim**-0.5,
     )
-    return Decoder(config, scanned=stacked, remat=remat, dtype=jnp.bfloat16)
+    return Decoder(config, scan_layers=stacked, remat_policy=remat, dtype=jnp.bfloat16)
 
 
 def parameters(model: Decoder, scheme: Any) -> Any:
     """Random parameters in bfloat16, the projections quantised; one matrix at a time is wide."""
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), token))
-    flat = tree.flatten(shapes)
+    flat = _tree.flatten_with_paths(shapes)
     keys = jax.random.split(jax.random.key(1), len(flat.paths))
     leaves = [
         _drawn(key, leaf.shape, scheme if path.endswith("kernel") else None)
@@ -72,7 +75,7 @@ def drawn_matrices(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
 
     def matrix(key: jax.Array) -> Any:
         drawn = 0.02 * jax.random.normal(key, shape[-2:], jnp.bfloat16)
-        return drawn if scheme is None else quantized_weight(drawn, scheme)
+        return drawn if scheme is None else quantize_weight(drawn, scheme)
 
     if len(shape) < 3:
         return matrix(key)
@@ -103,7 +106,7 @@ def training_step(
     def loss(trained: Any, params: Any, tokens: jax.Array) -> jax.Array:
         if method == "lora":
             return lora.apply(params, trained, tokens)
-        flat = tree.flatten(params)
+        flat = _tree.flatten_with_paths(params)
         leaves = [
             trained.astype(leaf.dtype) if path == FLOOR else leaf
             for path, leaf in zip(flat.paths, flat.leaves, strict=True)
@@ -119,7 +122,7 @@ def training_step(
         if method == "lora":
             trained = lora.init(jax.random.key(2), params, tokens)
         else:
-            flat = tree.flatten(params)
+            flat = _tree.flatten_with_paths(params)
             # In float32, where a step is more than its rounding.
             trained = flat.leaves[flat.paths.index(FLOOR)].astype(jnp.float32)
         return trained, optimizer.init(trained)

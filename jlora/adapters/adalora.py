@@ -8,26 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks, pair
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoRA(AdapterConfig):
     """`W + (alpha / rank) * A diag(s) B`, the directions whose `s` matters least set to zero.
 
-    Train it with `jlora.adalora_budget` around the optimizer, which decides what matters, and with
-    `jlora.orthogonality` added to the loss, which keeps the directions apart. `jlora.prune` then
+    Train it with `jlora.adalora_rank_allocator` around the optimizer, which decides what matters, and with
+    `jlora.orthogonal_regularizer` added to the loss, which keeps the directions apart. `jlora.prune_ranks` then
     leaves out what was set to zero.
 
     Attributes:
@@ -41,28 +42,28 @@ class AdaLoRA(AdapterConfig):
         `B` here are the paper's `Q` and `P`, for x is on the left.
     """
 
-    about = About(
+    info = MethodInfo(
         name="AdaLoRA",
         formula="W + (alpha / r) A diag(s) B, the least important s set to zero",
-        parameters="r * (d + k + 1)",
-        good_for="a given budget of ranks, spent where it matters",
+        num_params_formula="r * (d + k + 1)",
+        recommended_for="a given budget of ranks, spent where it matters",
         paper="Zhang et al. 2303.10512",
     )
-    kinds = frozenset({"linear"})
+    supported_kinds = frozenset({"linear"})
 
     rank: int
     alpha: float
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
-    def leaf(self, key: jax.Array, weight: Weight) -> AdaLoRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> AdaLoRALeaf:
         """`A` and `B` normal with a deviation of 0.02, `s` zero."""
-        checks.warn_of_waste(self, self.rank, weight)
+        _validation.warn_excess_rank(self, self.rank, weight)
         key_a, key_b = jax.random.split(key)
-        shapes = pair.shapes_of(weight.groups, self.rank)
+        shapes = low_rank.factor_shapes(weight.axis_sizes, self.rank)
         return AdaLoRALeaf(
             a=0.02 * jax.random.normal(key_a, shapes["a"], self.dtype),
-            s=jnp.zeros((*weight.groups.batch, self.rank), self.dtype),
+            s=jnp.zeros((*weight.axis_sizes.batch, self.rank), self.dtype),
             b=0.02 * jax.random.normal(key_b, shapes["b"], self.dtype),
             shape=weight.shape,
             axes=weight.axes,
@@ -72,7 +73,7 @@ class AdaLoRA(AdapterConfig):
         )
 
 
-@family("adalora")
+@register_family("adalora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoRALeaf(AdapterLeaf):
     """The triplets of one weight.
@@ -83,28 +84,28 @@ class AdaLoRALeaf(AdapterLeaf):
         b: (*batch, rank, *outputs).
     """
 
-    a: jax.Array = array("a")
-    s: jax.Array = array("s")
-    b: jax.Array = array("b")
+    a: jax.Array = array_field("a")
+    s: jax.Array = array_field("s")
+    b: jax.Array = array_field("b")
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     rank: int
     alpha: float
     dropout: float
 
     @property
     def scale(self) -> float:
-        return pair.scale_of(self.rank, self.alpha)
+        return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """`W + scale * A diag(s) B`; `s` is folded into `B`."""
-        del given
-        b = pair.gated(self, self.s * self.scale, self.b)
-        return Expression(terms=[pair.labelled(self, self.a, b)])
+        del context
+        b = low_rank.apply_rank_gates(self, self.s * self.scale, self.b)
+        return Expression(terms=[low_rank.label_factors(self, self.a, b)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        batch, *_ = self.groups
-        return {**pair.shapes_of(self.groups, self.rank), "s": (*batch, self.rank)}
+        batch, *_ = self.axis_sizes
+        return {**low_rank.factor_shapes(self.axis_sizes, self.rank), "s": (*batch, self.rank)}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {**pair.axes_of(self.axes), "s": (*self.axes.batch, None)}
+        return {**low_rank.factor_axes(self.axes), "s": (*self.axes.batch, None)}

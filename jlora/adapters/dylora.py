@@ -8,9 +8,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks, pair
+from jlora import _validation
+from jlora.adapters import low_rank
+from jlora.adapters.base import Expression, ExpressionInputs, MethodInfo, register_family
 from jlora.adapters.lora import LoRA, LoRALeaf
-from jlora.adapters.protocol import About, Expression, Given, Weight, family
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,64 +20,64 @@ class DyLoRA(LoRA):
     """LoRA trained at a rank `b` drawn anew for each step: `W + (alpha / b) A[:, :b] B[:b]`.
 
     The step's rank is drawn from the `dropout_key` given to `apply`, the same for every weight;
-    without a key all ranks are used. Afterwards `jlora.truncate(adapter, r)` is the adapter of any
-    rank from `least_rank` up.
+    without a key all ranks are used. Afterwards `jlora.truncate_rank(adapter, r)` is the adapter of any
+    rank from `min_rank` up.
 
     Attributes:
         rank: The largest. All other fields but the next two are as in `LoRA`.
-        least_rank: The smallest that is drawn.
+        min_rank: The smallest that is drawn.
         last_only: Whether a step trains only the last of its ranks, as the paper's faster variant.
 
     References:
         Valipour et al., DyLoRA, arXiv:2210.07558, algorithm 1.
     """
 
-    about = About(
+    info = MethodInfo(
         name="DyLoRA",
         formula="W + (alpha / b) A[:, :b] B[:b], b drawn at each step",
-        parameters="r * (d + k)",
-        good_for="one training run for all ranks: choose after it",
+        num_params_formula="r * (d + k)",
+        recommended_for="one training run for all ranks: choose after it",
         paper="Valipour et al. 2210.07558",
     )
 
-    least_rank: int = 1
+    min_rank: int = 1
     last_only: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.count("DyLoRA.least_rank", self.least_rank)
-        checks.flag("DyLoRA.last_only", self.last_only)
-        if self.least_rank > self.rank:
+        _validation.check_positive_int("DyLoRA.least_rank", self.min_rank)
+        _validation.check_bool("DyLoRA.last_only", self.last_only)
+        if self.min_rank > self.rank:
             raise ValueError(
-                f"DyLoRA.least_rank={self.least_rank} exceeds rank={self.rank}. Use at most that."
+                f"DyLoRA.least_rank={self.min_rank} exceeds rank={self.rank}. Use at most that."
             )
         if self.init.residual:
             raise ValueError(
                 f"DyLoRA.init={self.init!r} needs all its ranks to be where the base was. Use one "
-                f"that starts at zero, such as inits.uniform."
+                f"that starts at zero, such as initializers.kaiming_uniform."
             )
 
-    def leaf(self, key: jax.Array, weight: Weight) -> DyLoRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> DyLoRALeaf:
         """Factors as `init` makes them."""
-        made = super().leaf(key, weight)
-        facts = pair.facts_of(made)
-        return DyLoRALeaf(**facts, least_rank=int(self.least_rank), last_only=self.last_only)
+        made = super().init_leaf(key, weight)
+        facts = low_rank.leaf_field_values(made)
+        return DyLoRALeaf(**facts, min_rank=int(self.min_rank), last_only=self.last_only)
 
 
-@family("dylora")
+@register_family("dylora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DyLoRALeaf(LoRALeaf):
     """The factors of one weight, of which any first few ranks are an adapter."""
 
-    least_rank: int
+    min_rank: int
     last_only: bool
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """All ranks, or those of a step: the others are masked, for shapes cannot depend on it."""
-        if given.key is None:
-            return super().expression(given)
-        key = jax.random.fold_in(given.key, zlib.crc32(b"DyLoRA"))
-        drawn = jax.random.randint(key, (), self.least_rank, self.rank + 1)
+        if context.key is None:
+            return super().expression(context)
+        key = jax.random.fold_in(context.key, zlib.crc32(b"DyLoRA"))
+        drawn = jax.random.randint(key, (), self.min_rank, self.rank + 1)
         number = jnp.arange(self.rank)
         outputs = len(self.axes.outputs)
 
@@ -86,7 +88,13 @@ class DyLoRALeaf(LoRALeaf):
         by_row = number.reshape(-1, *[1] * outputs)  # The rank as it lies in `b`.
         a = trained(self.a, number == drawn - 1)
         b = trained(self.b, by_row == drawn - 1)
-        scale = pair.scale_of(1, self.alpha) / (jnp.sqrt(drawn) if self.rank_stabilized else drawn)
+        scale = low_rank.lora_scaling(1, self.alpha) / (
+            jnp.sqrt(drawn) if self.use_rslora else drawn
+        )
         return Expression(
-            terms=[pair.labelled(self, a, b * jnp.where(by_row < drawn, scale, 0).astype(b.dtype))]
+            terms=[
+                low_rank.label_factors(
+                    self, a, b * jnp.where(by_row < drawn, scale, 0).astype(b.dtype)
+                )
+            ]
         )

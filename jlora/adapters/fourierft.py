@@ -11,30 +11,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters import checks
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourierFT(AdapterConfig):
-    """`W + alpha * Re(ifft2(S))`, with `frequencies` entries of `S` trained and the others zero.
+    """`W + alpha * Re(ifft2(S))`, with `num_frequencies` entries of `S` trained and the others zero.
 
     Which entries is drawn from `seed`, the same for all weights of one shape. Few frequencies are
     computed through their waves, a low-rank update of twice their number; many through the inverse
     transform, as one more product with an array of the weight's size.
 
     Attributes:
-        frequencies: How many entries; the paper uses 200 to 1000.
+        num_frequencies: How many entries; the paper uses 200 to 1000.
         alpha: The scale put on the update.
         seed: Draws which entries.
         std: The deviation of the entries at the start. As in the paper it is one, so a fresh
@@ -46,16 +46,16 @@ class FourierFT(AdapterConfig):
         Gao et al., FourierFT, arXiv:2405.03003, section 3.
     """
 
-    about = About(
+    info = MethodInfo(
         name="FourierFT",
         formula="W + alpha Re(ifft2(S)), n entries of S trained",
-        parameters="n",
-        good_for="the fewest numbers that depend on no width",
+        num_params_formula="n",
+        recommended_for="the fewest numbers that depend on no width",
         paper="Gao et al. 2405.03003",
     )
-    kinds = frozenset({"linear"})
+    supported_kinds = frozenset({"linear"})
 
-    frequencies: int
+    num_frequencies: int
     alpha: float = 300.0
     seed: int = 2024
     std: float = 1.0
@@ -64,27 +64,27 @@ class FourierFT(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.count("FourierFT.frequencies", self.frequencies)
+        _validation.check_positive_int("FourierFT.frequencies", self.num_frequencies)
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(
                 f"FourierFT.seed={self.seed!r} is no seed. Use an int of 0 or more, below 2^32."
             )
 
-    def refusal(self, weight: Weight) -> str | None:
+    def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
         """As for any family, and where there are fewer entries than wanted."""
         entries = weight.fan_in * weight.fan_out
-        if self.frequencies > entries:
-            return f"FourierFT.frequencies={self.frequencies}, and it has {entries} entries"
-        return super().refusal(weight)
+        if self.num_frequencies > entries:
+            return f"FourierFT.frequencies={self.num_frequencies}, and it has {entries} entries"
+        return super().unsupported_reason(weight)
 
-    def leaf(self, key: jax.Array, weight: Weight) -> FourierFTLeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> FourierFTLeaf:
         """Entries drawn normal."""
-        shape = (*weight.groups.batch, self.frequencies)
+        shape = (*weight.axis_sizes.batch, self.num_frequencies)
         return FourierFTLeaf(
             spectrum=self.std * jax.random.normal(key, shape, self.dtype),
             shape=weight.shape,
             axes=weight.axes,
-            frequencies=int(self.frequencies),
+            num_frequencies=int(self.num_frequencies),
             seed=int(self.seed),
             alpha=float(self.alpha),
             dropout=float(self.dropout),
@@ -92,7 +92,9 @@ class FourierFT(AdapterConfig):
 
 
 @functools.lru_cache(maxsize=256)
-def places(frequencies: int, seed: int, fan_in: int, fan_out: int) -> tuple[Any, Any]:
+def sample_frequency_indices(
+    num_frequencies: int, seed: int, fan_in: int, fan_out: int
+) -> tuple[Any, Any]:
     """The rows and columns of the entries that are trained, in a spectrum (fan_in, fan_out).
 
     They are the first of `torch.randperm(fan_in * fan_out)` with this seed, of the transpose, as in
@@ -100,9 +102,9 @@ def places(frequencies: int, seed: int, fan_in: int, fan_out: int) -> tuple[Any,
     """
     total = fan_in * fan_out
     # Both libraries' generators are MT19937 and seeded alike.
-    draws = np.random.RandomState(seed).randint(0, 2**32, frequencies, dtype=np.uint32)
+    draws = np.random.RandomState(seed).randint(0, 2**32, num_frequencies, dtype=np.uint32)
     moved: dict[int, int] = {}
-    chosen = np.empty(frequencies, np.int64)
+    chosen = np.empty(num_frequencies, np.int64)
     # Fisher and Yates' shuffle, of which only what is displaced is kept.
     for place, draw in enumerate(draws):
         other = place + int(draw) % (total - place) if place < total - 1 else place
@@ -112,55 +114,61 @@ def places(frequencies: int, seed: int, fan_in: int, fan_out: int) -> tuple[Any,
     return rows, columns
 
 
-@family("fourierft")
+@register_family("fourierft")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourierFTLeaf(AdapterLeaf):
     """The entries of one weight's spectrum, (*batch, frequencies)."""
 
-    spectrum: jax.Array = array("spectrum")
+    spectrum: jax.Array = array_field("spectrum")
     shape: tuple[int, ...]
-    axes: Axes
-    frequencies: int
+    axes: WeightAxes
+    num_frequencies: int
     seed: int
     alpha: float
     dropout: float
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """Through the waves where that is less work for a step than a product of full size.
 
         For every token a step multiplies four times with each wave's two parts on both sides,
         against three times with the whole update.
         """
-        del given
-        return self._transform() if self.weight_sized else self._waves()
-
-    @property
-    def weight_sized(self) -> bool:
-        sizes = self.groups
-        fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
-        return 8 * self.frequencies * (fan_in + fan_out) >= 6 * fan_in * fan_out
-
-    def check(self) -> None:
-        super().check()
-        entries = math.prod(self.groups.inputs) * math.prod(self.groups.outputs)
-        if self.frequencies > entries or type(self.seed) is not int or not 0 <= self.seed < 2**32:
-            raise ValueError(
-                f"frequencies={self.frequencies} and seed={self.seed} choose none of {entries}"
-            )
-
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """The row and column of each entry."""
-        sizes = self.groups
-        return places(
-            self.frequencies, self.seed, math.prod(sizes.inputs), math.prod(sizes.outputs)
+        del context
+        return (
+            self._inverse_fft_expression() if self.is_weight_sized else self._low_rank_expression()
         )
 
-    def _waves(self) -> Expression:
+    @property
+    def is_weight_sized(self) -> bool:
+        sizes = self.axis_sizes
+        fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
+        return 8 * self.num_frequencies * (fan_in + fan_out) >= 6 * fan_in * fan_out
+
+    def validate(self) -> None:
+        super().validate()
+        entries = math.prod(self.axis_sizes.inputs) * math.prod(self.axis_sizes.outputs)
+        if (
+            self.num_frequencies > entries
+            or type(self.seed) is not int
+            or not 0 <= self.seed < 2**32
+        ):
+            raise ValueError(
+                f"frequencies={self.num_frequencies} and seed={self.seed} choose none of {entries}"
+            )
+
+    def _frequency_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        """The row and column of each entry."""
+        sizes = self.axis_sizes
+        return sample_frequency_indices(
+            self.num_frequencies, self.seed, math.prod(sizes.inputs), math.prod(sizes.outputs)
+        )
+
+    def _low_rank_expression(self) -> Expression:
         """`Re(e^{i(a + b)}) = cos a cos b - sin a sin b`, one pair of products for each entry."""
         batch, inputs, outputs = self.axes
-        sizes = self.groups
+        sizes = self.axis_sizes
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
-        rows, columns = self._places()
+        rows, columns = self._frequency_indices()
 
         def angles(places: np.ndarray, length: int) -> Any:
             # Modulo a turn while still integers, so that no phase is rounded.
@@ -182,12 +190,12 @@ class FourierFTLeaf(AdapterLeaf):
             ]
         )
 
-    def _transform(self) -> Expression:
+    def _inverse_fft_expression(self) -> Expression:
         """The whole update."""
         batch, inputs, outputs = self.axes
-        sizes = self.groups
+        sizes = self.axis_sizes
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
-        rows, columns = self._places()
+        rows, columns = self._frequency_indices()
         spectrum = jnp.zeros((*sizes.batch, fan_in, fan_out), self.spectrum.dtype)
         spectrum = spectrum.at[..., rows, columns].set(self.spectrum)
         update = self.alpha * jnp.fft.ifft2(spectrum).real.astype(self.spectrum.dtype)
@@ -195,7 +203,7 @@ class FourierFTLeaf(AdapterLeaf):
         return Expression(terms=[[(update, (*batch, *inputs, *outputs))]])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"spectrum": (*self.groups.batch, self.frequencies)}
+        return {"spectrum": (*self.axis_sizes.batch, self.num_frequencies)}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
         return {"spectrum": (*self.axes.batch, None)}

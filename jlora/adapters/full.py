@@ -8,21 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters.protocol import (
-    About,
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Full(AdapterConfig):
+class FullDelta(AdapterConfig):
     """`W + delta`, every entry trained: for heads, norms and resized embeddings beside LoRA.
 
     What is trained is the difference, which starts at zero and has a type of its own, so small
@@ -32,42 +32,42 @@ class Full(AdapterConfig):
         dtype: Of the difference.
     """
 
-    about = About(
+    info = MethodInfo(
         name="Full",
         formula="W + delta",
-        parameters="d * k",
-        good_for="heads, norms, resized embeddings, beside another family",
+        num_params_formula="d * k",
+        recommended_for="heads, norms, resized embeddings, beside another family",
         paper="full fine-tuning of chosen weights",
     )
     dtype: Any = jnp.float32
 
-    def selects(self, weight: Weight) -> bool:
+    def selects(self, weight: AdaptableWeight) -> bool:
         """Whatever is there."""
         return True
 
-    def refusal(self, weight: Weight) -> str | None:
+    def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
         """None: any weight of floats will do."""
         return f"its shape {weight.shape} holds no numbers" if 0 in weight.shape else None
 
-    def leaf(self, key: jax.Array, weight: Weight) -> FullLeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> FullDeltaLeaf:
         """No difference."""
         del key
         delta = jnp.zeros(weight.shape, self.dtype)
-        return FullLeaf(delta=delta, shape=weight.shape, axes=weight.axes)
+        return FullDeltaLeaf(delta=delta, shape=weight.shape, axes=weight.axes)
 
 
-@family("full")
+@register_family("full")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullLeaf(AdapterLeaf):
+class FullDeltaLeaf(AdapterLeaf):
     """The difference of one weight."""
 
-    delta: jax.Array = array("full")
+    delta: jax.Array = array_field("full")
     shape: tuple[int, ...]
-    axes: Axes
-    whole = True
+    axes: WeightAxes
+    is_full = True
 
-    def expression(self, given: Given) -> Expression:
-        del given
+    def expression(self, context: ExpressionInputs) -> Expression:
+        del context
         return Expression(terms=[[(self.delta, range(len(self.shape)))]])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,7 +78,7 @@ class FullLeaf(AdapterLeaf):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitFit(Full):
+class BitFit(FullDelta):
     """Only biases are trained: `b + delta`.
 
     As the rule for all weights it takes what is only added and is called a bias (its last key has
@@ -91,36 +91,36 @@ class BitFit(Full):
         Ben Zaken et al., BitFit, arXiv:2106.10199, section 3.
     """
 
-    about = About(
+    info = MethodInfo(
         name="BitFit",
         formula="b + delta, biases alone",
-        parameters="k",
-        good_for="small data; the least that can be trained",
+        num_params_formula="k",
+        recommended_for="small data; the least that can be trained",
         paper="Ben Zaken et al. 2106.10199",
     )
-    kinds = frozenset({"bias"})
+    supported_kinds = frozenset({"bias"})
 
-    def selects(self, weight: Weight) -> bool:
+    def selects(self, weight: AdaptableWeight) -> bool:
         """What is called a bias."""
         last = weight.path.rsplit("/", 1)[-1]
         return weight.kind == "bias" and ("bias" in last or last == "b")
 
-    def refusal(self, weight: Weight) -> str | None:
+    def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
         """Why it is no bias."""
         if weight.kind != "bias":
-            by = ", ".join(weight.uses) or "nothing"
+            by = ", ".join(weight.primitives) or "nothing"
             return f"it is no bias, for it is not only added (it is used by: {by})"
-        return super().refusal(weight)
+        return super().unsupported_reason(weight)
 
-    def leaf(self, key: jax.Array, weight: Weight) -> BiasLeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> BitFitLeaf:
         """No difference."""
-        made = super().leaf(key, weight)
-        return BiasLeaf(delta=made.delta, shape=made.shape, axes=made.axes)
+        made = super().init_leaf(key, weight)
+        return BitFitLeaf(delta=made.delta, shape=made.shape, axes=made.axes)
 
 
-@family("bias")
+@register_family("bias")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BiasLeaf(FullLeaf):
+class BitFitLeaf(FullDeltaLeaf):
     """The difference of one bias."""
 
-    delta: jax.Array = array("bias")
+    delta: jax.Array = array_field("bias")

@@ -8,19 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks, inits, pair
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation, initializers
+from jlora._quantized_array import maybe_dequantize
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
-from jlora.packed import dense
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,23 +35,23 @@ class HiRA(AdapterConfig):
     Attributes:
         rank: Of `A B`.
         dropout: Probability of dropping an entry of the input of the update while training.
-        init: One of `jlora.inits` that starts at zero.
+        init: One of `jlora.initializers` that starts at zero.
         dtype: Of `A` and `B`.
 
     References:
         Huang et al., HiRA, ICLR 2025, section 3.2.
     """
 
-    about = About(
+    info = MethodInfo(
         name="HiRA",
         formula="W + W o (A B)",
-        parameters="r * (d + k)",
-        good_for="updates of full rank, at the cost of full products",
+        num_params_formula="r * (d + k)",
+        recommended_for="updates of full rank, at the cost of full products",
         paper="Huang et al., ICLR 2025",
     )
     rank: int
     dropout: float = 0.0
-    init: inits.Initialization = inits.uniform
+    init: initializers.FactorInit = initializers.kaiming_uniform
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -61,11 +62,11 @@ class HiRA(AdapterConfig):
                 f"of what it should be multiplied by. Use one that starts at zero."
             )
 
-    def leaf(self, key: jax.Array, weight: Weight) -> HiRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> HiRALeaf:
         """Factors as `init` makes them."""
-        checks.warn_of_waste(self, self.rank, weight)
+        _validation.warn_excess_rank(self, self.rank, weight)
         return HiRALeaf(
-            **pair.draw(key, weight, self.init, self.rank, 1.0, self.dtype),
+            **low_rank.init_factors(key, weight, self.init, self.rank, 1.0, self.dtype),
             shape=weight.shape,
             axes=weight.axes,
             rank=int(self.rank),
@@ -73,29 +74,29 @@ class HiRA(AdapterConfig):
         )
 
 
-@family("hira")
+@register_family("hira")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiRALeaf(AdapterLeaf):
     """The factors of one weight: `a` (*batch, *inputs, rank), `b` (*batch, rank, *outputs)."""
 
-    a: jax.Array = array("a")
-    b: jax.Array = array("b")
+    a: jax.Array = array_field("a")
+    b: jax.Array = array_field("b")
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     rank: int
     dropout: float
 
     @property
-    def weight_sized(self) -> bool:
+    def is_weight_sized(self) -> bool:
         return True
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """The base as one more operand: a sum in its own type would round small updates off."""
-        base = (dense(given.base), range(len(self.shape)))
-        return Expression(terms=[[base, *pair.labelled(self, self.a, self.b)]])
+        base = (maybe_dequantize(context.base), range(len(self.shape)))
+        return Expression(terms=[[base, *low_rank.label_factors(self, self.a, self.b)]])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return pair.shapes_of(self.groups, self.rank)
+        return low_rank.factor_shapes(self.axis_sizes, self.rank)
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return pair.axes_of(self.axes)
+        return low_rank.factor_axes(self.axes)

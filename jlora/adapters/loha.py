@@ -9,20 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks, pair
-from jlora.adapters.inits import within
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
-    groups,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.initializers import sample_fan_in_uniform
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight, get_axis_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class LoHa(AdapterConfig):
         Yeh et al., LyCORIS, arXiv:2309.14859, section 3.
     """
 
-    about = About(
+    info = MethodInfo(
         name="LoHa",
         formula="W + (alpha / r) (A1 B1) o (A2 B2)",
-        parameters="2 * r * (d + k)",
-        good_for="ranks up to r^2 for twice LoRA's numbers; images",
+        num_params_formula="2 * r * (d + k)",
+        recommended_for="ranks up to r^2 for twice LoRA's numbers; images",
         paper="Hyeon-Woo et al. 2108.06098; Yeh et al. 2309.14859",
     )
-    kinds = frozenset({"linear", "convolution"})
+    supported_kinds = frozenset({"linear", "convolution"})
 
     rank: int
     alpha: float
@@ -62,9 +62,9 @@ class LoHa(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.flag("LoHa.tucker", self.tucker)
+        _validation.check_bool("LoHa.tucker", self.tucker)
 
-    def leaf(self, key: jax.Array, weight: Weight) -> LoHaLeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoHaLeaf:
         """Every factor uniform but `a2`, which is zero."""
         facts = {
             "shape": weight.shape,
@@ -78,84 +78,84 @@ class LoHa(AdapterConfig):
         cls = LoHaTuckerLeaf if with_core else LoHaLeaf
         if with_core:
             facts["window"] = weight.window
-        channels = math.prod(weight.shape[axis] for axis in weight.channels)
+        channels = math.prod(weight.shape[axis] for axis in weight.channel_axes)
         fan_in = {"a": channels if with_core else weight.fan_in, "b": self.rank}
         fan_in["core"] = self.rank * window
-        shapes = cls.shapes_of(weight.shape, weight.axes, self.rank, facts.get("window", ()))
+        shapes = cls.compute_shapes(weight.shape, weight.axes, self.rank, facts.get("window", ()))
         arrays = {}
         for number, (name, shape) in enumerate(shapes.items()):
             one = jax.random.fold_in(key, number)
-            arrays[name] = within(one, shape, fan_in[name[:-1]], self.dtype)
+            arrays[name] = sample_fan_in_uniform(one, shape, fan_in[name[:-1]], self.dtype)
         arrays["a2"] = jnp.zeros_like(arrays["a2"])
         return cls(**arrays, **facts)
 
 
-@family("loha")
+@register_family("loha")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoHaLeaf(AdapterLeaf):
     """The factors of one weight: `a1`, `a2` (*batch, *inputs, rank) and `b1`, `b2`
     (*batch, rank, *outputs).
     """
 
-    a1: jax.Array = array("a")
-    b1: jax.Array = array("b")
-    a2: jax.Array = array("a")
-    b2: jax.Array = array("b")
+    a1: jax.Array = array_field("a")
+    b1: jax.Array = array_field("b")
+    a2: jax.Array = array_field("a")
+    b2: jax.Array = array_field("b")
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     rank: int
     alpha: float
     dropout: float
 
     @property
     def scale(self) -> float:
-        return pair.scale_of(self.rank, self.alpha)
+        return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """All four factors as one term, with an axis of rank for each pair."""
-        del given
-        first = pair.labelled(self, self.a1, self.b1 * self.scale, "rank 1")
-        second = pair.labelled(self, self.a2, self.b2, "rank 2")
+        del context
+        first = low_rank.label_factors(self, self.a1, self.b1 * self.scale, "rank 1")
+        second = low_rank.label_factors(self, self.a2, self.b2, "rank 2")
         return Expression(terms=[[*first, *second]])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.shapes_of(self.shape, self.axes, self.rank, ())
+        return self.compute_shapes(self.shape, self.axes, self.rank, ())
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        one = pair.axes_of(self.axes)
+        one = low_rank.factor_axes(self.axes)
         return {f"{name}{number}": one[name] for number in (1, 2) for name in ("a", "b")}
 
     @staticmethod
-    def shapes_of(
-        shape: tuple[int, ...], axes: Axes, rank: int, window: tuple[int, ...]
+    def compute_shapes(
+        shape: tuple[int, ...], axes: WeightAxes, rank: int, window: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
         """The shapes for a weight of this shape; `window` is for leaves with cores."""
         del window
-        one = pair.shapes_of(groups(shape, axes), rank)
+        one = low_rank.factor_shapes(get_axis_sizes(shape, axes), rank)
         return {f"{name}{number}": one[name] for number in (1, 2) for name in ("a", "b")}
 
 
-@family("loha_tucker")
+@register_family("loha_tucker")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoHaTuckerLeaf(LoHaLeaf):
     """The factors of a convolution: `a1`, `a2` (*batch, *channels, rank), cores (*batch, rank of
     a, rank of b, *window), and `b1`, `b2` (*batch, rank, *outputs).
     """
 
-    core1: jax.Array = array("core")
-    core2: jax.Array = array("core")
+    core1: jax.Array = array_field("core")
+    core2: jax.Array = array_field("core")
     window: tuple[int, ...]
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """Each `a` and its core make one factor over the window and the channels."""
         widened = dataclasses.replace(
             self,
-            a1=self._over_window(self.a1, self.core1),
-            a2=self._over_window(self.a2, self.core2),
+            a1=self._contract_core(self.a1, self.core1),
+            a2=self._contract_core(self.a2, self.core2),
         )
-        return LoHaLeaf.expression(widened, given)
+        return LoHaLeaf.expression(widened, context)
 
-    def _over_window(self, a: jax.Array, core: jax.Array) -> jax.Array:
+    def _contract_core(self, a: jax.Array, core: jax.Array) -> jax.Array:
         batch, inputs, _ = self.axes
         channels = [axis for axis in inputs if axis not in self.window]
         first, second = len(self.shape), len(self.shape) + 1  # The ranks of a and b.
@@ -168,22 +168,22 @@ class LoHaTuckerLeaf(LoHaLeaf):
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.shapes_of(self.shape, self.axes, self.rank, self.window)
+        return self.compute_shapes(self.shape, self.axes, self.rank, self.window)
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
         channels = tuple(axis for axis in self.axes.inputs if axis not in self.window)
-        one = pair.axes_of(self.axes._replace(inputs=channels))
+        one = low_rank.factor_axes(self.axes._replace(inputs=channels))
         core = (*self.axes.batch, None, None, *self.window)
         pairs = {f"{name}{number}": one[name] for number in (1, 2) for name in ("a", "b")}
         return {**pairs, "core1": core, "core2": core}
 
     @staticmethod
-    def shapes_of(
-        shape: tuple[int, ...], axes: Axes, rank: int, window: tuple[int, ...]
+    def compute_shapes(
+        shape: tuple[int, ...], axes: WeightAxes, rank: int, window: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
         """The shapes for a convolution's kernel of this shape."""
         channels = axes._replace(inputs=tuple(n for n in axes.inputs if n not in window))
-        shapes = LoHaLeaf.shapes_of(shape, channels, rank, ())
+        shapes = LoHaLeaf.compute_shapes(shape, channels, rank, ())
         batch = tuple(shape[axis] for axis in axes.batch)
         core = (*batch, rank, rank, *(shape[axis] for axis in window))
         return {**shapes, "core1": core, "core2": core}

@@ -10,20 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks, pair
-from jlora.adapters.inits import within
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.network import Labelled
-from jlora.factored.probe import Axes
+from jlora.initializers import sample_fan_in_uniform
+from jlora.interpreter.factored_array import LabeledArray
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,14 @@ class LoKr(AdapterConfig):
         Yeh et al., LyCORIS, arXiv:2309.14859, section 3, whose splits these are.
     """
 
-    about = About(
+    info = MethodInfo(
         name="LoKr",
         formula="W + (alpha / r) w1 (x) w2, w2 = a2 b2",
-        parameters="d1 * k1 + r * (d2 + k2)",
-        good_for="few numbers and yet full rank",
+        num_params_formula="d1 * k1 + r * (d2 + k2)",
+        recommended_for="few numbers and yet full rank",
         paper="Edalati et al. 2212.10650; Yeh et al. 2309.14859",
     )
-    kinds = frozenset({"linear", "convolution"})
+    supported_kinds = frozenset({"linear", "convolution"})
 
     rank: int
     alpha: float
@@ -70,16 +71,16 @@ class LoKr(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.flag("LoKr.decompose_both", self.decompose_both)
-        checks.flag("LoKr.tucker", self.tucker)
+        _validation.check_bool("LoKr.decompose_both", self.decompose_both)
+        _validation.check_bool("LoKr.tucker", self.tucker)
         if self.factor != -1:
-            checks.count("LoKr.factor", self.factor)
+            _validation.check_positive_int("LoKr.factor", self.factor)
 
-    def leaf(self, key: jax.Array, weight: Weight) -> LoKrLeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoKrLeaf:
         """`w1`, or its first factor, zero; all others uniform."""
-        channels = tuple(weight.shape[axis] for axis in weight.channels)
-        d1 = split(channels, self.factor)
-        k1 = split(weight.groups.outputs, self.factor)
+        channels = tuple(weight.shape[axis] for axis in weight.channel_axes)
+        d1 = nearest_factorization(channels, self.factor)
+        k1 = nearest_factorization(weight.axis_sizes.outputs, self.factor)
         d2, k2 = math.prod(channels) // d1, weight.fan_out // k1
         window = math.prod(weight.shape[axis] for axis in weight.window)
         second = "whole" if self.rank >= max(d2, k2) / 2 else "pair"
@@ -91,9 +92,9 @@ class LoKr(AdapterConfig):
             window=weight.window,
             rank=int(self.rank),
             alpha=float(self.alpha),
-            first=(d1, k1),
-            pair1=self.decompose_both and self.rank < max(d1, k1) / 2,
-            form2=second,
+            w1_shape=(d1, k1),
+            decompose_w1=self.decompose_both and self.rank < max(d1, k1) / 2,
+            w2_form=second,
             dropout=float(self.dropout),
         )
         fan_in = {
@@ -106,10 +107,12 @@ class LoKr(AdapterConfig):
             "core2": self.rank * window,
         }
         arrays = {
-            name: within(jax.random.fold_in(key, number), shape, fan_in[name], self.dtype)
+            name: sample_fan_in_uniform(
+                jax.random.fold_in(key, number), shape, fan_in[name], self.dtype
+            )
             for number, (name, shape) in enumerate(leaf.shapes().items())
         }
-        zero = "b1" if leaf.pair1 else "w1"
+        zero = "b1" if leaf.decompose_w1 else "w1"
         arrays[zero] = jnp.zeros_like(arrays[zero])
         return dataclasses.replace(leaf, **arrays)
 
@@ -132,48 +135,48 @@ def factorization(size: int, factor: int = -1) -> int:
     return min(best, size // best)
 
 
-def split(sizes: Sequence[int], factor: int) -> int:
+def nearest_factorization(sizes: Sequence[int], factor: int) -> int:
     """`factorization` of axes taken together, or the nearest number below that cuts them."""
     wanted = factorization(math.prod(sizes), factor)
     candidates = [n for n in range(wanted, 0, -1) if math.prod(sizes) % n == 0]
-    return next(n for n in candidates if _cut(sizes, n) is not None)
+    return next(n for n in candidates if _split_axes_by_factor(sizes, n) is not None)
 
 
-def _cut(sizes: Sequence[int], first: int) -> list[tuple[int, int]] | None:
-    """Every axis as a slow and a fast part, the slow parts together `first`; None if none fit."""
+def _split_axes_by_factor(sizes: Sequence[int], outer_size: int) -> list[tuple[int, int]] | None:
+    """Every axis as a slow and a fast part, the slow parts together `outer_size`; None if none fit."""
     parts = []
     for length in sizes:
-        slow = math.gcd(first, length)
-        if slow not in (first, length):
+        slow = math.gcd(outer_size, length)
+        if slow not in (outer_size, length):
             return None
         parts.append((slow, length // slow))
-        first //= slow
+        outer_size //= slow
     return parts
 
 
-class _Split(NamedTuple):
+class _AxisSplit(NamedTuple):
     """A group of axes cut in two."""
 
-    slow: list[tuple[Hashable, int]]  # Labels and lengths.
-    fast: list[tuple[Hashable, int]]
+    outer: list[tuple[Hashable, int]]  # Labels and lengths.
+    inner: list[tuple[Hashable, int]]
     splits: dict[int, tuple[int, int]]
 
 
-def _labels(shape: Sequence[int], axes: Sequence[int], first: int) -> _Split:
-    parts = _cut([shape[axis] for axis in axes], first)
+def _split_axis_labels(shape: Sequence[int], axes: Sequence[int], outer_size: int) -> _AxisSplit:
+    parts = _split_axes_by_factor([shape[axis] for axis in axes], outer_size)
     assert parts is not None
-    found = _Split([], [], {})
+    found = _AxisSplit([], [], {})
     for axis, (slow, fast) in zip(axes, parts, strict=True):
         if slow > 1 and fast > 1:
             found.splits[axis] = (slow, fast)
-            found.slow.append(((axis, 0), slow))
-            found.fast.append(((axis, 1), fast))
+            found.outer.append(((axis, 0), slow))
+            found.inner.append(((axis, 1), fast))
         else:
-            (found.slow if slow > 1 else found.fast).append((axis, slow * fast))
+            (found.outer if slow > 1 else found.inner).append((axis, slow * fast))
     return found
 
 
-@family("lokr")
+@register_family("lokr")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKrLeaf(AdapterLeaf):
     """The factors of one weight, each either whole or a product.
@@ -182,84 +185,84 @@ class LoKrLeaf(AdapterLeaf):
         w1: (*batch, d1, k1), or `a1` (*batch, d1, rank) and `b1` (*batch, rank, k1).
         w2: (*batch, *window, d2, k2), or `a2` (*batch, *window, d2, rank) and `b2`
             (*batch, rank, k2), or `a2` without a window and `core2` (*batch, rank, rank, *window).
-        first: `d1` and `k1`.
-        pair1: Whether `w1` is a product.
-        form2: What `w2` is: "whole", a "pair", or a pair with a "core".
+        w1_shape: `d1` and `k1`.
+        decompose_w1: Whether `w1` is a product.
+        w2_form: What `w2` is: "whole", a "pair", or a pair with a "core".
         window: The axes that a convolution slides over.
     """
 
-    w1: Any = array("w1", optional=True)
-    a1: Any = array("w1", optional=True)
-    b1: Any = array("w1", optional=True)
-    w2: Any = array("w2", optional=True)
-    a2: Any = array("w2", optional=True)
-    b2: Any = array("w2", optional=True)
-    core2: Any = array("w2", optional=True)
+    w1: Any = array_field("w1", optional=True)
+    a1: Any = array_field("w1", optional=True)
+    b1: Any = array_field("w1", optional=True)
+    w2: Any = array_field("w2", optional=True)
+    a2: Any = array_field("w2", optional=True)
+    b2: Any = array_field("w2", optional=True)
+    core2: Any = array_field("w2", optional=True)
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     window: tuple[int, ...]
     rank: int
     alpha: float
-    first: tuple[int, int]
-    pair1: bool
-    form2: str
+    w1_shape: tuple[int, int]
+    decompose_w1: bool
+    w2_form: str
     dropout: float
 
     @property
     def scale(self) -> float:
-        return pair.scale_of(self.rank, self.alpha)
+        return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """One operand for every factor, over its own parts of the weight's axes."""
-        del given
+        del context
         batch, inputs, outputs = self.axes
         channels = [axis for axis in inputs if axis not in self.window]
-        rows = _labels(self.shape, channels, self.first[0])
-        columns = _labels(self.shape, outputs, self.first[1])
+        rows = _split_axis_labels(self.shape, channels, self.w1_shape[0])
+        columns = _split_axis_labels(self.shape, outputs, self.w1_shape[1])
         window = [(axis, self.shape[axis]) for axis in self.window]
         stack = [(axis, self.shape[axis]) for axis in batch]
         one, two, other = ("rank 1", self.rank), ("rank 2", self.rank), ("rank 3", self.rank)
 
-        def operand(array: jax.Array, *groups: Sequence[tuple[Hashable, int]]) -> Labelled:
+        def operand(array: jax.Array, *groups: Sequence[tuple[Hashable, int]]) -> LabeledArray:
             axes = [one for group in (stack, *groups) for one in group]
             return array.reshape([length for _, length in axes]), [label for label, _ in axes]
 
-        if self.pair1:
+        if self.decompose_w1:
             first = [
-                operand(self.a1 * self.scale, rows.slow, [one]),
-                operand(self.b1, [one], columns.slow),
+                operand(self.a1 * self.scale, rows.outer, [one]),
+                operand(self.b1, [one], columns.outer),
             ]
         else:
-            first = [operand(self.w1 * self.scale, rows.slow, columns.slow)]
-        if self.form2 == "whole":
-            second = [operand(self.w2, window, rows.fast, columns.fast)]
-        elif self.form2 == "pair":
+            first = [operand(self.w1 * self.scale, rows.outer, columns.outer)]
+        if self.w2_form == "whole":
+            second = [operand(self.w2, window, rows.inner, columns.inner)]
+        elif self.w2_form == "pair":
             second = [
-                operand(self.a2, window, rows.fast, [two]),
-                operand(self.b2, [two], columns.fast),
+                operand(self.a2, window, rows.inner, [two]),
+                operand(self.b2, [two], columns.inner),
             ]
         else:
             second = [
-                operand(self.a2, rows.fast, [two]),
+                operand(self.a2, rows.inner, [two]),
                 operand(self.core2, [two, other], window),
-                operand(self.b2, [other], columns.fast),
+                operand(self.b2, [other], columns.inner),
             ]
         splits: Mapping[int, tuple[int, int]] = {**rows.splits, **columns.splits}
         return Expression(terms=[[*first, *second]], splits=splits)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        stack, inputs, outputs = self.groups
+        stack, inputs, outputs = self.axis_sizes
         window = tuple(self.shape[axis] for axis in self.window)
-        d1, k1 = self.first
+        d1, k1 = self.w1_shape
         d2 = math.prod(inputs) // math.prod(window) // d1
         k2, rank = math.prod(outputs) // k1, self.rank
         shapes = {"a1": (*stack, d1, rank), "b1": (*stack, rank, k1)}
-        if not self.pair1:
+        if not self.decompose_w1:
             shapes = {"w1": (*stack, d1, k1)}
-        if self.form2 == "whole":
+        if self.w2_form == "whole":
             return {**shapes, "w2": (*stack, *window, d2, k2)}
-        core = {"core2": (*stack, rank, rank, *window)} if self.form2 == "core" else {}
-        over = window if self.form2 == "pair" else ()
+        core = {"core2": (*stack, rank, rank, *window)} if self.w2_form == "core" else {}
+        over = window if self.w2_form == "pair" else ()
         return {**shapes, "a2": (*stack, *over, d2, rank), "b2": (*stack, rank, k2), **core}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:

@@ -8,18 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks, inits, pair
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation, initializers
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
-    Weight,
-    array,
-    family,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,9 @@ class LoRA(AdapterConfig):
         alpha: Numerator of the scale put on the update; positive.
         dropout: Probability of dropping an entry of the input of `A` while training. It acts only
             where `apply` is given a `dropout_key`.
-        rank_stabilized: Scale by `alpha / sqrt(rank)` instead, which keeps the update's size as
+        use_rslora: Scale by `alpha / sqrt(rank)` instead, which keeps the update's size as
             the rank grows (rsLoRA).
-        init: One of `jlora.inits`. By default `A` is uniform and `B` zero; embeddings are the other
+        init: One of `jlora.initializers`. By default `A` is uniform and `B` zero; embeddings are the other
             way about, `A` zero and `B` normal, as in the reference.
         dtype: Of `A` and `B`. They are cast to the activation's type at each product.
 
@@ -46,38 +47,38 @@ class LoRA(AdapterConfig):
         Kalajdzievski, rsLoRA, arXiv:2312.03732, section 4.
     """
 
-    about = About(
+    info = MethodInfo(
         name="LoRA, rsLoRA",
         formula="W + (alpha / r) A B; rsLoRA: alpha / sqrt(r)",
-        parameters="r * (d + k)",
-        good_for="the default; everything else is measured against it",
+        num_params_formula="r * (d + k)",
+        recommended_for="the default; everything else is measured against it",
         paper="Hu et al. 2106.09685; Kalajdzievski 2312.03732",
     )
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    rank_stabilized: bool = False
-    init: inits.Initialization = inits.uniform
+    use_rslora: bool = False
+    init: initializers.FactorInit = initializers.kaiming_uniform
     dtype: Any = jnp.float32
 
-    def leaf(self, key: jax.Array, weight: Weight) -> LoRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoRALeaf:
         """Factors as `init` makes them."""
-        checks.warn_of_waste(self, self.rank, weight)
-        scale = pair.scale_of(self.rank, self.alpha, self.rank_stabilized)
+        _validation.warn_excess_rank(self, self.rank, weight)
+        scale = low_rank.lora_scaling(self.rank, self.alpha, self.use_rslora)
         return LoRALeaf(
-            **pair.draw(key, weight, self.init, self.rank, scale, self.dtype),
+            **low_rank.init_factors(key, weight, self.init, self.rank, scale, self.dtype),
             shape=weight.shape,
             axes=weight.axes,
             rank=int(self.rank),
             alpha=float(self.alpha),
-            rank_stabilized=self.rank_stabilized,
+            use_rslora=self.use_rslora,
             dropout=float(self.dropout),
             residual=self.init.residual,
         )
 
 
-@family("lora")
+@register_family("lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRALeaf(AdapterLeaf):
     """The factors of one weight.
@@ -90,27 +91,27 @@ class LoRALeaf(AdapterLeaf):
         residual: Whether it belongs on a base that `jlora.residual_base` or `jlora.loftq` made.
     """
 
-    a: jax.Array = array("a")
-    b: jax.Array = array("b")
+    a: jax.Array = array_field("a")
+    b: jax.Array = array_field("b")
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     rank: int
     alpha: float
-    rank_stabilized: bool = False
+    use_rslora: bool = False
     dropout: float = 0.0
     residual: bool = False
 
     @property
     def scale(self) -> float:
-        return pair.scale_of(self.rank, self.alpha, self.rank_stabilized)
+        return low_rank.lora_scaling(self.rank, self.alpha, self.use_rslora)
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """`W + scale * A B`; the scale is folded into `B`, which is far smaller than a result."""
-        del given
-        return Expression(terms=[pair.labelled(self, self.a, self.b * self.scale)])
+        del context
+        return Expression(terms=[low_rank.label_factors(self, self.a, self.b * self.scale)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return pair.shapes_of(self.groups, self.rank)
+        return low_rank.factor_shapes(self.axis_sizes, self.rank)
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return pair.axes_of(self.axes)
+        return low_rank.factor_axes(self.axes)

@@ -6,9 +6,18 @@ import dataclasses
 
 import jax
 
-from jlora.adapters import inits, pair
+from jlora import initializers
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
+    FROZEN,
+    Expression,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
+)
 from jlora.adapters.lora import LoRA, LoRALeaf
-from jlora.adapters.protocol import FROZEN, About, Expression, Given, Weight, array, family
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,30 +34,30 @@ class LoRAFA(LoRA):
         Zhang et al., LoRA-FA, arXiv:2308.03303, section 3.
     """
 
-    about = About(
+    info = MethodInfo(
         name="LoRA-FA",
         formula="W + (alpha / r) A B, A frozen",
-        parameters="r * k",
-        good_for="memory: the layers' inputs are not kept for the backward pass",
+        num_params_formula="r * k",
+        recommended_for="memory: the layers' inputs are not kept for the backward pass",
         paper="Zhang et al. 2308.03303",
     )
 
-    def leaf(self, key: jax.Array, weight: Weight) -> LoRAFALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoRAFALeaf:
         """Factors as `init` makes them for a linear weight."""
-        if weight.kind == "embedding" and self.init is inits.uniform:
+        if weight.kind == "embedding" and self.init is initializers.kaiming_uniform:
             weight = weight._replace(kind="linear")
-        return LoRAFALeaf(**pair.facts_of(super().leaf(key, weight)))
+        return LoRAFALeaf(**low_rank.leaf_field_values(super().init_leaf(key, weight)))
 
 
-@family("lora_fa")
+@register_family("lora_fa")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFALeaf(LoRALeaf):
     """The factors of one weight, `a` frozen."""
 
-    a: jax.Array = array(FROZEN)
+    a: jax.Array = array_field(FROZEN)
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """As LoRA, but that no gradient reaches `A`: its input is then needed no longer."""
-        del given
+        del context
         a, b = jax.lax.stop_gradient(self.a), self.b * self.scale
-        return Expression(terms=[pair.labelled(self, a, b)])
+        return Expression(terms=[low_rank.label_factors(self, a, b)])

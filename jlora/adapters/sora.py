@@ -7,9 +7,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import pair
+from jlora.adapters import low_rank
+from jlora.adapters.base import (
+    Expression,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_family,
+)
 from jlora.adapters.lora import LoRA, LoRALeaf
-from jlora.adapters.protocol import About, Expression, Given, Weight, array, family
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +24,7 @@ class SoRA(LoRA):
     """`W + (alpha / rank) * A diag(g) B`, the gates `g` driven to zero where they do little.
 
     Train it with `optax.chain(optimizer, jlora.soft_threshold(learning_rate * strength))`: the
-    proximal step for a penalty of `strength` on the absolute gates. `jlora.prune` then leaves out
+    proximal step for a penalty of `strength` on the absolute gates. `jlora.prune_ranks` then leaves out
     the ranks whose gate is zero. Gates start at one.
 
     Attributes:
@@ -28,37 +35,37 @@ class SoRA(LoRA):
         normal; from one every rank starts alike.
     """
 
-    about = About(
+    info = MethodInfo(
         name="SoRA",
         formula="W + (alpha / r) A diag(g) B, g made sparse",
-        parameters="r * (d + k + 1)",
-        good_for="finding each weight's rank without a budget",
+        num_params_formula="r * (d + k + 1)",
+        recommended_for="finding each weight's rank without a budget",
         paper="Ding et al. 2311.11696",
     )
 
-    def leaf(self, key: jax.Array, weight: Weight) -> SoRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> SoRALeaf:
         """Factors as `init` makes them, and open gates."""
-        made = super().leaf(key, weight)
-        facts = pair.facts_of(made)
-        gate = jnp.ones((*weight.groups.batch, self.rank), self.dtype)
+        made = super().init_leaf(key, weight)
+        facts = low_rank.leaf_field_values(made)
+        gate = jnp.ones((*weight.axis_sizes.batch, self.rank), self.dtype)
         return SoRALeaf(**facts, gate=gate)
 
 
-@family("sora")
+@register_family("sora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoRALeaf(LoRALeaf):
     """The factors of one weight, and its gates (*batch, rank)."""
 
-    gate: jax.Array = array("gate")
+    gate: jax.Array = array_field("gate")
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """`W + scale * A diag(g) B`; the gates are folded into `B`."""
-        del given
-        b = pair.gated(self, self.gate * self.scale, self.b)
-        return Expression(terms=[pair.labelled(self, self.a, b)])
+        del context
+        b = low_rank.apply_rank_gates(self, self.gate * self.scale, self.b)
+        return Expression(terms=[low_rank.label_factors(self, self.a, b)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        batch, *_ = self.groups
+        batch, *_ = self.axis_sizes
         return {**super().shapes(), "gate": (*batch, self.rank)}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:

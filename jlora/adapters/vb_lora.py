@@ -10,19 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks
-from jlora.adapters.protocol import (
-    About,
+from jlora import _validation
+from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
+    ExpressionInputs,
+    MethodInfo,
     SharedArrays,
-    Weight,
-    array,
-    family,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class VBLoRA(AdapterConfig):
 
     Attributes:
         rank: Of `A B`.
-        vectors: How many the bank has.
-        length: Of each; it must divide every weight's inputs and outputs.
+        num_vectors: How many the bank has.
+        vector_length: Of each; it must divide every weight's inputs and outputs.
         top_k: How many a piece mixes, by the softmax of their logits.
         dropout: Probability of dropping an entry of the input while training.
         share: The name of the bank. Configs that differ need different names.
@@ -45,18 +45,18 @@ class VBLoRA(AdapterConfig):
         Li et al., VB-LoRA, arXiv:2405.15179, section 3.
     """
 
-    about = About(
+    info = MethodInfo(
         name="VB-LoRA",
         formula="W + A B, their pieces mixtures of top-k vectors of a shared bank",
-        parameters="r * (d + k) // b * h",
-        good_for="tiny files: after training only top-k indices and weights are needed",
+        num_params_formula="r * (d + k) // b * h",
+        recommended_for="tiny files: after training only top-k indices and weights are needed",
         paper="Li et al. 2405.15179",
     )
-    kinds = frozenset({"linear"})
+    supported_kinds = frozenset({"linear"})
 
     rank: int = 4
-    vectors: int = 256
-    length: int = 256
+    num_vectors: int = 256
+    vector_length: int = 256
     top_k: int = 2
     dropout: float = 0.0
     share: str = "vb_lora"
@@ -64,35 +64,37 @@ class VBLoRA(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vectors", "length", "top_k"):
-            checks.count(f"VBLoRA.{name}", getattr(self, name))
-        if self.top_k > self.vectors:
+        for name in ("num_vectors", "vector_length", "top_k"):
+            _validation.check_positive_int(f"VBLoRA.{name}", getattr(self, name))
+        if self.top_k > self.num_vectors:
             raise ValueError(
-                f"VBLoRA.top_k={self.top_k} exceeds vectors={self.vectors}. Use at most that."
+                f"VBLoRA.top_k={self.top_k} exceeds vectors={self.num_vectors}. Use at most that."
             )
 
-    def refusal(self, weight: Weight) -> str | None:
-        """As for any family, and where `length` does not divide."""
-        reason = super().refusal(weight)
-        if reason is None and (weight.fan_in % self.length or weight.fan_out % self.length):
+    def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
+        """As for any family, and where `vector_length` does not divide."""
+        reason = super().unsupported_reason(weight)
+        if reason is None and (
+            weight.fan_in % self.vector_length or weight.fan_out % self.vector_length
+        ):
             return (
-                f"VBLoRA.length={self.length} does not divide its {weight.fan_in} inputs and "
+                f"VBLoRA.length={self.vector_length} does not divide its {weight.fan_in} inputs and "
                 f"{weight.fan_out} outputs (their common divisors are those of "
                 f"{math.gcd(weight.fan_in, weight.fan_out)})"
             )
         return reason
 
-    def leaf(self, key: jax.Array, weight: Weight) -> VBLoRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> VBLoRALeaf:
         """Logits normal with a deviation of 0.1."""
-        checks.warn_of_waste(self, self.rank, weight)
+        _validation.warn_excess_rank(self, self.rank, weight)
         leaf = VBLoRALeaf(
             logits_a=None,  # type: ignore[arg-type]
             logits_b=None,  # type: ignore[arg-type]
             shape=weight.shape,
             axes=weight.axes,
             rank=int(self.rank),
-            vectors=int(self.vectors),
-            length=int(self.length),
+            num_vectors=int(self.num_vectors),
+            vector_length=int(self.vector_length),
             top_k=int(self.top_k),
             dropout=float(self.dropout),
             share=self.share,
@@ -104,60 +106,62 @@ class VBLoRA(AdapterConfig):
         }
         return dataclasses.replace(leaf, **arrays)
 
-    def shared(self, key: jax.Array, weights: Sequence[Weight]) -> VBLoRABank:
+    def init_shared(self, key: jax.Array, weights: Sequence[AdaptableWeight]) -> VBLoRABank:
         """The bank, uniform in +-0.02."""
         del weights
-        shape = (self.vectors, self.length)
+        shape = (self.num_vectors, self.vector_length)
         bank = jax.random.uniform(key, shape, self.dtype, -0.02, 0.02)
-        return VBLoRABank(bank=bank, vectors=int(self.vectors), length=int(self.length))
+        return VBLoRABank(
+            bank=bank, num_vectors=int(self.num_vectors), vector_length=int(self.vector_length)
+        )
 
 
-@family("vb_lora_bank")
+@register_family("vb_lora_bank")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VBLoRABank(SharedArrays):
     """The vectors, (vectors, length)."""
 
-    bank: jax.Array = array("bank")
-    vectors: int
-    length: int
+    bank: jax.Array = array_field("bank")
+    num_vectors: int
+    vector_length: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"bank": (self.vectors, self.length)}
+        return {"bank": (self.num_vectors, self.vector_length)}
 
 
-@family("vb_lora")
+@register_family("vb_lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VBLoRALeaf(AdapterLeaf):
     """The logits of one weight: `logits_a` (*batch, rank, fan_in / length, vectors) and `logits_b`
     (*batch, rank, fan_out / length, vectors).
     """
 
-    logits_a: jax.Array = array("logits")
-    logits_b: jax.Array = array("logits")
+    logits_a: jax.Array = array_field("logits")
+    logits_b: jax.Array = array_field("logits")
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     rank: int
-    vectors: int
-    length: int
+    num_vectors: int
+    vector_length: int
     top_k: int
     dropout: float
     share: str
 
-    def misfit(self, shared: Any) -> str | None:
+    def shared_mismatch(self, shared: Any) -> str | None:
         if not isinstance(shared, VBLoRABank):
             return f"it is a {type(shared).__name__}"
-        if (shared.vectors, shared.length) != (self.vectors, self.length):
+        if (shared.num_vectors, shared.vector_length) != (self.num_vectors, self.vector_length):
             return (
-                f"its bank is ({shared.vectors}, {shared.length}), the part's "
-                f"({self.vectors}, {self.length})"
+                f"its bank is ({shared.num_vectors}, {shared.vector_length}), the part's "
+                f"({self.num_vectors}, {self.vector_length})"
             )
         return None
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """The factors, put together."""
         batch, inputs, outputs = self.axes
-        sizes = self.groups
-        bank = given.shared.bank
+        sizes = self.axis_sizes
+        bank = context.shared.bank
 
         def mixed(logits: jax.Array, group: tuple[int, ...]) -> jax.Array:
             best, which = jax.lax.top_k(logits, self.top_k)
@@ -170,9 +174,9 @@ class VBLoRALeaf(AdapterLeaf):
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        batch, inputs, outputs = self.groups
+        batch, inputs, outputs = self.axis_sizes
         return {
-            name: (*batch, self.rank, math.prod(group) // self.length, self.vectors)
+            name: (*batch, self.rank, math.prod(group) // self.vector_length, self.num_vectors)
             for name, group in (("logits_a", inputs), ("logits_b", outputs))
         }
 

@@ -10,20 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks
-from jlora.adapters.protocol import (
+from jlora import _validation
+from jlora.adapters.base import (
     FROZEN,
-    About,
     AdapterConfig,
     AdapterLeaf,
     Expression,
-    Given,
+    ExpressionInputs,
+    MethodInfo,
     SharedArrays,
-    Weight,
-    array,
-    family,
+    array_field,
+    register_family,
 )
-from jlora.factored.probe import Axes
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class VeRA(AdapterConfig):
         Kopiczko et al., VeRA, arXiv:2310.11454, section 3.1; shared over shapes as PEFT does.
     """
 
-    about = About(
+    info = MethodInfo(
         name="VeRA",
         formula="W + A diag(d) B diag(b), A and B random and shared",
-        parameters="r + k",
-        good_for="the fewest numbers per adapter: many adapters, little storage",
+        num_params_formula="r + k",
+        recommended_for="the fewest numbers per adapter: many adapters, little storage",
         paper="Kopiczko et al. 2310.11454",
     )
-    kinds = frozenset({"linear"})
+    supported_kinds = frozenset({"linear"})
 
     rank: int
     d_initial: float = 0.1
@@ -62,16 +62,16 @@ class VeRA(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not checks.is_number(self.d_initial) or not 0 < self.d_initial < math.inf:
+        if not _validation.is_real_number(self.d_initial) or not 0 < self.d_initial < math.inf:
             raise ValueError(
                 f"VeRA.d_initial={self.d_initial!r} lets nothing through. Use a positive finite "
                 f"number, such as 0.1."
             )
 
-    def leaf(self, key: jax.Array, weight: Weight) -> VeRALeaf:
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> VeRALeaf:
         """`d` at its initial value, `b` at zero."""
         del key
-        batch, _, outputs = weight.groups
+        batch, _, outputs = weight.axis_sizes
         return VeRALeaf(
             d=jnp.full((*batch, self.rank), self.d_initial, self.dtype),
             b=jnp.zeros((*batch, *outputs), self.dtype),
@@ -82,7 +82,7 @@ class VeRA(AdapterConfig):
             share=self.share,
         )
 
-    def shared(self, key: jax.Array, weights: Sequence[Weight]) -> VeRAShared:
+    def init_shared(self, key: jax.Array, weights: Sequence[AdaptableWeight]) -> VeRAProjections:
         """A random pair for the largest of the weights, uniform as Kaiming's for ReLU."""
         fan_in = max(weight.fan_in for weight in weights)
         fan_out = max(weight.fan_out for weight in weights)
@@ -90,16 +90,16 @@ class VeRA(AdapterConfig):
         of_a, of_b = math.sqrt(6 / fan_in), math.sqrt(6 / self.rank)
         a = jax.random.uniform(key_a, (fan_in, self.rank), self.dtype, -of_a, of_a)
         b = jax.random.uniform(key_b, (self.rank, fan_out), self.dtype, -of_b, of_b)
-        return VeRAShared(a=a, b=b, rank=int(self.rank), fan_in=fan_in, fan_out=fan_out)
+        return VeRAProjections(a=a, b=b, rank=int(self.rank), fan_in=fan_in, fan_out=fan_out)
 
 
-@family("vera_shared")
+@register_family("vera_shared")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRAShared(SharedArrays):
+class VeRAProjections(SharedArrays):
     """The random pair: `a` (fan_in, rank) and `b` (rank, fan_out)."""
 
-    a: jax.Array = array(FROZEN)
-    b: jax.Array = array(FROZEN)
+    a: jax.Array = array_field(FROZEN)
+    b: jax.Array = array_field(FROZEN)
     rank: int
     fan_in: int
     fan_out: int
@@ -108,22 +108,22 @@ class VeRAShared(SharedArrays):
         return {"a": (self.fan_in, self.rank), "b": (self.rank, self.fan_out)}
 
 
-@family("vera")
+@register_family("vera")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeRALeaf(AdapterLeaf):
     """The vectors of one weight: `d` (*batch, rank) and `b` (*batch, *outputs)."""
 
-    d: jax.Array = array("d")
-    b: jax.Array = array("b")
+    d: jax.Array = array_field("d")
+    b: jax.Array = array_field("b")
     shape: tuple[int, ...]
-    axes: Axes
+    axes: WeightAxes
     rank: int
     dropout: float
     share: str
 
-    def misfit(self, shared: Any) -> str | None:
-        fan_in, fan_out = math.prod(self.groups.inputs), math.prod(self.groups.outputs)
-        if not isinstance(shared, VeRAShared):
+    def shared_mismatch(self, shared: Any) -> str | None:
+        fan_in, fan_out = math.prod(self.axis_sizes.inputs), math.prod(self.axis_sizes.outputs)
+        if not isinstance(shared, VeRAProjections):
             return f"it is a {type(shared).__name__}"
         if shared.rank != self.rank or shared.fan_in < fan_in or shared.fan_out < fan_out:
             return (
@@ -132,13 +132,13 @@ class VeRALeaf(AdapterLeaf):
             )
         return None
 
-    def expression(self, given: Given) -> Expression:
+    def expression(self, context: ExpressionInputs) -> Expression:
         """`b` is folded into `B`: its gradient then needs the rank of `x A`, and no result."""
         batch, inputs, outputs = self.axes
-        sizes = self.groups
+        sizes = self.axis_sizes
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
-        a = jax.lax.stop_gradient(given.shared.a)[:fan_in].reshape(*sizes.inputs, self.rank)
-        b = jax.lax.stop_gradient(given.shared.b)[:, :fan_out].reshape(self.rank, *sizes.outputs)
+        a = jax.lax.stop_gradient(context.shared.a)[:fan_in].reshape(*sizes.inputs, self.rank)
+        b = jax.lax.stop_gradient(context.shared.b)[:, :fan_out].reshape(self.rank, *sizes.outputs)
         beside_rank = self.b.reshape(*sizes.batch, 1, *sizes.outputs)
         return Expression(
             terms=[
@@ -151,7 +151,7 @@ class VeRALeaf(AdapterLeaf):
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        batch, _, outputs = self.groups
+        batch, _, outputs = self.axis_sizes
         return {"d": (*batch, self.rank), "b": (*batch, *outputs)}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:

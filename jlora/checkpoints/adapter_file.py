@@ -16,23 +16,30 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from jlora import tree
-from jlora.adapters.protocol import (
+from jlora import _tree
+from jlora._sharding import fetch_global
+from jlora.adapters.base import (
     FAMILIES,
     AdapterLeaf,
-    array_fields,
     check_adapter,
-    places,
+    get_array_fields,
+    weight_indices,
 )
-from jlora.checkpoints.hosts import whole
-from jlora.checkpoints.lineage import Lineage, arrays_of, described, hash_of
-from jlora.checkpoints.tensors import file_bytes
-from jlora.factored.probe import Axes
-from jlora.quantization.leaf import Quantized, requantized
+from jlora.checkpoints.lineage import (
+    Lineage,
+    adapter_arrays,
+    compute_content_hash,
+    describe_adapter,
+)
+from jlora.checkpoints.safetensors_io import serialize_safetensors
+from jlora.interpreter.usage import WeightAxes
+from jlora.quantization.qarray import QArray, quantize_like
 
 PyTree = Any
-FORMAT = 1  # Raised when a reader of the old number would misread a file of the new.
-_SAMPLES = 64  # Entries of a weight that its fingerprint reads.
+
+FORMAT_VERSION = 1  # Raised when a reader of the old number would misread a file of the new.
+
+_FINGERPRINT_SAMPLES = 64  # Entries of a weight that its fingerprint reads.
 
 
 def save_adapter(
@@ -57,7 +64,7 @@ def save_adapter(
         TypeError: When `adapter` is not an adapter, or `lineage` no lineage.
         ValueError: When it does not fit `params`, or holds an array that is not finite.
     """
-    weights = _weights(params, adapter)
+    weights = _adapted_weights(params, adapter)
     write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights}, lineage)
 
 
@@ -83,18 +90,18 @@ def write_adapter(
     lineage = Lineage() if lineage is None else lineage
     if not isinstance(lineage, Lineage):
         raise TypeError(f"lineage={lineage!r} is no Lineage, of jlora.checkpoints.lineage.")
-    tensors = arrays_of(adapter)
+    tensors = adapter_arrays(adapter)
     for name, value in tensors.items():
-        _check_finite(name, value)
+        _check_adapter_tensor_finite(name, value)
     metadata = {
         "format": "jlora",
-        "version": str(FORMAT),
-        "adapter": json.dumps(described(adapter), sort_keys=True),
+        "version": str(FORMAT_VERSION),
+        "adapter": json.dumps(describe_adapter(adapter), sort_keys=True),
         "base": json.dumps(dict(fingerprints), sort_keys=True),
-        "content": hash_of(described(adapter), tensors),
-        "lineage": lineage.as_json(),
+        "content": compute_content_hash(describe_adapter(adapter), tensors),
+        "lineage": lineage.to_json(),
     }
-    _write_atomically(pathlib.Path(path), file_bytes(tensors, metadata))
+    _replace_file_atomically(pathlib.Path(path), serialize_safetensors(tensors, metadata))
 
 
 def load_adapter(
@@ -112,11 +119,11 @@ def load_adapter(
         ValueError: When it is no such file, damaged, of a newer format, or of another base.
     """
     path = pathlib.Path(path)
-    metadata, tensors = _read(path)
-    description = _json(path, metadata, "adapter")
-    content = hash_of(description, tensors)
+    metadata, tensors = _read_adapter_file(path)
+    description = _read_json_metadata(path, metadata, "adapter")
+    content = compute_content_hash(description, tensors)
     leaves = {
-        weight_path: _leaf(path, weight_path, facts, tensors)
+        weight_path: _build_leaf_from_description(path, weight_path, facts, tensors)
         for weight_path, facts in description.items()
     }
     if tensors:
@@ -124,18 +131,18 @@ def load_adapter(
             f"{path} holds tensors that its description does not name: {sorted(tensors)[:3]}. It "
             f"was changed after jlora wrote it; save the adapter again."
         )
-    weights = _weights(params, leaves)
+    weights = _adapted_weights(params, leaves)
     if metadata.get("content", content) != content:  # Files of an older jlora have none.
         raise ValueError(
             f"{path} holds other numbers or facts than jlora wrote to it. Copy it again; if it was "
             f"changed on purpose, save the adapter anew."
         )
     if not allow_other_base:
-        _check_base(path, _json(path, metadata, "base"), weights, leaves)
+        _check_base_fingerprints(path, _read_json_metadata(path, metadata, "base"), weights, leaves)
     return leaves
 
 
-def weight_paths(path: str | os.PathLike[str]) -> list[str]:
+def adapted_weight_paths(path: str | os.PathLike[str]) -> list[str]:
     """The paths of the weights that an adapter file is for.
 
     Raises:
@@ -143,8 +150,8 @@ def weight_paths(path: str | os.PathLike[str]) -> list[str]:
         ValueError: When it is no such file, damaged, or of a newer format.
     """
     path = pathlib.Path(path)
-    metadata, _ = _read(path)
-    return sorted(_json(path, metadata, "base"))
+    metadata, _ = _read_adapter_file(path)
+    return sorted(_read_json_metadata(path, metadata, "base"))
 
 
 def read_lineage(path: str | os.PathLike[str]) -> Lineage:
@@ -155,11 +162,11 @@ def read_lineage(path: str | os.PathLike[str]) -> Lineage:
         ValueError: When it is no such file, damaged, or of a newer format.
     """
     path = pathlib.Path(path)
-    metadata, _ = _read(path)
-    return lineage_of(path, metadata)
+    metadata, _ = _read_adapter_file(path)
+    return lineage_from_metadata(path, metadata)
 
 
-def lineage_of(path: pathlib.Path, metadata: Mapping[str, str]) -> Lineage:
+def lineage_from_metadata(path: pathlib.Path, metadata: Mapping[str, str]) -> Lineage:
     """The lineage in a file's metadata.
 
     Raises:
@@ -173,7 +180,7 @@ def lineage_of(path: pathlib.Path, metadata: Mapping[str, str]) -> Lineage:
         raise ValueError(f"{path}: {error}. Copy the file again.") from error
 
 
-def schemes_of(path: str | os.PathLike[str]) -> list[str]:
+def read_quantization_schemes(path: str | os.PathLike[str]) -> list[str]:
     """The schemes of the quantised weights that an adapter was trained on; none of arrays.
 
     Raises:
@@ -181,8 +188,11 @@ def schemes_of(path: str | os.PathLike[str]) -> list[str]:
         ValueError: When it is no such file, damaged, or of a newer format.
     """
     path = pathlib.Path(path)
-    metadata, _ = _read(path)
-    texts = (str(held).rpartition(" ")[0] for held in _json(path, metadata, "base").values())
+    metadata, _ = _read_adapter_file(path)
+    texts = (
+        str(held).rpartition(" ")[0]
+        for held in _read_json_metadata(path, metadata, "base").values()
+    )
     found = {json.loads(text).get("scheme") for text in texts if text}
     return sorted(map(str, found))
 
@@ -193,35 +203,41 @@ def fingerprint(weight: Any) -> str:
     Entries are rounded to bfloat16 first, so the same checkpoint loaded in float32 and in bfloat16
     has one fingerprint. That of a quantised weight says how it was quantised, and is of its codes.
     """
-    if not isinstance(weight, Quantized):
-        return _hash([_sample(weight).astype(ml_dtypes.bfloat16)], weight.shape)
-    samples = [_sample(array) for array in jax.tree.leaves(weight)]
-    return f"{json.dumps(weight.description, sort_keys=True)} {_hash(samples, weight.shape)}"
+    if not isinstance(weight, QArray):
+        return _hash_arrays(
+            [_sample_weight_entries(weight).astype(ml_dtypes.bfloat16)], weight.shape
+        )
+    samples = [_sample_weight_entries(array) for array in jax.tree.leaves(weight)]
+    return f"{json.dumps(weight.spec, sort_keys=True)} {_hash_arrays(samples, weight.shape)}"
 
 
-def _sample(array: Any) -> np.ndarray:
+def _sample_weight_entries(array: Any) -> np.ndarray:
     if not array.ndim:
-        return whole(array.reshape(1))
-    chosen = np.arange(array.size) if array.size <= _SAMPLES else _spread(array.size)
-    return whole(array[np.unravel_index(chosen, array.shape)])
+        return fetch_global(array.reshape(1))
+    chosen = (
+        np.arange(array.size)
+        if array.size <= _FINGERPRINT_SAMPLES
+        else _draw_sample_indices(array.size)
+    )
+    return fetch_global(array[np.unravel_index(chosen, array.shape)])
 
 
-def _hash(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
+def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
     content = repr(tuple(shape)).encode() + b"".join(array.tobytes() for array in arrays)
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _spread(size: int) -> np.ndarray:
+def _draw_sample_indices(size: int) -> np.ndarray:
     """Places drawn once and for all for a size: the same in every release and process."""
     state, places = size, []
-    for _ in range(_SAMPLES):
+    for _ in range(_FINGERPRINT_SAMPLES):
         # Knuth's MMIX generator; Python's integers keep it exact.
         state = (6364136223846793005 * state + 1442695040888963407) % 2**64
         places.append((state >> 11) % size)
     return np.array(sorted(places))
 
 
-def _check_finite(name: str, value: np.ndarray) -> None:
+def _check_adapter_tensor_finite(name: str, value: np.ndarray) -> None:
     if not np.isfinite(value.astype(np.float32)).all():
         raise ValueError(
             f"{name!r} holds NaN or infinity, so every output would. Go back to a checkpoint from "
@@ -229,13 +245,13 @@ def _check_finite(name: str, value: np.ndarray) -> None:
         )
 
 
-def _weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, Any]:
+def _adapted_weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """The adapted weights by path, after checking that the adapter fits them."""
-    flat = tree.flatten(params)
-    return {path: flat.leaves[place] for path, place in places(flat, adapter).items()}
+    flat = _tree.flatten_with_paths(params)
+    return {path: flat.leaves[place] for path, place in weight_indices(flat, adapter).items()}
 
 
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+def _replace_file_atomically(path: pathlib.Path, content: bytes) -> None:
     # A reader sees the old file or the new one, also after a crash in the middle.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
@@ -250,7 +266,7 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
         raise
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def _read_adapter_file(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file. Give the file that save_adapter wrote.")
     try:
@@ -267,15 +283,17 @@ def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             f"{metadata.get('format', 'unnamed')!r})."
         )
     version = metadata.get("version", "")
-    if not version.isdigit() or int(version) > FORMAT:
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise ValueError(
-            f"{path} was made by format {version!r}, this jlora reads up to {FORMAT}. Use a newer "
+            f"{path} was made by format {version!r}, this jlora reads up to {FORMAT_VERSION}. Use a newer "
             f"jlora."
         )
     return metadata, tensors
 
 
-def _json(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+def _read_json_metadata(
+    path: pathlib.Path, metadata: Mapping[str, str], key: str
+) -> dict[str, Any]:
     try:
         value = json.loads(metadata[key])
     except (KeyError, ValueError, RecursionError) as error:
@@ -285,10 +303,12 @@ def _json(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> dict[str
     return value
 
 
-def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, np.ndarray]) -> Any:
+def _build_leaf_from_description(
+    path: pathlib.Path, weight_path: str, description: Any, tensors: dict[str, np.ndarray]
+) -> Any:
     """One adapter from its description; the tensors it takes are removed from `tensors`."""
-    facts = dict(facts) if isinstance(facts, dict) else {}
-    name = facts.pop("family", None)
+    description = dict(description) if isinstance(description, dict) else {}
+    name = description.pop("family", None)
     if name not in FAMILIES:
         raise ValueError(
             f"{path} adapts {weight_path!r} by the family {name!r}, which this jlora does not have "
@@ -296,7 +316,7 @@ def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, n
         )
     cls = FAMILIES[name]
     arrays = {}
-    for field in array_fields(cls):
+    for field in get_array_fields(cls):
         key = f"{weight_path}/{field.name}"
         if key not in tensors and field.default is None:
             continue
@@ -305,20 +325,22 @@ def _leaf(path: pathlib.Path, weight_path: str, facts: Any, tensors: dict[str, n
         value = tensors.pop(key)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{path} holds {key!r} as {value.dtype}, not as floats.")
-        _check_finite(key, value)
+        _check_adapter_tensor_finite(key, value)
         arrays[field.name] = jnp.asarray(value)
     try:
-        facts = {key: tuple(f) if isinstance(f, list) else f for key, f in facts.items()}
+        description = {
+            key: tuple(f) if isinstance(f, list) else f for key, f in description.items()
+        }
         if issubclass(cls, AdapterLeaf):
-            facts["axes"] = Axes(*(tuple(group) for group in facts["axes"]))
-        leaf = cls(**arrays, **facts)
-        leaf.check()
+            description["axes"] = WeightAxes(*(tuple(group) for group in description["axes"]))
+        leaf = cls(**arrays, **description)
+        leaf.validate()
         return leaf
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} describes {weight_path!r} wrongly: {error}.") from error
 
 
-def _check_base(
+def _check_base_fingerprints(
     path: pathlib.Path,
     expected: Mapping[str, Any],
     weights: Mapping[str, Any],
@@ -330,17 +352,21 @@ def _check_base(
             f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
-    other = [name for name in expected if not _is_base(weights[name], expected[name])]
-    bound = [name for name in expected if _is_bound(leaves[name], weights[name], expected[name])]
+    other = [name for name in expected if not _matches_fingerprint(weights[name], expected[name])]
+    bound = [
+        name
+        for name in expected
+        if _requires_quantized_base(leaves[name], weights[name], expected[name])
+    ]
     if bound:
         raise ValueError(
             f"{path} belongs on {bound[0]!r} ({len(bound)} of {len(expected)} adapted weights) as "
             f"it was quantised with this adapter and on nothing else: its factors started as a "
             f"part of the weight. Load it with the parameters that jlora.loftq (or jlora.quantize "
             f"of jlora.residual_base) made. For the weights as they were, save what "
-            f"jlora.on_original_base makes of it."
+            f"jlora.rebase_to_original makes of it."
         )
-    if other and isinstance(weights[other[0]], Quantized):
+    if other and isinstance(weights[other[0]], QArray):
         raise ValueError(
             f"{path} was not trained on {other[0]!r} ({len(other)} of {len(expected)} adapted "
             f"weights) as it is quantised in params: {weights[other[0]]}. If the weights were "
@@ -355,25 +381,29 @@ def _check_base(
         )
 
 
-def _description(expected: Any) -> str:
+def _quantization_description(expected_fingerprint: Any) -> str:
     """How the weight of a fingerprint was quantised, as JSON; empty where it was not."""
-    return str(expected).rpartition(" ")[0]
+    return str(expected_fingerprint).rpartition(" ")[0]
 
 
-def _is_bound(leaf: Any, weight: Any, expected: Any) -> bool:
+def _requires_quantized_base(leaf: Any, weight: Any, expected_fingerprint: Any) -> bool:
     """Whether a leaf belongs on a quantised weight that this is not: one that was made with it, so
     that it cannot be told from the weight as it was before.
     """
     residual = getattr(leaf, "residual", False)
-    return residual and bool(_description(expected)) and fingerprint(weight) != expected
+    return (
+        residual
+        and bool(_quantization_description(expected_fingerprint))
+        and fingerprint(weight) != expected_fingerprint
+    )
 
 
-def _is_base(weight: Any, expected: Any) -> bool:
+def _matches_fingerprint(weight: Any, expected_fingerprint: Any) -> bool:
     """Whether a fingerprint is that of a weight, or of what the weight is once it is quantised."""
-    if fingerprint(weight) == expected:
+    if fingerprint(weight) == expected_fingerprint:
         return True
-    description = _description(expected)
-    if isinstance(weight, Quantized) or not description:
+    description = _quantization_description(expected_fingerprint)
+    if isinstance(weight, QArray) or not description:
         return False
-    quantised = requantized(weight, json.loads(description))
-    return quantised is not None and fingerprint(quantised) == expected
+    quantised = quantize_like(weight, json.loads(description))
+    return quantised is not None and fingerprint(quantised) == expected_fingerprint

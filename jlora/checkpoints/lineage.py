@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.adapters import checks
-from jlora.adapters.protocol import array_fields, check_adapter, static_facts
+from jlora import _validation
+from jlora.adapters.base import check_adapter, get_array_fields, static_field_values
 
 
 @dataclasses.dataclass(frozen=True)
-class Parent:
+class ParentAdapter:
     """An adapter that another was made of.
 
     Attributes:
@@ -35,9 +35,9 @@ class Parent:
     weight: float
 
     def __post_init__(self) -> None:
-        checks.text("Parent.name", self.name)
-        check_hash("Parent.content", self.content)
-        if not checks.is_number(self.weight) or not math.isfinite(self.weight):
+        _validation.check_nonempty_string("Parent.name", self.name)
+        check_content_hash("Parent.content", self.content)
+        if not _validation.is_real_number(self.weight) or not math.isfinite(self.weight):
             raise ValueError(f"Parent.weight={self.weight!r} is no finite number.")
 
 
@@ -55,13 +55,13 @@ class Lineage:
         ValueError: For a recipe that JSON cannot hold.
     """
 
-    parents: tuple[Parent, ...] = ()
+    parents: tuple[ParentAdapter, ...] = ()
     method: str = ""
     recipe: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.parents, tuple) or not all(
-            isinstance(parent, Parent) for parent in self.parents
+            isinstance(parent, ParentAdapter) for parent in self.parents
         ):
             raise TypeError(f"Lineage.parents={self.parents!r} is no tuple of Parent.")
         if not isinstance(self.method, str):
@@ -76,7 +76,7 @@ class Lineage:
                 f'recipe.model_dump(mode="json") makes.'
             ) from error
 
-    def as_json(self) -> str:
+    def to_json(self) -> str:
         """The lineage as a text that `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
@@ -89,7 +89,7 @@ class Lineage:
         """
         try:
             held = dict(json.loads(text))
-            parents = tuple(Parent(**parent) for parent in held.pop("parents", ()))
+            parents = tuple(ParentAdapter(**parent) for parent in held.pop("parents", ()))
             return cls(parents=parents, **held)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"the lineage is damaged: {error}") from error
@@ -107,25 +107,27 @@ def content_hash(adapter: Mapping[str, Any]) -> str:
         TypeError: When it is no adapter.
     """
     check_adapter(adapter)
-    return hash_of(described(adapter), arrays_of(adapter))
+    return compute_content_hash(describe_adapter(adapter), adapter_arrays(adapter))
 
 
-def arrays_of(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def adapter_arrays(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of an adapter, by the path of the weight and their own name."""
     return {
         f"{path}/{field.name}": np.asarray(jax.device_get(getattr(node, field.name)), order="C")
         for path, node in adapter.items()
-        for field in array_fields(node)
+        for field in get_array_fields(node)
         if getattr(node, field.name) is not None
     }
 
 
-def described(adapter: Mapping[str, Any]) -> dict[str, Any]:
+def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, Any]:
     """The family and the facts of every part of an adapter, by path, as JSON can hold them."""
-    return {path: {"family": node.family, **static_facts(node)} for path, node in adapter.items()}
+    return {
+        path: {"family": node.family, **static_field_values(node)} for path, node in adapter.items()
+    }
 
 
-def hash_of(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+def compute_content_hash(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     """The content hash, of a description and the arrays by name."""
     content = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(arrays):
@@ -135,7 +137,7 @@ def hash_of(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     return content.hexdigest()
 
 
-def check_hash(name: str, value: Any) -> None:
+def check_content_hash(name: str, value: Any) -> None:
     """Refuses what is no content hash.
 
     Raises:

@@ -1,3 +1,9 @@
 """The command line: training, merging, what files hold, checkpoints in other formats, text."""
 
-from jlora.cli.running import main as main
+from __future__ import annotations
+
+from jlora.cli.main import main
+
+__all__ = [
+    "main",
+]

@@ -11,24 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_TILE = 1024  # Rows and columns of the result that are made at a time, at most.
-_STEP = 512  # Of the sum.
+_MAX_OUT_TILE = 1024  # Rows and columns of the result that are made at a time, at most.
+
+_MAX_CONTRACTION_TILE = 512  # Of the sum.
 
 
-def fits(rows: int, contracted: int, columns: int, rank: int, dtype: Any) -> bool:
-    """Whether a product of these sizes is one that `product` makes."""
-    whole = not (rows % 256 or columns % 256 or contracted % 256)
-    some = min(rows, contracted, columns, rank) > 0
+def fits_tpu_tiles(m: int, k: int, n: int, rank: int, dtype: Any) -> bool:
+    """Whether a product of these sizes is one that `tpu_matmul_add` makes."""
+    whole = not (m % 256 or n % 256 or k % 256)
+    some = min(m, k, n, rank) > 0
     return dtype == jnp.bfloat16 and whole and some and rank <= 128
 
 
-def product(
+def tpu_matmul_add(
     x: jax.Array,
     w: jax.Array,
     t: jax.Array,
     b: jax.Array,
     *,
-    turned: bool,
+    transpose_rhs: bool,
     interpret: bool = False,
 ) -> jax.Array:
     """`x W + t b` (m, n) of what `jlora.kernels.hopper.product` takes, in the same types.
@@ -39,8 +40,12 @@ def product(
     import jax.experimental.pallas.tpu as tpu
 
     (m, k), n, rank = x.shape, b.shape[1], t.shape[1]
-    high, wide, deep = _tile(m, _TILE), _tile(n, _TILE), _tile(k, _STEP)
-    w_block = (wide, deep) if turned else (deep, wide)
+    high, wide, deep = (
+        _largest_tile(m, _MAX_OUT_TILE),
+        _largest_tile(n, _MAX_OUT_TILE),
+        _largest_tile(k, _MAX_CONTRACTION_TILE),
+    )
+    w_block = (wide, deep) if transpose_rhs else (deep, wide)
 
     def kernel(x: Any, w: Any, t: Any, b: Any, out: Any, total: Any) -> None:
         step = pl.program_id(2)
@@ -49,7 +54,7 @@ def product(
         def _start() -> None:
             total[...] = jnp.dot(t[...], b[...], preferred_element_type=jnp.float32)
 
-        dimensions = ((1,), (1 if turned else 0,)), ((), ())
+        dimensions = ((1,), (1 if transpose_rhs else 0,)), ((), ())
         total[...] += jax.lax.dot_general(
             x[...], w[...], dimensions, preferred_element_type=jnp.float32
         )
@@ -64,7 +69,7 @@ def product(
         grid=(m // high, n // wide, k // deep),
         in_specs=[
             pl.BlockSpec((high, deep), lambda i, j, s: (i, s)),
-            pl.BlockSpec(w_block, lambda i, j, s: (j, s) if turned else (s, j)),
+            pl.BlockSpec(w_block, lambda i, j, s: (j, s) if transpose_rhs else (s, j)),
             pl.BlockSpec((high, rank), lambda i, j, s: (i, 0)),
             pl.BlockSpec((rank, wide), lambda i, j, s: (0, j)),
         ],
@@ -78,9 +83,9 @@ def product(
     return call(x, w, t, b)
 
 
-def _tile(length: int, most: int) -> int:
-    """The largest part of a length, no larger than `most`, that divides it."""
+def _largest_tile(length: int, max_size: int) -> int:
+    """The largest part of a length, no larger than `max_size`, that divides it."""
     for size in (1024, 512, 256):
-        if size <= most and length % size == 0:
+        if size <= max_size and length % size == 0:
             return size
     raise ValueError(f"A length of {length} is no multiple of 256, as this kernel's tiles are.")

@@ -14,12 +14,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters import checks
-
-# --- pruning -------------------------------------------------------------------------------------
+from jlora import _validation
 
 
-def keep_largest(delta: jax.Array, density: float) -> jax.Array:
+def magnitude_based_pruning(delta: jax.Array, density: float) -> jax.Array:
     """The change with only its largest entries: `density` of them, at least one."""
     count = max(1, int(density * delta.size))
     _, places = jax.lax.top_k(jnp.abs(delta).ravel(), count)
@@ -27,13 +25,13 @@ def keep_largest(delta: jax.Array, density: float) -> jax.Array:
     return jnp.where(kept.reshape(delta.shape), delta, 0)
 
 
-def drop_at_random(delta: jax.Array, density: float, key: jax.Array) -> jax.Array:
+def random_pruning(delta: jax.Array, density: float, key: jax.Array) -> jax.Array:
     """The change with each entry kept with probability `density`, and then divided by it."""
     kept = jax.random.bernoulli(key, density, delta.shape)
     return jnp.where(kept, delta / density, 0)
 
 
-def drop_by_rank(delta: jax.Array, density: float, epsilon: float, key: jax.Array) -> jax.Array:
+def magprune(delta: jax.Array, density: float, epsilon: float, key: jax.Array) -> jax.Array:
     """The change with each entry kept with a probability of its own, and then divided by it.
 
     Among the inputs of an output the probability grows evenly from `density - epsilon` for the
@@ -48,15 +46,12 @@ def drop_by_rank(delta: jax.Array, density: float, epsilon: float, key: jax.Arra
     return jnp.where(kept, delta / chance, 0)
 
 
-# --- consensus -----------------------------------------------------------------------------------
-
-
-def total(weighted: jax.Array) -> jax.Array:
+def sum_deltas(weighted: jax.Array) -> jax.Array:
     """The sum of the changes."""
     return weighted.sum(0)
 
 
-def agreed_mean(weighted: jax.Array) -> jax.Array:
+def disjoint_merge(weighted: jax.Array) -> jax.Array:
     """For every entry the mean of those changes that have the sign of the sum.
 
     A sum of zero counts as positive. A change of zero has no sign and counts nowhere. Where one is
@@ -69,16 +64,13 @@ def agreed_mean(weighted: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(summed), summed, mean)
 
 
-# --- methods -------------------------------------------------------------------------------------
-
-
-class Method(abc.ABC):
+class MergeMethod(abc.ABC):
     """A way to combine changes: what is dropped of each, and how what is left is put together.
 
     Subclasses are frozen dataclasses.
     """
 
-    random: ClassVar[bool] = False  # Whether it draws, and so needs a key.
+    is_random: ClassVar[bool] = False  # Whether it draws, and so needs a key.
 
     def prune(self, delta: jax.Array, key: jax.Array | None) -> jax.Array:
         """One adapter's change of one matrix, (fan_in, fan_out), without what is dropped."""
@@ -89,7 +81,7 @@ class Method(abc.ABC):
     def consensus(self, weighted: jax.Array) -> jax.Array:
         """One change, (fan_in, fan_out), of the weighted ones, (adapters, fan_in, fan_out)."""
 
-    def joined(
+    def combine(
         self, deltas: jax.Array, weights: jax.Array, keys: jax.Array | None = None
     ) -> jax.Array:
         """The combined change of one matrix, (fan_in, fan_out).
@@ -104,7 +96,7 @@ class Method(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(Method):
+class Linear(MergeMethod):
     """`sum_i w_i delta_i`: exact, with nothing dropped.
 
     Addition, negation and analogies of task arithmetic are weights of 1 and -1.
@@ -115,11 +107,11 @@ class Linear(Method):
 
     def consensus(self, weighted: jax.Array) -> jax.Array:
         """The sum."""
-        return total(weighted)
+        return sum_deltas(weighted)
 
 
 @dataclasses.dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(MergeMethod):
     """`sum_i w_i trim(delta_i)`: of each change only its largest entries.
 
     Attributes:
@@ -136,16 +128,16 @@ class Magnitude(Method):
     density: float
 
     def __post_init__(self) -> None:
-        _check_density(self)
+        _check_merge_density(self)
 
     def prune(self, delta: jax.Array, key: jax.Array | None) -> jax.Array:
         """Its largest entries."""
         del key
-        return keep_largest(delta, self.density)
+        return magnitude_based_pruning(delta, self.density)
 
     def consensus(self, weighted: jax.Array) -> jax.Array:
         """The sum."""
-        return total(weighted)
+        return sum_deltas(weighted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +158,11 @@ class TIES(Magnitude):
 
     def consensus(self, weighted: jax.Array) -> jax.Array:
         """The mean of those with the elected sign."""
-        return agreed_mean(weighted)
+        return disjoint_merge(weighted)
 
 
 @dataclasses.dataclass(frozen=True)
-class DARE(Method):
+class DARE(MergeMethod):
     """Drop entries at random and rescale the others, so that the expected change is the whole one.
 
     Attributes:
@@ -187,24 +179,24 @@ class DARE(Method):
 
     density: float
     elect_signs: bool = False
-    random = True
+    is_random = True
 
     def __post_init__(self) -> None:
-        _check_density(self)
-        checks.flag("DARE.elect_signs", self.elect_signs)
+        _check_merge_density(self)
+        _validation.check_bool("DARE.elect_signs", self.elect_signs)
 
     def prune(self, delta: jax.Array, key: jax.Array | None) -> jax.Array:
         """What is drawn of it, rescaled."""
         assert key is not None
-        return drop_at_random(delta, self.density, key)
+        return random_pruning(delta, self.density, key)
 
     def consensus(self, weighted: jax.Array) -> jax.Array:
         """The sum, or the mean of those with the elected sign."""
-        return (agreed_mean if self.elect_signs else total)(weighted)
+        return (disjoint_merge if self.elect_signs else sum_deltas)(weighted)
 
 
 @dataclasses.dataclass(frozen=True)
-class DELLA(Method):
+class DELLA(MergeMethod):
     """Drop entries at random, small ones more often, rescale the others, and elect signs.
 
     The probabilities are those of the authors' code: even steps in the rank of an entry's magnitude
@@ -227,12 +219,12 @@ class DELLA(Method):
     density: float
     epsilon: float
     elect_signs: bool = True
-    random = True
+    is_random = True
 
     def __post_init__(self) -> None:
-        _check_density(self)
-        checks.flag("DELLA.elect_signs", self.elect_signs)
-        checks.deviation("DELLA.epsilon", self.epsilon)
+        _check_merge_density(self)
+        _validation.check_bool("DELLA.elect_signs", self.elect_signs)
+        _validation.check_std("DELLA.epsilon", self.epsilon)
         if self.density - self.epsilon <= 0 or self.density + self.epsilon > 1:
             raise ValueError(
                 f"DELLA.epsilon={self.epsilon} around density={self.density} gives probabilities "
@@ -243,16 +235,20 @@ class DELLA(Method):
     def prune(self, delta: jax.Array, key: jax.Array | None) -> jax.Array:
         """What is drawn of it, rescaled."""
         assert key is not None
-        return drop_by_rank(delta, self.density, self.epsilon, key)
+        return magprune(delta, self.density, self.epsilon, key)
 
     def consensus(self, weighted: jax.Array) -> jax.Array:
         """The mean of those with the elected sign, or the sum."""
-        return (agreed_mean if self.elect_signs else total)(weighted)
+        return (disjoint_merge if self.elect_signs else sum_deltas)(weighted)
 
 
-def _check_density(method: Magnitude | DARE | DELLA) -> None:
+def _check_merge_density(method: Magnitude | DARE | DELLA) -> None:
     density = method.density
-    if not checks.is_number(density) or not math.isfinite(density) or not 0 < density <= 1:
+    if (
+        not _validation.is_real_number(density)
+        or not math.isfinite(density)
+        or not 0 < density <= 1
+    ):
         raise ValueError(
             f"{type(method).__name__}.density={density!r} is no share of entries to keep. Use a "
             f"number above 0 and up to 1, such as 0.2."

@@ -1,21 +1,40 @@
 """Flax models that read and write Hugging Face checkpoints."""
 
-from jlora.models.decoder import Cache as Cache
-from jlora.models.decoder import Decoder as Decoder
-from jlora.models.decoder import DecoderConfig as DecoderConfig
-from jlora.models.decoder import empty_cache as empty_cache
-from jlora.models.encoder import Encoder as Encoder
-from jlora.models.encoder import EncoderConfig as EncoderConfig
-from jlora.models.encoder import mean_pool as mean_pool
-from jlora.models.folders import Loaded as Loaded
-from jlora.models.folders import load as load
-from jlora.models.folders import model_of as model_of
-from jlora.models.folders import save as save
-from jlora.models.folders import shapes as shapes
-from jlora.models.folders import stop_tokens as stop_tokens
-from jlora.models.folders import stored_weights as stored_weights
-from jlora.models.generate import Generated as Generated
-from jlora.models.generate import Sampling as Sampling
-from jlora.models.generate import generate as generate
-from jlora.models.vit import ViT as ViT
-from jlora.models.vit import ViTConfig as ViTConfig
+from __future__ import annotations
+
+from jlora.models.decoder import Decoder, KVCache, init_cache
+from jlora.models.decoder_config import DecoderConfig
+from jlora.models.encoder import Encoder, EncoderConfig, mean_pool
+from jlora.models.generate import GenerateOutput, SamplingParams, generate
+from jlora.models.hf.load import (
+    LoadedModel,
+    abstract_params,
+    checkpoint_mapping,
+    eos_token_ids,
+    load,
+    model_from_config,
+)
+from jlora.models.hf.save import save
+from jlora.models.vit import ViT, ViTConfig
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "GenerateOutput",
+    "KVCache",
+    "LoadedModel",
+    "SamplingParams",
+    "ViT",
+    "ViTConfig",
+    "abstract_params",
+    "checkpoint_mapping",
+    "eos_token_ids",
+    "generate",
+    "init_cache",
+    "load",
+    "mean_pool",
+    "model_from_config",
+    "save",
+]

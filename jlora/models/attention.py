@@ -12,8 +12,9 @@ from flax.core.spmd import get_logical_axis_rules
 from flax.linen import spmd
 from jax.sharding import PartitionSpec
 
-Implementation = Literal["xla", "cudnn", "splash"]
-_BLOCK = 128  # Lengths that the splash kernel takes are multiples of it.
+AttentionImplementation = Literal["xla", "cudnn", "splash"]
+
+_SPLASH_BLOCK_SIZE = 128  # Lengths that the splash kernel takes are multiples of it.
 
 
 def attend(
@@ -23,12 +24,12 @@ def attend(
     *,
     scale: float,
     query_slots: jax.Array | None = None,
-    query_segments: jax.Array | None = None,
-    key_segments: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
-    implementation: Implementation | None = None,
+    implementation: AttentionImplementation | None = None,
 ) -> jax.Array:
     """What every query gathers, (batch, queries, heads, dim).
 
@@ -43,9 +44,9 @@ def attend(
         scale: What scores are multiplied with.
         query_slots: (batch or 1, queries), where among the keys each query stands; its own number
             when left out, which needs as many keys as queries.
-        query_segments: (batch, queries), which text each token belongs to; 0 for padding. All are
+        query_segment_ids: (batch, queries), which text each token belongs to; 0 for padding. All are
             one text when left out.
-        key_segments: (batch, keys), those of the keys when they are not the queries' own.
+        key_segment_ids: (batch, keys), those of the keys when they are not the queries' own.
         causal: Whether later keys are hidden.
         window: How many keys back a query sees, itself included.
         softcap: Scores are squashed into plus and minus this by a tanh.
@@ -63,22 +64,24 @@ def attend(
             f"{query.shape[1]} queries and {key.shape[1]} keys need query_slots: which key each "
             f"query stands at."
         )
-    if key_segments is not None and query_segments is None:
+    if key_segment_ids is not None and query_segment_ids is None:
         raise ValueError("key_segments without query_segments say nothing. Give both, or neither.")
     if implementation is None:
-        implementation = _best(query, own=own, segmented=query_segments is not None, cap=softcap)
+        implementation = _select_attention_kernel(
+            query, is_full_sequence=own, has_segments=query_segment_ids is not None, softcap=softcap
+        )
     if implementation == "splash":
         if not own or not causal:
             raise ValueError(
                 "implementation='splash' is causal attention of a whole text to itself. Use 'xla' "
                 "with a cache or without causality."
             )
-        return _splash(query, key, value, query_segments, scale, window, softcap)
+        return _splash_attention(query, key, value, query_segment_ids, scale, window, softcap)
     if implementation == "cudnn" and softcap is not None:
         raise ValueError(
             f"implementation='cudnn' has no softcap={softcap}. Use 'xla', or leave it to jlora."
         )
-    plain = own and query_segments is None
+    plain = own and query_segment_ids is None
     if softcap is None and plain:
         return jax.nn.dot_product_attention(
             query,
@@ -90,43 +93,47 @@ def attend(
             implementation=implementation,
         )
     slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
-    seen = _seen(slots, key.shape[1], causal, window)
-    if query_segments is not None:
-        keys = query_segments if key_segments is None else key_segments
-        seen &= (query_segments[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
+    seen = _make_causal_mask(slots, key.shape[1], causal, window)
+    if query_segment_ids is not None:
+        keys = query_segment_ids if key_segment_ids is None else key_segment_ids
+        seen &= (query_segment_ids[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
     if softcap is None:
         return jax.nn.dot_product_attention(
             query, key, value, scale=scale, mask=seen[:, None], implementation=implementation
         )
-    return _capped(query, key, value, seen, scale, softcap)
+    return _softcapped_attention(query, key, value, seen, scale, softcap)
 
 
-def _seen(slots: jax.Array, keys: int, causal: bool, window: int | None) -> jax.Array:
+def _make_causal_mask(
+    query_slots: jax.Array, num_keys: int, causal: bool, window: int | None
+) -> jax.Array:
     """Which keys a query may see from its slot, (batch or 1, queries, keys)."""
-    distance = slots[:, :, None] - jnp.arange(keys)
+    distance = query_slots[:, :, None] - jnp.arange(num_keys)
     seen = distance >= 0 if causal else jnp.ones_like(distance, bool)
     return seen if window is None else seen & (abs(distance) < window)
 
 
-def _best(query: jax.Array, *, own: bool, segmented: bool, cap: float | None) -> Implementation:
+def _select_attention_kernel(
+    query: jax.Array, *, is_full_sequence: bool, has_segments: bool, softcap: float | None
+) -> AttentionImplementation:
     """The fastest implementation for the devices that JAX computes on, or compiles for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     _, length, _, dim = query.shape
-    if platform == "tpu" and own and length % _BLOCK == 0:
+    if platform == "tpu" and is_full_sequence and length % _SPLASH_BLOCK_SIZE == 0:
         return "splash"
     halved = query.dtype in (jnp.bfloat16, jnp.float16)
-    fits = own and not segmented and dim % 8 == 0 and dim <= 128
-    if platform == "gpu" and halved and fits and cap is None:
+    fits = is_full_sequence and not has_segments and dim % 8 == 0 and dim <= 128
+    if platform == "gpu" and halved and fits and softcap is None:
         return "cudnn"
     return "xla"
 
 
-def _capped(
+def _softcapped_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    seen: jax.Array,
+    mask: jax.Array,
     scale: float,
     softcap: float,
 ) -> jax.Array:
@@ -136,16 +143,16 @@ def _capped(
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
     scores = softcap * jnp.tanh(scores * scale / softcap)
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 
-def _splash(
+def _splash_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    segment_ids: jax.Array | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -157,41 +164,43 @@ def _splash(
     The compiler cannot split a kernel. Where the models' names of axes are bound to a mesh, each
     device runs it on its part; heads are whole where they cannot be shared out.
     """
-    if query.shape[1] % _BLOCK:
+    if query.shape[1] % _SPLASH_BLOCK_SIZE:
         raise ValueError(
-            f"implementation='splash' takes lengths that are multiples of {_BLOCK}, not "
+            f"implementation='splash' takes lengths that are multiples of {_SPLASH_BLOCK_SIZE}, not "
             f"{query.shape[1]}. Pad the texts, or use 'xla'."
         )
     kernel = functools.partial(
-        _splash_kernel, scale=scale, window=window, softcap=softcap, interpret=interpret
+        _run_splash_kernel, scale=scale, window=window, softcap=softcap, interpret=interpret
     )
     mesh = jax.sharding.get_abstract_mesh()
     bound = spmd.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
     if mesh.empty or bound is None or not get_logical_axis_rules():
-        return kernel(query, key, value, segments)
-    texts = _shared_out(mesh, bound[0], query.shape[0])
-    heads = _shared_out(mesh, bound[2], query.shape[2], key.shape[2])
+        return kernel(query, key, value, segment_ids)
+    texts = _mesh_axes_if_divisible(mesh, bound[0], query.shape[0])
+    heads = _mesh_axes_if_divisible(mesh, bound[2], query.shape[2], key.shape[2])
     split = PartitionSpec(texts, None, heads, None)
     return jax.shard_map(
         kernel,
-        in_specs=(split, split, split, None if segments is None else PartitionSpec(texts)),
+        in_specs=(split, split, split, None if segment_ids is None else PartitionSpec(texts)),
         out_specs=split,
         check_vma=False,  # What a kernel returns does not say over which axes it varies.
-    )(query, key, value, segments)
+    )(query, key, value, segment_ids)
 
 
-def _shared_out(mesh: Any, names: Any, *lengths: int) -> Any:
+def _mesh_axes_if_divisible(mesh: Any, axis_names: Any, *dim_sizes: int) -> Any:
     """The mesh's axes, if they divide axes of these lengths; else None."""
-    listed = () if names is None else (names,) if isinstance(names, str) else names
+    listed = (
+        () if axis_names is None else (axis_names,) if isinstance(axis_names, str) else axis_names
+    )
     parts = math.prod(mesh.shape[name] for name in listed)
-    return None if any(length % parts for length in lengths) else names
+    return None if any(length % parts for length in dim_sizes) else axis_names
 
 
-def _splash_kernel(
+def _run_splash_kernel(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    segment_ids: jax.Array | None,
     *,
     scale: float,
     window: int | None,
@@ -220,9 +229,9 @@ def _splash_kernel(
     widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded - dim)))
     query, key, value = (jnp.swapaxes(widen(x), 1, 2) for x in (query * scale, key, value))
     result: Any
-    if segments is None:
+    if segment_ids is None:
         result = jax.vmap(attention)(query, key, value)
     else:
-        ids = kernel.SegmentIds(segments, segments)
+        ids = kernel.SegmentIds(segment_ids, segment_ids)
         result = jax.vmap(attention)(query, key, value, segment_ids=ids)
     return jnp.swapaxes(result, 1, 2)[..., :dim].astype(value.dtype)

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 
-from jlora.models.parts import (
+from jlora.models.layers import (
     ACTIVATIONS,
     feed_forward,
     layer_norm,
-    named_axes,
-    rows_of,
+    mark_invalid_ids,
+    partitioned_init,
     self_attention,
 )
 
@@ -40,20 +40,20 @@ class EncoderConfig:
         intermediate_size: Width inside the feed-forward.
         num_layers: How many blocks.
         num_heads: Of attention.
-        positions: How many the table has.
-        types: How many token types there are; 0 for none.
-        pad_token: The token that takes no position (RoBERTa): others count from the number after
+        max_position_embeddings: How many the table has.
+        type_vocab_size: How many token types there are; 0 for none.
+        pad_token_id: The token that takes no position (RoBERTa): others count from the number after
             its own. Where it is None, each token counts, from 0.
         activation: Inside the feed-forward, one of `ACTIVATIONS`.
         norm_eps: Added to the variance.
         dropout: After the embeddings and each feed-forward.
         attention_dropout: Of the attention weights.
         output_dropout: Of what attention returns.
-        pooler: The activation after a dense layer on the first token; there is none when None.
+        pooler_activation: The activation after a dense layer on the first token; there is none when None.
         pooler_dropout: Before that layer.
-        labels: How many the head chooses between; there is no head when None.
-        per_token: Whether each token is labelled, rather than the text by what the pooler returns.
-        head_dropout: Before the head.
+        num_labels: How many the head chooses between; there is no head when None.
+        is_token_classifier: Whether each token is labelled, rather than the text by what the pooler returns.
+        classifier_dropout: Before the head.
     """
 
     model_type: str
@@ -62,24 +62,26 @@ class EncoderConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
-    positions: int
-    types: int = 2
-    pad_token: int | None = None
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    pad_token_id: int | None = None
     activation: str = "gelu"
     norm_eps: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
     output_dropout: float = 0.1
-    pooler: str | None = None
+    pooler_activation: str | None = None
     pooler_dropout: float = 0.0
-    labels: int | None = None
-    per_token: bool = False
-    head_dropout: float = 0.0
+    num_labels: int | None = None
+    is_token_classifier: bool = False
+    classifier_dropout: float = 0.0
 
     @property
-    def max_length(self) -> int:
+    def max_seq_length(self) -> int:
         """How many tokens a text may have."""
-        return self.positions - (0 if self.pad_token is None else self.pad_token + 1)
+        return self.max_position_embeddings - (
+            0 if self.pad_token_id is None else self.pad_token_id + 1
+        )
 
 
 class Embeddings(nn.Module):
@@ -93,24 +95,28 @@ class Embeddings(nn.Module):
         self, input_ids: jax.Array, token_type_ids: jax.Array | None, deterministic: bool
     ) -> jax.Array:
         c = self.config
-        hidden = self._table(c.vocab_size, "word", "vocab")(rows_of(input_ids, c.vocab_size))
-        hidden += self._table(c.positions, "position", "positions")(self._positions(input_ids))
-        if c.types:
+        hidden = self._make_embed(c.vocab_size, "word", "vocab")(
+            mark_invalid_ids(input_ids, c.vocab_size)
+        )
+        hidden += self._make_embed(c.max_position_embeddings, "position", "positions")(
+            self._position_ids(input_ids)
+        )
+        if c.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            hidden += self._table(c.types, "type", "types")(types)
-            if c.types == 1:  # Flax looks nothing up in a table of one row.
+            hidden += self._make_embed(c.type_vocab_size, "type", "types")(types)
+            if c.type_vocab_size == 1:  # Flax looks nothing up in a table of one row.
                 hidden = jnp.where(types[..., None] == 0, hidden, jnp.nan)
         hidden = layer_norm(c.norm_eps, self.dtype, "norm")(hidden)
         return nn.Dropout(c.dropout)(hidden, deterministic)
 
-    def _table(self, rows: int, name: str, axis: str) -> nn.Embed:
-        init = named_axes(axis, "embed", init=nn.initializers.normal(0.02))
+    def _make_embed(self, num_embeddings: int, name: str, logical_axis: str) -> nn.Embed:
+        init = partitioned_init(logical_axis, "embed", init=nn.initializers.normal(0.02))
         width = self.config.hidden_size
-        return nn.Embed(rows, width, dtype=self.dtype, embedding_init=init, name=name)
+        return nn.Embed(num_embeddings, width, dtype=self.dtype, embedding_init=init, name=name)
 
-    def _positions(self, input_ids: jax.Array) -> jax.Array:
+    def _position_ids(self, input_ids: jax.Array) -> jax.Array:
         """The rows of the table that the tokens take: (length,), or (batch, length)."""
-        pad = self.config.pad_token
+        pad = self.config.pad_token_id
         if pad is None:
             return jnp.arange(input_ids.shape[1])
         real = (input_ids != pad).astype(jnp.int32)
@@ -129,8 +135,8 @@ class Attention(nn.Module):
         out = self_attention(
             hidden,
             mask,
-            heads=c.num_heads,
-            bias=True,
+            num_heads=c.num_heads,
+            use_bias=True,
             dropout=c.attention_dropout,
             deterministic=deterministic,
             dtype=self.dtype,
@@ -149,7 +155,7 @@ class Mlp(nn.Module):
     def __call__(self, hidden: jax.Array, deterministic: bool) -> jax.Array:
         c = self.config
         out = feed_forward(
-            hidden, size=c.intermediate_size, activation=c.activation, dtype=self.dtype
+            hidden, intermediate_size=c.intermediate_size, activation=c.activation, dtype=self.dtype
         )
         out = nn.Dropout(c.dropout)(out, deterministic)
         return layer_norm(c.norm_eps, self.dtype, "norm")(hidden + out)
@@ -185,14 +191,14 @@ class Encoder(nn.Module):
         c = self.config
         self.embeddings = Embeddings(c, self.dtype)
         self.layer = [Block(c, self.dtype) for _ in range(c.num_layers)]
-        if c.pooler is not None:
-            init = named_axes("embed", "pooled")
+        if c.pooler_activation is not None:
+            init = partitioned_init("embed", "pooled")
             self.pooler = nn.Dense(c.hidden_size, dtype=self.dtype, kernel_init=init)
-        if c.labels is not None:
-            init = named_axes("embed", "labels")
-            self.classifier = nn.Dense(c.labels, dtype=self.dtype, kernel_init=init)
-        self.before_pooler = nn.Dropout(c.pooler_dropout)
-        self.before_head = nn.Dropout(c.head_dropout)
+        if c.num_labels is not None:
+            init = partitioned_init("embed", "labels")
+            self.classifier = nn.Dense(c.num_labels, dtype=self.dtype, kernel_init=init)
+        self.pooler_dropout = nn.Dropout(c.pooler_dropout)
+        self.classifier_dropout = nn.Dropout(c.classifier_dropout)
 
     def __call__(
         self,
@@ -214,15 +220,17 @@ class Encoder(nn.Module):
             deterministic: False turns dropout on and needs `rngs={"dropout": key}`.
         """
         c = self.config
-        hidden = self.hidden(input_ids, attention_mask, token_type_ids, deterministic)
-        if c.labels is None:
-            if c.pooler is not None and self.is_initializing():
-                self._pooled(hidden, deterministic)  # It has weights, though they do nothing here.
+        hidden = self.hidden_states(input_ids, attention_mask, token_type_ids, deterministic)
+        if c.num_labels is None:
+            if c.pooler_activation is not None and self.is_initializing():
+                self._apply_pooler(
+                    hidden, deterministic
+                )  # It has weights, though they do nothing here.
             return hidden
-        features = hidden if c.per_token else self._pooled(hidden, deterministic)
-        return self.classifier(self.before_head(features, deterministic))
+        features = hidden if c.is_token_classifier else self._apply_pooler(hidden, deterministic)
+        return self.classifier(self.classifier_dropout(features, deterministic))
 
-    def hidden(
+    def hidden_states(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array,
@@ -230,14 +238,14 @@ class Encoder(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Hidden states (batch, length, width), whatever the head; arguments as in a call."""
-        self._check(input_ids, attention_mask, token_type_ids)
+        self._check_inputs(input_ids, attention_mask, token_type_ids)
         mask = attention_mask.astype(bool)[:, None, None, :]  # (batch, heads, query, key)
         hidden = self.embeddings(input_ids, token_type_ids, deterministic)
         for layer in self.layer:
             hidden = layer(hidden, mask, deterministic)
         return hidden
 
-    def pooled(
+    def pooler_output(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array,
@@ -249,20 +257,20 @@ class Encoder(nn.Module):
         Raises:
             ValueError: There is no pooler.
         """
-        if self.config.pooler is None:
+        if self.config.pooler_activation is None:
             raise ValueError(
                 "This encoder has no pooler: its checkpoint came without one. Use `mean_pool` on "
                 "the hidden states, or a checkpoint that has one."
             )
-        hidden = self.hidden(input_ids, attention_mask, token_type_ids, deterministic)
-        return self._pooled(hidden, deterministic)
+        hidden = self.hidden_states(input_ids, attention_mask, token_type_ids, deterministic)
+        return self._apply_pooler(hidden, deterministic)
 
-    def _pooled(self, hidden: jax.Array, deterministic: bool) -> jax.Array:
-        assert self.config.pooler is not None
-        first = self.before_pooler(hidden[:, 0], deterministic)
-        return ACTIVATIONS[self.config.pooler](self.pooler(first))
+    def _apply_pooler(self, hidden: jax.Array, deterministic: bool) -> jax.Array:
+        assert self.config.pooler_activation is not None
+        first = self.pooler_dropout(hidden[:, 0], deterministic)
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
 
-    def _check(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> None:
+    def _check_inputs(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> None:
         """Refuses inputs that are not of one shape, or that the tables have no rows for."""
         c, shape = self.config, input_ids.shape
         if len(shape) != 2:
@@ -275,7 +283,7 @@ class Encoder(nn.Module):
                 f"attention_mask has shape {attention_mask.shape}, input_ids {shape}. Give one "
                 f"mask entry per token."
             )
-        if token_type_ids is not None and not c.types:
+        if token_type_ids is not None and not c.type_vocab_size:
             raise ValueError(
                 "token_type_ids is given, and this encoder has no token types. Leave it out."
             )
@@ -285,20 +293,20 @@ class Encoder(nn.Module):
                 f"type per token."
             )
         # JAX would clamp a position past the table and go on with the last one.
-        if shape[1] > c.max_length:
+        if shape[1] > c.max_seq_length:
             raise ValueError(
-                f"input_ids of length {shape[1]} run past the {c.max_length} tokens that this "
+                f"input_ids of length {shape[1]} run past the {c.max_seq_length} tokens that this "
                 f"encoder has positions for. Truncate the texts when tokenising."
             )
 
 
-def mean_pool(hidden: jax.Array, mask: jax.typing.ArrayLike) -> jax.Array:
+def mean_pool(hidden_states: jax.Array, attention_mask: jax.typing.ArrayLike) -> jax.Array:
     """The mean hidden state of each text's tokens, (batch, width); zeros where all is padding.
 
     Args:
-        hidden: (batch, length, width).
-        mask: (batch, length), 1 or True for tokens, 0 or False for padding.
+        hidden_states: (batch, length, width).
+        attention_mask: (batch, length), 1 or True for tokens, 0 or False for padding.
     """
-    weight = jnp.asarray(mask, jnp.float32)  # A narrower type does not count past 256.
-    total = jnp.einsum("blw,bl->bw", hidden, weight)
+    weight = jnp.asarray(attention_mask, jnp.float32)  # A narrower type does not count past 256.
+    total = jnp.einsum("blw,bl->bw", hidden_states, weight)
     return total / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)

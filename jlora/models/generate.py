@@ -11,29 +11,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.models.decoder import Cache, Decoder, empty_cache
-from jlora.packed import is_packed
+from jlora._quantized_array import is_quantized
+from jlora.models.decoder import Decoder, KVCache, init_cache
 
-Apply = Callable[..., Any]
+ModelApplyFn = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
         temperature: What logits are divided by; 0 takes the likeliest token, without a draw.
         top_k: How many of the likeliest tokens are drawn from; all when None.
         top_p: The least share of probability that is drawn from, the likeliest tokens first.
-        stop_tokens: Those that end a text. They are part of it.
-        pad_token: What follows the end.
+        eos_token_ids: Those that end a text. They are part of it.
+        pad_token_id: What follows the end.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    stop_tokens: tuple[int, ...] = ()
-    pad_token: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -50,7 +50,7 @@ class Sampling:
             raise ValueError(f"Sampling.top_p={self.top_p} is no share. Give one above 0, up to 1.")
 
 
-class Generated(NamedTuple):
+class GenerateOutput(NamedTuple):
     """What followed the prompts.
 
     Attributes:
@@ -62,12 +62,12 @@ class Generated(NamedTuple):
     lengths: jax.Array
 
 
-class _State(NamedTuple):
+class _DecodeState(NamedTuple):
     """What a step of the loop replaces."""
 
     step: jax.Array
-    cache: Cache
-    last: jax.Array  # (batch,)
+    cache: KVCache
+    last_tokens: jax.Array  # (batch,)
     positions: jax.Array  # (batch,), of `last`
     done: jax.Array  # (batch,)
     tokens: jax.Array
@@ -78,14 +78,14 @@ def generate(
     model: Decoder,
     params: Any,
     input_ids: jax.typing.ArrayLike,
-    mask: jax.typing.ArrayLike | None = None,
+    attention_mask: jax.typing.ArrayLike | None = None,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: SamplingParams = SamplingParams(),
     key: jax.Array | None = None,
-    apply: Apply | None = None,
+    apply: ModelApplyFn | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
-) -> Generated:
+) -> GenerateOutput:
     """What the model writes after every prompt.
 
     It is compiled once for each shape of prompts, number of tokens and way of sampling.
@@ -94,7 +94,7 @@ def generate(
         model: The decoder.
         params: What `apply` takes first.
         input_ids: (batch, length) prompts.
-        mask: (batch, length), 0 for padding, on the left or on the right of every text.
+        attention_mask: (batch, length), 0 for padding, on the left or on the right of every text.
         max_new_tokens: How many tokens are written at most.
         sampling: How they are chosen.
         key: Of the draws; needed at a temperature above 0.
@@ -110,7 +110,7 @@ def generate(
     ids = jnp.asarray(input_ids, jnp.int32)
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"input_ids of shape {ids.shape} are no prompts. Give (batch, length).")
-    seen = jnp.ones_like(ids) if mask is None else jnp.asarray(mask, jnp.int32)
+    seen = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
     if seen.shape != ids.shape:
         raise ValueError(
             f"mask has shape {seen.shape}, input_ids {ids.shape}. Give one entry per token."
@@ -121,10 +121,10 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} asks for nothing. Give 1 or more.")
     longest = ids.shape[1] + max_new_tokens
-    if longest > model.config.max_length:
+    if longest > model.config.max_seq_length:
         raise ValueError(
             f"Prompts of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} run past the "
-            f"{model.config.max_length} that the model was made for. Shorten one of them."
+            f"{model.config.max_seq_length} that the model was made for. Shorten one of them."
         )
     if sampling.temperature and key is None:
         raise ValueError(
@@ -132,88 +132,92 @@ def generate(
             f"`jax.random.key(0)` say."
         )
     if cache_dtype is None:
-        weights = jax.tree.leaves(params, is_leaf=is_packed)
+        weights = jax.tree.leaves(params, is_leaf=is_quantized)
         leaves = [leaf.dtype for leaf in weights if leaf.ndim > 1]
         cache_dtype = model.dtype or max(leaves, key=leaves.count)
     key = jax.random.key(0) if key is None else key
     same: Any = model  # A frozen dataclass, which hashes by its fields.
-    own = _own(same) if apply is None else apply
-    made = _compiled(same, own, max_new_tokens, sampling, jnp.dtype(cache_dtype))
+    own = _cached_model_apply(same) if apply is None else apply
+    made = _compile_generate(same, own, max_new_tokens, sampling, jnp.dtype(cache_dtype))
     return made(params, ids, seen, key)
 
 
 @functools.cache
-def _own(model: Decoder) -> Apply:
+def _cached_model_apply(model: Decoder) -> ModelApplyFn:
     """`model.apply`, the same object for equal models."""
     return model.apply
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(
-    model: Decoder, apply: Apply, max_new_tokens: int, sampling: Sampling, dtype: Any
-) -> Callable[..., Generated]:
-    return jax.jit(functools.partial(_generate, model, apply, max_new_tokens, sampling, dtype))
+def _compile_generate(
+    model: Decoder, apply: ModelApplyFn, max_new_tokens: int, sampling: SamplingParams, dtype: Any
+) -> Callable[..., GenerateOutput]:
+    return jax.jit(
+        functools.partial(_generate_tokens, model, apply, max_new_tokens, sampling, dtype)
+    )
 
 
-def _generate(
+def _generate_tokens(
     model: Decoder,
-    apply: Apply,
+    apply: ModelApplyFn,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     dtype: Any,
     params: Any,
-    ids: jax.Array,
-    mask: jax.Array,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
     key: jax.Array,
-) -> Generated:
-    batch, length = ids.shape
-    mask = (mask != 0).astype(jnp.int32)
+) -> GenerateOutput:
+    batch, length = input_ids.shape
+    attention_mask = (attention_mask != 0).astype(jnp.int32)
     # Padding to the left: what a window reaches back over is text, and all texts end in one slot.
-    order = jnp.argsort(mask, axis=1, stable=True)
-    ids, mask = (jnp.take_along_axis(array, order, axis=1) for array in (ids, mask))
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = empty_cache(model, batch, length + max_new_tokens, dtype)
-    logits, cache = apply(params, ids, mask, positions, cache)
+    order = jnp.argsort(attention_mask, axis=1, stable=True)
+    input_ids, attention_mask = (
+        jnp.take_along_axis(array, order, axis=1) for array in (input_ids, attention_mask)
+    )
+    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    cache = init_cache(model, batch, length + max_new_tokens, dtype)
+    logits, cache = apply(params, input_ids, attention_mask, positions, cache)
 
-    def chosen(logits: jax.Array, step: jax.Array, state: _State | None) -> Any:
+    def chosen(logits: jax.Array, step: jax.Array, state: _DecodeState | None) -> Any:
         """The next tokens, the pad token for texts that ended."""
-        tokens = choose(logits, jax.random.fold_in(key, step), sampling)
+        tokens = sample_tokens(logits, jax.random.fold_in(key, step), sampling)
         if state is None:
             return tokens, jnp.zeros(batch, bool)
-        return jnp.where(state.done, sampling.pad_token, tokens), state.done
+        return jnp.where(state.done, sampling.pad_token_id, tokens), state.done
 
     def after(tokens: jax.Array, done: jax.Array) -> jax.Array:
-        stops = jnp.array(sampling.stop_tokens, jnp.int32)
+        stops = jnp.array(sampling.eos_token_ids, jnp.int32)
         return done | (tokens[:, None] == stops).any(axis=1)
 
     first, done = chosen(logits[:, -1], jnp.zeros((), jnp.int32), None)
-    written = jnp.full((batch, max_new_tokens), sampling.pad_token, jnp.int32)
-    state = _State(
+    written = jnp.full((batch, max_new_tokens), sampling.pad_token_id, jnp.int32)
+    state = _DecodeState(
         step=jnp.ones((), jnp.int32),
         cache=cache,
-        last=first,
+        last_tokens=first,
         positions=positions[:, -1] + 1,
         done=after(first, done),
         tokens=written.at[:, 0].set(first),
         lengths=jnp.ones(batch, jnp.int32),
     )
 
-    def goes_on(state: _State) -> jax.Array:
+    def goes_on(state: _DecodeState) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
 
-    def step(state: _State) -> _State:
+    def step(state: _DecodeState) -> _DecodeState:
         logits, cache = apply(
             params,
-            state.last[:, None],
+            state.last_tokens[:, None],
             jnp.ones((batch, 1), jnp.int32),
             state.positions[:, None],
             state.cache,
         )
         tokens, done = chosen(logits[:, 0], state.step, state)
-        return _State(
+        return _DecodeState(
             step=state.step + 1,
             cache=cache,
-            last=tokens,
+            last_tokens=tokens,
             positions=state.positions + 1,
             done=after(tokens, done),
             tokens=state.tokens.at[:, state.step].set(tokens),
@@ -221,10 +225,10 @@ def _generate(
         )
 
     state = lax.while_loop(goes_on, step, state)
-    return Generated(state.tokens, state.lengths)
+    return GenerateOutput(state.tokens, state.lengths)
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+def sample_tokens(logits: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
     """The next token of every row (batch,) of logits (batch, vocabulary).
 
     References:

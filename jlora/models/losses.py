@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jlora.faithful import marked
+from jlora.interpreter.custom_derivatives import mark_derivative_of_body
 
 
-def logits_of(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.Array:
+def compute_logits(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.Array:
     """The logits (batch, length, vocabulary), in float32, of hidden states (batch, length, width)
     and a head (width, vocabulary).
     """
@@ -23,7 +23,7 @@ def logits_of(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def cross_entropy(
+def chunked_cross_entropy(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
@@ -49,28 +49,31 @@ def cross_entropy(
         loss. Here losses stay apart, so that each keeps a factor of its own.
     """
     size = max(1, -(-hidden.shape[1] // chunks))
-    losses = _losses(hidden, head, targets, size, softcap)
+    losses = _chunked_losses(hidden, head, targets, size, softcap)
     return jnp.where((targets >= 0) & (targets < head.shape[1]), losses, jnp.nan)
 
 
-def _of_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    found = jnp.take_along_axis(logits, _inside(logits, targets)[..., None], axis=-1)[..., 0]
+def _cross_entropy_from_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    found = jnp.take_along_axis(logits, _clip_targets(logits, targets)[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - found
 
 
-def _inside(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def _clip_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.clip(targets, 0, logits.shape[-1] - 1)
 
 
-def _in_parts(
-    fn: Callable[[jax.Array, jax.Array], Any], hidden: jax.Array, targets: jax.Array, size: int
+def _map_chunks(
+    fn: Callable[[jax.Array, jax.Array], Any],
+    hidden: jax.Array,
+    targets: jax.Array,
+    chunk_size: int,
 ) -> Any:
-    """What `fn` makes of `size` tokens of every text at a time."""
+    """What `fn` makes of `chunk_size` tokens of every text at a time."""
     batch, length = targets.shape
-    whole = length - length % size
+    whole = length - length % chunk_size
 
     def cut(array: jax.Array) -> jax.Array:
-        parts = array[:, :whole].reshape(batch, whole // size, size, *array.shape[2:])
+        parts = array[:, :whole].reshape(batch, whole // chunk_size, chunk_size, *array.shape[2:])
         return jnp.moveaxis(parts, 1, 0)
 
     def joined(parts: jax.Array) -> jax.Array:
@@ -86,49 +89,55 @@ def _in_parts(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _losses(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, size: int, softcap: float | None
+def _chunked_losses(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk_size: int, softcap: float | None
 ) -> jax.Array:
-    return _again(marked(hidden), head, targets, size, softcap)
+    return _rematerialized_losses(
+        mark_derivative_of_body(hidden), head, targets, chunk_size, softcap
+    )
 
 
-def _again(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, size: int, softcap: float | None
+def _rematerialized_losses(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk_size: int, softcap: float | None
 ) -> jax.Array:
     """The cross entropies, whose derivative makes the logits again."""
 
     @jax.checkpoint
     def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return _of_logits(logits_of(hidden, head, softcap), targets)
+        return _cross_entropy_from_logits(compute_logits(hidden, head, softcap), targets)
 
-    return _in_parts(losses, hidden, targets, size)
+    return _map_chunks(losses, hidden, targets, chunk_size)
 
 
-@functools.partial(_losses.defjvp, symbolic_zeros=True)
-def _losses_jvp(
-    size: int, softcap: float | None, primals: Any, tangents: Any
+@functools.partial(_chunked_losses.defjvp, symbolic_zeros=True)
+def _chunked_losses_jvp(
+    chunk_size: int, softcap: float | None, primals: Any, tangents: Any
 ) -> tuple[jax.Array, Any]:
     hidden, head, targets = primals
     moved, turned, _ = tangents
     if isinstance(moved, SymbolicZero):
         moved = jnp.zeros_like(hidden)
     if not isinstance(turned, SymbolicZero):
-        run = functools.partial(_again, targets=targets, size=size, softcap=softcap)
+        run = functools.partial(
+            _rematerialized_losses, targets=targets, chunk_size=chunk_size, softcap=softcap
+        )
         return jax.jvp(run, (hidden, head), (moved, turned))
     head = head.astype(hidden.dtype)
 
     def with_slope(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = logits_of(hidden, head, softcap)
-        slope = jax.nn.softmax(logits) - jax.nn.one_hot(_inside(logits, targets), head.shape[1])
+        logits = compute_logits(hidden, head, softcap)
+        slope = jax.nn.softmax(logits) - jax.nn.one_hot(
+            _clip_targets(logits, targets), head.shape[1]
+        )
         if softcap is not None:
             slope *= 1 - (logits / softcap) ** 2
-        return _of_logits(logits, targets), slope.astype(hidden.dtype) @ head.T
+        return _cross_entropy_from_logits(logits, targets), slope.astype(hidden.dtype) @ head.T
 
-    losses, slope = _in_parts(with_slope, hidden, targets, size)
-    return losses, _along(slope, moved)
+    losses, slope = _map_chunks(with_slope, hidden, targets, chunk_size)
+    return losses, _contract_with_tangent(slope, moved)
 
 
 # What waits for the backward pass is the slope in its own type, and not in float32.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _along(slope: jax.Array, moved: jax.Array) -> jax.Array:
-    return (slope.astype(jnp.float32) * moved.astype(jnp.float32)).sum(axis=-1)
+def _contract_with_tangent(gradient: jax.Array, tangent: jax.Array) -> jax.Array:
+    return (gradient.astype(jnp.float32) * tangent.astype(jnp.float32)).sum(axis=-1)

@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 
-from jlora.models.parts import ACTIVATIONS, feed_forward, layer_norm, named_axes, self_attention
+from jlora.models.layers import (
+    ACTIVATIONS,
+    feed_forward,
+    layer_norm,
+    partitioned_init,
+    self_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +45,9 @@ class ViTConfig:
         norm_eps: Added to the variance.
         dropout: After the embeddings, each attention and each feed-forward.
         attention_dropout: Of the attention weights.
-        pooler: The activation after a dense layer on the class token; there is none when None.
-        pooler_size: That layer's width.
-        labels: How many the head chooses between; there is no head when None.
+        pooler_activation: The activation after a dense layer on the class token; there is none when None.
+        pooler_output_size: That layer's width.
+        num_labels: How many the head chooses between; there is no head when None.
     """
 
     image_size: tuple[int, int]
@@ -56,12 +62,12 @@ class ViTConfig:
     norm_eps: float = 1e-12
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    pooler: str | None = None
-    pooler_size: int = 0
-    labels: int | None = None
+    pooler_activation: str | None = None
+    pooler_output_size: int = 0
+    num_labels: int | None = None
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """How many patches an image has, and one for the class."""
         (height, width), (down, across) = self.image_size, self.patch_size
         return (height // down) * (width // across) + 1
@@ -76,9 +82,9 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, deterministic: bool) -> jax.Array:
         c = self.config
-        named = functools.partial(named_axes, init=nn.initializers.normal(0.02))
+        named = functools.partial(partitioned_init, init=nn.initializers.normal(0.02))
         token: Any = self.param("class", named(None, None, "embed"), (1, 1, c.hidden_size))
-        shape = (1, c.tokens, c.hidden_size)
+        shape = (1, c.num_tokens, c.hidden_size)
         positions: Any = self.param("position", named(None, "positions", "embed"), shape)
         dtype = self.dtype or token.dtype
         patches = nn.Conv(
@@ -87,7 +93,7 @@ class Embeddings(nn.Module):
             strides=c.patch_size,
             padding="VALID",
             dtype=dtype,
-            kernel_init=named_axes("patch_height", "patch_width", "channels", "embed"),
+            kernel_init=partitioned_init("patch_height", "patch_width", "channels", "embed"),
             name="patch",
         )(images)
         patches = patches.reshape(len(images), -1, c.hidden_size)
@@ -108,8 +114,8 @@ class Attention(nn.Module):
         return self_attention(
             hidden,
             None,
-            heads=c.num_heads,
-            bias=c.qkv_bias,
+            num_heads=c.num_heads,
+            use_bias=c.qkv_bias,
             dropout=c.attention_dropout,
             deterministic=deterministic,
             dtype=self.dtype,
@@ -126,7 +132,7 @@ class Mlp(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         c = self.config
         return feed_forward(
-            hidden, size=c.intermediate_size, activation=c.activation, dtype=self.dtype
+            hidden, intermediate_size=c.intermediate_size, activation=c.activation, dtype=self.dtype
         )
 
 
@@ -164,12 +170,12 @@ class ViT(nn.Module):
         self.embeddings = Embeddings(c, self.dtype)
         self.layer = [Block(c, self.dtype) for _ in range(c.num_layers)]
         self.norm = layer_norm(c.norm_eps, self.dtype)
-        if c.pooler is not None:
-            init = named_axes("embed", "pooled")
-            self.pooler = nn.Dense(c.pooler_size, dtype=self.dtype, kernel_init=init)
-        if c.labels is not None:
-            init = named_axes("embed", "labels")
-            self.classifier = nn.Dense(c.labels, dtype=self.dtype, kernel_init=init)
+        if c.pooler_activation is not None:
+            init = partitioned_init("embed", "pooled")
+            self.pooler = nn.Dense(c.pooler_output_size, dtype=self.dtype, kernel_init=init)
+        if c.num_labels is not None:
+            init = partitioned_init("embed", "labels")
+            self.classifier = nn.Dense(c.num_labels, dtype=self.dtype, kernel_init=init)
 
     def __call__(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
         """Normalised hidden states (batch, tokens, width); with a head, logits (batch, labels).
@@ -182,39 +188,39 @@ class ViT(nn.Module):
             deterministic: False turns dropout on and needs `rngs={"dropout": key}`.
         """
         c = self.config
-        hidden = self.hidden(images, deterministic)
-        if c.labels is None:
-            if c.pooler is not None and self.is_initializing():
-                self._pooled(hidden)  # It has weights, though they do nothing here.
+        hidden = self.hidden_states(images, deterministic)
+        if c.num_labels is None:
+            if c.pooler_activation is not None and self.is_initializing():
+                self._apply_pooler(hidden)  # It has weights, though they do nothing here.
             return hidden
         return self.classifier(hidden[:, 0])
 
-    def hidden(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
+    def hidden_states(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
         """Normalised hidden states (batch, 1 + patches, width), whatever the head."""
-        self._check(images)
+        self._check_images(images)
         hidden = self.embeddings(images, deterministic)
         for layer in self.layer:
             hidden = layer(hidden, deterministic)
         return self.norm(hidden)
 
-    def pooled(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
+    def pooler_output(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
         """What the pooler makes of the class token, (batch, pooler_size).
 
         Raises:
             ValueError: There is no pooler.
         """
-        if self.config.pooler is None:
+        if self.config.pooler_activation is None:
             raise ValueError(
                 "This model has no pooler: its checkpoint came without one. Use the first hidden "
                 "state, the class token's, or a checkpoint that has one."
             )
-        return self._pooled(self.hidden(images, deterministic))
+        return self._apply_pooler(self.hidden_states(images, deterministic))
 
-    def _pooled(self, hidden: jax.Array) -> jax.Array:
-        assert self.config.pooler is not None
-        return ACTIVATIONS[self.config.pooler](self.pooler(hidden[:, 0]))
+    def _apply_pooler(self, hidden: jax.Array) -> jax.Array:
+        assert self.config.pooler_activation is not None
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
 
-    def _check(self, images: Any) -> None:
+    def _check_images(self, images: Any) -> None:
         """Refuses images of another size, and those that are not scaled."""
         c = self.config
         size = (*c.image_size, c.num_channels)

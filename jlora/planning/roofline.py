@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from jlora.planning.compiled import Measured, Memory, gib
-from jlora.planning.topology import Chip
+from jlora.planning.compiled_cost import StepCost, StepMemory, format_gib
+from jlora.planning.tpu_topology import TPUChip
 
-Term = Literal["compute", "hbm", "ici"]
+RooflineTerm = Literal["compute", "hbm", "ici"]
 
 
-class Estimate(NamedTuple):
+class StepTimeEstimate(NamedTuple):
     """Bounds on the time of one step.
 
     Attributes:
@@ -34,9 +34,9 @@ class Estimate(NamedTuple):
     chips: int
 
     @property
-    def bound(self) -> Term:
+    def bound(self) -> RooflineTerm:
         """What takes longest."""
-        terms: dict[Term, float] = {
+        terms: dict[RooflineTerm, float] = {
             "compute": self.compute_s,
             "hbm": self.hbm_s,
             "ici": self.ici_s,
@@ -59,50 +59,54 @@ class Estimate(NamedTuple):
         return self.tokens / self.slowest_s, self.tokens / self.fastest_s
 
 
-def estimate(measured: Measured, chip: Chip, *, tokens: int, chips: int) -> Estimate:
+def estimate_step_time(
+    cost: StepCost, chip: TPUChip, *, tokens: int, chips: int
+) -> StepTimeEstimate:
     """Bounds on the time of one step.
 
     Args:
-        measured: What it does on each chip.
+        cost: What it does on each chip.
         chip: What that can do.
         tokens: In a step, over all chips.
         chips: How many there are.
     """
-    link = chip.ici_bytes_per_s / chip.links
-    return Estimate(
-        compute_s=measured.flops / chip.flops_per_s,
-        hbm_s=measured.hbm_bytes / chip.hbm_bytes_per_s,
-        ici_s=sum(c.bytes / (min(c.links, chip.links) * link) for c in measured.collectives),
+    link = chip.ici_bytes_per_s / chip.num_ici_links
+    return StepTimeEstimate(
+        compute_s=cost.flops / chip.flops_per_s,
+        hbm_s=cost.hbm_bytes / chip.hbm_bytes_per_s,
+        ici_s=sum(
+            c.sent_bytes / (min(c.num_links, chip.num_ici_links) * link) for c in cost.collectives
+        ),
         tokens=tokens,
         chips=chips,
     )
 
 
-class Change(NamedTuple):
+class PlanSuggestion(NamedTuple):
     """Something to change, and what it does to a plan.
 
     Attributes:
-        what: In words.
-        frees: Bytes per chip, estimated.
-        fits: Whether that alone would be enough.
+        description: In words.
+        saved_bytes: Bytes per chip, estimated.
+        is_sufficient: Whether that alone would be enough.
     """
 
-    what: str
-    frees: int
-    fits: bool
+    description: str
+    saved_bytes: int
+    is_sufficient: bool
 
 
-def advice(
-    memory: Memory,
-    available: int,
+def suggest_plan_changes(
+    memory: StepMemory,
+    available_bytes: int,
     *,
-    mesh: Mapping[str, int],
-    rows: int,
-    length: int,
-    remat: str = "everything",
-    layers: int = 1,
-    width: int = 0,
-) -> list[Change]:
+    mesh_shape: Mapping[str, int],
+    batch_size: int,
+    seq_length: int,
+    remat_policy: str = "full",
+    num_layers: int = 1,
+    hidden_size: int = 0,
+) -> list[PlanSuggestion]:
     """What would make a plan fit, what is enough alone first; nothing where it fits already.
 
     Every number is computed from the plan's own: temporaries are taken to grow with the tokens of
@@ -110,51 +114,55 @@ def advice(
 
     Args:
         memory: What the step needs on each chip: a plan's, or that of `DoesNotFit`.
-        available: What a chip has.
-        mesh: The sizes of the mesh's axes.
-        rows: Of a batch, over all chips.
-        length: Of a row, in tokens.
-        remat: What is computed again already.
-        layers: Of the model.
-        width: Of its residual stream; 0 where it is not known.
+        available_bytes: What a chip has.
+        mesh_shape: The sizes of the mesh's axes.
+        batch_size: Of a batch, over all chips.
+        seq_length: Of a row, in tokens.
+        remat_policy: What is computed again already.
+        num_layers: Of the model.
+        hidden_size: Of its residual stream; 0 where it is not known.
     """
-    over = memory.peak - available
+    over = memory.peak - available_bytes
     if over <= 0:
         return []
-    data, fsdp, tensor = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    data, fsdp, tensor = (mesh_shape.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
     held = {name: memory.arguments.get(name, 0) for name in ("weights", "adapter", "optimizer")}
     fixed = memory.peak - memory.temporaries
-    changes: list[Change] = []
+    changes: list[PlanSuggestion] = []
 
     def suggest(what: str, frees: float) -> None:
         if frees > over / 100:
-            changes.append(Change(what, round(frees), frees >= over))
+            changes.append(PlanSuggestion(what, round(frees), frees >= over))
 
-    if remat != "everything" and width:
+    if remat_policy != "full" and hidden_size:
         # Of every layer only its input is held, and of one layer all.
-        inputs = 2 * layers * length * width * rows // (data * fsdp)
-        within = (memory.temporaries - inputs) / max(layers, 1)
+        inputs = 2 * num_layers * seq_length * hidden_size * batch_size // (data * fsdp)
+        within = (memory.temporaries - inputs) / max(num_layers, 1)
         suggest(
-            f"remat='everything' in place of {remat!r}: of each layer's activations only its input "
-            f"is held, {gib(inputs)} in all",
+            f"remat_policy='full' in place of {remat_policy!r}: of each layer's activations only its input "
+            f"is held, {format_gib(inputs)} in all",
             memory.temporaries - inputs - max(within, 0),
         )
     share = data * fsdp
-    room = available - fixed
+    room = available_bytes - fixed
     if room > 0:
-        shares = range(share, rows, share)
-        fits = [n for n in shares if rows % n == 0 and n * memory.temporaries <= room * rows]
+        shares = range(share, batch_size, share)
+        fits = [
+            n for n in shares if batch_size % n == 0 and n * memory.temporaries <= room * batch_size
+        ]
         if fits:
             fitting = max(fits)
             suggest(
-                f"{fitting} rows in a batch in place of {rows}, with the gradients of "
-                f"{rows // fitting} batches summed up",
-                memory.temporaries * (1 - fitting / rows),
+                f"{fitting} rows in a batch in place of {batch_size}, with the gradients of "
+                f"{batch_size // fitting} batches summed up",
+                memory.temporaries * (1 - fitting / batch_size),
             )
-    if rows > share and not any(" rows in a batch" in change.what for change in changes):
+    if batch_size > share and not any(
+        " rows in a batch" in change.description for change in changes
+    ):
         suggest(
-            f"{share} rows in a batch in place of {rows}, one for each of data * fsdp",
-            memory.temporaries * (1 - share / rows),
+            f"{share} rows in a batch in place of {batch_size}, one for each of data * fsdp",
+            memory.temporaries * (1 - share / batch_size),
         )
     if data > 1:
         suggest(
@@ -166,9 +174,9 @@ def advice(
     while more < 1024 and memory.peak * (1 - 1 / more) < over:
         more *= 2
     suggest(
-        f"{more} times as many chips, with fsdp={fsdp * data * more} and the same {rows} rows"
-        if rows % (share * more) == 0
+        f"{more} times as many chips, with fsdp={fsdp * data * more} and the same {batch_size} rows"
+        if batch_size % (share * more) == 0
         else f"{more} times as many chips, with tensor={tensor * more}",
         memory.peak * (1 - 1 / more),
     )
-    return sorted(changes, key=lambda change: not change.fits)
+    return sorted(changes, key=lambda change: not change.is_sufficient)

@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jlora import tree
-from jlora.adapters import checks, pair
+from jlora import _tree, _validation
+from jlora.adapters import low_rank
+from jlora.adapters.base import AdapterLeaf, weight_indices
 from jlora.adapters.dora import DoRALeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.lora_fa import LoRAFALeaf
-from jlora.adapters.protocol import AdapterLeaf, as_matrices, from_matrices, places, wide
 from jlora.adapters.sora import SoRALeaf
-from jlora.factored.probe import Axes
-from jlora.quantization.leaf import Quantized
-from jlora.quantization.rules import check_finite, quantized_weight, schemes_of
-from jlora.quantization.schemes import Scheme
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
+from jlora.quantization.qarray import QArray
+from jlora.quantization.quantize import check_finite_qarrays, match_schemes, quantize_weight
+from jlora.quantization.schemes import QuantizationScheme
 
 PyTree = Any
 
@@ -30,7 +31,7 @@ PyTree = Any
 def loftq(
     params: PyTree,
     adapter: Mapping[str, Any],
-    rules: Mapping[str, Scheme | None],
+    rules: Mapping[str, QuantizationScheme | None],
     *,
     iterations: int = 1,
 ) -> tuple[PyTree, dict[str, Any]]:
@@ -45,7 +46,7 @@ def loftq(
     Both belong together. On `W` itself, or quantised otherwise, the adapter is wrong: it would add
     what is not missing. To export what was trained, merge it into its own base,
     `lora.merge(params, adapter, dequantize=True)`, or turn what the training changed into a LoRA
-    for `W`: `jlora.on_original_base(trained, adapter)`.
+    for `W`: `jlora.rebase_to_original(trained, adapter)`.
 
     Weights that `rules` name are quantised with or without an adapter on them; adapted weights that
     they do not name are left, and so are their factors. It works weight by weight, with an exact
@@ -72,26 +73,26 @@ def loftq(
         Li et al., LoftQ, arXiv:2310.08659, algorithm 1. Yao et al., ZeroQuant-V2, arXiv:2303.08302,
         section 5, and Zhang et al., LQER, arXiv:2402.02446, for one iteration.
     """
-    checks.count("loftq: iterations", iterations)
-    flat = tree.flatten(params)
-    adapted = places(flat, adapter)
-    schemes = schemes_of(rules, dict(zip(flat.paths, flat.leaves, strict=True)))
-    _check(flat, adapter, [path for path in adapted if path in schemes])
+    _validation.check_positive_int("loftq: iterations", iterations)
+    flat = _tree.flatten_with_paths(params)
+    adapted = weight_indices(flat, adapter)
+    schemes = match_schemes(rules, dict(zip(flat.paths, flat.leaves, strict=True)))
+    _check_loftq_inputs(flat, adapter, [path for path in adapted if path in schemes])
     leaves, started = list(flat.leaves), dict(adapter)
     for place, path in enumerate(flat.paths):
         if path not in schemes:
             continue
         weight = jnp.asarray(leaves[place])
-        base = quantized_weight(weight, schemes[path])
-        check_finite({path: base})
+        base = quantize_weight(weight, schemes[path])
+        check_finite_qarrays({path: base})
         if path in adapted:
-            base, part = _fitted(weight, base, adapter[path], iterations)
-            started[path] = _started(adapter[path], part, base)
+            base, part = _fit_base_and_factors(weight, base, adapter[path], iterations)
+            started[path] = _replace_factors(adapter[path], part, base)
         leaves[place] = base
     return jax.tree.unflatten(flat.treedef, leaves), started
 
 
-class _Part(NamedTuple):
+class _SingularTriplets(NamedTuple):
     """The first singular triplets of a weight's matrices.
 
     Attributes:
@@ -105,9 +106,9 @@ class _Part(NamedTuple):
     vt: jax.Array
 
 
-def _fitted(
-    weight: jax.Array, base: Quantized, leaf: LoRALeaf, iterations: int
-) -> tuple[Quantized, _Part]:
+def _fit_base_and_factors(
+    weight: jax.Array, base: QArray, leaf: LoRALeaf, iterations: int
+) -> tuple[QArray, _SingularTriplets]:
     """The base of the last iteration, and the part of what it lacks that the factors can hold.
 
     Args:
@@ -116,38 +117,46 @@ def _fitted(
         leaf: Says the rank and the axes.
         iterations: How many.
     """
-    part = _lacking(weight, base, leaf.axes, leaf.rank)
+    part = _quantization_error_svd(weight, base, leaf.axes, leaf.rank)
     for _ in range(iterations - 1):
-        rest = _without(weight, part, leaf.axes)
+        rest = _subtract_low_rank(weight, part, leaf.axes)
         # The rest is in float32, which is not the type that the weight is computed with.
-        base = dataclasses.replace(quantized_weight(rest, base.scheme, base.axis), kind=base.kind)
-        part = _lacking(weight, base, leaf.axes, leaf.rank)
+        base = dataclasses.replace(
+            quantize_weight(rest, base.scheme, base.axis), dtype_name=base.dtype_name
+        )
+        part = _quantization_error_svd(weight, base, leaf.axes, leaf.rank)
     return base, part
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "rank"))
-def _lacking(weight: jax.Array, base: Quantized, axes: Axes, rank: int) -> _Part:
+def _quantization_error_svd(
+    weight: jax.Array, base: QArray, axes: WeightAxes, rank: int
+) -> _SingularTriplets:
     """The best approximation of `weight - base` of a rank."""
 
-    def first(matrix: jax.Array) -> _Part:
+    def first(matrix: jax.Array) -> _SingularTriplets:
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        return _Part(u[:, :rank], s[:rank], vt[:rank])
+        return _SingularTriplets(u[:, :rank], s[:rank], vt[:rank])
 
     # One after another: all triplets of a whole stack would take as much as three of it.
-    return jax.lax.map(first, as_matrices(wide(weight) - wide(base), axes))
+    return jax.lax.map(
+        first, weight_to_matrices(promote_to_float32(weight) - promote_to_float32(base), axes)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="axes")
-def _without(weight: jax.Array, part: _Part, axes: Axes) -> jax.Array:
+def _subtract_low_rank(
+    weight: jax.Array, triplets: _SingularTriplets, axes: WeightAxes
+) -> jax.Array:
     """The weight less a part of it, in float32 or wider."""
-    u, s, vt = part
+    u, s, vt = triplets
     product = jnp.matmul(u * s[:, None, :], vt, precision=jax.lax.Precision.HIGHEST)
-    return wide(weight) - from_matrices(product, weight.shape, axes)
+    return promote_to_float32(weight) - matrices_to_weight(product, weight.shape, axes)
 
 
-def _started(leaf: LoRALeaf, part: _Part, base: Quantized) -> LoRALeaf:
+def _replace_factors(leaf: LoRALeaf, triplets: _SingularTriplets, base: QArray) -> LoRALeaf:
     """The leaf with a part as its update of a base."""
-    u, s, vt = part
+    u, s, vt = triplets
     s = s / leaf.scale
     if isinstance(leaf, LoRAFALeaf):
         # A is never trained, so its columns keep the length that they are drawn with.
@@ -160,21 +169,20 @@ def _started(leaf: LoRALeaf, part: _Part, base: Quantized) -> LoRALeaf:
     b = b.reshape(leaf.b.shape).astype(leaf.b.dtype)
     made = dataclasses.replace(leaf, a=a, b=b, residual=True)
     if isinstance(made, DoRALeaf):
-        norm = made.norm(base).reshape(made.magnitude.shape)
+        norm = made.weight_norm(base).reshape(made.magnitude.shape)
         made = dataclasses.replace(made, magnitude=norm.astype(made.magnitude.dtype))
     return made
 
 
-# --- what is refused ------------------------------------------------------------------------------
+_SUPPORTED_LEAVES = (LoRALeaf, LoRAFALeaf, SoRALeaf, DoRALeaf)
 
-_FAMILIES = (LoRALeaf, LoRAFALeaf, SoRALeaf, DoRALeaf)
-_REASONS = {
+_UNSUPPORTED_REASONS = {
     "adalora": "gives up ranks in training, and its s starts at zero",
     "dylora": "is cut to lower ranks in training, where its scale is another",
 }
 
 
-def _check(flat: tree.Flat, adapter: Mapping[str, Any], paths: list[str]) -> None:
+def _check_loftq_inputs(flat: _tree.FlatTree, adapter: Mapping[str, Any], paths: list[str]) -> None:
     """Refuses an adapter that cannot be started on the weights at these paths.
 
     Raises:
@@ -195,12 +203,14 @@ def _check(flat: tree.Flat, adapter: Mapping[str, Any], paths: list[str]) -> Non
                 f"loftq needs the numbers of {path!r} and of its adapter, of which only shapes are "
                 f"known. Call it with loaded parameters, outside of jit."
             )
-        _check_leaf(path, adapter[path], weights[path])
+        _check_loftq_leaf(path, adapter[path], weights[path])
 
 
-def _check_leaf(path: str, leaf: AdapterLeaf, weight: Any) -> None:
-    if type(leaf) not in _FAMILIES:
-        reason = _REASONS.get(leaf.family, "adds no product of two factors alone to the weight")
+def _check_loftq_leaf(path: str, leaf: AdapterLeaf, weight: Any) -> None:
+    if type(leaf) not in _SUPPORTED_LEAVES:
+        reason = _UNSUPPORTED_REASONS.get(
+            leaf.family, "adds no product of two factors alone to the weight"
+        )
         raise ValueError(
             f"loftq cannot start the adapter on {path!r}: its family {leaf.family!r} {reason}. Use "
             f"LoRA, LoRAFA, SoRA or DoRA there, or leave the weight out of these rules and "
@@ -211,15 +221,15 @@ def _check_leaf(path: str, leaf: AdapterLeaf, weight: Any) -> None:
         raise ValueError(
             f"The adapter on {path!r} was taken out of its weight by its initialisation, or has "
             f"been through loftq. A weight can give way to one of these only: use an "
-            f"initialisation that starts at zero, such as inits.uniform."
+            f"initialisation that starts at zero, such as initializers.kaiming_uniform."
         )
-    if not _is_fresh(leaf, weight):
+    if not _has_zero_update(leaf, weight):
         raise ValueError(
             f"The adapter on {path!r} is not as init made it for this weight: it changes it, and "
             f"loftq would put other numbers in the place of those trained. Call it before "
             f"training, or quantise with jlora.quantize."
         )
-    _, inputs, outputs = leaf.groups
+    _, inputs, outputs = leaf.axis_sizes
     largest = min(math.prod(inputs), math.prod(outputs))
     if leaf.rank > largest:
         raise ValueError(
@@ -228,10 +238,10 @@ def _check_leaf(path: str, leaf: AdapterLeaf, weight: Any) -> None:
         )
 
 
-def _is_fresh(leaf: LoRALeaf, weight: Any) -> bool:
+def _has_zero_update(leaf: LoRALeaf, weight: Any) -> bool:
     """Whether a leaf changes nothing yet."""
-    a, b = pair.as_matrices(leaf)
-    # Those of inits.orthogonal are both off zero, their product is not. A = Q R has that of R B.
+    a, b = low_rank.factor_matrices(leaf)
+    # Those of initializers.orthogonal are both off zero, their product is not. A = Q R has that of R B.
     inner = jnp.linalg.qr(a, mode="r")
     product = jnp.matmul(inner, b, precision=jax.lax.Precision.HIGHEST)
     rounding = 2 * float(jnp.finfo(leaf.b.dtype).eps)
@@ -239,7 +249,7 @@ def _is_fresh(leaf: LoRALeaf, weight: Any) -> bool:
     if isinstance(leaf, SoRALeaf):
         fresh &= (leaf.gate == 1).all()
     if isinstance(leaf, DoRALeaf):
-        norm = leaf.norm(weight).reshape(leaf.magnitude.shape)
+        norm = leaf.weight_norm(weight).reshape(leaf.magnitude.shape)
         # As far as the same sum in another order can be away. NaN is told of elsewhere.
         fresh &= jnp.allclose(norm, leaf.magnitude, rtol=1e-3, atol=1e-6, equal_nan=True)
     return bool(fresh)

@@ -1,4 +1,4 @@
-"""How the numbers of a block are written in a few bits: the schemes that users name in rules."""
+"""Blocks along an axis, and two codes in one byte."""
 
 from __future__ import annotations
 
@@ -12,11 +12,48 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jlora.quantization.packing import pack_nibbles, unpack_nibbles
+
+def pack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
+    """Codes below 16 as bytes: of each two along the axis the first is the high half."""
+    pairs = split_axis_into_blocks(codes, axis, 2)
+    first, second = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in range(2))
+    return (first << 4) | second
+
+
+def unpack_nibbles(packed: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `pack_nibbles`."""
+    shifts = [1] * (packed.ndim + 1)
+    shifts[axis] = 2
+    halves = jnp.expand_dims(packed, packed.ndim + axis + 1)
+    halves = halves >> jnp.array([4, 0], packed.dtype).reshape(shifts)
+    return merge_block_axes(halves & 15, axis)
+
+
+def split_axis_into_blocks(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """An axis, counted from the last, as two: many of this size. The second takes its number."""
+    place = array.ndim + axis
+    shape = (*array.shape[:place], -1, size, *array.shape[place + 1 :])
+    return array.reshape(shape)
+
+
+def merge_block_axes(array: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `split_axis_into_blocks`: an axis, counted from the last, and the one before it as one."""
+    place = array.ndim + axis
+    return array.reshape(*array.shape[: place - 1], -1, *array.shape[place + 1 :])
+
+
+def pad_axis_to_multiple(array: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """The array with zeros after its end, so that the axis is a multiple."""
+    missing = -array.shape[axis] % multiple
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scheme(abc.ABC):
+class QuantizationScheme(abc.ABC):
     """A way to quantise a weight: blocks of it along one axis, each with a scale.
 
     Attributes:
@@ -31,7 +68,7 @@ class Scheme(abc.ABC):
 
     name: ClassVar[str]
     # The largest magnitude that a code stands for: a block is divided so that it gets there.
-    largest: ClassVar[float]
+    max_value: ClassVar[float]
     codes_per_byte: ClassVar[int] = 1
     double_quantization = False
 
@@ -49,7 +86,7 @@ class Scheme(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, values: jax.Array, axis: int) -> jax.Array:
-        """The codes of numbers in float32, none beyond `largest`, packed along an axis."""
+        """The codes of numbers in float32, none beyond `max_value`, packed along an axis."""
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array, axis: int) -> jax.Array:
@@ -57,7 +94,7 @@ class Scheme(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NF4(Scheme):
+class NF4(QuantizationScheme):
     """4-bit NormalFloat: the 16 numbers that fit normally distributed weights.
 
     Attributes:
@@ -73,12 +110,12 @@ class NF4(Scheme):
     double_quantization: bool = True
 
     name: ClassVar[str] = "nf4"
-    largest: ClassVar[float] = 1.0
+    max_value: ClassVar[float] = 1.0
     codes_per_byte: ClassVar[int] = 2
 
     def encode(self, values: jax.Array, axis: int) -> jax.Array:
         """Two codes a byte, the first in the high half."""
-        table = np.array(_NORMAL_FLOAT4)
+        table = np.array(_NF4_VALUES)
         between = ((table[1:] + table[:-1]) / 2).astype(np.float32)
         # As many as lie below it; there is no other way to look them up that a TPU likes as well.
         below = [(values > limit).astype(jnp.uint8) for limit in between]
@@ -86,13 +123,13 @@ class NF4(Scheme):
 
     def decode(self, codes: jax.Array, axis: int) -> jax.Array:
         """The number of each code."""
-        table = jnp.array(_NORMAL_FLOAT4, jnp.float32)
+        table = jnp.array(_NF4_VALUES, jnp.float32)
         return table.at[unpack_nibbles(codes, axis)].get(mode="promise_in_bounds")
 
 
 # Eight quantiles of a normal distribution above its median and seven below, and zero, divided by
 # the largest: QLoRA, appendix E, to the digit, because codes of other libraries mean these.
-_NORMAL_FLOAT4 = (
+_NF4_VALUES = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -112,15 +149,15 @@ _NORMAL_FLOAT4 = (
 )
 
 
-class _Integers(Scheme):
+class _IntegerScheme(QuantizationScheme):
     """Symmetric integers: the largest magnitude of a block is the largest integer."""
 
-    def _rounded(self, values: jax.Array) -> jax.Array:
+    def _round_to_int8(self, values: jax.Array) -> jax.Array:
         return jnp.round(values).astype(jnp.int8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int8(_Integers):
+class Int8(_IntegerScheme):
     """8-bit integers, symmetric: `round(w / s)` with `s = max|w| / 127` for each block.
 
     Attributes:
@@ -128,12 +165,12 @@ class Int8(_Integers):
     """
 
     name: ClassVar[str] = "int8"
-    largest: ClassVar[float] = 127.0
+    max_value: ClassVar[float] = 127.0
 
     def encode(self, values: jax.Array, axis: int) -> jax.Array:
         """The integers themselves."""
         del axis
-        return self._rounded(values)
+        return self._round_to_int8(values)
 
     def decode(self, codes: jax.Array, axis: int) -> jax.Array:
         """The integers in float32."""
@@ -142,7 +179,7 @@ class Int8(_Integers):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4(_Integers):
+class Int4(_IntegerScheme):
     """4-bit integers, symmetric: `round(w / s)` with `s = max|w| / 7` for each block.
 
     Attributes:
@@ -152,12 +189,12 @@ class Int4(_Integers):
     block_size: int = 64
 
     name: ClassVar[str] = "int4"
-    largest: ClassVar[float] = 7.0
+    max_value: ClassVar[float] = 7.0
     codes_per_byte: ClassVar[int] = 2
 
     def encode(self, values: jax.Array, axis: int) -> jax.Array:
         """Two integers a byte, each plus eight, the first in the high half."""
-        return pack_nibbles((self._rounded(values) + 8).astype(jnp.uint8), axis)
+        return pack_nibbles((self._round_to_int8(values) + 8).astype(jnp.uint8), axis)
 
     def decode(self, codes: jax.Array, axis: int) -> jax.Array:
         """The integers in float32."""
@@ -165,7 +202,7 @@ class Int4(_Integers):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FP8(Scheme):
+class FP8(QuantizationScheme):
     """8-bit floats with 4 bits of exponent and 3 of mantissa (e4m3), scaled block by block.
 
     Attributes:
@@ -176,7 +213,7 @@ class FP8(Scheme):
     """
 
     name: ClassVar[str] = "fp8"
-    largest: ClassVar[float] = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+    max_value: ClassVar[float] = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
 
     def encode(self, values: jax.Array, axis: int) -> jax.Array:
         """The floats themselves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,136 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora import tree
-from jlora.adapters.protocol import AdapterLeaf
-from jlora.conversion import delta
-from jlora.packed import dense
+from jlora import _tree
+from jlora._quantized_array import maybe_dequantize
+from jlora.adapters.base import AdapterLeaf
+from jlora.convert import delta
+from jlora.quantization.quantize import quantization_summary
+from jlora.training.datasets import Datasets
+from jlora.training.progress import _count_params, describe_quantized_base, trainable_params_line
+from jlora.training.recipe.sections import Recipe
+from jlora.training.setup import Setup
 
-_STYLE = """
+_MERGE_DESCRIPTIONS = {
+    "dequantized": "into the dequantized weights: the model that was trained and measured",
+    "original": "into the original weights, which are not the quantised ones that the adapter was "
+    "trained on: nothing here was measured on the merged model",
+}
+
+
+class RunSummary(NamedTuple):
+    """How a run went.
+
+    Attributes:
+        stop_reason: It ended: "max_steps", or "early_stopping" when evaluations got no better.
+        best_step: The step whose adapter is written.
+        total_steps: How many were to be made.
+        data_wait_s: In which the devices had no batch, since the run was last resumed.
+        test_metrics: The means on the test data before and after, if there is any.
+        metrics: Of metrics.jsonl.
+    """
+
+    stop_reason: str
+    best_step: int
+    total_steps: int
+    data_wait_s: float
+    test_metrics: Sequence[dict[str, float]]
+    metrics: Sequence[dict[str, Any]]
+
+    @property
+    def step_metrics(self) -> list[dict[str, Any]]:
+        """The lines of steps."""
+        return [line for line in self.metrics if "loss" in line]
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing."""
+        return sum(not _is_finite_step_line(line) for line in self.step_metrics)
+
+    @property
+    def step_seconds(self) -> float:
+        """That the steps took."""
+        return sum(line["seconds"] for line in self.step_metrics)
+
+
+def _is_finite_step_line(line: dict[str, Any]) -> bool:
+    return math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
+
+
+def make_result_json(setup: Setup, run_summary: RunSummary) -> dict[str, Any]:
+    """What came of a run, for programs: the means of the tests and of the kept evaluation."""
+    trained, base = _count_params(setup)
+    found = quantization_summary(setup.frozen["base"])
+    kept = [line for line in run_summary.metrics if line["step"] == run_summary.best_step]
+    means = {
+        name.removeprefix("validation_"): value
+        for line in kept
+        for name, value in line.items()
+        if name.startswith("validation_")
+    }
+    return {
+        "stop_reason": run_summary.stop_reason,
+        "steps": len(run_summary.step_metrics),
+        "skipped_steps": run_summary.skipped_steps,
+        "best_step": run_summary.best_step,
+        "validation": means or None,
+        "test": dict(zip(("before", "after"), run_summary.test_metrics, strict=False)) or None,
+        "trainable_params": trained,
+        "base": base,
+        "quantized": None if found is None else found._asdict(),
+        "seconds": round(run_summary.step_seconds, 1),
+        "data_wait_s": round(run_summary.data_wait_s, 3),
+        "device": setup.mesh.devices.flat[0].device_kind,
+        "devices": setup.mesh.size,
+    }
+
+
+def make_run_overview(
+    recipe: Recipe, setup: Setup, datasets: Datasets, run_summary: RunSummary
+) -> dict[str, str]:
+    """What the report begins with."""
+    stepped = run_summary.step_metrics
+    evaluated = {line["step"]: line for line in run_summary.metrics if "validation_loss" in line}
+    seconds, waited = round(run_summary.step_seconds), round(run_summary.data_wait_s)
+    told = {
+        "base": recipe.model.path,
+        **describe_quantized_base(setup),
+        "adapter": ", ".join(rule.family for rule in (*recipe.adapters, recipe.adapter)),
+        "trained": trainable_params_line(setup),
+        "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
+        "steps": f"{len(stepped)} of {run_summary.total_steps}",
+        "time": f"{seconds} s, of which the devices waited {waited} s for data",
+        "loss": f"{_format_mean_loss(stepped[:10])} at first, {_format_mean_loss(stepped[-10:])} at last",
+    }
+    if recipe.quantize is not None and recipe.export.merged:
+        told["merged"] = _MERGE_DESCRIPTIONS[recipe.export.merge_into]
+    if run_summary.skipped_steps:
+        told["steps"] += (
+            f", {run_summary.skipped_steps} of them skipped: loss or gradient was not finite"
+        )
+    if run_summary.stop_reason == "early_stopping":
+        told["steps"] += f"; no better evaluation in {recipe.training.early_stopping_patience}"
+    told |= datasets.source_reports
+    for name in run_summary.test_metrics[0] if run_summary.test_metrics else ():
+        both = " before, ".join(f"{one[name]:.4f}" for one in run_summary.test_metrics)
+        told[f"test {name}"] = f"{both} after"
+    if run_summary.best_step in evaluated:
+        means = {
+            name: value
+            for name, value in evaluated[run_summary.best_step].items()
+            if name != "step"
+        }
+        values = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        told["validation"] = f"{values} at step {run_summary.best_step}, whose adapter was kept"
+    return told
+
+
+def _format_mean_loss(metrics: Sequence[dict[str, Any]]) -> str:
+    values = [line["loss"] for line in metrics if math.isfinite(line["loss"])]
+    return f"{np.mean(values):.4f}" if values else "none"
+
+
+_CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1b; background: #fff }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
@@ -27,22 +152,22 @@ pre { white-space: pre-wrap; margin: 0 } .figures svg { max-width: 100%; height:
 """
 
 
-class Sample(NamedTuple):
+class PromptSample(NamedTuple):
     """What a decoder wrote after a prompt.
 
     Attributes:
         prompt: As the recipe has it.
-        before: By the base.
-        after: By the adapted model.
+        base_text: By the base.
+        adapted_text: By the adapted model.
     """
 
     prompt: str
-    before: str
-    after: str
+    base_text: str
+    adapted_text: str
 
 
-def norms(
-    params: Any, adapter: Mapping[str, Any], fresh: Mapping[str, Any] | None = None
+def relative_update_norms(
+    params: Any, adapter: Mapping[str, Any], initial_adapter: Mapping[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """The norm of every weight's change over that of the weight: one number per layer of a stack.
 
@@ -51,85 +176,87 @@ def norms(
     Args:
         params: That the run computed with.
         adapter: For the checkpoint's own weights.
-        fresh: What was taken out of those to make `params`.
+        initial_adapter: What was taken out of those to make `params`.
     """
-    flat = tree.flatten(params)
+    flat = _tree.flatten_with_paths(params)
     arrays = dict(zip(flat.paths, flat.leaves, strict=True))
     found: dict[str, np.ndarray] = {}
     for path, leaf in adapter.items():
-        if not isinstance(leaf, AdapterLeaf) or leaf.family == "lora_mixture":
+        if not isinstance(leaf, AdapterLeaf) or leaf.family == "lora_moe":
             continue
         own = {path: leaf} if leaf.share is None else {path: leaf, leaf.share: adapter[leaf.share]}
-        weight = dense(arrays[path])
-        if fresh is not None and getattr(fresh[path], "residual", False):
-            weight = weight + delta(params, {path: fresh[path]})[path]
-        found[path] = np.asarray(_shares(weight, delta(params, own)[path], leaf.axes.batch))
+        weight = maybe_dequantize(arrays[path])
+        if initial_adapter is not None and getattr(initial_adapter[path], "residual", False):
+            weight = weight + delta(params, {path: initial_adapter[path]})[path]
+        found[path] = np.asarray(
+            _norm_ratios_per_layer(weight, delta(params, own)[path], leaf.axes.batch)
+        )
     return found
 
 
 @jax.jit
-def _norm(x: jax.Array) -> jax.Array:
+def _l2_norm(x: jax.Array) -> jax.Array:
     return jax.numpy.linalg.norm(x.astype(jax.numpy.float32))
 
 
-def _shares(weight: Any, change: Any, batch: tuple[int, ...]) -> list[float]:
+def _norm_ratios_per_layer(weight: Any, update: Any, batch_axes: tuple[int, ...]) -> list[float]:
     """Of each layer of a stack, or of the weight."""
-    if batch[:1] != (0,):
-        return [float(_norm(change) / _norm(weight))]
-    return [float(_norm(change[n]) / _norm(weight[n])) for n in range(weight.shape[0])]
+    if batch_axes[:1] != (0,):
+        return [float(_l2_norm(update) / _l2_norm(weight))]
+    return [float(_l2_norm(update[n]) / _l2_norm(weight[n])) for n in range(weight.shape[0])]
 
 
-def write(
+def write_report(
     path: Path,
     *,
     title: str,
-    facts: Mapping[str, str],
-    lines: Sequence[Mapping[str, Any]],
-    changes: Mapping[str, np.ndarray],
-    samples: Sequence[Sample],
+    run_overview: Mapping[str, str],
+    metrics: Sequence[Mapping[str, Any]],
+    update_norms: Mapping[str, np.ndarray],
+    samples: Sequence[PromptSample],
 ) -> None:
     """Writes the report.
 
     Args:
         path: Of the file, which is replaced.
         title: Its heading.
-        facts: What is told first, by name.
-        lines: Of metrics.jsonl.
-        changes: What `norms` returned.
+        run_overview: What is told first, by name.
+        metrics: Of metrics.jsonl.
+        update_norms: What `relative_update_norms` returned.
         samples: What was written before and after.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _table(facts)]
-    figures = _figures(lines)
+    parts = [f"<h1>{html.escape(title)}</h1>", _render_overview_table(run_overview)]
+    figures = _plot_training_curves(metrics)
     if figures:
         parts += ["<h2>Training</h2>", '<div class="figures">', figures, "</div>"]
-    if changes:
+    if update_norms:
         parts += [
             "<h2>How far each weight moved</h2>",
             "<p>The norm of the change over the norm of the weight.</p>",
             '<div class="figures">',
-            _changes(changes),
+            _plot_update_norms(update_norms),
             "</div>",
         ]
     if samples:
-        parts += ["<h2>Before and after</h2>", _samples(samples)]
+        parts += ["<h2>Before and after</h2>", _render_samples_table(samples)]
     body = "\n".join(parts)
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _table(facts: Mapping[str, str]) -> str:
+def _render_overview_table(run_overview: Mapping[str, str]) -> str:
     rows = (
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in facts.items()
+        for name, value in run_overview.items()
     )
     return f"<table>{''.join(rows)}</table>"
 
 
-def _samples(samples: Sequence[Sample]) -> str:
+def _render_samples_table(samples: Sequence[PromptSample]) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td><pre>{html.escape(text)}</pre></td>" for text in sample) + "</tr>"
         for sample in samples
@@ -137,11 +264,11 @@ def _samples(samples: Sequence[Sample]) -> str:
     return f"<table><tr><th>prompt</th><th>before</th><th>after</th></tr>{rows}</table>"
 
 
-def _figures(lines: Sequence[Mapping[str, Any]]) -> str:
+def _plot_training_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Loss, learning rate, gradient norm and speed over the steps."""
     from matplotlib.figure import Figure
 
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in metrics if "loss" in line]
     if not steps:
         return ""
     at = [line["step"] for line in steps]
@@ -153,7 +280,7 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> str:
     if window > 1:
         smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
         loss.plot(at[window - 1 :], smooth, color="C0", label=f"mean of {window}")
-    held = [line for line in lines if "validation_loss" in line]
+    held = [line for line in metrics if "validation_loss" in line]
     if held:
         loss.plot(
             [line["step"] for line in held],
@@ -173,16 +300,16 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> str:
     ratio = [line["weight"] / line["seconds"] for line in timed]
     speed.plot([line["step"] for line in timed], ratio, color="C0", linewidth=0.8)
     speed.set(title="learned tokens, pairs or texts per second", xlabel="step", ylim=(0, None))
-    return _svg(figure)
+    return _figure_to_svg(figure)
 
 
-def _changes(changes: Mapping[str, np.ndarray]) -> str:
+def _plot_update_norms(update_norms: Mapping[str, np.ndarray]) -> str:
     """A line per kind of weight over the layers, or a bar for each weight."""
     from matplotlib.figure import Figure
 
     by_kind: dict[str, list[float]] = {}
-    for path, values in changes.items():
-        kind = "/".join(part for part in path.split("/")[1:] if not _numbered(part))
+    for path, values in update_norms.items():
+        kind = "/".join(part for part in path.split("/")[1:] if not _is_layer_name(part))
         by_kind.setdefault(kind, []).extend(values.tolist())
     figure = Figure(figsize=(9.5, 0.5 + 0.32 * max(len(by_kind), 6)), layout="constrained")
     axes = figure.subplots()
@@ -191,15 +318,15 @@ def _changes(changes: Mapping[str, np.ndarray]) -> str:
         axes.text(1.01, place, kind, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set(yticks=[], xlabel="dark: the first layer; light: the last")
     axes.margins(y=0.5 / max(len(by_kind), 1))
-    return _svg(figure)
+    return _figure_to_svg(figure)
 
 
-def _numbered(part: str) -> bool:
+def _is_layer_name(segment: str) -> bool:
     """Whether it is of one layer: `layer_3`, or `layers` of a stack."""
-    return part == "layers" or part.rpartition("_")[2].isdigit()
+    return segment == "layers" or segment.rpartition("_")[2].isdigit()
 
 
-def _svg(figure: Any) -> str:
+def _figure_to_svg(figure: Any) -> str:
     held = io.StringIO()
     figure.savefig(held, format="svg", metadata={"Date": None})
     text = held.getvalue()

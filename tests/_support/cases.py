@@ -48,14 +48,14 @@ FAMILIES = {
     "lokr_pairs": Family(jlora.LoKr(rank=1, alpha=3, decompose_both=True)),
     "hira": Family(jlora.HiRA(rank=2)),
     # A wave that does not vanish in the sum of fused_qkv's three parts.
-    "fourierft": Family(jlora.FourierFT(frequencies=1, alpha=5, seed=32), starts_at_base=False),
-    "fourierft_whole": Family(jlora.FourierFT(frequencies=9, alpha=5, std=0)),
+    "fourierft": Family(jlora.FourierFT(num_frequencies=1, alpha=5, seed=32), starts_at_base=False),
+    "fourierft_whole": Family(jlora.FourierFT(num_frequencies=9, alpha=5, std=0)),
     "ia3": Family(jlora.IA3()),
-    "ia3_inputs": Family(jlora.IA3(on="inputs")),
-    "vb_lora": Family(jlora.VBLoRA(rank=2, vectors=4, length=1), starts_at_base=False),
-    "full": Family(jlora.Full()),
-    "token_rows": Family(jlora.TokenRows(tokens=(5, 1, 2, 4))),
-    "mixture": Family(jlora.LoRAMixture(experts=4, rank=2, alpha=3), merges=False),
+    "ia3_inputs": Family(jlora.IA3(apply_to="inputs")),
+    "vb_lora": Family(jlora.VBLoRA(rank=2, num_vectors=4, vector_length=1), starts_at_base=False),
+    "full": Family(jlora.FullDelta()),
+    "token_rows": Family(jlora.TrainableTokens(token_indices=(5, 1, 2, 4))),
+    "mixture": Family(jlora.LoRAMoE(num_experts=4, rank=2, alpha=3), merges=False),
 }
 
 
@@ -142,7 +142,7 @@ def moved(adapter: Any, seed: int = 2) -> Any:
         start = np.asarray(leaf)
         return jax.device_put(start + (0.3 * rng.normal(size=start.shape)).astype(start.dtype))
 
-    return jax.tree.map(noisy, adapter, jlora.labels(adapter))
+    return jax.tree.map(noisy, adapter, jlora.param_labels(adapter))
 
 
 def total(output: Any) -> jax.Array:
@@ -173,3 +173,23 @@ def errors(values: Any, truth: Any) -> list[tuple[float, float]]:
         )
         for value, true in pairs
     ]
+
+
+NAMES = list(BY_NAME)
+
+
+# Reverse mode does not exist for a loop whose length is not known.
+DIFFERENTIABLE = [name for name in NAMES if name != "generate"]
+# One of each way that a model uses weights; the others are in the slow group.
+LAYERS = [
+    "dense_general",
+    "fused_qkv",
+    "experts",
+    "in_custom_vjp_true",
+    "in_shard_map",
+    "weight_norm",
+    "linen_scan_remat",
+    "embed",
+    "tied_embedding",
+    "conv_2d",
+]

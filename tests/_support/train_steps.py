@@ -10,9 +10,10 @@ import optax
 from flax.core import meta
 
 import jlora
-from jlora.models.decoder import Decoder, DecoderConfig, Kind
-from jlora.models.rope import rope
-from jlora.training import mesh as meshes
+from jlora.models.decoder import Decoder
+from jlora.models.decoder_config import DecoderConfig, LayerKind
+from jlora.models.rope import rope_from_config
+from jlora.training import sharding
 
 # Axis sizes that differ everywhere; 8 rows and a width of 16 can be split over 8 devices.
 TINY = {
@@ -22,18 +23,21 @@ TINY = {
     "num_heads": 6,
     "num_kv_heads": 2,
     "head_dim": 4,
-    "layers": 3,
+    "num_layers": 3,
 }
 
 
 def decoder(size: dict[str, int] = TINY, **fields: Any) -> Decoder:
     """A decoder of Llama's kind."""
     dim = size["head_dim"]
-    kind = Kind(rope=rope({"rope_theta": 5e5}, head_dim=dim, max_length=8192))
+    kind = LayerKind(
+        rope=rope_from_config({"rope_theta": 5e5}, head_dim=dim, max_position_embeddings=8192)
+    )
     config = DecoderConfig(
-        **{**size, "layers": (0,) * size["layers"]},
-        kinds=(kind,),
-        max_length=8192,
+        **{name: value for name, value in size.items() if name != "num_layers"},
+        layer_kind_ids=(0,) * size["num_layers"],
+        layer_kinds=(kind,),
+        max_seq_length=8192,
         query_scale=dim**-0.5,
     )
     return Decoder(config, **fields)
@@ -73,7 +77,7 @@ def step(
     """A step without one array allocated: LoRA on every kernel of the layers, and AdamW."""
     lora = transform(model, {"layers.*kernel": jlora.LoRA(rank=rank, alpha=2 * rank)}, chunks)
     optimizer = optax.adamw(1e-4)
-    meshes.check_batch(mesh, rows)
+    sharding.check_batch_size(mesh, rows)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     weights = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), token))
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), weights)
@@ -87,14 +91,14 @@ def step(
         updates, state = optimizer.update(gradient, state, adapter)
         return optax.apply_updates(adapter, updates), state, loss
 
-    of_weights = meshes.weight_specs(model, token)
-    of_adapter = meshes.adapter_specs(adapter, of_weights)
-    of_state = meshes.optimizer_specs(state, adapter, of_adapter)
-    placed = jax.tree.map(lambda _: meshes.batch_sharding(mesh), batch)
+    of_weights = sharding.weight_specs(model, token)
+    of_adapter = sharding.adapter_specs(adapter, of_weights)
+    of_state = sharding.opt_state_specs(state, adapter, of_adapter)
+    placed = jax.tree.map(lambda _: sharding.make_batch_sharding(mesh), batch)
     shardings = [
-        meshes.shardings(mesh, weights, of_weights),
-        meshes.shardings(mesh, adapter, of_adapter),
-        meshes.shardings(mesh, state, of_state),
+        sharding.make_tree_shardings(mesh, weights, of_weights),
+        sharding.make_tree_shardings(mesh, adapter, of_adapter),
+        sharding.make_tree_shardings(mesh, state, of_state),
         placed,
     ]
     arguments = [

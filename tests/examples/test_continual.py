@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.adapters.inits import Moments
 from jlora.adapters.lora import LoRALeaf
-from jlora.factored.probe import Axes
+from jlora.initializers import InputMoments
+from jlora.interpreter.usage import WeightAxes
 
 pytest.importorskip("matplotlib", reason="needs the extra jlora[train]")
 from examples import continual, quickstart
@@ -44,11 +44,11 @@ def test_what_is_left_outside_an_adapter_has_no_part_in_its_directions():
         a=jnp.asarray(a, jnp.float32),
         b=jnp.zeros((2, 5)),
         shape=(6, 5),
-        axes=Axes((), (0,), (1,)),
+        axes=WeightAxes((), (0,), (1,)),
         rank=2,
         alpha=2.0,
     )
-    moments = Moments(
+    moments = InputMoments(
         jnp.full(1, 9.0), jnp.asarray(rows.sum(0))[None], jnp.asarray(rows.T @ rows)[None]
     )
     number, first, second = continual.left_outside({"w": moments}, {"w": leaf})["w"]

@@ -128,7 +128,7 @@ class Saved(NamedTuple):
     """A model of transformers, the same one loaded by jlora, and the folder between them."""
 
     theirs: Any
-    ours: models.Loaded
+    ours: models.LoadedModel
     folder: pathlib.Path
 
 
@@ -192,7 +192,7 @@ def test_a_decoder_of_old_writes_the_same_tokens(decoder: Saved) -> None:
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
     )[:, ids.shape[1] :].numpy()
-    sampling = models.Sampling(stop_tokens=models.stop_tokens(decoder.folder))
+    sampling = models.SamplingParams(eos_token_ids=models.eos_token_ids(decoder.folder))
     ours = models.generate(
         *decoder.ours, ids, mask, max_new_tokens=NEW_TOKENS, sampling=sampling
     ).tokens

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from _support.cases import Case, errors, moved, total
+from _support.hlo import weight_shaped_products
 from foreign_models import FOREIGN, MODELS, foreign_case
-from test_laws import weight_shaped_products
 
 import jlora
-from jlora.adapters.protocol import leaves_of
-from jlora.factored.network import watching_sums
+from jlora.adapters.base import get_adapter_leaves
+from jlora.interpreter.factored_array import record_materialized
 
 pytestmark = FOREIGN
 
@@ -96,9 +96,9 @@ def law_explain_is_what_happens_and_nothing_is_dense(
 ) -> None:
     rows = adapted(explanation)
     assert not [row for row in rows if row.dense or "full-size" in row.adapter]
-    assert {row.path for row in rows} == set(leaves_of(one.adapter))
-    assert not explanation.problems
-    with watching_sums() as seen:
+    assert {row.path for row in rows} == set(get_adapter_leaves(one.adapter))
+    assert not explanation.errors
+    with record_materialized() as seen:
         jax.eval_shape(lambda: one.lora.apply(one.params, one.adapter, *one.inputs))
     assert not seen
 

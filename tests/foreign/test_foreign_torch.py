@@ -11,7 +11,7 @@ from _support.cases import Case, moved
 from foreign_models import DORA, FOREIGN, LAYERS, LORA, VERA, foreign_case
 
 import jlora
-from jlora.adapters.protocol import leaves_of
+from jlora.adapters.base import get_adapter_leaves
 
 pytestmark = FOREIGN
 
@@ -79,7 +79,7 @@ def test_peft_computes_the_same_from_the_same_arrays(name: str, family: str) -> 
     rules = {f"({'|'.join(projections)})/kernel": config}
     lora = jlora.lora_transform(one.fn, rules)
     adapter = moved(lora.init(jax.random.key(1), one.params, *one.inputs))
-    assert len(leaves_of(adapter)) == LAYERS * len(projections)
+    assert len(get_adapter_leaves(adapter)) == LAYERS * len(projections)
 
     settings = getattr(peft, theirs)(
         target_modules=projections, fan_in_fan_out=name == "gpt2", **fields

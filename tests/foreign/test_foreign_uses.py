@@ -124,7 +124,7 @@ def test_generation_is_that_of_the_merged_model() -> None:
     np.testing.assert_array_equal(written, merged)
     assert not np.array_equal(written, generate(one.params, *one.inputs))
     rows = lora.explain(one.params, *one.inputs).rows
-    assert not [row.path for row in rows if row.dense and row.adapter != "frozen"]
+    assert not [row.path for row in rows if row.dense_reasons and row.adapter != "frozen"]
 
 
 # --- training, sharding, and back ----------------------------------------------------------------

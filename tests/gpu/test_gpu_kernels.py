@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.kernels import adapted, hopper, meeting, trial
+from jlora.kernels import hopper, lora_matmul, self_test
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ def distance(found: Any, wanted: Any) -> float:
 
 @pytest.mark.parametrize("rank", [16, 32, 64])
 def test_this_device_has_kernels(rank: int) -> None:
-    assert trial.passed(rank)
+    assert self_test.kernels_work(rank)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -46,7 +46,7 @@ def test_this_device_has_kernels(rank: int) -> None:
 def test_the_product_is_that_of_numpy(m: int, k: int, n: int, rank: int, turned: bool) -> None:
     x, t, b = array(0, m, k), array(1, m, rank), array(2, rank, n)
     w = array(3, n, k) if turned else array(3, k, n)
-    out = jax.jit(hopper.product, static_argnames="turned")(x, w, t, b, turned=turned)
+    out = jax.jit(hopper.hopper_matmul_add, static_argnames="turned")(x, w, t, b, turned=turned)
     matrix = wide(w).T if turned else wide(w)
     assert distance(out, wide(x) @ matrix + wide(t) @ wide(b)) < BOUND
 
@@ -56,7 +56,7 @@ def test_the_product_is_that_of_numpy(m: int, k: int, n: int, rank: int, turned:
 )
 def test_what_meets_a_cotangent_is_that_of_numpy(m: int, n: int, rank: int) -> None:
     dy, t, b = array(0, m, n), array(1, m, rank), array(2, rank, n)
-    u, db = jax.jit(meeting.meeting)(dy, t, b)
+    u, db = jax.jit(hopper.lora_grads)(dy, t, b)
     assert distance(u, wide(dy) @ wide(b).T) < BOUND
     assert distance(db, wide(t).T @ wide(dy)) < BOUND
 
@@ -83,7 +83,7 @@ def test_law_apply_and_gradients_are_those_of_plain_products(config: Any, quanti
 
     assert "adapted_product" in str(jax.make_jaxpr(loss)(adapter, x))
     found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(adapter, x)
-    with adapted.plain_products():
+    with lora_matmul.plain_products():
         wanted = jax.jit(jax.value_and_grad(lambda a, x: loss(a, x), argnums=(0, 1)))(adapter, x)
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         # Both round the same sums to bfloat16 in four places, each at its own time.

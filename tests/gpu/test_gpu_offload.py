@@ -88,4 +88,4 @@ def test_the_self_test_passes(passes: int) -> None:
     params = parameters()
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = jlora.offload(transform).init(params)
-    jlora.check_offload(transform, params, state, passes=passes)
+    jlora.check_offload(transform, params, state, accumulation_steps=passes)

@@ -12,8 +12,8 @@ import pytest
 import jlora
 from benchmarks.h100 import common
 from benchmarks.h100.step import decoder, parameters
-from jlora import multi
-from jlora.models.decoder import empty_cache
+from jlora import multi_lora
+from jlora.models.decoder import init_cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,13 +30,13 @@ def given(request: pytest.FixtureRequest) -> Any:
     tokens = jax.random.randint(jax.random.key(3), (len(NAMES), 64), 0, SHAPE.vocabulary)
     lora = jlora.lora_transform(model.apply, {r"layers.*kernel": jlora.LoRA(rank=16, alpha=16)})
     like = lora.init(jax.random.key(0), params, tokens)
-    slots = multi.empty(like, 4, 16, jnp.bfloat16)
+    slots = multi_lora.empty_slots(like, 4, 16, jnp.bfloat16)
     adapters = []
     for number in range(1, 4):
         keys = iter(jax.random.split(jax.random.key(number), 99))
         noise = lambda leaf, keys=keys: 0.02 * jax.random.normal(next(keys), leaf.shape)
         adapters.append(jax.tree.map(noise, like))
-        slots = multi.put(slots, number, multi.padded(adapters[-1], slots))
+        slots = multi_lora.set_slot(slots, number, multi_lora.pad_to_slot(adapters[-1], slots))
     return model, params, tokens, lora, slots, adapters
 
 
@@ -53,7 +53,7 @@ def test_rows_are_those_of_their_adapters_and_bare_rows_know_nothing_of_them(
     model, params, tokens, lora, slots, adapters = given
     tokens = tokens[:, :length]
     index = jnp.array(NAMES)
-    run = jax.jit(lambda p, s, i, t: multi.apply_rows(lora, p, s, i, t))
+    run = jax.jit(lambda p, s, i, t: multi_lora.apply_per_example(lora, p, s, i, t))
     found = np.asarray(run(params, slots, index, tokens))
     bare = np.asarray(run(params, slots, jnp.zeros_like(index), tokens))
     base = np.asarray(jax.jit(model.apply)(params, tokens))
@@ -73,16 +73,18 @@ def test_rows_are_those_of_their_adapters_and_bare_rows_know_nothing_of_them(
 def test_decoding_with_a_cache_gives_what_the_whole_text_gives(given: Any) -> None:
     model, params, tokens, lora, slots, _ = given
     index, length = jnp.array(NAMES), 8
-    axes = multi.row_axes_of(lambda rows: empty_cache(model, rows, length, jnp.bfloat16))
+    axes = multi_lora.infer_batch_axes(lambda rows: init_cache(model, rows, length, jnp.bfloat16))
     ones = jnp.ones((len(NAMES), 1), jnp.int32)
 
     @jax.jit
     def step(cache: Any, token: Any, place: Any) -> Any:
         inputs = (token, ones, place * ones, cache)
-        return multi.apply_rows(lora, params, slots, index, *inputs, row_axes=(0, 0, 0, axes))
+        return multi_lora.apply_per_example(
+            lora, params, slots, index, *inputs, batch_axes=(0, 0, 0, axes)
+        )
 
-    cache = empty_cache(model, len(NAMES), length, jnp.bfloat16)
+    cache = init_cache(model, len(NAMES), length, jnp.bfloat16)
     for place in range(length):
         logits, cache = step(cache, tokens[:, place : place + 1], place)
-    whole = multi.apply_rows(lora, params, slots, index, tokens[:, :length])
+    whole = multi_lora.apply_per_example(lora, params, slots, index, tokens[:, :length])
     close(logits[:, 0], whole[:, -1])

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.kernels import adapted, hopper, meeting, tpu, trial
+from jlora.kernels import hopper, lora_matmul, self_test, tpu
 
 NAMES = ("adapted_product", "paired_product", "met_cotangent")
 
@@ -26,7 +26,7 @@ NAMES = ("adapted_product", "paired_product", "met_cotangent")
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with kernels, and for products of any size."""
-    monkeypatch.setattr(trial, "passed", lambda _: True)
+    monkeypatch.setattr(self_test, "passed", lambda _: True)
     monkeypatch.setattr(hopper, "fits", lambda *_: True)
 
 
@@ -91,7 +91,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 def test_law_every_transformation_gives_what_plain_products_give(name: str) -> None:
     adapter = moved(LORA)
     found = TRANSFORMS[name](adapter)
-    with adapted.plain_products():
+    with lora_matmul.plain_products():
         wanted = TRANSFORMS[name](adapter)
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         # Sums of at most 60 products in float32, made in another order.
@@ -106,7 +106,7 @@ def test_a_step_makes_every_product_in_one_operation() -> None:
     assert [text.count(f" {name}") for name in NAMES] == [3, 2, 3]
     # What is left are x A, and xᵀ u for A.
     assert text.count("dot_general[") == 2 * 3
-    with adapted.plain_products():
+    with lora_matmul.plain_products():
         assert "_product" not in program(jax.grad(lambda a, x: loss(a, x)), adapter, X)
 
 
@@ -165,7 +165,7 @@ def test_a_quantised_weight_is_made_again_in_the_gradient() -> None:
         return (LORA.apply(params, a, X) ** 2).sum()
 
     found = jax.grad(total)(adapter)
-    with adapted.plain_products():
+    with lora_matmul.plain_products():
         wanted = jax.grad(lambda a: (LORA.apply(params, a, X) ** 2).sum())(adapter)
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
@@ -178,7 +178,7 @@ def test_a_quantised_weight_is_made_again_in_the_gradient() -> None:
 @pytest.mark.usefixtures("used")
 def test_a_policy_keeps_the_products() -> None:
     policy = jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, adapted.products_saveable
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, lora_matmul.products_saveable
     )
     again = lambda policy: program(jax.grad(jax.checkpoint(loss, policy=policy)), moved(LORA), X)
     plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -220,7 +220,7 @@ def test_kernels_of_another_device_are_left_out_of_its_program(platform: str) ->
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     if platform != "tpu":
-        assert "custom_call" not in text(adapted.tpu_products)
+        assert "custom_call" not in text(lora_matmul.tpu_products)
     if platform != "cuda":
         assert "custom_call" not in text(contextlib.nullcontext)
     else:
@@ -239,7 +239,7 @@ def test_as_a_function_of_any_input_it_is_transposed_like_plain_products(number:
         linear = lambda one: fn(*args[:number], one, *args[number + 1 :])
         return jax.linear_transpose(linear, args[number])(dy)[0]
 
-    product = functools.partial(adapted.adapted_product, turned=False, device="hopper")
+    product = functools.partial(lora_matmul.lora_matmul, turned=False, device="hopper")
     plain = lambda x, w, a, b: x @ w + (x @ a) @ b
     # Sums of at most 60 products in float32, made in another order.
     np.testing.assert_allclose(back(product), back(plain), rtol=1e-4, atol=1e-4)
@@ -254,25 +254,25 @@ def test_without_jit_the_plain_products_are_run() -> None:
 
 
 def test_sizes_that_the_tiles_do_not_divide_are_left_to_plain_products() -> None:
-    fits = functools.partial(hopper.fits, dtype=jnp.bfloat16)
+    fits = functools.partial(hopper.fits_hopper_tiles, dtype=jnp.bfloat16)
     assert fits(8192, 2048, 512, 16)
     assert not fits(8192 + 128, 2048, 512, 16)
     assert not fits(8192, 2048 + 32, 512, 16)
     assert not fits(8192, 2048, 512 + 64, 16)
     assert not fits(8192, 2048, 512, 65)
-    assert not hopper.fits(8192, 2048, 512, 16, jnp.float32)
+    assert not hopper.fits_hopper_tiles(8192, 2048, 512, 16, jnp.float32)
     assert not fits(0, 2048, 512, 16)
 
 
 def test_here_is_no_device_with_kernels() -> None:
-    assert not trial.passed(16)
+    assert not self_test.kernels_work(16)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("rank", [1, 16, 24, 64])
 def test_the_kernel_lowers_for_its_device(rank: int, turned: bool) -> None:
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
-    product = functools.partial(hopper.product, turned=turned, multiprocessors=132)
+    product = functools.partial(hopper.hopper_matmul_add, turned=turned, multiprocessors=132)
     arguments = (
         shape(512, 192),
         shape(256, 192) if turned else shape(192, 256),
@@ -292,7 +292,7 @@ def test_the_kernel_of_the_gradient_lowers_for_its_device(shape: tuple[int, int,
     arguments = [
         jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in ((m, n), (m, rank), (rank, n))
     ]
-    lowered = jax.jit(meeting.meeting).trace(*arguments).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(hopper.lora_grads).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
     assert [one.shape for one in lowered.out_info] == [(m, rank), (rank, n)]
 
@@ -305,7 +305,7 @@ def test_the_product_for_tpus_is_the_plain_one(shape: tuple[int, ...], turned: b
         array(seed, *sizes).astype(jnp.bfloat16)
         for seed, sizes in enumerate(((m, k), (n, k) if turned else (k, n), (m, rank), (rank, n)))
     )
-    found = tpu.product(x, w, t, b, turned=turned, interpret=True).astype(jnp.float32)
+    found = tpu.tpu_matmul_add(x, w, t, b, turned=turned, interpret=True).astype(jnp.float32)
     x, w, t, b = (np.asarray(one, np.float32) for one in (x, w, t, b))
     wanted = x @ (w.T if turned else w) + t @ b
     # One rounding to bfloat16.
@@ -321,7 +321,7 @@ def test_the_product_for_tpus_is_used_where_it_is_asked_for() -> None:
         return program(lambda a: lora.apply(w, a, x), adapter)
 
     assert "adapted_product" not in text()
-    with adapted.tpu_products():
+    with lora_matmul.tpu_products():
         assert "adapted_product" in text()
         small = lora.apply(w, adapter, x[:8])  # Sizes that its tiles do not divide.
     np.testing.assert_array_equal(small, lora.apply(w, adapter, x[:8]))
@@ -339,21 +339,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         return x @ (w.T if turned else w) + t @ b
 
     monkeypatch.setattr(hopper, "product", product)
-    monkeypatch.setattr(meeting, "meeting", lambda dy, t, b: (dy @ b.T, t.T @ dy))
-    trial._passed.cache_clear()
+    monkeypatch.setattr(hopper, "meeting", lambda dy, t, b: (dy @ b.T, t.T @ dy))
+    self_test._test_kernels.cache_clear()
     yield monkeypatch
-    trial._passed.cache_clear()
+    self_test._test_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("gpu")
 def test_the_trial_passes_what_is_right_also_while_another_program_is_traced() -> None:
-    assert trial.passed(16)
-    trial._passed.cache_clear()
+    assert self_test.kernels_work(16)
+    self_test._test_kernels.cache_clear()
     passed = []
-    jax.jit(lambda x: passed.append(trial.passed(16)) or x)(1.0)
-    trial._passed.cache_clear()
+    jax.jit(lambda x: passed.append(self_test.kernels_work(16)) or x)(1.0)
+    self_test._test_kernels.cache_clear()
     with jax.disable_jit(), jax.transfer_guard("disallow"):
-        passed.append(trial.passed(16))
+        passed.append(self_test.kernels_work(16))
     assert passed == [True, True]
 
 
@@ -365,9 +365,9 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_the_trial_tells_of_a_kernel_that_is_wrong(name: str, gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr({"product": hopper, "meeting": meeting}[name], name, WRONG[name])
+    gpu.setattr({"product": hopper, "meeting": hopper}[name], name, WRONG[name])
     with pytest.warns(RuntimeWarning, match="results are off by .* Plain products are used"):
-        assert not trial.passed(16)
+        assert not self_test.kernels_work(16)
 
 
 def test_the_trial_tells_of_a_kernel_that_does_not_compile(gpu: pytest.MonkeyPatch) -> None:
@@ -376,9 +376,9 @@ def test_the_trial_tells_of_a_kernel_that_does_not_compile(gpu: pytest.MonkeyPat
 
     gpu.setattr(hopper, "product", broken)
     with pytest.warns(RuntimeWarning, match="NotImplementedError: no such instruction"):
-        assert not trial.passed(16)
+        assert not self_test.kernels_work(16)
 
 
 def test_several_devices_have_no_kernels(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(jax, "device_count", lambda: 2)
-    assert not trial.passed(16)
+    assert not self_test.kernels_work(16)

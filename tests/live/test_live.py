@@ -18,7 +18,10 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 hf_peft = pytest.importorskip("peft")
 
 import jlora  # noqa: E402
-from jlora import models, peft  # noqa: E402
+from jlora import (
+    models,
+    peft,  # noqa: E402
+)
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -70,7 +73,7 @@ def test_transformers_loads_merged_checkpoints(name: str, tmp_path: pathlib.Path
         DECODERS / name,
         dtype=jnp.float32,
         scanned=scanned,
-        shard_bytes=4000,
+        max_shard_size=4000,
     )
     np.testing.assert_allclose(logits(theirs(tmp_path / "out"), tokens()), ours, **CLOSE)
 
@@ -79,13 +82,16 @@ def test_transformers_loads_merged_checkpoints(name: str, tmp_path: pathlib.Path
     ("name", "rules"),
     [
         ("llama", {EVERY: jlora.LoRA(rank=3, alpha=5)}),
-        ("llama", {"embedding|head|/q": jlora.LoRA(rank=3, alpha=5, rank_stabilized=True)}),
+        ("llama", {"embedding|head|/q": jlora.LoRA(rank=3, alpha=5, use_rslora=True)}),
         ("llama", {EVERY: jlora.DoRA(rank=3, alpha=5), "embedding": jlora.DoRA(rank=2, alpha=3)}),
         ("llama3", {EVERY: jlora.LoRA(rank=3, alpha=5), "bias": jlora.BitFit()}),
-        ("llama", {EVERY: jlora.LoRA(rank=3, alpha=5), "head|^params/norm": jlora.Full()}),
+        ("llama", {EVERY: jlora.LoRA(rank=3, alpha=5), "head|^params/norm": jlora.FullDelta()}),
         (
             "llama",
-            {EVERY: jlora.LoRA(rank=3, alpha=5), "embedding": jlora.TokenRows(tokens=(3, 40))},
+            {
+                EVERY: jlora.LoRA(rank=3, alpha=5),
+                "embedding": jlora.TrainableTokens(token_indices=(3, 40)),
+            },
         ),
         ("qwen3_moe", {EVERY: jlora.LoRA(rank=2, alpha=5)}),
         ("qwen3_moe", {r"moe/gate_up$|/q/": jlora.LoRA(rank=2, alpha=5)}),
@@ -96,10 +102,10 @@ def test_transformers_loads_merged_checkpoints(name: str, tmp_path: pathlib.Path
         ("llama", {EVERY: jlora.LoKr(rank=1, alpha=5, factor=3)}),
         ("llama", {EVERY: jlora.LoKr(rank=1, alpha=5, decompose_both=True)}),
         ("llama", {EVERY: jlora.HiRA(rank=2)}),
-        ("llama", {r"/(k|v)/kernel": jlora.IA3(), "down": jlora.IA3(on="inputs")}),
+        ("llama", {r"/(k|v)/kernel": jlora.IA3(), "down": jlora.IA3(apply_to="inputs")}),
         ("llama", {EVERY: jlora.VeRA(rank=5)}),
-        ("llama", {EVERY: jlora.VBLoRA(rank=2, vectors=5, length=2)}),
-        ("llama", {EVERY: jlora.FourierFT(frequencies=7, alpha=20, seed=5)}),
+        ("llama", {EVERY: jlora.VBLoRA(rank=2, num_vectors=5, vector_length=2)}),
+        ("llama", {EVERY: jlora.FourierFT(num_frequencies=7, alpha=20, seed=5)}),
     ],
     ids=lambda value: (
         value
@@ -110,6 +116,6 @@ def test_transformers_loads_merged_checkpoints(name: str, tmp_path: pathlib.Path
 @pytest.mark.parametrize("scanned", [False, True])
 def test_peft_loads_adapters(name: str, rules: Any, scanned: bool, tmp_path: pathlib.Path) -> None:
     model, params, adapter, ours = adapted(name, rules, scanned)
-    peft.save(tmp_path / "out", adapter, model, params, task="CAUSAL_LM")
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
     np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)

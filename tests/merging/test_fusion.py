@@ -17,8 +17,8 @@ import pytest
 from _support.cases import case, moved
 
 import jlora
-from jlora.merging.fusion import fuse, fuse_by_gradient
-from jlora.merging.mixing import fixed, mixed, weights_of, with_weights
+from jlora.merging.lorahub import fit_weights, lorahub
+from jlora.merging.weighted import fold_weights, get_weights, weighted_sum, with_weights
 
 needs_optuna = pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None or importlib.util.find_spec("cmaes") is None,
@@ -33,7 +33,9 @@ def task() -> tuple[Any, Any, Any, Any]:
     noise that no weights explain.
     """
     one = case("dense_general", "float32")
-    mix = mixed({name: moved(one.fresh, seed) for seed, name in enumerate("abc", 3)}, [0, 0, 0])
+    mix = weighted_sum(
+        {name: moved(one.fresh, seed) for seed, name in enumerate("abc", 3)}, [0, 0, 0]
+    )
     wanted = one.lora.apply(one.params, with_weights(mix, WANTED), *one.inputs)
     goal = wanted + 0.1 * jax.random.normal(jax.random.key(0), wanted.shape)
 
@@ -61,10 +63,12 @@ def least_squares() -> tuple[np.ndarray, float]:
 def test_a_search_without_gradients_finds_the_least_squares() -> None:
     _, mix, loss, arguments = task()
     weights, least = least_squares()
-    found = fuse(loss, mix, *arguments, budget=250, penalty=0.0)
+    found = lorahub(loss, mix, *arguments, num_trials=250, l1_penalty=0.0)
     assert found.loss < least + 1e-3
     np.testing.assert_allclose(found.weights, weights, atol=0.05)  # As far as 1e-3 of loss allows.
-    np.testing.assert_allclose(weights_of(found.adapter)["params/kernel"], found.weights, rtol=1e-6)
+    np.testing.assert_allclose(
+        get_weights(found.adapter)["params/kernel"], found.weights, rtol=1e-6
+    )
     assert len(found.history) == 250
     assert found.history[0] > least + 0.3
     assert found.loss == min(found.history)
@@ -76,10 +80,10 @@ def test_the_history_is_the_loss_with_the_penalty_and_no_weight_leaves_the_bound
     tried = []
 
     def watched(adapter: Any, *arguments: Any) -> jax.Array:
-        tried.append(np.float64(weights_of(adapter)["params/kernel"]))
+        tried.append(np.float64(get_weights(adapter)["params/kernel"]))
         return loss(adapter, *arguments)
 
-    found = fuse(watched, mix, *arguments, budget=40, bound=0.3, penalty=0.1, seed=1)
+    found = lorahub(watched, mix, *arguments, num_trials=40, bound=0.3, l1_penalty=0.1, seed=1)
     assert not tried[0].any(), "the bare base comes first"
     assert 0.25 < np.abs(tried).max() <= 0.3
     values = [float(loss(with_weights(mix, row), *arguments)) for row in tried]
@@ -95,7 +99,7 @@ def test_the_history_is_the_loss_with_the_penalty_and_no_weight_leaves_the_bound
 def test_one_seed_finds_one_result_and_another_seed_another() -> None:
     _, mix, loss, arguments = task()
     first, again, other = (
-        fuse(loss, mix, *arguments, budget=12, seed=seed).history for seed in (3, 3, 4)
+        lorahub(loss, mix, *arguments, num_trials=12, seed=seed).history for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
@@ -111,7 +115,7 @@ def test_the_loss_is_compiled_once_for_all_tries() -> None:
         traces.append(1)
         return ((one.lora.apply(params, adapter, x) - goal) ** 2).mean()
 
-    fuse(loss, mix, *arguments, budget=9)
+    lorahub(loss, mix, *arguments, num_trials=9)
     assert len(traces) == 1
 
 
@@ -120,10 +124,10 @@ def test_any_function_is_searched_and_a_try_that_overflows_is_the_worst() -> Non
     _, mix, _, _ = task()
 
     def loss(adapter: Any) -> float:
-        weights = np.asarray(weights_of(adapter)["params/kernel"])
+        weights = np.asarray(get_weights(adapter)["params/kernel"])
         return float("nan") if weights[0] < 0 else round(abs(1 - weights.sum()), 1)
 
-    found = fuse(loss, mix, budget=40, penalty=0.0)
+    found = lorahub(loss, mix, num_trials=40, l1_penalty=0.0)
     assert found.loss <= 0.2
     assert found.weights[0] >= 0
     assert np.isinf(found.history).any()
@@ -132,9 +136,9 @@ def test_any_function_is_searched_and_a_try_that_overflows_is_the_worst() -> Non
 @needs_optuna
 def test_a_single_adapter_and_a_budget_of_one_work() -> None:
     one, _, loss, arguments = task()
-    mix = mixed({"only": moved(one.fresh, 3)})
-    assert fuse(loss, mix, *arguments, budget=12).weights.shape == (1,)
-    assert fuse(loss, mix, *arguments, budget=1).weights == [0.0]
+    mix = weighted_sum({"only": moved(one.fresh, 3)})
+    assert lorahub(loss, mix, *arguments, num_trials=12).weights.shape == (1,)
+    assert lorahub(loss, mix, *arguments, num_trials=1).weights == [0.0]
 
 
 @needs_optuna
@@ -146,7 +150,7 @@ def test_optuna_says_nothing_and_is_left_as_it_was(
     _, mix, loss, arguments = task()
     before = optuna.logging.get_verbosity()
     assert before <= logging.INFO
-    fuse(loss, mix, *arguments, budget=2)
+    lorahub(loss, mix, *arguments, num_trials=2)
     assert optuna.logging.get_verbosity() == before
     assert capsys.readouterr() == ("", "")
 
@@ -160,16 +164,16 @@ def test_a_search_that_means_nothing_is_refused() -> None:
         ({"penalty": -1}, "penalty=-1 is out of range. Use a finite number, 0.0 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
-            fuse(loss, mix, *arguments, **options)
+            lorahub(loss, mix, *arguments, **options)
     with pytest.raises(ValueError, match="loss=nan of the bare base is not finite"):
-        fuse(lambda adapter: float("nan"), mix)
+        lorahub(lambda adapter: float("nan"), mix)
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     _, mix, loss, arguments = task()
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ModuleNotFoundError, match=r"'optuna' is missing. .*jlora\[search\]"):
-        fuse(loss, mix, *arguments)
+        lorahub(loss, mix, *arguments)
 
 
 # By gradients
@@ -178,13 +182,13 @@ def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_optimizer_finds_the_least_squares() -> None:
     _, mix, loss, arguments = task()
     weights, least = least_squares()
-    found = fuse_by_gradient(loss, mix, *arguments, steps=300, optimizer=optax.adam(0.05))
+    found = fit_weights(loss, mix, *arguments, num_steps=300, optimizer=optax.adam(0.05))
     # Adam's last steps are of some 1e-4 around the least.
     np.testing.assert_allclose(found.weights, weights, atol=2e-3)
     np.testing.assert_allclose(found.loss, least, rtol=1e-3)
     assert len(found.history) == 301
     np.testing.assert_allclose(found.history[0], loss(mix, *arguments), rtol=1e-5)
-    output = jlora.merge(arguments[0], fixed(found.adapter))["params"]["kernel"]
+    output = jlora.merge(arguments[0], fold_weights(found.adapter))["params"]["kernel"]
     chex.assert_trees_all_close(
         output, jlora.merge(arguments[0], found.adapter)["params"]["kernel"], rtol=1e-5, atol=1e-5
     )
@@ -193,10 +197,10 @@ def test_an_optimizer_finds_the_least_squares() -> None:
 def test_one_step_is_the_optimizers_own() -> None:
     _, mix, loss, arguments = task()
     slope = jax.grad(lambda w: loss(with_weights(mix, w), *arguments))(jnp.zeros(3))
-    found = fuse_by_gradient(loss, mix, *arguments, steps=1, optimizer=optax.sgd(0.01))
+    found = fit_weights(loss, mix, *arguments, num_steps=1, optimizer=optax.sgd(0.01))
     np.testing.assert_allclose(found.weights, -0.01 * np.asarray(slope), rtol=1e-5)
     # A step too far is not returned: the start was better.
-    far = fuse_by_gradient(loss, mix, *arguments, steps=1, optimizer=optax.sgd(100.0))
+    far = fit_weights(loss, mix, *arguments, num_steps=1, optimizer=optax.sgd(100.0))
     assert not far.weights.any()
     assert far.loss == far.history[0] < far.history[1]
 
@@ -210,27 +214,27 @@ def test_other_examples_do_not_recompile_the_descent() -> None:
         return ((one.lora.apply(params, adapter, x) - goal) ** 2).mean()
 
     optimizer = optax.sgd(0.1)
-    fuse_by_gradient(loss, mix, params, x, goal, steps=2, optimizer=optimizer)
+    fit_weights(loss, mix, params, x, goal, num_steps=2, optimizer=optimizer)
     count = len(traces)
-    fuse_by_gradient(loss, mix, params, x, goal + 1, steps=2, optimizer=optimizer)
+    fit_weights(loss, mix, params, x, goal + 1, num_steps=2, optimizer=optimizer)
     assert len(traces) == count
 
 
 def test_weights_by_layer_fit_better_than_one_for_all() -> None:
     one = case("attention", "float32")
-    mix = mixed({name: moved(one.fresh, seed) for seed, name in enumerate("ab", 3)})
+    mix = weighted_sum({name: moved(one.fresh, seed) for seed, name in enumerate("ab", 3)})
     by_path = {path: [0.5 * i, 1 - 0.5 * i] for i, path in enumerate(mix)}
     goal = one.lora.apply(one.params, with_weights(mix, by_path), *one.inputs)
     loss = lambda adapter: ((one.lora.apply(one.params, adapter, *one.inputs) - goal) ** 2).mean()
     options: Any = {"steps": 150, "optimizer": optax.adam(0.03)}
-    together = fuse_by_gradient(loss, mix, **options)
-    apart = fuse_by_gradient(loss, mix, **options, layer_wise=True)
+    together = fit_weights(loss, mix, **options)
+    apart = fit_weights(loss, mix, **options, layer_wise=True)
     assert apart.loss < 0.1 * together.loss
     assert set(apart.weights) == set(mix)
-    again = fuse_by_gradient(loss, apart.adapter, **options, layer_wise=True)
+    again = fit_weights(loss, apart.adapter, **options, layer_wise=True)
     assert again.history[0] == pytest.approx(apart.loss, rel=1e-4)  # Where the first left off.
     with pytest.raises(ValueError, match="would set them all alike"):
-        fuse_by_gradient(loss, apart.adapter, **options)
+        fit_weights(loss, apart.adapter, **options)
 
 
 def test_the_program_forms_no_gradient_of_a_factor() -> None:
@@ -250,11 +254,11 @@ def test_the_program_forms_no_gradient_of_a_factor() -> None:
 def test_a_descent_that_means_nothing_is_refused() -> None:
     _, mix, loss, arguments = task()
     with pytest.raises(ValueError, match="steps=0 is no count"):
-        fuse_by_gradient(loss, mix, *arguments, steps=0, optimizer=optax.sgd(0.1))
+        fit_weights(loss, mix, *arguments, num_steps=0, optimizer=optax.sgd(0.1))
     with pytest.raises(ValueError, match="loss=nan is not finite"):
-        fuse_by_gradient(
-            lambda adapter: jnp.nan * weights_of(adapter)["params/kernel"].sum(),
+        fit_weights(
+            lambda adapter: jnp.nan * get_weights(adapter)["params/kernel"].sum(),
             mix,
-            steps=2,
+            num_steps=2,
             optimizer=optax.sgd(0.1),
         )

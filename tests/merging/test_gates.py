@@ -14,8 +14,8 @@ import pytest
 from _support.cases import case, moved
 
 import jlora
-from jlora.merging.gates import apply_per_row, gate_of, gate_weights
-from jlora.merging.mixing import mixed, with_weights
+from jlora.merging.routing import apply_routed, fit_router, routing_weights
+from jlora.merging.weighted import weighted_sum, with_weights
 
 RNG = np.random.default_rng(0)
 PROMPTS = {name: RNG.normal(size=(rows, 5)) for name, rows in [("b", 4), ("c", 1), ("a", 6)]}
@@ -25,7 +25,7 @@ EMBEDDING = RNG.normal(size=(7, 5))
 @functools.cache
 def mix_of(name: str) -> dict[str, Any]:
     one = case(name, "float32")
-    return mixed({adapter: moved(one.fresh, seed) for seed, adapter in enumerate("abc", 3)})
+    return weighted_sum({adapter: moved(one.fresh, seed) for seed, adapter in enumerate("abc", 3)})
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -38,36 +38,36 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def test_the_weights_are_a_softmax_of_cosines_in_the_order_of_the_mix() -> None:
-    gate = gate_of(PROMPTS, mix_of("dense"), temperature=0.25)
+    gate = fit_router(PROMPTS, mix_of("dense"), temperature=0.25)
     centroids = np.stack([unit(unit(PROMPTS[name]).mean(0)) for name in "abc"])
     # float32 against float64: sums of 5 products, divided by 0.25 before the exponential.
     np.testing.assert_allclose(gate.centroids, centroids, rtol=1e-6, atol=1e-6)
     expected = softmax(unit(EMBEDDING) @ centroids.T / 0.25)
-    found = jax.jit(gate_weights)(gate, EMBEDDING)
+    found = jax.jit(routing_weights)(gate, EMBEDDING)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     # Neither the length of a prompt's embedding nor that of an input's matters.
     longer = {name: 3 * rows for name, rows in PROMPTS.items()}
-    again = gate_weights(gate_of(longer, mix_of("dense"), temperature=0.25), 0.5 * EMBEDDING)
+    again = routing_weights(fit_router(longer, mix_of("dense"), temperature=0.25), 0.5 * EMBEDDING)
     np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_top_k_leaves_the_nearest_and_their_own_softmax() -> None:
-    gate = gate_of(PROMPTS, mix_of("dense"))
+    gate = fit_router(PROMPTS, mix_of("dense"))
     scores = unit(EMBEDDING) @ np.float64(gate.centroids).T / 0.1
     for k in (1, 2, 3):
         least = np.sort(scores, axis=-1)[:, [-k]]
         expected = softmax(np.where(scores >= least, scores, -np.inf))
-        found = gate_weights(gate, EMBEDDING, top_k=k)
+        found = routing_weights(gate, EMBEDDING, top_k=k)
         # Cosines of float32 over 0.1: their last digits count ten times.
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
         assert ((np.asarray(found) > 0).sum(-1) == k).all()
 
 
 def test_an_embedding_of_length_zero_gets_equal_weights_and_finite_gradients() -> None:
-    gate = gate_of(PROMPTS, mix_of("dense"))
+    gate = fit_router(PROMPTS, mix_of("dense"))
     rows = jnp.asarray(EMBEDDING).at[2].set(0)
-    np.testing.assert_allclose(gate_weights(gate, rows)[2], np.full(3, 1 / 3), rtol=1e-6)
-    loss = lambda gate, rows: (gate_weights(gate, rows)[:, 0] ** 2).sum()
+    np.testing.assert_allclose(routing_weights(gate, rows)[2], np.full(3, 1 / 3), rtol=1e-6)
+    loss = lambda gate, rows: (routing_weights(gate, rows)[:, 0] ** 2).sum()
     for slope in jax.tree.leaves(jax.grad(loss, (0, 1))(gate, rows)):
         assert np.isfinite(slope).all()
 
@@ -75,10 +75,10 @@ def test_an_embedding_of_length_zero_gets_equal_weights_and_finite_gradients() -
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_long_embeddings_of_narrow_types_are_compared_as_wide_ones(dtype: Any) -> None:
     near, far = np.eye(2, 4), -np.eye(2, 4)
-    gate = gate_of({"a": near, "b": far, "c": far}, mix_of("dense"))
+    gate = fit_router({"a": near, "b": far, "c": far}, mix_of("dense"))
     rows = jnp.asarray([[300, 200, 0, 100], [-300, 4, 8, 0]], dtype)
-    found = gate_weights(gate, rows)
-    np.testing.assert_array_equal(found, gate_weights(gate, rows.astype(jnp.float32)))
+    found = routing_weights(gate, rows)
+    np.testing.assert_array_equal(found, routing_weights(gate, rows.astype(jnp.float32)))
     assert np.argmax(found, axis=1).tolist()[0] == 0
     assert found[0, 0] > 0.9 > 0.1 > found[1, 0]
 
@@ -86,9 +86,9 @@ def test_long_embeddings_of_narrow_types_are_compared_as_wide_ones(dtype: Any) -
 def test_a_gate_can_be_trained_to_tell_inputs_apart() -> None:
     """By its centroids and its temperature, from prompts that say nothing."""
     alike = dict.fromkeys("abc", PROMPTS["a"])
-    gate = gate_of(alike, mix_of("dense"))
+    gate = fit_router(alike, mix_of("dense"))
     labels = np.arange(7) % 3
-    loss = lambda gate: -jnp.log(gate_weights(gate, EMBEDDING))[np.arange(7), labels].mean()
+    loss = lambda gate: -jnp.log(routing_weights(gate, EMBEDDING))[np.arange(7), labels].mean()
     step = jax.jit(lambda gate: jax.tree.map(lambda p, g: p - 0.3 * g, gate, jax.grad(loss)(gate)))
     np.testing.assert_allclose(loss(gate), np.log(3), rtol=1e-6)
     trained = functools.reduce(lambda gate, _: step(gate), range(60), gate)
@@ -101,7 +101,7 @@ def test_law_every_row_is_the_model_under_its_own_weights(name: str) -> None:
     one, mix = case(name, "float32"), mix_of(name)
     (x,) = one.inputs
     rows = np.array([[0.5, -1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])[: len(x)]
-    run = jax.jit(lambda weights, x: apply_per_row(one.lora, one.params, mix, weights, x))
+    run = jax.jit(lambda weights, x: apply_routed(one.lora, one.params, mix, weights, x))
     together = run(rows, x)
     alone = jax.jit(lambda w, x: one.lora.apply(one.params, with_weights(mix, w), x))
     for i, weights in enumerate(rows):
@@ -114,7 +114,7 @@ def test_law_every_row_is_the_model_under_its_own_weights(name: str) -> None:
 
 def test_rows_share_the_factors_and_the_base() -> None:
     one, mix = case("dense_general", "float32"), mix_of("dense_general")
-    run = lambda weights, x: apply_per_row(one.lora, one.params, mix, weights, x)
+    run = lambda weights, x: apply_routed(one.lora, one.params, mix, weights, x)
     text = str(jax.make_jaxpr(run)(jnp.ones((3, 3)), *one.inputs))
     (leaf,) = mix.values()
     for array in (leaf.a, leaf.b, np.empty(leaf.shape)):
@@ -125,12 +125,12 @@ def test_rows_share_the_factors_and_the_base() -> None:
 
 def test_a_gradient_reaches_the_gate_through_the_rows() -> None:
     one, mix = case("dense_general", "float32"), mix_of("dense_general")
-    gate = gate_of(PROMPTS, mix)
+    gate = fit_router(PROMPTS, mix)
     embedding = EMBEDDING[:3]
 
     def loss(gate: Any) -> jax.Array:
-        weights = gate_weights(gate, embedding)
-        return (apply_per_row(one.lora, one.params, mix, weights, *one.inputs) ** 2).sum()
+        weights = routing_weights(gate, embedding)
+        return (apply_routed(one.lora, one.params, mix, weights, *one.inputs) ** 2).sum()
 
     slope = jax.jit(jax.grad(loss))(gate).log_temperature
     at = lambda step: float(
@@ -152,9 +152,9 @@ def test_inputs_by_name_and_flags_reach_the_model() -> None:
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
     shift = {"by": jnp.arange(4.0)[:, None]}
     fresh = lora.init(jax.random.key(0), params, x, double=True)
-    mix = mixed({"a": moved(fresh)})
+    mix = weighted_sum({"a": moved(fresh)})
     weights = np.arange(4.0)[:, None]
-    found = apply_per_row(lora, params, mix, weights, x, double=True, shift=shift)["y"]
+    found = apply_routed(lora, params, mix, weights, x, double=True, shift=shift)["y"]
     change = np.asarray(jlora.delta(params, mix)["w"])
     expected = 2 * x @ params["w"] + 2 * weights * (x @ change) + shift["by"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # As above.
@@ -171,24 +171,24 @@ def test_prompts_that_make_no_gate_are_refused() -> None:
         ({"c": np.array([[1.0] * 5, [-1.0] * 5])}, "'c' have the mean zero"),
     ]:
         with pytest.raises(ValueError, match=message):
-            gate_of({**PROMPTS, **changes}, mix)
+            fit_router({**PROMPTS, **changes}, mix)
     with pytest.raises(ValueError, match="temperature=0 is out of range"):
-        gate_of(PROMPTS, mix, temperature=0)
+        fit_router(PROMPTS, mix, temperature=0)
 
 
 def test_embeddings_and_weights_of_other_shapes_are_refused() -> None:
     one, mix = case("dense_general", "float32"), mix_of("dense_general")
-    gate = gate_of(PROMPTS, mix)
+    gate = fit_router(PROMPTS, mix)
     for embedding, message in [
         (EMBEDDING[0], r"shape \(5,\), and the gate compares rows of 5"),
         (EMBEDDING[:, :4], r"shape \(7, 4\)"),
         (np.full((2, 5), np.inf), "The embeddings hold NaN or infinity"),
     ]:
         with pytest.raises(ValueError, match=message):
-            gate_weights(gate, embedding)
+            routing_weights(gate, embedding)
     for k, message in [(4, "top_k=4 exceeds the 3 adapters"), (0, "top_k=0 is no count")]:
         with pytest.raises(ValueError, match=message):
-            gate_weights(gate, EMBEDDING, top_k=k)
+            routing_weights(gate, EMBEDDING, top_k=k)
     (x,) = one.inputs
     for weights, inputs, message in [
         (np.ones(3), (x,), r"shape \(3,\) instead of \(rows, 3\)"),
@@ -198,7 +198,7 @@ def test_embeddings_and_weights_of_other_shapes_are_refused() -> None:
         (np.ones((3, 3)), (), r"shapes \[\]"),
     ]:
         with pytest.raises(ValueError, match=message):
-            apply_per_row(one.lora, one.params, mix, weights, *inputs)
+            apply_routed(one.lora, one.params, mix, weights, *inputs)
     mean = jlora.lora_transform(lambda p, x: one.fn(p, x).mean())
     with pytest.raises(ValueError, match=r"one row has shape \(\)"):
-        apply_per_row(mean, one.params, mix, np.ones((3, 3)), x)
+        apply_routed(mean, one.params, mix, np.ones((3, 3)), x)

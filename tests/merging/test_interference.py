@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _support.cases import case, moved
-from merging.changes import LAYOUTS, bias, change, lora
+from _support.deltas import LAYOUTS, bias, change, lora
 
 from jlora import merging
 
@@ -23,7 +23,7 @@ def adapters(layout: str) -> dict[str, dict[str, Any]]:
     return {
         "one": {"w": lora(layout, 1)},
         "two": {"w": lora(layout, 2, rank=1, alpha=4.0)},
-        "three": {"w": lora(layout, 3, rank=3, rank_stabilized=True)},
+        "three": {"w": lora(layout, 3, rank=3, use_rslora=True)},
     }
 
 
@@ -55,7 +55,7 @@ def effective_rank(matrix: np.ndarray) -> float:
 )
 def test_law_figures_agree_with_the_dense_changes(layout: str) -> None:
     given = adapters(layout)
-    found = merging.interference(given).weights["w"]
+    found = merging.measure_interference(given).per_weight["w"]
     dense = [change(adapter["w"]) for adapter in given.values()]
     for i, j in itertools.product(range(3), range(3)):
         one, two = dense[i], dense[j]
@@ -67,7 +67,7 @@ def test_law_figures_agree_with_the_dense_changes(layout: str) -> None:
             np.mean([overlap(a[1], b[1]) for a, b in pairs]),
             (np.sign(one) * np.sign(two) < 0).mean(),
         )
-        got = (found.cosine, found.inputs, found.outputs, found.conflicts)
+        got = (found.cosine, found.input_overlap, found.output_overlap, found.sign_conflicts)
         np.testing.assert_allclose([values[i, j] for values in got], want, **CLOSE)
     want_ranks = [np.mean([effective_rank(matrix) for matrix in one]) for one in dense]
     np.testing.assert_allclose(found.effective_rank, want_ranks, **CLOSE)
@@ -78,13 +78,15 @@ def test_known_relations_have_the_figures_they_should() -> None:
     # The same inputs with outputs of its own, and the opposite change.
     turned = dataclasses.replace(lora("plain", 2), a=one.a)
     opposite = dataclasses.replace(one, b=-2 * one.b)
-    found = merging.interference({"a": {"w": one}, "b": {"w": turned}, "c": {"w": opposite}})
-    meeting = found.weights["w"]
-    assert meeting.inputs[0, 1] == pytest.approx(1, abs=1e-5)
-    assert meeting.outputs[0, 1] < 0.9
+    found = merging.measure_interference(
+        {"a": {"w": one}, "b": {"w": turned}, "c": {"w": opposite}}
+    )
+    meeting = found.per_weight["w"]
+    assert meeting.input_overlap[0, 1] == pytest.approx(1, abs=1e-5)
+    assert meeting.output_overlap[0, 1] < 0.9
     assert meeting.cosine[0, 2] == pytest.approx(-1, abs=1e-6)
-    assert meeting.conflicts[0, 2] == 1
-    assert meeting.inputs[0, 2] == pytest.approx(1, abs=1e-5)
+    assert meeting.sign_conflicts[0, 2] == 1
+    assert meeting.input_overlap[0, 2] == pytest.approx(1, abs=1e-5)
     np.testing.assert_allclose(np.diagonal(meeting.cosine), 1, atol=1e-6)
 
 
@@ -92,7 +94,9 @@ def test_the_cosine_of_a_stack_is_of_the_whole_weight() -> None:
     given = {"a": {"w": lora("stacked", 1)}, "b": {"w": lora("stacked", 2)}}
     one, two = (change(adapter["w"]).ravel() for adapter in given.values())
     want = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
-    assert merging.interference(given).weights["w"].cosine[0, 1] == pytest.approx(want, abs=1e-5)
+    assert merging.measure_interference(given).per_weight["w"].cosine[0, 1] == pytest.approx(
+        want, abs=1e-5
+    )
 
 
 def test_directions_that_only_rounding_gives_are_no_directions() -> None:
@@ -100,10 +104,10 @@ def test_directions_that_only_rounding_gives_are_no_directions() -> None:
     b = np.array(wide.b)
     b[1:] = np.outer([0.7, -1.3, 2.1], b[0])  # Of four ranks one is left, up to rounding.
     single = dataclasses.replace(wide, b=b)
-    found = merging.interference({"a": {"w": single}, "b": {"w": other}}).weights["w"]
+    found = merging.measure_interference({"a": {"w": single}, "b": {"w": other}}).per_weight["w"]
     near, against = (spaces(change(leaf)[0])[0] for leaf in (single, other))
     assert (near.shape, against.shape) == ((6, 1), (6, 2))
-    assert found.inputs[0, 1] == pytest.approx(overlap(near, against), abs=1e-4)
+    assert found.input_overlap[0, 1] == pytest.approx(overlap(near, against), abs=1e-4)
     assert found.effective_rank[0] == pytest.approx(1, abs=1e-3)
 
 
@@ -114,31 +118,31 @@ def test_where_there_is_nothing_to_compare_there_is_no_number() -> None:
         "b": {"w": lora("plain", 2)},
         "idle": {"w": idle},
     }
-    found = merging.interference(given)
-    only, shared = found.weights["only"], found.weights["w"]
+    found = merging.measure_interference(given)
+    only, shared = found.per_weight["only"], found.per_weight["w"]
     assert np.isfinite(only.cosine).tolist() == [[True, False, False], *[[False] * 3] * 2]
     assert np.isnan(only.effective_rank[1:]).all()
     assert np.isnan(shared.cosine[2]).all()
-    assert np.isnan(shared.conflicts[2]).all()
+    assert np.isnan(shared.sign_conflicts[2]).all()
     assert shared.effective_rank[2] == 0
     assert np.isfinite(found.mean("cosine")[0, 1])
     assert np.isnan(found.mean("cosine")[2]).all()
 
 
 def test_biases_have_cosines_and_no_subspaces() -> None:
-    found = merging.interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}}).weights["b"]
+    found = merging.measure_interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}}).per_weight["b"]
     one, two = (np.asarray(bias(seed).delta, np.float64) for seed in (1, 2))
     want = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
     assert found.cosine[0, 1] == pytest.approx(want, abs=1e-6)
-    assert found.conflicts[0, 1] == (one * two < 0).mean()
-    assert np.isnan(found.inputs).all()
-    assert np.isnan(found.outputs).all()
+    assert found.sign_conflicts[0, 1] == (one * two < 0).mean()
+    assert np.isnan(found.input_overlap).all()
+    assert np.isnan(found.output_overlap).all()
 
 
 def test_families_that_need_the_base_are_compared_by_their_change() -> None:
     one = case("experts", "float32", "hira")
     other = moved(one.fresh, 5)
-    found = merging.interference({"a": one.adapter, "b": other}, one.params).weights["w"]
+    found = merging.measure_interference({"a": one.adapter, "b": other}, one.params).per_weight["w"]
     base = np.asarray(one.params["w"], np.float64)
     flat = [
         (base * (np.asarray(a["w"].a, np.float64) @ np.asarray(a["w"].b, np.float64))).ravel()
@@ -147,12 +151,12 @@ def test_families_that_need_the_base_are_compared_by_their_change() -> None:
     want = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
     assert found.cosine[0, 1] == pytest.approx(want, abs=1e-5)
     with pytest.raises(ValueError, match="Give params"):
-        merging.interference({"a": one.adapter, "b": other})
+        merging.measure_interference({"a": one.adapter, "b": other})
 
 
 def test_the_table_has_every_pair_and_every_weight() -> None:
     given = {name: {**a, "bias": bias(n)} for n, (name, a) in enumerate(adapters("plain").items())}
-    found = merging.interference(given)
+    found = merging.measure_interference(given)
     means, ranks, weights = str(found).split("\n\n")
     assert [line.split()[:3] for line in means.splitlines()[2:]] == [
         ["one", "/", "two"],
@@ -161,7 +165,7 @@ def test_the_table_has_every_pair_and_every_weight() -> None:
     ]
     assert f"{found.mean('cosine')[1, 2]:.3f}" in means.splitlines()[-1]
     assert [line.split()[0] for line in ranks.splitlines()[1:]] == ["one", "two", "three"]
-    cosine = np.abs(np.triu(found.weights["w"].cosine, 1))
+    cosine = np.abs(np.triu(found.per_weight["w"].cosine, 1))
     i, j = np.unravel_index(cosine.argmax(), cosine.shape)
     line = weights.splitlines()[2].split()
     assert line[:4] == ["w", found.names[i], "/", found.names[j]]
@@ -173,10 +177,10 @@ def test_the_heat_map_is_a_picture_that_grows_with_what_it_shows(tmp_path: Path)
     for count in (2, 8):
         figures = np.random.default_rng(0).uniform(-1, 1, (4, count, count))
         figures[1, 0] = np.nan
-        meeting = merging.Meeting(*figures, np.ones(count))
+        meeting = merging.PairStats(*figures, np.ones(count))
         names = tuple(f"task {number}" for number in range(count))
         path = tmp_path / f"{count}.png"
-        merging.heat_map(merging.Interference(names, {"a": meeting, "b": meeting}), path)
+        merging.save_heatmap(merging.Interference(names, {"a": meeting, "b": meeting}), path)
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG")
         sizes.append(int.from_bytes(content[16:20], "big"))
@@ -188,10 +192,10 @@ def test_without_matplotlib_the_error_says_what_to_install(
 ) -> None:
     import sys
 
-    found = merging.interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}})
+    found = merging.measure_interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "jlora\[train\]"'):
-        merging.heat_map(found, tmp_path / "map.png")
+        merging.save_heatmap(found, tmp_path / "map.png")
 
 
 @pytest.mark.parametrize(
@@ -220,4 +224,4 @@ def test_what_cannot_be_compared_is_refused(
     given: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        merging.interference(given)
+        merging.measure_interference(given)

@@ -15,18 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from merging.changes import bias, lora
+from _support.deltas import bias, lora
 
 import jlora
-from jlora.checkpoints.adapter_file import load_adapter, read_lineage, save_adapter, weight_paths
-from jlora.checkpoints.lineage import Lineage, Parent, content_hash
-from jlora.inspection import inspect
+from jlora.checkpoints.adapter_file import (
+    adapted_weight_paths,
+    load_adapter,
+    read_lineage,
+    save_adapter,
+)
+from jlora.checkpoints.lineage import Lineage, ParentAdapter, content_hash
+from jlora.cli.checkpoint_contents import inspect_path
 
 PARAMS = {"w": jnp.arange(30.0).reshape(6, 5), "b": jnp.arange(5.0)}
 ADAPTER = {"w": lora("plain", 1), "b": bias(2)}
 HASH = content_hash(ADAPTER)
 LINEAGE = Lineage(
-    parents=(Parent("one.safetensors", HASH, 1.0), Parent("two", "0" * 64, -0.5)),
+    parents=(ParentAdapter("one.safetensors", HASH, 1.0), ParentAdapter("two", "0" * 64, -0.5)),
     method="TIES(density=0.2), rank=4",
     recipe={"model": {"path": "base"}, "data": {"train": [{"path": "x.jsonl"}]}, "seed": 3},
 )
@@ -63,7 +68,7 @@ def test_the_hash_is_of_everything_but_the_order() -> None:
         {"v": leaf, "b": ADAPTER["b"]},
         {**ADAPTER, "w": dataclasses.replace(leaf, a=a)},
         {**ADAPTER, "w": dataclasses.replace(leaf, alpha=3.5)},
-        {**ADAPTER, "w": dataclasses.replace(leaf, rank_stabilized=True)},
+        {**ADAPTER, "w": dataclasses.replace(leaf, use_rslora=True)},
         {**ADAPTER, "w": dataclasses.replace(leaf, b=np.float64(leaf.b))},
         {**ADAPTER, "w": jlora.adapters.lora_fa.LoRAFALeaf(**vars(leaf))},
     ]
@@ -87,7 +92,7 @@ def test_files_of_an_older_jlora_still_load(tmp_path: Path) -> None:
     rewritten(path, without=("content", "lineage"))
     assert content_hash(load_adapter(path, PARAMS)) == HASH
     assert read_lineage(path) == Lineage()
-    assert "content" not in inspect(path).facts
+    assert "content" not in inspect_path(path).details
 
 
 def test_a_file_with_other_numbers_than_it_says_is_refused(tmp_path: Path) -> None:
@@ -106,13 +111,13 @@ def test_a_file_with_other_numbers_than_it_says_is_refused(tmp_path: Path) -> No
 def test_inspect_tells_where_an_adapter_comes_from(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS, LINEAGE)
-    facts = inspect(path).facts
+    facts = inspect_path(path).details
     assert facts["content"] == HASH
     assert facts["made by"] == "TIES(density=0.2), rank=4"
     assert facts["parent 1"] == f"1 x one.safetensors ({HASH[:12]})"
     assert facts["parent 2"] == "-0.5 x two (000000000000)"
     assert facts["recipe"] == "base base, data x.jsonl"
-    assert all(text in str(inspect(path)) for text in facts.values())
+    assert all(text in str(inspect_path(path)) for text in facts.values())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ def test_inspect_tells_where_an_adapter_comes_from(tmp_path: Path) -> None:
 def test_a_recipe_of_another_kind_is_told_of(recipe: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS, Lineage(recipe=recipe))
-    assert inspect(path).facts["recipe"] == "told in its metadata"
+    assert inspect_path(path).details["recipe"] == "told in its metadata"
 
 
 @pytest.mark.parametrize(
@@ -154,11 +159,11 @@ def test_a_damaged_lineage_is_refused(text: str, tmp_path: Path) -> None:
     if text == "[]":  # A dict of no pairs.
         assert read_lineage(path) == Lineage()
         return
-    for read in (read_lineage, inspect):
+    for read in (read_lineage, inspect_path):
         with pytest.raises(ValueError, match=r"adapter.safetensors: the lineage is damaged"):
             read(path)
     # The numbers are all there.
-    assert weight_paths(path) == ["b", "w"]
+    assert adapted_weight_paths(path) == ["b", "w"]
     assert content_hash(load_adapter(path, PARAMS)) == HASH
 
 
@@ -181,14 +186,14 @@ VALUES = st.recursive(
     st.dictionaries(st.sampled_from(["parents", "method", "recipe"]), VALUES, max_size=3)
 )
 def test_a_lineage_with_anything_in_it_is_refused_or_told(held: dict[str, Any]) -> None:
-    from jlora.inspection import _origin
+    from jlora.cli.checkpoint_contents import _describe_lineage
 
     try:
         found = Lineage.from_json(json.dumps(held))
     except ValueError:
         return
-    assert Lineage.from_json(found.as_json()) == found
-    assert all(isinstance(text, str) for text in _origin(found).values())
+    assert Lineage.from_json(found.to_json()) == found
+    assert all(isinstance(text, str) for text in _describe_lineage(found).values())
 
 
 def test_what_is_no_lineage_is_not_written(tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ def test_what_is_no_lineage_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds what JSON does not"):
         Lineage(recipe={"seed": jax.numpy.ones(2)})
     with pytest.raises(ValueError, match="Parent.content='abc' is no content hash"):
-        Parent("a", "abc", 1.0)
+        ParentAdapter("a", "abc", 1.0)
     with pytest.raises(TypeError, match="not what init returns"):
         content_hash({"w": 3})
     assert not path.exists()
@@ -207,19 +212,19 @@ def test_what_is_no_lineage_is_not_written(tmp_path: Path) -> None:
 def test_a_training_run_leaves_its_recipe_but_not_where_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jlora.training import ending
+    from jlora.training import export
     from jlora.training.recipe.sections import Recipe
 
-    monkeypatch.setattr(ending, "adapter_of", lambda *_: ADAPTER)
+    monkeypatch.setattr(export, "adapter_of", lambda *_: ADAPTER)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         data = {"train": [{"path": "x.jsonl", "format": "chat"}]}
         made = Recipe.model_validate({"output": str(folder), "model": {"path": "b"}, "data": data})
-        ending.write(made, None, {}, dict.fromkeys(ADAPTER, "0" * 32), None)  # type: ignore[arg-type]
+        export.save_adapter_and_head(made, None, {}, dict.fromkeys(ADAPTER, "0" * 32), None)  # type: ignore[arg-type]
     one, two = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     recipe = read_lineage(one).recipe
     assert recipe is not None
     again = Recipe.model_validate({"output": str(tmp_path / "two"), **recipe})
     assert again == made
-    assert inspect(one).facts["recipe"] == "base b, data x.jsonl"
+    assert inspect_path(one).details["recipe"] == "base b, data x.jsonl"

@@ -15,9 +15,15 @@ import pytest
 from _support.cases import LORA, case, moved, total
 
 import jlora
-from jlora.adapters.mix import MixLeaf
-from jlora.merging.hierarchy import stacked
-from jlora.merging.mixing import fixed, mixed, names_of, weights_of, with_weights
+from jlora.adapters.weighted_sum import WeightedSumLeaf
+from jlora.merging.weighted import (
+    adapter_names,
+    compose_adapters,
+    fold_weights,
+    get_weights,
+    weighted_sum,
+    with_weights,
+)
 
 SLOW = ["stacked_on_the_last_axis", "conv_2d", "tied_embedding", "ragged_experts"]
 LAYERS = [
@@ -41,7 +47,7 @@ def parts(name: str) -> dict[str, Any]:
     return {
         "first": trained(LORA, 3),
         "second": trained(jlora.LoRAFA(rank=1, alpha=2), 4),
-        "third": trained(jlora.SoRA(rank=3, alpha=2, rank_stabilized=True), 5),
+        "third": trained(jlora.SoRA(rank=3, alpha=2, use_rslora=True), 5),
     }
 
 
@@ -50,7 +56,7 @@ def change(leaf: Any) -> np.ndarray:
     batch, inputs, outputs = leaf.axes
     rank = leaf.a.shape[-1]
     label, scale = len(leaf.shape), leaf.alpha / rank
-    if leaf.rank_stabilized:
+    if leaf.use_rslora:
         scale = leaf.alpha / np.sqrt(rank)
     gate = np.float64(getattr(leaf, "gate", np.ones((*leaf.groups.batch, rank))))
     a, b = np.float64(leaf.a), np.float64(leaf.b)
@@ -83,7 +89,7 @@ def narrow(tree: Any) -> Any:
 @pytest.mark.parametrize("name", LAYERS)
 def test_law_a_mix_is_the_weighted_sum_of_the_changes(name: str) -> None:
     one, adapters = case(name, "float32"), parts(name)
-    mix = mixed(adapters, WEIGHTS)
+    mix = weighted_sum(adapters, WEIGHTS)
     expected = summed(one.params, adapters, WEIGHTS)
     chex.assert_trees_all_close(one.lora.merge(one.params, mix), narrow(expected), **FLOAT32)
     run = jax.jit(one.lora.apply)
@@ -93,13 +99,13 @@ def test_law_a_mix_is_the_weighted_sum_of_the_changes(name: str) -> None:
     chex.assert_trees_all_close(output, dense, rtol=1e-4, atol=1e-4)
     # Plain LoRA of it is the same function.
     chex.assert_trees_all_close(
-        one.compiled(one.params, fixed(mix), *one.inputs), output, **FLOAT32
+        one.compiled(one.params, fold_weights(mix), *one.inputs), output, **FLOAT32
     )
 
 
 def test_without_weights_the_changes_are_added() -> None:
     adapters = parts("dense_general")
-    chex.assert_trees_all_equal(mixed(adapters), mixed(adapters, [1, 1, 1]))
+    chex.assert_trees_all_equal(weighted_sum(adapters), weighted_sum(adapters, [1, 1, 1]))
 
 
 def test_weights_by_name_are_those_of_their_adapters_in_any_order() -> None:
@@ -107,16 +113,16 @@ def test_weights_by_name_are_those_of_their_adapters_in_any_order() -> None:
     backwards = {name: adapters[name] for name in reversed(adapters)}
     weights = dict(zip(adapters, WEIGHTS, strict=True))
     want = summed(one.params, adapters, WEIGHTS)
-    for make in (mixed, jax.jit(mixed)):  # jit sorts the names.
+    for make in (weighted_sum, jax.jit(weighted_sum)):  # jit sorts the names.
         found = jlora.merge(one.params, make(backwards, weights))
         chex.assert_trees_all_close(found, want, **FLOAT32)
     with pytest.raises(ValueError, match=r"differ in \['third'\]. Give a weight for each of"):
-        mixed(adapters, {"first": 1.0, "second": 1.0})
+        weighted_sum(adapters, {"first": 1.0, "second": 1.0})
 
 
 @pytest.mark.parametrize("name", ["dense_general", "experts", "linen_scan_remat"])
 def test_law_vmap_over_weights_is_each_alone(name: str) -> None:
-    one, mix = case(name, "float32"), mixed(parts(name))
+    one, mix = case(name, "float32"), weighted_sum(parts(name))
     rows = jnp.array([WEIGHTS, [0.0, 0.0, 1.0], [2.0, 0.5, -1.0], [0.0, 0.0, 0.0]])
     run = jax.jit(
         lambda weights: one.lora.apply(one.params, with_weights(mix, weights), *one.inputs)
@@ -129,7 +135,7 @@ def test_law_vmap_over_weights_is_each_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dense_general", "experts"])
 def test_mapping_over_weights_repeats_no_factor_and_no_base(name: str) -> None:
-    one, mix = case(name, "float32"), mixed(parts(name))
+    one, mix = case(name, "float32"), weighted_sum(parts(name))
     run = jax.vmap(lambda w: one.lora.apply(one.params, with_weights(mix, w), *one.inputs))
     text = str(jax.make_jaxpr(run)(jnp.ones((7, 3))))
     (leaf,) = mix.values()
@@ -141,7 +147,7 @@ def test_mapping_over_weights_repeats_no_factor_and_no_base(name: str) -> None:
 
 def test_the_gradient_of_the_weights_is_the_papers_and_that_of_the_factors_is_zero() -> None:
     one, adapters = case("transposed", "float32"), parts("transposed")
-    mix = mixed(adapters, WEIGHTS)
+    mix = weighted_sum(adapters, WEIGHTS)
     (x,) = one.inputs
     loss = lambda mix: total(one.lora.apply(one.params, mix, x))
     (slope,) = jax.jit(jax.grad(loss))(mix).values()
@@ -155,7 +161,7 @@ def test_the_gradient_of_the_weights_is_the_papers_and_that_of_the_factors_is_ze
     np.testing.assert_allclose(slope.weights, expected, rtol=1e-4, atol=1e-4)
     assert not slope.a.any()
     assert not slope.b.any()
-    assert set(jax.tree.leaves(jlora.labels(mix))) == {"frozen", "mix"}
+    assert set(jax.tree.leaves(jlora.param_labels(mix))) == {"frozen", "mix"}
 
 
 def test_what_only_some_adapters_have_counts_for_those() -> None:
@@ -166,7 +172,7 @@ def test_what_only_some_adapters_have_counts_for_those() -> None:
         "first": {path: first[path] for path in paths[:3]},
         "second": {path: second[path] for path in paths[1:]},
     }
-    mix = mixed(adapters, [0.5, 2.0])
+    mix = weighted_sum(adapters, [0.5, 2.0])
     assert [mix[path].ranks for path in (paths[0], paths[1], paths[3])] == [(2, 0), (2, 2), (0, 2)]
     expected = summed(one.params, adapters, [0.5, 2.0])
     chex.assert_trees_all_close(one.lora.merge(one.params, mix), narrow(expected), **FLOAT32)
@@ -174,9 +180,9 @@ def test_what_only_some_adapters_have_counts_for_those() -> None:
 
 def test_law_weights_by_layer_change_each_layer_of_a_stack() -> None:
     one, adapters = case("linen_scan_remat", "float32"), parts("linen_scan_remat")
-    mix = mixed(adapters)
+    mix = weighted_sum(adapters)
     rng = np.random.default_rng(0)
-    by_path = {path: rng.normal(size=(*leaf.groups.batch, 3)) for path, leaf in mix.items()}
+    by_path = {path: rng.normal(size=(*leaf.axis_sizes.batch, 3)) for path, leaf in mix.items()}
     assert {numbers.ndim for numbers in by_path.values()} == {2}
     layered = with_weights(mix, by_path)
     found = jlora.delta(one.params, layered)
@@ -188,12 +194,12 @@ def test_law_weights_by_layer_change_each_layer_of_a_stack() -> None:
             for i, adapter in enumerate(adapters.values())
         )
         np.testing.assert_allclose(found[path], sum_, **FLOAT32)
-    plain = jlora.delta(one.params, fixed(layered))
+    plain = jlora.delta(one.params, fold_weights(layered))
     chex.assert_trees_all_close(plain, found, **FLOAT32)
     run = jax.jit(one.lora.apply)
     chex.assert_trees_all_close(
         run(one.params, layered, *one.inputs),
-        one.compiled(one.params, fixed(layered), *one.inputs),
+        one.compiled(one.params, fold_weights(layered), *one.inputs),
         **FLOAT32,
     )
     # One number for all layers of a path is that number for each.
@@ -206,13 +212,13 @@ def test_law_weights_by_layer_change_each_layer_of_a_stack() -> None:
 
 
 def test_weights_that_are_read_and_set_again_change_nothing() -> None:
-    mix = mixed(parts("linen_scan_remat"), WEIGHTS)
-    chex.assert_trees_all_equal(with_weights(mix, weights_of(mix)), mix)
-    assert names_of(mix) == ("first", "second", "third")
+    mix = weighted_sum(parts("linen_scan_remat"), WEIGHTS)
+    chex.assert_trees_all_equal(with_weights(mix, get_weights(mix)), mix)
+    assert adapter_names(mix) == ("first", "second", "third")
 
 
 def test_other_weights_do_not_recompile() -> None:
-    one, mix = case("dense_general", "float32"), mixed(parts("dense_general"))
+    one, mix = case("dense_general", "float32"), weighted_sum(parts("dense_general"))
     traces = []
 
     @jax.jit
@@ -227,18 +233,18 @@ def test_other_weights_do_not_recompile() -> None:
 
 def test_nan_in_one_adapters_weight_stays_with_it() -> None:
     """A product with zeros and ones would hand it to all."""
-    (leaf,) = mixed(parts("dense_general")).values()
-    gates = dataclasses.replace(leaf, weights=jnp.array([1, np.nan, 2])).gates
+    (leaf,) = weighted_sum(parts("dense_general")).values()
+    gates = dataclasses.replace(leaf, weights=jnp.array([1, np.nan, 2])).rank_weights
     np.testing.assert_array_equal(np.isnan(gates), np.repeat([False, True, False], leaf.ranks))
 
 
 def test_mixes_are_mixed_again_and_become_lora() -> None:
     one, adapters = case("dense_general", "float32"), parts("dense_general")
-    inner = mixed({"first": adapters["first"], "second": adapters["second"]}, [2, 3])
-    outer = mixed({"inner": inner, "third": adapters["third"]}, [0.5, -1])
+    inner = weighted_sum({"first": adapters["first"], "second": adapters["second"]}, [2, 3])
+    outer = weighted_sum({"inner": inner, "third": adapters["third"]}, [0.5, -1])
     expected = summed(one.params, adapters, [1.0, 1.5, -1.0])
     chex.assert_trees_all_close(one.lora.merge(one.params, outer), narrow(expected), **FLOAT32)
-    converted = jlora.to_lora(mixed(adapters, WEIGHTS), one.params, 6)
+    converted = jlora.to_lora(weighted_sum(adapters, WEIGHTS), one.params, 6)
     np.testing.assert_allclose(
         jlora.merge(one.params, converted.adapter)["params"]["kernel"],
         summed(one.params, adapters, WEIGHTS)["params"]["kernel"],
@@ -248,8 +254,8 @@ def test_mixes_are_mixed_again_and_become_lora() -> None:
 
 @pytest.mark.parametrize("name", ["experts", "linen_scan_remat"])
 def test_law_what_is_saved_is_what_is_loaded(name: str, tmp_path: pathlib.Path) -> None:
-    one, mix = case(name, "float32"), mixed(parts(name), WEIGHTS)
-    by_path = {p: np.full((*leaf.groups.batch, 3), 0.5) for p, leaf in mix.items()}
+    one, mix = case(name, "float32"), weighted_sum(parts(name), WEIGHTS)
+    by_path = {p: np.full((*leaf.axis_sizes.batch, 3), 0.5) for p, leaf in mix.items()}
     for adapter in (mix, with_weights(mix, by_path)):
         jlora.save_adapter(tmp_path / "mix.safetensors", adapter, one.params)
         loaded = jlora.load_adapter(tmp_path / "mix.safetensors", one.params)
@@ -273,10 +279,10 @@ def test_law_what_is_saved_is_what_is_loaded(name: str, tmp_path: pathlib.Path) 
     ],
 )
 def test_a_file_with_wrong_facts_is_refused(changes: Any, error: Any, message: str) -> None:
-    (leaf,) = mixed(parts("dense_general")).values()
-    leaf.check()
+    (leaf,) = weighted_sum(parts("dense_general")).values()
+    leaf.validate()
     with pytest.raises(error, match=message):
-        dataclasses.replace(leaf, **changes).check()
+        dataclasses.replace(leaf, **changes).validate()
 
 
 def test_adapters_that_cannot_be_mixed_are_refused() -> None:
@@ -292,38 +298,38 @@ def test_adapters_that_cannot_be_mixed_are_refused() -> None:
         ({"a": one, "b": 3}, TypeError, "int"),
     ]:
         with pytest.raises(error, match=message):
-            mixed(bad)
+            weighted_sum(bad)
     with pytest.raises(ValueError, match=r"shape \(2,\) instead of \(3,\)"):
-        mixed(adapters, [1, 2])
+        weighted_sum(adapters, [1, 2])
     with pytest.raises(ValueError, match="The weights hold NaN"):
-        mixed(adapters, [1, np.nan, 2])
+        weighted_sum(adapters, [1, np.nan, 2])
     nan = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.inf), one)
     with pytest.raises(ValueError, match=rf"adapters\[1\]\['{path}'\].a holds NaN or infinity"):
-        mixed({"a": one, "b": nan})
+        weighted_sum({"a": one, "b": nan})
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
     with pytest.raises(ValueError, match=r"has shape \(3, 6, 2\).*like a stack of adapters"):
-        mixed({"a": one, "b": stack})
+        weighted_sum({"a": one, "b": stack})
 
 
 def test_adapters_of_other_weights_under_one_path_are_refused() -> None:
     first, second = parts("transposed")["first"], parts("matmul")["first"]
     with pytest.raises(ValueError, match=r"'w' for different.*\(5, 6\).*\(6, 5\)"):
-        mixed({"a": first, "b": second})
+        weighted_sum({"a": first, "b": second})
     (leaf,) = first.values()
     turned = dataclasses.replace(leaf, axes=type(leaf.axes)((), (0,), (1,)), a=leaf.b.T, b=leaf.a.T)
     with pytest.raises(ValueError, match="'w' for different weights"):
-        mixed({"a": first, "b": {"w": turned}})
+        weighted_sum({"a": first, "b": {"w": turned}})
 
 
 def test_families_with_a_thin_change_are_mixed_with_lora() -> None:
     one = case("dense", "float32")
     vera = case("dense", "float32", "vera")  # Rank 11 of a weight (6, 5): not thin.
     with pytest.raises(TypeError, match=r"'b' has a VeRALeaf"):
-        mixed({"a": one.adapter, "b": vera.adapter})
+        weighted_sum({"a": one.adapter, "b": vera.adapter})
     thin = jlora.lora_transform(one.fn, {"kernel": jlora.VeRA(rank=3)})
     third = moved(thin.init(jax.random.key(0), one.params, *one.inputs))
     adalora = {**case("dense", "float32", "adalora").adapter}
-    mix = mixed({"a": one.adapter, "b": adalora, "c": third}, [2, -1, 0.5])
+    mix = weighted_sum({"a": one.adapter, "b": adalora, "c": third}, [2, -1, 0.5])
     changes = [jlora.delta(one.params, each) for each in (one.adapter, adalora, third)]
     (path,) = mix
     expected = 2 * changes[0][path] - changes[1][path] + 0.5 * changes[2][path]
@@ -333,16 +339,16 @@ def test_families_with_a_thin_change_are_mixed_with_lora() -> None:
 def test_families_that_are_no_pair_of_factors_are_refused_with_what_to_do() -> None:
     one = case("dense", "float32", "dora")
     with pytest.raises(TypeError, match=r"'a' has a DoRALeaf.*jlora.to_lora"):
-        mixed({"a": one.adapter})
-    pissa = jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())
+        weighted_sum({"a": one.adapter})
+    pissa = jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa())
     lora = jlora.lora_transform(one.fn, {"kernel": pissa})
     taken = lora.init(jax.random.key(0), one.params, *one.inputs)
-    with pytest.raises(ValueError, match="jlora.on_original_base"):
-        mixed({"a": taken})
+    with pytest.raises(ValueError, match="jlora.rebase_to_original"):
+        weighted_sum({"a": taken})
 
 
 def test_weights_for_something_else_are_refused() -> None:
-    mix = mixed(parts("attention"))
+    mix = weighted_sum(parts("attention"))
     path, *rest = mix
     with pytest.raises(TypeError, match="LoRALeaf on .* has no weights to set"):
         with_weights({**mix, path: parts("attention")["first"][path]}, WEIGHTS)
@@ -350,12 +356,12 @@ def test_weights_for_something_else_are_refused() -> None:
         with_weights(mix, dict.fromkeys(rest, WEIGHTS))
     with pytest.raises(ValueError, match=r"shape \(2,\) instead of \(3,\)\."):
         with_weights(mix, {p: [1, 2] for p in mix})
-    other = {name: mixed({"a": parts("attention")["first"]})[name] for name in rest}
+    other = {name: weighted_sum({"a": parts("attention")["first"]})[name] for name in rest}
     with pytest.raises(ValueError, match="2 different mixes"):
-        weights_of({path: mix[path], **other})
+        get_weights({path: mix[path], **other})
     with pytest.raises(ValueError, match="0 different mixes"):
-        names_of({})
-    stack = mixed(parts("linen_scan_remat"))
+        adapter_names({})
+    stack = weighted_sum(parts("linen_scan_remat"))
     with pytest.raises(ValueError, match=r"instead of \(3,\) or \(3, 3\)|instead of \(3,\) or"):
         with_weights(stack, {p: np.ones((leaf.shape[0] + 1, 3)) for p, leaf in stack.items()})
 
@@ -370,7 +376,7 @@ def test_law_stacked_is_the_upper_adapter_on_the_merged_lower_one(name: str) -> 
     merged = one.lora.merge(one.params, lower)
 
     def on_top(upper: Any, lower: Any) -> jax.Array:
-        return total(one.lora.apply(one.params, stacked(lower, upper), *one.inputs))
+        return total(one.lora.apply(one.params, compose_adapters(lower, upper), *one.inputs))
 
     def on_merged(upper: Any) -> jax.Array:
         return total(one.lora.apply(merged, upper, *one.inputs))
@@ -394,7 +400,7 @@ def test_stacked_keeps_what_only_one_of_them_adapts() -> None:
     )
     lower = {**moved(lower), paths[1]: moved(one.fresh, 4)[paths[1]]}
     upper = {path: one.adapter[path] for path in paths[1:]}
-    both = stacked(lower, upper)
+    both = compose_adapters(lower, upper)
     merged = jlora.merge(one.params, lower)
     chex.assert_trees_all_close(
         jlora.merge(one.params, both), jlora.merge(merged, upper), **FLOAT32
@@ -407,11 +413,11 @@ def test_dropout_of_the_lower_adapter_is_left_out_and_must_not_reach_it_from_the
     paths = list(one.adapter)
     dropping = {p: dataclasses.replace(leaf, dropout=0.5) for p, leaf in one.adapter.items()}
     upper = {path: one.adapter[path] for path in paths[1:]}
-    both = stacked(dropping, upper)
+    both = compose_adapters(dropping, upper)
     assert {leaf.dropout for leaf in both.values()} == {0.0}
     with pytest.raises(ValueError, match=r"dropout=0.5 on .*lora.merge\(params, lower\)"):
-        stacked(one.adapter, dropping)
-    alone = stacked({paths[0]: one.adapter[paths[0]]}, {paths[1]: dropping[paths[1]]})
+        compose_adapters(one.adapter, dropping)
+    alone = compose_adapters({paths[0]: one.adapter[paths[0]]}, {paths[1]: dropping[paths[1]]})
     assert alone[paths[1]].dropout == 0.5
 
 
@@ -421,7 +427,7 @@ def test_ranks_of_a_lower_adapter_are_not_drawn() -> None:
     lower = moved(lora.init(jax.random.key(3), one.params, *one.inputs))
     paths = list(lower)
     upper = {path: one.adapter[path] for path in paths[1:]}
-    both = stacked(lower, upper)
+    both = compose_adapters(lower, upper)
     assert both[paths[0]].family == "dylora"
     drawn = [
         one.lora.apply(one.params, both, *one.inputs, dropout_key=jax.random.key(seed))
@@ -436,18 +442,18 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     one = case("dense", "float32")
     dylora, vera = (case("dense", "float32", name).adapter for name in ("dylora", "vera"))
     with pytest.raises(TypeError, match="ranks are drawn at each step"):
-        stacked(one.adapter, dylora)
+        compose_adapters(one.adapter, dylora)
     with pytest.raises(ValueError, match="shared arrays under 'vera'"):
-        stacked(vera, vera)
+        compose_adapters(vera, vera)
     thin = jlora.lora_transform(one.fn, {"kernel": jlora.VeRA(rank=3)})
     shared = thin.init(jax.random.key(0), one.params, *one.inputs)
-    assert set(stacked(shared, one.adapter)) == set(one.adapter)
+    assert set(compose_adapters(shared, one.adapter)) == set(one.adapter)
     with pytest.raises(TypeError, match="'lower' has a DoRALeaf"):
-        stacked(case("dense", "float32", "dora").adapter, one.adapter)
+        compose_adapters(case("dense", "float32", "dora").adapter, one.adapter)
 
 
 def test_a_mix_says_what_it_holds() -> None:
-    (leaf,) = mixed(parts("dense_general")).values()
-    assert isinstance(leaf, MixLeaf)
+    (leaf,) = weighted_sum(parts("dense_general")).values()
+    assert isinstance(leaf, WeightedSumLeaf)
     assert leaf.rank == 6
     assert jlora.adapters.protocol.trained_size(leaf) == 3

@@ -24,12 +24,13 @@ import safetensors.numpy
 
 import jlora
 from jlora import models
-from jlora.models import attention, folders, rope
-from jlora.models.architectures import decoder_config
+from jlora.models import attention, rope
 from jlora.models.decoder import Decoder
-from jlora.models.generate import Sampling, choose, generate
-from jlora.models.losses import cross_entropy
-from jlora.models.names import decoder_weights, shapes
+from jlora.models.generate import SamplingParams, generate, sample_tokens
+from jlora.models.hf import load, save
+from jlora.models.hf.decoder_configs import decoder_config
+from jlora.models.hf.weight_names import eval_param_shapes, map_decoder_weights
+from jlora.models.losses import chunked_cross_entropy
 
 DATA = pathlib.Path(__file__).parent / "data" / "decoders"
 NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
@@ -50,8 +51,8 @@ def expected(name: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def loaded(name: str, scanned: bool = False, dtype: str = "float32") -> folders.Loaded:
-    return folders.load(DATA / name, dtype=dtype, scanned=scanned)
+def loaded(name: str, scanned: bool = False, dtype: str = "float32") -> load.LoadedModel:
+    return load.load(DATA / name, dtype=dtype, scanned=scanned)
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def test_generate_writes_the_tokens_of_transformers(name: str, scanned: bool, si
         )
     new = known["tokens"].shape[1]
     written = generate(
-        model, params, ids, mask, max_new_tokens=new, sampling=Sampling(stop_tokens=(2,))
+        model, params, ids, mask, max_new_tokens=new, sampling=SamplingParams(eos_token_ids=(2,))
     )
     np.testing.assert_array_equal(written.tokens, known["tokens"])
     ended = [list(row).index(2) + 1 if 2 in row else new for row in known["tokens"]]
@@ -187,7 +188,7 @@ def test_what_a_config_asks_for_is_done_or_refused(
 
 
 def test_long_sequences_turn_with_the_other_frequencies() -> None:
-    made = rope.rope(
+    made = rope.rope_from_config(
         {
             "rope_theta": 100.0,
             "rope_type": "longrope",
@@ -196,13 +197,13 @@ def test_long_sequences_turn_with_the_other_frequencies() -> None:
             "original_max_position_embeddings": 8,
         },
         head_dim=4,
-        max_length=16,
+        max_position_embeddings=16,
     )
     base = 100.0 ** (-np.array([0, 2]) / 4)
     amplitude = np.sqrt(1 + np.log(2) / np.log(8))  # arXiv:2402.13753, as transformers has it
     for length, factors in ((8, [1, 1]), (9, [2, 5])):
         positions = np.arange(length)[None]
-        cos, sin = made.table(jnp.asarray(positions))
+        cos, sin = made.cos_sin(jnp.asarray(positions))
         angles = positions[..., None] * base / factors
         # Angles up to 9 in float32.
         np.testing.assert_allclose(cos, amplitude * np.cos(angles), atol=2e-6)
@@ -251,12 +252,12 @@ def test_every_implementation_is_attention_as_defined(
         arrays = [jnp.asarray(a) for a in (q, k, v)]
         plain = jax.jit(
             lambda *arrays, given=given: attention.attend(
-                *arrays, query_segments=given, **options, implementation="xla"
+                *arrays, query_segment_ids=given, **options, implementation="xla"
             )
         )(*arrays)
         np.testing.assert_allclose(plain, want, atol=rounding)
         # TPUs have the kernel; the interpreter computes the same on a CPU.
-        splash = attention._splash(*arrays, given, 0.3, window, cap, interpret=True)
+        splash = attention._splash_attention(*arrays, given, 0.3, window, cap, interpret=True)
         np.testing.assert_allclose(splash, want, atol=rounding)
 
 
@@ -361,7 +362,7 @@ def test_law_a_frozen_heads_gradient_is_that_of_a_trained_one(name: str) -> None
 def test_what_waits_for_the_heads_gradient_is_as_narrow_as_the_hidden_states() -> None:
     hidden = jnp.ones((2, 9, 16), jnp.bfloat16)
     head, targets = jnp.ones((16, 44), jnp.bfloat16), jnp.zeros((2, 9), jnp.int32)
-    _, pull_back = jax.vjp(lambda x: cross_entropy(x, head, targets, chunks=3), hidden)
+    _, pull_back = jax.vjp(lambda x: chunked_cross_entropy(x, head, targets, chunks=3), hidden)
     kept = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull_back)}
     assert ((2, 9, 16), "bfloat16") in kept
     assert not {kind for shape, kind in kept if len(shape) == 3 and shape[-1] > 1} - {"bfloat16"}
@@ -377,7 +378,7 @@ def test_law_the_logits_of_all_tokens_are_never_held(wanted: Any) -> None:
     ]
 
     def held(chunks: int) -> int:
-        loss = lambda x, w, targets: cross_entropy(x, w, targets, chunks=chunks).sum()
+        loss = lambda x, w, targets: chunked_cross_entropy(x, w, targets, chunks=chunks).sum()
         made = loss if wanted is None else jax.grad(loss, wanted)
         return jax.jit(made).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
@@ -397,8 +398,8 @@ def test_law_an_adapted_head_stays_factored_in_the_losses(name: str, path: str) 
         return model.apply(params, ids, targets, chunks=3, method="losses").mean()  # type: ignore
 
     lora = jlora.lora_transform(loss, {path: jlora.LoRA(rank=2, alpha=4)})
-    (row,) = [row for row in lora.explain(params, ids).rows if row.parameters]
-    assert not row.dense
+    (row,) = [row for row in lora.explain(params, ids).rows if row.trainable_params]
+    assert not row.dense_reasons
     adapter = shifted(lora.init(jax.random.key(0), params, ids), 0.05)
     text = str(jax.make_jaxpr(jax.grad(lambda a: lora.apply(params, a, ids)))(adapter))
     for shape in ("12,44", "44,12"):
@@ -466,11 +467,11 @@ def test_models_refuse_options_that_they_have_not() -> None:
     with pytest.raises(ValueError, match="remat='some' is none of"):
         dataclasses.replace(model, remat="some").init(jax.random.key(0), ids)
     with pytest.raises(ValueError, match="dtype=int8 would not hold the weights. Use one of fl"):
-        folders.load(DATA / "llama", dtype="int8")
+        load.load(DATA / "llama", dtype="int8")
     with pytest.raises(ValueError, match="some of these are mixtures"):
-        folders.load(DATA / "qwen3_moe_some", scanned=True)
+        load.load(DATA / "qwen3_moe_some", scanned=True)
     with pytest.raises(ValueError, match="A cache needs positions"):
-        model.apply(params, ids, cache=models.empty_cache(model, 1, 4))
+        model.apply(params, ids, cache=models.init_cache(model, 1, 4))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -480,7 +481,7 @@ def test_what_has_no_row_or_slot_is_no_number(scanned: bool) -> None:
     for token in (44, -1, -100):
         out = apply(params, jnp.array([[3, token, 5], [6, 7, 8]]))
         np.testing.assert_array_equal(jnp.isnan(out).all(axis=2), [[1, 1, 1], [0, 0, 0]])
-    cache = models.empty_cache(model, 1, 4)
+    cache = models.init_cache(model, 1, 4)
     ids = jnp.array([[3, 4, 5]])
     first, cache = apply(params, ids, None, jnp.arange(3)[None], cache)
     second, _ = apply(params, ids[:, :1], None, jnp.array([[3]]), cache)
@@ -500,10 +501,10 @@ def test_inputs_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"positions has shape \(3,\)"):
         model.apply(params, ids, None, ids[0])
     with pytest.raises(ValueError, match="3 tokens do not fit into a cache for 2"):
-        model.apply(params, ids, None, ids, models.empty_cache(model, 2, 2))
+        model.apply(params, ids, None, ids, models.init_cache(model, 2, 2))
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="key_segments without query_segments"):
-        attention.attend(x, x, x, scale=1.0, key_segments=jnp.ones((1, 4), jnp.int32))
+        attention.attend(x, x, x, scale=1.0, key_segment_ids=jnp.ones((1, 4), jnp.int32))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -516,7 +517,7 @@ def test_every_axis_has_a_logical_name(scanned: bool) -> None:
         specs = jax.tree.leaves(
             nn.get_partition_spec(variables), is_leaf=lambda s: isinstance(s, tuple)
         )
-        sizes = shapes(model)
+        sizes = eval_param_shapes(model)
         assert len(specs) == len(sizes)
         for (path, leaf), spec in zip(sizes.items(), specs, strict=True):
             if path.endswith("bias"):
@@ -534,7 +535,7 @@ def test_lora_wraps_the_decoder_and_stays_factored(name: str, scanned: bool) -> 
     adapter = lora.init(jax.random.key(0), params, ids, mask)
     adapter = shifted(adapter)
     explained = lora.explain(params, ids, mask)
-    assert not any(row.dense for row in explained.rows if row.adapter != "frozen")
+    assert not any(row.dense_reasons for row in explained.rows if row.adapter != "frozen")
     out = jax.jit(lora.apply)(params, adapter, ids, mask)
     merged = jax.jit(model.apply)(lora.merge(params, adapter), ids, mask)
     seen = np.asarray(mask) > 0
@@ -564,8 +565,10 @@ def test_draws_follow_the_chances_that_are_left() -> None:
     keys = jax.random.split(jax.random.key(0), 4000)
 
     def shares(**options: Any) -> np.ndarray:
-        sampling = Sampling(**options)
-        draw = jax.vmap(lambda key: choose(jnp.log(jnp.asarray(chances))[None], key, sampling)[0])
+        sampling = SamplingParams(**options)
+        draw = jax.vmap(
+            lambda key: sample_tokens(jnp.log(jnp.asarray(chances))[None], key, sampling)[0]
+        )
         return np.bincount(draw(keys), minlength=4) / 4000
 
     def near(found: np.ndarray, want: Any) -> None:
@@ -601,7 +604,7 @@ def test_a_second_prompt_does_not_compile_again(caplog: pytest.LogCaptureFixture
         ({"input_ids": np.zeros((2, 0), int)}, "are no prompts"),
         ({"mask": np.array([[1, 1, 0], [0, 0, 0]])}, r"prompts \[1\] have no token"),
         ({"mask": np.ones((2, 4))}, r"mask has shape \(2, 4\)"),
-        ({"sampling": Sampling(temperature=1.0)}, "Give a key"),
+        ({"sampling": SamplingParams(temperature=1.0)}, "Give a key"),
     ],
 )
 def test_generate_refuses(change: dict[str, Any], message: str) -> None:
@@ -618,7 +621,7 @@ def test_generate_refuses(change: dict[str, Any], message: str) -> None:
 )
 def test_sampling_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"Sampling.{next(iter(options))}="):
-        Sampling(**options)
+        SamplingParams(**options)
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -628,9 +631,9 @@ def test_sampling_refuses(options: dict[str, Any]) -> None:
 def test_what_was_loaded_is_written_bit_by_bit(
     name: str, scanned: bool, tmp_path: pathlib.Path
 ) -> None:
-    _, params = folders.load(DATA / name, scanned=scanned)
+    _, params = load.load(DATA / name, scanned=scanned)
     written = tmp_path / "written"
-    folders.save(written, params, DATA / name, scanned=scanned, shard_bytes=3000)
+    save.save(written, params, DATA / name, scanned=scanned, max_shard_size=3000)
     index = json.loads((written / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     ours: dict[str, np.ndarray] = {}
@@ -642,19 +645,19 @@ def test_what_was_loaded_is_written_bit_by_bit(
         assert tensor.dtype == ours[key].dtype
         np.testing.assert_array_equal(ours[key].view(np.uint16), tensor.view(np.uint16), key)
     assert (written / "config.json").read_text() == (DATA / name / "config.json").read_text()
-    again = folders.load(written, scanned=scanned).params
+    again = load.load(written, scanned=scanned).params
     for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def test_another_type_is_written_and_said(tmp_path: pathlib.Path) -> None:
     _, params = loaded("llama")
-    folders.save(tmp_path / "wide", params, DATA / "llama", dtype=jnp.float32)
+    save.save(tmp_path / "wide", params, DATA / "llama", dtype=jnp.float32)
     written = json.loads((tmp_path / "wide" / "config.json").read_text())
     assert written == {**raw("llama"), "dtype": "float32"}
     tensors = safetensors.numpy.load_file(tmp_path / "wide" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
-    _, again = folders.load(tmp_path / "wide")
+    _, again = load.load(tmp_path / "wide")
     for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -678,7 +681,7 @@ def test_checkpoints_of_other_tensors_are_refused_by_name(tmp_path: pathlib.Path
         tensors["lm_head.weight"] = np.ones((44, 12), np.int32)
 
     with pytest.raises(ValueError, match="not the checkpoint") as caught:
-        folders.load(changed(tmp_path, change))
+        load.load(changed(tmp_path, change))
     for part in (
         "model.norm.weight is missing",
         "model.layers.0.self_attn.q_proj.bias is unknown",
@@ -695,11 +698,11 @@ def test_checkpoints_of_base_models_have_shorter_names(tmp_path: pathlib.Path) -
         tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
 
     folder = changed(tmp_path, change, "gemma")
-    model, params = folders.load(folder, dtype=jnp.float32)
+    model, params = load.load(folder, dtype=jnp.float32)
     known = expected("gemma")
     out = jax.jit(model.apply)(params, known["input_ids"], known["mask"])
     np.testing.assert_array_equal(np.asarray(out)[known["mask"] > 0], logits("gemma"))
-    folders.save(tmp_path / "written", params, folder)
+    save.save(tmp_path / "written", params, folder)
     keys = safetensors.numpy.load_file(tmp_path / "written" / "model.safetensors")
     assert "norm.weight" in keys
     assert "layers.0.self_attn.rotary_emb.inv_freq" in keys
@@ -710,9 +713,9 @@ def test_a_head_that_is_the_embedding_is_written_as_it_is(tmp_path: pathlib.Path
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
     folder = changed(tmp_path, change, "gemma")
-    _, params = folders.load(folder)
+    _, params = load.load(folder)
     moved = jax.tree.map(lambda x: x * 2, params)
-    folders.save(tmp_path / "written", moved, folder)
+    save.save(tmp_path / "written", moved, folder)
     written = safetensors.numpy.load_file(tmp_path / "written" / "model.safetensors")
     table = np.asarray(moved["params"]["embed"]["embedding"])
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -752,7 +755,7 @@ def test_damaged_folders_are_refused(
     shutil.copytree(DATA / "llama", folder)
     spoil(folder)
     with pytest.raises(error, match=message):
-        folders.load(folder)
+        load.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -771,7 +774,7 @@ def test_indices_that_lie_are_refused(places: Any, message: str, tmp_path: pathl
     index = {"weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):
-        folders.load(folder)
+        load.load(folder)
 
 
 def test_exports_never_replace_and_never_stay_half(tmp_path: pathlib.Path) -> None:
@@ -780,23 +783,23 @@ def test_exports_never_replace_and_never_stay_half(tmp_path: pathlib.Path) -> No
     there.mkdir()
     (there / "mine").write_text("kept")
     with pytest.raises(FileExistsError, match="left as it was"):
-        folders.save(there, params, DATA / "llama")
+        save.save(there, params, DATA / "llama")
     assert (there / "mine").read_text() == "kept"
     broken = jax.tree.map(lambda x: x, params)
     broken["params"]["norm"]["scale"] = broken["params"]["norm"]["scale"].at[3].set(jnp.inf)
     with pytest.raises(ValueError, match=r"model.norm.weight holds NaN or Inf"):
-        folders.save(tmp_path / "new", broken, DATA / "llama")
+        save.save(tmp_path / "new", broken, DATA / "llama")
     huge = jax.tree.map(lambda x: x * 1e6, params)
     with pytest.raises(ValueError, match="holds NaN or Inf in float16"):
-        folders.save(tmp_path / "new", huge, DATA / "llama", dtype=jnp.float16)
+        save.save(tmp_path / "new", huge, DATA / "llama", dtype=jnp.float16)
     with pytest.raises(ValueError, match="none that these files are written in"):
-        folders.save(tmp_path / "new", params, DATA / "llama", dtype=jnp.int8)
+        save.save(tmp_path / "new", params, DATA / "llama", dtype=jnp.int8)
     del broken["params"]["norm"]
     broken["params"]["extra"] = jnp.ones(3)
     with pytest.raises(ValueError, match=r"params/extra is unknown, params/norm/scale is missing"):
-        folders.save(tmp_path / "new", broken, DATA / "llama")
+        save.save(tmp_path / "new", broken, DATA / "llama")
     with pytest.raises(ValueError, match="options that it was loaded with"):
-        folders.save(tmp_path / "new", params, DATA / "llama", scanned=True)
+        save.save(tmp_path / "new", params, DATA / "llama", scanned=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
     del model
 
@@ -815,11 +818,9 @@ def test_weights_are_read_right_to_their_devices(scanned: bool) -> None:
         return jax.sharding.NamedSharding(mesh, spec(*axes))
 
     for name in KNOWN:
-        model, params = folders.load(
-            DATA / name, dtype=jnp.float32, sharding=place, scanned=scanned
-        )
+        model, params = load.load(DATA / name, dtype=jnp.float32, sharding=place, scanned=scanned)
         _, plain = loaded(name, scanned)
-        for path, one in zip(shapes(model), jax.tree.leaves(params), strict=True):
+        for path, one in zip(eval_param_shapes(model), jax.tree.leaves(params), strict=True):
             assert one.sharding.is_equivalent_to(place(path, one).with_memory_kind(None), one.ndim)
         for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
             np.testing.assert_array_equal(one, two)
@@ -834,22 +835,22 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "larger"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    model = Decoder(decoder_config(config), scanned=True)
-    sizes = shapes(model)
+    model = Decoder(decoder_config(config), scan_layers=True)
+    sizes = eval_param_shapes(model)
     tensors = {}
-    for weight in decoder_weights(model).values():
-        for piece in weight.pieces:
-            tensors[piece.key] = np.zeros(piece.shape, np.float32)
+    for weight in map_decoder_weights(model).values():
+        for piece in weight.slices:
+            tensors[piece.key] = np.zeros(piece.tensor_shape, np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     largest = max(tensor.nbytes for tensor in tensors.values())
     total = sum(leaf.size * 4 for leaf in sizes.values())
     assert total > 20 * largest
     del tensors
-    folders.load(folder, scanned=True)  # Compiles what puts tensors into their stacks.
+    load.load(folder, scanned=True)  # Compiles what puts tensors into their stacks.
     # On a CPU the devices' arrays are the host's too, but NumPy did not make them: the tracer
     # counts what passes through the host.
     tracemalloc.start()
-    params = folders.load(folder, scanned=True).params
+    params = load.load(folder, scanned=True).params
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     jax.block_until_ready(params)

@@ -25,10 +25,11 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import tree
-from jlora.models import folders, mean_pool
+from jlora import _tree
+from jlora.models import mean_pool
 from jlora.models.encoder import Mlp
-from jlora.models.encoder_architectures import encoder_config, vit_config
+from jlora.models.hf import load, save
+from jlora.models.hf.encoder_configs import encoder_config, vit_config
 
 DATA = pathlib.Path(__file__).parent / "data" / "encoders"
 NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
@@ -44,8 +45,8 @@ def expected(name: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def loaded(name: str, dtype: str = "float32") -> folders.Loaded:
-    return folders.load(DATA / name, dtype=dtype)
+def loaded(name: str, dtype: str = "float32") -> load.LoadedModel:
+    return load.load(DATA / name, dtype=dtype)
 
 
 def inputs(name: str) -> list[np.ndarray]:
@@ -156,7 +157,7 @@ def test_hidden_states_are_the_same_under_a_head(tmp_path: pathlib.Path) -> None
         model, params = loaded(name)
         folder = edited(tmp_path / name, headless, name)
         (folder / "config.json").write_text(json.dumps(raw(name) | {"architectures": [base]}))
-        alone, own = folders.load(folder, dtype=jnp.float32)
+        alone, own = load.load(folder, dtype=jnp.float32)
         hidden = model.apply(params, *inputs(name), method="hidden")
         np.testing.assert_array_equal(alone.apply(own, *inputs(name)), hidden)
 
@@ -211,7 +212,7 @@ def test_xlm_roberta_is_roberta_under_another_name(tmp_path: pathlib.Path) -> No
         model_type="xlm-roberta",
         architectures=["XLMRobertaForSequenceClassification"],
     )
-    model, params = folders.load(folder, dtype=jnp.float32)
+    model, params = load.load(folder, dtype=jnp.float32)
     config = dataclasses.replace(model.config, model_type="roberta")
     assert config == loaded("roberta_sequence").model.config
     assert_same(params, loaded("roberta_sequence").params)
@@ -248,7 +249,7 @@ def test_each_dropout_is_in_its_places_and_obeys_the_key(
 ) -> None:
     off = {other: 0.0 for other in DROPOUTS if other in raw(name)}
     folder = configured(tmp_path / "copy", name, **off | {field: 0.3})
-    model, params = folders.load(folder, dtype=jnp.float32)
+    model, params = load.load(folder, dtype=jnp.float32)
     drawn, bernoulli = [], jax.random.bernoulli
 
     def counted(*args: Any, **kwargs: Any) -> jax.Array:
@@ -421,7 +422,7 @@ def test_images_that_do_not_fit_are_refused(
     ],
 )
 def test_weights_have_these_paths(name: str, paths: dict[str, tuple[int, ...]]) -> None:
-    flat = tree.flatten(loaded(name).params)
+    flat = _tree.flatten_with_paths(loaded(name).params)
     shapes = {path: leaf.shape for path, leaf in zip(flat.paths, flat.leaves, strict=True)}
     assert paths.items() <= shapes.items()
 
@@ -449,12 +450,12 @@ def test_lora_wraps_the_encoder_and_stays_factored(name: str) -> None:
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
     adapter = lora.init(jax.random.key(0), params, *inputs(name))
     unused = {"params/pooler/kernel"} if name in BASES else set()
-    paths = tree.flatten(params).paths
+    paths = _tree.flatten_with_paths(params).paths
     assert set(adapter) == {path for path in paths if path.endswith("kernel")} - unused
     adapter = jax.tree.map(lambda x: x + 0.1, adapter)
     explained = lora.explain(params, *inputs(name))
-    assert not any(row.dense for row in explained.rows if row.adapter != "frozen")
-    assert not explained.problems
+    assert not any(row.dense_reasons for row in explained.rows if row.adapter != "frozen")
+    assert not explained.errors
     out = seen(name, jax.jit(lora.apply)(params, adapter, *inputs(name)))
     merged = seen(name, jax.jit(model.apply)(lora.merge(params, adapter), *inputs(name)))
     # The update's sums of up to 28 products are made in another order.
@@ -471,7 +472,7 @@ def test_weights_are_read_right_to_their_devices() -> None:
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     for name in ("bert_tokens", "vit"):
-        placed = folders.load(
+        placed = load.load(
             DATA / name,
             dtype=jnp.float32,
             sharding=lambda path, leaf: None if path in small else place(path, leaf),
@@ -535,7 +536,7 @@ def test_a_config_that_is_not_implemented_is_refused_by_its_entry(
 ) -> None:
     name, changes, message = BAD_CONFIGS[case]
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        folders.load(configured(tmp_path / "copy", name, **changes))
+        load.load(configured(tmp_path / "copy", name, **changes))
 
 
 OLD_CONFIGS: dict[str, dict[str, Any]] = {
@@ -563,7 +564,7 @@ def test_what_changes_no_number_is_let_through(name: str) -> None:
 
 def test_models_without_options_refuse_those_of_decoders() -> None:
     with pytest.raises(TypeError, match=r"\['scanned'\] are no options of Encoder, which has \[\]"):
-        folders.load(DATA / "bert", scanned=True)
+        load.load(DATA / "bert", scanned=True)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -657,28 +658,28 @@ def test_every_spelling_is_loaded_and_written_bit_by_bit(
 ) -> None:
     edit = functools.partial(SPELLINGS[spelling], name)
     source = edited(tmp_path / "source", edit, name)
-    _, params = folders.load(source)
+    _, params = load.load(source)
     assert_same(params, loaded(name, "bfloat16").params)
-    folders.save(tmp_path / "saved", params, source)
+    save.save(tmp_path / "saved", params, source)
     assert contents(tmp_path / "saved") == contents(source)
-    assert_same(folders.load(tmp_path / "saved").params, params)
+    assert_same(load.load(tmp_path / "saved").params, params)
 
 
 @pytest.mark.parametrize("name", CARRIED)
 def test_tensors_of_other_heads_are_carried_along(name: str, tmp_path: pathlib.Path) -> None:
     source = edited(tmp_path / "source", lambda tensors: tensors.update(CARRIED[name]), name)
-    _, params = folders.load(source)
+    _, params = load.load(source)
     assert_same(params, loaded(name, "bfloat16").params)
-    folders.save(tmp_path / "saved", params, source)
+    save.save(tmp_path / "saved", params, source)
     assert contents(tmp_path / "saved") == contents(source)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_other_dtypes_are_written_bit_by_bit(dtype: Any, tmp_path: pathlib.Path) -> None:
     source = edited(tmp_path / "source", functools.partial(in_dtype, dtype, "bert"))
-    _, params = folders.load(source)
+    _, params = load.load(source)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
-    folders.save(tmp_path / "saved", params, source)
+    save.save(tmp_path / "saved", params, source)
     assert contents(tmp_path / "saved") == contents(source)
 
 
@@ -688,7 +689,7 @@ def test_a_base_model_may_come_without_its_pooler(name: str, tmp_path: pathlib.P
         del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]
 
     source = edited(tmp_path / "source", drop, name)
-    model, params = folders.load(source, dtype=jnp.float32)
+    model, params = load.load(source, dtype=jnp.float32)
     assert "pooler" not in params["params"]
     whole, its = loaded(name)
     assert_same(model.apply(params, *inputs(name)), whole.apply(its, *inputs(name)))
@@ -700,7 +701,7 @@ def test_every_weight_is_written_under_its_own_name(name: str, tmp_path: pathlib
     _, params = loaded(name)
     leaves, structure = jax.tree.flatten(params)
     moved = [leaf + 10 * (number + 1) for number, leaf in enumerate(leaves)]
-    folders.save(
+    save.save(
         tmp_path / "saved", jax.tree.unflatten(structure, moved), DATA / name, dtype=jnp.float32
     )
     before, after = (load_file(f / "model.safetensors") for f in (DATA / name, tmp_path / "saved"))
@@ -717,7 +718,7 @@ def test_config_and_tokenizer_are_copied_and_other_weights_are_not(tmp_path: pat
     copied = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json"}
     for file in copied | {"pytorch_model.bin", "tf_model.h5"}:
         (source / file).write_text(file)
-    folders.save(tmp_path / "saved", folders.load(source).params, source)
+    save.save(tmp_path / "saved", load.load(source).params, source)
     saved = {p.relative_to(tmp_path / "saved").as_posix() for p in (tmp_path / "saved").rglob("*")}
     assert saved == copied | {"1_Pooling", "config.json", "model.safetensors"}
     for file in copied | {"config.json"}:
@@ -786,7 +787,7 @@ def test_a_file_that_is_not_the_configs_is_refused_by_the_tensors_name(
 ) -> None:
     edit, message = BAD_TENSORS[case]
     with pytest.raises(ValueError, match=message):
-        folders.load(edited(tmp_path / "copy", edit))
+        load.load(edited(tmp_path / "copy", edit))
 
 
 def test_a_heads_missing_tensor_is_refused_by_its_name(tmp_path: pathlib.Path) -> None:
@@ -794,14 +795,14 @@ def test_a_heads_missing_tensor_is_refused_by_its_name(tmp_path: pathlib.Path) -
         tmp_path / "copy", lambda tensors: tensors.pop("bert.pooler.dense.weight"), "bert_sequence"
     )
     with pytest.raises(ValueError, match="describes: bert.pooler.dense.weight is missing. Use"):
-        folders.load(source)
+        load.load(source)
 
 
 def test_a_patch_kernel_of_another_layout_is_refused(tmp_path: pathlib.Path) -> None:
     key = "embeddings.patch_embeddings.projection.weight"
     source = edited(tmp_path / "copy", functools.partial(transposed, key), "vit")
     with pytest.raises(ValueError, match=r"shape \(3, 4, 3, 20\) instead of \(20, 3, 4, 3\)"):
-        folders.load(source)
+        load.load(source)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 1000, 10_000])
@@ -810,7 +811,7 @@ def test_a_truncated_file_is_refused(kept_bytes: int, tmp_path: pathlib.Path) ->
     path = tmp_path / "copy" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*Copy it anew"):
-        folders.load(tmp_path / "copy")
+        load.load(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
@@ -824,7 +825,7 @@ def test_an_existing_destination_is_refused_and_kept(kind: str, tmp_path: pathli
         destination.symlink_to(tmp_path / "nowhere")
     before = destination.lstat()
     with pytest.raises(FileExistsError, match=r"saved' exists and is left as it was. Choose"):
-        folders.save(destination, loaded("bert").params, DATA / "bert")
+        save.save(destination, loaded("bert").params, DATA / "bert")
     assert destination.lstat() == before
     assert list(tmp_path.iterdir()) == [destination]
 
@@ -838,30 +839,30 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(
     value: float, dtype: str, tmp_path: pathlib.Path
 ) -> None:
     source = edited(tmp_path / "source", functools.partial(in_dtype, jnp.dtype(dtype), "bert"))
-    params = folders.load(source, dtype=jnp.float32).params
+    params = load.load(source, dtype=jnp.float32).params
     up = params["params"]["layer_1"]["mlp"]["up"]
     up["bias"] = up["bias"].at[3].set(value)
     message = f"encoder.layer.1.intermediate.dense.bias holds NaN or Inf in {dtype}"
     with pytest.raises(ValueError, match=message):
-        folders.save(tmp_path / "saved", params, source)
+        save.save(tmp_path / "saved", params, source)
     assert list(tmp_path.iterdir()) == [source]
 
 
 BAD_PARAMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown": (
-        lambda tree: tree["layer_0"].update(adapter=jnp.ones(3)),
+        lambda tree: _tree["layer_0"].update(adapter=jnp.ones(3)),
         r"layer_0/adapter is unknown",
     ),
     "missing": (
-        lambda tree: tree["layer_0"]["mlp"].pop("up"),
+        lambda tree: _tree["layer_0"]["mlp"].pop("up"),
         r"layer_0/mlp/up/bias is missing, params/layer_0/mlp/up/kernel is missing",
     ),
     "shape": (
-        lambda tree: tree["embeddings"]["word"].update(embedding=jnp.ones((54, 20))),
+        lambda tree: _tree["embeddings"]["word"].update(embedding=jnp.ones((54, 20))),
         r"embeddings/word/embedding has shape \(54, 20\) instead of \(44, 20\)",
     ),
     "transposed": (
-        lambda tree: tree["layer_1"]["mlp"]["up"].update(kernel=jnp.ones((28, 20))),
+        lambda tree: _tree["layer_1"]["mlp"]["up"].update(kernel=jnp.ones((28, 20))),
         r"layer_1/mlp/up/kernel has shape \(28, 20\) instead of \(20, 28\)",
     ),
 }
@@ -872,17 +873,17 @@ def test_params_that_are_not_the_sources_are_refused_by_path(
     case: str, tmp_path: pathlib.Path
 ) -> None:
     edit, message = BAD_PARAMS[case]
-    params = folders.load(DATA / "bert").params
+    params = load.load(DATA / "bert").params
     edit(params["params"])
     with pytest.raises(ValueError, match=message):
-        folders.save(tmp_path / "saved", params, DATA / "bert")
+        save.save(tmp_path / "saved", params, DATA / "bert")
     assert not list(tmp_path.iterdir())
 
 
 def test_params_without_their_collection_are_refused(tmp_path: pathlib.Path) -> None:
     params = loaded("bert").params["params"]
     with pytest.raises(ValueError, match=r"embeddings/norm/bias is unknown.*what `load` returned"):
-        folders.save(tmp_path / "saved", params, DATA / "bert")
+        save.save(tmp_path / "saved", params, DATA / "bert")
 
 
 def test_a_save_that_fails_midway_leaves_nothing_behind(
@@ -893,5 +894,5 @@ def test_a_save_that_fails_midway_leaves_nothing_behind(
 
     monkeypatch.setattr(shutil, "copyfile", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        folders.save(tmp_path / "saved", loaded("bert").params, DATA / "bert")
+        save.save(tmp_path / "saved", loaded("bert").params, DATA / "bert")
     assert not list(tmp_path.iterdir())

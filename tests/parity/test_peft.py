@@ -16,9 +16,9 @@ import safetensors
 from jax import lax
 
 import jlora
-from jlora.adapters.fourierft import places
+from jlora.adapters.fourierft import sample_frequency_indices
 from jlora.adapters.lokr import factorization
-from jlora.factored.network import Factored, build
+from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
 
 DATA = pathlib.Path(__file__).parent / "data"
 Arrays = dict[str, np.ndarray]
@@ -141,7 +141,7 @@ def config_of(name: str, case: dict[str, Any]) -> tuple[Any, Callable[..., Any]]
     tucker = bool(case.get("use_effective_conv2d"))
     configs = {
         "lora": lambda: (
-            jlora.LoRA(rank=rank, alpha=alpha, rank_stabilized=case.get("use_rslora", False)),
+            jlora.LoRA(rank=rank, alpha=alpha, use_rslora=case.get("use_rslora", False)),
             lora,
         ),
         "dora": lambda: (jlora.DoRA(rank=rank, alpha=alpha), dora),
@@ -159,7 +159,7 @@ def config_of(name: str, case: dict[str, Any]) -> tuple[Any, Callable[..., Any]]
             lokr,
         ),
         "ia3": lambda: (
-            jlora.IA3(on="inputs" if "feedforward" in name else "outputs"),
+            jlora.IA3(apply_to="inputs" if "feedforward" in name else "outputs"),
             ia3,
         ),
     }
@@ -255,8 +255,8 @@ def test_vb_lora_with_two_layers_that_share_is_pefts() -> None:
     params = two(tensors)
     config = jlora.VBLoRA(
         rank=fields["r"],
-        vectors=fields["num_vectors"],
-        length=fields["vector_length"],
+        num_vectors=fields["num_vectors"],
+        vector_length=fields["vector_length"],
         top_k=fields["topk"],
     )
     vb = jlora.lora_transform(two_layers, {"^(first|second)$": config})
@@ -283,21 +283,21 @@ def test_fourierft_is_pefts() -> None:
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     spectrum = tensors["adapter/fourierft_spectrum"]
     config = jlora.FourierFT(
-        frequencies=len(spectrum), alpha=fields["scaling"], seed=fields["random_loc_seed"]
+        num_frequencies=len(spectrum), alpha=fields["scaling"], seed=fields["random_loc_seed"]
     )
     ft = jlora.lora_transform(linear, {"w": config})
     x = tensors["input"]
     adapter = ft.init(jax.random.key(0), params, x)
     # PEFT's are those of (out, in), whose transpose ours is.
-    ours = places(len(spectrum), fields["random_loc_seed"], *params["w"].shape)
+    ours = sample_frequency_indices(len(spectrum), fields["random_loc_seed"], *params["w"].shape)
     np.testing.assert_array_equal(ours, tensors["indices"][::-1])
     leaf = dataclasses.replace(adapter["w"], spectrum=jnp.asarray(spectrum))
     np.testing.assert_allclose(ft.apply(params, {"w": leaf}, x), tensors["output"], **FLOAT32)
     merged = ft.merge(params, {"w": leaf})["w"]
     np.testing.assert_allclose(merged, tensors["merged/weight"].T, **FLOAT32)
     # So many entries are transformed; few would be computed as waves, to the same update.
-    waves = build("w", leaf.shape, **leaf._waves()._asdict())
-    dense = Factored(jnp.zeros(leaf.shape), waves).dense()
+    waves = build_tensor_network("w", leaf.shape, **leaf._waves()._asdict())
+    dense = FactoredArray(jnp.zeros(leaf.shape), waves).materialize()
     expected = tensors["merged/weight"].T - tensors["base/weight"].T
     np.testing.assert_allclose(dense, expected, **FLOAT32)
 
@@ -305,9 +305,9 @@ def test_fourierft_is_pefts() -> None:
 @pytest.mark.parametrize(
     ("name", "init"),
     [
-        ("pissa", jlora.inits.pissa()),
-        ("pissa_niter", jlora.inits.pissa(iterations=16)),
-        ("olora", jlora.inits.olora()),
+        ("pissa", jlora.initializers.pissa()),
+        ("pissa_niter", jlora.initializers.pissa(iterations=16)),
+        ("olora", jlora.initializers.olora()),
     ],
 )
 def test_initialisations_that_change_the_base_are_pefts(name: str, init: Any) -> None:
@@ -333,7 +333,7 @@ def test_evas_directions_are_pefts() -> None:
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     x = tensors["input"]
     moments = jlora.input_moments(linear, {"w": jlora.LoRA(rank=1, alpha=1)}, params, x)
-    init = jlora.inits.eva(moments)
+    init = jlora.initializers.eva(moments)
     config = jlora.LoRA(rank=fields["r"], alpha=fields["lora_alpha"], init=init)
     adapter = jlora.lora_transform(linear, {"w": config}).init(jax.random.key(0), params, x)
     # Eigenvectors of a matrix of 14 squared inputs: the gaps between them are a tenth and more.
@@ -347,7 +347,7 @@ def test_lora_ga_has_pefts_directions_and_the_papers_lengths() -> None:
     rank = fields["r"]
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     gradient = {"w": tensors["gradient"].T, "b": tensors["base/bias"]}
-    init = jlora.inits.lora_ga(gradient, gamma=16)
+    init = jlora.initializers.lora_ga(gradient, gamma=16)
     config = jlora.LoRA(rank=rank, alpha=fields["lora_alpha"], init=init)
     lora_ = jlora.lora_transform(linear, {"w": config})
     adapter = lora_.init(jax.random.key(0), params, tensors["input"])

@@ -20,12 +20,17 @@ import safetensors.numpy
 
 import jlora
 from jlora import models, peft
-from jlora.checkpoints.pieces import whole
-from jlora.factored.probe import Axes
-from jlora.models import folders
-from jlora.peft.config import COMMON, targeted
-from jlora.peft.layouts import Facts, Layout, to_file, to_leaf
-from jlora.peft.sites import sites_of
+from jlora.interpreter.usage import WeightAxes
+from jlora.models.hf import load
+from jlora.models.hf.weight_mapping import single_tensor_weight
+from jlora.peft.config import COMMON_DEFAULTS, match_target_modules
+from jlora.peft.tensor_layouts import (
+    TensorLayout,
+    WeightGeometry,
+    leaf_to_tensor,
+    list_module_parameters,
+    tensor_to_leaf,
+)
 
 HERE = pathlib.Path(__file__).parent
 DATA = HERE / "data"
@@ -41,14 +46,14 @@ def config_of(folder: pathlib.Path) -> dict[str, Any]:
 
 
 @functools.cache
-def base(name: str, scanned: bool = False) -> models.Loaded:
+def base(name: str, scanned: bool = False) -> models.LoadedModel:
     """A decoder by its name alone, any model by its folder and name."""
     folder = MODELS / (name if "/" in name else f"decoders/{name}")
     options = {"scanned": True} if scanned else {}
     return models.load(folder, dtype=jnp.float32, **options)
 
 
-def base_of(name: str, scanned: bool = False) -> models.Loaded:
+def base_of(name: str, scanned: bool = False) -> models.LoadedModel:
     return base(config_of(DATA / name)["base_model_name_or_path"], scanned)
 
 
@@ -97,9 +102,9 @@ def test_what_peft_wrote_is_written_again(name: str, scanned: bool, tmp_path: pa
     task = config_of(DATA / name)["task_type"]
     if name == "roberta_tokens":  # Its modules have biases, which PEFT's IA3 scales too.
         with pytest.raises(ValueError, match="scales the bias of .*key with its outputs"):
-            peft.save(tmp_path / "ours", adapter, model, params, task=task)
+            peft.save(tmp_path / "ours", adapter, model, params, task_type=task)
         return
-    peft.save(tmp_path / "ours", adapter, model, params, task=task)
+    peft.save(tmp_path / "ours", adapter, model, params, task_type=task)
     ours = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
     theirs = safetensors.numpy.load_file(DATA / name / TENSORS)
     # With all biases PEFT writes those of a saved module three times.
@@ -123,8 +128,12 @@ def test_what_peft_wrote_is_written_again(name: str, scanned: bool, tmp_path: pa
     assert written.get("target_parameters") == known.get("target_parameters")
     # PEFT adds the usual names of heads, whether there are such or not.
     assert set(written["modules_to_save"] or []) == set(known.get("modules_to_save") or [])
-    modules = list({site.module for site in sites_of(models.stored_weights(model)[0])})
-    ours, theirs = (targeted({**COMMON, **fields}, modules) for fields in (written, known))
+    modules = list(
+        {site.module for site in list_module_parameters(models.checkpoint_mapping(model)[0])}
+    )
+    ours, theirs = (
+        match_target_modules({**COMMON_DEFAULTS, **fields}, modules) for fields in (written, known)
+    )
     assert ours == theirs
     assert written.get("trainable_token_indices") == known.get("trainable_token_indices")
 
@@ -177,7 +186,7 @@ def trained(config: Any, pattern: str = r"(q|v|down)/kernel", name: str = "llama
     "config",
     [
         jlora.LoRA(rank=3, alpha=5, dropout=0.25),
-        jlora.LoRA(rank=3, alpha=5, rank_stabilized=True),
+        jlora.LoRA(rank=3, alpha=5, use_rslora=True),
         jlora.LoRAFA(rank=2, alpha=5),
         jlora.DyLoRA(rank=2, alpha=5),
         jlora.DoRA(rank=2, alpha=5),
@@ -187,15 +196,22 @@ def trained(config: Any, pattern: str = r"(q|v|down)/kernel", name: str = "llama
         jlora.HiRA(rank=2),
         jlora.IA3(),
         jlora.VeRA(rank=5),
-        jlora.VBLoRA(rank=2, vectors=5, length=2),
-        jlora.FourierFT(frequencies=7, alpha=20, seed=5),
+        jlora.VBLoRA(rank=2, num_vectors=5, vector_length=2),
+        jlora.FourierFT(num_frequencies=7, alpha=20, seed=5),
     ],
     ids=lambda config: type(config).__name__,
 )
 def test_a_written_adapter_reads_as_the_same_function(config: Any, tmp_path: pathlib.Path) -> None:
     model, params = base("llama")
     adapter = trained(config)
-    peft.save(tmp_path / "out", adapter, model, params, base_model="base", task="CAUSAL_LM")
+    peft.save(
+        tmp_path / "out",
+        adapter,
+        model,
+        params,
+        base_model_name_or_path="base",
+        task_type="CAUSAL_LM",
+    )
     again = peft.load(tmp_path / "out", model, params).adapter
     ids, mask = inputs("lora")
     apply = jax.jit(jlora.lora_transform(model.apply).apply)
@@ -219,23 +235,23 @@ def test_a_function_of_ones_own_is_described_by_its_tensors(tmp_path: pathlib.Pa
     keys = jax.random.split(jax.random.key(0), 3)
     params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
     stored = {
-        "conv": whole("net.conv.weight", shapes["conv"], (2, 3, 1, 0)),
-        "heads": whole("net.heads.weight", shapes["heads"]),
-        "out": whole("net.out.weight", shapes["out"], (1, 0)),
+        "conv": single_tensor_weight("net.conv.weight", shapes["conv"], (2, 3, 1, 0)),
+        "heads": single_tensor_weight("net.heads.weight", shapes["heads"]),
+        "out": single_tensor_weight("net.out.weight", shapes["out"], (1, 0)),
     }
     x = jnp.ones((1, 5, 5, 4))
     for config in (jlora.LoRA(rank=2, alpha=3), jlora.DoRA(rank=2, alpha=3), jlora.HiRA(rank=2)):
         lora = jlora.lora_transform(fn, config)
         adapter = jax.tree.map(lambda a: a + 0.1, lora.init(jax.random.key(1), params, x))
         folder = tmp_path / type(config).__name__
-        peft.save(folder, adapter, fn, params, x, stored=stored)
+        peft.save(folder, adapter, fn, params, x, checkpoint_mapping=stored)
         tensors = safetensors.numpy.load_file(folder / TENSORS)
         a = "hira_A" if isinstance(config, jlora.HiRA) else "lora_A.weight"
         b = a.replace("A", "B")
         assert tensors[f"{PREFIX}net.conv.{a}"].shape == (2, 4, 3, 2)
         assert tensors[f"{PREFIX}net.conv.{b}"].shape == (6, 2, 1, 1)
         assert tensors[f"{PREFIX}net.heads.{b}"].shape == (10, 2)
-        again = peft.load(folder, fn, params, x, stored=stored).adapter
+        again = peft.load(folder, fn, params, x, checkpoint_mapping=stored).adapter
         assert jax.tree.all(jax.tree.map(lambda m, n: (m == n).all(), adapter, again))
     with pytest.raises(TypeError, match="example inputs and stored"):
         peft.load(folder, fn, params)
@@ -245,7 +261,7 @@ def test_a_function_of_ones_own_is_described_by_its_tensors(tmp_path: pathlib.Pa
     ("adapter", "message"),
     [
         (lambda: trained(jlora.SoRA(rank=2, alpha=2)), r"nothing like \['sora'\].*to_lora"),
-        (lambda: trained(jlora.LoRAMixture(experts=2, rank=1, alpha=2)), "nothing like"),
+        (lambda: trained(jlora.LoRAMoE(num_experts=2, rank=1, alpha=2)), "nothing like"),
         (
             lambda: trained(jlora.LoRA(rank=2, alpha=2)) | trained(jlora.HiRA(rank=2), "up/kernel"),
             "holds one method",
@@ -257,10 +273,10 @@ def test_a_function_of_ones_own_is_described_by_its_tensors(tmp_path: pathlib.Pa
             "holds one method",
         ),
         (
-            lambda: trained(jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())),
-            "on_original_base",
+            lambda: trained(jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa())),
+            "rebase_to_original",
         ),
-        (lambda: trained(jlora.Full(), "norm/scale"), "no part of a method"),
+        (lambda: trained(jlora.FullDelta(), "norm/scale"), "no part of a method"),
         (
             lambda: jax.tree.map(lambda x: x * jnp.nan, trained(jlora.LoRA(rank=2, alpha=2))),
             "holds NaN or Inf",
@@ -483,19 +499,19 @@ def test_pickles_are_not_opened(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "shape"),
     [
-        (Layout("i r", "r c w"), (2, 4, 3, 5)),
-        (Layout("i r", "r c*w"), (2, 60)),
-        (Layout("r o", "o r 1"), (6, 2, 1, 1)),
-        (Layout("o", "u o 1"), (1, 6, 1, 1)),
-        (Layout("q r w", "r q w"), (2, 7, 3, 5)),
-        (Layout("w x r", "r x*w"), (2, 30)),
+        (TensorLayout("i r", "r c w"), (2, 4, 3, 5)),
+        (TensorLayout("i r", "r c*w"), (2, 60)),
+        (TensorLayout("r o", "o r 1"), (6, 2, 1, 1)),
+        (TensorLayout("o", "u o 1"), (1, 6, 1, 1)),
+        (TensorLayout("q r w", "r q w"), (2, 7, 3, 5)),
+        (TensorLayout("w x r", "r x*w"), (2, 30)),
     ],
 )
-def test_a_layout_and_back_is_the_same_tensor(layout: Layout, shape: tuple[int, ...]) -> None:
-    facts = Facts((3, 5, 4, 6), Axes((), (0, 1, 2), (3,)), (0, 1), ())
+def test_a_layout_and_back_is_the_same_tensor(layout: TensorLayout, shape: tuple[int, ...]) -> None:
+    facts = WeightGeometry((3, 5, 4, 6), WeightAxes((), (0, 1, 2), (3,)), (0, 1), ())
     tensor = np.arange(np.prod(shape)).reshape(shape)
-    array = to_leaf(tensor, layout, facts)
-    np.testing.assert_array_equal(to_file(array, layout, facts), tensor)
+    array = tensor_to_leaf(tensor, layout, facts)
+    np.testing.assert_array_equal(leaf_to_tensor(array, layout, facts), tensor)
 
 
 # --- for vLLM ---
@@ -518,7 +534,7 @@ def test_what_is_written_for_vllm_is_the_same_change(
 ) -> None:
     model, _ = base_of(name, scanned)
     params, adapter = loaded(name, scanned)
-    peft.save(tmp_path / "out", adapter, model, params, reader="vllm")
+    peft.save(tmp_path / "out", adapter, model, params, file_format="vllm")
     fields = config_of(tmp_path / "out")
     assert fields["bias"] == "none"
     assert fields["modules_to_save"] is None
@@ -526,12 +542,12 @@ def test_what_is_written_for_vllm_is_the_same_change(
     assert not fields.get("alpha_pattern")
     assert not fields.get("target_parameters")
     changes = jlora.delta(params, adapter)
-    stored = models.stored_weights(model)[0]
+    stored = models.checkpoint_mapping(model)[0]
     seen = 0
     for path, change in changes.items():
-        for piece in stored[path].pieces:
+        for piece in stored[path].slices:
             key = piece.key.removesuffix(".weight")
-            ends = zip(piece.starts, piece.box, strict=True)
+            ends = zip(piece.start_indices, piece.slice_sizes, strict=True)
             box = np.asarray(change)[tuple(slice(s, s + n) for s, n in ends)]
             # float32 products of at most four numbers.
             np.testing.assert_allclose(
@@ -556,7 +572,7 @@ def test_what_vllm_does_not_take_is_refused(
 ) -> None:
     params, adapter = loaded(name)
     with pytest.raises(ValueError, match=message):
-        peft.save(tmp_path / "out", adapter, base_of(name).model, params, reader="vllm")
+        peft.save(tmp_path / "out", adapter, base_of(name).model, params, file_format="vllm")
     assert not list(tmp_path.iterdir())
 
 
@@ -573,10 +589,10 @@ def test_a_task_of_classification_writes_the_head_that_peft_expects(
     name: str, task: str, modules: set[str], tmp_path: pathlib.Path
 ) -> None:
     model, params = base(f"encoders/{name}")
-    shapes = folders.example_inputs(model)
+    shapes = load.example_inputs(model)
     lora = jlora.lora_transform(model.apply, {"query/kernel": jlora.LoRA(rank=2, alpha=3)})
     adapter = lora.init(jax.random.key(0), params, *shapes)
-    peft.save(tmp_path / "out", adapter, model, params, task=task)
+    peft.save(tmp_path / "out", adapter, model, params, task_type=task)
     written = safetensors.numpy.load_file(tmp_path / "out" / TENSORS)
     heads = {key for key in written if "lora_" not in key}
     assert heads == {f"{PREFIX}{m}.{end}" for m in modules for end in ("weight", "bias")}
@@ -586,18 +602,18 @@ def test_a_task_of_classification_writes_the_head_that_peft_expects(
 
 def test_a_method_on_the_head_is_refused_under_a_task_that_saves_it(tmp_path: pathlib.Path) -> None:
     model, params = base("encoders/bert_sequence")
-    shapes = folders.example_inputs(model)
+    shapes = load.example_inputs(model)
     lora = jlora.lora_transform(model.apply, {"classifier/kernel": jlora.LoRA(rank=2, alpha=3)})
     adapter = lora.init(jax.random.key(0), params, *shapes)
     with pytest.raises(ValueError, match="task='SEQ_CLS': PEFT trains the head whole"):
-        peft.save(tmp_path / "out", adapter, model, params, task="SEQ_CLS")
+        peft.save(tmp_path / "out", adapter, model, params, task_type="SEQ_CLS")
 
 
 def test_readers_and_tasks_that_there_are_not_are_refused(tmp_path: pathlib.Path) -> None:
     model, params = base_of("lora")
     adapter = loaded("lora").adapter
     with pytest.raises(ValueError, match="reader='vlm' is neither"):
-        peft.save(tmp_path / "out", adapter, model, params, reader="vlm")  # type: ignore[arg-type]
+        peft.save(tmp_path / "out", adapter, model, params, file_format="vlm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="task='CHAT' is none of PEFT's: CAUSAL_LM, SEQ_2_SEQ_LM"):
-        peft.save(tmp_path / "out", adapter, model, params, task="CHAT")
+        peft.save(tmp_path / "out", adapter, model, params, task_type="CHAT")
     assert not list(tmp_path.iterdir())

@@ -10,18 +10,21 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.planning import hlo
-from jlora.training import mesh as meshes
+from jlora.planning import hlo_cost
+from jlora.training import sharding
 
 
-def program(fn: Any, *shapes: tuple[int, ...], **options: Any) -> tuple[hlo.Program, Any]:
+def program(fn: Any, *shapes: tuple[int, ...], **options: Any) -> tuple[hlo_cost.HloModule, Any]:
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     compiled = jax.jit(fn, **options).lower(*arrays).compile()
-    return hlo.parse(compiled.as_text()), compiled
+    return hlo_cost.parse_hlo(compiled.as_text()), compiled
 
 
-def flops(of: hlo.Program, unrolled: bool = True) -> int:
-    return sum(run.times * hlo.flops(run) for run in hlo.runs(of, unrolled=unrolled))
+def flops(of: hlo_cost.HloModule, unrolled: bool = True) -> int:
+    return sum(
+        run.executions * hlo_cost.count_flops(run)
+        for run in hlo_cost.iter_executed_instructions(of, count_trips=unrolled)
+    )
 
 
 def convolved(**how: Any) -> Any:
@@ -73,8 +76,12 @@ def test_a_loop_of_unknown_length_has_no_count() -> None:
     found, _ = program(
         lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x + 1, x), (4, 4)
     )
-    (loop,) = (r.instruction for r in hlo.runs(found) if r.instruction.opcode == "while")
-    assert hlo.trip_count(found, loop) is None
+    (loop,) = (
+        r.instruction
+        for r in hlo_cost.iter_executed_instructions(found)
+        if r.instruction.opcode == "while"
+    )
+    assert hlo_cost.trip_count(found, loop) is None
     assert flops(found) == 2 * 4**3
 
 
@@ -132,15 +139,18 @@ ENTRY %main (x.2: bf16[4,8], w.2: bf16[5,8,8]) -> bf16[4,8] {
 
 
 def test_a_program_for_a_tpu_is_counted_too() -> None:
-    found = hlo.parse(TPU)
+    found = hlo_cost.parse_hlo(TPU)
     assert flops(found) == 5 * 2 * 4 * 8 * 8
     one = 4 * 8 * 2
-    assert hlo.collectives(found) == (
-        hlo.Collective("all-gather", 1, 3 * one),  # One, written in two places.
-        hlo.Collective("all-reduce", 5, 5 * 2 * 3 * one // 4, 6),
-        hlo.Collective("collective-permute", 1, one),
+    assert hlo_cost.collect_collective_stats(found) == (
+        hlo_cost.CollectiveStats("all-gather", 1, 3 * one),  # One, written in two places.
+        hlo_cost.CollectiveStats("all-reduce", 5, 5 * 2 * 3 * one // 4, 6),
+        hlo_cost.CollectiveStats("collective-permute", 1, one),
     )
-    traffic = {run.instruction.name: run.times * hlo.traffic(found, run) for run in hlo.runs(found)}
+    traffic = {
+        run.instruction.name: run.executions * hlo_cost.count_hbm_bytes(found, run)
+        for run in hlo_cost.iter_executed_instructions(found)
+    }
     assert traffic["near"] == one  # Read from HBM, and written near the core.
     # A layer's slice of the stack each time; and nothing for what is near.
     assert traffic["y.1"] == 5 * (8 * 8 * 2 + 4)
@@ -158,9 +168,13 @@ def test_a_program_for_a_tpu_is_counted_too() -> None:
 )
 def test_a_loops_length_is_its_bound_over_its_step(written: str, changed: str, trips: Any) -> None:
     assert written in TPU
-    found = hlo.parse(TPU.replace(written, changed))
-    (loop,) = (r.instruction for r in hlo.runs(found) if r.instruction.opcode == "while")
-    assert hlo.trip_count(found, loop) == trips
+    found = hlo_cost.parse_hlo(TPU.replace(written, changed))
+    (loop,) = (
+        r.instruction
+        for r in hlo_cost.iter_executed_instructions(found)
+        if r.instruction.opcode == "while"
+    )
+    assert hlo_cost.trip_count(found, loop) == trips
 
 
 @pytest.mark.parametrize(
@@ -176,18 +190,20 @@ def test_a_loops_length_is_its_bound_over_its_step(written: str, changed: str, t
 )
 def test_how_many_take_part_is_read_from_every_way_to_write_it(groups: str, ring: int) -> None:
     text = TPU.replace("[2,4]<=[8]", groups)
-    (gathered, *_) = hlo.collectives(hlo.parse(text))
-    assert gathered.bytes == (ring - 1) * 64
+    (gathered, *_) = hlo_cost.collect_collective_stats(hlo_cost.parse_hlo(text))
+    assert gathered.sent_bytes == (ring - 1) * 64
 
 
 def test_a_way_to_write_it_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="not known: 'replica_groups=all-of-them"):
-        hlo.collectives(hlo.parse(TPU.replace("[2,4]<=[8]", "all-of-them")))
+        hlo_cost.collect_collective_stats(
+            hlo_cost.parse_hlo(TPU.replace("[2,4]<=[8]", "all-of-them"))
+        )
 
 
 def test_what_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no HLO module: it has no ENTRY"):
-        hlo.parse("module @jit_f {\n}\n")
+        hlo_cost.parse_hlo("module @jit_f {\n}\n")
 
 
 @pytest.mark.parametrize(
@@ -200,12 +216,14 @@ def test_what_is_no_program_is_refused() -> None:
     ids=str,
 )
 def test_collectives_are_counted_as_a_ring_sends_them(sizes: Any, expected: Any) -> None:
-    mesh = meshes.make_mesh(sizes)
+    mesh = sharding.make_mesh(sizes)
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
 
     def fn(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = lax.with_sharding_constraint(x @ w, place(meshes.BATCH))
+        y = lax.with_sharding_constraint(x @ w, place(sharding.BATCH_AXES))
         return jnp.sin(y).sum()
 
-    found, _ = program(fn, (32, 16), (16, 24), in_shardings=(place(meshes.BATCH), place("fsdp")))
-    assert {c.kind: c.bytes for c in hlo.collectives(found)} == expected
+    found, _ = program(
+        fn, (32, 16), (16, 24), in_shardings=(place(sharding.BATCH_AXES), place("fsdp"))
+    )
+    assert {c.kind: c.sent_bytes for c in hlo_cost.collect_collective_stats(found)} == expected

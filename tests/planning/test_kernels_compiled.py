@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora.kernels import adapted
-from jlora.planning import topology
+from jlora.kernels import lora_matmul
+from jlora.planning import tpu_topology
 
 pytest.importorskip("libtpu")
 
@@ -23,7 +23,7 @@ def model(params: Any, x: jax.Array) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
-    chip = topology.devices_of("v5e:2x2").devices[0]
+    chip = tpu_topology.get_tpu_topology("v5e:2x2").devices[0]
     where = jax.sharding.SingleDeviceSharding(chip)
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -39,7 +39,7 @@ def texts() -> dict[str, str]:
         return lora.apply(params, adapter, x).astype(jnp.float32).sum()
 
     found = {}
-    for name, context in (("tpu", adapted.tpu_products), ("plain", adapted.plain_products)):
+    for name, context in (("tpu", lora_matmul.tpu_products), ("plain", lora_matmul.plain_products)):
         with context():
             # A function of its own, since JAX keeps what it has traced before.
             gradient = jax.grad(lambda a, p, x: loss(a, p, x), argnums=(0, 2))

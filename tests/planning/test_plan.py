@@ -39,18 +39,18 @@ def raw(tmp_path: pathlib.Path) -> dict[str, Any]:
     (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
     return {
         "output": "run",
-        "model": {"path": str(tmp_path / "base"), "remat": "everything"},
-        "lora": {"rank": 8},
-        "data": {"train": [{"path": "nowhere.jsonl", "format": "chat"}], "length": 1024},
-        "batch": {"rows": 4, "accumulate": 2},
+        "model": {"path": str(tmp_path / "base"), "remat_policy": "full"},
+        "adapter": {"rank": 8},
+        "data": {"train": [{"path": "nowhere.jsonl", "format": "chat"}], "max_seq_length": 1024},
+        "batch": {"size": 4, "gradient_accumulation_steps": 2},
         "mesh": {"fsdp": 4},
     }
 
 
 def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> None:
-    found = plan(recipe.checked(raw), "v5e:2x2")
+    found = plan(recipe.validate(raw), "v5e:2x2")
     assert found.fits
-    assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert found.mesh_shape == {"data": 1, "fsdp": 4, "tensor": 1}
     width, inner, kv = 512, 1536, 256
     layer = 2 * width * width + 2 * width * kv + 3 * width * inner
     weights = 3 * layer + 2 * 2048 * width
@@ -64,12 +64,12 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
     # Two moments of each, and counts.
     assert 2 * held["adapter"] <= held["optimizer"] < 2 * held["adapter"] + 200
     assert held["batch"] == 2 * 4 * 1024 * 5 * 4 // 4
-    assert found.measured is not None
+    assert found.cost is not None
     tokens = 2 * 4 * 1024
     products = 3 * layer + 2048 * width
     arithmetic = tokens * (4 * products + 2 * 3 * layer) / 4
     # And factors, attention, and the head's products, which a chunked loss makes again.
-    assert 1.0 < found.measured.flops / arithmetic < 1.35
+    assert 1.0 < found.cost.flops / arithmetic < 1.35
     text = str(found)
     for part in ("4 chips of 16.00 GiB", "weights", "fits", "all-gather", "tokens/s if nothing"):
         assert part in text
@@ -77,9 +77,9 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
 
 @pytest.mark.slow
 def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[str, Any]) -> None:
-    raw = {**raw, "lora": {"rank": 256}}
-    here = plan(recipe.checked(raw), "v5e:2x2")
-    there = plan(recipe.checked({**raw, "optimizer": {"offload": True}}), "v5e:2x2")
+    raw = {**raw, "adapter": {"rank": 256}}
+    here = plan(recipe.validate(raw), "v5e:2x2")
+    there = plan(recipe.validate({**raw, "optimizer": {"offload": True}}), "v5e:2x2")
     held = there.memory.arguments
     assert held == {**here.memory.arguments, "optimizer": held["optimizer"]}
     assert held["optimizer"] < 100  # Counts of steps.
@@ -104,7 +104,7 @@ def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[
 def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
     raw: dict[str, Any], quantize: dict[str, Any], bits: float
 ) -> None:
-    found = plan(recipe.checked({**raw, "quantize": quantize}), "v5e:2x2")
+    found = plan(recipe.validate({**raw, "quantize": quantize}), "v5e:2x2")
     width, inner, kv = 512, 1536, 256
     layer = 2 * width * width + 2 * width * kv + 3 * width * inner
     # Embedding, head and norms stay in bfloat16; all but norms is split over four chips.
@@ -112,8 +112,8 @@ def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
     quantised = found.memory.arguments["weights"] - rest
     # Scales of scales have too few entries for four chips, and lie whole on each.
     np.testing.assert_allclose(quantised, 3 * layer * bits / 8 / 4, rtol=5e-3)
-    assert found.quantized is not None
-    assert found.quantized.bits == pytest.approx(bits, rel=1e-3)
+    assert found.quantization is not None
+    assert found.quantization.bits_per_param == pytest.approx(bits, rel=1e-3)
     # What the weights take is what the step is called with, and it is not unpacked all at once.
     assert found.memory.padding < 0.1 * quantised
     assert f"quantised: 7 of 12 weights as {quantize['scheme']}: {bits:.2f} bits" in str(found)
@@ -123,8 +123,10 @@ def test_what_does_not_fit_says_what_would(
     raw: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps({**raw, "mesh": {}, "batch": {"rows": 16384}}))
-    status = cli.main(["plan", str(path), "--topology", "v5e:2x2", "--model.remat", "nothing"])
+    path.write_text(json.dumps({**raw, "mesh": {}, "batch": {"size": 16384}}))
+    status = cli.main(
+        ["plan", str(path), "--topology", "v5e:2x2", "--model.remat_policy", "nothing"]
+    )
     out = capsys.readouterr().out
     assert status == 1
     for part in ("does not fit", "what would make it fit", "enough alone", "rows in a batch"):
@@ -137,7 +139,7 @@ def test_what_does_not_fit_says_what_would(
         ("v5e:3", {}, "has 1 sides"),
         ("v9:2x2", {}, "names no slice that jlora knows"),
         ("v5e:2x2", {"mesh": {"fsdp": 3}}, "makes up 3 devices, and there are 4"),
-        ("v5e:2x2", {"batch": {"rows": 3}}, "A batch of 3 rows cannot be split over"),
+        ("v5e:2x2", {"batch": {"size": 3}}, "A batch of 3 rows cannot be split over"),
         ("v5e:2x2", {"model": {"path": "nowhere"}}, "nowhere"),
     ],
 )
@@ -145,4 +147,4 @@ def test_plans_that_cannot_be_are_refused(
     raw: dict[str, Any], topology: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        plan(recipe.checked({**raw, **changes}), topology)
+        plan(recipe.validate({**raw, **changes}), topology)

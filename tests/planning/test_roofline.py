@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 
-from jlora.planning import hlo, roofline
-from jlora.planning.compiled import DoesNotFit, Measured, Memory
-from jlora.planning.topology import CHIPS
+from jlora.planning import hlo_cost, roofline
+from jlora.planning.compiled_cost import DoesNotFitError, StepCost, StepMemory
+from jlora.planning.tpu_topology import TPU_CHIPS
 
 GIB = 2**30
-MEMORY = Memory(
+MEMORY = StepMemory(
     {"weights": 8 * GIB, "adapter": GIB // 4, "optimizer": GIB // 2, "batch": 0}, 0, 0, 20 * GIB, 0
 )
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 PLAN: dict[str, Any] = {"mesh": MESH, "rows": 64, "length": 1024, "layers": 32, "width": 4096}
 
 
-def measured(flops: float, hbm: float, ici: float) -> Measured:
-    sent = (hlo.Collective("all-gather", 1, int(ici)),)
-    return Measured(MEMORY, int(flops), int(hbm), sent, 0)
+def measured(flops: float, hbm: float, ici: float) -> StepCost:
+    sent = (hlo_cost.CollectiveStats("all-gather", 1, int(ici)),)
+    return StepCost(MEMORY, int(flops), int(hbm), sent, 0)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def measured(flops: float, hbm: float, ici: float) -> Measured:
     ],
 )
 def test_a_step_takes_as_long_as_what_takes_longest_and_at_most_all(work: Any, bound: str) -> None:
-    found = roofline.estimate(measured(*work), CHIPS["v5e"], tokens=12000, chips=4)
+    found = roofline.estimate_step_time(measured(*work), TPU_CHIPS["v5e"], tokens=12000, chips=4)
     assert found.bound == bound
     assert found.fastest_s == pytest.approx(2)
     assert found.slowest_s == pytest.approx(sum(found[:3]))
@@ -41,62 +41,73 @@ def test_a_step_takes_as_long_as_what_takes_longest_and_at_most_all(work: Any, b
 
 def test_one_ring_has_two_of_a_chips_links() -> None:
     for chip, each in (("v5e", 50e9), ("v5p", 100e9)):
-        found = roofline.estimate(measured(0, 0, 4e11), CHIPS[chip], tokens=1, chips=4)
+        found = roofline.estimate_step_time(
+            measured(0, 0, 4e11), TPU_CHIPS[chip], tokens=1, chips=4
+        )
         assert found.ici_s == pytest.approx(4e11 / (2 * each))
 
 
 def test_what_the_compiler_spreads_takes_all_links_that_there_are() -> None:
-    sent = (hlo.Collective("all-gather", 1, 10**11, 6), hlo.Collective("all-reduce", 1, 10**11, 2))
-    work = Measured(MEMORY, 0, 0, sent, 0)
+    sent = (
+        hlo_cost.CollectiveStats("all-gather", 1, 10**11, 6),
+        hlo_cost.CollectiveStats("all-reduce", 1, 10**11, 2),
+    )
+    work = StepCost(MEMORY, 0, 0, sent, 0)
     for chip, links, each in (("v5e", 4, 50), ("v5p", 6, 100)):
-        found = roofline.estimate(work, CHIPS[chip], tokens=1, chips=4)
+        found = roofline.estimate_step_time(work, TPU_CHIPS[chip], tokens=1, chips=4)
         assert found.ici_s == pytest.approx(100 / (links * each) + 100 / (2 * each))
 
 
 def test_what_fits_needs_no_change() -> None:
-    assert roofline.advice(MEMORY, MEMORY.peak, **PLAN) == []
+    assert roofline.suggest_plan_changes(MEMORY, MEMORY.peak, **PLAN) == []
 
 
 def test_what_is_enough_alone_comes_first() -> None:
-    found = roofline.advice(MEMORY, 16 * GIB, **{**PLAN, "remat": "nothing"})
+    found = roofline.suggest_plan_changes(MEMORY, 16 * GIB, **{**PLAN, "remat": "nothing"})
     over = MEMORY.peak - 16 * GIB
-    fits = [change.fits for change in found]
+    fits = [change.is_sufficient for change in found]
     assert fits == sorted(fits, reverse=True)
     assert True in fits
     assert False in fits
-    assert all(change.fits == (change.frees >= over) for change in found)
+    assert all(change.is_sufficient == (change.saved_bytes >= over) for change in found)
 
 
 def test_law_the_rows_that_are_advised_fit() -> None:
     for available in range(9, 29, 3):
-        found = roofline.advice(MEMORY, available * GIB, **PLAN)
-        (rows,) = (change for change in found if " rows in a batch" in change.what)
-        assert (MEMORY.peak - rows.frees <= available * GIB) == rows.fits
-        assert int(rows.what.split()[0]) % 8 == 0  # They can be shared out.
-    (rows,) = (c for c in roofline.advice(MEMORY, 16 * GIB, **PLAN) if " rows in" in c.what)
+        found = roofline.suggest_plan_changes(MEMORY, available * GIB, **PLAN)
+        (rows,) = (change for change in found if " rows in a batch" in change.description)
+        assert (MEMORY.peak - rows.saved_bytes <= available * GIB) == rows.is_sufficient
+        assert int(rows.description.split()[0]) % 8 == 0  # They can be shared out.
+    (rows,) = (
+        c
+        for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **PLAN)
+        if " rows in" in c.description
+    )
     # 7.25 of 20 GiB are left for temporaries: 23 of 64 rows, of which 16 are a multiple of 8.
-    assert rows.what.startswith("16 rows in a batch in place of 64, with the gradients of 4 batch")
+    assert rows.description.startswith(
+        "16 rows in a batch in place of 64, with the gradients of 4 batch"
+    )
 
 
 def test_more_fsdp_frees_what_it_says() -> None:
-    found = roofline.advice(MEMORY, 0, **PLAN)
+    found = roofline.suggest_plan_changes(MEMORY, 0, **PLAN)
 
     def frees(part: str) -> int:
-        (change,) = (change for change in found if part in change.what)
-        return change.frees
+        (change,) = (change for change in found if part in change.description)
+        return change.saved_bytes
 
     assert frees("fsdp=8 and data=1 in place of fsdp=4") == (8 * GIB + GIB // 4 + GIB // 2) // 2
 
 
 def test_nothing_is_advised_that_is_done_already() -> None:
     done = {**PLAN, "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "rows": 8}
-    whats = [c.what for c in roofline.advice(MEMORY, 16 * GIB, **done)]
+    whats = [c.description for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **done)]
     assert not any("data=1" in what or "remat" in what for what in whats)
     assert not any("rows in a batch" in what for what in whats)
     assert any("chips" in what for what in whats)
 
 
 def test_a_plan_that_does_not_fit_says_what_takes_the_room() -> None:
-    error = DoesNotFit(MEMORY, 16 * GIB)
+    error = DoesNotFitError(MEMORY, 16 * GIB)
     assert "needs 28.75 GiB per chip, which has 16.00 GiB: weights 8.00 GiB" in str(error)
     assert error.memory is MEMORY

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from jax.experimental import topologies
 
-from jlora.planning import topology
-from jlora.training import mesh as meshes
+from jlora.planning import tpu_topology
+from jlora.training import sharding
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from jlora.training import mesh as meshes
 )
 def test_a_name_of_no_slice_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        topology.devices_of(name)
+        tpu_topology.get_tpu_topology(name)
 
 
 def test_without_the_compiler_the_way_to_get_it_is_said(monkeypatch: Any) -> None:
@@ -34,7 +34,7 @@ def test_without_the_compiler_the_way_to_get_it_is_said(monkeypatch: Any) -> Non
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jlora\[plan\]'"):
-        topology.devices_of("v5e:2x2")
+        tpu_topology.get_tpu_topology("v5e:2x2")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_without_the_compiler_the_way_to_get_it_is_said(monkeypatch: Any) -> Non
 )
 def test_a_mesh_is_made_of_chips_that_are_not_here(name: str, sizes: Any, shape: Any) -> None:
     pytest.importorskip("libtpu")
-    found = topology.devices_of(name)
-    assert meshes.make_mesh(sizes, found.devices).devices.shape == shape
+    found = tpu_topology.get_tpu_topology(name)
+    assert sharding.make_mesh(sizes, found.devices).devices.shape == shape
     assert found.chip.name == name.split(":")[0]
     assert found.devices[0].platform == "tpu"
 
@@ -59,9 +59,12 @@ def test_a_mesh_is_made_of_chips_that_are_not_here(name: str, sizes: Any, shape:
 def test_sides_that_no_slice_has_are_refused() -> None:
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="'v5e:3x5' is no slice that there is.*such as 'v5e:4x4'"):
-        topology.devices_of("v5e:3x5")
+        tpu_topology.get_tpu_topology("v5e:3x5")
 
 
 def test_the_links_of_a_chip_carry_what_its_page_says() -> None:
-    each = {name: chip.ici_bytes_per_s / chip.links / 1e9 for name, chip in topology.CHIPS.items()}
+    each = {
+        name: chip.ici_bytes_per_s / chip.num_ici_links / 1e9
+        for name, chip in tpu_topology.TPU_CHIPS.items()
+    }
     assert each == {"v4": 50, "v5e": 50, "v5p": 100, "v6e": 100}

@@ -13,8 +13,8 @@ import pytest
 from _support.cases import BY_NAME, FAMILIES, Case, case, errors, moved, total, widened
 
 import jlora
-from jlora.adapters.protocol import as_matrices
-from jlora.tree import flatten
+from jlora._tree import flatten_with_paths
+from jlora.interpreter.weight import weight_to_matrices
 
 RNG = np.random.default_rng(0)
 # Far from what a block's scale and sixteen numbers can say, and in no order that suits them.
@@ -101,7 +101,7 @@ def algorithm_1(weight: np.ndarray, scheme: Any, rank: int, steps: int, axes: An
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("stabilized", [False, True])
 def test_it_is_the_algorithm_of_the_paper(steps: int, stabilized: bool) -> None:
-    config = jlora.LoRA(rank=4, alpha=3, rank_stabilized=stabilized)
+    config = jlora.LoRA(rank=4, alpha=3, use_rslora=stabilized)
     _, params, adapter = fresh(config)
     base, started = jlora.loftq(params, adapter, RULES, iterations=steps)
     expected, taken = algorithm_1(W, NF4, 4, steps, adapter["w"].axes)
@@ -135,7 +135,7 @@ def test_every_kind_of_layer_is_quantised_as_the_paper_has_it(name: str, steps: 
 
 
 def by_path(params: Any) -> dict[str, Any]:
-    return dict(zip(flatten(params).paths, jax.tree.leaves(params), strict=True))
+    return dict(zip(flatten_with_paths(params).paths, jax.tree.leaves(params), strict=True))
 
 
 def test_axes_in_an_order_that_is_not_its_own_inverse() -> None:
@@ -264,11 +264,11 @@ def test_every_scheme(scheme: Any) -> None:
 def test_the_rules_say_what_is_quantised_and_the_adapter_what_is_started() -> None:
     params = {name: jax.device_put(RNG.normal(size=(6, 6)).astype(np.float32)) for name in "abcd"}
     fn = lambda p, x: x @ p["a"] @ p["b"] @ p["c"] @ p["d"]
-    rules = {"a|b": jlora.LoRA(rank=2, alpha=2), "d": jlora.Full()}
+    rules = {"a|b": jlora.LoRA(rank=2, alpha=2), "d": jlora.FullDelta()}
     lora = jlora.lora_transform(fn, rules)
     adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 6)))
     base, started = jlora.loftq(params, adapter, {"d": None, "a|c": NF4})
-    assert [isinstance(base[name], jlora.Quantized) for name in "abcd"] == [
+    assert [isinstance(base[name], jlora.QArray) for name in "abcd"] == [
         True,
         False,
         True,
@@ -283,7 +283,7 @@ def test_the_rules_say_what_is_quantised_and_the_adapter_what_is_started() -> No
 
 
 def test_an_orthogonal_start_is_fresh_and_keeps_its_keys() -> None:
-    config = jlora.LoRA(rank=4, alpha=4, init=jlora.inits.orthogonal())
+    config = jlora.LoRA(rank=4, alpha=4, init=jlora.initializers.orthogonal())
     _, params, adapter = fresh(config)
     _, started = jlora.loftq(params, adapter, RULES)
     _, other, usual = fresh(jlora.LoRA(rank=4, alpha=4))
@@ -314,7 +314,7 @@ def test_what_was_trained_is_a_lora_for_the_weights_as_they_were(steps: int) -> 
     lora, params, adapter = fresh(jlora.LoRA(rank=6, alpha=5))
     base, started = jlora.loftq(params, adapter, RULES, iterations=steps)
     trained = moved(started)
-    plain = jlora.on_original_base(trained, started)
+    plain = jlora.rebase_to_original(trained, started)
     change = jlora.delta(base, trained)["w"] - jlora.delta(base, started)["w"]
     np.testing.assert_allclose(lora.apply(params, plain, X), X @ (W + change), rtol=1e-4, atol=1e-4)
     assert not plain["w"].residual
@@ -355,11 +355,13 @@ def test_trained_magnitudes_and_gates_are_refused() -> None:
 
 
 def test_a_start_taken_out_of_the_weight_is_refused() -> None:
-    _, params, pissa = fresh(jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa()))
+    _, params, pissa = fresh(jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa()))
     _, _, usual = fresh(jlora.LoRA(rank=2, alpha=2))
     twice = jlora.loftq(params, usual, RULES)[1]
     for adapter in (pissa, twice):
-        with pytest.raises(ValueError, match=r"give way to one of these only.*inits.uniform"):
+        with pytest.raises(
+            ValueError, match=r"give way to one of these only.*initializers.kaiming_uniform"
+        ):
             jlora.loftq(params, adapter, RULES)
 
 
@@ -399,9 +401,9 @@ def test_stacks_are_decomposed_layer_by_layer() -> None:
     packed = jlora.dequantize(base)
     dense, kept = by_path(one.params), by_path(packed)
     for path, leaf in started.items():
-        error = np.asarray(as_matrices(dense[path] - kept[path], leaf.axes))
+        error = np.asarray(weight_to_matrices(dense[path] - kept[path], leaf.axes))
         assert len(error) > 1
-        change = np.asarray(as_matrices(jlora.delta(packed, {path: leaf})[path], leaf.axes))
+        change = np.asarray(weight_to_matrices(jlora.delta(packed, {path: leaf})[path], leaf.axes))
         for matrix, part in zip(error, change, strict=True):
             s = np.linalg.svd(matrix, compute_uv=False)
             np.testing.assert_allclose(

@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _support.cases import BY_NAME, Case, case, errors, total
+from _support.cases import BY_NAME, DIFFERENTIABLE, LAYERS, Case, case, errors, total
 from _support.layer_zoo import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_families import LAYERS
-from test_laws import DIFFERENTIABLE
 
 import jlora
-from jlora.packed import shardings
+from jlora._quantized_array import get_component_shardings
 
 # The least blocks that the axes of the layers allow.
 NF4 = jlora.NF4(block_size=2)
@@ -67,8 +65,8 @@ def test_law_a_quantised_base_computes_as_the_base_that_it_stands_for(name: str)
     expected = one.layer.dense or name in CUT
     assert bool(found) <= expected, found
     for path in one.adapter:
-        assert rows[path].stored == "nf4"
-        assert bool(rows[path].dense) == expected or one.layer.dense
+        assert rows[path].quantization == "nf4"
+        assert bool(rows[path].dense_reasons) == expected or one.layer.dense
 
 
 def residuals(one: Case, params: Any) -> list[Any]:
@@ -171,7 +169,9 @@ def test_a_sharded_base_computes_the_same() -> None:
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     weight = normal(0, (64, 32), np.float32)
     packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=8)})
-    where = shardings(packed["w"], NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    where = get_component_shardings(
+        packed["w"], NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    )
     placed = {"w": jax.device_put(packed["w"], where)}
     assert placed["w"].codes.sharding.spec == PartitionSpec("fsdp", "tensor")
     assert placed["w"].scales.mean.sharding.spec == PartitionSpec(None, None)
@@ -210,7 +210,7 @@ def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
     )
     # A block that would be cut makes the weight wide before it is split, and explain says so.
     (row,) = lora.explain(packed, x).rows
-    assert bool(row.dense) == (block == 64 and spec[0] == "x")
+    assert bool(row.dense_reasons) == (block == 64 and spec[0] == "x")
 
 
 def test_batches_of_adapters_share_the_packed_base() -> None:
@@ -231,12 +231,12 @@ def test_merging_into_codes_is_refused() -> None:
     one = case("dense", "float32")
     packed = quantized(one)
     message = r"1 quantised weights, such as '.*'.*Merge into the weights that were quantised"
-    for merge in (jlora.merge, one.lora.merge, jlora.merge_to):
+    for merge in (jlora.merge, one.lora.merge, jlora.merge_to_dtype):
         with pytest.raises(ValueError, match=message):
             merge(packed, one.adapter)
     merged = jlora.merge(packed, one.adapter, dequantize=True)
     dense = jlora.dequantize(packed)
-    for found in (merged, jlora.merge_to(packed, one.adapter, dequantize=True).params):
+    for found in (merged, jlora.merge_to_dtype(packed, one.adapter, dequantize=True).params):
         jax.tree.map(np.testing.assert_array_equal, found, jlora.merge(dense, one.adapter))
     assert jax.tree.structure(merged) == jax.tree.structure(one.params)
 
@@ -244,7 +244,9 @@ def test_merging_into_codes_is_refused() -> None:
 def test_factors_cannot_be_taken_out_of_codes() -> None:
     weight = {"w": normal(0, (16, 12), np.float32)}
     fn = lambda params, x: x @ params["w"]
-    lora = jlora.lora_transform(fn, {"w": jlora.LoRA(rank=2, alpha=2, init=jlora.inits.pissa())})
+    lora = jlora.lora_transform(
+        fn, {"w": jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa())}
+    )
     x = jnp.ones((1, 16))
     packed = jlora.quantize(weight, {"w": jlora.NF4(block_size=16)})
     with pytest.raises(ValueError, match="residual_base cannot take the factors out of 'w', whi"):

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
-from jlora.quantization.scales import dynamic_map
+from jlora.quantization.double_quantization import dynamic_map
 
 DATA = pathlib.Path(__file__).parent / "data"
 SCHEMES = {
@@ -226,7 +226,7 @@ def test_the_first_rule_wins_and_nothing_else_is_touched() -> None:
     params = {"a": {"kernel": normal(64, 4), "bias": normal(4)}, "head": {"kernel": normal(64, 4)}}
     rules = {"head": None, r"kernel$": jlora.Int8(block_size=64)}
     made = jlora.quantize(params, rules)
-    assert isinstance(made["a"]["kernel"], jlora.Quantized)
+    assert isinstance(made["a"]["kernel"], jlora.QArray)
     assert made["head"]["kernel"] is params["head"]["kernel"]
     assert made["a"]["bias"] is params["a"]["bias"]
     again = jlora.dequantize(made)

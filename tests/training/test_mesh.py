@@ -19,15 +19,15 @@ from flax.core import meta
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
-from jlora import tree
-from jlora.adapters.protocol import leaves_of
+from jlora import _tree
+from jlora.adapters.base import get_adapter_leaves
 from jlora.models import attention
-from jlora.models.architectures import decoder_config
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder, EncoderConfig
-from jlora.models.parts import named_axes
+from jlora.models.hf.decoder_configs import decoder_config
+from jlora.models.layers import partitioned_init
 from jlora.models.vit import ViT, ViTConfig
-from jlora.training import mesh as meshes
+from jlora.training import sharding
 
 SIZES = (
     {"data": 8},
@@ -53,9 +53,9 @@ LORA = jlora.LoRA(rank=2, alpha=3)
     ],
 )
 def test_what_is_not_given_is_left_to_data_or_to_minus_one(sizes: Any, shape: Any) -> None:
-    mesh = meshes.make_mesh(sizes)
+    mesh = sharding.make_mesh(sizes)
     assert mesh.devices.shape == shape
-    assert mesh.axis_names == meshes.AXES
+    assert mesh.axis_names == sharding.MESH_AXES
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -72,35 +72,35 @@ def test_what_is_not_given_is_left_to_data_or_to_minus_one(sizes: Any, shape: An
 )
 def test_sizes_that_make_up_no_mesh_are_refused(sizes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        meshes.make_mesh(sizes)
+        sharding.make_mesh(sizes)
 
 
 def test_rows_that_cannot_be_shared_out_are_refused_with_those_that_can() -> None:
-    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    meshes.check_batch(mesh, 8)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    sharding.check_batch_size(mesh, 8)
     with pytest.raises(ValueError, match=r"10 rows .* data=2 \* fsdp=2 = 4 devices. Use 8 or 12"):
-        meshes.check_batch(mesh, 10)
+        sharding.check_batch_size(mesh, 10)
     with pytest.raises(ValueError, match="Use 4 rows, or move devices to 'tensor'"):
-        meshes.check_batch(mesh, 3)
+        sharding.check_batch_size(mesh, 3)
 
 
 def test_a_weight_that_cannot_be_split_is_refused_by_name() -> None:
     model = train_steps.decoder({**train_steps.TINY, "intermediate_size": 36}, scanned=True)
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), TOKEN))
-    specs, mesh = meshes.weight_specs(model, TOKEN), meshes.make_mesh({"tensor": 8})
+    specs, mesh = sharding.weight_specs(model, TOKEN), sharding.make_mesh({"tensor": 8})
     with pytest.raises(
         ValueError,
         match=r"'params/layers/mlp/down/kernel' of shape \(3, 36, 16\) cannot be split: its axis 1 "
         r"of length 36 is not divisible by tensor=8. Make tensor a divisor of 36",
     ):
-        meshes.shardings(mesh, shapes, specs)
+        sharding.make_tree_shardings(mesh, shapes, specs)
 
 
 # --- weights -------------------------------------------------------------------------------------
 
 
 def test_weights_are_split_by_the_names_of_their_axes() -> None:
-    specs = meshes.weight_specs(train_steps.decoder(scanned=True), TOKEN)
+    specs = sharding.weight_specs(train_steps.decoder(scanned=True), TOKEN)
     layers = "params/layers"
     assert specs["params/embed/embedding"] == PartitionSpec("tensor", "fsdp")
     assert specs["params/head"] == PartitionSpec("fsdp", "tensor")
@@ -108,7 +108,7 @@ def test_weights_are_split_by_the_names_of_their_axes() -> None:
     assert specs[f"{layers}/attention/o/kernel"] == PartitionSpec(None, "tensor", "fsdp")
     assert specs[f"{layers}/mlp/down/kernel"] == PartitionSpec(None, "tensor", "fsdp")
     assert specs[f"{layers}/mlp_norm/scale"] == PartitionSpec(None, None)
-    alone = meshes.weight_specs(train_steps.decoder(scanned=False), TOKEN)
+    alone = sharding.weight_specs(train_steps.decoder(scanned=False), TOKEN)
     assert alone["params/layers_1/mlp/up/kernel"] == PartitionSpec("fsdp", "tensor")
 
 
@@ -137,9 +137,9 @@ ENCODER = EncoderConfig(
     intermediate_size=40,
     num_layers=2,
     num_heads=4,
-    positions=32,
-    pooler="tanh",
-    labels=3,
+    max_position_embeddings=32,
+    pooler_activation="tanh",
+    num_labels=3,
 )
 VISION = ViTConfig(
     image_size=(8, 8),
@@ -149,11 +149,11 @@ VISION = ViTConfig(
     intermediate_size=40,
     num_layers=2,
     num_heads=4,
-    labels=3,
+    num_labels=3,
 )
 MODELS = {
     "decoder": (train_steps.decoder(scanned=True), (TOKEN,)),
-    "mixture": (Decoder(decoder_config(MIXTURE), scanned=True), (TOKEN,)),
+    "mixture": (Decoder(decoder_config(MIXTURE), scan_layers=True), (TOKEN,)),
     "fused": (Decoder(decoder_config(PHI)), (TOKEN,)),
     "encoder": (Encoder(ENCODER), (TOKEN, TOKEN)),
     "vision": (ViT(VISION), (jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),)),
@@ -164,8 +164,8 @@ MODELS = {
 def test_every_matrix_of_every_model_is_split_over_fsdp(name: str) -> None:
     model, inputs = MODELS[name]
     boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    flat = tree.flatten(boxed)
-    specs = meshes.weight_specs(model, *inputs)
+    flat = _tree.flatten_with_paths(boxed)
+    specs = sharding.weight_specs(model, *inputs)
     assert list(specs) == list(flat.paths)
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if path.endswith(("kernel", "embedding", "gate_up", "down", "head")):
@@ -174,9 +174,9 @@ def test_every_matrix_of_every_model_is_split_over_fsdp(name: str) -> None:
 
 
 def test_a_name_that_no_rule_knows_is_refused() -> None:
-    dense = nn.Dense(4, kernel_init=named_axes("embed", "colour"))
+    dense = nn.Dense(4, kernel_init=partitioned_init("embed", "colour"))
     with pytest.raises(ValueError, match=r"'params/kernel' has an axis named 'colour'.*\['batch'"):
-        meshes.weight_specs(dense, jax.ShapeDtypeStruct((2, 6), jnp.float32))
+        sharding.weight_specs(dense, jax.ShapeDtypeStruct((2, 6), jnp.float32))
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def places_of(family: str) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_law_arrays_are_as_long_as_the_axes_of_the_weight_that_they_name(family: str) -> None:
     for layer in places_of(family):
-        for leaf in leaves_of(fresh(layer, family)).values():
+        for leaf in get_adapter_leaves(fresh(layer, family)).values():
             shapes, named = leaf.shapes(), set()
             for name, axes in leaf.array_axes().items():
                 lengths = [
@@ -227,12 +227,12 @@ def test_law_arrays_are_as_long_as_the_axes_of_the_weight_that_they_name(family:
 def test_adapters_are_split_like_their_weights(family: str) -> None:
     for layer in places_of(family):
         adapter = fresh(layer, family)
-        leaves = leaves_of(adapter)
+        leaves = get_adapter_leaves(adapter)
         specs = {
             path: PartitionSpec(*(f"axis{axis}" for axis in range(len(leaf.shape))))
             for path, leaf in leaves.items()
         }
-        split = meshes.adapter_specs(adapter, specs)
+        split = sharding.adapter_specs(adapter, specs)
         for path, leaf in leaves.items():
             axes = leaf.array_axes()
             for name in leaf.shapes():
@@ -244,8 +244,8 @@ def test_adapters_are_split_like_their_weights(family: str) -> None:
 
 def test_the_factors_of_a_stack_of_layers_have_the_axes_of_its_kernel() -> None:
     model = train_steps.decoder(scanned=True)
-    adapter, specs = tiny(model).adapter, meshes.weight_specs(model, TOKEN)
-    split = meshes.adapter_specs(adapter, specs)
+    adapter, specs = tiny(model).adapter, sharding.weight_specs(model, TOKEN)
+    split = sharding.adapter_specs(adapter, specs)
     down, up = (split[f"params/layers/mlp/{name}/kernel"] for name in ("down", "up"))
     assert (up.a, up.b) == (PartitionSpec(None, "fsdp", None), PartitionSpec(None, None, "tensor"))
     assert (down.a, down.b) == (
@@ -256,18 +256,18 @@ def test_the_factors_of_a_stack_of_layers_have_the_axes_of_its_kernel() -> None:
 
 def test_an_adapter_of_another_model_is_refused() -> None:
     adapter = tiny(train_steps.decoder(scanned=True)).adapter
-    specs = meshes.weight_specs(train_steps.decoder(scanned=False), TOKEN)
+    specs = sharding.weight_specs(train_steps.decoder(scanned=False), TOKEN)
     with pytest.raises(ValueError, match=r"of which no spec is given. The nearest paths are \['pa"):
-        meshes.adapter_specs(adapter, specs)
+        sharding.adapter_specs(adapter, specs)
     with pytest.raises(TypeError, match="is not what init returns"):
-        meshes.adapter_specs({"w": jnp.ones(3)}, specs)
+        sharding.adapter_specs({"w": jnp.ones(3)}, specs)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "labelled", "factored"])
 def test_the_state_of_an_optimizer_is_split_like_the_arrays_that_it_is_of(optimizer: str) -> None:
     model = train_steps.decoder(scanned=True)
     adapter = tiny(model).adapter
-    specs = meshes.adapter_specs(adapter, meshes.weight_specs(model, TOKEN))
+    specs = sharding.adapter_specs(adapter, sharding.weight_specs(model, TOKEN))
     labels = jax.tree.map(lambda x: "small" if x.shape[-1] == 2 else "other", adapter)
     made = {
         "adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
@@ -275,7 +275,7 @@ def test_the_state_of_an_optimizer_is_split_like_the_arrays_that_it_is_of(optimi
         "factored": optax.adafactor(1e-3, min_dim_size_to_factor=2),
     }[optimizer]
     state = made.init(adapter)
-    split = meshes.optimizer_specs(state, adapter, specs)
+    split = sharding.opt_state_specs(state, adapter, specs)
     arrays = jax.tree.leaves(state)
     flat = jax.tree.leaves(split, is_leaf=is_spec)
     assert len(flat) == len(arrays)
@@ -320,16 +320,18 @@ def alone(model: Decoder) -> Any:
 def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
     """The lowered gradient, and what it is called with, on a mesh."""
     one = tiny(model)
-    specs = meshes.weight_specs(model, TOKEN)
+    specs = sharding.weight_specs(model, TOKEN)
     arguments = (
-        jax.device_put(one.params, meshes.shardings(mesh, one.params, specs)),
+        jax.device_put(one.params, sharding.make_tree_shardings(mesh, one.params, specs)),
         jax.device_put(
             one.adapter,
-            meshes.shardings(mesh, one.adapter, meshes.adapter_specs(one.adapter, specs)),
+            sharding.make_tree_shardings(
+                mesh, one.adapter, sharding.adapter_specs(one.adapter, specs)
+            ),
         ),
-        jax.device_put(one.batch, meshes.batch_sharding(mesh)),
+        jax.device_put(one.batch, sharding.make_batch_sharding(mesh)),
     )
-    with meshes.active(mesh):
+    with sharding.use_mesh(mesh):
         return jax.jit(one.gradient).lower(*arguments), arguments
 
 
@@ -337,7 +339,7 @@ def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_law_a_mesh_changes_no_loss_and_no_gradient(sizes: Any, scanned: bool) -> None:
     model = train_steps.decoder(scanned=scanned)
-    lowered, arguments = on(meshes.make_mesh(sizes), model)
+    lowered, arguments = on(sharding.make_mesh(sizes), model)
     loss, gradient = lowered.compile()(*arguments)
     one_loss, one_gradient = alone(model)
     np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
@@ -356,7 +358,7 @@ def test_law_a_mesh_changes_no_loss_and_no_gradient(sizes: Any, scanned: bool) -
 
 def test_the_constraints_of_the_model_are_in_the_program() -> None:
     model = train_steps.decoder(scanned=True)
-    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     lowered = on(mesh, model)[0].as_text()
     rows = '{"data", "fsdp"}'
     for constraint, what in (
@@ -374,7 +376,7 @@ def test_the_constraints_of_the_model_are_in_the_program() -> None:
 
 def test_law_a_scan_gathers_one_layer_at_a_time() -> None:
     model = train_steps.decoder(scanned=True)
-    lowered, _ = on(meshes.make_mesh({"fsdp": 8}), model)
+    lowered, _ = on(sharding.make_mesh({"fsdp": 8}), model)
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", lowered.compile().as_text())
     shapes = {tuple(map(int, dims.split(","))) for dims in gathered}
     assert (16, 40) in shapes  # The feed-forward's kernel is gathered,
@@ -396,16 +398,16 @@ def test_law_a_kernel_on_every_devices_part_is_attention(heads: tuple[int, int])
 
     def total(arrays: Any, kernel: bool) -> jax.Array:
         if kernel:
-            out = attention._splash(*arrays, segments, 0.3, None, None, interpret=True)
+            out = attention._splash_attention(*arrays, segments, 0.3, None, None, interpret=True)
         else:
             out = attention.attend(
-                *arrays, scale=0.3, query_segments=segments, implementation="xla"
+                *arrays, scale=0.3, query_segment_ids=segments, implementation="xla"
             )
         return jnp.sin(out).sum()
 
     want = jax.jit(jax.grad(total), static_argnums=1)((q, k, v), False)
-    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    with meshes.active(mesh):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with sharding.use_mesh(mesh):
         traced = jax.make_jaxpr(total, static_argnums=1)((q, k, v), True)
         got = jax.jit(jax.grad(total), static_argnums=1)((q, k, v), True)
     part = "tensor" if heads == (4, 2) else None
@@ -417,8 +419,8 @@ def test_law_a_kernel_on_every_devices_part_is_attention(heads: tuple[int, int])
 def test_a_kernel_without_a_mesh_or_without_names_is_not_split() -> None:
     x = jnp.ones((2, 128, 2, 8))
     run = lambda: jax.make_jaxpr(
-        lambda x: attention._splash(x, x, x, None, 1.0, None, None, interpret=True)
+        lambda x: attention._splash_attention(x, x, x, None, 1.0, None, None, interpret=True)
     )(x)
     assert "shard_map" not in str(run())
-    with jax.set_mesh(meshes.make_mesh({})):
+    with jax.set_mesh(sharding.make_mesh({})):
         assert "shard_map" not in str(run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import pathlib
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from training.conftest import Make
-from training.test_run import After, assert_same, measured, output, run, stop
+from _support.training_fixtures import Make
+from _support.training_runs import After, assert_same, measured, output, run, stop
 
-from jlora.optim import offloading
+from jlora.optim.offload import to_device
 from jlora.training import recipe
-from jlora.training.data.arrays import Language
-from jlora.training.interruption import Interrupted
-from jlora.training.mesh import make_mesh
-from jlora.training.placing import batch_sharding
-from jlora.training.recipe.sections import Optimizer
-from jlora.training.saving import Saver
-from jlora.training.setup import Setup, set_up
+from jlora.training.checkpointing import CheckpointManager
+from jlora.training.data.batch_stream import LMBatch
+from jlora.training.data_loader import make_microbatch_sharding
+from jlora.training.distributed import TrainingInterrupted
+from jlora.training.recipe.sections import OptimizerSection
+from jlora.training.setup import Setup, build_setup
+from jlora.training.sharding import make_mesh
+
+# The package has a function of this name.
+offload = importlib.import_module("jlora.optim.offload")
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -31,7 +35,7 @@ def kinds(tree: Any) -> set[str]:
 
 def made(raw: dict[str, Any], mesh: dict[str, int], **options: Any) -> Setup:
     devices = jax.devices()[: math.prod(mesh.values())]
-    return set_up(recipe.checked(raw), make_mesh(mesh, devices), steps=6, **options)
+    return build_setup(recipe.validate(raw), make_mesh(mesh, devices), total_steps=6, **options)
 
 
 def with_offload(raw: dict[str, Any], offload: bool) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def raw_of(recipe_of: Make, folder: pathlib.Path, **optimizer: Any) -> dict[str, Any]:
     return recipe_of(
         output=str(folder / "run"),
-        batch={"rows": 2, "accumulate": 2},
+        batch={"size": 2, "gradient_accumulation_steps": 2},
         optimizer=optimizer,
         training={"steps": 5},
     )
@@ -63,7 +67,7 @@ def whole(plain: dict[str, Any], recipe_of: Make) -> dict[str, Any]:
 
 
 def test_offload_is_off_unless_asked_for() -> None:
-    assert not Optimizer().offload
+    assert not OptimizerSection().offload
 
 
 def test_law_a_run_is_the_same_to_the_last_bit(
@@ -86,7 +90,7 @@ def test_law_a_run_goes_on_wherever_its_state_lay(
     whole: dict[str, Any], recipe_of: Make, tmp_path: pathlib.Path, before: bool, after: bool
 ) -> None:
     raw = raw_of(recipe_of, tmp_path, offload=before)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(raw, recorders=[After(3, stop)])
     assert measured(raw)[-1]["step"] < 5
     run(with_offload(raw, after), resume=True)
@@ -96,16 +100,16 @@ def test_law_a_run_goes_on_wherever_its_state_lay(
 def test_the_state_keeps_the_meshs_shardings_and_comes_back_to_them(
     recipe_of: Make, tmp_path: pathlib.Path
 ) -> None:
-    raw = recipe_of(batch={"rows": 4})
+    raw = recipe_of(batch={"size": 4})
     there = made(with_offload(raw, True), MESH)
     here = made(raw, MESH)
     for one, two in zip(jax.tree.leaves(there.state), jax.tree.leaves(here.state), strict=True):
         assert one.sharding.with_memory_kind("device") == two.sharding.with_memory_kind("device")
-    assert kinds(there.state.optimizer) == {"pinned_host"}
-    assert kinds(there.state._replace(optimizer=None)) == {"device"}
-    saver = Saver(tmp_path / "saved", keep_last=1)
+    assert kinds(there.state.opt_state) == {"pinned_host"}
+    assert kinds(there.state._replace(opt_state=None)) == {"device"}
+    saver = CheckpointManager(tmp_path / "saved", save_total_limit=1)
     saver.save(1, here.state, {})
-    saver.wait()
+    saver.wait_until_finished()
     restored = saver.restore(there.state).state
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
         lambda x: x.sharding, there.state
@@ -114,50 +118,55 @@ def test_the_state_keeps_the_meshs_shardings_and_comes_back_to_them(
 
 
 def test_a_step_leaves_the_state_there_and_compiles_once(recipe_of: Make) -> None:
-    setup = made(with_offload(recipe_of(batch={"rows": 4}), True), MESH)
-    described = made(with_offload(recipe_of(batch={"rows": 4}), True), MESH, abstract=True)
-    assert kinds(described.state.optimizer) == {"pinned_host"}
+    setup = made(with_offload(recipe_of(batch={"size": 4}), True), MESH)
+    described = made(with_offload(recipe_of(batch={"size": 4}), True), MESH, abstract=True)
+    assert kinds(described.state.opt_state) == {"pinned_host"}
     state = setup.state
     for number in range(2):
         before = state
-        state, measured = setup.step(state, setup.frozen, batch_of(setup), jax.random.key(number))
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.optimizer))
+        state, measured = setup.train_step(
+            state, setup.frozen, batch_of(setup), jax.random.key(number)
+        )
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.opt_state))
         assert bool(measured.finite)
-    assert kinds(state.optimizer) == {"pinned_host"}
-    assert setup.step._fn._cache_size() == 1
+    assert kinds(state.opt_state) == {"pinned_host"}
+    assert setup.train_step._fn._cache_size() == 1
 
 
 def batch_of(setup: Setup) -> Any:
     ids = jnp.arange(4 * 16).reshape(1, 4, 16) % 7
     ones = jnp.ones((1, 4, 16), jnp.int32)
     places = jnp.broadcast_to(jnp.arange(16), ids.shape)
-    arrays = Language(ids, ids, ones.astype(jnp.float32), ones, places)
-    return jax.device_put(arrays, batch_sharding(setup.mesh))
+    arrays = LMBatch(ids, ids, ones.astype(jnp.float32), ones, places)
+    return jax.device_put(arrays, make_microbatch_sharding(setup.mesh))
 
 
 @pytest.mark.parametrize(
     ("lora", "optimizer"),
     [
-        ({"family": "AdaLoRA"}, {"budget": {"target_rank": 1, "warmup_share": 0.1}}),
+        ({"family": "AdaLoRA"}, {"budget": {"target_rank": 1, "warmup_ratio": 0.1}}),
         ({"family": "SoRA"}, {}),
-        ({"rank": 2, "alpha": 4.0}, {"ratios": {"b": 16.0}}),
+        ({"rank": 2, "alpha": 4.0}, {"lr_multipliers": {"b": 16.0}}),
     ],
     ids=["AdaLoRA", "SoRA", "LoRA+"],
 )
 def test_every_optimizer_of_recipes_passes_the_self_test(
     recipe_of: Make, lora: dict[str, Any], optimizer: dict[str, Any]
 ) -> None:
-    raw = recipe_of(batch={"rows": 4, "accumulate": 2}, optimizer={**optimizer, "offload": True})
-    raw["lora"] = {"rank": 2, **lora}
-    assert kinds(made(raw, MESH).state.optimizer) == {"pinned_host"}
+    raw = recipe_of(
+        batch={"size": 4, "gradient_accumulation_steps": 2},
+        optimizer={**optimizer, "offload": True},
+    )
+    raw["adapter"] = {"rank": 2, **lora}
+    assert kinds(made(raw, MESH).state.opt_state) == {"pinned_host"}
 
 
 def test_a_run_does_not_begin_where_transfers_are_wrong(
     recipe_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = offloading.to_device
+    right = to_device
     monkeypatch.setattr(
-        offloading, "to_device", lambda state: jax.tree.map(lambda x: x + 1, right(state))
+        offload, "to_device", lambda state: jax.tree.map(lambda x: x + 1, right(state))
     )
     raw = recipe_of(optimizer={"offload": True})
     with pytest.raises(RuntimeError, match=r"wrong numbers .*optimizer\.offload=false"):
@@ -168,7 +177,7 @@ def test_a_run_does_not_begin_where_transfers_are_wrong(
 def test_a_run_does_not_begin_where_there_is_no_such_memory(
     recipe_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offloading, "HOST", "punched_cards")
+    monkeypatch.setattr(offload, "HOST", "punched_cards")
     with pytest.raises(
         ValueError, match=r"'punched_cards' is not among .*optimizer\.offload=false"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
 from typing import Any
@@ -10,17 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training.conftest import ANIMALS, Make
-from training.test_run import After, measured, output, run, stop
+from _support.training_fixtures import ANIMALS, Make
+from _support.training_runs import After, measured, output, run, stop
 
 import jlora
-from jlora import cli, models, tree
-from jlora.quantization.rules import axis_of
+from jlora import _tree, cli, models
+from jlora.quantization.quantize import choose_block_axis
 from jlora.training import recipe
-from jlora.training import run as running
-from jlora.training.interruption import Interrupted
-from jlora.training.mesh import make_mesh
-from jlora.training.setup import schemes_of, set_up
+from jlora.training.distributed import TrainingInterrupted
+from jlora.training.setup import build_setup, schemes_from_recipe
+from jlora.training.sharding import make_mesh
+
+# The package has a function of this name.
+train = importlib.import_module("jlora.training.train")
 
 NF4 = {"scheme": "nf4", "block_size": 4}
 TOKENS = jnp.array([[3, 9, 17, 30]])
@@ -28,7 +31,7 @@ TOKENS = jnp.array([[3, 9, 17, 30]])
 
 def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, the base as the run has it, and the adapter that it wrote."""
-    schemes = schemes_of(recipe.checked(raw))
+    schemes = schemes_from_recipe(recipe.validate(raw))
     base = raw["model"]["path"]
     model, params = models.load(base, dtype="float32", scanned=True, quantize=schemes)
     return model, params, jlora.load_adapter(output(raw) / "adapter.safetensors", params)
@@ -41,14 +44,12 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     recipe_of: Make, monkeypatch: Any
 ) -> None:
     made: list[Any] = []
-    original = running.set_up
-    monkeypatch.setattr(
-        running, "set_up", lambda *a, **k: made.append(original(*a, **k)) or made[-1]
-    )
+    original = train.build_setup
+    monkeypatch.setattr(train, "set_up", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
     raw = recipe_of(
         quantize=NF4,
         training={"steps": 24},
-        report={"prompts": ["who sees the cat?"], "max_new_tokens": 2},
+        report={"sample_prompts": ["who sees the cat?"], "max_new_tokens": 2},
         export={"merged": True, "merged_dtype": "float32", "peft": True},
     )
     run(raw)
@@ -73,7 +74,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     assert "7 of 12 weights as nf4: " in page
     assert "into the dequantized weights: the model that was trained" in page
     told = json.loads((output(raw) / "result.json").read_text())
-    found = tree.flatten(params).leaves
+    found = _tree.flatten_with_paths(params).leaves
     assert told["base"] == sum(leaf.size for leaf in found)
     sizes = packed(params).values()
     bits = sum(leaf.bits * leaf.size for leaf in sizes) / sum(leaf.size for leaf in sizes)
@@ -81,7 +82,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     assert (told["quantized"]["weights"], told["quantized"]["schemes"]) == (7, ["nf4"])
 
     # The run that is over exports onto the original weights when it is told to.
-    raw["export"] |= {"merged_base": "original"}
+    raw["export"] |= {"merge_into": "original"}
     run(raw, resume=True)
     _, wide = models.load(raw["model"]["path"], dtype="float32", scanned=True)
     on_wide = jlora.load_adapter(output(raw) / "adapter.safetensors", wide)
@@ -94,7 +95,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
 
 def packed(params: Any) -> dict[str, Any]:
     """The quantised weights, by path."""
-    flat = tree.flatten(params)
+    flat = _tree.flatten_with_paths(params)
     pairs = zip(flat.paths, flat.leaves, strict=True)
     return {path: leaf for path, leaf in pairs if hasattr(leaf, "bits")}
 
@@ -103,11 +104,11 @@ def packed(params: Any) -> dict[str, Any]:
 def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
     recipe_of: Make, tmp_path: pathlib.Path
 ) -> None:
-    saving = {"save_every": 2, "save_minutes": None, "keep_last": 9}
+    saving = {"save_steps": 2, "save_interval_minutes": None, "save_total_limit": 9}
     whole = recipe_of(quantize=NF4, training={"steps": 4, **saving})
     run(whole)
     raw = {**whole, "output": str(tmp_path / "cut")}
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(raw, recorders=[After(2, stop)])
     for other, message in (
         ({"scheme": "int8", "block_size": 4}, r"recipe \(quantize: \{'scheme': 'nf4', .* there, "),
@@ -131,7 +132,7 @@ def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
         raw = recipe_of(
             output=str(tmp_path / f"run-{number}"),
             quantize=NF4,
-            batch={"rows": 8},
+            batch={"size": 8},
             mesh=sizes,
             training={"steps": 3},
         )
@@ -159,9 +160,11 @@ def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
     recipe_of: Make, scanned: bool, quantize: dict[str, Any]
 ) -> None:
     sizes = {"fsdp": 4, "tensor": 2}
-    raw = recipe_of(quantize=quantize, model={"scanned": scanned}, mesh=sizes, batch={"rows": 8})
+    raw = recipe_of(
+        quantize=quantize, model={"scan_layers": scanned}, mesh=sizes, batch={"size": 8}
+    )
     real, shapes = (
-        set_up(recipe.checked(raw), make_mesh(sizes), steps=3, abstract=abstract)
+        build_setup(recipe.validate(raw), make_mesh(sizes), total_steps=3, abstract=abstract)
         for abstract in (False, True)
     )
     pairs = ((one.frozen, one.state) for one in (real, shapes))
@@ -181,7 +184,7 @@ def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
 def test_law_an_encoders_shapes_are_its_arrays(encoder: pathlib.Path) -> None:
     rules = {"layer.*kernel$": jlora.NF4(block_size=4)}
     model, params = models.load(encoder, dtype="float32", quantize=rules)
-    found = models.shapes(model, "float32", quantize=rules)
+    found = models.abstract_params(model, "float32", quantize=rules)
     jax.tree.map(
         lambda a, s: np.testing.assert_equal((a.shape, a.dtype), (s.shape, s.dtype)), params, found
     )
@@ -191,21 +194,23 @@ def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Pa
     config = json.loads((base / "config.json").read_text())
     # More layers than any other axis is long, and as many as a block.
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 64}))
-    model = models.model_of(tmp_path, scanned=True)
-    found = packed(models.shapes(model, "bfloat16", quantize={"kernel$": jlora.NF4()}))
+    model = models.model_from_config(tmp_path, scanned=True)
+    found = packed(models.abstract_params(model, "bfloat16", quantize={"kernel$": jlora.NF4()}))
     for leaf in found.values():
-        assert leaf.axis == axis_of(leaf.shape[1:], leaf.scheme)
+        assert leaf.axis == choose_block_axis(leaf.shape[1:], leaf.scheme)
         assert leaf.codes.shape[0] == 64
 
 
 def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path) -> None:
-    model = models.model_of(base, scanned=True)
-    params = models.shapes(model, "bfloat16", quantize={"mlp.*kernel$": jlora.Int8(block_size=2)})
+    model = models.model_from_config(base, scanned=True)
+    params = models.abstract_params(
+        model, "bfloat16", quantize={"mlp.*kernel$": jlora.Int8(block_size=2)}
+    )
     told = jlora.lora_transform(model.apply, {"q/kernel": None}).explain(params, TOKENS)
     # A byte for each number, and 32 bits for every two.
     assert "3 of 12 weights quantised, in 24.00 bits a number." in str(told)
-    assert {row.bits for row in told.rows if row.stored == "int8"} == {24.0}
-    wide = models.shapes(model, "bfloat16")
+    assert {row.bits_per_param for row in told.rows if row.quantization == "int8"} == {24.0}
+    wide = models.abstract_params(model, "bfloat16")
     assert "quantised" not in str(
         jlora.lora_transform(model.apply, {"q/kernel": None}).explain(wide, TOKENS)
     )
@@ -252,10 +257,10 @@ def test_the_command_line_tells_what_an_adapter_was_trained_on(
 def test_weights_that_cannot_be_quantised_are_refused(
     recipe_of: Make, quantize: dict[str, Any], message: str
 ) -> None:
-    made, mesh = recipe.checked(recipe_of(quantize=quantize)), make_mesh({}, jax.devices()[:1])
+    made, mesh = recipe.validate(recipe_of(quantize=quantize)), make_mesh({}, jax.devices()[:1])
     for abstract in (True, False):
         with pytest.raises(ValueError, match=message):
-            set_up(made, mesh, steps=1, abstract=abstract)
+            build_setup(made, mesh, total_steps=1, abstract=abstract)
 
 
 # --- other tasks and families ---------------------------------------------------------------------
@@ -269,9 +274,9 @@ def test_preferences_have_the_quantised_base_as_their_reference(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = recipe_of(
         quantize=NF4,
-        data={"train": [{"path": str(path), "format": "preference"}], "length": 32},
+        data={"train": [{"path": str(path), "format": "preference"}], "max_seq_length": 32},
         training={"epochs": 4, "steps": None},
-        preference={"beta": 0.5},
+        dpo={"beta": 0.5},
     )
     run(raw)
     lines = measured(raw)
@@ -297,14 +302,14 @@ def test_labels_are_learned_on_a_quantised_encoder(
     raw = recipe_of(
         model={"path": str(encoder)},
         quantize={"scheme": "int8", "block_size": 4},
-        data={"train": [{"path": str(path), "format": "classification"}], "length": 16},
+        data={"train": [{"path": str(path), "format": "classification"}], "max_seq_length": 16},
         training={"epochs": 4, "steps": None},
         export={"merged": True, "merged_dtype": "float32"},
-    ) | {"lora": lora}
+    ) | {"adapter": lora}
     run(raw)
     losses = [line["loss"] for line in measured(raw)]
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
-    rules = schemes_of(recipe.checked(raw))
+    rules = schemes_from_recipe(recipe.validate(raw))
     model, params = models.load(encoder, dtype="float32", quantize=rules)
     adapter = jlora.load_adapter(output(raw) / "adapter.safetensors", params)
     inputs = (TOKENS, jnp.ones_like(TOKENS))

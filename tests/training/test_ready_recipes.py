@@ -7,10 +7,10 @@ import pathlib
 
 import jax
 import pytest
-from training.conftest import ANIMALS
+from _support.training_fixtures import ANIMALS
 
 from jlora.training import recipe
-from jlora.training.run import train
+from jlora.training.train import train
 
 RECIPES = pathlib.Path(__file__).parents[2] / "examples" / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -23,7 +23,7 @@ ROWS = {
     },
     "completion": {"prompt": "who?", "completion": " a dog."},
     "text": {"text": "the cat sees a dog."},
-    "preference": {"prompt": "who?", "chosen": " a dog.", "rejected": " a cat."},
+    "dpo": {"prompt": "who?", "chosen": " a dog.", "rejected": " a cat."},
 }
 
 
@@ -33,31 +33,31 @@ def test_every_recipe_trains(
     name: str, base: pathlib.Path, encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     given = recipe.load(RECIPES / name)
-    changes = ["--output", str(tmp_path / "run"), "--training.steps", "2", "--batch.rows", "2"]
+    changes = ["--output", str(tmp_path / "run"), "--training.steps", "2", "--batch.size", "2"]
     folder = encoder if given.task == "classification" else base
     length = 16 if folder is encoder else 64
     changes += ["--model.path", str(folder), "--model.dtype", "float32"]
-    changes += ["--data.length", str(length)]
+    changes += ["--data.max_seq_length", str(length)]
     if given.data.buckets:
         changes += ["--data.buckets", f"[{length // 2}, {length}]"]
     # A tiny base has no room for large ranks, and two steps change less than narrow types hold.
-    if given.lora.family != "Full":
+    if given.adapter.family != "FullDelta":
         changes += ["--lora.rank", "2"]
-    for number in range(len(given.more)):
+    for number in range(len(given.adapters)):
         changes += [f"--more.{number}.rank", "2"]
     changes += ["--export.merged_dtype", "float32"]
-    changes += ["--report.max_new_tokens", "2", "--training.save_minutes", "null"]
+    changes += ["--report.max_new_tokens", "2", "--training.save_interval_minutes", "null"]
     for part in ("train", "validation", "test"):
         for number, source in enumerate(getattr(given.data, part)):
             path = tmp_path / f"{part}-{number}.jsonl"
             rows = [ROWS[source.format]] * 6 if source.format in ROWS else labelled()
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             changes += [f"--data.{part}.{number}.path", str(path)]
-    overlong = "split" if given.data.overlong == "split" else "truncate"
-    made = recipe.load(RECIPES / name, [*changes, "--data.overlong", overlong])
+    overlong = "split" if given.data.truncation == "split" else "truncate"
+    made = recipe.load(RECIPES / name, [*changes, "--data.truncation", overlong])
     outcome = train(made, quiet=True, devices=jax.devices()[:1])
     assert outcome.step == 2
-    assert all(path.exists() for path in outcome.written)
+    assert all(path.exists() for path in outcome.output_paths)
 
 
 def labelled() -> list[dict[str, str]]:

@@ -13,14 +13,15 @@ import pytest
 import yaml
 
 import jlora
-from jlora.adapters.catalog import CONFIGS
+from jlora.adapters.registry import ADAPTER_CONFIGS
 from jlora.quantization.schemes import SCHEMES
 from jlora.training import recipe
-from jlora.training.recipe.families import RULES
-from jlora.training.recipe.reading import overridden
-from jlora.training.recipe.section import Section
+from jlora.training.recipe import schema
+from jlora.training.recipe.base import Section
+from jlora.training.recipe.config_sections import ADAPTER_SECTIONS
+from jlora.training.recipe.load import apply_overrides
 from jlora.training.recipe.sections import Recipe
-from jlora.training.setup import model_of
+from jlora.training.setup import model_from_recipe
 
 RECIPES = pathlib.Path(__file__).parents[2] / "examples" / "recipes"
 LEAST: dict[str, Any] = {
@@ -36,17 +37,17 @@ def with_(**changes: Any) -> dict[str, Any]:
 
 def refusal(raw: dict[str, Any]) -> str:
     with pytest.raises(ValueError, match="is no recipe") as caught:
-        recipe.checked(raw)
+        recipe.validate(raw)
     return str(caught.value)
 
 
 def test_the_commented_recipe_is_the_default(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe.commented())
-    assert recipe.load(tmp_path / "recipe.yaml") == recipe.checked(LEAST)
-    lines = recipe.commented().splitlines()
+    (tmp_path / "recipe.yaml").write_text(recipe.default_recipe_yaml())
+    assert recipe.load(tmp_path / "recipe.yaml") == recipe.validate(LEAST)
+    lines = recipe.default_recipe_yaml().splitlines()
     assert max(map(len, lines)) <= 100
     # Every field is there, under a comment.
-    for name in ("rank_stabilized", "warmup_share", "coordinator", "overlong", "keep_last"):
+    for name in ("use_rslora", "warmup_ratio", "coordinator", "overlong", "save_total_limit"):
         number = next(n for n, line in enumerate(lines) if line.strip().startswith(f"{name}:"))
         assert lines[number - 1].strip().startswith("#"), name
 
@@ -54,7 +55,7 @@ def test_the_commented_recipe_is_the_default(tmp_path: pathlib.Path) -> None:
 def sections(of: Any = Recipe) -> set[type[Section]]:
     found = {of}
     for field in of.model_fields.values():
-        for part in recipe.showing._members(field.annotation):
+        for part in schema._annotation_members(field.annotation):
             if isinstance(part, type) and issubclass(part, Section) and part not in found:
                 found |= sections(part)
     return found
@@ -67,31 +68,33 @@ def test_every_field_says_what_it_means(section: Any) -> None:
         assert all(section.descriptions().values())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config", ADAPTER_CONFIGS, ids=lambda c: c.__name__)
 def test_every_family_can_be_asked_for(config: Any) -> None:
-    needed = {"tokens": [3, 1]} if config is jlora.TokenRows else {}
-    lora = {"family": config.__name__, "targets": "q", **needed}
+    needed = {"tokens": [3, 1]} if config is jlora.TrainableTokens else {}
+    lora = {"family": config.__name__, "target_pattern": "q", **needed}
     budget = {"budget": {"target_rank": 8}} if config is jlora.AdaLoRA else {}
-    made = recipe.checked(with_(lora=lora, optimizer=budget)).lora
-    assert type(made.config()) is config
+    made = recipe.validate(with_(lora=lora, optimizer=budget)).adapter
+    assert type(made.to_config()) is config
     own = {field.name for field in dataclasses.fields(config)} - {"share"}
-    assert set(type(made).own) == own
+    assert set(type(made).config_fields) == own
 
 
 def test_a_familys_fields_reach_its_config() -> None:
     lora = {"family": "DoRA", "rank": 3, "alpha": 6, "dropout": 0.1, "init": "gaussian"}
-    made = recipe.checked(with_(lora=lora)).lora.config()
+    made = recipe.validate(with_(lora=lora)).adapter.to_config()
     assert isinstance(made, jlora.DoRA)
     assert (made.rank, made.alpha, made.dropout, made.init.name) == (3, 6.0, 0.1, "gaussian")
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_can_be_asked_for(name: str) -> None:
-    made = recipe.checked(with_(quantize={"scheme": name, "block_size": 32, "axis": -1})).quantize
+    made = recipe.validate(with_(quantize={"scheme": name, "block_size": 32, "axis": -1})).quantize
     assert made is not None
-    assert made.config() == SCHEMES[name](block_size=32, axis=-1)
-    assert set(type(made).own) == {field.name for field in dataclasses.fields(SCHEMES[name])}
-    assert recipe.checked(with_(quantize={"scheme": name})).quantize.config() == SCHEMES[name]()  # type: ignore
+    assert made.to_scheme() == SCHEMES[name](block_size=32, axis=-1)
+    assert set(type(made).config_fields) == {
+        field.name for field in dataclasses.fields(SCHEMES[name])
+    }
+    assert recipe.validate(with_(quantize={"scheme": name})).quantize.to_scheme() == SCHEMES[name]()  # type: ignore
 
 
 @pytest.mark.parametrize(
@@ -112,8 +115,8 @@ def test_law_the_schema_accepts_the_schemes_that_load(quantize: Any, good: bool)
     raw = with_(quantize=quantize)
     assert passes(raw) == good
     if good:
-        made = recipe.checked(raw)
-        assert recipe.checked(made.model_dump(mode="json")) == made
+        made = recipe.validate(raw)
+        assert recipe.validate(made.model_dump(mode="json")) == made
     else:
         refusal(raw)
 
@@ -142,7 +145,7 @@ def test_the_schema_accepts_the_ready_recipes(path: pathlib.Path) -> None:
 
 
 def test_the_schema_accepts_the_commented_recipe() -> None:
-    assert passes(yaml.safe_load(recipe.commented()))
+    assert passes(yaml.safe_load(recipe.default_recipe_yaml()))
 
 
 @pytest.mark.parametrize(
@@ -153,8 +156,8 @@ def test_the_schema_accepts_the_commented_recipe() -> None:
         ({}, True),
         ({"family": "DoRA", "rank": 8, "alpha": 16.0}, True),
         ({"family": "IA3"}, True),
-        ({"family": "TokenRows", "tokens": [3, 1]}, True),
-        ({"family": "TokenRows"}, False),
+        ({"family": "TrainableTokens", "tokens": [3, 1]}, True),
+        ({"family": "TrainableTokens"}, False),
         ({"family": "Bogus", "x": 1}, False),
         ({"family": "Bogus"}, False),
         ({"family": "LoRA", "rnak": 8}, False),
@@ -164,10 +167,10 @@ def test_the_schema_accepts_the_commented_recipe() -> None:
     ],
 )
 def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: bool) -> None:
-    for raw in (with_(lora=rule), with_(more=[{**rule, "targets": "q"}])):
+    for raw in (with_(lora=rule), with_(adapters=[{**rule, "target_pattern": "q"}])):
         assert passes(raw) == good
         if good:
-            recipe.checked(raw)
+            recipe.validate(raw)
         else:
             refusal(raw)
 
@@ -175,35 +178,38 @@ def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"family": "Dora"}}, "family='Dora' is none of .*the nearest are .'DoRA'"),
-        ({"lora": {"rank": 0}}, "lora: LoRA.rank=0 leaves no room for an update. Use a rank"),
-        ({"lora": {"rank": True}}, "lora.rank=True: .* valid integer. rank: Width of the bott"),
-        ({"lora": {"rank": "8"}}, "lora.rank='8': .* valid integer"),
-        ({"lora": {"rnk": 8}}, "lora.rnk is no field. Do you mean rank. There are alpha, dr"),
-        ({"lora": {"family": "IA3", "rank": 8}}, "lora.rank is no field. There are dtype, fam"),
-        ({"lora": {"family": "TokenRows"}}, "lora.tokens is missing. tokens: The numbers"),
+        ({"adapter": {"family": "Dora"}}, "family='Dora' is none of .*the nearest are .'DoRA'"),
+        ({"adapter": {"rank": 0}}, "lora: LoRA.rank=0 leaves no room for an update. Use a rank"),
+        ({"adapter": {"rank": True}}, "lora.rank=True: .* valid integer. rank: Width of the bott"),
+        ({"adapter": {"rank": "8"}}, "lora.rank='8': .* valid integer"),
+        ({"adapter": {"rnk": 8}}, "lora.rnk is no field. Do you mean rank. There are alpha, dr"),
+        ({"adapter": {"family": "IA3", "rank": 8}}, "lora.rank is no field. There are dtype, fam"),
+        ({"adapter": {"family": "TrainableTokens"}}, "lora.tokens is missing. tokens: The numbers"),
         ({"modle": {}}, "modle is no field. Do you mean model."),
-        ({"more": [{"rank": 8}]}, "more.0 has no targets"),
-        ({"more": [{"targets": "(", "rank": 8}]}, "'.' is no regular expression"),
-        ({"frozen": ["["]}, "'.' is no regular expression"),
+        ({"adapters": [{"rank": 8}]}, "more.0 has no targets"),
+        ({"adapters": [{"target_pattern": "(", "rank": 8}]}, "'.' is no regular expression"),
+        ({"frozen_modules": ["["]}, "'.' is no regular expression"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0: .* greater than 0"),
         ({"optimizer": {"learning_rate": -1e-4}}, "learning_rate=-0.0001: .* greater than 0"),
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate=nan: .* finite"),
-        ({"optimizer": {"warmup_share": 1.0}}, "warmup_share=1.0: .* less than 1"),
+        ({"optimizer": {"warmup_ratio": 1.0}}, "warmup_ratio=1.0: .* less than 1"),
         ({"optimizer": {"budget": {"target_rank": 4}}}, "budget and the family AdaLoRA need"),
-        ({"lora": {"family": "AdaLoRA"}}, "budget and the family AdaLoRA need each other"),
+        ({"adapter": {"family": "AdaLoRA"}}, "budget and the family AdaLoRA need each other"),
         ({"training": {"steps": 0}}, "training.steps=0: .* greater than or equal to 1"),
-        ({"training": {"patience": 2}}, "patience=2 is about evaluations .*validation is empty"),
-        ({"training": {"evaluate_every": 7}}, "training.evaluate_every=7 .*Give validation sour"),
-        ({"training": {"epochs": 2, "steps": 5}}, "epochs=2 and steps=5 each say how long the ru"),
-        ({"batch": {"evaluation_rows": 3}}, "evaluation_rows=3 .*validation and data.test are em"),
-        ({"training": {"metric": "accuracy"}}, "metric=accuracy, and text is measured by"),
-        ({"batch": {"rows": -8}}, "batch.rows=-8: .* greater than or equal to 1"),
-        ({"batch": {"rows": 2.5}}, "batch.rows=2.5: .* valid integer. rows: In each forward"),
-        ({"mesh": {"model": 2}}, "mesh.model is no field"),
-        ({"distributed": {"process": 1}}, "belong together. Give all three"),
         (
-            {"distributed": {"process": 2, "processes": 2, "coordinator": "host:1"}},
+            {"training": {"early_stopping_patience": 2}},
+            "patience=2 is about evaluations .*validation is empty",
+        ),
+        ({"training": {"eval_steps": 7}}, "training.eval_steps=7 .*Give validation sour"),
+        ({"training": {"epochs": 2, "steps": 5}}, "epochs=2 and steps=5 each say how long the ru"),
+        ({"batch": {"eval_batch_size": 3}}, "evaluation_rows=3 .*validation and data.test are em"),
+        ({"training": {"metric": "accuracy"}}, "metric=accuracy, and text is measured by"),
+        ({"batch": {"size": -8}}, "batch.size=-8: .* greater than or equal to 1"),
+        ({"batch": {"size": 2.5}}, "batch.size=2.5: .* valid integer. rows: In each forward"),
+        ({"mesh": {"model": 2}}, "mesh.model is no field"),
+        ({"distributed": {"process_id": 1}}, "belong together. Give all three"),
+        (
+            {"distributed": {"process_id": 2, "num_processes": 2, "coordinator_address": "host:1"}},
             "process=2 is none of processes=2",
         ),
         ({"quantize": "nf4"}, "quantize='nf4': That is no section. Give one, such as .scheme: nf4"),
@@ -218,19 +224,22 @@ def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: 
         ({"quantize": {"block_size": "64"}}, "block_size='64': .* block_size: How many numbers"),
         ({"quantize": {"weights": "("}}, "'.' is no regular expression"),
         (
-            {"quantize": {}, "lora": {"init": "pissa"}},
+            {"quantize": {}, "adapter": {"init": "pissa"}},
             "lora.init=pissa takes its start out of the weights, .* Use init: uniform, gaussian",
         ),
         (
-            {"quantize": {}, "more": [{"targets": "q", "family": "DoRA", "init": "olora"}]},
+            {
+                "quantize": {},
+                "adapters": [{"target_pattern": "q", "family": "DoRA", "init": "olora"}],
+            },
             "more.0.init=olora takes its start out of",
         ),
-        ({"export": {"merged_base": "original"}}, "merged_base=original is about .*needs quantize"),
+        ({"export": {"merge_into": "original"}}, "merge_into=original is about .*needs quantize"),
         (
-            {"quantize": {}, "export": {"merged_base": "original"}},
+            {"quantize": {}, "export": {"merge_into": "original"}},
             "needs quantize and export.merged: true. Give both, or leave it out",
         ),
-        ({"lora": 5}, "lora=5: That is no section. Give one, such as .family: LoRA"),
+        ({"adapter": 5}, "lora=5: That is no section. Give one, such as .family: LoRA"),
         ({"optimizer": {"budget": {"interval": 0}}}, "interval=0: .* interval: Steps between two"),
         ({"output": ""}, "output='': .* at least 1 character"),
         ({"seed": -1}, "seed=-1: .* greater than or equal to 0"),
@@ -252,16 +261,25 @@ def data(*formats: str, **fields: Any) -> dict[str, Any]:
     ("given", "message"),
     [
         (data("chat", "preference"), "of different tasks, and a run has one"),
-        (data("chat", overlong="split"), "overlong=split cuts plain text alone.*'chat'"),
-        (data("text", test=sources("chat"), overlong="split"), "overlong=split .*'chat', 'text'"),
-        (data("text", validation=sources("completion"), overlong="split"), "=split .*'completion'"),
+        (data("chat", truncation="split"), "truncation=split cuts plain text alone.*'chat'"),
+        (
+            data("text", test=sources("chat"), truncation="split"),
+            "truncation=split .*'chat', 'text'",
+        ),
+        (
+            data("text", validation=sources("completion"), truncation="split"),
+            "=split .*'completion'",
+        ),
         (data("chat", length=8, buckets=[4, 16], packing=False), "bucket 16 exceeds length=8"),
         (data("chat", length=8, buckets=[4]), "buckets=.4. are .* Use packing: false, or leave b"),
         (data("chat", validation=sources("chat", weight=0.5)), "validation.0.weight=0.5 mixes tra"),
         (data("chat", test=sources("chat", "chat", weight=2)), "test.0.weight=2.0 .*Leave it out"),
-        (data("completion", "text", loss_on="last"), "loss_on=last is for chat, .*'completion', "),
-        (data("text", loss_on="all"), "loss_on=all is for chat and completion, and the sources"),
-        (data("classification", loss_on="all"), "loss_on=all .*'classification'.. Leave it out"),
+        (
+            data("completion", "text", train_on="last"),
+            "train_on=last is for chat, .*'completion', ",
+        ),
+        (data("text", train_on="all"), "train_on=all is for chat and completion, and the sources"),
+        (data("classification", train_on="all"), "train_on=all .*'classification'.. Leave it out"),
         ({"train": sources("chat", weight=1e-5)}, "train.0.weight=1e-05: .* equal to 0.0001. weig"),
         ({"train": sources("chat", weight=1e4)}, "train.0.weight=10000.0: .* less than 10000"),
         ({"train": sources("chat", weight=float("inf"))}, "train.0.weight=inf: "),
@@ -271,9 +289,12 @@ def data(*formats: str, **fields: Any) -> dict[str, Any]:
             "data.chat_template='nope.jinja': There is no s",
         ),
         (data("chat", chat_template="{{ x }}" * 99), "There is no such file. Give one that is"),
-        (data("chat", date="2026-02-30"), "data.date='2026-02-30': That is no day. .* 2026-01-31"),
-        (data("chat", date="20260131"), "data.date='20260131': That is no day"),
-        (data("chat", date="today"), "data.date='today': That is no day"),
+        (
+            data("chat", date="2026-02-30"),
+            "data.chat_template_date='2026-02-30': That is no day. .* 2026-01-31",
+        ),
+        (data("chat", date="20260131"), "data.chat_template_date='20260131': That is no day"),
+        (data("chat", date="today"), "data.chat_template_date='today': That is no day"),
         (data("poem"), "data.train.0.format='poem'"),
         ({"train": []}, "data.train=.*at least 1 item"),
         (data("chat", validation=[{"path": "x"}]), "data.validation.0.format is missing"),
@@ -286,7 +307,10 @@ def test_faults_of_data_are_told(given: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"report": {"prompts": ["who?"]}}, "report.prompts=.'who.'. are continued .*Leave them"),
+        (
+            {"report": {"sample_prompts": ["who?"]}},
+            "report.sample_prompts=.'who.'. are continued .*Leave them",
+        ),
         ({"training": {"metric": "accuracy"}}, "training.metric=accuracy .*validation is empty"),
     ],
 )
@@ -298,17 +322,17 @@ def test_what_does_nothing_for_labels_is_refused(changes: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("given", "changes"),
     [
-        (data("text", overlong="split", validation=sources("text")), {}),
+        (data("text", truncation="split", validation=sources("text")), {}),
         (data("chat", buckets=[8], packing=False), {}),
         (data("preference", buckets=[8]), {}),
-        (data("chat", "text", loss_on="last"), {}),
-        (data("completion", "text", loss_on="all"), {}),
-        (data("text", validation=sources("chat"), loss_on="last"), {}),
+        (data("chat", "text", train_on="last"), {}),
+        (data("completion", "text", train_on="all"), {}),
+        (data("text", validation=sources("chat"), train_on="last"), {}),
         ({"train": sources("chat", weight=1e-4)}, {}),
         (data("chat", date="2026-01-31"), {}),
-        (data("chat", test=sources("chat")), {"batch": {"evaluation_rows": 3}}),
-        (data("chat", validation=sources("chat")), {"training": {"evaluate_every": 7}}),
-        (data("preference"), {"report": {"prompts": ["who?"]}}),
+        (data("chat", test=sources("chat")), {"batch": {"eval_batch_size": 3}}),
+        (data("chat", validation=sources("chat")), {"training": {"eval_steps": 7}}),
+        (data("preference"), {"report": {"sample_prompts": ["who?"]}}),
         (data("chat"), {"training": {"steps": 5}}),
         (data("chat"), {"training": {"epochs": 3}}),
     ],
@@ -316,7 +340,7 @@ def test_what_does_nothing_for_labels_is_refused(changes: dict[str, Any], messag
 def test_what_does_something_loads_again_as_it_is_written(
     given: dict[str, Any], changes: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    made = recipe.checked(with_(data=given, **changes))
+    made = recipe.validate(with_(data=given, **changes))
     # As a run writes its recipe: with epochs beside steps, and every default.
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
     assert recipe.load(tmp_path / "recipe.yaml") == made
@@ -325,7 +349,7 @@ def test_what_does_something_loads_again_as_it_is_written(
 def test_a_chat_template_that_is_there_is_taken(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}")
-    assert recipe.checked(with_(data=data("chat", chat_template=str(path)))).data.chat_template
+    assert recipe.validate(with_(data=data("chat", chat_template=str(path)))).data.chat_template
 
 
 def test_days_need_no_quotes(tmp_path: pathlib.Path) -> None:
@@ -334,12 +358,15 @@ def test_days_need_no_quotes(tmp_path: pathlib.Path) -> None:
         yaml.safe_dump(with_(data=data("chat", date="DAY"))).replace("DAY", "2026-01-31")
     )
     assert "date: 2026-01-31" in path.read_text()
-    assert recipe.load(path).data.date == "2026-01-31"
-    assert recipe.load(path, ["--data.date", "2026-02-01"]).data.date == "2026-02-01"
+    assert recipe.load(path).data.chat_template_date == "2026-01-31"
+    assert (
+        recipe.load(path, ["--data.chat_template_date", "2026-02-01"]).data.chat_template_date
+        == "2026-02-01"
+    )
 
 
 def test_all_faults_are_told_at_once() -> None:
-    told = refusal({"lora": {"rank": "x"}, "seed": -1})
+    told = refusal({"adapter": {"rank": "x"}, "seed": -1})
     for name in ("output is missing", "model is missing", "data is missing", "lora.rank", "seed"):
         assert name in told
 
@@ -350,16 +377,16 @@ def test_formats_say_the_task() -> None:
         (("preference",), "preference"),
         (("classification",), "classification"),
     ]:
-        assert recipe.checked(with_(data=data(*formats))).task == task
+        assert recipe.validate(with_(data=data(*formats))).task == task
 
 
 def test_overrides_reach_every_place() -> None:
     arguments = ["--lora.rank", "32", "--optimizer.learning-rate=1e-4", "--data.train.0.path", "b"]
-    made = overridden(LEAST, [*arguments, "--training.steps", "7", "--lora.targets", "q|v"])
-    read = recipe.checked(made)
-    assert read.lora.config() == jlora.LoRA(rank=32, alpha=32.0)
+    made = apply_overrides(LEAST, [*arguments, "--training.steps", "7", "--lora.targets", "q|v"])
+    read = recipe.validate(made)
+    assert read.adapter.to_config() == jlora.LoRA(rank=32, alpha=32.0)
     assert (read.optimizer.learning_rate, read.training.steps) == (1e-4, 7)
-    assert (read.data.train[0].path, read.lora.targets) == ("b", "q|v")
+    assert (read.data.train[0].path, read.adapter.target_pattern) == ("b", "q|v")
     assert LEAST["data"]["train"][0]["path"] == "train.jsonl"
 
 
@@ -379,21 +406,21 @@ def test_overrides_reach_every_place() -> None:
         (["--data.train.0.name", "true"], "data.train.0.name", "true"),
         (["--data.train.0.columns.messages", "7"], "data.train.0.columns.messages", "7"),
         (
-            ["--report.prompts", "[a, b]", "--report.prompts.1", "Say: 1"],
-            "report.prompts.1",
+            ["--report.sample_prompts", "[a, b]", "--report.sample_prompts.1", "Say: 1"],
+            "report.sample_prompts.1",
             "Say: 1",
         ),
         (["--seed", "7"], "seed", 7),
         (["--quantize.weights", "[qv]"], "quantize.weights", "[qv]"),
         (["--quantize.scheme", "int8"], "quantize.scheme", "int8"),
         (["--quantize.block_size", "32"], "quantize.block_size", 32),
-        (["--model.scanned", "false"], "model.scanned", False),
+        (["--model.scan_layers", "false"], "model.scan_layers", False),
         (["--data.train.0.limit", "null"], "data.train.0.limit", None),
         (["--lora.alpha", "-5"], "lora.alpha", -5),
     ],
 )
 def test_overrides_of_text_are_the_text(arguments: list[str], place: str, value: Any) -> None:
-    found: Any = overridden(LEAST, arguments)
+    found: Any = apply_overrides(LEAST, arguments)
     for key in place.split("."):
         found = found[int(key) if isinstance(found, list) else key]
     assert found == value
@@ -402,7 +429,7 @@ def test_overrides_of_text_are_the_text(arguments: list[str], place: str, value:
 
 def test_steps_of_the_command_line_replace_the_files_epochs() -> None:
     def training(held: dict[str, Any], *arguments: str) -> dict[str, Any]:
-        return overridden(with_(training=held), arguments)["training"]
+        return apply_overrides(with_(training=held), arguments)["training"]
 
     assert training({"epochs": 3}, "--training.steps", "5") == {"steps": 5}
     assert training({"steps": 5}, "--training.epochs", "3") == {"epochs": 3}
@@ -426,12 +453,12 @@ def test_steps_of_the_command_line_replace_the_files_epochs() -> None:
 )
 def test_overrides_that_are_none_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        overridden(LEAST, arguments)
+        apply_overrides(LEAST, arguments)
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "recipe.yaml"
-    with pytest.raises(FileNotFoundError, match="is no file. `jlora recipe >"):
+    with pytest.raises(FileNotFoundError, match="is no file. `jlora init >"):
         recipe.load(path)
     for text, message in [
         ("- 1", "holds list instead of a mapping"),
@@ -453,16 +480,18 @@ def test_scientific_notation_is_a_number(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_recipe_is_written_as_it_is_read() -> None:
-    lora = {"family": "DoRA", "rank": 3, "targets": "q"}
-    made = recipe.checked(with_(lora=lora, more=[{"family": "BitFit", "targets": "bias$"}]))
-    assert recipe.checked(made.model_dump(mode="json")) == made
-    assert set(RULES) == {config.__name__ for config in CONFIGS}
+    lora = {"family": "DoRA", "rank": 3, "target_pattern": "q"}
+    made = recipe.validate(
+        with_(lora=lora, adapters=[{"family": "BitFit", "target_pattern": "bias$"}])
+    )
+    assert recipe.validate(made.model_dump(mode="json")) == made
+    assert set(ADAPTER_SECTIONS) == {config.__name__ for config in ADAPTER_CONFIGS}
 
 
 @pytest.mark.parametrize(("name", "stacked"), [("llama", True), ("qwen3_moe_some", False)])
 def test_layers_are_stacked_where_they_are_alike(name: str, stacked: bool) -> None:
     folder = pathlib.Path(__file__).parent.parent / "models/data/decoders" / name
-    open_ended = recipe.checked(with_(model={"path": str(folder)}))
-    assert open_ended.model.scanned is None
-    model = model_of(open_ended, folder)
-    assert (model.scanned, model.stackable) == (stacked, stacked)
+    open_ended = recipe.validate(with_(model={"path": str(folder)}))
+    assert open_ended.model.scan_layers is None
+    model = model_from_recipe(open_ended, folder)
+    assert (model.scan_layers, model.stackable) == (stacked, stacked)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
-import os
 import pathlib
 import shutil
-import signal
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,51 +17,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from training.conftest import ANIMALS, DATA, Make
+from _support.training_fixtures import ANIMALS, DATA, Make
+from _support.training_runs import After, assert_same, measured, output, run, stop
 
 import jlora
 from jlora import models
-from jlora.training import recipe, resuming
-from jlora.training.interruption import Interrupted
-from jlora.training.loop import NotFinite
-from jlora.training.mesh import make_mesh
-from jlora.training.records import read_lines
-from jlora.training.run import Outcome, train
-from jlora.training.saving import Saver
-from jlora.training.setup import set_up
-
-
-def run(raw: dict[str, Any], *, devices: int = 1, **options: Any) -> Outcome:
-    return train(recipe.checked(raw), quiet=True, devices=jax.devices()[:devices], **options)
-
-
-def output(raw: dict[str, Any]) -> pathlib.Path:
-    return pathlib.Path(raw["output"])
-
-
-def measured(raw: dict[str, Any]) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without what a clock says."""
-    lines = read_lines(output(raw) / "metrics.jsonl")
-    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
-
-
-class After:
-    """Calls something once a step was measured."""
-
-    def __init__(self, step: int, call: Callable[[], Any]) -> None:
-        self.step, self.call = step, call
-
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        if step == self.step and "loss" in values:
-            self.call()
-
-    def close(self) -> None:
-        pass
-
-
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
+from jlora.training import recipe
+from jlora.training.checkpointing import CheckpointManager
+from jlora.training.distributed import TrainingInterrupted
+from jlora.training.loop import NonFiniteError
+from jlora.training.resume import resolve_defaults
+from jlora.training.setup import build_setup
+from jlora.training.sharding import make_mesh
 
 # --- what a run leaves ----------------------------------------------------------------------------
 
@@ -73,10 +39,14 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     raw = recipe_of(
         data={
             "validation": [{"path": str(chats), "format": "chat"}],
-            "test": [{"path": str(chats), "format": "chat", "limit": 9}],
+            "test": [{"path": str(chats), "format": "chat", "max_examples": 9}],
         },
-        training={"epochs": 6, "steps": None, "evaluate_every": 4},
-        report={"prompts": ["who sees the <cat>?"], "max_new_tokens": 4, "tensorboard": True},
+        training={"epochs": 6, "steps": None, "eval_steps": 4},
+        report={
+            "sample_prompts": ["who sees the <cat>?"],
+            "max_new_tokens": 4,
+            "tensorboard": True,
+        },
         export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
     )
     files = {f.name: f.read_bytes() for f in base.iterdir()}
@@ -85,12 +55,12 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     lines = measured(raw)
     losses = [line["loss"] for line in lines if "loss" in line]
     held = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
-    assert outcome.why == "steps"
+    assert outcome.stop_reason == "steps"
     assert len(losses) == outcome.step
     assert sorted(held) == sorted({*range(4, outcome.step + 1, 4), outcome.step})
-    assert outcome.kept == min(held, key=lambda step: held[step])
+    assert outcome.best_step == min(held, key=lambda step: held[step])
     assert min(held.values()) < losses[0] - 0.5
-    before, after = outcome.tested
+    before, after = outcome.test_metrics
     assert after["loss"] < before["loss"] - 0.5
     assert {f.name: f.read_bytes() for f in base.iterdir()} == files
 
@@ -109,8 +79,8 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     result = json.loads((folder / "result.json").read_text())
     assert result["test"] == {"before": before, "after": after}
     assert result["steps"] == outcome.step
-    assert result["kept"] == outcome.kept
-    assert result["validation"]["loss"] == held[outcome.kept]
+    assert result["kept"] == outcome.best_step
+    assert result["validation"]["loss"] == held[outcome.best_step]
 
     page = (folder / "report.html").read_text()
     for text in ("learning rate", "validation", "mlp/down/kernel", "who sees the &lt;cat&gt;?"):
@@ -118,7 +88,7 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     assert list((folder / "tensorboard").iterdir())
     kept = recipe.load(folder / "recipe.yaml")
     path = folder / "recipe.yaml"
-    assert kept == resuming.settled(recipe.checked(raw), path, True, jax.devices())
+    assert kept == resolve_defaults(recipe.validate(raw), path, True, jax.devices())
 
 
 def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
@@ -153,25 +123,29 @@ def test_what_an_export_would_replace_is_left_alone(recipe_of: Make, base: pathl
     ("lora", "export", "message"),
     [
         (
-            {"family": "LoRAMixture", "experts": 2, "rank": 2},
+            {"family": "LoRAMoE", "experts": 2, "rank": 2},
             "merged",
             "none can be merged|mixture",
         ),
         ({"family": "SoRA", "rank": 2}, "peft", "PEFT has nothing like"),
-        ({"family": "Full", "targets": "/q/kernel"}, "peft", "no part of a method of PEFT"),
+        (
+            {"family": "FullDelta", "target_pattern": "/q/kernel"},
+            "peft",
+            "no part of a method of PEFT",
+        ),
     ],
 )
 def test_exports_that_cannot_be_are_refused_before_training(
     recipe_of: Make, lora: dict[str, Any], export: str, message: str
 ) -> None:
-    raw = recipe_of(export={export: True}) | {"lora": lora}
+    raw = recipe_of(export={export: True}) | {"adapter": lora}
     with pytest.raises(ValueError, match=message):
         run(raw)
     assert not (output(raw) / "metrics.jsonl").exists()
 
 
 def test_prompts_longer_than_the_model_are_refused(recipe_of: Make) -> None:
-    raw = recipe_of(report={"prompts": ["cat " * 400], "max_new_tokens": 4})
+    raw = recipe_of(report={"sample_prompts": ["cat " * 400], "max_new_tokens": 4})
     with pytest.raises(ValueError, match="has .* tokens, and the model has room for"):
         run(raw)
 
@@ -182,9 +156,9 @@ def test_prompts_longer_than_the_model_are_refused(recipe_of: Make) -> None:
         ({"mesh": {"tensor": 3}}, "makes up 3 devices, and there are 8"),
         ({"mesh": {"data": 8}}, "A batch of 2 rows cannot be split over data=8"),
         ({"mesh": {"tensor": 8}}, r"The weight 'params/.* is not divisible by tensor=8"),
-        ({"data": {"length": 4096}}, "data.length=4096 runs past the"),
-        ({"data": {"length": 20}}, "row 0: .* tokens are more than data.length=20"),
-        ({"lora": {"targets": "atention"}}, "'atention' matches none of"),
+        ({"data": {"max_seq_length": 4096}}, "data.max_seq_length=4096 runs past the"),
+        ({"data": {"max_seq_length": 20}}, "row 0: .* tokens are more than data.max_seq_length=20"),
+        ({"adapter": {"target_pattern": "atention"}}, "'atention' matches none of"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
     ],
 )
@@ -197,7 +171,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(
 
 # --- going on -------------------------------------------------------------------------------------
 
-SAVING = {"save_every": 2, "save_minutes": None, "keep_last": 9}
+SAVING = {"save_steps": 2, "save_interval_minutes": None, "save_total_limit": 9}
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +182,10 @@ def whole(
     raw = {
         "output": str(tmp_path_factory.mktemp("whole") / "run"),
         "model": {"path": str(base), "dtype": "float32"},
-        "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
-        "data": {"train": [{"path": str(chats), "format": "chat"}], "length": 64},
-        "batch": {"rows": 2, "accumulate": 2},
-        "optimizer": {"learning_rate": 1e-2, "ratios": {"b": 4.0}},
+        "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
+        "data": {"train": [{"path": str(chats), "format": "chat"}], "max_seq_length": 64},
+        "batch": {"size": 2, "gradient_accumulation_steps": 2},
+        "optimizer": {"learning_rate": 1e-2, "lr_multipliers": {"b": 4.0}},
         "training": {"epochs": 3, **SAVING},
     }
     run(raw)
@@ -222,27 +196,14 @@ def copied(whole: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     return {**whole, "output": str(folder / "run")}
 
 
-def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """The same losses, and the same bytes."""
-    assert measured(one) == measured(two)
-    left, right = (output(raw) / "adapter.safetensors" for raw in (one, two))
-    assert left.read_bytes() == right.read_bytes()
-    last = measured(one)[-1]["step"]
-    facts = [
-        json.loads((output(raw) / f"checkpoints/{last}/facts/metadata").read_text())
-        for raw in (one, two)
-    ]
-    assert facts[0] == facts[1]  # The SHA-256 of every array, and the position of the data.
-
-
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     whole: dict[str, Any], tmp_path: pathlib.Path, step: int
 ) -> None:
     raw = copied(whole, tmp_path)
-    with pytest.raises(Interrupted, match="SIGTERM: step . of .* is saved") as caught:
+    with pytest.raises(TrainingInterrupted, match="SIGTERM: step . of .* is saved") as caught:
         run(raw, recorders=[After(step, stop)])
-    assert caught.value.status == 143
+    assert caught.value.exit_status == 143
     assert not (output(raw) / "adapter.safetensors").exists()
     assert len(measured(raw)) < len(measured(whole))
     outcome = run(raw, resume=True)
@@ -267,8 +228,13 @@ def scripted(monkeypatch: Any, losses: list[float], interrupted: int | None = No
 
 def evaluated(recipe_of: Make, chats: pathlib.Path, **training: Any) -> dict[str, Any]:
     return recipe_of(
-        data={"validation": [{"path": str(chats), "format": "chat", "limit": 2}]},
-        training={"evaluate_every": 1, "keep_last": 1, "save_minutes": None, **training},
+        data={"validation": [{"path": str(chats), "format": "chat", "max_examples": 2}]},
+        training={
+            "eval_steps": 1,
+            "save_total_limit": 1,
+            "save_interval_minutes": None,
+            **training,
+        },
     )
 
 
@@ -286,10 +252,10 @@ def test_no_evaluation_and_no_best_one_is_lost(
     stopped_in_evaluation = during == "an evaluation"
     scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0, 2.5, 2.0], 4 if stopped_in_evaluation else None)
     recorders = [] if stopped_in_evaluation else [After(4, stop)]
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(raw, recorders=recorders)
     outcome = run(raw, resume=True)
-    assert (outcome.why, outcome.step, outcome.kept) == ("steps", 6, 2)
+    assert (outcome.stop_reason, outcome.step, outcome.best_step) == ("steps", 6, 2)
     lines = [line for line in measured(raw) if "validation_loss" in line]
     assert [line["validation_loss"] for line in lines] == [5.0, 1.0, 4.0, 3.0, 2.5, 2.0]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -297,7 +263,7 @@ def test_no_evaluation_and_no_best_one_is_lost(
     # A run that is over makes no step more.
     adapter = (output(raw) / "adapter.safetensors").read_bytes()
     again = run(raw, resume=True)
-    assert (again.step, again.kept) == (6, 2)
+    assert (again.step, again.best_step) == (6, 2)
     assert (output(raw) / "adapter.safetensors").read_bytes() == adapter
 
 
@@ -307,31 +273,31 @@ def test_patience_that_is_over_stays_over(
 ) -> None:
     raw = evaluated(recipe_of, chats, patience=2)
     scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0])
-    assert (first := run(raw)).why == "patience"
-    assert (first.step, first.kept) == (4, 2)
+    assert (first := run(raw)).stop_reason == "patience"
+    assert (first.step, first.best_step) == (4, 2)
     second = run(raw, resume=True)
-    assert (second.why, second.step, second.kept) == ("patience", 4, 2)
+    assert (second.stop_reason, second.step, second.best_step) == ("patience", 4, 2)
 
 
 def test_without_the_best_checkpoint_the_last_one_is_left(
     recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
 ) -> None:
-    raw = evaluated(recipe_of, chats, save_errors="warn", patience=2)
+    raw = evaluated(recipe_of, chats, on_save_error="warn", patience=2)
     scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0])
-    write = Saver._write
+    write = CheckpointManager._write_checkpoint
 
-    def failing(self: Saver, step: int, *rest: Any) -> None:
+    def failing(self: CheckpointManager, step: int, *rest: Any) -> None:
         if step in (2, 4):
             raise OSError(28, "No space left on device")
         write(self, step, *rest)
 
-    monkeypatch.setattr(Saver, "_write", failing)
+    monkeypatch.setattr(CheckpointManager, "_write", failing)
     with (
         pytest.warns(UserWarning, match="could not be written .*No space left"),
         pytest.warns(UserWarning, match="best checkpoint, of step 2, could not be written"),
     ):
         outcome = run(raw)
-    assert (outcome.why, outcome.kept) == ("patience", 4)
+    assert (outcome.stop_reason, outcome.best_step) == ("patience", 4)
     assert (output(raw) / "adapter.safetensors").exists()
 
 
@@ -341,16 +307,16 @@ def test_a_date_is_kept(recipe_of: Make) -> None:
     run(raw)
     path = output(raw) / "recipe.yaml"
     made = recipe.load(path)
-    assert made.data.date is not None
-    path.write_text(path.read_text().replace(made.data.date, "2001-02-03"))
-    open_ended = recipe.checked(raw)
+    assert made.data.chat_template_date is not None
+    path.write_text(path.read_text().replace(made.data.chat_template_date, "2001-02-03"))
+    open_ended = recipe.validate(raw)
 
     def date(of: Any, resume: bool) -> str | None:
-        return resuming.settled(of, path, resume, jax.devices()).data.date
+        return resolve_defaults(of, path, resume, jax.devices()).data.chat_template_date
 
     assert date(open_ended, True) == "2001-02-03"
-    assert date(open_ended, False) == made.data.date
-    assert date(made, True) == made.data.date
+    assert date(open_ended, False) == made.data.chat_template_date
+    assert date(made, True) == made.data.chat_template_date
 
 
 def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
@@ -362,8 +328,8 @@ def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
     kept = tmp_path / "kept.yaml"
 
     def scanned(devices: Any, *, resume: bool = False, **model: Any) -> bool | None:
-        of = recipe.checked({**raw, "model": {**raw["model"], **model}})
-        return resuming.settled(of, kept, resume, devices).model.scanned
+        of = recipe.validate({**raw, "model": {**raw["model"], **model}})
+        return resolve_defaults(of, kept, resume, devices).model.scan_layers
 
     assert scanned([gpu]) is False
     assert scanned([gpu, gpu]) is None
@@ -371,7 +337,7 @@ def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
     assert scanned([gpu], scanned=True) is True
     # A run goes on as it began, wherever it does: its adapter has the layers' own paths.
     for began in (None, False):
-        kept.write_text(yaml.safe_dump({"data": {}, "model": {"scanned": began}}))
+        kept.write_text(yaml.safe_dump({"data": {}, "model": {"scan_layers": began}}))
         assert scanned([gpu], resume=True) is began
         assert scanned(jax.devices()[:1], resume=True) is began
 
@@ -395,7 +361,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(
 @pytest.mark.slow
 def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(raw, recorders=[After(3, stop)])
     run({**raw, "mesh": {"fsdp": 2, "tensor": 2}}, resume=True, devices=4)
     for one, two in zip(measured(raw), measured(whole), strict=True):
@@ -412,7 +378,7 @@ def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathli
     ("change", "message"),
     [
         (lambda raw: raw["optimizer"].update(learning_rate=2e-2), "learning_rate.* 0.01.* 0.02"),
-        (lambda raw: raw["lora"].update(alpha=8.0), "recipe .lora"),
+        (lambda raw: raw["adapter"].update(alpha=8.0), "recipe .lora"),
         (lambda raw: raw["training"].update(epochs=4), "schedule .epochs: 3 there, 4 here"),
         (lambda raw: raw["batch"].update(accumulate=1), "another data"),
         (lambda raw: raw["model"].update(compute_dtype="bfloat16"), "numbers .compute_dtype"),
@@ -421,8 +387,8 @@ def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathli
             "another evaluation .data: None there",
         ),
         (lambda raw: raw["data"]["train"][0].update(limit=19), "another data"),
-        (lambda raw: raw["lora"].update(rank=3), r"is float32\(.*instead of float32"),
-        (lambda raw: raw["lora"].update(targets="/q/kernel"), "has .* besides"),
+        (lambda raw: raw["adapter"].update(rank=3), r"is float32\(.*instead of float32"),
+        (lambda raw: raw["adapter"].update(targets="/q/kernel"), "has .* besides"),
     ],
 )
 def test_another_run_is_not_gone_on_with(
@@ -467,7 +433,7 @@ def test_another_base_is_not_gone_on_with(
 @pytest.mark.slow
 def test_other_versions_are_warned_of(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(raw, recorders=[After(2, stop)])
     step = measured(raw)[-1]["step"]
     path = output(raw) / f"checkpoints/{step}/facts/metadata"
@@ -493,7 +459,7 @@ def test_losses_are_the_same_on_one_device_and_on_eight(
 ) -> None:
     found = []
     for number, (devices, sizes) in enumerate(((1, {}), (8, mesh))):
-        raw = recipe_of(output=str(tmp_path / f"run-{number}"), batch={"rows": 8}, mesh=sizes)
+        raw = recipe_of(output=str(tmp_path / f"run-{number}"), batch={"size": 8}, mesh=sizes)
         run(raw, devices=devices)
         found.append([line["loss"] for line in measured(raw)])
     # Sums in another order, in float32, over six steps that each build on the last.
@@ -501,14 +467,16 @@ def test_losses_are_the_same_on_one_device_and_on_eight(
 
 
 def test_every_part_of_the_state_is_split(recipe_of: Make) -> None:
-    raw = recipe_of(batch={"rows": 8}, mesh={"fsdp": 4, "tensor": 2})
-    made = recipe.checked(raw)
-    state = set_up(made, make_mesh({"fsdp": 4, "tensor": 2}), steps=3, abstract=True).state
-    flat = jax.tree_util.tree_leaves_with_path(state.trained)
+    raw = recipe_of(batch={"size": 8}, mesh={"fsdp": 4, "tensor": 2})
+    made = recipe.validate(raw)
+    state = build_setup(
+        made, make_mesh({"fsdp": 4, "tensor": 2}), total_steps=3, abstract=True
+    ).state
+    flat = jax.tree_util.tree_leaves_with_path(state.trainable)
     split = {jax.tree_util.keystr(path): array.sharding.spec for path, array in flat}
     assert any(any(spec) for spec in split.values())
     followed = 0
-    for path, moment in jax.tree_util.tree_leaves_with_path(state.optimizer):
+    for path, moment in jax.tree_util.tree_leaves_with_path(state.opt_state):
         of = [spec for name, spec in split.items() if jax.tree_util.keystr(path).endswith(name)]
         assert [moment.sharding.spec] == of or not moment.ndim
         followed += len(of)
@@ -538,16 +506,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     data = tmp_path / "some.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = recipe_of(data={"train": [{"path": str(data), "format": "chat"}], "packing": False})
-    raw["training"] = {"epochs": 2, "save_every": 1, "save_minutes": None}
+    raw["training"] = {"epochs": 2, "save_steps": 1, "save_interval_minutes": None}
     raw["model"]["path"] = str(broken_base(pathlib.Path(raw["model"]["path"]), tmp_path / "b", 31))
-    with pytest.raises(NotFinite, match=r"loss=nan.* 0:13.*It changed nothing.*step \d+ in"):
+    with pytest.raises(NonFiniteError, match=r"loss=nan.* 0:13.*It changed nothing.*step \d+ in"):
         run(raw)
     found = measured(raw)
     assert np.isnan(found[-1]["loss"])
 
     # Skipped, the run ends, and what is left is finite.
     raw |= {"output": str(tmp_path / "skipping")}
-    raw["training"] = {"epochs": 2, "nonfinite": "skip", "max_skipped": 1}
+    raw["training"] = {"epochs": 2, "on_nonfinite_loss": "skip", "max_consecutive_skips": 1}
     with pytest.warns(UserWarning, match=r"was skipped: loss=nan, .* 0:13"):
         run(raw)
     losses = [line["loss"] for line in measured(raw)]
@@ -562,7 +530,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     raw["data"]["train"][0]["path"] = str(tmp_path / "all.jsonl")
     (tmp_path / "all.jsonl").write_text((json.dumps(rows[13]) + "\n") * 14)
     with (
-        pytest.raises(NotFinite, match="Step 2, the last of 2 in a row"),
+        pytest.raises(NonFiniteError, match="Step 2, the last of 2 in a row"),
         pytest.warns(UserWarning, match="Step 1 was skipped"),
     ):
         run(raw)
@@ -573,15 +541,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
 def test_a_checkpoint_that_cannot_be_written_is_told(
     recipe_of: Make, monkeypatch: Any, policy: str
 ) -> None:
-    raw = recipe_of(training={"save_every": 2, "save_minutes": None, "save_errors": policy})
-    write = Saver._write
+    raw = recipe_of(
+        training={"save_steps": 2, "save_interval_minutes": None, "on_save_error": policy}
+    )
+    write = CheckpointManager._write_checkpoint
 
-    def failing(self: Saver, step: int, *rest: Any) -> None:
+    def failing(self: CheckpointManager, step: int, *rest: Any) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
         write(self, step, *rest)
 
-    monkeypatch.setattr(Saver, "_write", failing)
+    monkeypatch.setattr(CheckpointManager, "_write", failing)
     if policy == "stop":
         with pytest.raises(OSError, match="could not be written .*No space left.*Earlier ones are"):
             run(raw)
@@ -590,17 +560,17 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
         with pytest.warns(UserWarning, match="could not be written .*No space left"):
             run(raw)
         assert (output(raw) / "adapter.safetensors").exists()
-    found = Saver(output(raw) / "checkpoints", keep_last=2).steps()
+    found = CheckpointManager(output(raw) / "checkpoints", save_total_limit=2).all_steps()
     assert found == ([2] if policy == "stop" else [2, 6])
 
 
 @pytest.mark.slow
 def test_the_base_is_the_same_after_as_before(recipe_of: Make, monkeypatch: Any) -> None:
-    from jlora.training import run as running
+    train = importlib.import_module("jlora.training.train")
 
     kept: list[Any] = []
-    set_up = running.set_up
-    monkeypatch.setattr(running, "set_up", lambda *a, **k: kept.append(set_up(*a, **k)) or kept[-1])
+    set_up = train.build_setup
+    monkeypatch.setattr(train, "set_up", lambda *a, **k: kept.append(set_up(*a, **k)) or kept[-1])
     raw = recipe_of()
     run(raw)
     _, params = models.load(raw["model"]["path"], dtype="float32", scanned=True)
@@ -611,17 +581,17 @@ def test_the_base_is_the_same_after_as_before(recipe_of: Make, monkeypatch: Any)
 
 
 def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -> None:
-    from jlora.training import run as running
+    train = importlib.import_module("jlora.training.train")
 
-    set_up = running.set_up
+    set_up = train.build_setup
 
     def full(*args: Any, **kwargs: Any) -> Any:
         def step(*_: Any) -> Any:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-        return set_up(*args, **kwargs)._replace(step=step)
+        return set_up(*args, **kwargs)._replace(train_step=step)
 
-    monkeypatch.setattr(running, "set_up", full)
+    monkeypatch.setattr(train, "set_up", full)
     with pytest.raises(MemoryError, match=r"weights take 0.00 GiB .*batch of 2 rows.*Lower batch"):
         run(recipe_of())
 
@@ -629,15 +599,20 @@ def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(recipe_of: Make, chats: pathlib.Path) -> None:
     raw = recipe_of(
-        data={"validation": [{"path": str(chats), "format": "chat", "limit": 5}]},
-        optimizer={"learning_rate": 10.0, "schedule": "constant", "clip_norm": None},
-        training={"steps": 40, "evaluate_every": 1, "patience": 2, "keep_last": 1},
+        data={"validation": [{"path": str(chats), "format": "chat", "max_examples": 5}]},
+        optimizer={"learning_rate": 10.0, "schedule": "constant", "max_grad_norm": None},
+        training={
+            "steps": 40,
+            "eval_steps": 1,
+            "early_stopping_patience": 2,
+            "save_total_limit": 1,
+        },
     )
     outcome = run(raw)
-    assert outcome.why == "patience"
-    assert outcome.step == outcome.kept + 2 < 40
+    assert outcome.stop_reason == "patience"
+    assert outcome.step == outcome.best_step + 2 < 40
     steps = sorted(int(f.name) for f in (output(raw) / "checkpoints").iterdir())
-    assert steps == [outcome.kept, outcome.step]
+    assert steps == [outcome.best_step, outcome.step]
 
 
 # --- other tasks ----------------------------------------------------------------------------------
@@ -654,7 +629,7 @@ def test_labels_are_learned(recipe_of: Make, encoder: pathlib.Path, tmp_path: pa
     source = {"path": str(path), "format": "classification"}
     raw = recipe_of(
         model={"path": str(encoder)},
-        data={"train": [source], "validation": [source], "length": 16},
+        data={"train": [source], "validation": [source], "max_seq_length": 16},
         training={"epochs": 6, "steps": None, "metric": "accuracy"},
         export={"merged": True},
     )
@@ -676,9 +651,9 @@ def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> Non
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = recipe_of(
-        data={"train": [{"path": str(path), "format": "preference"}], "length": 32},
+        data={"train": [{"path": str(path), "format": "preference"}], "max_seq_length": 32},
         training={"epochs": 4, "steps": None},
-        preference={"beta": 0.5},
+        dpo={"beta": 0.5},
     )
     run(raw)
     lines = measured(raw)
@@ -695,7 +670,7 @@ def test_factors_taken_out_of_the_weights_end_on_the_original_base(
     told: dict[str, Any] = {}
     monkeypatch.setattr("jlora.training.report.write", lambda *_, **given: told.update(given))
     raw = recipe_of(
-        lora={"init": init, "rank": 2, "dropout": 0.0},
+        adapter={"init": init, "rank": 2, "dropout": 0.0},
         export={"merged": True, "merged_dtype": "float32"},
     )
     run(raw)
@@ -734,7 +709,7 @@ def test_a_heads_own_labels_are_kept(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = recipe_of(
         model={"path": str(folder)},
-        data={"train": [{"path": str(path), "format": "classification"}], "length": 16},
+        data={"train": [{"path": str(path), "format": "classification"}], "max_seq_length": 16},
         training={"steps": 1},
         export={"merged": True, "merged_dtype": "float32"},
     )
@@ -759,7 +734,7 @@ def test_labels_are_those_of_all_sources(
         sources.append({"path": str(path), "format": "classification"})
     raw = recipe_of(
         model={"path": str(encoder)},
-        data={"train": sources, "length": 16},
+        data={"train": sources, "max_seq_length": 16},
         training={"steps": 1},
     )
     run(raw)

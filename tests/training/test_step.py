@@ -10,20 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models.test_decoders import DATA
+from _support.training_fixtures import DATA as MODELS
 
 import jlora
 from jlora import models
-from jlora.models import folders
-from jlora.training import tasks
-from jlora.training.optimizer import Optimizing, optimizing, schedule
-from jlora.training.recipe.sections import Budget, Classification, Optimizer, Preference
-from jlora.training.step import State, evaluation_of, initial, step_of
+from jlora.models.hf import load
+from jlora.training import objectives
+from jlora.training.recipe.sections import (
+    ClassificationSection,
+    DPOSection,
+    OptimizerSection,
+    RankBudgetSection,
+)
+from jlora.training.train_step import (
+    ScheduledOptimizer,
+    TrainState,
+    init_train_state,
+    make_eval_step,
+    make_lr_schedule,
+    make_optimizer,
+    make_train_step,
+)
 
 RULES = {r"layers/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
 KEY = jax.random.key(7)
-PLAIN = Optimizer()
-ENCODERS = DATA.parent / "encoders"
+PLAIN = OptimizerSection()
+DATA, ENCODERS = MODELS / "decoders", MODELS / "encoders"
 
 
 class Text(NamedTuple):
@@ -37,8 +49,8 @@ class Text(NamedTuple):
 
 
 @functools.cache
-def decoder() -> models.Loaded:
-    return folders.load(DATA / "llama", dtype="float32", scanned=True)
+def decoder() -> models.LoadedModel:
+    return load.load(DATA / "llama", dtype="float32", scanned=True)
 
 
 def moved(tree: Any, size: float = 0.1) -> Any:
@@ -63,39 +75,39 @@ def text(rows: int, length: int, real: list[int], passes: int = 1, seed: int = 0
 class Setting(NamedTuple):
     """A task with its weights, off the start."""
 
-    task: tasks.Task
-    state: State
+    task: objectives.Objective
+    state: TrainState
     frozen: Any
-    optimizing: Optimizing
+    optimizing: ScheduledOptimizer
 
 
-def setting(task: tasks.Task, params: Any, options: Optimizer = PLAIN) -> Setting:
-    adapter = moved(task.lora.init(jax.random.key(1), params, *task.inputs))
+def setting(task: objectives.Objective, params: Any, options: OptimizerSection = PLAIN) -> Setting:
+    adapter = moved(task.lora.init(jax.random.key(1), params, *task.example_inputs))
     trained, rest = jlora.partition(adapter)
     tree = {"adapter": trained}
-    if task.head is not None:
-        tree["head"] = moved(task.head(KEY))
-    made = optimizing(options, 10)
-    return Setting(task, initial(tree, made), {"base": params, "adapter": rest}, made)
+    if task.init_head is not None:
+        tree["head"] = moved(task.init_head(KEY))
+    made = make_optimizer(options, 10)
+    return Setting(task, init_train_state(tree, made), {"base": params, "adapter": rest}, made)
 
 
 @functools.cache
 def language() -> Setting:
     model, params = decoder()
-    return setting(tasks.language(model, RULES, PLAIN), params)
+    return setting(objectives.make_lm_objective(model, RULES, PLAIN), params)
 
 
 def stepped(given: Setting, batch: Any, clip: float | None = None) -> Any:
-    step = jax.jit(step_of(given.task.loss, given.optimizing, clip))
+    step = jax.jit(make_train_step(given.task.loss_fn, given.optimizing, clip))
     return step(given.state, given.frozen, batch, KEY)
 
 
 def evaluate_of(given: Setting) -> Any:
-    return jax.jit(evaluation_of(given.task.loss))
+    return jax.jit(make_eval_step(given.task.loss_fn))
 
 
 def adapter_of(given: Setting) -> Any:
-    return jlora.combine(given.state.trained["adapter"], given.frozen["adapter"])
+    return jlora.combine(given.state.trainable["adapter"], given.frozen["adapter"])
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -112,7 +124,7 @@ def test_the_loss_is_the_mean_over_learned_tokens() -> None:
     given, batch = language(), text(3, 7, [7, 4, 2])
     model, params = decoder()
     merged = jlora.merge(
-        params, jlora.combine(given.state.trained["adapter"], given.frozen["adapter"])
+        params, jlora.combine(given.state.trainable["adapter"], given.frozen["adapter"])
     )
     logits = model.apply(merged, batch.tokens[0], batch.segments[0], batch.positions[0])
     errors, learn = cross_entropies(batch, np.asarray(logits)), np.asarray(batch.learn[0])
@@ -127,7 +139,7 @@ def test_the_loss_is_the_mean_over_learned_tokens() -> None:
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets[0])
         return (errors * learn).sum() / learn.sum()
 
-    gradient = jax.grad(mean)(given.state.trained["adapter"])
+    gradient = jax.grad(mean)(given.state.trainable["adapter"])
     np.testing.assert_allclose(measured.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
 
 
@@ -160,7 +172,7 @@ def test_rows_of_padding_alone_change_nothing() -> None:
 
 def test_an_evaluation_is_the_loss_without_a_step() -> None:
     given, batch = language(), text(4, 7, [7, 6, 2, 0], passes=2)
-    sums = jax.jit(evaluation_of(given.task.loss))(given.state.trained, given.frozen, batch)
+    sums = jax.jit(make_eval_step(given.task.loss_fn))(given.state.trainable, given.frozen, batch)
     _, measured = stepped(given, batch)
     np.testing.assert_allclose(sums.loss / sums.weight, measured.loss, rtol=1e-6)
 
@@ -171,20 +183,22 @@ def test_an_evaluation_is_the_loss_without_a_step() -> None:
 def test_a_large_gradient_is_scaled_to_the_norm() -> None:
     given = language()
     plain = given._replace(
-        optimizing=Optimizing(optax.with_extra_args_support(optax.sgd(1.0)), lambda step: 1.0)
+        optimizing=ScheduledOptimizer(
+            optax.with_extra_args_support(optax.sgd(1.0)), lambda step: 1.0
+        )
     )
-    plain = plain._replace(state=initial(given.state.trained, plain.optimizing))
+    plain = plain._replace(state=init_train_state(given.state.trainable, plain.optimizing))
     batch = text(3, 7, [7, 4, 2])
     free, measured = stepped(plain, batch)
     held, _ = stepped(plain, batch, clip=float(measured.gradient_norm) / 4)
     loose, _ = stepped(plain, batch, clip=float(measured.gradient_norm) * 4)
-    start = jax.tree.leaves(plain.state.trained)
+    start = jax.tree.leaves(plain.state.trainable)
     for old, a, b, c in zip(
         start, *(jax.tree.leaves(s.trained) for s in (free, held, loose)), strict=True
     ):
         np.testing.assert_allclose((b - old) * 4, a - old, atol=1e-6)
         np.testing.assert_allclose(c, a, atol=1e-7)
-    norm = optax.tree.norm(jax.tree.map(jnp.subtract, free.trained, plain.state.trained))
+    norm = optax.tree.norm(jax.tree.map(jnp.subtract, free.trained, plain.state.trainable))
     np.testing.assert_allclose(norm, measured.gradient_norm, rtol=1e-5)
 
 
@@ -201,7 +215,7 @@ spoilt.defjvp(lambda given, moved: (0 * given[0], given[1] * moved[0]))
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_a_step_that_is_not_finite_changes_nothing(fault: str, value: float) -> None:
     given = language()
-    loss = given.task.loss
+    loss = given.task.loss_fn
 
     def broken(trained: Any, frozen: Any, batch: Text, key: Any) -> Any:
         sums = loss(trained, frozen, batch, key)
@@ -212,7 +226,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fault: str, value: float) -> 
         entry = jax.tree.leaves(trained)[0].ravel()[0]
         return sums._replace(loss=sums.loss + spoilt(entry, jnp.where(bad, value, 0)))
 
-    step = jax.jit(step_of(broken, given.optimizing, 1.0))
+    step = jax.jit(make_train_step(broken, given.optimizing, 1.0))
     good = text(2, 7, [7, 3])
     bad = good._replace(tokens=good.tokens.at[0, 0, 0].set(41))
     state, first = step(given.state, given.frozen, good, KEY)
@@ -235,12 +249,12 @@ def test_a_step_that_is_not_finite_changes_nothing(fault: str, value: float) -> 
 def test_frozen_parts_of_adapters_stay() -> None:
     model, params = decoder()
     rules = {r"layers/.*/kernel$": jlora.LoRAFA(rank=2, alpha=4)}
-    given = setting(tasks.language(model, rules, PLAIN), params)
-    assert {leaf.a is None for leaf in given.state.trained["adapter"].values()} == {True}
+    given = setting(objectives.make_lm_objective(model, rules, PLAIN), params)
+    assert {leaf.a is None for leaf in given.state.trainable["adapter"].values()} == {True}
     state, measured = stepped(given, text(2, 7, [7, 3]))
     assert measured.gradient_norm > 0
     for old, new in zip(
-        jax.tree.leaves(given.state.trained), jax.tree.leaves(state.trained), strict=True
+        jax.tree.leaves(given.state.trainable), jax.tree.leaves(state.trained), strict=True
     ):
         assert (old != new).any()
 
@@ -248,9 +262,9 @@ def test_frozen_parts_of_adapters_stay() -> None:
 def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> None:
     model, params = decoder()
     rules = {r"layers/.*/kernel$": jlora.LoRA(rank=2, alpha=4, dropout=0.5)}
-    given = setting(tasks.language(model, rules, PLAIN), params)
+    given = setting(objectives.make_lm_objective(model, rules, PLAIN), params)
     one = text(2, 7, [7, 3])
-    step = jax.jit(step_of(given.task.loss, given.optimizing, None))
+    step = jax.jit(make_train_step(given.task.loss_fn, given.optimizing, None))
     later = given.state._replace(step=jnp.int32(1))
     first = step(given.state, given.frozen, one, KEY)[1].loss
     assert first != step(later, given.frozen, one, KEY)[1].loss
@@ -261,9 +275,9 @@ def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> No
         same = jax.tree.map(functools.partial(jnp.repeat, repeats=passes, axis=0), one)
         losses.append(step(given.state, given.frozen, same, KEY)[1].loss)
     assert abs(losses[0] - losses[1]) > 1e-4 * first
-    sums = evaluate_of(given)(given.state.trained, given.frozen, one)
-    drawn = setting(tasks.language(model, RULES, PLAIN), params)  # The same draws.
-    clean = evaluate_of(drawn)(drawn.state.trained, drawn.frozen, one)
+    sums = evaluate_of(given)(given.state.trainable, given.frozen, one)
+    drawn = setting(objectives.make_lm_objective(model, RULES, PLAIN), params)  # The same draws.
+    clean = evaluate_of(drawn)(drawn.state.trainable, drawn.frozen, one)
     np.testing.assert_allclose(sums.loss, clean.loss, rtol=1e-6)
 
 
@@ -272,8 +286,8 @@ def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> No
 
 def test_preferences_are_learned_by_dpo() -> None:
     model, params = decoder()
-    asked = Preference(beta=0.3, label_smoothing=0.1)
-    given = setting(tasks.preference(model, RULES, PLAIN, asked), params)
+    asked = DPOSection(beta=0.3, label_smoothing=0.1)
+    given = setting(objectives.make_dpo_objective(model, RULES, PLAIN, asked), params)
     flat = text(6, 7, [7, 5, 4, 6, 0, 0])
     batch = jax.tree.map(lambda x: x.reshape(1, 3, 2, 7), flat)
     _, measured = stepped(given, batch)
@@ -295,11 +309,11 @@ def test_preferences_are_learned_by_dpo() -> None:
 
 def test_a_fresh_adapter_prefers_nothing() -> None:
     model, params = decoder()
-    task = tasks.preference(model, RULES, PLAIN, Preference())
-    fresh, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.inputs))
+    task = objectives.make_dpo_objective(model, RULES, PLAIN, DPOSection())
+    fresh, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.example_inputs))
     batch = jax.tree.map(lambda x: x.reshape(1, 2, 2, 7), text(4, 7, [7, 5, 4, 6]))
     frozen = {"base": params, "adapter": rest}
-    sums = jax.jit(evaluation_of(task.loss))({"adapter": fresh}, frozen, batch)
+    sums = jax.jit(make_eval_step(task.loss_fn))({"adapter": fresh}, frozen, batch)
     np.testing.assert_allclose(sums.loss / sums.weight, np.log(2), rtol=1e-5)
 
 
@@ -321,10 +335,10 @@ def labelled() -> Labelled:
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
-    model, params = folders.load(ENCODERS / "distilbert", dtype="float32")
-    asked = Classification(pooling=pooling, label_smoothing=0.1)
+    model, params = load.load(ENCODERS / "distilbert", dtype="float32")
+    asked = ClassificationSection(pooling=pooling, label_smoothing=0.1)
     rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
-    given = setting(tasks.classification(model, rules, PLAIN, asked, 3), params)
+    given = setting(objectives.make_classification_objective(model, rules, PLAIN, asked, 3), params)
     batch = labelled()
     _, measured = stepped(given, batch)
     merged = jlora.merge(params, adapter_of(given))
@@ -335,7 +349,7 @@ def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
         "first": hidden[:, 0],
         "last": [h[n - 1] for h, n in zip(hidden, lengths, strict=True)],
     }[pooling]
-    head = jax.tree.map(np.asarray, given.state.trained["head"])
+    head = jax.tree.map(np.asarray, given.state.trainable["head"])
     scores = np.stack(pooled) @ head["kernel"] + head["bias"]
     log = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
     targets = np.eye(3)[[2, 0, 1]] * 0.9 + 0.1 / 3
@@ -346,21 +360,23 @@ def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
 
 
 def test_a_model_keeps_its_own_head() -> None:
-    model, params = folders.load(ENCODERS / "bert_sequence", dtype="float32")
+    model, params = load.load(ENCODERS / "bert_sequence", dtype="float32")
     labels = model.config.labels
     rules = {
         r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4),
-        "classifier": jlora.Full(),
+        "classifier": jlora.FullDelta(),
     }
-    task = tasks.classification(model, rules, PLAIN, Classification(), labels)
+    task = objectives.make_classification_objective(
+        model, rules, PLAIN, ClassificationSection(), labels
+    )
     given = setting(task, params)
-    assert set(given.state.trained) == {"adapter"}
+    assert set(given.state.trainable) == {"adapter"}
     _, measured = stepped(given, labelled())
     assert measured.gradient_norm > 0
     with pytest.raises(ValueError, match=f"chooses between {labels} labels, and the data has 9"):
-        tasks.classification(model, rules, PLAIN, Classification(), 9)
+        objectives.make_classification_objective(model, rules, PLAIN, ClassificationSection(), 9)
     with pytest.raises(ValueError, match="asks for text, which a Encoder does not write"):
-        tasks.language(model, rules, PLAIN)
+        objectives.make_lm_objective(model, rules, PLAIN)
 
 
 # --- rates and families ---------------------------------------------------------------------------
@@ -368,8 +384,10 @@ def test_a_model_keeps_its_own_head() -> None:
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_the_learning_rate_rises_and_falls_over_the_steps(kind: Any) -> None:
-    options = Optimizer(learning_rate=3.0, schedule=kind, warmup_share=0.25, final_share=0.1)
-    rates = np.array([schedule(options, 40)(step) for step in range(41)])
+    options = OptimizerSection(
+        learning_rate=3.0, schedule=kind, warmup_ratio=0.25, min_lr_ratio=0.1
+    )
+    rates = np.array([make_lr_schedule(options, 40)(step) for step in range(41)])
     np.testing.assert_allclose(rates[:10], 3 * np.arange(1, 11) / 11, rtol=1e-6)
     through = np.arange(31) / 30
     falls = {
@@ -381,16 +399,18 @@ def test_the_learning_rate_rises_and_falls_over_the_steps(kind: Any) -> None:
 
 
 def test_one_step_without_warmup_has_the_full_rate() -> None:
-    assert schedule(Optimizer(learning_rate=3.0, warmup_share=0.5), 1)(0) == 3.0
+    assert make_lr_schedule(OptimizerSection(learning_rate=3.0, warmup_ratio=0.5), 1)(0) == 3.0
 
 
 def test_weight_decay_pulls_factors_and_not_heads() -> None:
-    model, params = folders.load(ENCODERS / "distilbert", dtype="float32")
+    model, params = load.load(ENCODERS / "distilbert", dtype="float32")
     rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
     found = []
     for decay in (0.0, 0.5):
-        options = Optimizer(weight_decay=decay, warmup_share=0.0)
-        task = tasks.classification(model, rules, options, Classification(), 3)
+        options = OptimizerSection(weight_decay=decay, warmup_ratio=0.0)
+        task = objectives.make_classification_objective(
+            model, rules, options, ClassificationSection(), 3
+        )
         given = setting(task, params, options)
         found.append((given, stepped(given, labelled())[0].trained))
     (given, plain), (_, decayed) = found
@@ -408,10 +428,16 @@ def test_weight_decay_pulls_factors_and_not_heads() -> None:
     [
         (
             jlora.AdaLoRA(rank=3, alpha=3),
-            Optimizer(budget=Budget(target_rank=1, warmup_share=0.0), orthogonality=0.5),
+            OptimizerSection(
+                budget=RankBudgetSection(target_rank=1, warmup_ratio=0.0), orth_reg_weight=0.5
+            ),
             "orthogonality",
         ),
-        (jlora.LoRAMixture(experts=3, rank=2, alpha=4), Optimizer(balance=0.5), "balance"),
+        (
+            jlora.LoRAMoE(num_experts=3, rank=2, alpha=4),
+            OptimizerSection(aux_loss_coef=0.5),
+            "balance",
+        ),
     ],
     ids=["adalora", "mixture"],
 )
@@ -419,28 +445,30 @@ def test_families_that_need_a_penalty_get_it(family: Any, options: Any, name: st
     model, params = decoder()
     rules = {r"layers/.*/(q|up)/kernel$": family}
     batch = text(2, 7, [7, 3])
-    given = setting(tasks.language(model, rules, options), params, options)
+    given = setting(objectives.make_lm_objective(model, rules, options), params, options)
     _, measured = stepped(given, batch)
     free = options.model_copy(update={name: 0.0})
-    _, without = stepped(setting(tasks.language(model, rules, free), params, free), batch)
+    _, without = stepped(
+        setting(objectives.make_lm_objective(model, rules, free), params, free), batch
+    )
     assert measured.others["penalty"] > 0
     np.testing.assert_allclose(
         measured.loss - without.loss, measured.others["penalty"], rtol=1e-5, atol=1e-6
     )
-    sums = evaluation_of(given.task.loss)(given.state.trained, given.frozen, batch)
+    sums = make_eval_step(given.task.loss_fn)(given.state.trainable, given.frozen, batch)
     if name == "orthogonality":  # A mixture draws nothing, so its evaluation is the same.
-        np.testing.assert_allclose(sums.loss / sums.weight, without.loss, rtol=1e-5)
+        np.testing.assert_allclose(sums.loss / sums.num_targets, without.loss, rtol=1e-5)
 
 
 def test_gates_of_sora_are_pulled_to_zero() -> None:
     model, params = decoder()
     rules = {r"layers/.*/(q|up)/kernel$": jlora.SoRA(rank=3, alpha=3)}
-    options = Optimizer(learning_rate=0.1, warmup_share=0.0, sparsity=50.0)
-    task = tasks.language(model, rules, options)
-    trained, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.inputs))
-    made = optimizing(options, 10, gates=True)
-    state = initial({"adapter": trained}, made)
-    step = jax.jit(step_of(task.loss, made, 1.0))
+    options = OptimizerSection(learning_rate=0.1, warmup_ratio=0.0, l1_gate=50.0)
+    task = objectives.make_lm_objective(model, rules, options)
+    trained, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.example_inputs))
+    made = make_optimizer(options, 10, has_gates=True)
+    state = init_train_state({"adapter": trained}, made)
+    step = jax.jit(make_train_step(task.loss_fn, made, 1.0))
     state, _ = step(state, {"base": params, "adapter": rest}, text(2, 7, [7, 3]), KEY)
     # A gate of one, a step of 0.1 at most, and a pull of 5.
     assert not any(leaf.gate.any() for leaf in state.trained["adapter"].values())

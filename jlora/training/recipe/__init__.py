@@ -1,7 +1,15 @@
 """Recipes: a training run described in one typed file."""
 
-from jlora.training.recipe.reading import checked as checked
-from jlora.training.recipe.reading import load as load
-from jlora.training.recipe.sections import Recipe as Recipe
-from jlora.training.recipe.showing import commented as commented
-from jlora.training.recipe.showing import json_schema as json_schema
+from __future__ import annotations
+
+from jlora.training.recipe.load import load, validate
+from jlora.training.recipe.schema import default_recipe_yaml, json_schema
+from jlora.training.recipe.sections import Recipe
+
+__all__ = [
+    "Recipe",
+    "default_recipe_yaml",
+    "json_schema",
+    "load",
+    "validate",
+]

@@ -6,28 +6,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.training.data.corpus import Builder, Corpus, Part, Reading
+from jlora.training.data.tokenized_dataset import (
+    TokenizeConfig,
+    TokenizedDataset,
+    TokenizedDatasetBuilder,
+    TokenSequence,
+)
 
 
 def made(
     sizes: Sequence[int], *, first: int = 10, sequences: int = 1, labelled: bool = False
-) -> Corpus:
+) -> TokenizedDataset:
     """Examples of those sizes. Token k is first + k; two of three, and the last, are learnt."""
-    builder = Builder(Reading(length=10_000))
+    builder = TokenizedDatasetBuilder(TokenizeConfig(max_seq_length=10_000))
     token = first
     for row, size in enumerate(sizes):
         parts = []
         for part in range(sequences):
             ids = np.arange(token, token + size + part)
             learn = (ids % 3 > 0) | (ids == ids[-1])
-            parts.append(Part(ids, learn, [0] * (size // 2) + [1] * (size - size // 2)))
+            parts.append(TokenSequence(ids, learn, [0] * (size // 2) + [1] * (size - size // 2)))
             token += size + part
         if labelled:
-            builder.add_labelled(row, parts[0], row % 3, truncated=False)
+            builder.add_labeled(row, parts[0], row % 3, truncated=False)
         else:
-            builder.add(row, *(Part(ids, learn) for ids, learn, _ in parts))
+            builder.add(row, *(TokenSequence(ids, learn) for ids, learn, _ in parts))
     names = ["a", "b", "c"] if labelled else None
-    return builder.build(sequences=sequences, label_names=names)
+    return builder.build(sequences_per_example=sequences, label_names=names)
 
 
 def realistic(count: int, length: int, seed: int = 0) -> np.ndarray:

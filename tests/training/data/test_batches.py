@@ -9,57 +9,57 @@ import numpy as np
 import pytest
 from corpora import made
 
-from jlora.training.data import arrays
-from jlora.training.data.batches import Batch, Position, Stream
-from jlora.training.data.corpus import Corpus
-from jlora.training.data.order import Batching
+from jlora.training.data import batch_stream
+from jlora.training.data.batch_stream import BatchStream, StreamBatch, StreamPosition
+from jlora.training.data.packing import BatchConfig
+from jlora.training.data.tokenized_dataset import TokenizedDataset
 
 SIZES = [7, 3, 9, 2, 12, 5, 5, 11, 4, 6, 8, 2, 3]
 MORE = [4, 9, 6, 2, 10]
-PACKED = Batching(rows=4, length=14, accumulate=2)
-ALONE = Batching(rows=2, length=13, packing=False, buckets=(5, 13))
+PACKED = BatchConfig(batch_size=4, seq_length=14, gradient_accumulation_steps=2)
+ALONE = BatchConfig(batch_size=2, seq_length=13, packing=False, buckets=(5, 13))
 
 
-def corpora(kind: str = "language") -> list[Corpus]:
+def corpora(kind: str = "language") -> list[TokenizedDataset]:
     options: dict[str, Any] = {"sequences": 2 if kind == "preference" else 1}
     options["labelled"] = kind == "classification"
     return [made(SIZES, **options), made(MORE, first=5000, **options)]
 
 
-def stream(kind: Any = "language", batching: Batching = PACKED, **options: Any) -> Stream:
-    return Stream(corpora(kind), batching, kind=kind, **{"seed": 3, **options})
+def stream(kind: Any = "language", batching: BatchConfig = PACKED, **options: Any) -> BatchStream:
+    return BatchStream(corpora(kind), batching, kind=kind, **{"seed": 3, **options})
 
 
-def epoch(of: Stream, number: int = 0) -> list[Batch]:
-    return [b for _, b in of.batches(Position(number, 0), epochs=number + 1)]
+def epoch(of: BatchStream, number: int = 0) -> list[StreamBatch]:
+    return [b for _, b in of.batches(StreamPosition(number, 0), epochs=number + 1)]
 
 
-def digest(batch: Batch) -> str:
-    parts = [repr(batch.ids).encode(), *(array.tobytes() for array in batch.arrays)]
+def digest(batch: StreamBatch) -> str:
+    parts = [repr(batch.example_ids).encode(), *(array.tobytes() for array in batch.arrays)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @pytest.mark.parametrize("batching", [PACKED, ALONE], ids=["packed", "alone"])
-def test_law_packing_leaks_nothing_and_loses_nothing(batching: Batching) -> None:
+def test_law_packing_leaks_nothing_and_loses_nothing(batching: BatchConfig) -> None:
     """Every row against its examples, one token after the other."""
     sources = corpora()
     found = []
     for batch in epoch(stream(batching=batching, pad=9)):
         got = batch.arrays
-        assert isinstance(got, arrays.Language)
-        assert got.tokens.shape[:2] == (batching.accumulate, batching.rows)
+        assert isinstance(got, batch_stream.LMBatch)
+        assert got.tokens.shape[:2] == (batching.gradient_accumulation_steps, batching.batch_size)
         flat = [array.reshape(-1, array.shape[-1]) for array in got]
-        for row, examples in enumerate(batch.ids):
+        for row, examples in enumerate(batch.example_ids):
             want = []
             for segment, (source, example) in enumerate(examples, start=1):
-                tokens, learn = sources[source].sequence(example)
+                tokens, learn = sources[source].get_sequence(example)
                 for place in range(len(tokens)):
                     last = place + 1 == len(tokens)
                     target = (0, 0.0) if last else (tokens[place + 1], float(learn[place + 1]))
                     want.append((tokens[place], *target, segment, place))
             want += [(9, 0, 0.0, 0, 0)] * (len(flat[0][row]) - len(want))
             assert list(zip(*(array[row] for array in flat), strict=True)) == want
-        found += [pair for row in batch.ids for pair in row]
+        found += [pair for row in batch.example_ids for pair in row]
     assert sorted(found) == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
     assert [array.dtype for array in got] == [np.int32, np.int32, np.float32, np.int32, np.int32]
 
@@ -67,42 +67,48 @@ def test_law_packing_leaks_nothing_and_loses_nothing(batching: Batching) -> None
 def test_law_targets_never_cross_segments() -> None:
     for batch in epoch(stream()):
         got = batch.arrays
-        assert isinstance(got, arrays.Language)
-        ends = np.concatenate([np.diff(got.segments) != 0, np.ones((*got.tokens.shape[:2], 1))], -1)
+        assert isinstance(got, batch_stream.LMBatch)
+        ends = np.concatenate(
+            [np.diff(got.segment_ids) != 0, np.ones((*got.tokens.shape[:2], 1))], -1
+        )
         assert not got.targets[ends > 0].any()
-        assert not got.learn[ends > 0].any()
-        assert not got.learn[got.segments == 0].any()
+        assert not got.loss_mask[ends > 0].any()
+        assert not got.loss_mask[got.segment_ids == 0].any()
         inside = ends[..., :-1] == 0
-        kept = got.segments[..., :-1] > 0
+        kept = got.segment_ids[..., :-1] > 0
         assert (got.targets[..., :-1] == got.tokens[..., 1:])[inside & kept].all()
 
 
 def test_every_learnt_token_counts_once_in_an_epoch() -> None:
     for kind in ("language", "preference"):
         batching = PACKED if kind == "language" else ALONE
-        total = sum(batch.arrays.learn.sum() for batch in epoch(stream(kind, batching)))
-        assert total == sum(corpus.report.learned for corpus in corpora(kind))
+        total = sum(batch.arrays.loss_mask.sum() for batch in epoch(stream(kind, batching)))
+        assert total == sum(corpus.stats.loss_tokens for corpus in corpora(kind))
 
 
 def test_preferences_come_in_pairs() -> None:
     sources = corpora("preference")
     found = []
-    for batch in epoch(stream("preference", Batching(rows=2, length=14, accumulate=2))):
+    for batch in epoch(
+        stream(
+            "preference", BatchConfig(batch_size=2, seq_length=14, gradient_accumulation_steps=2)
+        )
+    ):
         got = batch.arrays
-        assert isinstance(got, arrays.Language)
+        assert isinstance(got, batch_stream.LMBatch)
         assert got.tokens.shape == (2, 2, 2, 14)
-        pairs = got.tokens.reshape(4, 2, 14), got.segments.reshape(4, 2, 14)
-        for row, examples in enumerate(batch.ids):
+        pairs = got.tokens.reshape(4, 2, 14), got.segment_ids.reshape(4, 2, 14)
+        for row, examples in enumerate(batch.example_ids):
             assert len(examples) <= 1
             for source, example in examples:
                 for half in range(2):
-                    tokens, _ = sources[source].sequence(2 * example + half)
+                    tokens, _ = sources[source].get_sequence(2 * example + half)
                     size = len(tokens)
                     assert pairs[0][row, half, :size].tolist() == tokens.tolist()
                     assert pairs[1][row, half].tolist() == [1] * size + [0] * (14 - size)
             if not examples:
                 assert not pairs[1][row].any()
-        found += [pair for row in batch.ids for pair in row]
+        found += [pair for row in batch.example_ids for pair in row]
     assert sorted(found) == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
 
 
@@ -111,23 +117,23 @@ def test_classified_texts_come_with_their_labels() -> None:
     real = 0
     for batch in epoch(stream("classification", ALONE)):
         got = batch.arrays
-        assert isinstance(got, arrays.Classes)
-        assert got.labels.shape == got.real.shape == (1, 2)
-        for row, examples in enumerate(batch.ids):
-            assert got.real[0, row] == len(examples)
+        assert isinstance(got, batch_stream.ClassificationBatch)
+        assert got.labels.shape == got.example_mask.shape == (1, 2)
+        for row, examples in enumerate(batch.example_ids):
+            assert got.example_mask[0, row] == len(examples)
             size = 0
             for source, example in examples:
                 corpus = sources[source]
-                tokens, _ = corpus.sequence(example)
+                tokens, _ = corpus.get_sequence(example)
                 size = len(tokens)
                 assert got.tokens[0, row, :size].tolist() == tokens.tolist()
                 halves = [0] * (size // 2) + [1] * (size - size // 2)
-                assert got.types[0, row, :size].tolist() == halves
+                assert got.token_type_ids[0, row, :size].tolist() == halves
                 assert got.labels[0, row] == example % 3
             rest = got.tokens.shape[-1] - size
-            assert got.mask[0, row].tolist() == [1] * size + [0] * rest
-            assert not got.types[0, row, size:].any()
-        real += int(got.real.sum())
+            assert got.attention_mask[0, row].tolist() == [1] * size + [0] * rest
+            assert not got.token_type_ids[0, row, size:].any()
+        real += int(got.example_mask.sum())
     assert real == 18
 
 
@@ -136,12 +142,12 @@ def test_classified_texts_come_with_their_labels() -> None:
     [
         ("language", PACKED, [1.0, 0.3]),
         ("language", ALONE, None),
-        ("preference", Batching(rows=2, length=14), [0.5, 2.0]),
+        ("preference", BatchConfig(batch_size=2, seq_length=14), [0.5, 2.0]),
         ("classification", ALONE, None),
     ],
 )
 def test_law_a_stream_goes_on_as_if_it_never_stopped(
-    kind: Any, batching: Batching, weights: Any
+    kind: Any, batching: BatchConfig, weights: Any
 ) -> None:
     whole = list(stream(kind, batching, weights=weights).batches(epochs=3))
     digests = [digest(batch) for _, batch in whole]
@@ -153,13 +159,16 @@ def test_law_a_stream_goes_on_as_if_it_never_stopped(
 
 def test_positions_count_batches_and_epochs() -> None:
     of = stream()
-    sizes = [len(of.plan(number)) for number in range(3)]
-    assert of.steps(3) == sum(sizes)
+    sizes = [len(of.epoch_plan(number)) for number in range(3)]
+    assert of.num_batches(3) == sum(sizes)
     positions = [position for position, _ in of.batches(epochs=3)]
-    want = [*[Position(e, b) for e in range(3) for b in range(sizes[e])][1:], Position(3, 0)]
+    want = [
+        *[StreamPosition(e, b) for e in range(3) for b in range(sizes[e])][1:],
+        StreamPosition(3, 0),
+    ]
     assert positions == want
-    at_end = of.batches(Position(0, sizes[0]))
-    assert digest(next(at_end)[1]) == digest(next(of.batches(Position(1, 0)))[1])
+    at_end = of.batches(StreamPosition(0, sizes[0]))
+    assert digest(next(at_end)[1]) == digest(next(of.batches(StreamPosition(1, 0)))[1])
 
 
 def share_of(rows: int, process: int, processes: int) -> slice:
@@ -170,7 +179,7 @@ def share_of(rows: int, process: int, processes: int) -> slice:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["language", "preference", "classification"])
 def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int) -> None:
-    batching = Batching(rows=4, length=14, accumulate=2)
+    batching = BatchConfig(batch_size=4, seq_length=14, gradient_accumulation_steps=2)
     whole = epoch(stream(kind, batching))
     parts = [
         epoch(stream(kind, batching, mine=share_of(4, process, processes)))
@@ -182,15 +191,19 @@ def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int)
             want = getattr(batch.arrays, name)
             np.testing.assert_array_equal(np.concatenate(joined, axis=1), want)
         share = 4 // processes
-        ids = [part[number].ids[first : first + share] for first in (0, share) for part in parts]
-        assert sum(ids, ()) == batch.ids
+        ids = [
+            part[number].example_ids[first : first + share]
+            for first in (0, share)
+            for part in parts
+        ]
+        assert sum(ids, ()) == batch.example_ids
     prints = {stream(kind, mine=share_of(4, p, processes)).fingerprint for p in range(processes)}
     assert prints == {stream(kind).fingerprint}
 
 
 def test_evaluation_goes_through_the_data_in_its_order() -> None:
-    of = stream(batching=Batching(rows=2, length=13, packing=False), shuffle=False)
-    found = [pair for batch in epoch(of) for row in batch.ids for pair in row]
+    of = stream(batching=BatchConfig(batch_size=2, seq_length=13, packing=False), shuffle=False)
+    found = [pair for batch in epoch(of) for row in batch.example_ids for pair in row]
     assert found == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
     assert [digest(batch) for batch in epoch(of, 1)] == [digest(batch) for batch in epoch(of)]
 
@@ -201,11 +214,11 @@ def test_fingerprints_tell_what_batches_depend_on() -> None:
         {"seed": 4},
         {"weights": [1.0, 2.0]},
         {"shuffle": False},
-        {"batching": Batching(rows=8, length=14)},
-        {"batching": Batching(rows=4, length=14)},
+        {"batching": BatchConfig(batch_size=8, seq_length=14)},
+        {"batching": BatchConfig(batch_size=4, seq_length=14)},
     ]
     prints = [stream(**given).fingerprint for given in options]
-    prints.append(Stream(corpora()[::-1], PACKED, seed=3).fingerprint)
+    prints.append(BatchStream(corpora()[::-1], PACKED, seed=3).fingerprint)
     assert len(set(prints)) == len(prints)
     assert stream().fingerprint == prints[0]
 
@@ -218,33 +231,38 @@ def test_fingerprints_tell_what_batches_depend_on() -> None:
         ({"weights": [0.01, 0.01]}, r"weights=\[0.01, 0.01\] take none of their \[13, 5\] exam"),
         ({"weights": [0.07, 0.19]}, "in the first epoch, which has no batch then. Give one source"),
         ({"seed": -3}, "seed=-3 is no seed"),
-        ({"batching": Batching(rows=4, length=8)}, "Example 4 of source 0 has 12 tokens"),
+        (
+            {"batching": BatchConfig(batch_size=4, seq_length=8)},
+            "Example 4 of source 0 has 12 tokens",
+        ),
     ],
 )
 def test_streams_that_cannot_be(given: dict[str, Any], message: str) -> None:
     options = {"batching": PACKED, "kind": "language", **given}
     with pytest.raises(ValueError, match=message):
-        Stream(corpora(), **options)
+        BatchStream(corpora(), **options)
 
 
 def test_law_a_stream_that_can_be_has_a_batch_in_every_epoch() -> None:
     pair = [made([4]), made([5, 6], first=50)]
     for weights in ([1.0, 0.1], [0.3, 0.5], [0.01, 1.7]):
-        of = Stream(pair, PACKED, weights=weights)
-        assert all(len(of.plan(number)) for number in range(20))
+        of = BatchStream(pair, PACKED, weights=weights)
+        assert all(len(of.epoch_plan(number)) for number in range(20))
     # Together they have one example an epoch, but none is whole before the second.
     with pytest.raises(ValueError, match=r"weights=\[0.5, 0.5\] take none of their \[1, 1\]"):
-        Stream([made([4]), made([5], first=50)], PACKED, weights=[0.5, 0.5])
+        BatchStream([made([4]), made([5], first=50)], PACKED, weights=[0.5, 0.5])
 
 
 def test_labels_of_sources_have_to_agree() -> None:
     first, second = corpora("classification")
     second = second._replace(label_names=("c", "b", "a"))
     with pytest.raises(ValueError, match="call their labels differently"):
-        Stream([first, second], ALONE, kind="classification")
+        BatchStream([first, second], ALONE, kind="classification")
 
 
-@pytest.mark.parametrize("position", [Position(0, 99), Position(-1, 0), Position(0, -1)])
-def test_positions_of_other_data_are_refused(position: Position) -> None:
+@pytest.mark.parametrize(
+    "position", [StreamPosition(0, 99), StreamPosition(-1, 0), StreamPosition(0, -1)]
+)
+def test_positions_of_other_data_are_refused(position: StreamPosition) -> None:
     with pytest.raises(ValueError, match=r"is none of this data: its epoch has \d+ batches"):
         stream().batches(position)

@@ -13,32 +13,32 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jlora.training.data import examples, sources
-from jlora.training.data.corpus import Corpus, Reading
-from jlora.training.data.template import ChatTemplate
+from jlora.training.data import formats, sources
+from jlora.training.data.chat_template import ChatTemplate
+from jlora.training.data.tokenized_dataset import TokenizeConfig, TokenizedDataset
 from jlora.training.data.tokenizer import Tokenizer
 
 HERE = pathlib.Path(__file__).parent
 CASES = json.loads((HERE / "chat.json").read_text("utf-8"))["cases"]
-TINY = Tokenizer.of(HERE / "tiny")
+TINY = Tokenizer.from_folder(HERE / "tiny")
 BOS, EOS = 0, 1
-READING = Reading(length=400, where="train.jsonl")
+READING = TokenizeConfig(max_seq_length=400, data_name="train.jsonl")
 TEXTS = ["Größe, naïve café", "日本語 and 🙂🙂", "def answer():\n    return  1\n", "a"]
 
 
 def with_template(name: str) -> Tokenizer:
     text = (HERE / "templates" / f"{name}.jinja").read_text()
     variables = {"bos_token": "<s>", "date_string": "01 Feb 2026"}
-    return Tokenizer.of(HERE / "tiny", ChatTemplate(text, variables))
+    return Tokenizer.from_folder(HERE / "tiny", ChatTemplate(text, variables))
 
 
-def pieces(corpus: Corpus, index: int) -> tuple[list[int], list[int]]:
-    tokens, learn = corpus.sequence(index)
+def pieces(corpus: TokenizedDataset, index: int) -> tuple[list[int], list[int]]:
+    tokens, learn = corpus.get_sequence(index)
     return tokens.tolist(), tokens[learn].tolist()
 
 
 def ids(text: str) -> list[int]:
-    return TINY.plain.encode(text).ids
+    return TINY.without_special_tokens.encode(text).ids
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -57,36 +57,52 @@ def test_files_that_cut_and_pad_are_not_obeyed(tmp_path: pathlib.Path) -> None:
     cutting.enable_truncation(3)
     cutting.enable_padding(length=50)
     cutting.save(str(tmp_path / "tokenizer.json"))
-    made = Tokenizer.of(tmp_path)
+    made = Tokenizer.from_folder(tmp_path)
     for text in TEXTS:
         assert made.encode([text]) == [ids(text)]
-        assert made.whole.encode(text).ids == [BOS, *ids(text)]
+        assert made.with_special_tokens.encode(text).ids == [BOS, *ids(text)]
 
 
 def test_special_tokens_are_those_of_the_folder(tmp_path: pathlib.Path) -> None:
-    assert (TINY.before, TINY.bos, TINY.eos, TINY.pad) == ((BOS,), BOS, EOS, 2)
-    assert TINY.template is not None
-    assert TINY.vocab_size == TINY.plain.get_vocab_size()
+    assert (TINY.prefix_ids, TINY.bos_token_id, TINY.eos_token_id, TINY.pad_token_id) == (
+        (BOS,),
+        BOS,
+        EOS,
+        2,
+    )
+    assert TINY.chat_template is not None
+    assert TINY.vocab_size == TINY.without_special_tokens.get_vocab_size()
     shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
     config = tmp_path / "tokenizer_config.json"
     config.write_text('{"add_bos_token": false}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1], "bos_token_id": 0}')
-    made = Tokenizer.of(tmp_path)
-    assert (made.before, made.bos, made.eos, made.pad, made.template) == ((), 0, 7, 0, None)
+    made = Tokenizer.from_folder(tmp_path)
+    assert (
+        made.prefix_ids,
+        made.bos_token_id,
+        made.eos_token_id,
+        made.pad_token_id,
+        made.chat_template,
+    ) == ((), 0, 7, 0, None)
     assert made.fingerprint != TINY.fingerprint
     config.write_text('{"eos_token": "<nothing>"}')
     with pytest.raises(ValueError, match="eos_token='<nothing>' is none of tokenizer.json's"):
-        Tokenizer.of(tmp_path)
+        Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer"):
-        Tokenizer.of(tmp_path)
+        Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
-        Tokenizer.of(tmp_path)
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
-    made = [TINY, Tokenizer.of(HERE / "tiny"), with_template("llama3"), with_template("plain")]
+    made = [
+        TINY,
+        Tokenizer.from_folder(HERE / "tiny"),
+        with_template("llama3"),
+        with_template("plain"),
+    ]
     prints = [tokenizer.fingerprint for tokenizer in made]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
@@ -97,18 +113,20 @@ def test_the_date_is_part_of_a_fingerprint_only_where_a_template_tells_it(
 ) -> None:
     shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
     days = [datetime.datetime(2026, 2, day) for day in (1, 2)]
-    for template in (None, TINY.template):
-        undated = [Tokenizer.of(tmp_path, template, now=now) for now in (None, *days)]
+    for template in (None, TINY.chat_template):
+        undated = [Tokenizer.from_folder(tmp_path, template, now=now) for now in (None, *days)]
         assert {tokenizer.fingerprint for tokenizer in undated} == {TINY.fingerprint}
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    for template in (None, ChatTemplate.of(tmp_path)):
-        dated = [Tokenizer.of(tmp_path, template, now=now) for now in (*days, None, days[0])]
+    for template in (None, ChatTemplate.from_folder(tmp_path)):
+        dated = [
+            Tokenizer.from_folder(tmp_path, template, now=now) for now in (*days, None, days[0])
+        ]
         prints = [tokenizer.fingerprint for tokenizer in dated]
         assert prints[0] == prints[3]
         assert len(set(prints)) == 3
-        assert dated[1].template is not None
-        assert dated[1].template.render(said("Hi")) == "02 Feb 2026"
-    kept = Tokenizer.of(tmp_path, ChatTemplate.of(tmp_path, now=days[1]))
+        assert dated[1].chat_template is not None
+        assert dated[1].chat_template.render(said("Hi")) == "02 Feb 2026"
+    kept = Tokenizer.from_folder(tmp_path, ChatTemplate.from_folder(tmp_path, now=days[1]))
     assert kept.fingerprint == prints[1]
 
 
@@ -118,8 +136,8 @@ def test_the_date_is_part_of_a_fingerprint_only_where_a_template_tells_it(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["template"])
 def test_tokens_and_masks_of_chats_are_those_of_transformers(case: dict[str, Any]) -> None:
     row = {"messages": case["messages"], "tools": json.dumps(case["tools"])}
-    corpus = examples.chat([row], with_template(case["template"]), READING)
-    tokens, learn = corpus.sequence(0)
+    corpus = formats.tokenize_chats([row], with_template(case["template"]), READING)
+    tokens, learn = corpus.get_sequence(0)
     assert tokens.tolist() == case["tokens"]
     if "mask" in case:
         assert learn.tolist() == [bool(x) for x in case["mask"]]
@@ -129,13 +147,13 @@ def test_tokens_and_masks_of_chats_are_those_of_transformers(case: dict[str, Any
 def test_law_a_token_is_learnt_if_a_character_of_it_is_said(case: dict[str, Any]) -> None:
     """Against a search through all characters, with bytes that are half of one."""
     tokenizer = with_template(case["template"])
-    assert tokenizer.template is not None
-    text, spans = tokenizer.template.spans(case["messages"], tools=case["tools"])
+    assert tokenizer.chat_template is not None
+    text, spans = tokenizer.chat_template.render_with_spans(case["messages"], tools=case["tools"])
     spoken = {place for start, end in spans for place in range(start, end)}
-    made = tokenizer.plain.encode(text)
+    made = tokenizer.without_special_tokens.encode(text)
     want = [bool(spoken & set(range(*offsets))) for offsets in made.offsets]
     row = {"messages": case["messages"], "tools": case["tools"]}
-    tokens, learn = examples.chat([row], tokenizer, READING).sequence(0)
+    tokens, learn = formats.tokenize_chats([row], tokenizer, READING).get_sequence(0)
     assert tokens.tolist() == made.ids
     assert learn.tolist() == want
     assert any(want)
@@ -144,18 +162,20 @@ def test_law_a_token_is_learnt_if_a_character_of_it_is_said(case: dict[str, Any]
 def test_blanks_within_an_answer_are_learnt() -> None:
     # Byte-level tokenizers leave blanks out of a token's offsets unless told not to.
     rows = [{"messages": said("Hi", "if:\n        x =    1  ")}]
-    _, learnt = pieces(examples.chat(rows, with_template("chatml"), READING), 0)
+    _, learnt = pieces(formats.tokenize_chats(rows, with_template("chatml"), READING), 0)
     assert TINY.decode(learnt) == "if:\n        x =    1  <|im_end|>"
 
 
-@pytest.mark.parametrize(("loss_on", "learnt"), [("responses", "bd"), ("last", "d")])
-def test_what_is_learnt_of_a_chat(loss_on: Any, learnt: str) -> None:
+@pytest.mark.parametrize(("train_on", "learnt"), [("responses", "bd"), ("last", "d")])
+def test_what_is_learnt_of_a_chat(train_on: Any, learnt: str) -> None:
     rows = [{"messages": said("a", "b", "c", "d")}]
     for name in ("chatml", "generation"):
-        corpus = examples.chat(rows, with_template(name), READING, loss_on=loss_on)
+        corpus = formats.tokenize_chats(rows, with_template(name), READING, train_on=train_on)
         assert TINY.decode(pieces(corpus, 0)[1]).replace("<|im_end|>", "") == learnt
-    everything = examples.chat(rows, TINY, READING, loss_on="all")
-    assert everything.sequence(0)[1].tolist() == [False] + [True] * (everything.report.tokens - 1)
+    everything = formats.tokenize_chats(rows, TINY, READING, train_on="all")
+    assert everything.get_sequence(0)[1].tolist() == [False] + [True] * (
+        everything.stats.tokens - 1
+    )
 
 
 def test_spans_are_found_by_bisection() -> None:
@@ -166,8 +186,8 @@ def test_spans_are_found_by_bisection() -> None:
         starts = np.sort(rng.integers(0, 40, 20))
         offsets = np.stack([starts, starts + rng.integers(1, 5, 20)], axis=1)
         want = [any(a < end and start < b for a, b in spans) for start, end in offsets]
-        assert examples.within(offsets, spans).tolist() == want
-    assert examples.within(offsets, []).tolist() == [False] * 20
+        assert formats.tokens_in_spans(offsets, spans).tolist() == want
+    assert formats.tokens_in_spans(offsets, []).tolist() == [False] * 20
 
 
 # The other formats
@@ -175,27 +195,27 @@ def test_spans_are_found_by_bisection() -> None:
 
 def test_completions_begin_and_end_as_the_model_expects() -> None:
     rows = [{"prompt": text, "completion": f"{text}!"} for text in TEXTS]
-    corpus = examples.completion(rows, TINY, READING)
+    corpus = formats.tokenize_completions(rows, TINY, READING)
     for number, text in enumerate(TEXTS):
         answer = [*ids(f"{text}!"), EOS]
         assert pieces(corpus, number) == ([BOS, *ids(text), *answer], answer)
-    everything = examples.completion(rows, TINY, READING, loss_on="all")
-    assert everything.learn.sum() == len(everything.tokens) - len(TEXTS)
+    everything = formats.tokenize_completions(rows, TINY, READING, train_on="all")
+    assert everything.loss_mask.sum() == len(everything.tokens) - len(TEXTS)
 
 
 def test_no_token_lies_in_prompt_and_completion() -> None:
     rows = [{"prompt": "ans", "completion": "wers"}]
     whole = ids("answers")
-    tokens, _ = pieces(examples.completion(rows, TINY, READING), 0)
+    tokens, _ = pieces(formats.tokenize_completions(rows, TINY, READING), 0)
     assert tokens == [BOS, *ids("ans"), *ids("wers"), EOS] != [BOS, *whole, EOS]
 
 
 def test_texts_are_learnt_whole() -> None:
-    corpus = examples.text([{"text": text} for text in [*TEXTS, ""]], TINY, READING)
+    corpus = formats.tokenize_texts([{"text": text} for text in [*TEXTS, ""]], TINY, READING)
     for number, text in enumerate(TEXTS):
         assert pieces(corpus, number) == ([BOS, *ids(text), EOS], [*ids(text), EOS])
-    assert corpus.examples == 4
-    assert corpus.report.unlearned == 1
+    assert corpus.num_examples == 4
+    assert corpus.stats.without_loss_tokens == 1
 
 
 def test_preferences_share_their_prompt() -> None:
@@ -205,20 +225,20 @@ def test_preferences_share_their_prompt() -> None:
     ]
     strings = [{"prompt": "a", "chosen": " yes", "rejected": " no!"}]
     asked = [{"prompt": "a", "chosen": said("a", "yes"), "rejected": said("a", "no!")}]
-    corpus = examples.preference(chats, TINY, READING)
-    assert (corpus.sequences, corpus.examples, len(corpus.offsets)) == (2, 2, 5)
+    corpus = formats.tokenize_preferences(chats, TINY, READING)
+    assert (corpus.sequences_per_example, corpus.num_examples, len(corpus.offsets)) == (2, 2, 5)
     sizes = np.diff(corpus.offsets).reshape(-1, 2)
-    assert corpus.lengths().tolist() == sizes.max(axis=1).tolist()
+    assert corpus.example_lengths().tolist() == sizes.max(axis=1).tolist()
     answers = ["yes<|im_end|>", "no!<|im_end|>", "d<|im_end|>", "<|im_end|>"]
     assert [TINY.decode(pieces(corpus, i)[1]) for i in range(4)] == answers
     for first, second in ((0, 1), (2, 3)):
         tokens, learnt = zip(pieces(corpus, first), pieces(corpus, second), strict=True)
         prompts = [t[: -len(rest) - 1] for t, rest in zip(tokens, learnt, strict=True)]
         assert prompts[0] == prompts[1]
-    texts = examples.preference(strings, TINY, READING)
+    texts = formats.tokenize_preferences(strings, TINY, READING)
     assert pieces(texts, 0) == ([BOS, *ids("a"), *ids(" yes"), EOS], [*ids(" yes"), EOS])
     assert pieces(texts, 1) == ([BOS, *ids("a"), *ids(" no!"), EOS], [*ids(" no!"), EOS])
-    assert pieces(examples.preference(asked, TINY, READING), 0) == pieces(corpus, 0)
+    assert pieces(formats.tokenize_preferences(asked, TINY, READING), 0) == pieces(corpus, 0)
 
 
 def encoder(folder: pathlib.Path) -> Tokenizer:
@@ -232,44 +252,48 @@ def encoder(folder: pathlib.Path) -> Tokenizer:
         special_tokens=[("[CLS]", 0), ("[SEP]", 1)],
     )
     made.save(str(folder / "tokenizer.json"))
-    return Tokenizer.of(folder)
+    return Tokenizer.from_folder(folder)
 
 
 def test_classified_texts_have_all_tokens_of_the_model(tmp_path: pathlib.Path) -> None:
     tokenizer = encoder(tmp_path)
     rows = [{"text": "a b", "label": "good"}, {"text": "c", "label": "bad"}]
-    corpus = examples.classification(rows, tokenizer, READING)
+    corpus = formats.tokenize_classification(rows, tokenizer, READING)
     assert corpus.tokens.tolist() == [0, 3, 4, 1, 0, 5, 1]
     assert corpus.labels is not None
     assert corpus.labels.tolist() == [1, 0]
-    assert (corpus.label_names, corpus.types) == (("bad", "good"), None)
-    assert not corpus.learn.any()
+    assert (corpus.label_names, corpus.token_type_ids) == (("bad", "good"), None)
+    assert not corpus.loss_mask.any()
     pairs = [row | {"text_pair": "d e f"} for row in rows]
-    corpus = examples.classification(pairs, tokenizer, READING, label_names=["good", "bad", "so"])
+    corpus = formats.tokenize_classification(
+        pairs, tokenizer, READING, label_names=["good", "bad", "so"]
+    )
     assert corpus.labels is not None
-    assert corpus.types is not None
+    assert corpus.token_type_ids is not None
     assert corpus.labels.tolist() == [0, 1]
     assert corpus.tokens[:8].tolist() == [0, 3, 4, 1, 6, 7, 8, 1]
-    assert corpus.types[:8].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert corpus.token_type_ids[:8].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_cut_texts_keep_the_tokens_around_them(tmp_path: pathlib.Path) -> None:
     rows = [{"text": "a b c d e", "label": 0}, {"text": "a b", "label": 2}]
-    reading = Reading(length=4, overlong="truncate")
-    corpus = examples.classification(rows, encoder(tmp_path), reading)
+    reading = TokenizeConfig(max_seq_length=4, truncation="truncate")
+    corpus = formats.tokenize_classification(rows, encoder(tmp_path), reading)
     assert corpus.tokens.tolist() == [0, 3, 4, 1, 0, 3, 4, 1]
-    assert corpus.report.truncated == 1
+    assert corpus.stats.truncated == 1
     assert corpus.label_names == ("0", "1", "2")
-    dropped = examples.classification(rows, encoder(tmp_path), Reading(length=4, overlong="drop"))
+    dropped = formats.tokenize_classification(
+        rows, encoder(tmp_path), TokenizeConfig(max_seq_length=4, truncation="drop")
+    )
     assert dropped.labels is not None
-    assert (dropped.labels.tolist(), dropped.report.dropped) == ([2], 1)
+    assert (dropped.labels.tolist(), dropped.stats.dropped) == ([2], 1)
 
 
 def test_labels_are_called_as_the_table_says(tmp_path: pathlib.Path) -> None:
     table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}).cast_column(
         "label", datasets.ClassLabel(names=["zero", "one", "two"])
     )
-    corpus = examples.classification(table, encoder(tmp_path), READING)
+    corpus = formats.tokenize_classification(table, encoder(tmp_path), READING)
     assert corpus.label_names == ("zero", "one", "two")
     assert corpus.labels is not None
     assert corpus.labels.tolist() == [1, 0]
@@ -297,7 +321,7 @@ def test_labels_that_are_none(
 ) -> None:
     rows = [{"text": "a", "label": label} for label in labels]
     with pytest.raises(ValueError, match=message):
-        examples.classification(rows, encoder(tmp_path), READING, label_names=names)
+        formats.tokenize_classification(rows, encoder(tmp_path), READING, label_names=names)
 
 
 def test_labels_of_csv_are_text_unless_all_are_numbers(tmp_path: pathlib.Path) -> None:
@@ -313,12 +337,14 @@ def test_labels_of_csv_are_text_unless_all_are_numbers(tmp_path: pathlib.Path) -
     for cells, want in tables.items():
         file = tmp_path / "a.csv"
         file.write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells.split()))
-        corpus = examples.classification(sources.rows(file), tokenizer, READING)
+        corpus = formats.tokenize_classification(sources.load_rows(file), tokenizer, READING)
         assert corpus.labels is not None
         assert (corpus.labels.tolist(), corpus.label_names) == want
     file.write_text("text,label\na,1\na,0\na,1\n")
     for names, numbers in ((["bad", "good"], [1, 0, 1]), (["1", "0"], [0, 1, 0])):
-        corpus = examples.classification(sources.rows(file), tokenizer, READING, label_names=names)
+        corpus = formats.tokenize_classification(
+            sources.load_rows(file), tokenizer, READING, label_names=names
+        )
         assert corpus.labels is not None
         assert corpus.labels.tolist() == numbers
 
@@ -337,15 +363,17 @@ def test_labels_of_csv_that_are_none(
 ) -> None:
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells))
     with pytest.raises(ValueError, match=message):
-        examples.classification(sources.rows(tmp_path / "a.csv"), encoder(tmp_path), READING)
+        formats.tokenize_classification(
+            sources.load_rows(tmp_path / "a.csv"), encoder(tmp_path), READING
+        )
 
 
 def test_numbers_of_csv_are_names_where_those_say_so(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1\na,9\n")
-    reading = Reading(length=400, where="a.csv")
+    reading = TokenizeConfig(max_seq_length=400, data_name="a.csv")
     with pytest.raises(ValueError, match="a.csv, row 1: label='9' is none of 1, 2, b"):
-        examples.classification(
-            sources.rows(tmp_path / "a.csv"),
+        formats.tokenize_classification(
+            sources.load_rows(tmp_path / "a.csv"),
             encoder(tmp_path),
             reading,
             label_names=["1", "2", "b"],
@@ -355,7 +383,9 @@ def test_numbers_of_csv_are_names_where_those_say_so(tmp_path: pathlib.Path) -> 
 def test_digits_as_strings_of_json_stay_names(tmp_path: pathlib.Path) -> None:
     lines = [json.dumps({"text": "a", "label": label}) for label in ("2", "1")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    corpus = examples.classification(sources.rows(tmp_path / "a.jsonl"), encoder(tmp_path), READING)
+    corpus = formats.tokenize_classification(
+        sources.load_rows(tmp_path / "a.jsonl"), encoder(tmp_path), READING
+    )
     assert corpus.label_names == ("1", "2")
 
 
@@ -364,16 +394,16 @@ def test_digits_as_strings_of_json_stay_names(tmp_path: pathlib.Path) -> None:
 
 def test_tables_and_lists_make_the_same_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": text, "completion": text, "more": 1} for text in TEXTS * 3]
-    want = examples.completion(rows, TINY, READING)
-    monkeypatch.setattr(examples, "_AT_ONCE", 5)
+    want = formats.tokenize_completions(rows, TINY, READING)
+    monkeypatch.setattr(formats, "_AT_ONCE", 5)
     table = datasets.Dataset.from_list(rows)
     for given in (rows, table):
-        assert examples.completion(given, TINY, READING).fingerprint == want.fingerprint
-    other = examples.completion(rows, TINY, READING, loss_on="all")
+        assert formats.tokenize_completions(given, TINY, READING).fingerprint == want.fingerprint
+    other = formats.tokenize_completions(rows, TINY, READING, train_on="all")
     assert other.fingerprint != want.fingerprint
     renamed = table.rename_column("prompt", "question")
-    reading = Reading(length=400, columns={"prompt": "question"})
-    assert examples.completion(renamed, TINY, reading).fingerprint == want.fingerprint
+    reading = TokenizeConfig(max_seq_length=400, columns={"prompt": "question"})
+    assert formats.tokenize_completions(renamed, TINY, reading).fingerprint == want.fingerprint
 
 
 def test_chats_of_tables_are_those_of_lists() -> None:
@@ -383,9 +413,9 @@ def test_chats_of_tables_are_those_of_lists() -> None:
         {"messages": [*said("a"), {"role": "assistant", "content": None, "tool_calls": made}]}
         for made in (calls, other)
     ] + [{"messages": said("a", "b")}]
-    want = examples.chat(rows, with_template("llama3"), READING)
+    want = formats.tokenize_chats(rows, with_template("llama3"), READING)
     table = datasets.Dataset.from_list(rows)
-    got = examples.chat(table, with_template("llama3"), READING)
+    got = formats.tokenize_chats(table, with_template("llama3"), READING)
     assert got.fingerprint == want.fingerprint
 
 
@@ -417,33 +447,33 @@ def test_rows_that_are_wrong(
         if columns or "answer" in row
         else good[form] | ({"tools": None} if "tools" in row else {})
     )
-    reading = Reading(length=400, where="train.jsonl", columns=columns)
+    reading = TokenizeConfig(max_seq_length=400, data_name="train.jsonl", columns=columns)
     with pytest.raises(ValueError, match=message):
-        examples.FORMATS[form]([first, row], TINY, reading)
+        formats.FORMATS[form]([first, row], TINY, reading)
 
 
 def test_answers_have_to_be_single_messages() -> None:
     row = {"prompt": said("a"), "chosen": said("b", "c"), "rejected": said("a", "d")}
     message = r"row 0: chosen has to be one message of the assistant, .* \['user', 'assistant'\]"
     with pytest.raises(ValueError, match=message):
-        examples.preference([row], TINY, READING)
+        formats.tokenize_preferences([row], TINY, READING)
 
 
 def test_tokenizers_that_lack_what_a_format_needs() -> None:
-    without = TINY._replace(eos=None, template=None)
+    without = TINY._replace(eos_token_id=None, chat_template=None)
     with pytest.raises(ValueError, match="names no eos token"):
-        examples.text([{"text": "a"}], without, READING)
+        formats.tokenize_texts([{"text": "a"}], without, READING)
     with pytest.raises(ValueError, match="folder no chat template"):
-        examples.chat([{"messages": said("a", "b")}], without, READING)
+        formats.tokenize_chats([{"messages": said("a", "b")}], without, READING)
 
 
 def test_tokens_beyond_the_model_are_refused() -> None:
     highest = max(ids(TEXTS[0]))
     rows = [{"text": "a"}, {"text": TEXTS[0]}]
-    reading = Reading(length=400, vocab_size=highest, where="train.jsonl")
+    reading = TokenizeConfig(max_seq_length=400, vocab_size=highest, data_name="train.jsonl")
     with pytest.raises(ValueError, match=f"row 1: token {highest} is none of the model's"):
-        examples.text(rows, TINY, reading)
-    examples.text(rows, TINY, Reading(length=400, vocab_size=highest + 1))
+        formats.tokenize_texts(rows, TINY, reading)
+    formats.tokenize_texts(rows, TINY, TokenizeConfig(max_seq_length=400, vocab_size=highest + 1))
 
 
 # Rows that are too long
@@ -455,10 +485,14 @@ def test_long_rows_are_told_or_left_out() -> None:
     rows = [{"text": "a"}, {"text": LONG}]
     size = len(ids(LONG)) + 2
     with pytest.raises(ValueError, match=rf"train.jsonl, row 1: {size} tokens are more"):
-        examples.text(rows, TINY, Reading(length=size - 1, where="train.jsonl"))
-    assert examples.text(rows, TINY, Reading(length=size)).examples == 2
-    corpus = examples.text(rows, TINY, Reading(length=size - 1, overlong="drop"))
-    assert (corpus.examples, corpus.report.dropped, corpus.report.rows) == (1, 1, 2)
+        formats.tokenize_texts(
+            rows, TINY, TokenizeConfig(max_seq_length=size - 1, data_name="train.jsonl")
+        )
+    assert formats.tokenize_texts(rows, TINY, TokenizeConfig(max_seq_length=size)).num_examples == 2
+    corpus = formats.tokenize_texts(
+        rows, TINY, TokenizeConfig(max_seq_length=size - 1, truncation="drop")
+    )
+    assert (corpus.num_examples, corpus.stats.dropped, corpus.stats.rows) == (1, 1, 2)
 
 
 def test_cut_rows_keep_their_beginning() -> None:
@@ -467,64 +501,76 @@ def test_cut_rows_keep_their_beginning() -> None:
         {"prompt": LONG, "completion": "a"},
         {"prompt": "a", "completion": "a"},
     ]
-    whole = examples.completion(rows, TINY, READING)
-    corpus = examples.completion(rows, TINY, Reading(length=6, overlong="truncate"))
-    counts = corpus.report
-    assert (counts.rows, counts.examples, counts.truncated, counts.lost) == (3, 2, 1, 1)
+    whole = formats.tokenize_completions(rows, TINY, READING)
+    corpus = formats.tokenize_completions(
+        rows, TINY, TokenizeConfig(max_seq_length=6, truncation="truncate")
+    )
+    counts = corpus.stats
+    assert (counts.rows, counts.examples, counts.truncated, counts.truncated_to_nothing) == (
+        3,
+        2,
+        1,
+        1,
+    )
     assert pieces(corpus, 0)[0] == pieces(whole, 0)[0][:6]
     assert pieces(corpus, 1) == pieces(whole, 2)
     pair = [{"prompt": "a", "chosen": LONG, "rejected": "b"}]
-    cut = examples.preference(pair, TINY, Reading(length=6, overlong="truncate"))
+    cut = formats.tokenize_preferences(
+        pair, TINY, TokenizeConfig(max_seq_length=6, truncation="truncate")
+    )
     assert np.diff(cut.offsets).tolist() == [6, 4]
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 200])
 def test_law_split_texts_learn_every_token_once(length: int) -> None:
     rows = [{"text": text} for text in ("a", LONG, "b")]
-    whole = examples.text(rows, TINY, READING)
-    corpus = examples.text(rows, TINY, Reading(length=length, overlong="split"))
-    assert corpus.tokens[corpus.learn].tolist() == whole.tokens[whole.learn].tolist()
-    assert corpus.lengths().max() <= length
-    assert corpus.lengths().min() >= 2
+    whole = formats.tokenize_texts(rows, TINY, READING)
+    corpus = formats.tokenize_texts(
+        rows, TINY, TokenizeConfig(max_seq_length=length, truncation="split")
+    )
+    assert corpus.tokens[corpus.loss_mask].tolist() == whole.tokens[whole.loss_mask].tolist()
+    assert corpus.example_lengths().max() <= length
+    assert corpus.example_lengths().min() >= 2
     # What a piece begins with is what the one before it ended with, or the start of a text.
-    for number in range(1, corpus.examples):
-        first, before = corpus.sequence(number)[0][0], corpus.sequence(number - 1)[0][-1]
+    for number in range(1, corpus.num_examples):
+        first, before = corpus.get_sequence(number)[0][0], corpus.get_sequence(number - 1)[0][-1]
         assert first == (BOS if before == EOS else before)
 
 
 def test_rows_with_nothing_to_learn_are_counted() -> None:
     rows = [{"messages": said("a")}, {"messages": said("a", "b")}]
-    corpus = examples.chat(rows, TINY, READING)
-    assert (corpus.examples, corpus.report.unlearned) == (1, 1)
+    corpus = formats.tokenize_chats(rows, TINY, READING)
+    assert (corpus.num_examples, corpus.stats.without_loss_tokens) == (1, 1)
     with pytest.raises(ValueError, match=r"leaves nothing to learn: of 1 rows 0 .* 1 nothing"):
-        examples.chat(rows[:1], TINY, READING)
+        formats.tokenize_chats(rows[:1], TINY, READING)
 
 
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(
-        ValueError, match=r"Reading.length=1, in a recipe data.length, holds no token and the next"
+        ValueError,
+        match=r"Reading.length=1, in a recipe data.max_seq_length, holds no token and the next",
     ):
-        Reading(length=1)
+        TokenizeConfig(max_seq_length=1)
     wrong: Any = "cut"
-    with pytest.raises(ValueError, match=r"Reading.overlong='cut' is none of error, drop"):
-        Reading(length=4, overlong=wrong)
-    chats, loss_on = [{"messages": said("a", "b")}], wrong
-    with pytest.raises(ValueError, match="loss_on='cut' is none of responses, last, all"):
-        examples.chat(chats, TINY, READING, loss_on=loss_on)
+    with pytest.raises(ValueError, match=r"Reading.truncation='cut' is none of error, drop"):
+        TokenizeConfig(max_seq_length=4, truncation=wrong)
+    chats, train_on = [{"messages": said("a", "b")}], wrong
+    with pytest.raises(ValueError, match="train_on='cut' is none of responses, last, all"):
+        formats.tokenize_chats(chats, TINY, READING, train_on=train_on)
     texts = [{"prompt": "a", "completion": "b"}]
-    with pytest.raises(ValueError, match="loss_on='cut' is neither completion nor all"):
-        examples.completion(texts, TINY, READING, loss_on=loss_on)
+    with pytest.raises(ValueError, match="train_on='cut' is neither completion nor all"):
+        formats.tokenize_completions(texts, TINY, READING, train_on=train_on)
 
 
-@pytest.mark.parametrize("form", sorted(examples.FORMATS.keys() - {"text"}))
+@pytest.mark.parametrize("form", sorted(formats.FORMATS.keys() - {"text"}))
 def test_only_texts_are_split(form: str) -> None:
-    with pytest.raises(ValueError, match="data.overlong=split makes several examples of"):
-        examples.FORMATS[form]([], TINY, Reading(length=4, overlong="split"))
+    with pytest.raises(ValueError, match="data.truncation=split makes several examples of"):
+        formats.FORMATS[form]([], TINY, TokenizeConfig(max_seq_length=4, truncation="split"))
 
 
 def test_counts_are_of_what_is_there() -> None:
     rows = [{"prompt": text, "completion": text} for text in TEXTS]
-    corpus = examples.completion(rows, TINY, READING)
-    assert corpus.report == (4, 4, 0, 0, 0, 0, 0, len(corpus.tokens), corpus.learn.sum())
-    assert (corpus.tokens.dtype, corpus.learn.dtype) == (np.int32, np.bool_)
+    corpus = formats.tokenize_completions(rows, TINY, READING)
+    assert corpus.stats == (4, 4, 0, 0, 0, 0, 0, len(corpus.tokens), corpus.loss_mask.sum())
+    assert (corpus.tokens.dtype, corpus.loss_mask.dtype) == (np.int32, np.bool_)
     assert corpus.offsets.dtype == np.int64

@@ -9,52 +9,60 @@ import numpy as np
 import pytest
 from corpora import realistic
 
-from jlora.training.data import order
-from jlora.training.data.order import Batching, Plan, epoch_plan
+from jlora.training.data import packing
+from jlora.training.data.packing import BatchConfig, EpochPlan, plan_epoch
 
 SIZES = np.array([7, 3, 9, 2, 12, 5, 5, 11, 4, 6, 8, 2, 3], np.int64)
 
 
-def seen(plan: Plan) -> list[tuple[int, int]]:
-    return [pair for batch in plan for row in batch.rows for pair in row]
+def seen(plan: EpochPlan) -> list[tuple[int, int]]:
+    return [pair for batch in plan for row in batch.example_ids for pair in row]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(
     "batching",
     [
-        Batching(rows=2, length=12),
-        Batching(rows=3, length=17, accumulate=2),
-        Batching(rows=3, length=12, packing=False),
-        Batching(rows=2, length=12, accumulate=2, packing=False, buckets=(4, 8, 12)),
+        BatchConfig(batch_size=2, seq_length=12),
+        BatchConfig(batch_size=3, seq_length=17, gradient_accumulation_steps=2),
+        BatchConfig(batch_size=3, seq_length=12, packing=False),
+        BatchConfig(
+            batch_size=2,
+            seq_length=12,
+            gradient_accumulation_steps=2,
+            packing=False,
+            buckets=(4, 8, 12),
+        ),
     ],
     ids=["packed", "accumulated", "alone", "buckets"],
 )
-def test_law_every_example_comes_once_an_epoch(batching: Batching, shuffle: bool) -> None:
+def test_law_every_example_comes_once_an_epoch(batching: BatchConfig, shuffle: bool) -> None:
     lengths = [SIZES, SIZES[:5]]
     want = [(source, i) for source, of in enumerate(lengths) for i in range(len(of))]
     for epoch in range(3):
-        plan = epoch_plan(lengths, batching, seed=1, epoch=epoch, shuffle=shuffle)
+        plan = plan_epoch(lengths, batching, seed=1, epoch=epoch, shuffle=shuffle)
         assert sorted(seen(plan)) == want
         for batch in plan:
-            assert len(batch.rows) == batching.rows * batching.accumulate
-            assert any(batch.rows)
-            for row in batch.rows:
-                assert sum(lengths[source][i] for source, i in row) <= batch.length
+            assert (
+                len(batch.example_ids) == batching.batch_size * batching.gradient_accumulation_steps
+            )
+            assert any(batch.example_ids)
+            for row in batch.example_ids:
+                assert sum(lengths[source][i] for source, i in row) <= batch.seq_length
                 assert batching.packing or len(row) <= 1
 
 
 def test_examples_go_to_the_smallest_bucket_that_holds_them() -> None:
-    batching = Batching(rows=2, length=12, packing=False, buckets=(4, 8, 12))
+    batching = BatchConfig(batch_size=2, seq_length=12, packing=False, buckets=(4, 8, 12))
     for shuffle in (True, False):
-        plan = epoch_plan([SIZES], batching, seed=0, epoch=0, shuffle=shuffle)
+        plan = plan_epoch([SIZES], batching, seed=0, epoch=0, shuffle=shuffle)
         for batch in plan:
-            for ((_, example),) in filter(None, batch.rows):
-                assert batch.length == min(b for b in (4, 8, 12) if b >= SIZES[example])
-    lengths = [batch.length for batch in plan]
+            for ((_, example),) in filter(None, batch.example_ids):
+                assert batch.seq_length == min(b for b in (4, 8, 12) if b >= SIZES[example])
+    lengths = [batch.seq_length for batch in plan]
     assert lengths == sorted(lengths)
     drawn = [
-        [batch.length for batch in epoch_plan([SIZES], batching, seed=seed, epoch=0)]
+        [batch.seq_length for batch in plan_epoch([SIZES], batching, seed=seed, epoch=0)]
         for seed in range(5)
     ]
     assert any(lengths != sorted(lengths) for lengths in drawn)
@@ -63,9 +71,9 @@ def test_examples_go_to_the_smallest_bucket_that_holds_them() -> None:
 @pytest.mark.parametrize(("length", "least"), [(1024, 0.99), (4096, 0.99), (512, 0.95)])
 def test_packed_rows_are_full(length: int, least: float) -> None:
     sizes = realistic(20_000, length)
-    plan = epoch_plan([sizes], Batching(rows=1, length=length), seed=0, epoch=0)
+    plan = plan_epoch([sizes], BatchConfig(batch_size=1, seq_length=length), seed=0, epoch=0)
     assert sizes.sum() / (len(plan) * length) > least
-    assert len(sizes) > 2 * order.WINDOW
+    assert len(sizes) > 2 * packing.PACKING_WINDOW
     assert sorted(plan.examples) == list(range(len(sizes)))
 
 
@@ -81,25 +89,28 @@ def test_best_fit_is_that_of_a_search_through_all_rows() -> None:
                 rooms.append(40 - size)
             else:
                 rooms[best] -= size
-        rows = order._best_fit(sizes, 40)
+        rows = packing._best_fit_decreasing(sizes, 40)
         assert sorted(40 - sizes[row].sum() for row in rows) == sorted(rooms)
 
 
 def test_plans_depend_on_nothing_but_their_arguments() -> None:
-    batching = Batching(rows=2, length=12)
+    batching = BatchConfig(batch_size=2, seq_length=12)
     plans = [
-        seen(epoch_plan([SIZES, SIZES], batching, seed=seed, epoch=epoch))
+        seen(plan_epoch([SIZES, SIZES], batching, seed=seed, epoch=epoch))
         for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0), (1, 1))
     ]
     assert plans[0] == plans[1]
     assert len({tuple(plan) for plan in plans}) == 4
     # These numbers hold for every release of numpy, or runs could not go on after an update.
-    assert order.permutation(6, 3, 1, 2, 5).tolist() == [1, 2, 5, 4, 3, 0]
-    assert sorted(order.permutation(1000, 0, 0, 0)) == list(range(1000))
+    assert packing.seeded_permutation(6, 3, 1, 2, 5).tolist() == [1, 2, 5, 4, 3, 0]
+    assert sorted(packing.seeded_permutation(1000, 0, 0, 0)) == list(range(1000))
 
 
 def test_sources_of_one_seed_are_shuffled_differently() -> None:
-    drawn = [order._drawn(50, order.Fraction(1), 0, source, 0, True).tolist() for source in (0, 1)]
+    drawn = [
+        packing._sample_source_examples(50, packing.Fraction(1), 0, source, 0, True).tolist()
+        for source in (0, 1)
+    ]
     assert drawn[0] != drawn[1]
 
 
@@ -107,9 +118,9 @@ def test_sources_of_one_seed_are_shuffled_differently() -> None:
 def test_law_weights_are_exact_over_epochs(shuffle: bool) -> None:
     lengths = [SIZES, SIZES[:7], SIZES[:10], SIZES[:3]]
     weights = [1.0, 2.0, 0.1, 1 / 3]
-    batching = Batching(rows=2, length=12)
+    batching = BatchConfig(batch_size=2, seq_length=12)
     plans = [
-        seen(epoch_plan(lengths, batching, seed=0, epoch=e, weights=weights, shuffle=shuffle))
+        seen(plan_epoch(lengths, batching, seed=0, epoch=e, weights=weights, shuffle=shuffle))
         for e in range(30)
     ]
     for first in range(0, 30, 10):  # A tenth ten times is once.
@@ -128,9 +139,9 @@ def test_law_weights_are_exact_over_epochs(shuffle: bool) -> None:
 
 
 def test_a_weight_between_passes_shuffles_each_anew() -> None:
-    batching = Batching(rows=2, length=12)
+    batching = BatchConfig(batch_size=2, seq_length=12)
     plans = [
-        Counter(seen(epoch_plan([SIZES], batching, seed=0, epoch=e, weights=[1.5])))
+        Counter(seen(plan_epoch([SIZES], batching, seed=0, epoch=e, weights=[1.5])))
         for e in range(2)
     ]
     assert sum(plans[0].values()) + sum(plans[1].values()) == 3 * len(SIZES)
@@ -140,8 +151,8 @@ def test_a_weight_between_passes_shuffles_each_anew() -> None:
 
 def test_sources_are_mixed() -> None:
     sizes = np.full(400, 5)
-    plan = epoch_plan([sizes, sizes], Batching(rows=4, length=20), seed=0, epoch=0)
-    shares = [np.mean([source for row in batch.rows for source, _ in row]) for batch in plan]
+    plan = plan_epoch([sizes, sizes], BatchConfig(batch_size=4, seq_length=20), seed=0, epoch=0)
+    shares = [np.mean([source for row in batch.example_ids for source, _ in row]) for batch in plan]
     assert 0.3 < np.mean(shares[: len(shares) // 2]) < 0.7
     assert max(abs(np.array(shares) - 0.5)) < 0.5
 
@@ -162,7 +173,7 @@ def test_sources_are_mixed() -> None:
 )
 def test_batches_of_no_shape(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Batching(**{"rows": 2, "length": 12, **options})
+        BatchConfig(**{"rows": 2, "length": 12, **options})
 
 
 @pytest.mark.parametrize(
@@ -172,10 +183,17 @@ def test_batches_of_no_shape(options: dict[str, Any], message: str) -> None:
         ({"weights": [1.0]}, "are 1 for 2 sources"),
         ({"weights": [1.0, 0.0]}, r"weights\[1\]=0.0 is no number of passes"),
         ({"weights": [float("nan"), 1.0]}, r"weights\[0\]=nan is no number"),
-        ({"batching": Batching(rows=2, length=11)}, "Example 4 of source 0 has 12 tokens, more"),
+        (
+            {"batching": BatchConfig(batch_size=2, seq_length=11)},
+            "Example 4 of source 0 has 12 tokens, more",
+        ),
     ],
 )
 def test_plans_that_cannot_be_made(given: dict[str, Any], message: str) -> None:
-    options: dict[str, Any] = {"batching": Batching(rows=2, length=12), "seed": 0, "epoch": 0}
+    options: dict[str, Any] = {
+        "batching": BatchConfig(batch_size=2, seq_length=12),
+        "seed": 0,
+        "epoch": 0,
+    }
     with pytest.raises(ValueError, match=message):
-        epoch_plan([SIZES, SIZES[:2]], **options | given)
+        plan_epoch([SIZES, SIZES[:2]], **options | given)

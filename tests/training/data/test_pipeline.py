@@ -23,16 +23,16 @@ def test_what_batches_learn_is_what_the_file_says(tmp_path: pathlib.Path) -> Non
         lines.append(json.dumps({"chat": messages}) + "\n")
     (tmp_path / "train.jsonl").write_text("".join(lines))
 
-    tokenizer = data.Tokenizer.of(HERE / "tiny")
-    reading = data.Reading(
-        length=128,
+    tokenizer = data.Tokenizer.from_folder(HERE / "tiny")
+    reading = data.TokenizeConfig(
+        max_seq_length=128,
         vocab_size=tokenizer.vocab_size,
         columns={"messages": "chat"},
-        where="train.jsonl",
+        data_name="train.jsonl",
     )
-    corpus = data.chat(data.rows(tmp_path / "train.jsonl"), tokenizer, reading)
-    batching = data.Batching(rows=2, length=128, accumulate=2)
-    stream = data.Stream([corpus], batching, seed=0, pad=tokenizer.pad)
+    corpus = data.tokenize_chats(data.load_rows(tmp_path / "train.jsonl"), tokenizer, reading)
+    batching = data.BatchConfig(batch_size=2, seq_length=128, gradient_accumulation_steps=2)
+    stream = data.BatchStream([corpus], batching, seed=0, pad_token_id=tokenizer.pad_token_id)
     found = {}
     with data.prefetch(stream.batches(epochs=1), lambda item: item[1]) as batches:
         for arrays, ids in batches:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from jlora.training.data.prefetching import prefetch
+from jlora.training.data.prefetch import prefetch
 
 
 def test_what_is_made_ahead_is_the_same_in_its_order() -> None:
     with prefetch(range(20), lambda item: item * 2) as made:
         assert list(made) == [item * 2 for item in range(20)]
-        assert made.waited_s > 0
+        assert made.data_wait_s > 0
         assert list(made) == []
 
 
@@ -28,7 +28,7 @@ def test_no_more_is_made_ahead_than_asked_for() -> None:
                 enough.set()
             yield number
 
-    with prefetch(items(), lambda item: item, depth=3) as made:
+    with prefetch(items(), lambda item: item, buffer_size=3) as made:
         assert enough.wait(10)
         # Three are ready, and one was made that finds no place.
         made._closed.wait(0.3)
@@ -63,4 +63,4 @@ def test_closing_ends_the_thread() -> None:
 
 def test_nothing_ahead_is_refused() -> None:
     with pytest.raises(ValueError, match="depth=0 makes nothing ahead"):
-        prefetch([], lambda item: item, depth=0)
+        prefetch([], lambda item: item, buffer_size=0)

@@ -26,17 +26,17 @@ def test_every_kind_of_file_gives_its_rows(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "a.jsonl")
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
     for suffix in ("parquet", "jsonl", "json"):
-        assert sources.rows(tmp_path / f"a.{suffix}").to_list() == ROWS, suffix
+        assert sources.load_rows(tmp_path / f"a.{suffix}").to_list() == ROWS, suffix
     cells = [{column: str(value) for column, value in row.items()} for row in ROWS]
-    assert sources.rows(tmp_path / "a.csv").to_list() == cells
+    assert sources.load_rows(tmp_path / "a.csv").to_list() == cells
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert sources.rows(tmp_path / "a.txt")["text"][:] == ["one", "two"]
+    assert sources.load_rows(tmp_path / "a.txt")["text"][:] == ["one", "two"]
 
 
 def test_blank_lines_are_no_rows(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('\n{"text": "one"}\n\n  \n{"text": "two"}')
-    assert sources.rows(file)["text"][:] == ["one", "two"]
+    assert sources.load_rows(file)["text"][:] == ["one", "two"]
 
 
 def test_values_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
@@ -50,9 +50,9 @@ def test_values_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = ("text", "n", "x", "messages", "none", "b")
     want = [{column: row.get(column) for column in columns} for row in rows]
-    assert sources.rows(file).to_list() == want
-    assert sources.rows(file, split="train[1:]").to_list() == want[1:]
-    assert sources.rows(file, split="train[:34%]+train[-1:]").to_list() == [want[0], want[2]]
+    assert sources.load_rows(file).to_list() == want
+    assert sources.load_rows(file, split="train[1:]").to_list() == want[1:]
+    assert sources.load_rows(file, split="train[:34%]+train[-1:]").to_list() == [want[0], want[2]]
 
 
 def test_cells_of_csv_are_the_text_of_the_file(tmp_path: pathlib.Path) -> None:
@@ -63,15 +63,15 @@ def test_cells_of_csv_are_the_text_of_the_file(tmp_path: pathlib.Path) -> None:
             writer = csv.writer(file)
             writer.writerows([("prompt", "completion"), *((value, "1") for value in part)])
     before = csv.field_size_limit(1000)
-    found = sources.rows(tmp_path)
+    found = sources.load_rows(tmp_path)
     assert found.to_list() == [{"prompt": value, "completion": "1"} for value in values]
-    assert sources.rows(tmp_path, split="train[1:2]")["prompt"][:] == ["7"]
+    assert sources.load_rows(tmp_path, split="train[1:2]")["prompt"][:] == ["7"]
     assert csv.field_size_limit(before) == 1000  # The reader's own is not left behind.
     (tmp_path / "a-2.csv").write_text("completion,prompt\n\nb,a\n")  # By name, without blank lines.
-    assert sources.rows(tmp_path).to_list()[-1] == {"prompt": "a", "completion": "b"}
+    assert sources.load_rows(tmp_path).to_list()[-1] == {"prompt": "a", "completion": "b"}
     (tmp_path / "a-2.csv").write_text("prompt,answer\na,b\n")
     with pytest.raises(ValueError, match=r"a-2\.csv has the columns prompt, answer, and .*a-1"):
-        sources.rows(tmp_path)
+        sources.load_rows(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: pathlib.Path) -> None:
@@ -83,48 +83,50 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: pathlib.Path) -> None:
     }
     for name, content in texts.items():
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
-        assert sources.rows(tmp_path / name).to_list() == [{"text": "one"}, {"text": "two"}], name
+        assert sources.load_rows(tmp_path / name).to_list() == [{"text": "one"}, {"text": "two"}], (
+            name
+        )
 
 
 def test_a_file_with_train_in_its_name_hides_no_others(tmp_path: pathlib.Path) -> None:
     for number, name in enumerate(("a", "b", "night-train")):
         write(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
-    assert sources.rows(tmp_path).to_list() == ROWS[:3]
+    assert sources.load_rows(tmp_path).to_list() == ROWS[:3]
     with pytest.raises(ValueError, match="split='test': none of"):
-        sources.rows(tmp_path, split="test")
+        sources.load_rows(tmp_path, split="test")
 
 
 def test_names_that_all_tell_a_split_are_taken_by_it(tmp_path: pathlib.Path) -> None:
     for number, name in enumerate(("small_test", "small_train-1", "small_train-2")):
         write(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
-    assert sources.rows(tmp_path).to_list() == ROWS[1:3]
-    assert sources.rows(tmp_path, split="test").to_list() == ROWS[:1]
+    assert sources.load_rows(tmp_path).to_list() == ROWS[1:3]
+    assert sources.load_rows(tmp_path, split="test").to_list() == ROWS[:1]
 
 
 def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "b-2.jsonl", ROWS[4:])
     write(tmp_path / "b-1.jsonl", ROWS[:4])
-    assert sources.rows(tmp_path).to_list() == ROWS
-    assert sources.rows(str(tmp_path / "b-*.jsonl")).to_list() == ROWS
-    assert sources.rows(tmp_path, limit=5).to_list() == ROWS[:5]
-    assert sources.rows(tmp_path, limit=500).to_list() == ROWS
-    assert sources.rows(tmp_path, split="train[:2]").to_list() == ROWS[:2]
+    assert sources.load_rows(tmp_path).to_list() == ROWS
+    assert sources.load_rows(str(tmp_path / "b-*.jsonl")).to_list() == ROWS
+    assert sources.load_rows(tmp_path, max_examples=5).to_list() == ROWS[:5]
+    assert sources.load_rows(tmp_path, max_examples=500).to_list() == ROWS
+    assert sources.load_rows(tmp_path, split="train[:2]").to_list() == ROWS[:2]
     write(tmp_path / "test-1.jsonl", ROWS[:1])
     write(tmp_path / "train.jsonl", ROWS[1:3])
     with pytest.warns(UserWarning, match=r"2 of 4 files are of no split .* b-1.jsonl, b-2"):
-        assert sources.rows(tmp_path).to_list() == ROWS[1:3]
+        assert sources.load_rows(tmp_path).to_list() == ROWS[1:3]
     with pytest.warns(UserWarning, match=r"split='test' takes test-1.jsonl, and 2 of 4"):
-        assert sources.rows(tmp_path, split="test").to_list() == ROWS[:1]
+        assert sources.load_rows(tmp_path, split="test").to_list() == ROWS[:1]
     for name in ("b-1", "b-2"):
         (tmp_path / f"{name}.jsonl").unlink()
-    assert sources.rows(tmp_path).to_list() == ROWS[1:3]
+    assert sources.load_rows(tmp_path).to_list() == ROWS[1:3]
 
 
 def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
     file = write(tmp_path / "a.jsonl")
-    assert len(sources.rows(file)) == 7
+    assert len(sources.load_rows(file)) == 7
     write(file, ROWS[:3])
-    assert len(sources.rows(file)) == 3
+    assert len(sources.load_rows(file)) == 3
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_bad_files_are_told_with_the_line(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        sources.rows(tmp_path / name)
+        sources.load_rows(tmp_path / name)
 
 
 def test_names_that_find_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,20 +176,20 @@ def test_names_that_find_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
         (tmp_path, "holds no .jsonl"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
-            sources.rows(path)
+            sources.load_rows(path)
     write(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"split='test': none of a\.jsonl"):
-        sources.rows(tmp_path, split="test")
+        sources.load_rows(tmp_path, split="test")
     with pytest.raises(ValueError, match=r"split='train\[:x\]' is no part of 'train'"):
-        sources.rows(tmp_path, split="train[:x]")
+        sources.load_rows(tmp_path, split="train[:x]")
     with pytest.raises(ValueError, match="revision='main' choose among the Hub's"):
-        sources.rows(tmp_path, revision="main")
+        sources.load_rows(tmp_path, revision="main")
     with pytest.raises(ValueError, match="limit=0 leaves no rows"):
-        sources.rows(tmp_path, limit=0)
+        sources.load_rows(tmp_path, max_examples=0)
     write(tmp_path / "a.jsonl")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"end in \.jsonl, \.txt"):
-        sources.rows(tmp_path)
+        sources.load_rows(tmp_path)
 
 
 def test_data_of_the_hub_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +200,10 @@ def test_data_of_the_hub_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert sources.rows("owner/name", name="main", revision="v1", limit=2).to_list() == ROWS[:2]
+    assert (
+        sources.load_rows("owner/name", name="main", revision="v1", max_examples=2).to_list()
+        == ROWS[:2]
+    )
     assert calls == [(("owner/name",), {"name": "main", "split": "train", "revision": "v1"})]
 
 
@@ -217,4 +222,4 @@ def test_a_hub_out_of_reach(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(expected, match=message):
-        sources.rows("owner/name")
+        sources.load_rows("owner/name")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jlora.training.data.template import ChatTemplate
+from jlora.training.data.chat_template import ChatTemplate
 
 HERE = pathlib.Path(__file__).parent
 CASES = json.loads((HERE / "chat.json").read_text("utf-8"))["cases"]
@@ -57,7 +57,7 @@ def answer(message: dict[str, Any], name: str) -> str:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_law_spans_hold_what_the_assistant_says(case: dict[str, Any]) -> None:
     name, messages, tools = case["template"], case["messages"], case["tools"]
-    text, spans = template(name).spans(messages, tools=tools)
+    text, spans = template(name).render_with_spans(messages, tools=tools)
     answers = [answer(m, name) for m in messages if m["role"] == "assistant"]
     assert text == case["text"]
     assert [text[start:end] for start, end in spans] == answers
@@ -67,10 +67,10 @@ def test_law_spans_hold_what_the_assistant_says(case: dict[str, Any]) -> None:
         assert text[:start].endswith(
             ("assistant\n", "assistant<|end_header_id|>\n\n", "ASSISTANT: ")
         )
-    text, last = template(name).spans(messages, tools=tools, loss_on="last")
+    text, last = template(name).render_with_spans(messages, tools=tools, train_on="last")
     assert last == spans[-1:]
     assert case["text"].startswith(text)
-    text, everything = template(name).spans(messages, tools=tools, loss_on="all")
+    text, everything = template(name).render_with_spans(messages, tools=tools, train_on="all")
     assert (text, everything) == (case["text"], [(0, len(text))])
 
 
@@ -78,12 +78,12 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last_alone() -> None:
     chat = template("rewriting")
     thinking = said("A", "<think>a</think>\nB", "C", "<think>c</think>\nD")
     with pytest.raises(ValueError, match=r"row 3: the chat template writes message 1 in one way"):
-        chat.spans(thinking, where="row 3")
+        chat.render_with_spans(thinking, location="row 3")
     with pytest.raises(
-        ValueError, match=r"Use data.loss_on=last, or a template with {% generation"
+        ValueError, match=r"Use data.train_on=last, or a template with {% generation"
     ):
-        chat.spans(thinking)
-    text, spans = chat.spans(thinking, loss_on="last")
+        chat.render_with_spans(thinking)
+    text, spans = chat.render_with_spans(thinking, train_on="last")
     assert "<think>a" not in text
     assert [text[start:end] for start, end in spans] == ["<think>c</think>\nD<|im_end|>"]
 
@@ -92,36 +92,39 @@ def test_the_last_answer_of_a_template_with_tags_is_all_that_it_says() -> None:
     parts = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<{% endgeneration"
     parts += " %}--{% generation %}{{ m.content }}>{% endgeneration %}{% else %}{{ m.content }}"
     chat = ChatTemplate(parts + "{% endif %}{% endfor %}")
-    text, spans = chat.spans(said("a", "b", "c", "d", "e"), loss_on="last")
+    text, spans = chat.render_with_spans(said("a", "b", "c", "d", "e"), train_on="last")
     assert text == "a<--b>c<--d>"
     assert [text[start:end] for start, end in spans] == ["<", "d>"]
 
 
 def test_a_chat_without_an_answer_has_no_spans() -> None:
-    for loss_on in ("responses", "last"):
+    for train_on in ("responses", "last"):
         for name in ("chatml", "generation"):
-            text, spans = template(name).spans(said("Hi"), loss_on=loss_on)
+            text, spans = template(name).render_with_spans(said("Hi"), train_on=train_on)
             assert (text, spans) == ("<|im_start|>user\nHi<|im_end|>\n", [])
 
 
 def test_the_template_is_found_in_the_folder(tmp_path: pathlib.Path) -> None:
     shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
-    named = ChatTemplate.of(tmp_path)
+    named = ChatTemplate.from_folder(tmp_path)
     assert named.text == (HERE / "templates" / "chatml.jinja").read_text()
     assert named.variables == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    assert ChatTemplate.of(tmp_path, "{{ eos_token }}").render(said("Hi")) == "</s>"
+    assert ChatTemplate.from_folder(tmp_path, "{{ eos_token }}").render(said("Hi")) == "</s>"
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }} of the file")
-    assert ChatTemplate.of(tmp_path).render(said("Hi")) == "<s> of the file"
-    assert ChatTemplate.of(tmp_path, variables={"bos_token": "B"}).render(said("Hi"))[0] == "B"
+    assert ChatTemplate.from_folder(tmp_path).render(said("Hi")) == "<s> of the file"
+    assert (
+        ChatTemplate.from_folder(tmp_path, variables={"bos_token": "B"}).render(said("Hi"))[0]
+        == "B"
+    )
     (tmp_path / "chat_template.jinja").unlink()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["chat_template"] = config["chat_template"][:1]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="chat templates tool_use and none named default"):
-        ChatTemplate.of(tmp_path)
+        ChatTemplate.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="has no chat template"):
-        ChatTemplate.of(tmp_path)
+        ChatTemplate.from_folder(tmp_path)
 
 
 def test_the_date_can_be_held() -> None:
@@ -141,12 +144,12 @@ def test_the_date_can_be_held() -> None:
     ],
 )
 def test_a_template_says_whether_it_asks_for_the_date(text: str, dated: bool) -> None:
-    assert ChatTemplate(text).dated == dated
+    assert ChatTemplate(text).depends_on_date == dated
 
 
 def test_the_date_of_a_folders_template_can_be_held(tmp_path: pathlib.Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    held = ChatTemplate.of(tmp_path, now=datetime.datetime(2026, 2, 1))
+    held = ChatTemplate.from_folder(tmp_path, now=datetime.datetime(2026, 2, 1))
     assert held.render(said("Hi")) == "01 Feb 2026"
 
 
@@ -170,7 +173,7 @@ def test_fields_that_are_null_are_left_out() -> None:
 )
 def test_templates_that_do_not_work(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ChatTemplate(text).render(said("Hi"), where="row 3")
+        ChatTemplate(text).render(said("Hi"), location="row 3")
 
 
 @pytest.mark.parametrize(
@@ -188,4 +191,4 @@ def test_templates_that_do_not_work(text: str, message: str) -> None:
 )
 def test_messages_that_are_wrong(messages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        template("chatml").spans(messages, where="row 3")
+        template("chatml").render_with_spans(messages, location="row 3")

@@ -1,0 +1,145 @@
+"""What the weights of a model meet on a calibration batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters.base import (
+    AdapterConfig,
+    AdapterLeaf,
+    Expression,
+    ExpressionInputs,
+    MethodInfo,
+    array_field,
+    register_arrays_pytree,
+)
+from jlora.initializers import InputMoments
+from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
+from jlora.transform import Rules, lora_transform
+
+PyTree = Any
+
+
+def input_moments(
+    fn: Callable[..., Any], rules: Rules, params: PyTree, *inputs: Any, **kwargs: Any
+) -> dict[str, InputMoments]:
+    """For every weight that the rules adapt, the moments of the inputs that it meets.
+
+    Each costs an array (fan_in, fan_in) in float32, for every layer of a stack; on a large model
+    name a few weights at a time. Moments of several batches add up: `jax.tree.map(jnp.add, m, n)`.
+
+    Args:
+        fn: The model, as `lora_transform` takes it.
+        rules: As `lora_transform` takes them; what the configs are does not matter.
+        params: The base.
+        *inputs: A calibration batch.
+        **kwargs: Passed to `fn`.
+
+    Raises:
+        ValueError: When the rules name a convolution or an embedding, `fn` returns no floats, or a
+            weight met no input on the way to what it returns.
+
+    References:
+        Paischer et al., EVA, arXiv:2410.07170, section 3.2, which takes the directions from these.
+    """
+    watched = (
+        {pattern: config and _InputMomentsConfig() for pattern, config in rules.items()}
+        if isinstance(rules, Mapping)
+        else _InputMomentsConfig()
+    )
+    watch = lora_transform(fn, watched)
+    adapter = watch.init(jax.random.key(0), params, *inputs, **kwargs)
+
+    def anything(adapter: Any) -> jax.Array:
+        leaves = jax.tree.leaves(watch.apply(params, adapter, *inputs, **kwargs))
+        floats = [x for x in leaves if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact)]
+        if not floats:
+            raise ValueError("input_moments: fn returns no floats to differentiate. Let it.")
+        return sum((x.astype(jnp.float32).sum() for x in floats), start=jnp.zeros(()))
+
+    found = jax.grad(anything)(adapter)
+    moments = {}
+    for path, leaf in found.items():
+        batch, inputs_, _ = leaf.axis_sizes
+        count, fan_in = math.prod(batch), math.prod(inputs_)
+        moments[path] = InputMoments(
+            leaf.num_inputs.reshape(count),
+            leaf.input_sum.reshape(count, fan_in),
+            leaf.outer_product_sum.reshape(count, fan_in, fan_in),
+        )
+        if _has_known_zero(moments[path].num_inputs):
+            raise ValueError(
+                f"input_moments: {path!r} met no input on the way to what fn returns. It is used "
+                f"behind a stop_gradient or an argmax, or inside a function with a derivative of "
+                f"its own. Leave it out of the rules."
+            )
+    return moments
+
+
+def _has_known_zero(counts: jax.Array) -> bool:
+    """Whether some entry is known to be zero, which under a jit none is."""
+    try:
+        return not counts.all()
+    except jax.errors.ConcretizationTypeError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _InputMomentsConfig(AdapterConfig):
+    """No adapter: arrays whose gradients become the moments of what a weight meets."""
+
+    info = MethodInfo("Moments of the inputs", "", "", "", "")
+    supported_kinds = frozenset({"linear"})
+
+    def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
+        if "ragged_dot_general" in weight.primitives or weight.dense_reasons:
+            return f"the inputs that it meets cannot be told (it is used by: {weight.primitives})"
+        return super().unsupported_reason(weight)
+
+    def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> _InputMomentsLeaf:
+        del key
+        batch, inputs, _ = weight.axis_sizes
+        return _InputMomentsLeaf(
+            num_inputs=jnp.zeros(batch),
+            input_sum=jnp.zeros((*batch, *inputs)),
+            outer_product_sum=jnp.zeros((*batch, *inputs, *inputs)),
+            shape=weight.shape,
+            axes=weight.axes,
+        )
+
+
+@register_arrays_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _InputMomentsLeaf(AdapterLeaf):
+    num_inputs: jax.Array = array_field("moments")  # noqa: RUF009
+    input_sum: jax.Array = array_field("moments")  # noqa: RUF009
+    outer_product_sum: jax.Array = array_field("moments")  # noqa: RUF009
+    shape: tuple[int, ...]
+    axes: WeightAxes
+
+    def expression(self, context: ExpressionInputs) -> Expression:
+        del context
+        batch, inputs, _ = self.axes
+        again = [("again", axis) for axis in inputs]
+        return Expression(
+            moment_taps=[
+                (self.num_inputs, batch),
+                (self.input_sum, (*batch, *inputs)),
+                (self.outer_product_sum, (*batch, *inputs, *again)),
+            ]
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        batch, inputs, _ = self.axis_sizes
+        return {
+            "num_inputs": batch,
+            "input_sum": (*batch, *inputs),
+            "outer_product_sum": (*batch, *inputs, *inputs),
+        }

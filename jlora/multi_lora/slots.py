@@ -1,0 +1,266 @@
+"""Several LoRAs of one model side by side in arrays, of which an index chooses one.
+
+The arrays have room for so many adapters of so high a rank. What is put there is padded with zeros
+and brings its scale in `B`, so adding, replacing and removing changes numbers and no shape: nothing
+that was compiled is compiled again. The first slot stays empty, and stands for the bare base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._delta import depends_on_base, low_rank_factors
+from jlora.adapters.base import (
+    FROZEN,
+    AdapterLeaf,
+    Expression,
+    ExpressionInputs,
+    SharedArrays,
+    array_field,
+    check_adapter,
+    make_weight_expression,
+    register_arrays_pytree,
+)
+from jlora.interpreter.usage import WeightAxes
+
+PyTree = Any
+
+SLOT_INDEX_KEY = "slot"  # Under which the adapter that is applied has the index.
+
+
+@register_arrays_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotsLeaf(AdapterLeaf):
+    """The factors that several adapters have for one weight.
+
+    Attributes:
+        a: (*batch, slots, rank, *inputs), in the order of `axes`.
+        b: (*batch, slots, rank, *outputs), with the scale in it.
+        shape: The weight's shape.
+        axes: What each of the weight's axes does.
+        slots: How many adapters there is room for, the bare base counted.
+        rank: The highest of them.
+    """
+
+    # A scan over layers slices the first axes; a product sums over the last.
+    a: jax.Array = array_field("a")  # noqa: RUF009
+    b: jax.Array = array_field("b")  # noqa: RUF009
+    shape: tuple[int, ...]
+    axes: WeightAxes
+    slots: int
+    rank: int
+    share: str = SLOT_INDEX_KEY
+
+    def shared_mismatch(self, shared: Any) -> str | None:
+        """Something else than an index."""
+        return None if isinstance(shared, SlotIndex) else f"it is a {type(shared).__name__}"
+
+    def expression(self, context: ExpressionInputs) -> Expression:
+        """`W + A B` of the chosen slot."""
+        batch, inputs, outputs = self.axes
+        term = [
+            (self.a, (*batch, "slots", "rank", *inputs)),
+            (self.b, (*batch, "slots", "rank", *outputs)),
+        ]
+        return Expression(terms=[term], selection=(context.shared.index, "slots"))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        batch, inputs, outputs = self.axis_sizes
+        own = (*batch, self.slots, self.rank)
+        return {"a": (*own, *inputs), "b": (*own, *outputs)}
+
+    def array_axes(self) -> dict[str, tuple[int | None, ...]]:
+        batch, inputs, outputs = self.axes
+        return {"a": (*batch, None, None, *inputs), "b": (*batch, None, None, *outputs)}
+
+
+@register_arrays_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotIndex(SharedArrays):
+    """Which slot is applied: an integer, the same for all weights."""
+
+    index: Any = array_field(FROZEN)  # noqa: RUF009
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"index": ()}
+
+
+Slots = dict[str, SlotsLeaf]
+
+"""One leaf for each weight that some adapter may adapt, by the weight's path."""
+
+
+class PaddedFactors(NamedTuple):
+    """The factors of one adapter for one weight, as they lie in a slot.
+
+    Attributes:
+        a: (*batch, rank, *inputs).
+        b: (*batch, rank, *outputs).
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def empty_slots(
+    like: Mapping[str, Any], slots: int, rank: int, dtypes: Mapping[str, Any] | Any = jnp.float32
+) -> Slots:
+    """Slots without adapters.
+
+    Args:
+        like: An adapter, or its shapes: which weights can be adapted, and what their axes do.
+        slots: How many adapters there is room for, the bare base counted.
+        rank: The highest that an adapter can have.
+        dtypes: Of the factors: one, or one for each path.
+
+    Raises:
+        ValueError: When there is room for none, or a weight's change is no product of factors.
+    """
+    if slots < 2:
+        raise ValueError(
+            f"slots={slots} leaves no room for an adapter beside the bare base, which is the "
+            f"first. Use 2 or more."
+        )
+    if rank < 1:
+        raise ValueError(f"rank={rank} leaves no room for an update. Use 1 or more.")
+    made: Slots = {}
+    for path, leaf in check_adapter(like).items():
+        if not leaf.axes.inputs or not leaf.axes.outputs:
+            raise ValueError(
+                f"like adapts {path!r}, which feeds no product, and slots hold factors of "
+                f"products. Leave it out, and keep such changes in a base of their own."
+            )
+        dtype = dtypes[path] if isinstance(dtypes, Mapping) else dtypes
+        held = SlotsLeaf(
+            a=jnp.zeros(()),
+            b=jnp.zeros(()),
+            shape=leaf.shape,
+            axes=leaf.axes,
+            slots=slots,
+            rank=rank,
+        )
+        zeros = {name: jnp.zeros(shape, dtype) for name, shape in held.shapes().items()}
+        made[path] = dataclasses.replace(held, **zeros)
+    return made
+
+
+def select_slot(slots: Slots, index: Any) -> dict[str, Any]:
+    """The adapter of one slot, as `lora.apply` takes it.
+
+    Args:
+        slots: Of all adapters.
+        index: Which one. Zero is the bare base, whose results are those of the base to the bit;
+            where there is no such slot, results are NaN and never another adapter's.
+    """
+    return {**slots, SLOT_INDEX_KEY: SlotIndex(index=jnp.asarray(index, jnp.int32))}
+
+
+def pad_to_slot(adapter: Mapping[str, Any], slots: Slots) -> dict[str, PaddedFactors]:
+    """An adapter's factors as they lie in a slot, on the host; zeros for weights that it leaves
+    alone.
+
+    Args:
+        adapter: Of LoRA, or of a family whose change is one product of thin factors without regard
+            to the weight's numbers.
+        slots: What it has to fit.
+
+    Raises:
+        ValueError: When it adapts other weights, has a higher rank, or is of another kind.
+    """
+    leaves = check_adapter(adapter)
+    other = [path for path in leaves if path not in slots]
+    if other:
+        raise ValueError(
+            f"The adapter adapts {other[0]!r} ({len(other)} of {len(leaves)} such), for which "
+            f"these slots have no place: they hold {len(slots)} weights, such as "
+            f"{next(iter(slots))!r}. Make slots like an adapter of all weights that any of them "
+            f"adapts."
+        )
+    made = {}
+    for path, held in slots.items():
+        empty_slot = {
+            name: np.zeros(_drop_slots_axis(held, shape), getattr(held, name).dtype)
+            for name, shape in held.shapes().items()
+        }
+        made[path] = PaddedFactors(**empty_slot)
+        if path in leaves:
+            _fill_slot_factors(
+                made[path], held, *_extract_thin_factors(adapter, path, leaves[path], held)
+            )
+    return made
+
+
+def _drop_slots_axis(slots_leaf: SlotsLeaf, shape: tuple[int, ...]) -> tuple[int, ...]:
+    batch = len(slots_leaf.axes.batch)
+    return (*shape[:batch], *shape[batch + 1 :])
+
+
+def _extract_thin_factors(
+    adapter: Mapping[str, Any], path: str, leaf: AdapterLeaf, slots_leaf: SlotsLeaf
+) -> tuple[np.ndarray, np.ndarray]:
+    """The adapter's `a` (batch, fan_in, m) and `b` (batch, m, fan_out), scale in it."""
+    if (leaf.shape, leaf.axes) != (slots_leaf.shape, slots_leaf.axes):
+        raise ValueError(
+            f"The adapter on {path!r} is for a weight of shape {leaf.shape} with axes {leaf.axes}, "
+            f"and the slots are for {slots_leaf.shape} with {slots_leaf.axes}. Give adapters of one model."
+        )
+    if getattr(leaf, "residual", False):
+        raise ValueError(
+            f"The adapter on {path!r} was taken out of its base, so it belongs on another base "
+            f"than its neighbours. Put in what jlora.rebase_to_original makes of it."
+        )
+    factors = None
+    if not depends_on_base(adapter, path):
+        factors = low_rank_factors(
+            leaf, make_weight_expression(adapter, path, None), allow_full_rank=True
+        )
+    if factors is None:
+        raise ValueError(
+            f"The adapter on {path!r} is a {type(leaf).__name__}, whose change is no product of "
+            f"two thin factors. Put in the nearest LoRA: jlora.to_lora(adapter, params, rank)."
+        )
+    a, b = (np.asarray(jax.device_get(factor)) for factor in factors)
+    if a.shape[-1] > slots_leaf.rank:
+        raise ValueError(
+            f"The adapter on {path!r} has rank {a.shape[-1]}, and the slots hold ranks up to "
+            f"{slots_leaf.rank}. Make slots of a higher rank, or cut the adapter with jlora.to_lora."
+        )
+    return a, b
+
+
+def _fill_slot_factors(
+    out: PaddedFactors, slots_leaf: SlotsLeaf, a: np.ndarray, b: np.ndarray
+) -> None:
+    """Writes thin factors into a padded pair."""
+    batch = math.prod(slots_leaf.axis_sizes.batch)
+    rank = a.shape[-1]
+    out.a.reshape(batch, slots_leaf.rank, -1)[:, :rank] = np.swapaxes(a, -1, -2)
+    out.b.reshape(batch, slots_leaf.rank, -1)[:, :rank] = b
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def set_slot(slots: Slots, index: Any, factors: Mapping[str, PaddedFactors]) -> Slots:
+    """The slots with an adapter in one of them. The old ones are given up to the new.
+
+    Args:
+        slots: Donated.
+        index: Which one, from 1. It is not checked.
+        factors: What `pad_to_slot` made.
+    """
+    made = {}
+    for path, held in slots.items():
+        axis = len(held.axes.batch)
+        a, b = (
+            jax.lax.dynamic_update_index_in_dim(old, jnp.asarray(new, old.dtype), index, axis)
+            for old, new in ((held.a, factors[path].a), (held.b, factors[path].b))
+        )
+        made[path] = dataclasses.replace(held, a=a, b=b)
+    return made

@@ -1,0 +1,404 @@
+"""Each method of PEFT that jlora reads and writes: its config's fields, and its tensors."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jlora.adapters.adalora import AdaLoRA
+from jlora.adapters.base import AdapterConfig, AdapterLeaf
+from jlora.adapters.dora import DoRA
+from jlora.adapters.fourierft import FourierFT
+from jlora.adapters.hira import HiRA
+from jlora.adapters.ia3 import IA3
+from jlora.adapters.loha import LoHa
+from jlora.adapters.lokr import LoKr
+from jlora.adapters.lora import LoRA
+from jlora.adapters.vb_lora import VBLoRA
+from jlora.adapters.vera import VeRA
+from jlora.interpreter.weight import AdaptableWeight
+from jlora.peft.tensor_layouts import TensorLayout
+
+ConfigFields = Mapping[str, Any]
+
+LayoutsByArray = dict[
+    str, tuple[str, TensorLayout]
+]  # An array of the leaf to its suffix and layout.
+
+
+class PeftMethod(NamedTuple):
+    """One method.
+
+    Attributes:
+        defaults: The fields that say something here, with what they are when left out.
+        supported_values: Fields of which one value alone is implemented; several where a tuple holds them.
+        make_config: The fields, with one module's own rank and alpha, to jlora's config.
+        suffixes: The endings of its own tensors' names.
+        tensor_layouts: What a leaf on a weight has in files.
+        families: Of the leaves that are written so.
+        config_fields: The leaves to the fields that they share.
+        rank_field: The field that `rank_pattern` replaces, or None.
+        alpha_field: The field that `alpha_pattern` replaces, or None.
+        supports_bias: Whether its config has a mode for biases.
+        shared_tensors: Of what modules share, by array, the tensor's name and layout.
+    """
+
+    defaults: dict[str, Any]
+    suffixes: tuple[str, ...]
+    make_config: Callable[[ConfigFields, AdaptableWeight], AdapterConfig]
+    tensor_layouts: Callable[[AdapterLeaf, AdaptableWeight], LayoutsByArray]
+    families: tuple[str, ...]
+    config_fields: Callable[[Any], dict[str, Any]]
+    supported_values: ConfigFields = types.MappingProxyType({})
+    rank_field: str | None = "r"
+    alpha_field: str | None = None
+    supports_bias: bool = False
+    shared_tensors: Mapping[str, tuple[str, TensorLayout]] = types.MappingProxyType({})
+
+
+def _low_rank_layouts(
+    weight: AdaptableWeight, prefix: str = "lora_", suffix: str = ".weight"
+) -> LayoutsByArray:
+    """The factors of LoRA and of what is written like it."""
+    if weight.kind == "embedding":
+        a, b = f"{prefix}embedding_A", f"{prefix}embedding_B"
+        return {"a": (a, TensorLayout("i r", "r c")), "b": (b, TensorLayout("r o", "o r"))}
+    if weight.kind == "convolution":
+        of_a, of_b = TensorLayout("i r", "r c w"), TensorLayout("r o", "o r 1")
+    else:
+        of_a, of_b = TensorLayout("i r", "r c"), TensorLayout("r o", "o r")
+    return {"a": (f"{prefix}A{suffix}", of_a), "b": (f"{prefix}B{suffix}", of_b)}
+
+
+def _magnitude_axes(weight: AdaptableWeight) -> str:
+    return "u o 1" if weight.kind == "convolution" else "o"
+
+
+def _lora_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
+    del weight
+    make = DoRA if fields["use_dora"] else LoRA
+    return make(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        use_rslora=fields["use_rslora"],
+        dropout=fields["lora_dropout"],
+    )
+
+
+def _lora_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
+    tensors = _low_rank_layouts(weight)
+    if len(leaf.axes.batch) and weight.kind == "linear" and _is_expert_weight(weight):
+        tensors = {
+            "a": ("lora_A.weight", TensorLayout("e i r", "e*r c")),
+            "b": ("lora_B.weight", TensorLayout("e r o", "o r*e")),
+        }
+    if leaf.family == "dora":
+        magnitude = TensorLayout("o", _magnitude_axes(weight))
+        tensors["magnitude"] = ("lora_magnitude_vector", magnitude)
+    return tensors
+
+
+def _is_expert_weight(weight: AdaptableWeight) -> bool:
+    return any(use.startswith("ragged_dot") for use in weight.primitives)
+
+
+def _lora_fields(leaf: Any) -> dict[str, Any]:
+    return {
+        "r": leaf.rank,
+        "lora_alpha": leaf.alpha,
+        "use_rslora": leaf.use_rslora,
+        "use_dora": leaf.family == "dora",
+        "lora_dropout": leaf.dropout,
+    }
+
+
+def _adalora_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
+    del weight
+    return AdaLoRA(
+        rank=fields["init_r"], alpha=fields["lora_alpha"], dropout=fields["lora_dropout"]
+    )
+
+
+def _adalora_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
+    del leaf
+    return {**_low_rank_layouts(weight, suffix=""), "s": ("lora_E", TensorLayout("r", "r u"))}
+
+
+def _loha_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
+    del weight
+    tensors: LayoutsByArray = {}
+    for n in (1, 2):
+        if leaf.family == "loha_tucker":
+            tensors[f"a{n}"] = (f"hada_w{n}_b", TensorLayout("c r", "r c"))
+            tensors[f"b{n}"] = (f"hada_w{n}_a", TensorLayout("r o", "r o"))
+            tensors[f"core{n}"] = (f"hada_t{n}", TensorLayout("q r w", "r q w"))
+        else:
+            tensors[f"a{n}"] = (f"hada_w{n}_b", TensorLayout("i r", "r c*w"))
+            tensors[f"b{n}"] = (f"hada_w{n}_a", TensorLayout("r o", "o r"))
+    return tensors
+
+
+def _lokr_layouts(leaf: Any, weight: AdaptableWeight) -> LayoutsByArray:
+    del weight
+    tensors = {
+        "w1": ("lokr_w1", TensorLayout("x y", "y x")),
+        "a1": ("lokr_w1_b", TensorLayout("x r", "r x")),
+        "b1": ("lokr_w1_a", TensorLayout("r y", "y r")),
+        "w2": ("lokr_w2", TensorLayout("w x y", "y x w")),
+        "a2": ("lokr_w2_b", TensorLayout("w x r", "r x*w")),
+        "b2": ("lokr_w2_a", TensorLayout("r y", "y r")),
+    }
+    if leaf.w2_form == "core":
+        tensors["a2"] = ("lokr_w2_b", TensorLayout("x r", "r x"))
+        tensors["b2"] = ("lokr_w2_a", TensorLayout("r y", "r y"))
+        tensors["core2"] = ("lokr_t2", TensorLayout("q r w", "r q w"))
+    return {name: tensors[name] for name in leaf.shapes()}
+
+
+def _lokr_fields(leaf: Any) -> dict[str, Any]:
+    d1, k1 = leaf.w1_shape
+    window = math.prod(leaf.shape[axis] for axis in leaf.window)
+    channels, outputs = (
+        math.prod(leaf.axis_sizes.inputs) // window,
+        math.prod(leaf.axis_sizes.outputs),
+    )
+    return {
+        "r": leaf.rank,
+        "alpha": leaf.alpha,
+        "module_dropout": 0.0,
+        "decompose_both": leaf.decompose_w1,
+        # What is split, and into how many; one number makes it in all modules.
+        "decompose_factor": ((channels, d1), (outputs, k1)),
+        "use_effective_conv2d": leaf.w2_form == "core",
+    }
+
+
+def _hira_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
+    del leaf
+    return _low_rank_layouts(weight, "hira_", "")
+
+
+def _ia3_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
+    del weight
+    return IA3(apply_to="inputs" if fields["is_feedforward"] else "outputs")
+
+
+def _ia3_layouts(leaf: Any, weight: AdaptableWeight) -> LayoutsByArray:
+    scaled = [axis for axis in leaf.scaled_axes if axis not in leaf.axes.batch]
+    if scaled == list(leaf.axes.outputs):
+        file = "u o 1" if weight.kind == "convolution" else "o u"
+        return {"l": ("ia3_l", TensorLayout("o", file))}
+    return {"l": ("ia3_l", TensorLayout("c", "u c 1" if weight.kind == "convolution" else "u c"))}
+
+
+def _vera_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
+    del weight
+    return VeRA(rank=fields["r"], d_initial=fields["d_initial"], dropout=fields["vera_dropout"])
+
+
+def _vb_lora_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
+    del weight
+    return VBLoRA(
+        rank=fields["r"],
+        num_vectors=fields["num_vectors"],
+        vector_length=fields["vector_length"],
+        top_k=fields["topk"],
+        dropout=fields["vblora_dropout"],
+    )
+
+
+def _fourierft_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
+    return FourierFT(
+        num_frequencies=fields["n_frequency"],
+        alpha=fields["scaling"],
+        dropout=0.0,
+        seed=fields["random_loc_seed"],
+    )
+
+
+_EMBEDDING_SUFFIXES = ("lora_embedding_A", "lora_embedding_B")
+
+PEFT_METHODS: dict[str, PeftMethod] = {
+    "LORA": PeftMethod(
+        suffixes=("lora_A.weight", "lora_B.weight", *_EMBEDDING_SUFFIXES, "lora_magnitude_vector"),
+        defaults={
+            "r": 8,
+            "lora_alpha": 8,
+            "use_rslora": False,
+            "use_dora": False,
+            "lora_dropout": 0.0,
+            "fan_in_fan_out": False,
+        },
+        supported_values={
+            "lora_bias": False,
+            "use_qalora": False,
+            "use_bdlora": None,
+            "kasa_config": None,
+            "velora_config": None,
+            "monteclora_config": None,
+            "arrow_config": None,
+            "alora_invocation_tokens": None,
+            "layer_replication": None,
+            "megatron_config": None,
+            # Others change the base, and which base that is the file does not say.
+            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+        },
+        make_config=_lora_config,
+        tensor_layouts=_lora_layouts,
+        families=("lora", "dora", "lora_fa", "dylora"),
+        config_fields=_lora_fields,
+        alpha_field="lora_alpha",
+        supports_bias=True,
+    ),
+    "ADALORA": PeftMethod(
+        suffixes=("lora_A", "lora_B", "lora_E"),
+        defaults={"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0, "fan_in_fan_out": False},
+        supported_values={
+            "use_dora": False,
+            "use_rslora": False,
+            "layer_replication": None,
+            "r": 8,
+        },
+        make_config=_adalora_config,
+        tensor_layouts=_adalora_layouts,
+        families=("adalora",),
+        config_fields=lambda leaf: {
+            "init_r": leaf.rank,
+            "target_r": leaf.rank,
+            "lora_alpha": leaf.alpha,
+            "lora_dropout": leaf.dropout,
+            "total_step": 1,  # PEFT does not load a config without.
+        },
+        rank_field="init_r",
+        alpha_field="lora_alpha",
+        supports_bias=True,
+    ),
+    "LOHA": PeftMethod(
+        suffixes=tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        defaults={"r": 8, "alpha": 8, "use_effective_conv2d": False},
+        make_config=lambda f, w: LoHa(
+            rank=f["r"], alpha=f["alpha"], tucker=f["use_effective_conv2d"]
+        ),
+        tensor_layouts=_loha_layouts,
+        families=("loha", "loha_tucker"),
+        config_fields=lambda leaf: {
+            "r": leaf.rank,
+            "alpha": leaf.alpha,
+            "use_effective_conv2d": leaf.family == "loha_tucker",
+        },
+        alpha_field="alpha",
+    ),
+    "LOKR": PeftMethod(
+        suffixes=tuple(
+            f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+        ),
+        defaults={
+            "r": 8,
+            "alpha": 8,
+            "use_effective_conv2d": False,
+            "decompose_both": False,
+            "decompose_factor": -1,
+        },
+        make_config=lambda f, w: LoKr(
+            rank=f["r"],
+            alpha=f["alpha"],
+            tucker=f["use_effective_conv2d"],
+            factor=f["decompose_factor"],
+            decompose_both=f["decompose_both"],
+        ),
+        tensor_layouts=_lokr_layouts,
+        families=("lokr",),
+        config_fields=_lokr_fields,
+        alpha_field="alpha",
+    ),
+    "HIRA": PeftMethod(
+        suffixes=("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+        defaults={"r": 8, "hira_dropout": 0.0, "fan_in_fan_out": False},
+        make_config=lambda f, w: HiRA(rank=f["r"], dropout=f["hira_dropout"]),
+        tensor_layouts=_hira_layouts,
+        families=("hira",),
+        config_fields=lambda leaf: {"r": leaf.rank, "hira_dropout": leaf.dropout},
+    ),
+    "IA3": PeftMethod(
+        suffixes=("ia3_l",),
+        defaults={"fan_in_fan_out": False, "is_feedforward": False},
+        make_config=_ia3_config,
+        tensor_layouts=_ia3_layouts,
+        families=("ia3",),
+        config_fields=lambda leaf: {},
+        rank_field=None,
+    ),
+    "VERA": PeftMethod(
+        suffixes=("vera_lambda_d", "vera_lambda_b"),
+        defaults={"r": 256, "d_initial": 0.1, "vera_dropout": 0.0, "fan_in_fan_out": False},
+        supported_values={"save_projection": True},
+        make_config=_vera_config,
+        tensor_layouts=lambda leaf, weight: {
+            "d": ("vera_lambda_d", TensorLayout("r", "r")),
+            "b": ("vera_lambda_b", TensorLayout("o", "o")),
+        },
+        families=("vera",),
+        config_fields=lambda leaf: {
+            "r": leaf.rank,
+            "vera_dropout": leaf.dropout,
+            "save_projection": True,
+        },
+        rank_field=None,
+        shared_tensors={
+            "a": ("base_model.vera_A", TensorLayout("x r", "r x")),
+            "b": ("base_model.vera_B", TensorLayout("r y", "y r")),
+        },
+        supports_bias=True,
+    ),
+    "VBLORA": PeftMethod(
+        suffixes=("vblora_logits_A", "vblora_logits_B"),
+        defaults={
+            "r": 4,
+            "num_vectors": 256,
+            "vector_length": 256,
+            "topk": 2,
+            "vblora_dropout": 0.0,
+            "fan_in_fan_out": False,
+        },
+        supported_values={"save_only_topk_weights": False},
+        make_config=_vb_lora_config,
+        tensor_layouts=lambda leaf, weight: {
+            "logits_a": ("vblora_logits_A", TensorLayout("r x v", "r x v")),
+            "logits_b": ("vblora_logits_B", TensorLayout("r y v", "y r v")),
+        },
+        families=("vb_lora",),
+        config_fields=lambda leaf: {
+            "r": leaf.rank,
+            "num_vectors": leaf.num_vectors,
+            "vector_length": leaf.vector_length,
+            "topk": leaf.top_k,
+            "vblora_dropout": leaf.dropout,
+        },
+        rank_field=None,
+        shared_tensors={"bank": ("base_model.vblora_vector_bank", TensorLayout("n v", "n v"))},
+        supports_bias=True,
+    ),
+    "FOURIERFT": PeftMethod(
+        suffixes=("fourierft_spectrum",),
+        defaults={
+            "n_frequency": 1000,
+            "scaling": 150.0,
+            "random_loc_seed": 777,
+            "fan_in_fan_out": False,
+        },
+        make_config=_fourierft_config,
+        tensor_layouts=lambda leaf, weight: {
+            "spectrum": ("fourierft_spectrum", TensorLayout("n", "n"))
+        },
+        families=("fourierft",),
+        config_fields=lambda leaf: {
+            "n_frequency": leaf.num_frequencies,
+            "scaling": leaf.alpha,
+            "random_loc_seed": leaf.seed,
+        },
+        rank_field=None,
+        supports_bias=True,
+    ),
+}

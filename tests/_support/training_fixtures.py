@@ -1,0 +1,93 @@
+"""A tiny base with a tokenizer, and recipes for it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tokenizers
+
+DATA = pathlib.Path(__file__).parents[1] / "models" / "data"
+LETTERS = " abcdefghijklmnopqrstuvwxyz.,:?!'-"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<user>", "<assistant>"]
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """One token per letter, 39 in all."""
+    vocab = {token: number for number, token in enumerate([*SPECIAL, *LETTERS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="-"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")  # type: ignore
+    made.decoder = tokenizers.decoders.Fuse()  # type: ignore
+    made.add_special_tokens(SPECIAL)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    text = json.dumps({**config, "chat_template": TEMPLATE})
+    (folder / "tokenizer_config.json").write_text(text)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Llama of two layers whose vocabulary holds the tokenizer's."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    shutil.copytree(DATA / "decoders" / "llama", folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("base") / "bert"
+    shutil.copytree(DATA / "encoders" / "bert", folder)
+    write_tokenizer(folder)
+    return folder
+
+
+ANIMALS = ["cat", "dog", "cow", "hen", "owl", "pig", "fox", "bee", "ant", "eel"]
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Twenty chats about animals."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    with path.open("w") as file:
+        for verb in ("sees", "eats"):
+            for animal in ANIMALS:
+                messages = [
+                    {"role": "user", "content": f"who {verb} the {animal}?"},
+                    {"role": "assistant", "content": f"a {animal[::-1]} {verb} it."},
+                ]
+                file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def recipe_of(base: pathlib.Path, chats: pathlib.Path, tmp_path: pathlib.Path) -> Make:
+    """A recipe as a mapping, with other sections merged into it."""
+
+    def make(**sections: Any) -> dict[str, Any]:
+        raw: dict[str, Any] = {
+            "output": str(tmp_path / "run"),
+            "model": {"path": str(base), "dtype": "float32"},
+            "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
+            "data": {"train": [{"path": str(chats), "format": "chat"}], "max_seq_length": 64},
+            "batch": {"size": 2},
+            "optimizer": {"learning_rate": 1e-2},
+            "training": {"steps": 6},
+        }
+        for name, value in sections.items():
+            held = raw.get(name)
+            raw[name] = {**held, **value} if isinstance(held, dict) else value
+        return raw
+
+    return make

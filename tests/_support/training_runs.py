@@ -1,0 +1,61 @@
+"""Runs of recipes in tests, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jlora.training import recipe
+from jlora.training.metrics import read_metrics
+from jlora.training.train import TrainResult, train
+
+
+def run(raw: dict[str, Any], *, devices: int = 1, **options: Any) -> TrainResult:
+    return train(recipe.validate(raw), quiet=True, devices=jax.devices()[:devices], **options)
+
+
+def output(raw: dict[str, Any]) -> pathlib.Path:
+    return pathlib.Path(raw["output"])
+
+
+def measured(raw: dict[str, Any]) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what a clock says."""
+    lines = read_metrics(output(raw) / "metrics.jsonl")
+    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+
+
+class After:
+    """Calls something once a step was measured."""
+
+    def __init__(self, step: int, call: Callable[[], Any]) -> None:
+        self.step, self.call = step, call
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        if step == self.step and "loss" in values:
+            self.call()
+
+    def close(self) -> None:
+        pass
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """The same losses, and the same bytes."""
+    assert measured(one) == measured(two)
+    left, right = (output(raw) / "adapter.safetensors" for raw in (one, two))
+    assert left.read_bytes() == right.read_bytes()
+    last = measured(one)[-1]["step"]
+    facts = [
+        json.loads((output(raw) / f"checkpoints/{last}/facts/metadata").read_text())
+        for raw in (one, two)
+    ]
+    assert facts[0] == facts[1]  # The SHA-256 of every array, and the position of the data.

@@ -1,0 +1,213 @@
+"""Adapters on disk: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import struct
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from _support.cases import BY_NAME, case, moved
+
+import jlora
+
+NAMES = list(BY_NAME)
+
+
+def test_a_number_alone_is_saved_and_loaded(tmp_path: pathlib.Path) -> None:
+    params = {"scale": jnp.float32(2.0), "w": jnp.eye(3)}
+    fn = lambda p, x: p["scale"] * (x @ p["w"])
+    lora = jlora.lora_transform(fn, {"scale": jlora.FullDelta(), "w": jlora.LoRA(rank=1, alpha=1)})
+    adapter = moved(lora.init(jax.random.key(0), params, jnp.ones((2, 3))))
+    jlora.save_adapter(tmp_path / "a.safetensors", adapter, params)
+    again = jlora.load_adapter(tmp_path / "a.safetensors", params)
+    chex.assert_trees_all_equal(again, adapter)
+    assert adapter["scale"].delta.shape == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_law_what_is_saved_is_what_is_loaded(name: str, tmp_path: pathlib.Path) -> None:
+    one = case(name, "float32")
+    jlora.save_adapter(tmp_path / "a.safetensors", one.adapter, one.params)
+    loaded = jlora.load_adapter(tmp_path / "a.safetensors", one.params)
+    # The static facts are part of the structure.
+    chex.assert_trees_all_equal_structs(loaded, one.adapter)
+    chex.assert_trees_all_equal(loaded, one.adapter)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_types_are_kept(dtype: Any, tmp_path: pathlib.Path) -> None:
+    one = case("dense", "float32")
+    adapter = jax.tree.map(lambda leaf: leaf.astype(dtype), one.adapter)
+    jlora.save_adapter(tmp_path / "a.safetensors", adapter, one.params)
+    loaded = jlora.load_adapter(tmp_path / "a.safetensors", one.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, adapter)
+    chex.assert_trees_all_equal(loaded, adapter)
+
+
+def saved(tmp_path: pathlib.Path, name: str = "attention") -> tuple[Any, pathlib.Path]:
+    one = case(name, "float32")
+    path = tmp_path / "adapter.safetensors"
+    jlora.save_adapter(path, one.adapter, one.params)
+    return one, path
+
+
+def test_another_base_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    one, path = saved(tmp_path)
+    other = jax.tree.map(lambda leaf: leaf + 0.01, one.params)
+    with pytest.raises(ValueError, match=r"another base: 'params/key/kernel' \(4 of 4"):
+        jlora.load_adapter(path, other)
+    loaded = jlora.load_adapter(path, other, allow_other_base=True)
+    chex.assert_trees_all_equal(loaded, one.adapter)
+
+
+def test_the_same_base_in_a_narrower_type_is_accepted(tmp_path: pathlib.Path) -> None:
+    one, path = saved(tmp_path)
+    narrower = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), one.params)
+    chex.assert_trees_all_equal(jlora.load_adapter(path, narrower), one.adapter)
+
+
+def test_a_base_of_another_shape_is_refused_even_when_allowed(tmp_path: pathlib.Path) -> None:
+    one, path = saved(tmp_path, "dense")
+    other = {"params": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+    with pytest.raises(ValueError, match=r"'params/kernel'.*\(6, 5\).*\(6, 4\)"):
+        jlora.load_adapter(path, other, allow_other_base=True)
+    with pytest.raises(ValueError, match=r"'params/kernel'.*which params does not"):
+        jlora.load_adapter(path, one.params["params"])
+
+
+def test_every_truncation_is_refused(tmp_path: pathlib.Path) -> None:
+    one, path = saved(tmp_path, "dense")
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="no readable safetensors file"):
+            jlora.load_adapter(path, one.params)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        jlora.load_adapter(path, one.params)
+
+
+def rewritten(path: pathlib.Path, **changes: Any) -> None:
+    """The file with changed metadata or tensors, as another program might write it."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    tensors = safetensors.numpy.load(content)
+    tensors.update(changes.pop("tensors", {}))
+    for name in changes.pop("without", []):
+        del tensors[name]
+    metadata.update(changes)
+    path.write_bytes(safetensors.numpy.save(tensors, metadata))
+
+
+KERNEL = "params/kernel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "pt"}, "not written by jlora.save_adapter"),
+        ({"version": "2"}, "made by format '2', this jlora reads up to 1"),
+        ({"version": "x"}, "made by format 'x'"),
+        ({"adapter": "{"}, "no readable 'adapter'"),
+        ({"adapter": "[" * 20000}, "no readable 'adapter'"),
+        ({"adapter": "[]"}, "list as 'adapter'"),
+        ({"base": "3"}, "int as 'base'"),
+        ({"adapter": json.dumps({KERNEL: {"family": "magic"}})}, "family 'magic'"),
+        ({"adapter": json.dumps({KERNEL: {"family": "lora"}})}, "describes 'params/kernel' wrong"),
+        ({"base": "{}"}, "fingerprints of other weights"),
+        ({"without": [f"{KERNEL}/b"]}, "lacks the tensor 'params/kernel/b'"),
+        ({"tensors": {"extra": np.ones(2, np.float32)}}, "does not name: \\['extra'\\]"),
+        ({"tensors": {f"{KERNEL}/a": np.full((6, 2), np.nan, np.float32)}}, "NaN or infinity"),
+        ({"tensors": {f"{KERNEL}/a": np.ones((6, 2), np.int32)}}, "int32, not as floats"),
+        ({"tensors": {f"{KERNEL}/a": np.ones((6, 3), np.float32)}}, r"\(6, 3\), expected \(6, 2\)"),
+    ],
+)
+def test_a_changed_file_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    one, path = saved(tmp_path, "dense")
+    rewritten(path, **changes)
+    with pytest.raises(ValueError, match=message):
+        jlora.load_adapter(path, one.params)
+
+
+def test_an_adapter_that_diverged_is_not_saved_over_a_good_one(tmp_path: pathlib.Path) -> None:
+    one, path = saved(tmp_path, "dense")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="'params/kernel/a' holds NaN"):
+        jlora.save_adapter(path, jax.tree.map(lambda leaf: leaf / 0, one.adapter), one.params)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_files_and_folders_are_named(tmp_path: pathlib.Path) -> None:
+    one = case("dense", "float32")
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        jlora.load_adapter(tmp_path / "none", one.params)
+    with pytest.raises(FileNotFoundError):
+        jlora.save_adapter(tmp_path / "none" / "a", one.adapter, one.params)
+    with pytest.raises(TypeError, match="not what init returns"):
+        jlora.save_adapter(tmp_path / "a", one.params, one.params)
+
+
+@pytest.mark.parametrize("name", ["attention", "odd_keys", "linen_scan"])
+def test_the_same_trees_go_through_orbax(name: str, tmp_path: pathlib.Path) -> None:
+    one = case(name, "float32")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", one.adapter)
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(lambda: one.fresh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, one.fresh)
+        target = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            target,
+            shardings,
+        )
+        restored = checkpointer.restore(tmp_path / "step", target)
+    chex.assert_trees_all_equal_structs(restored, one.adapter)
+    chex.assert_trees_all_equal(restored, one.adapter)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "facts", "message"),
+    [
+        ("lora", "params/kernel", {"dropout": 2.0}, "dropout=2.0"),
+        ("lora", "params/kernel", {"axes": [[], [0], [7]]}, "axes="),
+        ("lora", "params/kernel", {"rank": 3}, r"expected \(6, 3\)"),
+        ("fourierft", "params/kernel", {"seed": "@@@"}, "seed=@@@"),
+        ("fourierft", "params/kernel", {"frequencies": 61}, "choose none of 60"),
+        ("vera", "params/kernel", {"share": "other"}, "shares arrays under 'other'"),
+        ("vera", "params/kernel", {"share": 3}, "must be a name"),
+        ("vera", "vera", {"rank": 9}, "rank 9"),
+        ("vb_lora", "vb_lora", {"vectors": 2}, r"its bank is \(2, 1\)"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(
+    family: str, path: str, facts: dict[str, Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    one = case("dense_general", "float32", family)
+    file = tmp_path / "adapter.safetensors"
+    jlora.save_adapter(file, one.adapter, one.params)
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    leaves = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["adapter"])
+    leaves[path].update(facts)
+    rewritten(file, adapter=json.dumps(leaves))
+    with pytest.raises(ValueError, match=message):
+        jlora.load_adapter(file, one.params)
+
+
+def test_a_shared_part_that_is_missing_is_not_saved(tmp_path: pathlib.Path) -> None:
+    one = case("dense_general", "float32", "vera")
+    alone = {"params/kernel": one.adapter["params/kernel"]}
+    with pytest.raises(ValueError, match="shares arrays under 'vera', which the adapter lacks"):
+        jlora.save_adapter(tmp_path / "a", alone, one.params)

@@ -1,0 +1,90 @@
+"""What the gradient of a whole model costs, by the compiler's own count."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from _support.cases import moved
+from _support.hlo import weight_shaped_products
+from _support.tiny_transformers import TOKENS, WIDTH, make
+
+import jlora
+
+RANK = 4
+
+
+def loss(output: jax.Array) -> jax.Array:
+    return jnp.square(output).mean()
+
+
+@functools.cache
+def compiled(kind: str) -> tuple[Any, Any, Any]:
+    """The adapter, its compiled gradient, and the floor: forward and gradient of activations."""
+    model = make(kind)
+    config = jlora.LoRA(rank=RANK, alpha=RANK)
+    lora = jlora.lora_transform(model.forward, {model.adapted: config})
+    adapter = moved(lora.init(jax.random.key(1), model.params, TOKENS))
+    step = jax.jit(jax.grad(lambda a, p: loss(lora.apply(p, a, TOKENS))))
+    rows = jnp.ones((*TOKENS.shape, WIDTH))
+    floor = jax.jit(jax.grad(lambda x, p: loss(model.body(p, x))))
+    return (
+        adapter,
+        step.lower(adapter, model.params).compile(),
+        floor.lower(rows, model.params).compile(),
+    )
+
+
+def flops(program: Any) -> float:
+    return program.cost_analysis()["flops"]
+
+
+def adapter_flops(adapter: Any) -> float:
+    """Of the products with A and B, forward (2), and for the gradients of both factors and of the
+    activation (4), per token and entry of a factor."""
+    total = 0
+    for path, leaf in adapter.items():
+        # The compiler counts the body of a scan once.
+        layers = leaf.a.shape[0] if leaf.axes.batch else 1
+        looked_up = "embedding" in path
+        entries = leaf.b.size if looked_up else leaf.a.size + leaf.b.size
+        total += 6 * TOKENS.size * entries / layers
+    return total
+
+
+@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
+def test_the_gradient_costs_forward_activation_gradient_and_adapter(kind: str) -> None:
+    adapter, step, floor = compiled(kind)
+    np.testing.assert_allclose(flops(step), flops(floor) + adapter_flops(adapter), rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
+def test_no_product_has_the_shape_of_a_frozen_weight(kind: str) -> None:
+    adapter, step, _ = compiled(kind)
+    shapes = {leaf.shape for leaf in adapter.values()}
+    assert len(shapes) == 5
+    assert not weight_shaped_products(step.as_text(), shapes)
+
+
+@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
+def test_full_fine_tuning_fails_both_checks(kind: str) -> None:
+    """Or the checks would say nothing."""
+    adapter, step, floor = compiled(kind)
+    model = make(kind)
+    full = jax.jit(jax.grad(lambda p: loss(model.forward(p, TOKENS)), allow_int=True))
+    program = full.lower(model.params).compile()
+    assert flops(program) > 1.3 * flops(floor)
+    assert flops(program) > 1.1 * flops(step)
+    assert weight_shaped_products(program.as_text(), {leaf.shape for leaf in adapter.values()})
+
+
+def test_the_optimizer_has_no_array_for_a_frozen_leaf() -> None:
+    adapter, _, _ = compiled("scanned")
+    state = jlora.lora_optimizer(optax.adam(1e-3)).init(adapter)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert entries == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapter))

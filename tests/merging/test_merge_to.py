@@ -1,0 +1,79 @@
+"""Merging to narrow types, and what the report says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+WEIGHT = jax.random.normal(KEYS[0], (96, 80))
+X = jnp.ones((1, 96))
+
+
+def adapter(size: float) -> Any:
+    """A change of the weight whose length over the weight's is `size`."""
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=80, alpha=80))
+    leaf = lora.init(jax.random.key(1), {"w": WEIGHT}, X)["w"]
+    a, b = jax.random.normal(KEYS[1], leaf.a.shape), jax.random.normal(KEYS[2], leaf.b.shape)
+    length = jnp.linalg.norm(a @ b)
+    return {"w": dataclasses.replace(leaf, a=a, b=b * size * jnp.linalg.norm(WEIGHT) / length)}
+
+
+def numpy_report(change: float) -> tuple[float, float, float]:
+    base = np.asarray(WEIGHT.astype(jnp.bfloat16), np.float32)
+    leaf = adapter(change)["w"]
+    wanted = np.asarray(leaf.a @ leaf.b)
+    written = np.asarray(jnp.asarray(base + wanted).astype(jnp.bfloat16), np.float32)
+    found = written - base
+    along = (found * wanted).sum()
+    norms = np.linalg.norm(found) * np.linalg.norm(wanted)
+    return along / (wanted**2).sum(), along / norms, (found == 0).mean()
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
+def test_the_report_is_what_numpy_finds(size: float) -> None:
+    params = {"w": WEIGHT.astype(jnp.bfloat16)}
+    merge = lambda: jlora.merge_to_dtype(params, adapter(size))
+    if size < 1e-2:
+        with pytest.warns(jlora.UpdateLostWarning, match="1 of 1 changes .* float32"):
+            merged = merge()
+    else:
+        merged = merge()
+    kept = merged.report["w"]
+    # float32 sums of 7680 products; a rounding may fall to either side.
+    np.testing.assert_allclose(kept[:3], numpy_report(size), rtol=2e-3)
+    np.testing.assert_allclose(kept.relative_norm, size, rtol=1e-2)  # Of the weight in bfloat16.
+    assert merged.params["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(merged.params["w"], jlora.merge(params, adapter(size))["w"])
+    assert "unchanged" in str(merged)
+
+
+def test_a_wider_type_keeps_everything() -> None:
+    params = {"w": WEIGHT.astype(jnp.bfloat16), "n": jnp.arange(3)}
+    merged = jlora.merge_to_dtype(params, adapter(1e-4), jnp.float32)
+    gain, cosine, unchanged, _ = merged.report["w"]
+    np.testing.assert_allclose([gain, cosine], 1, atol=1e-4)  # Of 2^-24 / 1e-4.
+    assert unchanged < 0.01
+    assert merged.params["w"].dtype == jnp.float32
+    assert merged.params["n"].dtype == params["n"].dtype
+    leaf = adapter(1e-4)["w"]
+    exact = params["w"].astype(jnp.float32) + leaf.a @ leaf.b
+    np.testing.assert_allclose(merged.params["w"], exact, atol=1e-6)
+
+
+def test_what_is_not_changed_is_not_reported() -> None:
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+    fresh = lora.init(jax.random.key(1), {"w": WEIGHT}, X)
+    assert jlora.merge_to_dtype({"w": WEIGHT}, fresh).report == {}
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'w' holds NaN or Inf in float16"):
+        jlora.merge_to_dtype({"w": WEIGHT}, adapter(1e6), jnp.float16)

@@ -1,0 +1,150 @@
+"""Optimizers by label, and partitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from _support.cases import case, total
+
+import jlora
+
+
+def arrays(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def combined() -> tuple[Any, Any]:
+    one = case("attention", "float32")
+    return one, {"base": one.params, "adapter": one.fresh, "head": {"kernel": jnp.ones((6, 3))}}
+
+
+def test_every_array_has_a_label() -> None:
+    _, tree = combined()
+    labels = jlora.param_labels(tree)
+    assert set(jax.tree.leaves(labels["base"])) == {"frozen"}
+    assert labels["head"] == {"kernel": "full"}
+    for leaf in labels["adapter"].values():
+        assert (leaf.a, leaf.b) == ("a", "b")
+
+
+def test_training_in_one_tree_leaves_the_base_bit_identical_and_without_state() -> None:
+    one, tree = combined()
+    optimizer = jlora.lora_optimizer(optax.adam(1e-2))
+    state = optimizer.init(tree)
+    trained = arrays(tree["adapter"]) + arrays(tree["head"])
+    # Adam keeps two moments of what is trained, and counts of steps.
+    assert arrays([x for x in jax.tree.leaves(state) if x.ndim]) == 2 * trained
+
+    @jax.jit
+    def step(tree: Any, state: Any) -> Any:
+        def loss(tree: Any) -> jax.Array:
+            output = one.lora.apply(tree["base"], tree["adapter"], *one.inputs)
+            return total(output @ tree["head"]["kernel"])
+
+        updates, state = optimizer.update(jax.grad(loss)(tree), state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    after = tree
+    for _ in range(3):
+        after, state = step(after, state)
+    chex.assert_trees_all_equal(after["base"], tree["base"])
+    for before, now in zip(
+        jax.tree.leaves((tree["adapter"], tree["head"])),
+        jax.tree.leaves((after["adapter"], after["head"])),
+        strict=True,
+    ):
+        assert not np.array_equal(before, now)
+
+
+def test_one_transformation_for_all_is_that_transformation_on_the_adapter_alone() -> None:
+    one = case("attention", "float32")
+    gradient = one.gradient
+    plain, ours = optax.adamw(1e-2), jlora.lora_optimizer(optax.adamw(1e-2))
+    expected, _ = plain.update(gradient, plain.init(one.adapter), one.adapter)
+    updates, _ = ours.update(gradient, ours.init(one.adapter), one.adapter)
+    chex.assert_trees_all_equal(updates, expected)
+
+
+def test_each_label_has_its_own_transformation() -> None:
+    one = case("attention", "float32")
+    optimizer = jlora.lora_optimizer({"a": optax.sgd(1.0), "b": optax.sgd(16.0)})
+    gradient = jax.tree.map(jnp.ones_like, one.adapter)
+    updates, _ = optimizer.update(gradient, optimizer.init(one.adapter), one.adapter)
+    for leaf in updates.values():
+        np.testing.assert_array_equal(leaf.a, -1)
+        np.testing.assert_array_equal(leaf.b, -16)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "error", "message"),
+    [
+        ({"a": optax.sgd(1.0)}, ValueError, r"\['a'\].*\['a', 'b'\]"),
+        (
+            {"a": optax.sgd(1.0), "b": optax.sgd(1.0), "c": optax.sgd(1.0)},
+            ValueError,
+            r"exactly one for each",
+        ),
+        (0.1, TypeError, r"0.1.*optax.adamw"),
+        ({"a": 0.1}, TypeError, r"0.1.*optax.adamw"),
+    ],
+)
+def test_labels_that_do_not_match_are_refused(transforms: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        jlora.lora_optimizer(transforms).init(case("attention", "float32").adapter)
+
+
+def test_a_weight_of_the_path_base_is_still_trained() -> None:
+    fn = lambda p, x: x @ p["base"]
+    params, x = {"base": jnp.ones((6, 5))}, jnp.ones((2, 6))
+    adapter = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2)).init(
+        jax.random.key(0), params, x
+    )
+    assert set(jax.tree.leaves(jlora.param_labels(adapter))) == {"a", "b"}
+
+
+def test_extra_arguments_reach_the_transformation() -> None:
+    one = case("attention", "float32")
+    optimizer = jlora.lora_optimizer(optax.contrib.reduce_on_plateau())
+    state = optimizer.init(one.adapter)
+    updates, _ = optimizer.update(one.adapter, state, one.adapter, value=1.0)
+    chex.assert_trees_all_close(updates, one.adapter)
+
+
+def test_partition_and_combine_are_inverse() -> None:
+    one = case("attention", "float32")
+    trained, rest = jlora.partition(one.adapter, lambda label: label == "b")
+    assert arrays(trained) == sum(leaf.b.size for leaf in one.adapter.values())
+    assert arrays(trained) + arrays(rest) == arrays(one.adapter)
+    chex.assert_trees_all_equal(jlora.combine(trained, rest), one.adapter)
+    chex.assert_trees_all_equal(jlora.combine(rest, trained), one.adapter)
+    everything, nothing = jlora.partition(one.adapter)
+    assert arrays(nothing) == 0
+    chex.assert_trees_all_equal(everything, one.adapter)
+
+
+def test_the_gradient_of_a_part_is_the_part_of_the_gradient() -> None:
+    one = case("attention", "float32")
+    trained, rest = jlora.partition(one.adapter, lambda label: label == "b")
+    loss = lambda b: total(one.lora.apply(one.params, jlora.combine(b, rest), *one.inputs))
+    whole = one.gradient
+    expected, _ = jlora.partition(whole, lambda label: label == "b")
+    # Float32 through six products, fused otherwise.
+    chex.assert_trees_all_close(jax.jit(jax.grad(loss))(trained), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_part_alone_is_refused_by_name() -> None:
+    one = case("attention", "float32")
+    trained, _ = jlora.partition(one.adapter, lambda label: label == "b")
+    with pytest.raises(ValueError, match=r"array 'a' .*jlora.combine"):
+        one.lora.apply(one.params, trained, *one.inputs)
+    with pytest.raises(ValueError, match="2 of the 2 parts"):
+        jlora.combine(one.adapter, one.adapter)
+    with pytest.raises(ValueError, match="0 of the 2 parts"):
+        jlora.combine(trained, trained)

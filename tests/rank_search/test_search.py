@@ -1,0 +1,826 @@
+"""The search on made-up runs, which end at once, and once on real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import pytest
+import yaml
+from _support.training_fixtures import Make
+from jax.experimental.compilation_cache import compilation_cache
+
+from jlora.rank_search import trials
+from jlora.rank_search.search import SearchResult
+from jlora.rank_search.selection import DIVERGED
+from jlora.rank_search.study import STUDY_FILE, SearchOptions, Study, Trial, TrialSetting
+from jlora.training import recipe, report
+from jlora.training.loop import NonFiniteError
+from jlora.training.recipe.sections import Recipe
+from jlora.training.train import TrainResult, train
+
+# The package has a function of this name.
+search = importlib.import_module("jlora.rank_search.search")
+
+Quality = Callable[[Recipe, int], float]
+
+
+class Killed(BaseException):
+    """Ends a search as a signal would that nothing can catch."""
+
+
+class Runs:
+    """Takes the place of `train`: writes what a run leaves, with made-up accuracies.
+
+    Attributes:
+        calls: Of each run that was begun or gone on with: its recipe and the step that it went to.
+        kill: The number of the call that is killed, and whether that is after it wrote its result.
+    """
+
+    def __init__(self, quality: Quality) -> None:
+        self.quality = quality
+        self.calls: list[tuple[Recipe, int]] = []
+        self.kill: tuple[int, bool] | None = None
+
+    def train(
+        self, given: Recipe, *, resume: bool, until: int, shared: Any, **_: Any
+    ) -> TrainResult:
+        folder, steps = pathlib.Path(given.output), given.training.steps
+        assert steps is not None
+        there = [int(path.name) for path in folder.glob("checkpoints/*")]
+        assert resume == bool(there)
+        assert not there or max(there) <= until
+        number, at = len(self.calls), min(until, steps)
+        self.calls.append((given, at))
+        shared.fingerprints = {"train": f"{given.seed}", "validation": "v"}
+        (folder / "checkpoints" / f"{at}").mkdir(parents=True, exist_ok=True)
+        self._die(number, False)
+        accuracy = self.quality(given, at)
+        if math.isnan(accuracy):
+            raise NonFiniteError("Step 1: loss=nan")
+        lines = [json.dumps({"step": n + 1, "loss": 1.0, "seconds": 0.5}) for n in range(at)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        if at == steps:
+            means = {"loss": 1 - accuracy, "accuracy": accuracy}
+            result = {"validation": means, "trained": trained(given), "seconds": 0.5 * at}
+            (folder / "result.json").write_text(json.dumps(result))
+        self._die(number, True)
+        paused = {} if at == steps else {"accuracy": accuracy, "loss": 1 - accuracy}
+        return TrainResult("steps" if at == steps else "until", at, at, {}, [], [], paused)
+
+    def _die(self, number: int, after: bool) -> None:
+        if self.kill == (number, after):
+            self.kill = None
+            raise Killed
+
+
+def trained(given: Recipe) -> int:
+    """How many numbers a made-up run trains."""
+    targets = given.adapter.target_pattern or "all"
+    share = 5 if "attention" in targets else 7 if "mlp" in targets else 12
+    return share * given.adapter.config_values()["rank"]
+
+
+def noise(given: Recipe, size: float) -> float:
+    """Of a run: the same each time, and another for every setting and seed."""
+    lora = given.adapter
+    what = (
+        lora.config_values()["rank"],
+        lora.config_values()["alpha"],
+        lora.target_pattern,
+        given.seed,
+    )
+    text = repr((*what, given.optimizer.learning_rate))
+    return size * (int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**31 - 1)
+
+
+def plausible(given: Recipe, at: int) -> float:
+    """Ranks help up to 4, the MLP matters, a learning rate twice as high is the best."""
+    steps = given.training.steps
+    assert steps is not None
+    value = 0.5 + 0.1 * math.log2(min(given.adapter.config_values()["rank"], 4))
+    value -= 0.08 if "attention" in (given.adapter.target_pattern or "") else 0.0
+    value -= 0.05 * abs(math.log2(given.optimizer.learning_rate / 0.02))
+    # Seeds differ alike for all settings, but for what breaks ties.
+    return value - 0.1 * (1 - at / steps) + 0.01 * (given.seed % 3) + noise(given, 1e-4)
+
+
+WIDE = SearchOptions(
+    ranks=(1, 2, 4, 8, 16),
+    seeds=3,
+    lr_multipliers=(0.25, 0.5, 1.0, 2.0, 4.0),
+    alpha_over_rank=(1.0, 2.0),
+    num_rungs=3,
+)
+
+
+@pytest.fixture
+def raw(recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path) -> dict[str, Any]:
+    """A recipe of labels for made-up runs, which look at no data."""
+    source = {"path": str(tmp_path / "none.jsonl"), "format": "classification"}
+    return recipe_of(
+        model={"path": str(encoder)},
+        adapter={"rank": 4, "alpha": 8.0},
+        data={"train": [source], "validation": [source], "test": [source], "max_seq_length": 16},
+        training={"steps": 8, "metric": "accuracy"},
+        optimizer={"learning_rate": 0.01},
+        export={"merged": True},
+    )
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    made = Runs(plausible)
+    monkeypatch.setattr(trials, "train", made.train)
+    # That traces the model, and is looked at by a test of its own.
+    monkeypatch.setattr(search, "check_settings", lambda *_: None)
+    return made
+
+
+def searched(raw: dict[str, Any], options: SearchOptions = WIDE, **more: Any) -> SearchResult:
+    return search.search(recipe.validate(raw), options, quiet=True, **more)
+
+
+def state_of(folder: pathlib.Path) -> dict[str, Any]:
+    """search.json without what a clock says."""
+    held = json.loads((folder / STUDY_FILE).read_text())
+    held.pop("seconds")
+    for trial in held["trials"]:
+        trial.pop("seconds")
+    return held
+
+
+# --- what is tried, and what is taken -------------------------------------------------------------
+
+
+def test_each_stage_begins_where_the_one_before_it_ended(raw: dict[str, Any], runs: Runs) -> None:
+    found = searched(raw)
+    rank, targets, rates, confirmation = found.stages
+    # 8 gains nothing over 4, so that 16 is not tried.
+    assert [each.setting.rank for each in rank.candidates] == [1, 2, 4, 8]
+    assert rank.setting == TrialSetting(4, "all", 0.01, 8.0)
+    # The MLP alone is as good as all, and trains less.
+    assert [each.setting.targets for each in targets.candidates] == ["all", "attention", "mlp"]
+    assert targets.setting == TrialSetting(4, "mlp", 0.01, 8.0)
+    assert (rates.setting.rank, rates.setting.targets, rates.setting.learning_rate) == (
+        4,
+        "mlp",
+        0.02,
+    )
+    assert {each.setting for each in confirmation.candidates} == {
+        rates.setting,
+        targets.setting,
+        rank.setting,
+    }
+    assert found.setting == confirmation.setting == rates.setting
+    assert found.finished
+    assert [each.trainable_params for each in rank.candidates] == [12, 24, 48, 96]
+    assert rank.candidates[0].step_ms == 500
+
+
+def test_trials_are_made_once_and_are_of_the_recipe(raw: dict[str, Any], runs: Runs) -> None:
+    searched(raw)
+    ends = [(given.output, at) for given, at in runs.calls]
+    assert len(set(ends)) == len(ends)
+    for given, _ in runs.calls:
+        assert given.data.test == []
+        assert not given.export.merged
+        assert (given.training.steps, given.training.eval_steps) == (8, 8)
+        assert given.data.train == recipe.validate(raw).data.train
+        assert given.adapter.dropout == 0.1  # type: ignore[attr-defined]
+    seeds = {given.seed for given, at in runs.calls if at == 8}
+    # The last one is that of learning rates, which confirms nothing.
+    assert seeds == {0, 1, 2, 3}
+
+
+def test_learning_rates_are_compared_by_halving(raw: dict[str, Any], runs: Runs) -> None:
+    found = searched(raw)
+    of_rates = [(given, at) for given, at in runs.calls if given.seed == 3]
+    # Five rates with alpha = 8, of the recipe, and 4; 2 * 4 is 8 again.
+    assert [at for _, at in of_rates] == [2] * 10 + [4] * 5 + [8] * 3
+    for last, at in ((5, 2), (3, 4)):
+        scores = {g.output: plausible(g, at) for g, step in of_rates if step == at}
+        later = {g.output for g, step in of_rates if step == 2 * at}
+        assert later == set(sorted(scores, key=lambda name: -scores[name])[:last])
+    ended = {g.output: plausible(g, 8) for g, at in of_rates if at == 8}
+    best = max(ended, key=lambda name: ended[name])
+    assert found.setting is not None
+    assert f"lr{found.setting.learning_rate!r}-a{found.setting.alpha!r}" in best
+
+
+def test_noise_stops_the_ladder(raw: dict[str, Any], runs: Runs) -> None:
+    runs.quality = lambda given, at: 0.5 + noise(given, 0.2)
+    rank = searched(raw).stages[0]
+    assert len(rank.candidates) < 5
+    before, after = (each.summary for each in rank.candidates[-2:])
+    assert after.mean - before.mean <= math.hypot(before.stderr, after.stderr)
+    assert "the standard error of this is" in rank.reason
+    # Without noise each doubling counts, however little it gains.
+    runs.quality = lambda given, at: 0.5 + 1e-3 * given.lora.values()["rank"]
+    raw["output"] += "-other"
+    assert len(searched(raw).stages[0].candidates) == 5
+
+
+def test_the_recipe_stays_where_nothing_is_better(raw: dict[str, Any], runs: Runs) -> None:
+    def of_recipe(given: Recipe, at: int) -> float:
+        own = (given.adapter.config_values()["rank"], given.adapter.target_pattern) == (4, None)
+        same = (
+            given.adapter.config_values()["alpha"] == 8.0 and given.optimizer.learning_rate == 0.01
+        )
+        # The seed of learning rates misleads.
+        return 0.9 if own and same and given.seed < 3 else 0.5 + noise(given, 1e-3)
+
+    runs.quality = of_recipe
+    found = searched(raw, dataclasses.replace(WIDE, ranks=(1, 2)))
+    assert found.stages[0].setting.rank < 4
+    assert found.setting == TrialSetting(4, "all", 0.01, 8.0)
+    assert "It is the recipe as it was." in (found.folder / "table.md").read_text()
+
+
+def test_another_setting_with_the_same_scores_is_not_the_recipe(
+    raw: dict[str, Any], runs: Runs
+) -> None:
+    runs.quality = lambda given, at: 1.0
+    found = searched(raw, dataclasses.replace(WIDE, ranks=(1, 2)))
+    assert found.setting is not None
+    assert found.setting.rank == 1
+    text = (found.folder / "table.md").read_text()
+    assert "It is the recipe as it was." not in text
+    assert "Its mean is 0.0000 better than that of the recipe as it was, which is no more" in text
+
+
+def test_a_search_whose_leaders_diverge_keeps_what_it_had(raw: dict[str, Any], runs: Runs) -> None:
+    def leaders_diverge(given: Recipe, at: int) -> float:
+        own = (
+            given.optimizer.learning_rate == 0.01 and given.adapter.config_values()["alpha"] == 8.0
+        )
+        if own or given.seed < 3:
+            return plausible(given, at) - (0.4 if given.seed == 3 else 0.0)
+        return 0.9 if at == 2 else math.nan
+
+    runs.quality = leaders_diverge
+    found = searched(raw)
+    rates = found.stages[2]
+    assert rates.setting == found.stages[1].setting
+    assert (
+        "had all diverged by the next. The first, which the stages before had chosen"
+        in rates.reason
+    )
+    assert found.finished
+    assert {path.name for path in found.folder.iterdir()} >= {"table.md", "best.yaml", STUDY_FILE}
+
+
+def test_a_loss_is_the_better_the_smaller(raw: dict[str, Any], runs: Runs) -> None:
+    raw["training"]["metric"] = "loss"
+    found = searched(raw)
+    assert found.setting is not None
+    assert (found.setting.rank, found.setting.learning_rate) == (4, 0.02)
+    (line,) = [x for x in (found.folder / "table.md").read_text().splitlines() if "| 1 | all" in x][
+        :1
+    ]
+    shown = float(line.split("|")[5].split("±")[0])
+    assert shown == pytest.approx(-found.stages[0].candidates[0].summary.mean, abs=5e-5)  # Rounded.
+
+
+def test_what_diverges_ends_early_and_is_not_taken(raw: dict[str, Any], runs: Runs) -> None:
+    def fragile(given: Recipe, at: int) -> float:
+        return math.nan if given.optimizer.learning_rate >= 0.02 else plausible(given, at)
+
+    runs.quality = fragile
+    found = searched(raw)
+    assert found.setting is not None
+    assert found.setting.learning_rate == 0.01
+    held = state_of(found.folder)
+    diverged = [trial for trial in held["trials"] if trial["why"] == "diverged"]
+    assert len(diverged) == 4  # 0.02 and 0.04 with two alphas: at the first look, and no more.
+    assert all(trial["values"] == {} for trial in diverged)
+    assert "diverged" in (found.folder / "table.md").read_text()
+    # What a run knows to have diverged is not tried again.
+    calls = len(runs.calls)
+    searched(raw, resume=True)
+    assert len(runs.calls) == calls
+
+    runs.quality = lambda given, at: math.nan
+    raw["output"] += "-other"
+    with pytest.raises(ValueError, match="settings diverged.*Lower optimizer.learning_rate"):
+        searched(raw)
+
+
+def test_alpha_or_the_scale_stays_while_ranks_differ(raw: dict[str, Any], runs: Runs) -> None:
+    for hold, stabilized, alphas in (
+        ("alpha", False, [8.0, 8.0]),
+        ("scale", False, [2.0, 32.0]),
+        ("scale", True, [4.0, 16.0]),
+    ):
+        raw["adapter"]["use_rslora"] = stabilized
+        laid = search.StagedSearch(recipe.validate(raw), SearchOptions(ranks=(1, 16), fix=hold))
+        assert [setting.alpha for setting in laid.rank_settings()] == alphas
+
+
+def test_a_recipes_own_targets_are_tried_too(raw: dict[str, Any], runs: Runs) -> None:
+    raw["adapter"]["targets"] = "query"
+    found = searched(raw, dataclasses.replace(WIDE, targets=("attention", "all")))
+    tried = [each.setting.targets for each in found.stages[1].candidates]
+    assert tried == ["recipe", "attention", "all"]
+    by_name = {
+        pathlib.Path(given.output).name.split("-")[1]: given.adapter.target_pattern
+        for given, _ in runs.calls
+    }
+    assert by_name["recipe"] == "query"
+    assert by_name["all"] is None
+
+
+def test_at_most_what_was_announced_is_run(
+    raw: dict[str, Any], runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Every doubling gains, every other setting is worse than the last: all trials are made.
+    runs.quality = lambda given, at: 0.1 * math.log2(given.lora.values()["rank"])
+    raw["adapter"]["rank"] = 3
+    search.search(recipe.validate(raw), WIDE)
+    told = capsys.readouterr().out.partition("\n")[0]
+    announced = int(told.rpartition(":")[2].split()[0].replace(",", ""))
+    made: dict[str, int] = {}
+    for given, at in runs.calls:
+        made[given.output] = max(at, made.get(given.output, 0))
+    assert 0.8 * announced <= sum(made.values()) <= announced
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["in a run", "after its result"])
+def test_a_search_that_was_killed_comes_to_the_same_end(
+    raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path, after: bool
+) -> None:
+    small = dataclasses.replace(
+        WIDE, ranks=(2, 4), seeds=2, lr_multipliers=(1.0, 2.0), num_rungs=2, targets=("all", "mlp")
+    )
+    whole = searched(raw, small)
+    calls = list(runs.calls)
+    want = state_of(whole.folder)
+    table = (whole.folder / "table.md").read_text()
+    other = {**raw, "output": str(tmp_path / "killed")}
+    runs.calls.clear()
+    for number in range(len(calls)):
+        # A call that was killed in its run is made again.
+        runs.kill = (number if after else 2 * number, after)
+        with pytest.raises(Killed):
+            searched(other, small, resume=number > 0)
+    found = searched(other, small, resume=True)
+    got = state_of(found.folder)
+    assert got == want
+    assert found.stages == whole.stages
+    same = [line for line in table.splitlines() if "±" in line and "|" in line]
+    assert same == [
+        line
+        for line in (found.folder / "table.md").read_text().splitlines()
+        if "±" in line and "|" in line
+    ]
+    # A run that wrote its result is not begun again; one that paused may have to be looked at.
+    ends = [(given.output.rpartition("/")[2], at) for given, at in runs.calls]
+    if after:
+        assert all(ends.count(end) == 1 for end in ends if end[1] == 8)
+
+
+def test_another_recipe_is_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> None:
+    searched(raw)
+    calls = len(runs.calls)
+    with pytest.raises(FileExistsError, match="holds a search, which is left as it was"):
+        searched(raw)
+    other = {**raw, "batch": {"size": 3}, "seed": 4}
+    with pytest.raises(ValueError, match=r"another recipe: seed=0 there, 4 here, batch.size=2 th"):
+        searched(other, resume=True)
+    assert len(runs.calls) == calls
+    with pytest.raises(FileNotFoundError, match=r"search.json is missing.*Begin without --resume"):
+        searched({**raw, "output": raw["output"] + "-other"}, resume=True)
+
+
+def test_other_rungs_are_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> None:
+    searched(raw)
+    with pytest.raises(ValueError, match="rungs=2, and .*search.json has trials .* of rungs=3"):
+        searched(raw, dataclasses.replace(WIDE, num_rungs=2), resume=True)
+
+
+def test_other_data_is_not_gone_on_with(
+    raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.kill = (4, True)
+    with pytest.raises(Killed):
+        searched(raw)
+
+    def changed(given: Recipe, **options: Any) -> TrainResult:
+        outcome = runs.train(given, **options)
+        options["shared"].fingerprints["validation"] = "w"
+        return outcome
+
+    monkeypatch.setattr(trials, "train", changed)
+    with pytest.raises(ValueError, match="The validation data is not what earlier trials in"):
+        searched(raw, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no state of a search"),
+        ("[]", "is no state of a search"),
+        ('{"format": 99, "recipe": {}, "trials": []}', "made by format 99"),
+    ],
+)
+def test_a_damaged_state_is_told(raw: dict[str, Any], runs: Runs, text: str, message: str) -> None:
+    folder = pathlib.Path(raw["output"])
+    folder.mkdir(parents=True)
+    (folder / STUDY_FILE).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        searched(raw, resume=True)
+
+
+def test_time_that_is_over_ends_a_search_that_can_be_gone_on_with(
+    raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = {"now": 0.0}
+    monkeypatch.setattr(trials.time, "monotonic", lambda: clock["now"])
+
+    def slow(given: Recipe, at: int) -> float:
+        clock["now"] += 60.0
+        return plausible(given, at)
+
+    runs.quality = slow
+    found = searched(raw, dataclasses.replace(WIDE, timeout_minutes=4.5))
+    assert len(runs.calls) == 5
+    assert (found.setting, found.stages, found.finished) == (None, (), False)
+    assert {path.name for path in found.folder.iterdir()} == {"trials", STUDY_FILE, "table.md"}
+    seconds = [
+        trial["seconds"] for trial in json.loads((found.folder / STUDY_FILE).read_text())["trials"]
+    ]
+    assert seconds == [60.0] * 5 + [0.0]  # The last one did not begin.
+    found = searched(raw, dataclasses.replace(WIDE, timeout_minutes=10.5), resume=True)
+    assert len(runs.calls) == 16
+    assert [stage.name for stage in found.stages] == ["rank"]
+    assert found.setting == TrialSetting(4, "all", 0.01, 8.0)
+    assert "The search is not finished" in (found.folder / "best.yaml").read_text()
+    assert searched(raw, resume=True).finished
+
+
+# --- what it leaves -------------------------------------------------------------------------------
+
+
+def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
+    given = {**raw, "training": {**raw["training"], "early_stopping_patience": 3, "eval_steps": 4}}
+    found = searched(given, command="jlora rank-search r.yaml")
+    assert found.setting is not None
+    best = recipe.load(found.folder / "best.yaml")
+    want = recipe.validate(
+        {
+            **given,
+            "output": f"{given['output']}/best",
+            "adapter": {
+                **given["lora"],
+                "rank": 4,
+                "alpha": found.setting.alpha,
+                "target_pattern": trials.TARGET_PATTERNS["mlp"],
+            },
+            "optimizer": {"learning_rate": 0.02},
+        }
+    )
+    assert best == want  # Its own length, patience and exports.
+    comments = (found.folder / "best.yaml").read_text().partition("\noutput")[0]
+    assert all(line.startswith("# ") for line in comments.splitlines())
+    for text in ("optimistic", "rank 4, mlp, learning rate 0.02", "± "):
+        assert text in comments
+    table = (found.folder / "table.md").read_text()
+    for text in (
+        "3 seeds",
+        "itself uncertain by about 50% of it",
+        "optimistic",
+        "recipe as it was",
+    ):
+        assert text in table
+    held = state_of(found.folder)
+    assert len(held["trials"]) == len({given.output for given, _ in runs.calls})
+    assert held["command"] == "jlora rank-search r.yaml"
+    assert held["finished"] is True
+    assert [stage["chosen"] for stage in held["stages"]] == [s.chosen for s in found.stages]
+    assert (found.folder / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    first = held["trials"][0]
+    assert first["setting"] == {
+        "rank": 1,
+        "target_pattern": "all",
+        "learning_rate": 0.01,
+        "alpha": 8.0,
+    }
+    assert (first["why"], first["trained"], list(first["values"])) == ("steps", 12, ["8"])
+
+
+@pytest.fixture(scope="module")
+def no_cache() -> Iterator[None]:
+    """No compiled program is kept, as where nobody asked for it; the tests' own folder is."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path, no_cache: None) -> None:
+    def settings() -> tuple[Any, ...]:
+        config = jax.config
+        return (
+            config.jax_compilation_cache_dir,
+            config.jax_persistent_cache_min_compile_time_secs,
+            config.jax_persistent_cache_min_entry_size_bytes,
+        )
+
+    def died() -> None:
+        with search.persistent_compilation_cache(tmp_path / "cache"):
+            assert settings() == (str(tmp_path / "cache"), 0.0, -1)
+            raise Killed
+
+    before = settings()
+    with pytest.raises(Killed):
+        died()
+    assert settings() == before
+
+
+def test_a_folder_of_programs_that_the_user_has_stays_the_one(
+    tmp_path: pathlib.Path, no_cache: None
+) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    try:
+        with search.persistent_compilation_cache(tmp_path / "cache"):
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+# --- Optuna ---------------------------------------------------------------------------------------
+
+needs_optuna = pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None, reason="needs the extra jlora[search]"
+)
+
+
+@needs_optuna
+def test_optuna_draws_between_the_ends_and_prunes(
+    raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path
+) -> None:
+    asked = dataclasses.replace(WIDE, sampler="optuna", num_trials=12, ranks=(4,))
+    found = searched(raw, asked)
+    of_rates = [(given, at) for given, at in runs.calls if given.seed == 3]
+    rates = [given.optimizer.learning_rate for given, at in of_rates if at == 2]
+    assert len(rates) == 12
+    assert rates[0] == 0.01  # That of the recipe comes first.
+    assert len(set(rates)) == 12
+    assert all(0.0025 <= rate <= 0.04 for rate in rates)
+    assert all(4 <= given.adapter.config_values()["alpha"] <= 8 for given, _ in of_rates)
+    ended = {given.output for given, at in of_rates if at == 8}
+    assert 1 <= len(ended) < 12
+    assert found.setting is not None
+    assert found.setting.learning_rate != 0.01
+    # With the same scores the same settings are drawn, so that it can be gone on with.
+    calls, state = len(runs.calls), state_of(found.folder)
+    searched(raw, asked, resume=True)
+    assert len(runs.calls) == calls
+    assert state_of(found.folder) == state
+
+
+@needs_optuna
+def test_optuna_ends_what_diverges(raw: dict[str, Any], runs: Runs) -> None:
+    runs.quality = lambda given, at: (
+        math.nan if given.optimizer.learning_rate > 0.012 else plausible(given, at)
+    )
+    found = searched(raw, dataclasses.replace(WIDE, sampler="optuna", num_trials=6, ranks=(4,)))
+    assert found.setting is not None
+    assert found.setting.learning_rate <= 0.012
+    assert found.finished
+
+
+def test_optuna_that_is_missing_is_told_before_anything_is_run(
+    raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "jlora\[search\]"'):
+        searched(raw, dataclasses.replace(WIDE, sampler="optuna"))
+    assert not runs.calls
+    assert not pathlib.Path(raw["output"]).exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": ()}, r"ranks=\(\) are no growing list"),
+        ({"ranks": (4, 2)}, r"ranks=\(4, 2\) are no growing list"),
+        ({"ranks": (2, 2)}, "no growing list"),
+        ({"ranks": (0, 2)}, "no growing list"),
+        ({"seeds": 1}, "seeds=1 tell nothing of the noise"),
+        ({"steps": 0}, "steps=0 is no count"),
+        ({"rungs": 0}, "rungs=0 is no count"),
+        ({"settings": 0}, "settings=0 is no count"),
+        ({"rates": ()}, r"rates=\(\) are no positive numbers"),
+        ({"rates": (1.0, math.nan)}, "no positive numbers"),
+        ({"alphas": (0.0,)}, "no positive numbers"),
+        ({"hold": "rank"}, "hold='rank' is none of alpha, scale"),
+        ({"sampler": "random"}, "sampler='random' is none of grid, optuna"),
+        ({"minutes": 0.0}, r"minutes=0.0 is no time"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("sections", "options", "message"),
+    [
+        ({"data": {"validation": []}}, {}, "data.validation=.. leaves nothing to compare"),
+        ({"adapter": {"family": "IA3"}}, {}, "lora.family=IA3 has no rank and alpha"),
+        (
+            {
+                "adapter": {"family": "AdaLoRA", "rank": 4, "alpha": 8.0},
+                "optimizer": {"budget": {"target_rank": 2}},
+            },
+            {},
+            "lora.family=AdaLoRA chooses ranks as it trains",
+        ),
+        ({"training": {"epochs": 2}}, {}, "training.epochs=2 does not say how many.*--steps"),
+        ({}, {"target_pattern": ("mpl",)}, r"\['mpl'\] are none of \['attention', 'mlp', 'all'\]"),
+        ({}, {"target_pattern": ("recipe",)}, "are none of"),
+        ({}, {"rungs": 5}, "rungs=5 do not fit into steps=8"),
+        ({"distributed": {"auto": True}}, {}, "a search is made by one process"),
+    ],
+)
+def test_recipes_that_cannot_be_searched_are_refused_before_anything_is_run(
+    raw: dict[str, Any],
+    runs: Runs,
+    sections: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    for name, section in sections.items():
+        whole = name == "lora" or (name, section) == ("training", {"epochs": 2})
+        raw[name] = section if whole else {**raw.get(name, {}), **section}
+    if not raw["data"]["validation"]:
+        raw["training"].pop("metric")
+    with pytest.raises(ValueError, match=message):
+        searched(raw, dataclasses.replace(WIDE, **options))
+    assert not runs.calls
+    assert not pathlib.Path(raw["output"]).exists()
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_run(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Runs(plausible)
+    monkeypatch.setattr(trials, "train", made.train)
+    raw["adapter"]["targets"] = "atention/query/kernel"
+    with pytest.raises(ValueError, match="A trial of rank 4, recipe,.* cannot be: .*matches none"):
+        searched(raw)
+    assert not made.calls
+    assert not pathlib.Path(raw["output"]).exists()
+
+
+# --- real runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(
+    tmp_path_factory: pytest.TempPathFactory, encoder: pathlib.Path, no_cache: None
+) -> tuple[dict[str, Any], SearchResult, list[tuple[str, int]]]:
+    """A search of two ranks with two seeds and two steps, which died in the middle."""
+    folder = tmp_path_factory.mktemp("search")
+    for name, words in (("train", ["cat", "dog", "cow", "hen", "owl"]), ("held", ["fox", "bee"])):
+        rows = [{"text": f"a {w} {verb}s", "label": verb} for w in words for verb in ("eat", "see")]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"format": "classification"}
+    raw: dict[str, Any] = {
+        "output": str(folder / "out"),
+        "model": {"path": str(encoder), "dtype": "float32"},
+        "adapter": {"rank": 2, "alpha": 4.0},
+        "data": {
+            "train": [{"path": str(folder / "train.jsonl"), **source}],
+            "validation": [{"path": str(folder / "held.jsonl"), **source}],
+            "max_seq_length": 16,
+            "buckets": [16],
+        },
+        "batch": {"size": 4},
+        "optimizer": {"learning_rate": 0.01},
+        "training": {"steps": 2, "metric": "loss"},
+    }
+    options = SearchOptions(
+        ranks=(1, 2),
+        seeds=2,
+        targets=("all",),
+        lr_multipliers=(1.0, 2.0),
+        alpha_over_rank=(2.0,),
+        fix="scale",
+        num_rungs=2,
+    )
+    calls: list[tuple[str, int]] = []
+
+    def dying(given: Recipe, **more: Any) -> TrainResult:
+        if len(calls) == 2 and not more["resume"]:
+            calls.append(("died", 0))
+            pathlib.Path(given.output).mkdir(parents=True)
+            (pathlib.Path(given.output) / "recipe.yaml").write_text("half of")
+            raise Killed
+        calls.append((pathlib.Path(given.output).name, more["until"]))
+        return train(given, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trials, "train", dying)
+        patched.setattr(report, "write", lambda *_, **__: None)  # A picture a second.
+        with pytest.raises(Killed):
+            searched(raw, options, devices=jax.devices()[:1])
+        found = searched(raw, options, resume=True, devices=jax.devices()[:1])
+    return raw, found, calls
+
+
+@pytest.mark.slow
+def test_a_real_search_ends_with_a_recipe_that_can_be_trained(
+    real: tuple[dict[str, Any], SearchResult, list[tuple[str, int]]],
+) -> None:
+    raw, found, _ = real
+    assert found.finished
+    assert [stage.name for stage in found.stages] == ["rank", "targets", "rates", "confirmation"]
+    assert {path.name for path in found.folder.iterdir()} == {
+        STUDY_FILE,
+        "table.md",
+        "quality.png",
+        "best.yaml",
+        "trials",
+        "cache",
+    }
+    best = recipe.load(found.folder / "best.yaml")
+    assert found.setting is not None
+    assert best.adapter.config_values()["rank"] == found.setting.rank
+    assert best.optimizer.learning_rate == found.setting.learning_rate
+    assert best.data == recipe.validate(raw).data
+    assert list((found.folder / "cache").iterdir())
+
+
+@pytest.mark.slow
+def test_real_trials_are_run_folders_and_are_made_once(
+    real: tuple[dict[str, Any], SearchResult, list[tuple[str, int]]],
+) -> None:
+    _, found, calls = real
+    assert calls.count(("died", 0)) == 1
+    assert len(set(calls)) == len(calls)
+    held = json.loads((found.folder / STUDY_FILE).read_text())
+    for facts in held["trials"]:
+        trial = Trial.from_dict(facts)
+        folder = found.folder / "trials" / trial.name
+        kept = yaml.safe_load((folder / "recipe.yaml").read_text())
+        assert kept["seed"] == trial.seed
+        assert kept["lora"]["rank"] == trial.setting.rank
+        assert kept["lora"]["alpha"] == trial.setting.alpha
+        assert kept["optimizer"]["learning_rate"] == trial.setting.learning_rate
+        if trial.stop_reason == "steps":
+            result = json.loads((folder / "result.json").read_text())
+            assert trial.values[2] == result["validation"]["loss"]
+            assert trial.trainable_params == result["trained"]
+    # Of two settings one went on after the first look.
+    values = [list(one["values"]) for one in held["trials"] if one["stage"] == "rates"]
+    assert sorted(values) == [["1"], ["1", "2"]]
+
+
+def test_the_state_is_whole_at_every_moment(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"recipe": {"seed": 1}, "options": {"rungs": 3}}
+    ledger = Study.create(tmp_path, facts)
+    trial = ledger.get_or_add_trial("rank", TrialSetting(2, "all", 0.1, 4.0), 3, 8)
+    trial.values[4] = 0.25
+    trial.stop_reason = "until"
+    ledger.save()
+    assert [path.name for path in tmp_path.iterdir()] == [STUDY_FILE]
+    again = Study.resume(tmp_path, facts)
+    assert again.trials == ledger.trials
+    assert trial.score(4, "accuracy") == 0.25
+    assert trial.score(4, "loss") == -0.25
+    assert trial.score(2, "loss") == -0.25  # It went past that, and was measured later.
+    assert trial.score(8, "loss") is None
+    trial.stop_reason = "diverged"
+    assert trial.score(8, "loss") == DIVERGED
+
+    def killed(_: int) -> None:
+        raise Killed
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(Killed):
+        ledger.save()
+    again = Study.resume(tmp_path, facts)
+    assert next(iter(again.trials.values())).stop_reason == "until"

@@ -1,0 +1,213 @@
+"""Checkpoints: whole or not there, checked number by number, and refused when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.training.checkpointing import CHECKPOINT_FORMAT, CheckpointManager, check_writable
+
+
+def state(number: float) -> dict[str, Any]:
+    return {
+        "adapter": {"w/a": jnp.arange(6.0).reshape(2, 3) + number, "w/b": jnp.ones(3) * number},
+        "count": jnp.int32(number),
+        "narrow": jnp.full(5, number, jnp.bfloat16),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    saver = CheckpointManager(tmp_path / "run", save_total_limit=5)
+    for step in (3, 7):
+        saver.save(step, state(step), {"progress": {"step": step}})
+    saver.close()
+    return tmp_path / "run"
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_latest_checkpoint_is_restored_bit_by_bit(folder: pathlib.Path) -> None:
+    saver = CheckpointManager(folder, save_total_limit=5)
+    found = saver.restore(state(0))
+    assert (found.step, found.metadata["progress"]) == (7, {"step": 7})
+    assert_equal(found.state, state(7))
+    assert_equal(saver.restore(state(0), 3).state, state(3))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4; there are \[3, 7\]"):
+        saver.restore(state(0), 4)
+
+
+def test_what_is_written_is_the_state_at_the_call(tmp_path: pathlib.Path) -> None:
+    saver = CheckpointManager(tmp_path, save_total_limit=1)
+    changing = np.zeros(1_000_000, np.float32)
+    saver.save(1, {"a": changing}, {})
+    changing[:] = 1  # While it is being hashed.
+    saver.wait_until_finished()
+    assert not saver.restore({"a": jnp.asarray(changing)}).state["a"].any()
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        CheckpointManager(tmp_path, save_total_limit=1).restore(state(0))
+
+
+def test_the_last_ones_and_the_best_one_stay(tmp_path: pathlib.Path) -> None:
+    saver = CheckpointManager(tmp_path, save_total_limit=2)
+    for step, best in [(1, None), (2, 2), (3, 3), (4, 3)]:
+        saver.save(step, state(step), {}, best)
+    saver.close()
+    saver = CheckpointManager(tmp_path, save_total_limit=2)  # As a process that goes on does.
+    for step in (5, 6):
+        saver.save(step, state(step), {}, 3)
+    saver.wait_until_finished()
+    assert saver.all_steps() == [3, 5, 6]
+    with pytest.raises(ValueError, match="has a checkpoint of step 5, which is left alone"):
+        saver.save(5, state(0), {})
+    assert_equal(saver.restore(state(0), 5).state, state(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("narrow"), r"has \['narrow'\] besides"),
+        (lambda s: s.update(new=jnp.ones(2)), r"lacks \['new'\]"),
+        (
+            lambda s: s["adapter"].update({"w/a": jnp.ones((3, 3))}),
+            r"\['adapter'\]\['w/a'\] is float32\(2, 3\) instead of float32\(3, 3\)",
+        ),
+        (lambda s: s.update(count=jnp.float32(1)), r"\['count'\] is int32\(\) instead of float32"),
+    ],
+)
+def test_another_structure_is_refused_by_name(
+    folder: pathlib.Path, change: Any, message: str
+) -> None:
+    like = state(0)
+    change(like)
+    with pytest.raises(ValueError, match=message):
+        CheckpointManager(folder, save_total_limit=5).restore(like)
+
+
+def files_of(folder: pathlib.Path, step: int) -> list[pathlib.Path]:
+    """Those that hold arrays' numbers."""
+    return [f for f in (folder / str(step) / "state").rglob("d/*") if f.is_file()]
+
+
+def refused_or_right(folder: pathlib.Path) -> bool:
+    """Whether the last checkpoint is refused. Orbax does not read every byte that it writes, and
+    what it does read then has to be right.
+    """
+    try:
+        found = CheckpointManager(folder, save_total_limit=5).restore(state(0)).state
+    except ValueError as error:
+        told = str(error)
+    else:
+        assert_equal(found, state(7))
+        return False
+    pattern = r"Step 7 .* is damaged at .*, and a resumed run goes on from step 3"
+    assert re.search(pattern, told), told
+    return True
+
+
+# Reading what is damaged leaves tasks of Orbax's behind, which complain when they are collected.
+damage = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@damage
+def test_a_file_that_is_gone_is_noticed(folder: pathlib.Path) -> None:
+    noticed = 0
+    for file in files_of(folder, 7):
+        copy = folder.with_name("copy")
+        shutil.copytree(folder, copy)
+        (copy / file.relative_to(folder)).unlink()
+        noticed += refused_or_right(copy)
+        assert_equal(
+            CheckpointManager(copy, save_total_limit=5).restore(state(0), 3).state, state(3)
+        )
+        shutil.rmtree(copy)
+    assert noticed
+
+
+@damage
+def test_a_flipped_bit_is_noticed(folder: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for file in files_of(folder, 7):
+        content = bytearray(file.read_bytes())
+        for place in rng.integers(0, len(content), 6):
+            spoilt = bytearray(content)
+            spoilt[place] ^= 1 << int(rng.integers(8))
+            file.write_bytes(spoilt)
+            noticed += refused_or_right(folder)
+        file.write_bytes(content)
+    assert noticed > 5
+
+
+def test_changed_numbers_are_noticed_whatever_the_files_say(folder: pathlib.Path) -> None:
+    path = next((folder / "7" / "facts").rglob("metadata"))
+    facts = json.loads(path.read_text())
+    key = "['adapter']['w/b']"
+    facts["sha256"][key] = "0" * 64
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"damaged at \['adapter'\]\['w/b'\]: its numbers are not"):
+        CheckpointManager(folder, save_total_limit=5).restore(state(0))
+
+
+def test_a_later_format_is_refused(folder: pathlib.Path) -> None:
+    path = next((folder / "7" / "facts").rglob("metadata"))
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "format": CHECKPOINT_FORMAT + 1}))
+    message = (
+        f"made by format {CHECKPOINT_FORMAT + 1}, and this release reads up to {CHECKPOINT_FORMAT}"
+    )
+    with pytest.raises(ValueError, match=message):
+        CheckpointManager(folder, save_total_limit=5).restore(state(0))
+
+
+def test_what_an_interrupted_save_left_is_cleared_away(folder: pathlib.Path) -> None:
+    (folder / "9.orbax-checkpoint-tmp").mkdir()
+    for part in range(3000):  # More than a thread would have removed by the time of the look.
+        (folder / "9.orbax-checkpoint-tmp" / f"part{part}").write_text("half")
+    saver = CheckpointManager(folder, save_total_limit=5)
+    assert not list(folder.glob("*tmp*"))
+    assert saver.all_steps() == [3, 7]
+    saver.save(9, state(9), {})
+    saver.wait_until_finished()
+    assert_equal(saver.restore(state(0)).state, state(9))
+    assert not list(folder.glob("*tmp*"))
+
+
+def test_arrays_are_restored_onto_other_shardings(folder: pathlib.Path) -> None:
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    like = state(0)
+    like["adapter"]["w/a"] = jax.device_put(like["adapter"]["w/a"], split)
+    found = CheckpointManager(folder, save_total_limit=5).restore(like).state
+    assert found["adapter"]["w/a"].sharding == split
+    assert_equal(found, state(7))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused_at_once(tmp_path: pathlib.Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="Nothing can be written to"):
+        check_writable(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+def test_a_file_in_the_folders_place_is_refused_at_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(OSError, match="Nothing can be written to .*Choose another output"):
+        CheckpointManager(tmp_path / "run", save_total_limit=1)

@@ -1,0 +1,133 @@
+"""Runs that pause and go on, and what runs of one process share."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import pytest
+from _support.training_fixtures import Make
+
+from jlora.training import recipe, report
+from jlora.training.metrics import read_metrics
+from jlora.training.program_cache import ProgramCache
+from jlora.training.setup import MeshJitted, Setup
+from jlora.training.sharding import make_mesh
+
+# The package has a function of this name.
+train = importlib.import_module("jlora.training.train")
+
+
+def train(raw: dict[str, Any], **options: Any) -> train.TrainResult:
+    return train.train(recipe.validate(raw), quiet=True, devices=jax.devices()[:1], **options)
+
+
+def left_by(raw: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a run wrote down, without what a clock says."""
+    folder = pathlib.Path(raw["output"])
+    lines = read_metrics(folder / "metrics.jsonl")
+    last = lines[-1]["step"]
+    adapter = hashlib.sha256((folder / "adapter.safetensors").read_bytes())
+    facts = json.loads((folder / f"checkpoints/{last}/facts/metadata").read_text())
+    return {
+        "lines": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+        "adapter": adapter.hexdigest(),
+        "facts": facts,  # The SHA-256 of every array, the best evaluation, the data's position.
+    }
+
+
+def test_law_a_run_that_pauses_and_shares_leaves_what_one_alone_does(
+    recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "write", lambda *_, **__: None)  # Pictures, a second each.
+    reads: list[Any] = []
+    read = train.load_datasets
+    monkeypatch.setattr(train, "read", lambda *args: reads.append(args) or read(*args))
+    # Evaluated after steps 3 and 6, and at the end, which is 7.
+    raw = recipe_of(
+        data={"validation": [{"path": str(chats), "format": "chat", "max_examples": 3}]},
+        training={"steps": 7, "eval_steps": 3, "save_interval_minutes": None},
+    )
+    train(raw)
+    # The data and steps are those of a run with another seed.
+    shared = ProgramCache()
+    other = {**raw, "seed": 1, "output": str(tmp_path / "other")}
+    pause = train(other, until=2, shared=shared)
+    assert pause.output_paths == []
+    names = {path.name for path in (tmp_path / "other").iterdir()}
+    assert names == {"checkpoints", "metrics.jsonl", "recipe.yaml"}
+    with pytest.raises(ValueError, match="until=1 is no step to pause after: the run has made 2"):
+        train(other, until=1, resume=True, shared=shared)
+    with pytest.raises(ValueError, match="until=0 is no step to pause after: the first is 1"):
+        train(other, until=0)
+
+    paused = {**raw, "output": str(tmp_path / "paused")}
+    # At 5 it is evaluated for the pause alone, after it was at 3; at 6 anyway, and once more.
+    outcomes = [train(paused, until=step, resume=step > 5, shared=shared) for step in (5, 6, 6, 9)]
+    assert [outcome.stop_reason for outcome in outcomes] == ["until"] * 3 + ["steps"]
+    assert [outcome.step for outcome in outcomes] == [5, 6, 6, 7]
+    assert left_by(paused) == left_by(raw)
+
+    # What a pause measures is what an evaluation at that step does.
+    held = {
+        line["step"]: line["validation_loss"]
+        for line in left_by(raw)["lines"]
+        if "validation_loss" in line
+    }
+    assert sorted(held) == [3, 6, 7]
+    assert (
+        outcomes[1].paused_eval_metrics["loss"]
+        == outcomes[2].paused_eval_metrics["loss"]
+        == held[6]
+    )
+    assert outcomes[0].paused_eval_metrics["loss"] not in held.values()
+    assert outcomes[-1].paused_eval_metrics == {}
+
+    # Nothing was read or compiled twice: once alone, once of each seed that shares.
+    assert len(reads) == 3
+    programs = [step for step, _ in shared._programs.values()]
+    assert [step._fn._cache_size() for step in programs] == [1]
+
+
+def fake(name: str) -> Setup:
+    """A setup of which the step alone is looked at."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    blank = Setup(*[None] * len(Setup._fields))  # type: ignore[arg-type]
+    return blank._replace(
+        mesh=mesh, train_step=MeshJitted(mesh, name), eval_step=MeshJitted(mesh, name)
+    )
+
+
+def test_programs_are_shared_by_runs_that_compute_the_same(recipe_of: Make) -> None:
+    shared = ProgramCache(max_programs=2)
+
+    def step_of(name: str, *, steps: int = 6, **sections: Any) -> str:
+        given = recipe.validate(recipe_of(**sections))
+        return shared.reuse_programs(given, fake(name), steps, None).train_step._fn
+
+    assert step_of("first") == "first"
+    assert step_of("second") == "first"
+    same = {"seed": 5, "output": "elsewhere", "report": {"tensorboard": True}}
+    assert step_of("second", **same, export={"peft": True}) == "first"
+    for number, sections in enumerate(
+        [
+            {"adapter": {"rank": 3}},
+            {"adapter": {"alpha": 5.0}},
+            {"adapter": {"target_pattern": "attention"}},
+            {"optimizer": {"learning_rate": 0.5}},
+            {"model": {"remat_policy": "full"}},
+            {"batch": {"size": 4}},
+            {"steps": 7},  # Learning rates depend on how many there are.
+        ]
+    ):
+        assert step_of(f"{number}", **sections) == f"{number}"
+        assert step_of("first again") == "first"
+    # Two are held: the one that was not used for longest went.
+    assert step_of("new", steps=7) == "6"
+    assert step_of("new", adapter={"rank": 3}) == "new"
+    with pytest.raises(ValueError, match="most=0 holds no program"):
+        ProgramCache(0)
