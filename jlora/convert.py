@@ -13,6 +13,7 @@ import numpy as np
 from jlora import _tree, _validation
 from jlora._delta import compute_dense_delta, svd_from_expression
 from jlora._quantized_array import is_quantized
+from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import (
     AdapterLeaf,
@@ -27,8 +28,6 @@ from jlora.adapters.lora_fa import LoRAFALeaf
 from jlora.adapters.sora import SoRALeaf
 from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
 from jlora.interpreter.weight import promote_to_float32
-
-PyTree = Any
 
 Adapter = Mapping[str, Any]
 

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from jlora import _tree
-
-PyTree = Any
+from jlora._tree import PyTree
 
 
 def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any], PyTree]:

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.adapters.base import AdapterConfig
 from jlora.interpreter import usage
 from jlora.interpreter.eval_jaxpr import TracedCall, trace_call
 from jlora.interpreter.weight import AdaptableWeight, WeightKind
-
-PyTree = Any
 
 Adapter = dict[str, Any]
 

@@ -12,13 +12,12 @@ import numpy as np
 from jlora import _tree
 from jlora._evaluate import _evaluate_adapted, _fold_in_path, _make_factored_array
 from jlora._quantized_array import is_quantized, maybe_dequantize
+from jlora._tree import PyTree
 from jlora.adapters.base import AdapterConfig, weight_indices
 from jlora.explain import Explanation, _build_explanation
 from jlora.interpreter import terms
 from jlora.interpreter.eval_jaxpr import trace_call
 from jlora.rules import Adapter, Rules, match_rules
-
-PyTree = Any
 
 
 class InitFn(Protocol):

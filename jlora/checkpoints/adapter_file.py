@@ -18,6 +18,7 @@ import safetensors
 
 from jlora import _tree
 from jlora._sharding import fetch_global
+from jlora._tree import PyTree
 from jlora.adapters.base import (
     FAMILIES,
     AdapterLeaf,
@@ -34,8 +35,6 @@ from jlora.checkpoints.lineage import (
 from jlora.checkpoints.safetensors_io import serialize_safetensors
 from jlora.interpreter.usage import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
-
-PyTree = Any
 
 FORMAT_VERSION = 1  # Raised when a reader of the old number would misread a file of the new.
 

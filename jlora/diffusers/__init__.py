@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from jlora._tree import PyTree
 from jlora.diffusers.load import load_lora_file
 from jlora.diffusers.save import ModelAdapter, check_model_prefix, write_lora_file
 from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
 from jlora.rules import trace_weights
-
-PyTree = Any
 
 
 def load(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora._tree import PyTree
 from jlora.adapters.base import check_adapter
 from jlora.checkpoints.safetensors_io import format_names, write_new_safetensors
 from jlora.diffusers.keys import KOHYA_PREFIXES, group_by_kohya_name, to_kohya_name
@@ -22,8 +23,6 @@ from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
 from jlora.peft.modules_to_save import PeftModule
 from jlora.peft.save import convert_to_peft
 from jlora.rules import trace_weights
-
-PyTree = Any
 
 _DOWN_SUFFIX, _UP_SUFFIX = "lora_A.weight", "lora_B.weight"
 

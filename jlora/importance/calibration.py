@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._tree import PyTree
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
@@ -23,8 +24,6 @@ from jlora.initializers import InputMoments
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.transform import Rules, lora_transform
-
-PyTree = Any
 
 
 def input_moments(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _validation, models
+from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRA
 from jlora.adapters.lora import LoRA
 from jlora.checkpoints import hub
@@ -30,8 +31,6 @@ from jlora.training.setup import (
     objective_from_recipe,
     rules_from_recipe,
 )
-
-PyTree = Any
 
 
 def measure_checkpoint_importance(path: str, method: ImportanceMethod) -> Importance:

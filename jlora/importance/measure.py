@@ -13,14 +13,13 @@ import numpy as np
 
 from jlora import _tree, _validation
 from jlora._quantized_array import is_quantized
+from jlora._tree import PyTree
 from jlora.adapters.lora import LoRA
 from jlora.importance.scores import Importance
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import get_axis_sizes, weight_to_matrices
 from jlora.rules import Rules
 from jlora.transform import lora_transform
-
-PyTree = Any
 
 PLACEHOLDER_CONFIG = LoRA(
     rank=1, alpha=1

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.importance.calibration import input_moments
 from jlora.importance.measure import (
     ImportanceMethod,
@@ -27,8 +28,6 @@ from jlora.importance.measure import (
 from jlora.importance.scores import Importance, WeightScore
 from jlora.initializers import InputMoments
 from jlora.interpreter.weight import promote_to_float32
-
-PyTree = Any
 
 StatisticFn = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.interpreter import (
     _compat,
     base_weight,
@@ -128,9 +129,6 @@ def _get_network(value: Any) -> TensorNetwork | None:
 
 def _get_base_array(value: Any) -> Any:
     return value.base if isinstance(value, FactoredArray) else value
-
-
-PyTree = Any
 
 
 class TracedCall(NamedTuple):

@@ -11,10 +11,9 @@ from jax.core import Tracer
 
 from jlora import _tree
 from jlora._delta import depends_on_base
+from jlora._tree import PyTree
 from jlora.adapters.base import AdapterLeaf, get_adapter_leaves, get_array_fields, weight_indices
 from jlora.adapters.lora_moe import LoRAMoELeaf
-
-PyTree = Any
 
 Adapter = Mapping[str, Any]
 

@@ -23,6 +23,7 @@ from jlora._delta import (
     reshape_to_weight,
     svd,
 )
+from jlora._tree import PyTree
 from jlora.adapters import low_rank
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import AdapterLeaf, get_adapter_leaves, make_weight_expression
@@ -84,8 +85,6 @@ def lora_leaf_from_factors(leaf: AdapterLeaf, a: jax.Array, b: jax.Array) -> LoR
     rank = a.shape[-1]
     return LoRALeaf(a=a, b=b, shape=leaf.shape, axes=leaf.axes, rank=rank, alpha=float(rank))
 
-
-PyTree = Any
 
 Adapter = Mapping[str, Any]
 

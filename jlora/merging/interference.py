@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._delta import WeightDelta, get_weight_delta, is_matrix, materialize_delta, svd
+from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves
 from jlora.merging._validation import check_adapters, collect_bases
-
-PyTree = Any
 
 Adapter = Mapping[str, Any]
 

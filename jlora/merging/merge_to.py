@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
 from jlora.transform import materialize_leaves, merge
-
-PyTree = Any
 
 # A change kept to less than this, or turned away by as much, is worth a warning.
 _MIN_FIDELITY = 0.9

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree, _validation
+from jlora._tree import PyTree
 from jlora.interpreter.weight import promote_to_float32
 from jlora.merging.weighted import adapter_names, check_mixing_finite, with_weights
 from jlora.transform import LoraTransform
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,12 @@ import jax
 import numpy as np
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves, weight_indices
 from jlora.multi_lora.batched_apply import apply_per_example, check_slot_index
 from jlora.multi_lora.host_cache import CachedAdapter, HostCache
 from jlora.multi_lora.slots import Slots, empty_slots, pad_to_slot, set_slot
 from jlora.transform import LoraTransform
-
-PyTree = Any
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

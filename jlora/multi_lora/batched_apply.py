@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.multi_lora.slots import Slots, select_slot
 from jlora.transform import LoraTransform
-
-PyTree = Any
 
 
 def apply_per_example(

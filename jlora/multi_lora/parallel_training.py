@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from jlora._tree import PyTree
 
 
 class ParallelStepFn(Protocol):

@@ -31,8 +31,6 @@ from jlora.adapters.base import (
 )
 from jlora.interpreter.usage import WeightAxes
 
-PyTree = Any
-
 SLOT_INDEX_KEY = "slot"  # Under which the adapter that is applied has the index.
 
 

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import is_adapter_node
-
-PyTree = Any
 
 _SVD_ARRAYS = ("a", "s", "b")
 

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import optax
 
+from jlora._tree import PyTree
 from jlora.adapters.base import FROZEN, is_adapter_node
-
-PyTree = Any
 
 FULL = "full"
 

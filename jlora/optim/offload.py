@@ -23,7 +23,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-PyTree = Any
+from jlora._tree import PyTree
 
 TransferFn = Callable[[PyTree], PyTree]
 

@@ -13,11 +13,10 @@ import optax
 from jax import lax
 
 from jlora import _validation
+from jlora._tree import PyTree
 from jlora.adapters import low_rank
 from jlora.adapters.base import check_adapter, is_adapter_node
 from jlora.adapters.lora import LoRALeaf
-
-PyTree = Any
 
 
 class RankScheduleState(NamedTuple):

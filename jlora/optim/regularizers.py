@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import is_adapter_node
 from jlora.adapters.lora import LoRALeaf
 from jlora.optim.multi_transform import param_labels
-
-PyTree = Any
 
 # Arrays that make the update smaller as they shrink; a magnitude or a gate does something else.
 _DECAYED_LABELS = frozenset({"a", "b", "s", "core", "w1", "w2", "spectrum"})

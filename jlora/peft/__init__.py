@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from jlora._tree import PyTree
 from jlora.models.hf import load as load_module
 from jlora.models.hf.load import example_inputs
 from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
@@ -13,8 +14,6 @@ from jlora.peft import modules_to_save, vllm
 from jlora.peft.load import LoadedAdapter, load_peft_folder
 from jlora.peft.save import TASK_TYPES, convert_to_peft, write_peft_folder
 from jlora.rules import trace_weights
-
-PyTree = Any
 
 
 def load(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
+from jlora._tree import PyTree
 from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
 from jlora.adapters.trainable_tokens import TrainableTokens
@@ -30,8 +31,6 @@ from jlora.peft.tensor_layouts import (
     tensor_to_leaf,
 )
 from jlora.rules import trace_weights
-
-PyTree = Any
 
 KEY_PREFIX = "base_model.model."
 

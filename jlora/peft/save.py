@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
+from jlora._tree import PyTree
 from jlora.adapters.base import AdapterLeaf, check_adapter
 from jlora.adapters.full import FullDeltaLeaf
 from jlora.adapters.lokr import factorization
@@ -44,8 +45,6 @@ from jlora.peft.tensor_layouts import (
     leaf_to_tensor,
     list_module_parameters,
 )
-
-PyTree = Any
 
 TASK_TYPES = (
     "CAUSAL_LM",

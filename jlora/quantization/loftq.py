@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jlora import _tree, _validation
+from jlora._tree import PyTree
 from jlora.adapters import low_rank
 from jlora.adapters.base import AdapterLeaf, weight_indices
 from jlora.adapters.dora import DoRALeaf
@@ -24,8 +25,6 @@ from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, wei
 from jlora.quantization.qarray import QArray
 from jlora.quantization.quantize import check_finite_qarrays, match_schemes, quantize_weight
 from jlora.quantization.schemes import QuantizationScheme
-
-PyTree = Any
 
 
 def loftq(

@@ -11,10 +11,9 @@ from jax.core import Tracer
 
 from jlora import _tree
 from jlora._quantized_array import is_quantized, maybe_dequantize
+from jlora._tree import PyTree
 from jlora.quantization.qarray import QArray, quantize_array
 from jlora.quantization.schemes import QuantizationScheme
-
-PyTree = Any
 
 
 def quantize(params: PyTree, rules: Mapping[str, QuantizationScheme | None]) -> PyTree:

@@ -22,9 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora._sharding import fetch_global
+from jlora._tree import PyTree
 from jlora.checkpoints.safetensors_io import format_names
-
-PyTree = Any
 
 CHECKPOINT_FORMAT = 1
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jlora._tree import PyTree
 from jlora.training.data.batch_stream import (
     STREAM_START,
     BatchStream,
@@ -21,8 +22,6 @@ from jlora.training.data.prefetch import PrefetchIterator, prefetch
 from jlora.training.loop import DeviceBatch, average_loss_sums
 from jlora.training.setup import Setup
 from jlora.training.sharding import BATCH_AXES
-
-PyTree = Any
 
 
 def make_microbatch_sharding(mesh: Mesh) -> NamedSharding:

@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jlora import models, peft
 from jlora._sharding import fetch_global
+from jlora._tree import PyTree
 from jlora.checkpoints.adapter_file import write_adapter
 from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import serialize_safetensors
@@ -30,8 +31,6 @@ from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup, get_layer_layout_options, schemes_from_recipe
 from jlora.transform import lora_transform, merge
-
-PyTree = Any
 
 _PEFT_READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 

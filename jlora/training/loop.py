@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from jlora._tree import PyTree
 from jlora.optim.offload import HOST_MEMORY_KIND
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.distributed import (
@@ -25,8 +26,6 @@ from jlora.training.metrics import MetricsLogger, log_metrics
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup, make_dropout_key
 from jlora.training.train_step import StepMetrics, TrainState
-
-PyTree = Any
 
 _SAVE_REQUEST = 1  # A wish that is less than those of signals.
 

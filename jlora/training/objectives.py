@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import is_adapter_node
 from jlora.adapters.lora_moe import LoRAMoELeaf
@@ -23,8 +24,6 @@ from jlora.optim.regularizers import orthogonal_regularizer
 from jlora.training.recipe.sections import ClassificationSection, DPOSection, OptimizerSection
 from jlora.training.train_step import LossFn, LossSums
 from jlora.transform import LoraTransform, Rules, lora_transform
-
-PyTree = Any
 
 
 class Objective(NamedTuple):

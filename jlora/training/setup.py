@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import _tree, models
+from jlora._tree import PyTree
 from jlora.adapters.base import AdapterConfig, get_adapter_leaves, is_adapter_node
 from jlora.adapters.full import FullDelta
 from jlora.adapters.sora import SoRALeaf
@@ -44,8 +45,6 @@ from jlora.training.train_step import (
     make_optimizer,
     make_train_step,
 )
-
-PyTree = Any
 
 # Products inside layers, which are adapted, and quantised. A router chooses experts, and moving it
 # moves all of them.

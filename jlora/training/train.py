@@ -41,8 +41,6 @@ from jlora.training.resume import collect_run_metadata, resolve_defaults, restor
 from jlora.training.setup import Setup, build_setup, model_from_recipe
 from jlora.training.train_step import TrainState
 
-PyTree = Any
-
 REPORT_FILE, RECIPE_FILE, CHECKPOINTS_DIR = "report.html", "recipe.yaml", "checkpoints"
 
 RESULT_FILE = "result.json"

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora._tree import PyTree
 from jlora.optim.adalora import adalora_rank_allocator
 from jlora.optim.multi_transform import lora_optimizer
 from jlora.optim.offload import offload
 from jlora.optim.regularizers import soft_threshold, weight_decay_mask
 from jlora.training.recipe.sections import OptimizerSection
-
-PyTree = Any
 
 
 class LossSums(NamedTuple):

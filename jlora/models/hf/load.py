@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from jlora import _tree
 from jlora._quantized_array import abstract_with_sharding
+from jlora._tree import PyTree
 from jlora.checkpoints import hub
 from jlora.checkpoints.safetensors_io import (
     FLOAT_DTYPES,
@@ -38,8 +39,6 @@ from jlora.models.hf.weight_names import (
 from jlora.models.vit import ViT
 from jlora.quantization.quantize import check_finite_qarrays, match_schemes
 from jlora.quantization.schemes import QuantizationScheme
-
-PyTree = Any
 
 
 class LoadedModel(NamedTuple):
