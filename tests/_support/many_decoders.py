@@ -74,7 +74,7 @@ class Setting:
 
 @functools.cache
 def setting(scanned: bool, dtype: str) -> Setting:
-    model, params = models.load(DECODER, dtype=dtype, scanned=scanned)
+    model, params = models.load(DECODER, dtype=dtype, scan_layers=scanned)
     tokens = np.zeros((1, 2), np.int32)
     adapters = {}
     for number, name in enumerate("abc"):
