@@ -93,7 +93,7 @@ def format_command_line(options: RankSearchOptions) -> str:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name not in ("recipe", "resume", "overrides") and value != field.default:
-            words += [f"--{field.name}", str(value)]
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join([*words, *options.overrides])
 
 

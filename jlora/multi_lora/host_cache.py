@@ -52,11 +52,11 @@ class HostCache:
     def __init__(self, max_adapters: int | None, folder: str | Path | None) -> None:
         if max_adapters is not None and max_adapters < 1:
             raise ValueError(
-                f"host={max_adapters} leaves no room for an adapter. Use 1 or more, or None."
+                f"max_host_adapters={max_adapters} leaves no room for an adapter. Use 1 or more, or None."
             )
         if (max_adapters is None) != (folder is None):
             raise ValueError(
-                f"host={max_adapters} and folder={folder!r} belong together: what the host has no room for "
+                f"max_host_adapters={max_adapters} and folder={folder!r} belong together: what the host has no room for "
                 f"is written to the folder. Give both, or neither."
             )
         self._max_adapters = max_adapters

@@ -390,5 +390,5 @@ def _plot_learning_curves(axes: Any, study: Study, rung_scores: RungScores) -> N
         places = [trial.step_ms * step / 1e3 for step in steps]
         values = [trial.values[step] for step in steps]
         axes.plot(places, values, "-", color="0.75", linewidth=0.9, zorder=1)
-        ended = "x" if trial.stop_reason != "steps" else "."
+        ended = "x" if trial.stop_reason != "max_steps" else "."
         axes.plot(places[-1:], values[-1:], ended, color="0.55", markersize=5, zorder=1)

@@ -133,7 +133,7 @@ def rung_steps(steps: int, num_rungs: int) -> list[int]:
     found = [math.ceil(steps / 2**power) for power in reversed(range(max(num_rungs, 0)))]
     if num_rungs < 1 or steps < 1 or len(set(found)) < num_rungs:
         raise ValueError(
-            f"rungs={num_rungs} do not fit into steps={steps}: each is half of the next. Give fewer "
+            f"num_rungs={num_rungs} do not fit into steps={steps}: each is half of the next. Give fewer "
             f"rungs or more steps."
         )
     return found

@@ -78,7 +78,9 @@ class SearchOptions:
                     f"{name}={getattr(self, name)!r} is none of {', '.join(known)}. Choose one."
                 )
         if self.timeout_minutes is not None and not 0 < self.timeout_minutes < math.inf:
-            raise ValueError(f"minutes={self.timeout_minutes} is no time. Give a positive number.")
+            raise ValueError(
+                f"timeout_minutes={self.timeout_minutes} is no time. Give a positive number."
+            )
 
 
 STUDY_FILE = "search.json"
@@ -242,8 +244,8 @@ class Study:
         asked = metadata["options"]["num_rungs"]
         if looks != asked and any(trial.stage == "rates" for trial in trials):
             raise ValueError(
-                f"rungs={asked}, and {path} has trials of learning rates that were looked at at "
-                f"the steps of rungs={looks}. Resume with as many as before."
+                f"num_rungs={asked}, and {path} has trials of learning rates that were looked at at "
+                f"the steps of num_rungs={looks}. Resume with as many as before."
             )
         return cls(folder, {**held, **metadata}, {trial.name: trial for trial in trials})
 

@@ -225,7 +225,7 @@ def _read_run_result(folder: Path) -> Mapping[str, Any] | None:
 
 def _record_run_result(trial: Trial, result: Mapping[str, Any], metric: str) -> None:
     # What is no number, JSON has as text.
-    _record_trial_value(trial, trial.total_steps, float(result["validation"][metric]), "steps")
+    _record_trial_value(trial, trial.total_steps, float(result["validation"][metric]), "max_steps")
     trial.trainable_params = result["trainable_params"]
 
 

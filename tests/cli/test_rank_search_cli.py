@@ -53,7 +53,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 def test_options_and_overrides_stand_in_any_order(
     capsys: pytest.CaptureFixture[str], seen: list[Any]
 ) -> None:
-    words = ["--lora.alpha", "4.0", "--ranks", "1,4", "--seed", "7", "recipe.yaml"]
+    words = ["--adapter.alpha", "4.0", "--ranks", "1,4", "--seed", "7", "recipe.yaml"]
     words += [
         "--seeds",
         "5",
@@ -66,7 +66,7 @@ def test_options_and_overrides_stand_in_any_order(
     assert run(capsys, *words, "--steps", "9", "--timeout-minutes", "2", "--resume")[0] == 0
     ((given, asked, more),) = seen
     # --seed is the recipe's, and no short form of --seeds.
-    assert (given.seed, given.output, given.lora.alpha) == (7, "there", 4.0)
+    assert (given.seed, given.output, given.adapter.alpha) == (7, "there", 4.0)
     assert asked == SearchOptions(
         ranks=(1, 4),
         seeds=5,
@@ -78,7 +78,7 @@ def test_options_and_overrides_stand_in_any_order(
     assert more["resume"] is True
     assert more["command"] == (
         "jlora rank-search recipe.yaml --ranks 1,4 --seeds 5 --steps 9 --targets 'mlp, all' "
-        "--lr-multipliers 0.5,3 --timeout-minutes 2.0 --lora.alpha 4.0 --seed 7 --output there"
+        "--lr-multipliers 0.5,3 --timeout-minutes 2.0 --adapter.alpha 4.0 --seed 7 --output there"
     )
 
 
@@ -98,7 +98,7 @@ def test_the_defaults_of_the_command_are_those_of_the_library(
         (["--ranks", "1,2.5"], "--ranks='1,2.5' is no list of numbers"),
         (["--lr-multipliers", ""], "--lr-multipliers='' is no list of numbers"),
         (["--seeds", "1"], "seeds=1 tell nothing of the noise"),
-        (["--lora.rnak", "2"], "lora.rnak is no field"),
+        (["--adapter.rnak", "2"], "Unknown field 'adapter.rnak'"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(
@@ -171,7 +171,7 @@ def jlora(*words: str) -> subprocess.Popen[str]:
 def scores(folder: pathlib.Path) -> dict[str, Any]:
     """What search.json says of a search, without what a clock says."""
     held = json.loads((folder / "search.json").read_text())
-    trials = [(t["setting"], t["seed"], t["values"], t["why"]) for t in held["trials"]]
+    trials = [(t["setting"], t["seed"], t["values"], t["stop_reason"]) for t in held["trials"]]
     return {"trials": trials, "chosen": [stage["chosen"] for stage in held["stages"]]}
 
 

@@ -141,7 +141,7 @@ def test_more_adapters_than_slots_in_one_batch_are_refused_and_move_nothing() ->
 
 
 def test_beyond_the_hosts_room_adapters_wait_in_files(tmp_path: pathlib.Path) -> None:
-    bank = bank_of(2, host=2, folder=tmp_path / "shelf")
+    bank = bank_of(2, max_host_adapters=2, folder=tmp_path / "shelf")
     held = {name: adapter(number) for number, name in enumerate("abcde")}
     for name, one in held.items():
         bank.add(name, one)
@@ -160,7 +160,7 @@ def test_beyond_the_hosts_room_adapters_wait_in_files(tmp_path: pathlib.Path) ->
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_factors_come_back_from_files(dtype: str, tmp_path: pathlib.Path) -> None:
-    bank = bank_of(2, host=1, folder=tmp_path, dtype=dtype)
+    bank = bank_of(2, max_host_adapters=1, folder=tmp_path, dtype=dtype)
     for number, name in enumerate("abc"):
         bank.add(name, adapter(number))
     before = [np.asarray(bank.apply(given()[1], [name], X[:1])) for name in "abc"]
@@ -173,7 +173,7 @@ def test_narrow_factors_come_back_from_files(dtype: str, tmp_path: pathlib.Path)
 def test_a_full_disk_holds_no_more_on_the_host_however_often_it_is_asked(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank = bank_of(2, host=1, folder=tmp_path)
+    bank = bank_of(2, max_host_adapters=1, folder=tmp_path)
     bank.add("a", adapter(1))
     bank.add("b", adapter(2))  # a goes to disk.
     replace = os.replace
@@ -193,7 +193,7 @@ def test_a_full_disk_holds_no_more_on_the_host_however_often_it_is_asked(
 
 
 def test_a_replaced_adapter_is_never_read_from_its_old_file(tmp_path: pathlib.Path) -> None:
-    bank = bank_of(2, host=1, folder=tmp_path)
+    bank = bank_of(2, max_host_adapters=1, folder=tmp_path)
     bank.add("a", adapter(1))
     bank.add("b", adapter(2))  # a goes to disk.
     bank.replace("a", adapter(3))  # b goes to disk, and a's file with it.
@@ -206,7 +206,7 @@ def test_a_replaced_adapter_is_never_read_from_its_old_file(tmp_path: pathlib.Pa
 def test_a_file_that_is_not_as_it_was_written_is_refused(
     damage: str, tmp_path: pathlib.Path
 ) -> None:
-    bank = bank_of(2, host=1, folder=tmp_path)
+    bank = bank_of(2, max_host_adapters=1, folder=tmp_path)
     held = {"a": adapter(1), "b": adapter(2)}
     for name, one in held.items():
         bank.add(name, one)
@@ -219,7 +219,7 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(
     elif damage == "truncated":
         path.write_bytes(whole[:-1])
     else:
-        other = bank_of(2, host=1, folder=tmp_path / "other")
+        other = bank_of(2, max_host_adapters=1, folder=tmp_path / "other")
         other.add("a", adapter(3))
         other.add("b", adapter(2))
         (source,) = (tmp_path / "other").glob("a-*")
@@ -237,7 +237,7 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(
 def test_a_full_disk_leaves_the_bank_as_it_was(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank = bank_of(2, host=1, folder=tmp_path)
+    bank = bank_of(2, max_host_adapters=1, folder=tmp_path)
     bank.add("a", adapter(1))
 
     def full(*_: Any) -> Any:
@@ -336,10 +336,10 @@ def test_banks_without_room_are_refused(tmp_path: pathlib.Path) -> None:
         bank_of(1)
     with pytest.raises(ValueError, match="rank=0 leaves no room"):
         bank_of(2, rank=0)
-    with pytest.raises(ValueError, match="host=0 leaves no room"):
-        bank_of(2, host=0, folder=tmp_path)
+    with pytest.raises(ValueError, match="max_host_adapters=0 leaves no room"):
+        bank_of(2, max_host_adapters=0, folder=tmp_path)
     with pytest.raises(ValueError, match="belong together"):
-        bank_of(2, host=1)
+        bank_of(2, max_host_adapters=1)
 
 
 def test_static_inputs_and_shapes_compile_once_each() -> None:
@@ -375,7 +375,7 @@ def test_a_batch_keeps_what_it_was_given_while_the_bank_goes_on() -> None:
 @pytest.mark.slow
 def test_ten_thousand_swaps_hold_no_memory(tmp_path: pathlib.Path) -> None:
     _, params, _ = given()
-    bank = bank_of(2, host=2, folder=tmp_path)
+    bank = bank_of(2, max_host_adapters=2, folder=tmp_path)
     held = {name: adapter(number) for number, name in enumerate("abc")}
     for name, one in held.items():
         bank.add(name, one)

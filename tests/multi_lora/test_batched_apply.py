@@ -269,7 +269,7 @@ def test_rows_of_inputs_that_do_not_fit_are_refused(apart: Setting) -> None:
     with pytest.raises(ValueError, match=r"not one slot for each row"):
         run(np.float32([0.0, 1.0]), apart.tokens(2, 4))
     with pytest.raises(ValueError, match=r"its axis 2 is not one"):
-        run(index, apart.tokens(2, 4), row_axes=2)
+        run(index, apart.tokens(2, 4), batch_axes=2)
 
 
 def test_an_output_whose_rows_cannot_be_told_is_refused() -> None:

@@ -52,16 +52,16 @@ class Runs:
         self.kill: tuple[int, bool] | None = None
 
     def train(
-        self, given: Recipe, *, resume: bool, until: int, shared: Any, **_: Any
+        self, given: Recipe, *, resume: bool, pause_after_step: int, program_cache: Any, **_: Any
     ) -> TrainResult:
         folder, steps = pathlib.Path(given.output), given.training.steps
         assert steps is not None
         there = [int(path.name) for path in folder.glob("checkpoints/*")]
         assert resume == bool(there)
-        assert not there or max(there) <= until
-        number, at = len(self.calls), min(until, steps)
+        assert not there or max(there) <= pause_after_step
+        number, at = len(self.calls), min(pause_after_step, steps)
         self.calls.append((given, at))
-        shared.fingerprints = {"train": f"{given.seed}", "validation": "v"}
+        program_cache.data_fingerprints = {"train": f"{given.seed}", "validation": "v"}
         (folder / "checkpoints" / f"{at}").mkdir(parents=True, exist_ok=True)
         self._die(number, False)
         accuracy = self.quality(given, at)
@@ -71,11 +71,11 @@ class Runs:
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         if at == steps:
             means = {"loss": 1 - accuracy, "accuracy": accuracy}
-            result = {"validation": means, "trained": trained(given), "seconds": 0.5 * at}
+            result = {"validation": means, "trainable_params": trained(given), "seconds": 0.5 * at}
             (folder / "result.json").write_text(json.dumps(result))
         self._die(number, True)
         paused = {} if at == steps else {"accuracy": accuracy, "loss": 1 - accuracy}
-        return TrainResult("steps" if at == steps else "until", at, at, {}, [], [], paused)
+        return TrainResult("max_steps" if at == steps else "paused", at, at, {}, [], [], paused)
 
     def _die(self, number: int, after: bool) -> None:
         if self.kill == (number, after):
@@ -225,7 +225,7 @@ def test_noise_stops_the_ladder(raw: dict[str, Any], runs: Runs) -> None:
     assert after.mean - before.mean <= math.hypot(before.stderr, after.stderr)
     assert "the standard error of this is" in rank.reason
     # Without noise each doubling counts, however little it gains.
-    runs.quality = lambda given, at: 0.5 + 1e-3 * given.lora.values()["rank"]
+    runs.quality = lambda given, at: 0.5 + 1e-3 * given.adapter.config_values()["rank"]
     raw["output"] += "-other"
     assert len(searched(raw).stages[0].candidates) == 5
 
@@ -300,7 +300,7 @@ def test_what_diverges_ends_early_and_is_not_taken(raw: dict[str, Any], runs: Ru
     assert found.setting is not None
     assert found.setting.learning_rate == 0.01
     held = state_of(found.folder)
-    diverged = [trial for trial in held["trials"] if trial["why"] == "diverged"]
+    diverged = [trial for trial in held["trials"] if trial["stop_reason"] == "diverged"]
     assert len(diverged) == 4  # 0.02 and 0.04 with two alphas: at the first look, and no more.
     assert all(trial["values"] == {} for trial in diverged)
     assert "diverged" in (found.folder / "table.md").read_text()
@@ -327,7 +327,7 @@ def test_alpha_or_the_scale_stays_while_ranks_differ(raw: dict[str, Any], runs: 
 
 
 def test_a_recipes_own_targets_are_tried_too(raw: dict[str, Any], runs: Runs) -> None:
-    raw["adapter"]["targets"] = "query"
+    raw["adapter"]["target_pattern"] = "query"
     found = searched(raw, dataclasses.replace(WIDE, targets=("attention", "all")))
     tried = [each.setting.targets for each in found.stages[1].candidates]
     assert tried == ["recipe", "attention", "all"]
@@ -343,7 +343,7 @@ def test_at_most_what_was_announced_is_run(
     raw: dict[str, Any], runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Every doubling gains, every other setting is worse than the last: all trials are made.
-    runs.quality = lambda given, at: 0.1 * math.log2(given.lora.values()["rank"])
+    runs.quality = lambda given, at: 0.1 * math.log2(given.adapter.config_values()["rank"])
     raw["adapter"]["rank"] = 3
     search.search(recipe.validate(raw), WIDE)
     told = capsys.readouterr().out.partition("\n")[0]
@@ -406,7 +406,9 @@ def test_another_recipe_is_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> 
 
 def test_other_rungs_are_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> None:
     searched(raw)
-    with pytest.raises(ValueError, match="rungs=2, and .*search.json has trials .* of rungs=3"):
+    with pytest.raises(
+        ValueError, match="num_rungs=2, and .*search.json has trials .* of num_rungs=3"
+    ):
         searched(raw, dataclasses.replace(WIDE, num_rungs=2), resume=True)
 
 
@@ -419,7 +421,7 @@ def test_other_data_is_not_gone_on_with(
 
     def changed(given: Recipe, **options: Any) -> TrainResult:
         outcome = runs.train(given, **options)
-        options["shared"].fingerprints["validation"] = "w"
+        options["program_cache"].data_fingerprints["validation"] = "w"
         return outcome
 
     monkeypatch.setattr(trials, "train", changed)
@@ -483,7 +485,7 @@ def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
             **given,
             "output": f"{given['output']}/best",
             "adapter": {
-                **given["lora"],
+                **given["adapter"],
                 "rank": 4,
                 "alpha": found.setting.alpha,
                 "target_pattern": trials.TARGET_PATTERNS["mlp"],
@@ -513,11 +515,12 @@ def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
     first = held["trials"][0]
     assert first["setting"] == {
         "rank": 1,
-        "target_pattern": "all",
+        "targets": "all",
         "learning_rate": 0.01,
         "alpha": 8.0,
     }
-    assert (first["why"], first["trained"], list(first["values"])) == ("steps", 12, ["8"])
+    assert (first["stop_reason"], first["trainable_params"]) == ("max_steps", 12)
+    assert list(first["values"]) == ["8"]
 
 
 @pytest.fixture(scope="module")
@@ -628,14 +631,14 @@ def test_optuna_that_is_missing_is_told_before_anything_is_run(
         ({"ranks": (0, 2)}, "no growing list"),
         ({"seeds": 1}, "seeds=1 tell nothing of the noise"),
         ({"steps": 0}, "steps=0 is no count"),
-        ({"rungs": 0}, "rungs=0 is no count"),
-        ({"settings": 0}, "settings=0 is no count"),
-        ({"rates": ()}, r"rates=\(\) are no positive numbers"),
-        ({"rates": (1.0, math.nan)}, "no positive numbers"),
-        ({"alphas": (0.0,)}, "no positive numbers"),
-        ({"hold": "rank"}, "hold='rank' is none of alpha, scale"),
+        ({"num_rungs": 0}, "num_rungs=0 is no count"),
+        ({"num_trials": 0}, "num_trials=0 is no count"),
+        ({"lr_multipliers": ()}, r"lr_multipliers=\(\) are no positive numbers"),
+        ({"lr_multipliers": (1.0, math.nan)}, "no positive numbers"),
+        ({"alpha_over_rank": (0.0,)}, "no positive numbers"),
+        ({"fix": "rank"}, "fix='rank' is none of alpha, scale"),
         ({"sampler": "random"}, "sampler='random' is none of grid, optuna"),
-        ({"minutes": 0.0}, r"minutes=0.0 is no time"),
+        ({"timeout_minutes": 0.0}, r"timeout_minutes=0.0 is no time"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -647,19 +650,19 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
     ("sections", "options", "message"),
     [
         ({"data": {"validation": []}}, {}, "data.validation=.. leaves nothing to compare"),
-        ({"adapter": {"family": "IA3"}}, {}, "lora.family=IA3 has no rank and alpha"),
+        ({"adapter": {"family": "IA3"}}, {}, "adapter.family=IA3 has no rank and alpha"),
         (
             {
                 "adapter": {"family": "AdaLoRA", "rank": 4, "alpha": 8.0},
                 "optimizer": {"budget": {"target_rank": 2}},
             },
             {},
-            "lora.family=AdaLoRA chooses ranks as it trains",
+            "adapter.family=AdaLoRA chooses ranks as it trains",
         ),
         ({"training": {"epochs": 2}}, {}, "training.epochs=2 does not say how many.*--steps"),
-        ({}, {"target_pattern": ("mpl",)}, r"\['mpl'\] are none of \['attention', 'mlp', 'all'\]"),
-        ({}, {"target_pattern": ("recipe",)}, "are none of"),
-        ({}, {"rungs": 5}, "rungs=5 do not fit into steps=8"),
+        ({}, {"targets": ("mpl",)}, r"\['mpl'\] are none of \['attention', 'mlp', 'all'\]"),
+        ({}, {"targets": ("recipe",)}, "are none of"),
+        ({}, {"num_rungs": 5}, "num_rungs=5 do not fit into steps=8"),
         ({"distributed": {"auto": True}}, {}, "a search is made by one process"),
     ],
 )
@@ -671,7 +674,7 @@ def test_recipes_that_cannot_be_searched_are_refused_before_anything_is_run(
     message: str,
 ) -> None:
     for name, section in sections.items():
-        whole = name == "lora" or (name, section) == ("training", {"epochs": 2})
+        whole = name == "adapter" or (name, section) == ("training", {"epochs": 2})
         raw[name] = section if whole else {**raw.get(name, {}), **section}
     if not raw["data"]["validation"]:
         raw["training"].pop("metric")
@@ -686,7 +689,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_run(
 ) -> None:
     made = Runs(plausible)
     monkeypatch.setattr(trials, "train", made.train)
-    raw["adapter"]["targets"] = "atention/query/kernel"
+    raw["adapter"]["target_pattern"] = "atention/query/kernel"
     with pytest.raises(ValueError, match="A trial of rank 4, recipe,.* cannot be: .*matches none"):
         searched(raw)
     assert not made.calls
@@ -737,12 +740,12 @@ def real(
             pathlib.Path(given.output).mkdir(parents=True)
             (pathlib.Path(given.output) / "recipe.yaml").write_text("half of")
             raise Killed
-        calls.append((pathlib.Path(given.output).name, more["until"]))
+        calls.append((pathlib.Path(given.output).name, more["pause_after_step"]))
         return train(given, **more)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trials, "train", dying)
-        patched.setattr(report, "write", lambda *_, **__: None)  # A picture a second.
+        patched.setattr(report, "write_report", lambda *_, **__: None)  # A picture a second.
         with pytest.raises(Killed):
             searched(raw, options, devices=jax.devices()[:1])
         found = searched(raw, options, resume=True, devices=jax.devices()[:1])
@@ -785,13 +788,13 @@ def test_real_trials_are_run_folders_and_are_made_once(
         folder = found.folder / "trials" / trial.name
         kept = yaml.safe_load((folder / "recipe.yaml").read_text())
         assert kept["seed"] == trial.seed
-        assert kept["lora"]["rank"] == trial.setting.rank
-        assert kept["lora"]["alpha"] == trial.setting.alpha
+        assert kept["adapter"]["rank"] == trial.setting.rank
+        assert kept["adapter"]["alpha"] == trial.setting.alpha
         assert kept["optimizer"]["learning_rate"] == trial.setting.learning_rate
-        if trial.stop_reason == "steps":
+        if trial.stop_reason == "max_steps":
             result = json.loads((folder / "result.json").read_text())
             assert trial.values[2] == result["validation"]["loss"]
-            assert trial.trainable_params == result["trained"]
+            assert trial.trainable_params == result["trainable_params"]
     # Of two settings one went on after the first look.
     values = [list(one["values"]) for one in held["trials"] if one["stage"] == "rates"]
     assert sorted(values) == [["1"], ["1", "2"]]
@@ -800,11 +803,11 @@ def test_real_trials_are_run_folders_and_are_made_once(
 def test_the_state_is_whole_at_every_moment(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = {"recipe": {"seed": 1}, "options": {"rungs": 3}}
+    facts = {"recipe": {"seed": 1}, "options": {"num_rungs": 3}}
     ledger = Study.create(tmp_path, facts)
     trial = ledger.get_or_add_trial("rank", TrialSetting(2, "all", 0.1, 4.0), 3, 8)
     trial.values[4] = 0.25
-    trial.stop_reason = "until"
+    trial.stop_reason = "paused"
     ledger.save()
     assert [path.name for path in tmp_path.iterdir()] == [STUDY_FILE]
     again = Study.resume(tmp_path, facts)
@@ -823,4 +826,4 @@ def test_the_state_is_whole_at_every_moment(
     with pytest.raises(Killed):
         ledger.save()
     again = Study.resume(tmp_path, facts)
-    assert next(iter(again.trials.values())).stop_reason == "until"
+    assert next(iter(again.trials.values())).stop_reason == "paused"

@@ -130,7 +130,7 @@ def test_rungs_double(steps: int, count: int, found: list[int]) -> None:
 
 @pytest.mark.parametrize(("steps", "count"), [(4, 4), (2, 3), (0, 1), (5, 0), (5, -1)])
 def test_rungs_that_do_not_fit_are_refused(steps: int, count: int) -> None:
-    with pytest.raises(ValueError, match=f"rungs={count} do not fit into steps={steps}"):
+    with pytest.raises(ValueError, match=f"num_rungs={count} do not fit into steps={steps}"):
         rung_steps(steps, count)
 
 
