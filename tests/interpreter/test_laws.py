@@ -155,7 +155,7 @@ def test_law_explain_is_what_happens(name: str, monkeypatch: pytest.MonkeyPatch)
             seen.add(factored.network.path)
         return dense(factored)
 
-    monkeypatch.setattr(FactoredArray, "dense", spied)
+    monkeypatch.setattr(FactoredArray, "materialize", spied)
     jax.eval_shape(lambda: one.lora.apply(one.params, one.adapter, *one.inputs))
     rows = one.explanation.rows
     assert seen == {row.path for row in rows if row.trainable_params and row.dense_reasons}
