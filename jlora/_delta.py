@@ -2,101 +2,103 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters.base import AdapterLeaf, Expression, make_weight_expression
+from jlora.adapters.base import AdapterLeaf, adapt_weight
 from jlora.adapters.lora import LoRALeaf
-from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.terms import Axis, Operand, ProductTerm, arrange, contract, flat_size
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
 
 _HIGHEST_PRECISION = jax.lax.Precision.HIGHEST
 
 
-def compute_dense_delta(path: str, base: jax.Array, expression: Expression) -> jax.Array:
-    """What an expression adds to its base, laid out like the weight.
+def compute_dense_delta(weight: FactoredArray) -> jax.Array:
+    """Returns the change of an adapted weight, with the weight's shape.
 
-    The terms alone where there are no gains: a sum with the base would round them.
+    That is the terms alone where there are no gains: a sum with the base would round them.
 
     Args:
-        path: Of the weight, for errors.
-        base: The weight, in float32 or wider.
-        expression: The adapted weight.
+        weight: Adapted weight, its base in float32 or wider.
 
     Raises:
         ValueError: For a mixture, whose change depends on the input.
     """
-    network = build_tensor_network(path, base.shape, **expression._asdict())
-    if not expression.gains:
-        return FactoredArray(jnp.zeros_like(base), network).materialize()
-    return FactoredArray(base, network).materialize() - base
+    if not weight.gains:
+        return weight.with_base(jnp.zeros_like(weight.base)).materialize()
+    return weight.materialize() - weight.base
 
 
-def svd_from_expression(
-    path: str, leaf: AdapterLeaf, base: jax.Array, expression: Expression
+def svd_of_change(
+    leaf: AdapterLeaf, weight: FactoredArray
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The singular triplets of the change, for each of the weight's matrices: (batch, fan_in, k),
-    (batch, k) with the largest first, and (batch, k, fan_out).
+    """Returns the singular values and vectors of the change, for each of the weight's matrices.
+
+    Args:
+        leaf: Adapter of the weight.
+        weight: Adapted weight, its base in float32 or wider.
+
+    Returns:
+        Left vectors (batch, fan_in, k), values (batch, k) with the largest first, and right vectors
+        (batch, k, fan_out).
     """
-    thin = low_rank_factors(leaf, expression)
-    if thin is None:
-        return svd(
-            WeightDelta(
-                dense=weight_to_matrices(compute_dense_delta(path, base, expression), leaf.axes)
-            )
-        )
-    return svd(WeightDelta(*thin))
+    factors = low_rank_factors(leaf, weight)
+    if factors is None:
+        dense = weight_to_matrices(compute_dense_delta(weight), leaf.axes)
+        return svd(WeightDelta(dense=dense))
+    return svd(WeightDelta(*factors))
 
 
 def low_rank_factors(
-    leaf: AdapterLeaf, expression: Expression, *, allow_full_rank: bool = False
+    leaf: AdapterLeaf, weight: FactoredArray, *, allow_full_rank: bool = False
 ) -> tuple[jax.Array, jax.Array] | None:
-    """The change as a product (batch, fan_in, m) (batch, m, fan_out), where it is one of a few
-    arrays with the inputs, a few with the outputs, and a small `m` between; None elsewhere.
+    """Returns the change as factors (batch, fan_in, m) and (batch, m, fan_out).
+
+    None where it is no product of a few arrays with the inputs and a few with the outputs, with a
+    small `m` between them.
 
     Args:
-        leaf: Whose change it is.
-        expression: What it makes of its weight.
-        allow_full_rank: Whether `m` may also be as large as the weight's own rank, or larger.
+        leaf: Adapter of the weight.
+        weight: Adapted weight.
+        allow_full_rank: Whether `m` may be as large as the weight's own rank, or larger.
     """
-    special = expression.gains or expression.splits or expression.routing or expression.selection
-    if special or len(expression.terms) != 1:
+    is_split = any(len(group) != 1 for group in weight.axis_groups)
+    if weight.gains or is_split or len(weight.terms) != 1:
         return None
-    batch, inputs, outputs = leaf.axes
-    (term,) = expression.terms
-    length: dict[Any, int] = dict(enumerate(leaf.shape))
-    for array, labels in term:
-        length.update(zip(labels, array.shape, strict=True))
-    middle = [label for label in length if label not in range(len(leaf.shape))]
-    near = [one for one in term if set(one[1]) & set(inputs)]
-    far = [one for one in term if not set(one[1]) & set(inputs)]
-    near_labels, far_labels = ({a for _, labels in side for a in labels} for side in (near, far))
-    size = math.prod(length[label] for label in middle)
-    fan_in = math.prod(length[axis] for axis in inputs)
-    fan_out = math.prod(length[axis] for axis in outputs)
-    crossed = near_labels & set(outputs)
-    missing = (set(inputs) - near_labels) | (set(outputs) - far_labels)
-    if crossed or missing or (size >= min(fan_in, fan_out) and not allow_full_rank):
+    (term,) = weight.terms
+    if not isinstance(term, ProductTerm):
         return None
-    number = {label: i for i, label in enumerate(length)}
-
-    def product(side: list[Any], kept: list[Any]) -> jax.Array:
-        operands: list[Any] = []
-        for array, labels in side:
-            operands += [promote_to_float32(array), [number[label] for label in labels]]
-        for label in kept:  # Ones for what no array of this side has.
-            operands += [jnp.ones(length[label]), [number[label]]]
-        return jnp.einsum(
-            *operands, [number[label] for label in kept], precision=_HIGHEST_PRECISION
-        )
-
-    a, b = product(near, [*batch, *inputs, *middle]), product(far, [*batch, *middle, *outputs])
+    batch, inputs, outputs = ([weight.axes[place] for place in group] for group in leaf.axes)
+    axes = dict.fromkeys(axis for operand in term.operands for axis in operand.axes)
+    middle = [axis for axis in axes if axis not in weight.axes]
+    near = [operand for operand in term.operands if set(operand.axes) & set(inputs)]
+    far = [operand for operand in term.operands if not set(operand.axes) & set(inputs)]
+    near_axes, far_axes = ({a for operand in side for a in operand.axes} for side in (near, far))
+    is_crossed = bool(near_axes & set(outputs))
+    is_partial = bool((set(inputs) - near_axes) | (set(outputs) - far_axes))
+    fan_in, fan_out, size = flat_size(inputs), flat_size(outputs), flat_size(middle)
+    is_large = size >= min(fan_in, fan_out) and not allow_full_rank
+    if is_crossed or is_partial or is_large:
+        return None
+    a = _multiply_operands(near, [*batch, *inputs, *middle])
+    b = _multiply_operands(far, [*batch, *middle, *outputs])
     return a.reshape(-1, fan_in, size), b.reshape(-1, size, fan_out)
+
+
+def _multiply_operands(operands: Sequence[Operand], out_axes: Sequence[Axis]) -> jax.Array:
+    """Returns the product of operands in float32 or wider, with ones along axes they lack."""
+    wide = [operand.map(promote_to_float32) for operand in operands]
+    if not wide:
+        return jnp.ones([axis.size for axis in out_axes])
+    first, *others = wide
+    if not others:
+        return arrange(first, out_axes)
+    return contract(first, others, out_axes, precision=_HIGHEST_PRECISION, cast_operands=False)
 
 
 class WeightDelta(NamedTuple):
@@ -125,16 +127,14 @@ def get_weight_delta(adapter: Mapping[str, Any], path: str, base: Any) -> Weight
         base: The weight; None where it is not at hand and `depends_on_base` says no.
     """
     leaf: AdapterLeaf = adapter[path]
-    expression = make_weight_expression(
-        adapter, path, None if base is None else promote_to_float32(base)
-    )
-    thin = low_rank_factors(leaf, expression, allow_full_rank=isinstance(leaf, LoRALeaf))
-    if thin is not None and is_matrix(leaf.axes):
-        return WeightDelta(*thin)
+    weight = adapt_weight(adapter, path, None if base is None else promote_to_float32(base))
+    factors = low_rank_factors(leaf, weight, allow_full_rank=isinstance(leaf, LoRALeaf))
+    if factors is not None and is_matrix(leaf.axes):
+        return WeightDelta(*factors)
     if base is None:
-        arrays = [array for term in expression.terms for array, _ in term]
-        base = jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, *arrays))
-    change = compute_dense_delta(path, promote_to_float32(base), expression)
+        arrays = jax.tree.leaves(weight.terms)
+        weight = weight.with_base(jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, *arrays)))
+    change = compute_dense_delta(weight)
     return WeightDelta(dense=weight_to_matrices(change, matrix_axes(leaf)))
 
 
@@ -201,8 +201,7 @@ def depends_on_base(adapter: Mapping[str, Any], path: str) -> bool:
     """
     absent = _MissingBase()
     try:
-        expression = make_weight_expression(adapter, path, absent)
+        weight = adapt_weight(adapter, path, absent)
     except _MissingBaseError:
         return True
-    arrays = (array for term in expression.terms for array, _ in term)
-    return bool(expression.gains) or any(array is absent for array in arrays)
+    return bool(weight.gains)

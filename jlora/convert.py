@@ -11,22 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree, _validation
-from jlora._delta import compute_dense_delta, svd_from_expression
+from jlora._delta import compute_dense_delta, svd_of_change
 from jlora._quantized_array import is_quantized
 from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import (
     AdapterLeaf,
-    ExpressionInputs,
+    adapt_weight,
     check_adapter,
-    make_weight_expression,
     weight_indices,
 )
 from jlora.adapters.dylora import DyLoRALeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.lora_fa import LoRAFALeaf
 from jlora.adapters.sora import SoRALeaf
-from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
 from jlora.interpreter.weight import promote_to_float32
 
 Adapter = Mapping[str, Any]
@@ -47,8 +45,7 @@ def delta(params: PyTree, adapter: Adapter) -> dict[str, jax.Array]:
     changes = {}
     for path, place in weight_indices(flat, adapter).items():
         base = promote_to_float32(flat.leaves[place])
-        expression = make_weight_expression(adapter, path, base)
-        changes[path] = compute_dense_delta(path, base, expression)
+        changes[path] = compute_dense_delta(adapt_weight(adapter, path, base))
     return changes
 
 
@@ -86,9 +83,9 @@ def residual_base(params: PyTree, adapter: Adapter) -> PyTree:
         if path in taken:
             base = jnp.asarray(leaves[place])
             # A DoRA's gains, and a gate of ones, are beside the point: the product is taken out.
-            product = _to_plain_lora(adapter[path]).expression(ExpressionInputs(base))
-            network = build_tensor_network(path, base.shape, **product._asdict())
-            update = FactoredArray(jnp.zeros_like(promote_to_float32(base)), network).materialize()
+            product = {path: _to_plain_lora(adapter[path])}
+            zeros = jnp.zeros_like(promote_to_float32(base))
+            update = adapt_weight(product, path, zeros).materialize()
             leaves[place] = (promote_to_float32(base) - update).astype(base.dtype)
     return jax.tree.unflatten(flat.treedef, leaves)
 
@@ -297,8 +294,7 @@ def to_lora(adapter: Adapter, params: PyTree, rank: int) -> ConversionResult:
                 f"jlora.merge(params, {{{path!r}: adapter[{path!r}]}}), and leave it out here."
             )
         base = promote_to_float32(flat.leaves[place])
-        expression = make_weight_expression(adapter, path, base)
-        u, s, vt = svd_from_expression(path, leaf, base, expression)
+        u, s, vt = svd_of_change(leaf, adapt_weight(adapter, path, base))
         kept = min(rank, s.shape[-1])
         squares = np.asarray(s, np.float64) ** 2
         whole = squares.sum()

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
-
-from jlora._evaluate import _evaluate_adapted
 from jlora._quantized_array import is_quantized
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     count_trainable_elements,
-    get_adapter_leaves,
 )
 from jlora.interpreter import usage
 from jlora.interpreter.eval_jaxpr import TracedCall
-from jlora.interpreter.factored_array import record_materialized
 from jlora.interpreter.usage import WeightAxes
 from jlora.rules import Adapter, Rules, abstract_adapter, match_rules
 
@@ -121,7 +116,17 @@ def _format_explanation_row(row: ExplanationRow) -> tuple[str, ...]:
     )
 
 
-def _build_explanation(rules: Rules, traced: TracedCall) -> Explanation:
+def build_explanation(
+    rules: Rules, traced: TracedCall, find_materialized: Callable[[TracedCall, Adapter], set[str]]
+) -> Explanation:
+    """Returns the table of how a model uses its weights.
+
+    Args:
+        rules: Rules of the transform.
+        traced: Call of the model.
+        find_materialized: Function to the paths of the weights that an adapter's evaluation
+            materializes.
+    """
     plan = match_rules(rules, traced)
     configs = {weight.path: config for weight, config in plan.adapted}
     # What happens to a weight can depend on which others are adapted: of a product of two weights
@@ -134,7 +139,7 @@ def _build_explanation(rules: Rules, traced: TracedCall) -> Explanation:
     uses = plan.uses | usage.find_weight_uses(traced.program, weights)
     adapter = abstract_adapter(plan)
     try:
-        summed = _find_materialized_weights(traced, adapter)
+        summed = find_materialized(traced, adapter)
     except ValueError as error:  # A mixture where no input is known.
         plan.errors.append(error)
         summed = set()
@@ -173,18 +178,3 @@ def _describe_adapter(config: AdapterConfig, leaf: AdapterLeaf) -> str:
     rank = getattr(config, "rank", None)
     name = type(config).__name__ + (f" rank {rank}" if rank else "")
     return name + (", full-size" if leaf.is_weight_sized and not leaf.is_full else "")
-
-
-def _find_materialized_weights(traced: TracedCall, adapter: Adapter) -> set[str]:
-    """The paths of weights whose dense sum `apply` forms."""
-    places_of = {path: place for place, path in enumerate(traced.flat_params.paths)}
-    where = {path: places_of[path] for path in get_adapter_leaves(adapter)}
-    with record_materialized() as summed:
-        jax.eval_shape(
-            lambda arrays, adapter: _evaluate_adapted(
-                traced._replace(input_arrays=arrays), where, adapter, None
-            ),
-            traced.input_arrays,
-            adapter,
-        )
-    return set(summed)

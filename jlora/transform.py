@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,14 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
-from jlora._evaluate import _evaluate_adapted, _fold_in_path, _make_factored_array
 from jlora._quantized_array import is_quantized, maybe_dequantize
 from jlora._tree import PyTree
-from jlora.adapters.base import AdapterConfig, weight_indices
-from jlora.explain import Explanation, _build_explanation
-from jlora.interpreter import terms
-from jlora.interpreter.eval_jaxpr import trace_call
-from jlora.rules import Adapter, Rules, match_rules
+from jlora.adapters.base import (
+    AdapterConfig,
+    adapt_weight,
+    get_adapter_leaves,
+    key_for_path,
+    weight_indices,
+)
+from jlora.explain import Explanation, build_explanation
+from jlora.interpreter.control_flow import sum_losses
+from jlora.interpreter.eval_jaxpr import TracedCall, make_context, trace_call
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.primitive_rules import EvalContext
+from jlora.rules import Adapter, Rules, abstract_adapter, match_rules
 
 
 class InitFn(Protocol):
@@ -84,7 +91,9 @@ class LoraTransform(NamedTuple):
     explain: ExplainFn
 
 
-def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTransform:
+def lora_transform(
+    fn: Callable[..., Any], rules: Rules | None = None, *, allow_materialize: bool = True
+) -> LoraTransform:
     """Adapters around `fn`, which is neither changed nor copied.
 
     Args:
@@ -96,6 +105,9 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
             is no embedding table; or an ordered mapping from regular expressions, searched in the
             weight's path, to a config or None (frozen). The first match wins; what matches nothing
             is frozen. Left out where adapters are only applied, such as loaded ones.
+        allow_materialize: Whether an adapted weight may be materialized where a use of it cannot
+            stay factored. If not, `init` and `apply` raise an error that names the weight and the
+            use. Weights of `FullDelta`, whose update has full size anyway, are exempt.
 
     Raises:
         TypeError: For rules of another type.
@@ -121,12 +133,31 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
         for problem in plan.errors:
             raise problem
         adapter: Adapter = {
-            weight.path: config.init_leaf(_fold_in_path(key, weight.path), weight)
+            weight.path: config.init_leaf(key_for_path(key, weight.path), weight)
             for weight, config in plan.adapted
         }
         for name, (config, weights) in plan.shared.items():
-            adapter[name] = config.init_shared(_fold_in_path(key, name), weights)
+            adapter[name] = config.init_shared(key_for_path(key, name), weights)
+        if not allow_materialize:
+            find_materialized(traced, abstract_adapter(plan), allow_materialize=False)
         return adapter
+
+    def evaluate(
+        params: PyTree,
+        adapter: Adapter,
+        inputs: tuple[Any, ...],
+        dropout_key: jax.Array | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, list[jax.Array]]:
+        """Returns the outputs of `fn` for the adapted weights, and auxiliary losses."""
+        if dropout_key is not None:
+            _check_prng_key("dropout_key", dropout_key)
+        # Before fn could fail on wrong params.
+        indices = weight_indices(_tree.flatten_with_paths(params), adapter)
+        traced = trace_call(fn, params, inputs, kwargs)
+        context = make_context(allow_materialize=allow_materialize)
+        outputs = evaluate_adapted(context, traced, indices, adapter, dropout_key)
+        return traced.unflatten_outputs(outputs), context.losses
 
     def apply(
         params: PyTree,
@@ -136,13 +167,7 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
         dropout_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        if dropout_key is not None:
-            _check_prng_key("dropout_key", dropout_key)
-        where = weight_indices(
-            _tree.flatten_with_paths(params), adapter
-        )  # Before fn could fail on wrong params.
-        traced = trace_call(fn, params, inputs, kwargs)
-        return traced.unflatten_outputs(_evaluate_adapted(traced, where, adapter, dropout_key))
+        return evaluate(params, adapter, inputs, dropout_key, kwargs)[0]
 
     def apply_with_aux_loss(
         params: PyTree,
@@ -152,12 +177,12 @@ def lora_transform(fn: Callable[..., Any], rules: Rules | None = None) -> LoraTr
         dropout_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> tuple[Any, jax.Array]:
-        with terms.collect_aux_losses() as losses:
-            outputs = apply(params, adapter, *inputs, dropout_key=dropout_key, **kwargs)
-        return outputs, terms.sum_aux_losses(losses)
+        outputs, losses = evaluate(params, adapter, inputs, dropout_key, kwargs)
+        return outputs, sum_losses(losses)
 
     def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:
-        return _build_explanation(rules or {}, trace_call(fn, params, inputs, kwargs))
+        traced = trace_call(fn, params, inputs, kwargs)
+        return build_explanation(rules or {}, traced, find_materialized)
 
     return LoraTransform(init, apply, apply_with_aux_loss, merge, explain)
 
@@ -181,9 +206,7 @@ def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTr
     where = weight_indices(flat, adapter)
     leaves = materialize_leaves(flat, dequantize)
     for path, place in where.items():
-        leaves[place] = _make_factored_array(
-            path, jnp.asarray(leaves[place]), adapter, None
-        ).materialize()
+        leaves[place] = adapt_weight(adapter, path, jnp.asarray(leaves[place])).materialize()
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
@@ -203,6 +226,61 @@ def materialize_leaves(flat: _tree.FlatTree, dequantize: bool) -> list[Any]:
             f"dequantize=True into arrays of what they stand for."
         )
     return [maybe_dequantize(leaf) for leaf in flat.leaves]
+
+
+def evaluate_adapted(
+    context: EvalContext,
+    traced: TracedCall,
+    indices: Mapping[str, int],
+    adapter: Adapter,
+    dropout_key: jax.Array | None,
+) -> list[Any]:
+    """Returns the outputs of a traced call with adapted weights in it.
+
+    Args:
+        context: Collects auxiliary losses and materialized weights.
+        traced: The call.
+        indices: Number of each adapted weight among the leaves of the parameters.
+        adapter: The adapter.
+        dropout_key: Random key of the step; None outside training.
+    """
+    values: list[Any] = list(traced.input_arrays)
+    for path, place in indices.items():
+        index = traced.param_index[place]
+        weight = adapt_weight(adapter, path, values[index], dropout_key)
+        if adapter[path].is_full:
+            context.materialized.append(path)
+            values[index] = weight.materialize()
+        else:
+            values[index] = weight
+    for place, index in traced.param_index.items():
+        if is_quantized(values[index]):  # Followed to where it is used, even without an adapter.
+            path, shape = traced.flat_params.paths[place], values[index].shape
+            values[index] = FactoredArray.from_weight(values[index], path, shape)
+    outputs = context.evaluate(traced.program, values)
+    # A constant comes back as a literal of JAX's own.
+    return [jnp.asarray(context.materialize(output, "an output")) for output in outputs]
+
+
+def find_materialized(
+    traced: TracedCall, adapter: Adapter, *, allow_materialize: bool = True
+) -> set[str]:
+    """Returns the paths of the weights that `apply` materializes.
+
+    Raises:
+        ValueError: There are some, and `allow_materialize` is off.
+    """
+    places = {path: place for place, path in enumerate(traced.flat_params.paths)}
+    indices = {path: places[path] for path in get_adapter_leaves(adapter)}
+    context = make_context(allow_materialize=allow_materialize)
+    jax.eval_shape(
+        lambda arrays, adapter: evaluate_adapted(
+            context, traced._replace(input_arrays=arrays), indices, adapter, None
+        ),
+        traced.input_arrays,
+        adapter,
+    )
+    return set(context.materialized)
 
 
 def _check_prng_key(name: str, key: Any) -> None:

@@ -13,12 +13,12 @@ from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -97,11 +97,11 @@ class AdaLoRALeaf(AdapterLeaf):
     def scale(self) -> float:
         return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """`W + scale * A diag(s) B`; `s` is folded into `B`."""
         del context
         b = low_rank.apply_rank_gates(self, self.s * self.scale, self.b)
-        return Expression(terms=[low_rank.label_factors(self, self.a, b)])
+        return weight.add(*low_rank.label_factors(self, self.a, b))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, *_ = self.axis_sizes

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jlora import _tree, _validation
-from jlora.interpreter.factored_array import LabeledArray
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.terms import Dropout
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import (
     MATRIX_KINDS,
@@ -29,42 +32,14 @@ from jlora.interpreter.weight import (
 FROZEN = "frozen"  # The label of arrays that are not trained.
 
 
-class Expression(NamedTuple):
-    """An adapted weight as `gains * (base + sum of terms)`.
-
-    Axes of arrays are labelled with the number of the weight's axis they run along; any other
-    label is summed over.
+class LeafContext(NamedTuple):
+    """What a leaf needs beside the weight that it adapts.
 
     Attributes:
-        gains: Factors on the sum.
-        terms: Products of arrays that are added to the base.
-        splits: Axes of the weight that arrays see as several, slowest first, with their sizes. Part
-            `i` of axis `n` has the label `(n, i)`.
-        routing: A router, the label of what it chooses from, and how many of those every input keeps.
-        moment_taps: Arrays whose gradients are made to be moments of the inputs: their count, their
-            sum and the sum of their outer products.
-        selection: An integer, and the label of which it chooses one index in every term: one of several
-            updates, of which the first is none at all.
+        shared: Arrays that are shared under the leaf's `share`.
+        key: Random key of the step, the same for every weight; None outside training.
     """
 
-    gains: Sequence[LabeledArray] = ()
-    terms: Sequence[Sequence[LabeledArray]] = ()
-    splits: Mapping[int, Sequence[int]] = {}
-    routing: tuple[LabeledArray, Hashable, int] | None = None
-    moment_taps: Sequence[LabeledArray] = ()
-    selection: tuple[Any, Hashable] | None = None
-
-
-class ExpressionInputs(NamedTuple):
-    """What a leaf may look at when it says what it adds.
-
-    Attributes:
-        base: The frozen array, which most additive families ignore.
-        shared: The arrays shared under the leaf's `share`.
-        key: The random key of the step, the same for every weight; None outside training.
-    """
-
-    base: Any
     shared: Any = None
     key: jax.Array | None = None
 
@@ -200,8 +175,8 @@ class AdapterLeaf(AdapterArrays):
         return None
 
     @abc.abstractmethod
-    def expression(self, context: ExpressionInputs) -> Expression:
-        """The adapted weight."""
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
+        """Returns the weight with this leaf's gains and terms."""
 
 
 FAMILIES: dict[str, type[AdapterArrays]] = {}
@@ -290,13 +265,38 @@ def count_trainable_elements(node: Any) -> int:
     return sum(array.size for array in arrays if array is not None)
 
 
-def make_weight_expression(
-    adapter: Mapping[str, Any], path: str, base: Any, key: jax.Array | None = None
-) -> Expression:
-    """What the adapter, which `check_adapter` has passed, makes of the weight at a path."""
+def adapt_weight(
+    adapter: Mapping[str, Any], path: str, base: Any, dropout_key: jax.Array | None = None
+) -> FactoredArray:
+    """Returns the adapted weight at a path.
+
+    Args:
+        adapter: Adapter that `check_adapter` has passed.
+        path: Path of the weight.
+        base: Its frozen array.
+        dropout_key: Random key of the step; None outside training.
+    """
     leaf = adapter[path]
     shared = None if leaf.share is None else adapter[leaf.share]
-    return leaf.expression(ExpressionInputs(base, shared, key))
+    weight = FactoredArray.from_weight(base, path, leaf.shape)
+    adapted = leaf.adapt(weight, LeafContext(shared, dropout_key))
+    if dropout_key is None or not leaf.dropout:
+        return adapted
+    batch = leaf.axes.batch
+    sizes = tuple(leaf.shape[axis] for axis in batch)
+    (keys,) = weight.label((jax.random.split(key_for_path(dropout_key, path), sizes), batch))
+    terms = (
+        term.with_dropout(Dropout(leaf.dropout, keys, index))
+        for index, term in enumerate(adapted.terms)
+    )
+    return dataclasses.replace(adapted, terms=tuple(terms))
+
+
+def key_for_path(key: jax.Array, path: str) -> jax.Array:
+    """Returns a key of the weight's own, so that adapting one more weight moves no other draw."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # A key of the old kind.
+        key = jax.random.wrap_key_data(key)
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def weight_indices(flat: _tree.FlatTree, adapter: Any) -> dict[str, int]:

@@ -12,13 +12,13 @@ from jlora import _validation
 from jlora._quantized_array import QuantizedArray, is_quantized, is_unpacked_along_first_axis
 from jlora.adapters import low_rank
 from jlora.adapters.base import (
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
 from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight, promote_to_float32, weight_to_matrices
 
@@ -117,18 +117,16 @@ class DoRALeaf(LoRALeaf):
     magnitude: jax.Array = array_field("magnitude")
     through_norm: bool = False
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """`g (W + s A B)` with `g = m / norm`, a factor on each output."""
         batch, _, outputs = self.axes
-        norm = self.weight_norm(context.base)
+        norm = self.weight_norm(weight.base)
         if not self.through_norm:
             norm = jax.lax.stop_gradient(norm)
         sizes = self.axis_sizes
         gain = self.magnitude / norm.reshape(*sizes.batch, *sizes.outputs)
-        return Expression(
-            gains=[(gain, (*batch, *outputs))],
-            terms=[low_rank.label_factors(self, self.a, self.b * self.scale)],
-        )
+        factors = low_rank.label_factors(self, self.a, self.b * self.scale)
+        return weight.add(*factors).multiply((gain, (*batch, *outputs)))
 
     def weight_norm(self, base: Any) -> jax.Array:
         """`||W + s A B||` over what makes each output, (batch, fan_out), without the sum.

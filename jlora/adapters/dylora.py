@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jlora import _validation
 from jlora.adapters import low_rank
-from jlora.adapters.base import Expression, ExpressionInputs, MethodInfo, register_family
+from jlora.adapters.base import LeafContext, MethodInfo, register_family
 from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.weight import AdaptableWeight
 
 
@@ -72,10 +73,10 @@ class DyLoRALeaf(LoRALeaf):
     min_rank: int
     last_only: bool
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """All ranks, or those of a step: the others are masked, for shapes cannot depend on it."""
         if context.key is None:
-            return super().expression(context)
+            return super().adapt(weight, context)
         key = jax.random.fold_in(context.key, zlib.crc32(b"DyLoRA"))
         drawn = jax.random.randint(key, (), self.min_rank, self.rank + 1)
         number = jnp.arange(self.rank)
@@ -91,10 +92,5 @@ class DyLoRALeaf(LoRALeaf):
         scale = low_rank.lora_scaling(1, self.alpha) / (
             jnp.sqrt(drawn) if self.use_rslora else drawn
         )
-        return Expression(
-            terms=[
-                low_rank.label_factors(
-                    self, a, b * jnp.where(by_row < drawn, scale, 0).astype(b.dtype)
-                )
-            ]
-        )
+        b = b * jnp.where(by_row < drawn, scale, 0).astype(b.dtype)
+        return weight.add(*low_rank.label_factors(self, a, b))

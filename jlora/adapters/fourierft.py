@@ -15,12 +15,12 @@ from jlora import _validation
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray, LabeledArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -127,16 +127,15 @@ class FourierFTLeaf(AdapterLeaf):
     alpha: float
     dropout: float
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Through the waves where that is less work for a step than a product of full size.
 
         For every token a step multiplies four times with each wave's two parts on both sides,
         against three times with the whole update.
         """
         del context
-        return (
-            self._inverse_fft_expression() if self.is_weight_sized else self._low_rank_expression()
-        )
+        factors = self._update() if self.is_weight_sized else self._wave_factors()
+        return weight.add(*factors)
 
     @property
     def is_weight_sized(self) -> bool:
@@ -163,7 +162,7 @@ class FourierFTLeaf(AdapterLeaf):
             self.num_frequencies, self.seed, math.prod(sizes.inputs), math.prod(sizes.outputs)
         )
 
-    def _low_rank_expression(self) -> Expression:
+    def _wave_factors(self) -> list[LabeledArray]:
         """`Re(e^{i(a + b)}) = cos a cos b - sin a sin b`, one pair of products for each entry."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
@@ -180,17 +179,13 @@ class FourierFTLeaf(AdapterLeaf):
         far = jnp.stack([jnp.cos(b), -jnp.sin(b)], -1)
         scale = self.alpha / (fan_in * fan_out)
         waves = ("wave", "part")
-        return Expression(
-            terms=[
-                [
-                    (near.reshape(*sizes.inputs, -1, 2), (*inputs, *waves)),
-                    (self.spectrum * scale, (*batch, "wave")),
-                    (far.reshape(*sizes.outputs, -1, 2), (*outputs, *waves)),
-                ]
-            ]
-        )
+        return [
+            (near.reshape(*sizes.inputs, -1, 2), (*inputs, *waves)),
+            (self.spectrum * scale, (*batch, "wave")),
+            (far.reshape(*sizes.outputs, -1, 2), (*outputs, *waves)),
+        ]
 
-    def _inverse_fft_expression(self) -> Expression:
+    def _update(self) -> list[LabeledArray]:
         """The whole update."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
@@ -200,7 +195,7 @@ class FourierFTLeaf(AdapterLeaf):
         spectrum = spectrum.at[..., rows, columns].set(self.spectrum)
         update = self.alpha * jnp.fft.ifft2(spectrum).real.astype(self.spectrum.dtype)
         update = update.reshape(*sizes.batch, *sizes.inputs, *sizes.outputs)
-        return Expression(terms=[[(update, (*batch, *inputs, *outputs))]])
+        return [(update, (*batch, *inputs, *outputs))]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"spectrum": (*self.axis_sizes.batch, self.num_frequencies)}

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -66,9 +66,9 @@ class FullDeltaLeaf(AdapterLeaf):
     axes: WeightAxes
     is_full = True
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         del context
-        return Expression(terms=[[(self.delta, range(len(self.shape)))]])
+        return weight.add((self.delta, range(len(self.shape))))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"delta": self.shape}

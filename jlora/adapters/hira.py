@@ -14,12 +14,12 @@ from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -90,10 +90,10 @@ class HiRALeaf(AdapterLeaf):
     def is_weight_sized(self) -> bool:
         return True
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """The base as one more operand: a sum in its own type would round small updates off."""
-        base = (maybe_dequantize(context.base), range(len(self.shape)))
-        return Expression(terms=[[base, *low_rank.label_factors(self, self.a, self.b)]])
+        base = (maybe_dequantize(weight.base), range(len(self.shape)))
+        return weight.add(base, *low_rank.label_factors(self, self.a, self.b))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return low_rank.factor_shapes(self.axis_sizes, self.rank)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -77,9 +77,9 @@ class IA3Leaf(AdapterLeaf):
     axes: WeightAxes
     scaled_axes: tuple[int, ...]
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         del context
-        return Expression(gains=[(self.l, self.scaled_axes)])
+        return weight.multiply((self.l, self.scaled_axes))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"l": tuple(self.shape[axis] for axis in self.scaled_axes)}

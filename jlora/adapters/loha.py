@@ -14,13 +14,13 @@ from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
 from jlora.initializers import sample_fan_in_uniform
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight, get_axis_sizes
 
@@ -111,12 +111,12 @@ class LoHaLeaf(AdapterLeaf):
     def scale(self) -> float:
         return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """All four factors as one term, with an axis of rank for each pair."""
         del context
         first = low_rank.label_factors(self, self.a1, self.b1 * self.scale, "rank 1")
         second = low_rank.label_factors(self, self.a2, self.b2, "rank 2")
-        return Expression(terms=[[*first, *second]])
+        return weight.add(*first, *second)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.compute_shapes(self.shape, self.axes, self.rank, ())
@@ -146,14 +146,14 @@ class LoHaTuckerLeaf(LoHaLeaf):
     core2: jax.Array = array_field("core")
     window: tuple[int, ...]
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Each `a` and its core make one factor over the window and the channels."""
         widened = dataclasses.replace(
             self,
             a1=self._contract_core(self.a1, self.core1),
             a2=self._contract_core(self.a2, self.core2),
         )
-        return LoHaLeaf.expression(widened, context)
+        return LoHaLeaf.adapt(widened, weight, context)
 
     def _contract_core(self, a: jax.Array, core: jax.Array) -> jax.Array:
         batch, inputs, _ = self.axes

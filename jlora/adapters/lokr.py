@@ -15,14 +15,13 @@ from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
 from jlora.initializers import sample_fan_in_uniform
-from jlora.interpreter.factored_array import LabeledArray
+from jlora.interpreter.factored_array import FactoredArray, LabeledArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -212,7 +211,7 @@ class LoKrLeaf(AdapterLeaf):
     def scale(self) -> float:
         return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """One operand for every factor, over its own parts of the weight's axes."""
         del context
         batch, inputs, outputs = self.axes
@@ -248,7 +247,7 @@ class LoKrLeaf(AdapterLeaf):
                 operand(self.b2, [other], columns.inner),
             ]
         splits: Mapping[int, tuple[int, int]] = {**rows.splits, **columns.splits}
-        return Expression(terms=[[*first, *second]], splits=splits)
+        return weight.with_split_axes(splits).add(*first, *second)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         stack, inputs, outputs = self.axis_sizes

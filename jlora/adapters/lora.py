@@ -13,12 +13,12 @@ from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -105,10 +105,10 @@ class LoRALeaf(AdapterLeaf):
     def scale(self) -> float:
         return low_rank.lora_scaling(self.rank, self.alpha, self.use_rslora)
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """`W + scale * A B`; the scale is folded into `B`, which is far smaller than a result."""
         del context
-        return Expression(terms=[low_rank.label_factors(self, self.a, self.b * self.scale)])
+        return weight.add(*low_rank.label_factors(self, self.a, self.b * self.scale))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return low_rank.factor_shapes(self.axis_sizes, self.rank)

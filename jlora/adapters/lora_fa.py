@@ -10,13 +10,13 @@ from jlora import initializers
 from jlora.adapters import low_rank
 from jlora.adapters.base import (
     FROZEN,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
 from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.weight import AdaptableWeight
 
 
@@ -56,8 +56,8 @@ class LoRAFALeaf(LoRALeaf):
 
     a: jax.Array = array_field(FROZEN)
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """As LoRA, but that no gradient reaches `A`: its input is then needed no longer."""
         del context
         a, b = jax.lax.stop_gradient(self.a), self.b * self.scale
-        return Expression(terms=[low_rank.label_factors(self, a, b)])
+        return weight.add(*low_rank.label_factors(self, a, b))

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora import _validation
 from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
 from jlora.initializers import sample_fan_in_uniform
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.terms import (
+    Axis,
+    Dropout,
+    Operand,
+    ProductTerm,
+    Term,
+    WeightProduct,
+    contract,
+    flat_size,
+    split_axes,
+)
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -132,14 +147,21 @@ class LoRAMoELeaf(AdapterLeaf):
     def scale(self) -> float:
         return low_rank.lora_scaling(self.rank, self.alpha)
 
-    def expression(self, context: ExpressionInputs) -> Expression:
-        """The sum over the experts, each weighed by the gate."""
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.axis_sizes.inputs)
+
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
+        """Returns the weight plus the sum over the experts, each weighted by the router."""
         del context
         batch, inputs, outputs = self.axes
         a = (self.a, (*batch, "expert", *inputs, "rank"))
         b = (self.b * self.scale, (*batch, "expert", "rank", *outputs))
         router = (self.router, (*batch, *inputs, "expert"))
-        return Expression(terms=[[a, b]], routing=(router, "expert", self.top_k))
+        *factors, scores = weight.label(a, b, router)
+        return weight.add_term(
+            RoutedTerm(tuple(factors), scores, scores.axes[-1], self.top_k, self.fan_in)
+        )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, outputs = self.axis_sizes
@@ -156,3 +178,121 @@ class LoRAMoELeaf(AdapterLeaf):
             "b": (*batch, None, None, *outputs),
             "router": (*batch, *inputs, None),
         }
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["operands", "router", "dropout"],
+    meta_fields=["expert_axis", "top_k", "fan_in"],
+)
+@dataclasses.dataclass(frozen=True)
+class RoutedTerm(Term):
+    """Several updates that each input weights: a mixture of experts.
+
+    Attributes:
+        operands: Factors of the updates, with the experts' axis.
+        router: Linear function from the input to a score for each expert.
+        expert_axis: Axis of the experts.
+        top_k: Number of experts that every input uses.
+        fan_in: Number of entries of an input, all of which the router has to see.
+        dropout: Dropout of the input of the updates; the router sees all of it.
+    """
+
+    operands: tuple[Operand, ...]
+    router: Operand
+    expert_axis: Axis
+    top_k: int
+    fan_in: int
+    dropout: Dropout | None = None
+
+    def map(self, fn: Callable[[Operand], Operand]) -> RoutedTerm:
+        return dataclasses.replace(
+            self,
+            operands=tuple(fn(operand) for operand in self.operands),
+            router=fn(self.router),
+            dropout=self.dropout and self.dropout.map(fn),
+        )
+
+    def add_product(
+        self, total: Any, x: Any, product: WeightProduct
+    ) -> tuple[Any, Sequence[jax.Array]]:
+        if product.routing_error is not None:
+            raise ValueError(
+                f"The mixture on {product.path!r} cannot be used {product.routing_error}. Leave "
+                f"this weight out of the rule."
+            )
+        weights, loss = self._route(split_axes(x, product.x_groups), product)
+        dropped = x if self.dropout is None else self.dropout(x)
+        return total + product.multiply(dropped, (*self.operands, weights), total), (loss,)
+
+    def _route(self, x: Operand, product: WeightProduct) -> tuple[Operand, jax.Array]:
+        """Returns the weight of every expert for every input, and the load-balancing loss.
+
+        The softmax is over the `top_k` best scores alone. The loss is
+        `n sum_e (share of inputs that use e) (mean probability of e)`: one where all experts are
+        used alike.
+
+        References:
+            Jiang et al., Mixtral of Experts, arXiv:2401.04088, section 2.1, for the weights.
+            Fedus et al., Switch Transformers, arXiv:2101.03961, section 2.2, for the loss.
+        """
+        out_axes = product.out_axes
+        tokens = [axis for axis in x.axes if axis in out_axes]
+        seen = [axis for axis in self.router.axes if axis in x.axes and axis not in out_axes]
+        unseen = set(self.router.axes) - set(x.axes) - {self.expert_axis}
+        if unseen or flat_size(seen) != self.fan_in:
+            raise ValueError(
+                f"The mixture on {product.path!r} sees {flat_size(seen)} of the {self.fan_in} "
+                f"entries of an input at one of its uses (of a part of the weight, its transpose, "
+                f"or a shard), and its router has to see all of them. Leave this weight out of "
+                f"the rule."
+            )
+        wide_x, router = (o.map(lambda array: array.astype(jnp.float32)) for o in (x, self.router))
+        # (tokens, inputs) (inputs, experts) -> (tokens, experts)
+        axes = [*tokens, self.expert_axis]
+        scores = contract(wide_x, [router], axes, precision=product.precision)
+        count = self.expert_axis.size
+        _, best = lax.top_k(scores, self.top_k)
+        is_used = jax.nn.one_hot(best, count, dtype=bool).any(-2)
+        weights = jax.nn.softmax(scores, axis=-1, where=is_used)
+        # Each of a stack of matrices has a balance of its own.
+        axes = tuple(i for i, axis in enumerate(tokens) if axis not in self.router.axes)
+        share = lax.stop_gradient(is_used.astype(jnp.float32).mean(axes)) / self.top_k
+        loss = count * jnp.sum(share * jax.nn.softmax(scores, -1).mean(axes))
+        return Operand(weights, (*tokens, self.expert_axis)), loss
+
+    def add_materialized(self, total: Any, weight: Any) -> Any:
+        raise ValueError(
+            f"The mixture on {weight.path!r} weights its experts by the input, so no single weight "
+            f"computes the same, and none can be merged or used outside a product (lora.explain "
+            f"shows each use). Keep it apart and call apply, or leave this weight out of the rule."
+        )
+
+    def scale(self, factor: Any) -> RoutedTerm:
+        return dataclasses.replace(self, operands=ProductTerm(self.operands).scale(factor).operands)
+
+    def is_zero_outside(self, axis: Axis) -> bool:
+        return ProductTerm(self.operands).is_zero_outside(axis)
+
+    def can_pad(self, axis: Axis) -> bool:
+        keys = () if self.dropout is None else self.dropout.keys.axes
+        return self.is_zero_outside(axis) and axis not in keys
+
+    def to_product(self, weight: Any, used_by: str) -> ProductTerm | None:
+        raise ValueError(
+            f"The mixture on {weight.path!r} cannot be used inside a function with a derivative of "
+            f"its own ({used_by}): its rule would choose experts by the gradient. Leave this "
+            f"weight out of the rule."
+        )
+
+    def with_dropout(self, dropout: Dropout) -> RoutedTerm:
+        return dataclasses.replace(self, dropout=dropout)
+
+    def fold_in(self, data: Any) -> RoutedTerm:
+        return dataclasses.replace(self, dropout=self.dropout and self.dropout.fold_in(data))
+
+    def gather(self, look_up: Callable[[Operand], Operand]) -> RoutedTerm:
+        dropout = self.dropout and self.dropout.gather()
+        return dataclasses.replace(
+            dataclasses.replace(self, dropout=None).map(look_up), dropout=dropout
+        )

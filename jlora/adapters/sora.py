@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from jlora.adapters import low_rank
 from jlora.adapters.base import (
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
 from jlora.adapters.lora import LoRA, LoRALeaf
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.weight import AdaptableWeight
 
 
@@ -58,11 +58,11 @@ class SoRALeaf(LoRALeaf):
 
     gate: jax.Array = array_field("gate")
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """`W + scale * A diag(g) B`; the gates are folded into `B`."""
         del context
         b = low_rank.apply_rank_gates(self, self.gate * self.scale, self.b)
-        return Expression(terms=[low_rank.label_factors(self, self.a, b)])
+        return weight.add(*low_rank.label_factors(self, self.a, b))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, *_ = self.axis_sizes

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -97,14 +97,12 @@ class TrainableTokensLeaf(AdapterLeaf):
         if any(token < 0 or token >= rows for token in self.token_indices):
             raise ValueError(f"tokens={self.token_indices} are not among the {rows} rows")
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Rows are looked up in `S` as they are in `W`."""
         del context
         batch, inputs, outputs = self.axes
         chosen = jax.nn.one_hot(jnp.array(self.token_indices), self.axis_sizes.inputs[0], axis=0)
-        return Expression(
-            terms=[[(chosen, (*inputs, "token")), (self.delta, (*batch, "token", *outputs))]]
-        )
+        return weight.add((chosen, (*inputs, "token")), (self.delta, (*batch, "token", *outputs)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.axis_sizes

@@ -14,13 +14,13 @@ from jlora import _validation
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     SharedArrays,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -157,7 +157,7 @@ class VBLoRALeaf(AdapterLeaf):
             )
         return None
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """The factors, put together."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
@@ -169,9 +169,7 @@ class VBLoRALeaf(AdapterLeaf):
             return pieces.reshape(*sizes.batch, self.rank, *group)
 
         a = (mixed(self.logits_a, sizes.inputs), (*batch, "rank", *inputs))
-        return Expression(
-            terms=[[a, (mixed(self.logits_b, sizes.outputs), (*batch, "rank", *outputs))]]
-        )
+        return weight.add(a, (mixed(self.logits_b, sizes.outputs), (*batch, "rank", *outputs)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, outputs = self.axis_sizes

@@ -15,13 +15,13 @@ from jlora.adapters.base import (
     FROZEN,
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     SharedArrays,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
@@ -132,7 +132,7 @@ class VeRALeaf(AdapterLeaf):
             )
         return None
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """`b` is folded into `B`: its gradient then needs the rank of `x A`, and no result."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
@@ -140,14 +140,10 @@ class VeRALeaf(AdapterLeaf):
         a = jax.lax.stop_gradient(context.shared.a)[:fan_in].reshape(*sizes.inputs, self.rank)
         b = jax.lax.stop_gradient(context.shared.b)[:, :fan_out].reshape(self.rank, *sizes.outputs)
         beside_rank = self.b.reshape(*sizes.batch, 1, *sizes.outputs)
-        return Expression(
-            terms=[
-                [
-                    (a, (*inputs, "rank")),
-                    (self.d, (*batch, "rank")),
-                    (b * beside_rank, (*batch, "rank", *outputs)),
-                ]
-            ]
+        return weight.add(
+            (a, (*inputs, "rank")),
+            (self.d, (*batch, "rank")),
+            (b * beside_rank, (*batch, "rank", *outputs)),
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -12,11 +12,11 @@ from jlora.adapters import low_rank
 from jlora.adapters.base import (
     FROZEN,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     array_field,
     register_family,
 )
+from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.usage import WeightAxes
 
 
@@ -73,12 +73,12 @@ class WeightedSumLeaf(AdapterLeaf):
         if not any(self.ranks):
             raise ValueError(f"ranks={self.ranks} leave no adapter for the weight")
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """The three factors apart; no gradient reaches `a` and `b`."""
         del context
         a, b = low_rank.label_factors(self, *jax.lax.stop_gradient((self.a, self.b)))
         batch = self.axes.batch if self.layered else ()
-        return Expression(terms=[[a, (self.rank_weights, (*batch, "rank")), b]])
+        return weight.add(a, (self.rank_weights, (*batch, "rank")), b)
 
     def fold_weights_into_b(self) -> jax.Array:
         """`b` under the weights: with `a`, a plain LoRA of the scale one."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,23 @@ from jlora._tree import PyTree
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     MethodInfo,
     array_field,
     register_arrays_pytree,
 )
 from jlora.initializers import InputMoments
+from jlora.interpreter._compat import get_varying_axes
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.terms import (
+    Axis,
+    Operand,
+    Term,
+    WeightProduct,
+    arrange,
+    flat_size,
+    split_axes,
+)
 from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.transform import Rules, lora_transform
@@ -123,17 +134,16 @@ class _InputMomentsLeaf(AdapterLeaf):
     shape: tuple[int, ...]
     axes: WeightAxes
 
-    def expression(self, context: ExpressionInputs) -> Expression:
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         del context
         batch, inputs, _ = self.axes
         again = [("again", axis) for axis in inputs]
-        return Expression(
-            moment_taps=[
-                (self.num_inputs, batch),
-                (self.input_sum, (*batch, *inputs)),
-                (self.outer_product_sum, (*batch, *inputs, *again)),
-            ]
+        sums = weight.label(
+            (self.num_inputs, batch),
+            (self.input_sum, (*batch, *inputs)),
+            (self.outer_product_sum, (*batch, *inputs, *again)),
         )
+        return weight.add_term(_MomentsTerm(*sums))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, _ = self.axis_sizes
@@ -142,3 +152,83 @@ class _InputMomentsLeaf(AdapterLeaf):
             "input_sum": (*batch, *inputs),
             "outer_product_sum": (*batch, *inputs, *inputs),
         }
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["num_inputs", "input_sum", "outer_product_sum"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class _MomentsTerm(Term):
+    """Nothing that is added: the backward pass of a product leaves moments of its inputs here.
+
+    The gradients of the three operands become, for each of the weight's matrices, the number of
+    inputs, their sum, and the sum of their outer products. They are derivatives of nothing.
+    """
+
+    num_inputs: Operand
+    input_sum: Operand
+    outer_product_sum: Operand
+
+    def map(self, fn: Callable[[Operand], Operand]) -> _MomentsTerm:
+        return _MomentsTerm(fn(self.num_inputs), fn(self.input_sum), fn(self.outer_product_sum))
+
+    def prepare_input(self, x: Any, product: WeightProduct) -> Any:
+        labeled = split_axes(x, product.x_groups)
+        out_axes = set(product.out_axes)
+        inputs = [a for a in self.input_sum.axes if a in labeled.axes and a not in out_axes]
+        if flat_size(inputs) ** 2 * self.num_inputs.array.size != self.outer_product_sum.array.size:
+            raise ValueError(
+                f"The moments of the inputs of {product.path!r} cannot be taken: one of its uses "
+                f"sees a part of them, or others (its transpose). Leave it out of the rules."
+            )
+        matrices = [a for a in self.input_sum.axes if a in labeled.axes and a not in inputs]
+        tokens = [axis for axis in labeled.axes if axis not in (*matrices, *inputs)]
+        sums = (self.num_inputs, self.input_sum, self.outer_product_sum)
+
+        @jax.custom_vjp
+        def tap(array: Any, sums: list[Any]) -> Any:
+            del sums
+            return array
+
+        def backward(array: Any, cotangent: Any) -> tuple[Any, list[Any]]:
+            rows = arrange(Operand(array, labeled.axes), [*matrices, *tokens, *inputs])
+            sizes = (flat_size(matrices), flat_size(tokens), flat_size(inputs))
+            rows = rows.reshape(sizes).astype(jnp.float32)
+            # (matrices, tokens, inputs) with itself -> (matrices, inputs, inputs)
+            outer = jnp.einsum("bti,btj->bij", rows, rows, precision=jax.lax.Precision.HIGHEST)
+            # A one for each input, made from it so that it varies over the same shards.
+            ones = jnp.where(rows[:, :, 0] == 0, 1.0, 1.0)
+            found = [ones.sum(1), rows.sum(1), outer]
+            axes = get_varying_axes(rows)
+            if axes:
+                found = jax.lax.psum(found, axes)
+            return cotangent, [
+                value.reshape(operand.array.shape).astype(operand.array.dtype)
+                for value, operand in zip(found, sums, strict=True)
+            ]
+
+        tap.defvjp(lambda array, sums: (array, array), backward)
+        return tap(labeled.array, [operand.array for operand in sums]).reshape(x.shape)
+
+    def add_product(
+        self, total: Any, x: Any, product: WeightProduct
+    ) -> tuple[Any, Sequence[jax.Array]]:
+        del x, product
+        return total, ()
+
+    def add_materialized(self, total: Any, weight: Any) -> Any:
+        del weight
+        return total
+
+    def scale(self, factor: Any) -> _MomentsTerm:
+        del factor
+        return self
+
+    def is_zero_outside(self, axis: Axis) -> bool:
+        del axis
+        return True
+
+    def to_product(self, weight: Any, used_by: str) -> None:
+        del weight, used_by

@@ -2,179 +2,178 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.interpreter.dot_products import AxisRole, AxisRoles, DenseReason, ProductRule
-from jlora.interpreter.einsum import Axis, Operand, contract, contract_shared, flat_size
-from jlora.interpreter.factored_array import TensorNetwork, Term, materialize_operands
-from jlora.interpreter.terms import apply_with_gains, label_activation_axes, split_axes
+from jlora.interpreter import _compat
+from jlora.interpreter.factored_array import FactoredArray, call_with_bases
+from jlora.interpreter.primitive_rules import RULES, AxisRole, AxisRoles, DenseReason, ProductRule
+from jlora.interpreter.terms import (
+    Axis,
+    Operand,
+    WeightProduct,
+    arrange,
+    contract,
+    contract_shared,
+    flat_size,
+    label_dimensions,
+    materialize_operands,
+    reshape,
+    split_axes,
+)
 
 
-def _conv_axis_roles(eqn: Any, side: int, network: TensorNetwork) -> AxisRoles | DenseReason:
+def _conv_axis_roles(eqn: Any, side: int, weight: FactoredArray) -> AxisRoles | DenseReason:
     if side != 1:
         return DenseReason("weight convolved as the image, not as the kernel")
     if eqn.params["batch_group_count"] != 1:
         return DenseReason("convolution with batch groups")
-    if network.is_gathered:
+    if weight.is_gathered:
         return DenseReason("looked-up rows, which are an activation")
-    out_axis, in_axis, *_ = eqn.params["dimension_numbers"].rhs_spec
-    known = {out_axis: AxisRole.OUTPUT, in_axis: AxisRole.INPUT}
+    out_place, in_place, *_ = eqn.params["dimension_numbers"].rhs_spec
+    known = {out_place: AxisRole.OUTPUT, in_place: AxisRole.INPUT}
     return {
-        atom: known.get(axis, AxisRole.WINDOW)
-        for axis, group in enumerate(network.axis_groups)
-        for atom in group
+        axis: known.get(place, AxisRole.WINDOW)
+        for place, group in enumerate(weight.axis_groups)
+        for axis in group
     }
 
 
-def _eval_conv(eqn: Any, bind: Callable[..., Any], side: int, values: Sequence[Any]) -> Any:
-    """A convolution with the base, plus for every term one with what holds its window."""
-    x, factored = values
-    network: TensorNetwork = factored.network.apply_selections()
-    form = _ConvolutionTerms(eqn, network)
-    x_groups = label_activation_axes(
-        x.shape, {form.channel_axis: (Axis(form.feature_groups), *form.input_axes)}
-    )
-    out_groups = label_activation_axes(
-        eqn.outvars[0].aval.shape, {form.feature_axis: form.output_axes}
-    )
+class ConvProduct(WeightProduct):
+    """A convolution of an image with a weight as its kernel."""
 
-    def product(x: Any) -> Any:
-        total = bind(x, factored.base)
-        for use, term in enumerate(network.terms):
-            image = x if term.dropout is None else term.dropout(x, use)
-            update = form.convolve_grouped if form.feature_groups > 1 else form.convolve_factored
-            total = total + update(image, term, total.dtype)
-        return total
+    routing_error = "by a convolution, which has no single input"
 
-    return apply_with_gains(network.gains, x, x_groups, out_groups, product)
-
-
-class _ConvolutionTerms:
-    """The products of an image with the terms of a kernel, convolved as an equation says."""
-
-    def __init__(self, eqn: Any, network: TensorNetwork) -> None:
+    def __init__(self, eqn: Any, weight: FactoredArray, image_shape: Sequence[int]) -> None:
         numbers = eqn.params["dimension_numbers"]
-        self._eqn, self._network = eqn, network
-        self._precision = eqn.params["precision"]
-        self._out_axis, self._in_axis, *window_axes = numbers.rhs_spec
-        # The axes of images and of results, features last.
-        self._image_axes = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        self._result_axes = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-        self.channel_axis, self.feature_axis = numbers.lhs_spec[1], numbers.out_spec[1]
-        self.feature_groups = eqn.params["feature_group_count"]
-        self.input_axes = network.axis_groups[self._in_axis]
-        self.output_axes = network.axis_groups[self._out_axis]
-        self._window_axes = [atom for axis in window_axes for atom in network.axis_groups[axis]]
+        self._eqn, self._weight, self.path = eqn, weight, weight.path
+        self.precision = eqn.params["precision"]
+        self._out_place, self._in_place, *window = numbers.rhs_spec
+        # The dimensions of images and of results, features last.
+        self._image_order = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+        self._result_order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+        self._feature_place = numbers.out_spec[1]
+        self._num_groups = eqn.params["feature_group_count"]
+        self._inputs = weight.axis_groups[self._in_place]
+        self._outputs = weight.axis_groups[self._out_place]
+        self._window = [axis for place in window for axis in weight.axis_groups[place]]
+        channels = (Axis(self._num_groups), *self._inputs)
+        self.x_groups = label_dimensions(image_shape, {numbers.lhs_spec[1]: channels})
+        self.out_groups = label_dimensions(
+            eqn.outvars[0].aval.shape, {self._feature_place: self._outputs}
+        )
 
-    def convolve_factored(self, image: Any, term: Term, dtype: Any) -> Any:
-        """The operands that hold the window convolve, and what follows are products.
+    def multiply_base(self, x: Any, base: Any) -> Any:
+        return call_with_bases(lambda arrays: _compat.bind_eqn(self._eqn, arrays)[0], [x, base])
+
+    def multiply(self, x: Any, operands: Sequence[Operand], result: Any) -> Any:
+        multiply = self._multiply_grouped if self._num_groups > 1 else self._multiply_factored
+        ends = {*self._window, *self._inputs, *self._outputs}
+        return multiply(x, contract_shared(operands, ends, (), self.precision), result.dtype)
+
+    def _multiply_factored(self, image: Any, operands: Sequence[Operand], dtype: Any) -> Any:
+        """Convolves with the operand that holds the window; the others are products.
 
         LoRA's is a convolution with `A` into the rank and a product with `B`. Channels that the
-        window has nothing to do with (those of the other Kronecker factor) wait in the batch.
+        window does not see (those of the other Kronecker factor) are part of the batch.
         """
-        operands = self._contract_operands(term)
-        windowed = [o for o in operands if set(self._window_axes) & set(o.axes)]
-        held = {atom for operand in operands for atom in operand.axes}
-        if len(windowed) != 1 or not held >= {
-            *self._window_axes,
-            *self.input_axes,
-            *self.output_axes,
-        }:
-            return self._convolve_materialized(image, term, dtype)
-        (near,) = windowed
-        others = [operand for operand in operands if operand is not near]
-        taken = [atom for atom in self.input_axes if atom in near.axes]
-        waiting = [atom for atom in self.input_axes if atom not in near.axes]
-        made = [atom for atom in near.axes if atom not in (*self._window_axes, *taken)]
+        windowed = [o for o in operands if set(self._window) & set(o.axes)]
+        present = {axis for operand in operands for axis in operand.axes}
+        if len(windowed) != 1 or not present >= {*self._window, *self._inputs, *self._outputs}:
+            return self._multiply_materialized(image, operands, dtype)
+        (kernel,) = windowed
+        others = [operand for operand in operands if operand is not kernel]
+        channels = [axis for axis in self._inputs if axis in kernel.axes]
+        waiting = [axis for axis in self._inputs if axis not in kernel.axes]
+        features = [axis for axis in kernel.axes if axis not in (*self._window, *channels)]
 
-        image = jnp.transpose(image, self._image_axes)
-        images, *places, _ = (Axis(length) for length in image.shape)
-        image = split_axes(image, [(images,), *((p,) for p in places), self.input_axes])
-        array = contract(image, (), [images, *waiting, *places, *taken])
-        array = array.reshape(-1, *(p.size for p in places), flat_size(taken))
-        array = jnp.transpose(array, _invert_permutation(self._image_axes))
-        hidden = self._convolve(array, self._reshape_to_kernel(near, taken, made), 1, None)
-        hidden = jnp.transpose(hidden, self._result_axes)
+        image = jnp.transpose(image, self._image_order)
+        batch, *places, _ = (Axis(length) for length in image.shape)
+        labeled = split_axes(image, [(batch,), *((p,) for p in places), self._inputs])
+        array = arrange(labeled, [batch, *waiting, *places, *channels])
+        array = array.reshape(-1, *(p.size for p in places), flat_size(channels))
+        array = jnp.transpose(array, _invert_permutation(self._image_order))
+        hidden = self._convolve(array, self._to_kernel(kernel, channels, features), 1, None)
+        hidden = jnp.transpose(hidden, self._result_order)
         places = [Axis(length) for length in hidden.shape[1:-1]]
-        atoms = (images, *waiting, *places, *made)
+        axes = (batch, *waiting, *places, *features)
         update = contract(
-            Operand(hidden.reshape([atom.size for atom in atoms]), atoms),
+            Operand(reshape(hidden, [axis.size for axis in axes]), axes),
             others,
-            [images, *places, *self.output_axes],
-            precision=self._precision,
+            [batch, *places, *self._outputs],
+            precision=self.precision,
             out_dtype=dtype,
         )
-        update = update.reshape(images.size, *(p.size for p in places), flat_size(self.output_axes))
-        return jnp.transpose(update, _invert_permutation(self._result_axes))
+        update = update.reshape(batch.size, *(p.size for p in places), flat_size(self._outputs))
+        return jnp.transpose(update, _invert_permutation(self._result_order))
 
-    def convolve_grouped(self, image: Any, term: Term, dtype: Any) -> Any:
-        """With feature groups every group of input channels has the same `A`, as the update of
-        each output channel in `A B` says.
+    def _multiply_grouped(self, image: Any, operands: Sequence[Operand], dtype: Any) -> Any:
+        """Convolves every group of input channels with the same `A`.
+
+        The update of each output channel is that of `A B`.
         """
-        ends = {*self._window_axes, *self.input_axes}
-        operands = self._contract_operands(term)
+        ends = {*self._window, *self._inputs}
         near = [operand for operand in operands if ends & set(operand.axes)]
         others = [operand for operand in operands if not ends & set(operand.axes)]
-        if len(near) != 1 or not others or set(near[0].axes) & set(self.output_axes):
-            return self._convolve_materialized(image, term, dtype)
-        made = [atom for atom in near[0].axes if atom not in ends]
+        if len(near) != 1 or not others or set(near[0].axes) & set(self._outputs):
+            return self._multiply_materialized(image, operands, dtype)
+        features = [axis for axis in near[0].axes if axis not in ends]
         kernel = jnp.concatenate(
-            [self._reshape_to_kernel(near[0], self.input_axes, made)] * self.feature_groups,
-            self._out_axis,
+            [self._to_kernel(near[0], self._inputs, features)] * self._num_groups, self._out_place
         )
-        hidden = jnp.moveaxis(
-            self._convolve(image, kernel, self.feature_groups, None), self.feature_axis, -1
-        )
+        hidden = self._convolve(image, kernel, self._num_groups, None)
+        hidden = jnp.moveaxis(hidden, self._feature_place, -1)
         last = contract(
-            others[0], others[1:], [*made, *self.output_axes], precision=self._precision
+            others[0], others[1:], [*features, *self._outputs], precision=self.precision
         )
         update = jnp.einsum(
             "...gr,rgo->...go",
-            hidden.reshape(*hidden.shape[:-1], self.feature_groups, flat_size(made)),
-            last.reshape(flat_size(made), self.feature_groups, -1).astype(hidden.dtype),
-            precision=self._precision,
+            hidden.reshape(*hidden.shape[:-1], self._num_groups, flat_size(features)),
+            last.reshape(flat_size(features), self._num_groups, -1).astype(hidden.dtype),
+            precision=self.precision,
             preferred_element_type=dtype,
         )
-        return jnp.moveaxis(
-            update.reshape(*hidden.shape[:-1], flat_size(self.output_axes)), -1, self.feature_axis
-        )
+        update = update.reshape(*hidden.shape[:-1], flat_size(self._outputs))
+        return jnp.moveaxis(update, -1, self._feature_place)
 
-    def _contract_operands(self, term: Term) -> list[Operand]:
-        ends = {*self._window_axes, *self.input_axes, *self.output_axes}
-        return contract_shared(term.operands, ends, (), self._precision)
+    def _multiply_materialized(self, image: Any, operands: Sequence[Operand], dtype: Any) -> Any:
+        """Convolves with a term that is one array over the whole kernel."""
+        kernel = materialize_operands(operands, self._weight, jnp.float32)
+        return self._convolve(image, kernel, self._num_groups, dtype)
 
-    def _convolve_materialized(self, image: Any, term: Term, dtype: Any) -> Any:
-        """A term that is one array over the whole kernel."""
-        kernel = materialize_operands(term.operands, self._network, jnp.float32)
-        return self._convolve(image, kernel, self.feature_groups, dtype)
-
-    def _reshape_to_kernel(
+    def _to_kernel(
         self, operand: Operand, in_axes: Sequence[Axis], out_axes: Sequence[Axis]
     ) -> Any:
-        """The operand laid out as this convolution's kernel, from these channels to those."""
-        ends = {self._in_axis: tuple(in_axes), self._out_axis: tuple(out_axes)}
-        axes = [ends.get(axis, group) for axis, group in enumerate(self._network.axis_groups)]
-        array = contract(operand, (), [atom for group in axes for atom in group])
-        return array.reshape([flat_size(group) for group in axes])
+        """Returns the operand laid out as this convolution's kernel, with these channels."""
+        ends = {self._in_place: tuple(in_axes), self._out_place: tuple(out_axes)}
+        groups = [ends.get(place, g) for place, g in enumerate(self._weight.axis_groups)]
+        array = arrange(operand, [axis for group in groups for axis in group])
+        return reshape(array, [flat_size(group) for group in groups])
 
-    def _convolve(self, image: Any, kernel: Any, groups: int, dtype: Any) -> Any:
+    def _convolve(self, image: Any, kernel: Any, num_groups: int, dtype: Any) -> Any:
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
         return lax.conv_general_dilated(
             image,
             kernel.astype(image.dtype),
             **{name: self._eqn.params[name] for name in names},
-            feature_group_count=groups,
-            precision=self._precision,
+            feature_group_count=num_groups,
+            precision=self.precision,
             preferred_element_type=dtype,
         )
 
 
 def _invert_permutation(permutation: Sequence[int]) -> list[int]:
-    return sorted(range(len(permutation)), key=lambda axis: permutation[axis])
+    return sorted(range(len(permutation)), key=lambda place: permutation[place])
 
 
-CONV_RULE = ProductRule(_conv_axis_roles, _eval_conv)
+def _make_conv_product(
+    eqn: Any, side: int, weight: FactoredArray, values: Sequence[Any]
+) -> tuple[WeightProduct, Any]:
+    del side
+    return ConvProduct(eqn, weight, values[0].shape), values[0]
+
+
+RULES["conv_general_dilated"] = ProductRule(_conv_axis_roles, _make_conv_product)

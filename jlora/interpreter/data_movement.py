@@ -1,7 +1,8 @@
-"""Equations that move a weight's entries about, as the same moves on its network.
+"""Primitives that move a weight's entries, as the same moves on its axes and operands.
 
-A rule takes an equation, the networks of its inputs (None for plain arrays) and the inputs, and
-returns the networks of its outputs, or None where the move cannot be made on the operands.
+A rule takes an equation, the weights among its inputs (None for plain arrays) and the inputs. It
+returns the weights among the outputs, whose bases the caller fills in, or None where the move
+cannot be made on the operands.
 """
 
 from __future__ import annotations
@@ -15,68 +16,63 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.interpreter.einsum import Axis, Operand, flat_size
-from jlora.interpreter.factored_array import AxisGroups, Dropout, TensorNetwork, Term
-
-OptionalNetworks = list[TensorNetwork | None]
-
-MovementRule = Callable[[Any, OptionalNetworks, Sequence[Any]], list[TensorNetwork] | None]
-
-DATA_MOVEMENT_RULES: dict[str, MovementRule] = {}
-
-
-def register_movement_rule(*primitives: str) -> Callable[[MovementRule], MovementRule]:
-    def register(fn: MovementRule) -> MovementRule:
-        DATA_MOVEMENT_RULES.update(dict.fromkeys(primitives, fn))
-        return fn
-
-    return register
+from jlora.interpreter import _compat
+from jlora.interpreter.factored_array import FactoredArray, bind_on_bases
+from jlora.interpreter.primitive_rules import (
+    RULES,
+    EvalContext,
+    OptionalWeights,
+    Rule,
+    get_base,
+    movement_rule,
+)
+from jlora.interpreter.terms import Axis, AxisGroups, Operand, Term, flat_size
 
 
-@register_movement_rule(
+@movement_rule(
     "copy", "name", "pvary", "reduce_precision", "sharding_constraint", "mesh_cast", "reshard"
 )
 def _identity_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del eqn, values
-    (network,) = networks
-    return None if network is None else [network]
+    (weight,) = weights
+    return None if weight is None else [weight]
 
 
-@register_movement_rule("optimization_barrier")
-def _optimization_barrier_rule(eqn: Any, networks: OptionalNetworks, values: Sequence[Any]) -> Any:
+@movement_rule("optimization_barrier")
+def _optimization_barrier_rule(eqn: Any, weights: OptionalWeights, values: Sequence[Any]) -> Any:
     del eqn, values
-    return networks
+    return weights
 
 
-@register_movement_rule("stop_gradient")
+@movement_rule("stop_gradient")
 def _stop_gradient_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del eqn, values
-    (network,) = networks
-    return network and [network.map(lambda operand: operand.map(lax.stop_gradient))]
+    (weight,) = weights
+    return weight and [weight.map(lambda operand: operand.map(lax.stop_gradient))]
 
 
-@register_movement_rule("convert_element_type")
+@movement_rule("convert_element_type")
 def _convert_element_type_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    (network,) = networks
+    (weight,) = weights
     # Operands keep their type and are cast at the product, so nothing small is rounded twice.
     floating = jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
-    return [network] if floating and network else None
+    return [weight] if floating and weight else None
 
 
 class ScalarScaling(NamedTuple):
     """An equation that multiplies all of an array by one number.
 
     Attributes:
-        array_side: Which input is the array.
-        scalar_side: Which input is the number; None for a negation.
-        factor_fn: From the number to what it multiplies by.
+        array_side: Number of the input that is the array.
+        scalar_side: Number of the input that is the number; None for a negation.
+        factor_fn: Function from the number to the factor.
     """
 
     array_side: int
@@ -85,204 +81,216 @@ class ScalarScaling(NamedTuple):
 
 
 def match_scalar_scaling(eqn: Any) -> ScalarScaling | None:
-    """How an equation scales an array; None when it does not."""
-    name, scalar = eqn.primitive.name, [value.aval.shape == () for value in eqn.invars]
+    """Returns how an equation scales an array; None when it does not."""
+    name, is_scalar = eqn.primitive.name, [atom.aval.shape == () for atom in eqn.invars]
     if name == "neg":
         return ScalarScaling(0, None, lambda _: -1)
-    if name in ("mul", "div") and scalar[1]:
+    if name in ("mul", "div") and is_scalar[1]:
         return ScalarScaling(0, 1, (lambda x: x) if name == "mul" else lambda x: 1 / x)
-    return ScalarScaling(1, 0, lambda x: x) if name == "mul" and scalar[0] else None
+    return ScalarScaling(1, 0, lambda x: x) if name == "mul" and is_scalar[0] else None
 
 
-def scale_network(network: TensorNetwork, factor: Any, *, base_is_scaled: bool) -> TensorNetwork:
-    """The network of the weight times a number.
+def scale_weight(weight: FactoredArray, factor: Any, *, base_is_scaled: bool) -> FactoredArray:
+    """Returns the weight times a number.
 
-    With `base_is_scaled` the base has been multiplied already. Where the number may depend on the adapter
-    (a spectral norm) it must not be: the number's gradient would then need the gradient of the full
-    weight.
+    With `base_is_scaled` the base has been multiplied already. A number that may depend on the
+    adapter (a spectral norm) must not be multiplied into it: its gradient would then need the
+    gradient of the full weight.
     """
     factor = jnp.asarray(factor)
     if not base_is_scaled:
-        return dataclasses.replace(network, gains=(*network.gains, Operand(factor, ())))
-    terms = tuple(
-        dataclasses.replace(
-            term,
-            operands=(
-                term.operands[0].map(lambda array: array * factor.astype(array.dtype)),
-                *term.operands[1:],
-            ),
-        )
-        for term in network.terms
-    )
-    return dataclasses.replace(network, terms=terms)
+        return dataclasses.replace(weight, gains=(*weight.gains, Operand(factor, ())))
+    return weight.map_terms(lambda term: term.scale(factor))
 
 
-@register_movement_rule("transpose")
+class ScalingRule(Rule):
+    """Products and quotients of a weight and a number."""
+
+    def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+        del context
+        scaling = match_scalar_scaling(eqn)
+        if scaling is None or [isinstance(v, FactoredArray) for v in values].count(True) != 1:
+            return None
+        weight, side = values[scaling.array_side], scaling.scalar_side
+        if not isinstance(weight, FactoredArray):
+            return None
+        factor = scaling.factor_fn(None if side is None else values[side])
+        is_constant = side is None or _compat.is_literal(eqn.invars[side])
+        scaled = scale_weight(weight, factor, base_is_scaled=is_constant)
+        if not is_constant:
+            return [scaled]
+        (base,) = bind_on_bases(eqn, [get_base(value) for value in values])
+        return [scaled.with_base(base)]
+
+
+RULES.update(dict.fromkeys(("neg", "mul", "div"), ScalingRule()))
+
+
+@movement_rule("transpose")
 def _transpose_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    (network,) = networks
-    return network and [
-        network.with_axis_groups([network.axis_groups[i] for i in eqn.params["permutation"]])
+    (weight,) = weights
+    return weight and [
+        weight.with_axis_groups([weight.axis_groups[i] for i in eqn.params["permutation"]])
     ]
 
 
-@register_movement_rule("reshape")
+@movement_rule("reshape")
 def _reshape_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    network = networks[0]
-    if network is None:
+    weight = weights[0]
+    if weight is None:
         return None
-    order = eqn.params["dimensions"] or range(len(network.axis_groups))
-    moved = network.with_axis_groups([network.axis_groups[axis] for axis in order])
-    return _wrap_network(regroup_axes(moved, eqn.outvars[0].aval.shape))
+    order = eqn.params["dimensions"] or range(len(weight.axis_groups))
+    moved = weight.with_axis_groups([weight.axis_groups[place] for place in order])
+    return _wrap_weight(regroup_axes(moved, eqn.outvars[0].aval.shape))
 
 
-def _wrap_network(network: TensorNetwork | None) -> list[TensorNetwork] | None:
-    return None if network is None else [network]
+def _wrap_weight(weight: FactoredArray | None) -> list[FactoredArray] | None:
+    return None if weight is None else [weight]
 
 
-def regroup_axes(network: TensorNetwork, shape: Sequence[int]) -> TensorNetwork | None:
-    """The network with its atoms grouped into axes of these sizes, splitting atoms where an axis
-    ends inside one; None where no whole atom fits.
+def regroup_axes(weight: FactoredArray, shape: Sequence[int]) -> FactoredArray | None:
+    """Returns the weight with its axes grouped into dimensions of these sizes.
+
+    An axis is split where a dimension ends inside it. None where no axis ends with one.
     """
-    atoms = list(network.axes)
-    axes: list[tuple[Axis, ...]] = []
+    remaining = list(weight.axes)
+    groups: list[tuple[Axis, ...]] = []
     for length in shape:
         group: list[Axis] = []
-        while flat_size(group) < length and atoms:
-            atom = atoms.pop(0)
+        while flat_size(group) < length and remaining:
+            axis = remaining.pop(0)
             wanted = length // flat_size(group)
-            if atom.size > wanted:
-                if length % flat_size(group) or atom.size % wanted or atom.is_gathered:
+            if axis.size > wanted:
+                if length % flat_size(group) or axis.size % wanted or axis.is_gathered:
                     return None
-                parts = (
-                    Axis(wanted, atom.weight_axis),
-                    Axis(atom.size // wanted, atom.weight_axis),
-                )
-                network = network.replace_axis(
-                    atom,
+                sizes = (wanted, axis.size // wanted)
+                parts = tuple(Axis(n, axis.weight_axis) for n in sizes)
+                weight = weight.replace_axis(
+                    axis,
                     parts,
-                    lambda array, axis, parts=parts: array.reshape(
-                        *array.shape[:axis], *(p.size for p in parts), *array.shape[axis + 1 :]
+                    lambda array, dim, sizes=sizes: array.reshape(
+                        *array.shape[:dim], *sizes, *array.shape[dim + 1 :]
                     ),
                 )
-                atom = parts[0]
-                atoms.insert(0, parts[1])
-            group.append(atom)
+                axis, rest = parts
+                remaining.insert(0, rest)
+            group.append(axis)
         if flat_size(group) != length:
             return None
-        axes.append(tuple(group))
-    if flat_size(atoms) != 1 or (atoms and not axes):
+        groups.append(tuple(group))
+    if flat_size(remaining) != 1 or (remaining and not groups):
         return None
-    if atoms:
-        # Axes of length one that no new axis asked for ride along with the last.
-        axes[-1] = (*axes[-1], *atoms)
-    return network.with_axis_groups(axes)
+    if remaining:
+        # Axes of length one that no new dimension asked for stay with the last.
+        groups[-1] = (*groups[-1], *remaining)
+    return weight.with_axis_groups(groups)
 
 
-@register_movement_rule("squeeze")
+@movement_rule("squeeze")
 def _squeeze_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    (network,) = networks
-    if network is None:
+    (weight,) = weights
+    if weight is None:
         return None
-    dropped = {axis % len(network.axis_groups) for axis in eqn.params["dimensions"]}
-    return [squeeze_network_axes(network, dropped)]
+    dropped = {place % len(weight.axis_groups) for place in eqn.params["dimensions"]}
+    return [squeeze_weight_axes(weight, dropped)]
 
 
-def squeeze_network_axes(network: TensorNetwork, axes: set[int]) -> TensorNetwork:
-    """The network without these axes of length one."""
-    for axis in axes:
-        for atom in network.axis_groups[axis]:
-            network = network.replace_axis(atom, (), lambda array, place: jnp.squeeze(array, place))
-    return network.with_axis_groups(
-        [g for axis, g in enumerate(network.axis_groups) if axis not in axes]
+def squeeze_weight_axes(weight: FactoredArray, places: set[int]) -> FactoredArray:
+    """Returns the weight without these dimensions of length one."""
+    for place in places:
+        for axis in weight.axis_groups[place]:
+            weight = weight.replace_axis(axis, (), lambda array, dim: jnp.squeeze(array, dim))
+    return weight.with_axis_groups(
+        [g for place, g in enumerate(weight.axis_groups) if place not in places]
     )
 
 
-@register_movement_rule("broadcast_in_dim")
+@movement_rule("broadcast_in_dim")
 def _broadcast_in_dim_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    network = networks[0]
-    if network is None:
+    weight = weights[0]
+    if weight is None:
         return None
     source = dict(
-        zip(eqn.params["broadcast_dimensions"], range(len(network.axis_groups)), strict=True)
+        zip(eqn.params["broadcast_dimensions"], range(len(weight.axis_groups)), strict=True)
     )
     axes: list[tuple[Axis, ...]] = []
-    for axis, length in enumerate(eqn.params["shape"]):
-        if axis in source and flat_size(network.axis_groups[source[axis]]) == length:
-            axes.append(network.axis_groups[source[axis]])
+    for place, length in enumerate(eqn.params["shape"]):
+        if place in source and flat_size(weight.axis_groups[source[place]]) == length:
+            axes.append(weight.axis_groups[source[place]])
         else:
             axes.append(() if length == 1 else (Axis(length),))
     stretched = {
         i
-        for axis, i in source.items()
-        if flat_size(network.axis_groups[i]) != eqn.params["shape"][axis]
+        for place, i in source.items()
+        if flat_size(weight.axis_groups[i]) != eqn.params["shape"][place]
     }
-    return [squeeze_network_axes(network, stretched).with_axis_groups(axes)]
+    return [squeeze_weight_axes(weight, stretched).with_axis_groups(axes)]
 
 
-@register_movement_rule("rev")
+@movement_rule("rev")
 def _rev_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    (network,) = networks
-    if network is None:
+    (weight,) = weights
+    if weight is None:
         return None
-    for axis in eqn.params["dimensions"]:
-        for atom in network.axis_groups[axis]:
-            network = network.replace_axis(
-                atom,
-                (Axis(atom.size, atom.weight_axis, atom.is_gathered),),
+    for place in eqn.params["dimensions"]:
+        for axis in weight.axis_groups[place]:
+            weight = weight.replace_axis(
+                axis,
+                (Axis(axis.size, axis.weight_axis, axis.is_gathered),),
                 lambda a, i: jnp.flip(a, i),
             )
-    return [network]
+    return [weight]
 
 
-@register_movement_rule("slice")
+@movement_rule("slice")
 def _slice_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    (network,) = networks
+    (weight,) = weights
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
-    for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
-        network = network and slice_network_axis(
-            network,
-            axis,
+    for place, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
+        weight = weight and slice_weight_axis(
+            weight,
+            place,
             len(range(start, limit, stride)),
-            lambda array, place, kept=(start, limit, stride): lax.slice_in_dim(
-                array, *kept, axis=place
+            lambda array, dim, kept=(start, limit, stride): lax.slice_in_dim(
+                array, *kept, axis=dim
             ),
         )
-    return _wrap_network(network)
+    return _wrap_weight(weight)
 
 
-@register_movement_rule("split")
+@movement_rule("split")
 def _split_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
     del values
-    (network,) = networks
+    (weight,) = weights
     parts, start = [], 0
     for length in map(int, eqn.params["sizes"]):
-        part = network and slice_network_axis(
-            network,
+        part = weight and slice_weight_axis(
+            weight,
             eqn.params["axis"],
             length,
-            lambda array, place, kept=(start, start + length): lax.slice_in_dim(
-                array, *kept, axis=place
+            lambda array, dim, kept=(start, start + length): lax.slice_in_dim(
+                array, *kept, axis=dim
             ),
         )
         if part is None:
@@ -292,214 +300,201 @@ def _split_rule(
     return parts
 
 
-@register_movement_rule("dynamic_slice")
+@movement_rule("dynamic_slice")
 def _dynamic_slice_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
-    network = networks[0]
-    for axis, length in enumerate(eqn.params["slice_sizes"]):
-        network = network and slice_network_axis(
-            network,
-            axis,
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
+    weight = weights[0]
+    for place, length in enumerate(eqn.params["slice_sizes"]):
+        weight = weight and slice_weight_axis(
+            weight,
+            place,
             length,
-            lambda array, place, start=values[axis + 1], length=length: lax.dynamic_slice_in_dim(
-                array, start, length, place
+            lambda array, dim, start=values[place + 1], length=length: lax.dynamic_slice_in_dim(
+                array, start, length, dim
             ),
         )
-    return _wrap_network(network)
+    return _wrap_weight(weight)
 
 
-def slice_network_axis(
-    network: TensorNetwork, axis: int, length: int, fn: Callable[[Any, int], Any]
-) -> TensorNetwork | None:
-    """The network with `length` entries of one axis kept by `fn(array, axis)`; None where the
-    axis is several atoms, which no slice of one operand can express.
+def slice_weight_axis(
+    weight: FactoredArray, place: int, length: int, fn: Callable[[Any, int], Any]
+) -> FactoredArray | None:
+    """Returns the weight with `length` entries of one dimension, those that `fn(array, dim)` keeps.
+
+    None where the dimension is several axes, which no slice of one operand can express.
     """
-    group = network.axis_groups[axis]
+    group = weight.axis_groups[place]
     if flat_size(group) == length:
-        return network
+        return weight
     # Axes of length one that a reshape merged into this one are not what is cut.
-    longer = [atom for atom in group if atom.size > 1] or list(group)
+    longer = [axis for axis in group if axis.size > 1] or list(group)
     if len(longer) != 1:
         return None
-    (atom,) = longer
-    return network.replace_axis(atom, (Axis(length, atom.weight_axis, atom.is_gathered),), fn)
+    (axis,) = longer
+    shorter = Axis(length, axis.weight_axis, axis.is_gathered)
+    return weight.replace_axis(axis, (shorter,), fn)
 
 
-@register_movement_rule("concatenate")
+@movement_rule("concatenate")
 def _concatenate_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
-    axis = eqn.params["dimension"]
-    lengths = [value.aval.shape[axis] for value in eqn.invars]
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
+    place = eqn.params["dimension"]
+    lengths = [atom.aval.shape[place] for atom in eqn.invars]
     total = sum(lengths)
-    present = [network for network in networks if network is not None]
-    if any(len(group) != 1 for network in present for group in network.axis_groups):
+    present = [weight for weight in weights if weight is not None]
+    if any(len(group) != 1 for weight in present for group in weight.axis_groups):
         return None
-    # Entries other than the joined axis's are the same places in every part: one set of atoms.
+    # Dimensions other than the joined one are the same in every part: one set of axes.
     joined: AxisGroups = tuple(
         (
             Axis(
-                total if i == axis else atom.size,
-                atom.weight_axis,
-                any(network.axis_groups[i][0].is_gathered for network in present),
+                total if i == place else axis.size,
+                axis.weight_axis,
+                any(weight.axis_groups[i][0].is_gathered for weight in present),
             ),
         )
-        for i, (atom,) in enumerate(present[0].axis_groups)
+        for i, (axis,) in enumerate(present[0].axis_groups)
     )
-    gains, terms, start = [], [], 0
-    for network, length in zip(networks, lengths, strict=True):
-        if network is not None:
-            (place,) = network.axis_groups[axis]
-            # Beside this part a gain is one, so it must lie along the joined axis alone.
-            if any(gain.axes not in ((), (place,)) for gain in network.gains):
+    gains: list[Operand] = []
+    terms: list[Term] = []
+    start = 0
+    for weight, length in zip(weights, lengths, strict=True):
+        if weight is not None:
+            (axis,) = weight.axis_groups[place]
+            # Beside this part a gain is one, so it has to run along the joined dimension alone.
+            if any(gain.axes not in ((), (axis,)) for gain in weight.gains):
                 return None
-            if not _can_zero_pad(network, place):
+            if not all(term.can_pad(axis) for term in weight.terms):
                 return None
-            moved = functools.partial(
+            pad = functools.partial(
                 _pad_to_joined_axes,
-                network=network,
-                axes=joined,
-                axis=axis,
+                weight=weight,
+                groups=joined,
+                place=place,
                 around=(start, total - start - length),
             )
             along = [
-                gain if gain.axes else Operand(jnp.repeat(gain.array, length), (place,))
-                for gain in network.gains
+                gain if gain.axes else Operand(jnp.repeat(gain.array, length), (axis,))
+                for gain in weight.gains
             ]
-            gains += [moved(gain, fill=1) for gain in along]
-            terms += [term.map(functools.partial(moved, fill=0)) for term in network.terms]
+            gains += [pad(gain, fill=1) for gain in along]
+            terms += [term.map(functools.partial(pad, fill=0)) for term in weight.terms]
         start += length
-    return [TensorNetwork(joined, present[0].path, tuple(gains), tuple(terms))]
-
-
-def _can_zero_pad(network: TensorNetwork, axis: Axis) -> bool:
-    """Whether every term can be made zero beyond this atom: an operand must hold it, and no random
-    keys, which cannot be padded.
-    """
-    return all(
-        any(axis in operand.axes for operand in term.operands)
-        and (term.dropout is None or axis not in term.dropout.keys.axes)
-        for term in network.terms
-    )
+    return [FactoredArray(None, joined, present[0].path, tuple(gains), tuple(terms))]
 
 
 def _pad_to_joined_axes(
     operand: Operand,
     *,
-    network: TensorNetwork,
-    axes: AxisGroups,
-    axis: int,
+    weight: FactoredArray,
+    groups: AxisGroups,
+    place: int,
     around: tuple[int, int],
     fill: int,
 ) -> Operand:
-    """The operand in the joined weight's atoms, filled where other parts of it lie."""
-    renamed = {old: new for (old,), (new,) in zip(network.axis_groups, axes, strict=True)}
-    old = network.axis_groups[axis][0]
-    widths = [around if atom is old else (0, 0) for atom in operand.axes]
+    """Returns the operand with the joined weight's axes, filled where its other parts are."""
+    joined = {old: new for (old,), (new,) in zip(weight.axis_groups, groups, strict=True)}
+    padded = weight.axis_groups[place][0]
+    widths = [around if axis is padded else (0, 0) for axis in operand.axes]
     array = operand.array
-    if any(widths):
+    if any(map(any, widths)):
         array = jnp.pad(array, widths, constant_values=fill)
-    return Operand(array, tuple(renamed.get(atom, atom) for atom in operand.axes))
+    return Operand(array, tuple(joined.get(axis, axis) for axis in operand.axes))
 
 
-@register_movement_rule("pad")
+@movement_rule("pad")
 def _pad_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
-    network = networks[0]
-    for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        if network is None or min(low, high) < 0 or inner:
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
+    weight = weights[0]
+    for place, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        if weight is None or min(low, high) < 0 or inner:
             return None
         if not low and not high:
             continue
-        if len(network.axis_groups[axis]) != 1:
+        if len(weight.axis_groups[place]) != 1:
             return None
-        (atom,) = network.axis_groups[axis]
-        if network.gains or not _can_zero_pad(network, atom):
+        (axis,) = weight.axis_groups[place]
+        if weight.gains or not all(term.can_pad(axis) for term in weight.terms):
             return None
-        network = network.replace_axis(
-            atom,
-            (Axis(low + atom.size + high, atom.weight_axis, atom.is_gathered),),
-            lambda array, place, edges=(low, high): jnp.pad(
-                array, [edges if i == place else (0, 0) for i in range(array.ndim)]
+        weight = weight.replace_axis(
+            axis,
+            (Axis(low + axis.size + high, axis.weight_axis, axis.is_gathered),),
+            lambda array, dim, edges=(low, high): jnp.pad(
+                array, [edges if i == dim else (0, 0) for i in range(array.ndim)]
             ),
         )
-    return _wrap_network(network)
+    return _wrap_weight(weight)
 
 
-@register_movement_rule("gather")
+@movement_rule("gather")
 def _gather_rule(
-    eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
-) -> list[TensorNetwork] | None:
-    """Whole rows looked up along some axes (an embedding table, one expert per token)."""
-    network, indices = networks[0], values[1]
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
+    """Whole rows looked up along some dimensions (an embedding table, one expert per token)."""
+    weight, indices = weights[0], values[1]
     numbers = eqn.params["dimension_numbers"]
     rows = numbers.start_index_map
-    if network is None or networks[1] is not None or numbers.operand_batching_dims:
+    if weight is None or weights[1] is not None or numbers.operand_batching_dims:
         return None
-    whole = [1 if axis in rows else n for axis, n in enumerate(network.shape)]
+    row_sizes = [1 if place in rows else n for place, n in enumerate(weight.shape)]
     if (
-        tuple(eqn.params["slice_sizes"]) != tuple(whole)
+        tuple(eqn.params["slice_sizes"]) != tuple(row_sizes)
         or set(numbers.collapsed_slice_dims) != set(rows)
-        or any(len(network.axis_groups[axis]) != 1 for axis in rows)
-        or network.is_gathered
+        or any(len(weight.axis_groups[place]) != 1 for place in rows)
+        or weight.is_gathered
     ):
         return None
-    looked_up = [network.axis_groups[axis][0] for axis in rows]
-    out = eqn.outvars[0].aval.shape
-    root = looked_up[0].weight_axis
-    places = [axis for axis in range(len(out)) if axis not in numbers.offset_dims]
-    batch = {axis: Axis(out[axis], root, is_gathered=True) for axis in places}
-    offsets = iter(group for axis, group in enumerate(network.axis_groups) if axis not in rows)
-    axes = [(batch[axis],) if axis in batch else next(offsets) for axis in range(len(out))]
+    looked_up = [weight.axis_groups[place][0] for place in rows]
+    out_shape = eqn.outvars[0].aval.shape
+    weight_axis = looked_up[0].weight_axis
+    batch = {
+        place: Axis(length, weight_axis, is_gathered=True)
+        for place, length in enumerate(out_shape)
+        if place not in numbers.offset_dims
+    }
+    offsets = iter(group for place, group in enumerate(weight.axis_groups) if place not in rows)
+    groups = [
+        (batch[place],) if place in batch else next(offsets) for place in range(len(out_shape))
+    ]
 
-    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    products = [term.operands for term in network.terms]
-    filling = eqn.params["fill_value"]
-    if filling is not None and not (filling == 0 or np.isnan(filling)):  # A gain changes others.
-        products += [(gain,) for gain in network.gains]
-    if fills and any(
-        all(atom not in operand.axes for operand in operands)
-        for operands in products
-        for atom in looked_up
-    ):
-        return None  # A row outside the table would get an update, or a gain, all the same.
+    # A row outside the table must get neither an update nor a gain on the base's filling.
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        filling = eqn.params["fill_value"]
+        gains_change_it = filling is not None and not (filling == 0 or np.isnan(filling))
+        for axis in looked_up:
+            if not all(term.is_zero_outside(axis) for term in weight.terms):
+                return None
+            if gains_change_it and not all(axis in gain.axes for gain in weight.gains):
+                return None
 
     def look_up(operand: Operand, fill: int) -> Operand:
-        columns = [i for i, atom in enumerate(looked_up) if atom in operand.axes]
+        columns = [i for i, axis in enumerate(looked_up) if axis in operand.axes]
         if not columns:
             return operand
         own = [operand.axes.index(looked_up[i]) for i in columns]
-        kept = [i for i in range(len(operand.axes)) if i not in own]
+        rest = [i for i in range(len(operand.axes)) if i not in own]
+        has_all = len(own) == len(rows)  # Some columns alone may repeat where all of them do not.
         array = lax.gather(
             operand.array,
             indices[..., jnp.array(columns)],
             lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(len(places), len(places) + len(kept))),
+                offset_dims=tuple(range(len(batch), len(batch) + len(rest))),
                 collapsed_slice_dims=tuple(sorted(own)),
                 start_index_map=tuple(own),
             ),
             slice_sizes=[1 if i in own else n for i, n in enumerate(operand.array.shape)],
-            # Some columns alone may repeat where all of them did not.
-            indices_are_sorted=eqn.params["indices_are_sorted"] and len(own) == len(rows),
-            unique_indices=eqn.params["unique_indices"] and len(own) == len(rows),
+            indices_are_sorted=eqn.params["indices_are_sorted"] and has_all,
+            unique_indices=eqn.params["unique_indices"] and has_all,
             mode=eqn.params["mode"],
             fill_value=fill,
         )
-        return Operand(array, (*batch.values(), *(operand.axes[i] for i in kept)))
+        return Operand(array, (*batch.values(), *(operand.axes[i] for i in rest)))
 
-    # Rows outside the table are the base's filling alone. (Filling operands with its NaN would also
-    # put NaN into the gradient of rows that the model masks.)
-    gains = tuple(look_up(gain, 1) for gain in network.gains)
-    terms = tuple(
-        # One key serves all rows: what they multiply has an axis for them, and so a mask for each.
-        Term(
-            tuple(look_up(operand, 0) for operand in term.operands),
-            term.dropout
-            and Dropout(term.dropout.rate, Operand(term.dropout.keys.array.reshape(-1)[0], ())),
-            select=term.select,
-        )
-        for term in network.terms
-    )
-    return [TensorNetwork(tuple(axes), network.path, gains, terms)]
+    # Filling operands with the base's NaN would also put NaN into the gradient of rows that the
+    # model masks.
+    gains = tuple(look_up(gain, 1) for gain in weight.gains)
+    terms = tuple(term.gather(functools.partial(look_up, fill=0)) for term in weight.terms)
+    return [FactoredArray(None, tuple(groups), weight.path, gains, terms)]

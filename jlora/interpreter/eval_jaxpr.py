@@ -1,4 +1,4 @@
-"""Running a traced program on factored weights."""
+"""Calls of a model as traced programs, and their evaluation with adapted weights."""
 
 from __future__ import annotations
 
@@ -10,141 +10,40 @@ import jax
 
 from jlora import _tree
 from jlora._tree import PyTree
-from jlora.interpreter import (
+from jlora.interpreter import (  # noqa: F401  The modules register their rules.
     _compat,
-    base_weight,
     control_flow,
+    conv,
     custom_derivatives,
     data_movement,
-    products,
+    dot_products,
 )
-from jlora.interpreter.dot_products import DenseReason, has_mixed_gain
-from jlora.interpreter.factored_array import FactoredArray, TensorNetwork
-
-SUBPROGRAM_RULES = control_flow.CONTROL_FLOW_RULES | custom_derivatives.CUSTOM_DERIVATIVE_RULES
-
-
-def eval_program(program: _compat.TracedProgram, inputs: Sequence[Any]) -> list[Any]:
-    """The outputs of a program; inputs and outputs are arrays or factored weights.
-
-    Equations that no factored weight reaches are evaluated as they stand. Where one cannot stay
-    factored, the equation sees its dense sum.
-    """
-    values: dict[Any, Any] = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    values |= dict(zip(program.jaxpr.invars, inputs, strict=True))
-    uses = _find_last_uses(program)
-
-    def read(atom: Any) -> Any:
-        return atom.val if _compat.is_literal(atom) else values[atom]
-
-    for number, eqn in enumerate(program.jaxpr.eqns):
-        arguments = [read(atom) for atom in eqn.invars]
-        with _layer_name_scope(eqn):
-            outputs = _eval_equation(eqn, arguments, number)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-        for done in uses.get(number, ()):
-            values.pop(done, None)  # Frees activations when run outside jit.
-    return [read(atom) for atom in program.outputs]
-
-
-def _layer_name_scope(eqn: Any) -> contextlib.AbstractContextManager[Any]:
-    """The model's own names for its layers, so that a profile still shows them."""
-    name = str(eqn.source_info.name_stack)
-    return jax.named_scope(name) if name else contextlib.nullcontext()
-
-
-def _find_last_uses(program: _compat.TracedProgram) -> dict[int, list[Any]]:
-    last: dict[Any, int] = {}
-    for number, eqn in enumerate(program.jaxpr.eqns):
-        last.update((a, number) for a in eqn.invars if not _compat.is_literal(a))
-    for atom in program.outputs:
-        if not _compat.is_literal(atom):
-            last.pop(atom, None)
-    uses: dict[int, list[Any]] = {}
-    for atom, number in last.items():
-        uses.setdefault(number, []).append(atom)
-    return uses
-
-
-def _eval_equation(eqn: Any, values: Sequence[Any], eqn_index: int) -> Sequence[Any]:
-    if not any(isinstance(value, FactoredArray) for value in values):
-        return _compat.bind_eqn(eqn, values)
-    name = eqn.primitive.name
-    if name in SUBPROGRAM_RULES or name in products.PRODUCT_RULES:
-        # Two uses of one weight drop different inputs.
-        values = [control_flow.fold_dropout_keys(value, eqn_index) for value in values]
-    if name in SUBPROGRAM_RULES:
-        outputs = SUBPROGRAM_RULES[name].evaluate(eqn, values, eval_program)
-        if outputs is not None:
-            return outputs
-    scaling = data_movement.match_scalar_scaling(eqn)
-    if scaling is not None and [isinstance(v, FactoredArray) for v in values].count(True) == 1:
-        weight = values[scaling.array_side]
-        if isinstance(weight, FactoredArray):
-            factor = scaling.factor_fn(
-                None if scaling.scalar_side is None else values[scaling.scalar_side]
-            )
-            constant = scaling.scalar_side is None or _compat.is_literal(
-                eqn.invars[scaling.scalar_side]
-            )
-            network = data_movement.scale_network(weight.network, factor, base_is_scaled=constant)
-            if constant:
-                (base,) = base_weight.eval_data_movement(
-                    eqn, [_get_base_array(value) for value in values]
-                )
-                return [FactoredArray(base, network)]
-            return [FactoredArray(weight.base, network)]
-    if name in data_movement.DATA_MOVEMENT_RULES:
-        networks = [_get_network(value) for value in values]
-        moved = data_movement.DATA_MOVEMENT_RULES[name](eqn, networks, values)
-        if moved is not None:
-            outputs = base_weight.eval_data_movement(
-                eqn, [_get_base_array(value) for value in values]
-            )
-            return [
-                output if network is None else FactoredArray(output, network)
-                for output, network in zip(outputs, moved, strict=True)
-            ]
-    if name in products.PRODUCT_RULES:
-        return [_eval_weight_product(eqn, values)]
-    return _compat.bind_eqn(eqn, [control_flow.materialize_value(value) for value in values])
-
-
-def _eval_weight_product(eqn: Any, values: Sequence[Any]) -> Any:
-    rule = products.PRODUCT_RULES[eqn.primitive.name]
-    side = products.find_weight_side([_get_network(value) for value in values])
-    assert side is not None
-    values = [v if i == side else control_flow.materialize_value(v) for i, v in enumerate(values)]
-    roles = rule.get_axis_roles(eqn, side, values[side].network)
-    if isinstance(roles, DenseReason) or has_mixed_gain(values[side].network, roles):
-        return _compat.bind_eqn(eqn, [control_flow.materialize_value(value) for value in values])[0]
-    return rule.multiply(
-        eqn, lambda *arrays: base_weight.eval_base_product(eqn, arrays), side, values
-    )
-
-
-def _get_network(value: Any) -> TensorNetwork | None:
-    return value.network if isinstance(value, FactoredArray) else None
-
-
-def _get_base_array(value: Any) -> Any:
-    return value.base if isinstance(value, FactoredArray) else value
+from jlora.interpreter.factored_array import FactoredArray, abstractify
+from jlora.interpreter.primitive_rules import RULES, EvalContext, MovementRule
 
 
 class TracedCall(NamedTuple):
-    """A call of the wrapped function as a program of arrays."""
+    """A call of the wrapped function as a program of arrays.
+
+    Attributes:
+        program: The program.
+        flat_params: The parameters.
+        param_index: From the number of a parameter leaf to the number of the program's input.
+        input_arrays: Arrays, or shapes, that the program was traced with.
+        unflatten_outputs: Function from the program's outputs to those of the call.
+    """
 
     program: _compat.TracedProgram
-    flat_params: _tree.FlatTree  # The parameters.
-    param_index: dict[int, int]  # From a leaf of the parameters to the program's input.
+    flat_params: _tree.FlatTree
+    param_index: dict[int, int]
     input_arrays: list[Any]
-    unflatten_outputs: Callable[[Sequence[Any]], Any]  # From the program's outputs to the call's.
+    unflatten_outputs: Callable[[Sequence[Any]], Any]
 
 
 def trace_call(
     fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> TracedCall:
-    """The call `fn(params, *inputs, **kwargs)` as a program; what is no array in it is static."""
+    """Traces `fn(params, *inputs, **kwargs)`. Arguments that are not arrays are static."""
     flat = _tree.flatten_with_paths(params)
     rest, rest_tree = jax.tree.flatten((inputs, kwargs))
     leaves = [*flat.leaves, *rest]
@@ -164,9 +63,9 @@ def trace_call(
         return [result for result in results if _tree.is_array(result)]
 
     arrays = [leaves[index] for index in indices]
-    program = _compat.trace_program(call, *map(base_weight.abstractify, arrays))
+    program = _compat.trace_program(call, *map(abstractify, arrays))
 
-    def restore(computed: Sequence[Any]) -> Any:
+    def unflatten_outputs(computed: Sequence[Any]) -> Any:
         following = iter(computed)
         results = [
             next(following) if array else static
@@ -175,4 +74,68 @@ def trace_call(
         return jax.tree.unflatten(outputs["tree"], results)
 
     param_index = {place: i for i, place in enumerate(indices) if place < len(flat.leaves)}
-    return TracedCall(program, flat, param_index, arrays, restore)
+    return TracedCall(program, flat, param_index, arrays, unflatten_outputs)
+
+
+def make_context(*, allow_materialize: bool = True) -> EvalContext:
+    return EvalContext(eval_program, allow_materialize=allow_materialize)
+
+
+def eval_program(
+    context: EvalContext, program: _compat.TracedProgram, inputs: Sequence[Any]
+) -> list[Any]:
+    """Returns the outputs of a program; inputs and outputs are arrays or factored weights.
+
+    Equations that no factored weight reaches are evaluated as they stand. Where one cannot keep a
+    weight factored, it gets the materialized weight.
+    """
+    values: dict[Any, Any] = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    values |= dict(zip(program.jaxpr.invars, inputs, strict=True))
+    last_uses = _find_last_uses(program)
+
+    def read(atom: Any) -> Any:
+        return atom.val if _compat.is_literal(atom) else values[atom]
+
+    for number, eqn in enumerate(program.jaxpr.eqns):
+        arguments = [read(atom) for atom in eqn.invars]
+        with _named_scope(eqn):
+            outputs = _eval_equation(context, eqn, arguments, number)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+        for done in last_uses.get(number, ()):
+            values.pop(done, None)  # Frees activations when run outside jit.
+    return [read(atom) for atom in program.outputs]
+
+
+def _eval_equation(
+    context: EvalContext, eqn: Any, values: Sequence[Any], number: int
+) -> Sequence[Any]:
+    if not any(isinstance(value, FactoredArray) for value in values):
+        return _compat.bind_eqn(eqn, values)
+    rule = RULES.get(eqn.primitive.name)
+    if rule is not None:
+        if not isinstance(rule, MovementRule):  # Two uses of one weight drop different inputs.
+            values = [v.fold_in(number) if isinstance(v, FactoredArray) else v for v in values]
+        outputs = rule.evaluate(context, eqn, values)
+        if outputs is not None:
+            return outputs
+    arrays = [context.materialize(value, eqn.primitive.name) for value in values]
+    return _compat.bind_eqn(eqn, arrays)
+
+
+def _named_scope(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """The model's own names for its layers, so that a profile still shows them."""
+    name = str(eqn.source_info.name_stack)
+    return jax.named_scope(name) if name else contextlib.nullcontext()
+
+
+def _find_last_uses(program: _compat.TracedProgram) -> dict[int, list[Any]]:
+    last: dict[Any, int] = {}
+    for number, eqn in enumerate(program.jaxpr.eqns):
+        last.update((a, number) for a in eqn.invars if not _compat.is_literal(a))
+    for atom in program.outputs:
+        if not _compat.is_literal(atom):
+            last.pop(atom, None)
+    uses: dict[int, list[Any]] = {}
+    for atom, number in last.items():
+        uses.setdefault(number, []).append(atom)
+    return uses

@@ -1,179 +1,73 @@
-"""A weight as its frozen array and a small tensor network beside it.
+"""An adapted weight: its frozen base, and the gains and terms beside it.
 
-An adapted weight is `gains * (base + sum of terms)`, where every term is a product of small arrays
-(operands) whose axes carry labels (atoms): LoRA is one term, `A[in, r] B[r, out]`. A model
-transposes, reshapes, slices and stacks its weights before it multiplies with them; all of that is
-relabelling, slicing or padding of operands, so the dense sum is never needed.
+The weight is `gains * (base + sum of terms)`. A model transposes, reshapes, slices and stacks its
+weights before it multiplies with them. All of that is a change of axes, or the same slice or
+padding of the terms' operands, so the sum is never formed.
+
+The base of a quantized weight is dequantized inside the product that needs it, and once more in
+that product's gradient. A training step keeps the quantized form between the two, which is there
+anyway; a residual of the full weight would take the memory that quantization has saved.
+
+References:
+    Dettmers et al., QLoRA, arXiv:2305.14314, section 3, on dequantizing W in both passes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
-import math
-import types
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 
-from jlora.interpreter import base_weight
-from jlora.interpreter.einsum import Axis, Operand, contract, contract_shared, flat_size
+from jlora._quantized_array import QuantizedArray, is_unpacked_along_first_axis, maybe_dequantize
+from jlora._sharding import num_shards
+from jlora.interpreter import _compat
+from jlora.interpreter.terms import (
+    Axis,
+    AxisGroups,
+    Operand,
+    ProductTerm,
+    Term,
+    cast,
+    flat_size,
+    materialize_operands,
+)
 
-AxisGroups = tuple[tuple[Axis, ...], ...]  # One group of atoms per axis, slowest first.
-
-LabeledArray = tuple[Any, Sequence[Hashable]]  # An array and the label of each of its axes.
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Drops entries of a term's input with probability `rate`.
-
-    Attributes:
-        keys: Random keys, one for every index of the weight's batch axes (layers, experts).
-    """
-
-    rate: float
-    keys: Operand
-
-    def __call__(self, x: Any, use: int) -> Any:
-        # Batch axes that the product itself carries leave several keys here: x then has those axes
-        # too, so one key draws an independent mask for each.
-        key = self.keys.array.reshape(-1)[0]
-        kept = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - self.rate, x.shape)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+LabeledArray = tuple[Any, Sequence[Hashable]]  # An array and the label of each dimension.
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["router"],
-    meta_fields=["expert_axis", "top_k", "fan_in"],
-)
-@dataclasses.dataclass(frozen=True)
-class TopKRouting:
-    """Weighs the entries along one axis of a term by the input: a mixture.
-
-    Attributes:
-        router: From the input to a score for each choice.
-        expert_axis: The axis that is chosen along; operands of the term hold it too.
-        top_k: How many choices every input keeps.
-        fan_in: How many numbers the whole of an input has, which the router has to see.
-    """
-
-    router: Operand
-    expert_axis: Axis
-    top_k: int
-    fan_in: int
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["slot_axis"]
-)
-@dataclasses.dataclass(frozen=True)
-class SelectTerm:
-    """Takes one of several updates that operands hold side by side.
-
-    The choice waits for the product, so that what slices a stack of layers slices all updates, and
-    no update is copied whole before.
-
-    Attributes:
-        index: Which one, an integer without axes. The first stands for none at all: what it is
-            added to stays as it is, bit by bit. Where there is no such update, the sum is NaN.
-        slot_axis: The axis of operands that it counts along.
-    """
-
-    index: Operand
-    slot_axis: Axis
-
-    def select(self, operand: Operand) -> Operand:
-        """The operand's part that is chosen."""
-        if self.slot_axis not in operand.axes:
-            return operand
-        axis = operand.axes.index(self.slot_axis)
-        array = jax.lax.dynamic_index_in_dim(operand.array, self.index.array, axis, keepdims=False)
-        return Operand(array, (*operand.axes[:axis], *operand.axes[axis + 1 :]))
-
-    def add(self, total: Any, update: Any) -> Any:
-        """The sum, with nothing added for the first."""
-        index = self.index.array
-        # JAX takes the nearest index in the place of one that is not there.
-        exists = (index >= 0) & (index < self.slot_axis.size)
-        return jnp.where(index == 0, total, jnp.where(exists, total + update, jnp.nan))
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["operands", "dropout", "routing", "select"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """A product of operands, added to the weight.
-
-    A term with a gate depends on the input, so it is part of no dense weight.
-    """
-
-    operands: tuple[Operand, ...]
-    dropout: Dropout | None = None
-    routing: TopKRouting | None = None
-    select: SelectTerm | None = None
-
-    def map(self, fn: Callable[[Operand], Operand]) -> Term:
-        dropout, gate = self.dropout, self.routing
-        if dropout is not None:
-            dropout = Dropout(dropout.rate, fn(dropout.keys))
-        if gate is not None:
-            gate = dataclasses.replace(gate, router=fn(gate.router))
-        pick = self.select and dataclasses.replace(self.select, index=fn(self.select.index))
-        return Term(tuple(fn(operand) for operand in self.operands), dropout, gate, pick)
-
-    @property
-    def selected_operands(self) -> tuple[Operand, ...]:
-        """Its operands, of several updates the one that is chosen."""
-        if self.select is None:
-            return self.operands
-        return tuple(self.select.select(operand) for operand in self.operands)
-
-    def add(self, total: Any, update: Any) -> Any:
-        """The sum of anything and what this term's operands made of the same."""
-        return total + update if self.select is None else self.select.add(total, update)
-
-    def apply_selection(self) -> Term:
-        """The same with the choice made, for uses that know of none."""
-        if self.select is None:
-            return self
-        first, *others = self.selected_operands
-        one = jnp.ones((), first.array.dtype)
-        first = first.map(lambda array: array * self.select.add(one, 0))  # type: ignore[union-attr]
-        return dataclasses.replace(self, operands=(first, *others), select=None)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["gains", "terms", "moment_taps"],
+    data_fields=["base", "gains", "terms"],
     meta_fields=["axis_groups", "path"],
 )
 @dataclasses.dataclass(frozen=True)
-class TensorNetwork:
-    """Everything about an adapted weight but its base array.
+class FactoredArray:
+    """An adapted weight at one point of a traced program.
 
     Attributes:
-        axis_groups: The atoms of each axis, as the traced program sees the weight at this point.
-        path: Where the weight came from, for messages.
-        gains: Factors on the sum of base and terms; none means one.
-        terms: What is added to the base.
-        moment_taps: Arrays whose gradients products make to be moments of what the weight meets.
+        base: Frozen array, quantized array, or `DeferredArray`; None where only axes are followed.
+        axis_groups: Axes behind each dimension.
+        path: Path of the weight in its parameter tree, for messages.
+        gains: Factors on the sum of base and terms.
+        terms: Updates that are added to the base.
     """
 
+    base: Any
     axis_groups: AxisGroups
     path: str
     gains: tuple[Operand, ...] = ()
     terms: tuple[Term, ...] = ()
-    moment_taps: tuple[Operand, ...] = ()
+
+    @classmethod
+    def from_weight(cls, base: Any, path: str, shape: Sequence[int]) -> FactoredArray:
+        """Returns a weight without gains and terms, one axis for each dimension."""
+        return cls(base, tuple((Axis(n, axis),) for axis, n in enumerate(shape)), path)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -181,193 +75,251 @@ class TensorNetwork:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        return tuple(atom for group in self.axis_groups for atom in group)
+        return tuple(axis for group in self.axis_groups for axis in group)
 
     @property
     def is_gathered(self) -> bool:
         """Whether rows were looked up with an array of indices, which makes it an activation."""
-        return any(atom.is_gathered for atom in self.axes)
+        return any(axis.is_gathered for axis in self.axes)
 
-    def with_axis_groups(self, axis_groups: Sequence[tuple[Axis, ...]]) -> TensorNetwork:
+    @property
+    def is_adapted(self) -> bool:
+        return bool(self.gains or self.terms)
+
+    # What adapter leaves build their weights with.
+
+    def with_split_axes(self, sizes: Mapping[int, Sequence[int]]) -> FactoredArray:
+        """Returns the weight with dimensions split into axes of these sizes, slowest first."""
+        groups = [
+            tuple(Axis(n, axis) for n in sizes[axis]) if axis in sizes else group
+            for axis, group in enumerate(self.axis_groups)
+        ]
+        return self.with_axis_groups(groups)
+
+    def label(self, *arrays: LabeledArray) -> tuple[Operand, ...]:
+        """Returns arrays as operands of one term.
+
+        A label is the number of the weight's dimension that the array's runs along, or
+        `(number, part)` where it is split; every other label is an axis of the term's own.
+        """
+        labels: dict[Hashable, Axis] = {}
+        for place, group in enumerate(self.axis_groups):
+            labels |= {place: group[0]} if len(group) == 1 else {}
+            labels |= {(place, part): axis for part, axis in enumerate(group)}
+        operands = []
+        for array, names in arrays:
+            for name, length in zip(names, array.shape, strict=True):
+                if labels.setdefault(name, Axis(length)).size != length:
+                    raise ValueError(
+                        f"The label {name!r} of a term of {self.path!r} has length "
+                        f"{labels[name].size}, got an array with {length}."
+                    )
+            operands.append(Operand(array, tuple(labels[name] for name in names)))
+        return tuple(operands)
+
+    def add(self, *factors: LabeledArray) -> FactoredArray:
+        """Returns the weight plus the product of arrays, summed over the term's own axes."""
+        return self.add_term(ProductTerm(self.label(*factors)))
+
+    def add_term(self, term: Term) -> FactoredArray:
+        return dataclasses.replace(self, terms=(*self.terms, term))
+
+    def multiply(self, gain: LabeledArray) -> FactoredArray:
+        """Returns the weight times an array along some of its dimensions."""
+        return dataclasses.replace(self, gains=(*self.gains, *self.label(gain)))
+
+    # What rules for primitives do with it.
+
+    def with_base(self, base: Any) -> FactoredArray:
+        return dataclasses.replace(self, base=base)
+
+    def with_axis_groups(self, axis_groups: Sequence[tuple[Axis, ...]]) -> FactoredArray:
         return dataclasses.replace(self, axis_groups=tuple(axis_groups))
 
-    def map(self, fn: Callable[[Operand], Operand]) -> TensorNetwork:
-        """The network with `fn` applied to every operand, its axes as they were."""
+    def map(self, fn: Callable[[Operand], Operand]) -> FactoredArray:
+        """Returns the weight with `fn` applied to every operand, its axes as they were."""
         return dataclasses.replace(
             self,
             gains=tuple(fn(gain) for gain in self.gains),
             terms=tuple(term.map(fn) for term in self.terms),
-            moment_taps=tuple(fn(operand) for operand in self.moment_taps),
         )
 
-    def apply_selections(self) -> TensorNetwork:
-        """The network with every choice among updates made."""
-        return dataclasses.replace(self, terms=tuple(term.apply_selection() for term in self.terms))
+    def map_terms(self, fn: Callable[[Term], Term]) -> FactoredArray:
+        return dataclasses.replace(self, terms=tuple(fn(term) for term in self.terms))
 
     def replace_axis(
         self, old: Axis, new: tuple[Axis, ...], fn: Callable[[Any, int], Any]
-    ) -> TensorNetwork:
-        """The network with `old` replaced by `new` everywhere, `fn(array, axis)` doing the same to
-        the arrays that hold it.
+    ) -> FactoredArray:
+        """Returns the weight with axis `old` replaced by `new`.
+
+        Args:
+            old: Axis to replace.
+            new: Axes in its place; none drops it.
+            fn: `(array, dimension)` to the array with the dimension replaced alike.
         """
 
         def change(operand: Operand) -> Operand:
             if old not in operand.axes:
                 return operand
-            axis = operand.axes.index(old)
-            atoms = (*operand.axes[:axis], *new, *operand.axes[axis + 1 :])
-            return Operand(fn(operand.array, axis), atoms)
+            place = operand.axes.index(old)
+            axes = (*operand.axes[:place], *new, *operand.axes[place + 1 :])
+            return Operand(fn(operand.array, place), axes)
 
-        axes = [
-            tuple(a for atom in group for a in (new if atom is old else (atom,)))
+        groups = [
+            tuple(a for axis in group for a in (new if axis is old else (axis,)))
             for group in self.axis_groups
         ]
-        return self.map(change).with_axis_groups(axes)
+        return self.map(change).with_axis_groups(groups)
+
+    def fold_in(self, data: Any) -> FactoredArray:
+        """Returns the weight with random keys of its own for a use, or a step of a loop."""
+        terms = tuple(term.fold_in(data) for term in self.terms)
+        return dataclasses.replace(self, terms=terms) if terms != self.terms else self
+
+    def materialize(self) -> Any:
+        """Returns the adapted weight as one array of the base's type.
+
+        The sum is computed in float32 or wider and rounded once.
+
+        Raises:
+            ValueError: A term depends on the input of a product.
+        """
+        dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
+        total = cast(materialize_base(self.base), dtype)
+        for term in self.terms:
+            total = term.add_materialized(total, self)
+        for gain in self.gains:
+            total = total * materialize_operands((gain,), self, dtype)
+        return cast(total, self.base.dtype)
+
+
+# --- bases ----------------------------------------------------------------------------------------
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["base", "network"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["sources"],
+    meta_fields=["compute_fn", "shape", "dtype", "permutation"],
 )
 @dataclasses.dataclass(frozen=True)
-class FactoredArray:
-    """An adapted weight: its base as the traced program sees it, and its network."""
+class DeferredArray:
+    """A quantized base after operations of the traced program (a transpose, a slice).
 
-    base: Any
-    network: TensorNetwork
+    Attributes:
+        sources: Arrays, quantized arrays and other deferred ones.
+        compute_fn: Function of the sources as arrays.
+        shape: Shape of its result.
+        dtype: Type of its result.
+        permutation: Order of the one source's axes, where `compute_fn` only transposes it.
+    """
 
-    def materialize(self) -> Any:
-        """The adapted weight as one array of the base's type.
-
-        The sum is made in float32 or wider and rounded once.
-
-        Raises:
-            ValueError: When a term has a dropout or a gate, which need the input of a product.
-        """
-        for term in self.network.terms:
-            if term.routing is not None:
-                raise ValueError(
-                    f"The mixture on {self.network.path!r} weighs its experts by the input, so no "
-                    f"single weight computes the same, and none can be merged or used outside "
-                    f"a product (lora.explain shows by what each is used). Keep it apart and call "
-                    f"apply, or leave this weight out of the rule."
-                )
-            # As in the reference, a look-up has no input to drop.
-            if term.dropout is not None and not self.network.is_gathered:
-                raise ValueError(
-                    f"The dropout of the adapter on {self.network.path!r} cannot be applied: this "
-                    f"weight is used by more than products (lora.explain shows by what), so its "
-                    f"input is unknown. Give its rule dropout=0.0, or leave out dropout_key."
-                )
-        notify_materialized(self.network)
-        dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
-        total = base_weight.materialize_base(self.base).astype(dtype)
-        for term in self.network.terms:
-            total = term.add(
-                total, materialize_operands(term.selected_operands, self.network, dtype)
-            )
-        for gain in self.network.gains:
-            total = total * materialize_operands((gain,), self.network, dtype)
-        return total.astype(self.base.dtype)
+    sources: list[Any]
+    compute_fn: Callable[[list[Any]], Any]
+    shape: tuple[int, ...]
+    dtype: Any
+    permutation: tuple[int, ...] | None = None
 
 
-def notify_materialized(network: TensorNetwork) -> None:
-    """Tells who watches that the dense sum of a weight is formed."""
-    watched = _materialized_paths.get()
-    if watched is not None and not network.is_gathered:
-        watched.append(network.path)
+def is_deferred(base: Any) -> bool:
+    """Returns whether a base is still to be dequantized."""
+    return isinstance(base, QuantizedArray | DeferredArray)
 
 
-_materialized_paths: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
-    "sums", default=None
-)
+def materialize_base(base: Any) -> Any:
+    """Returns a base as an array."""
+    if isinstance(base, DeferredArray):
+        return base.compute_fn([materialize_base(source) for source in base.sources])
+    return maybe_dequantize(base) if isinstance(base, QuantizedArray) else base
 
 
-@contextlib.contextmanager
-def record_materialized() -> Iterator[list[str]]:
-    """A list of the paths of weights whose dense sum is formed inside the context."""
-    paths: list[str] = []
-    token = _materialized_paths.set(paths)
-    try:
-        yield paths
-    finally:
-        _materialized_paths.reset(token)
+def abstractify(base: Any) -> Any:
+    """Returns a base, or the shape and type of one that is still to be dequantized."""
+    return jax.ShapeDtypeStruct(base.shape, base.dtype) if is_deferred(base) else base
 
 
-def build_tensor_network(
-    path: str,
-    shape: Sequence[int],
-    *,
-    gains: Sequence[LabeledArray] = (),
-    terms: Sequence[Sequence[LabeledArray]] = (),
-    splits: Mapping[int, Sequence[int]] = types.MappingProxyType({}),
-    routing: tuple[LabeledArray, Hashable, int] | None = None,
-    selection: tuple[Any, Hashable] | None = None,
-    moment_taps: Sequence[LabeledArray] = (),
-    dropout: tuple[float, Any, Sequence[int]] | None = None,
-) -> TensorNetwork:
-    """The network of a weight of this shape.
+def bind_on_bases(eqn: Any, bases: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of an equation that moves or scales entries, on bases."""
+    deferred = [is_deferred(base) for base in bases]
+    if not any(deferred):
+        return _compat.bind_eqn(eqn, bases)
+    if eqn.primitive.name == "optimization_barrier":
+        arrays = [base for base, later in zip(bases, deferred, strict=True) if not later]
+        outputs = iter(_compat.bind_eqn(eqn, arrays))
+        return [b if later else next(outputs) for b, later in zip(bases, deferred, strict=True)]
+    # A literal is a number without a type, which it would lose on its way into the product.
+    sources = [
+        base if later else jnp.asarray(base, atom.aval.dtype)
+        for base, later, atom in zip(bases, deferred, eqn.invars, strict=True)
+    ]
+
+    def compute_output(number: int) -> Callable[[list[Any]], Any]:
+        return lambda arrays: _compat.bind_eqn(eqn, arrays)[number]
+
+    permutation = None
+    if eqn.primitive.name == "transpose" and isinstance(bases[0], QuantizedArray):
+        permutation = tuple(eqn.params["permutation"])
+    return [
+        DeferredArray(sources, compute_output(n), out.aval.shape, out.aval.dtype, permutation)
+        for n, out in enumerate(eqn.outvars)
+    ]
+
+
+def call_with_bases(fn: Callable[[list[Any]], Any], values: Sequence[Any]) -> Any:
+    """Returns `fn` of values, of which bases are dequantized inside it.
+
+    Nothing is saved for the gradient but the arguments; it dequantizes the bases again.
+    """
+    if not any(is_deferred(value) for value in values):
+        return fn(list(values))
+
+    @jax.checkpoint
+    def call(values: list[Any]) -> Any:
+        arrays = [value for value in values if not is_deferred(value)]
+        return fn(
+            [
+                materialize_base(_schedule_after(arrays, value)) if is_deferred(value) else value
+                for value in values
+            ]
+        )
+
+    return call(list(values))
+
+
+def _schedule_after(arrays: Sequence[Any], base: Any) -> Any:
+    """Returns the base, which cannot be dequantized before the arrays exist.
+
+    All bases of a model could be at once, and the compiler does it unless it has to wait.
+    """
+    return lax.optimization_barrier(lax.stop_gradient((list(arrays), base)))[1]
+
+
+def make_scannable(base: Any) -> Any:
+    """Returns the base in a form that a scan can slice along the first axis."""
+    if isinstance(base, DeferredArray) and base.permutation is not None:
+        transposed = base.sources[0].transpose(base.permutation)
+        base = transposed if is_unpacked_along_first_axis(transposed) else base
+    if isinstance(base, QuantizedArray) and is_unpacked_along_first_axis(base):
+        return base
+    return materialize_base(base)
+
+
+def split_for_shard_map(
+    base: Any, spec: Sequence[Any], mesh: Any
+) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Returns the arrays of a base, their specs, and the function from shards to a base.
 
     Args:
-        path: Where the weight is in its tree.
-        shape: The weight's shape.
-        gains: Arrays with a label per axis: the number of one of the weight's axes.
-        terms: Products of such arrays. A label that is not an axis number is summed over.
-        splits: Axes of the weight that arrays see as several, slowest first, with their sizes.
-            Part `i` of axis `n` has the label `(n, i)`.
-        routing: For every term, a router, the label of what it chooses from, and how many it keeps.
-        selection: For every term, an integer and the label that it chooses one index of.
-        moment_taps: Arrays whose gradients products make to be moments of what the weight meets.
-        dropout: A rate, an array of random keys, and the weight's axes that the keys run over.
+        base: Base of a weight with as many dimensions as `spec`.
+        spec: Mesh axes that each dimension is split over; None where it is not.
+        mesh: Mesh with the sizes of its axes.
     """
-    atoms: dict[Hashable, Axis] = {
-        axis: Axis(n, weight_axis=axis) for axis, n in enumerate(shape) if axis not in splits
-    }
-    atoms |= {
-        (axis, part): Axis(n, weight_axis=axis)
-        for axis, sizes in splits.items()
-        for part, n in enumerate(sizes)
-    }
-
-    def group(axis: int) -> tuple[Axis, ...]:
-        parts = range(len(splits.get(axis, ())))
-        return tuple(atoms[axis, part] for part in parts) or (atoms[axis],)
-
-    def operand(array: Any, labels: Sequence[Hashable]) -> Operand:
-        for label, length in zip(labels, array.shape, strict=True):
-            atoms.setdefault(label, Axis(length))
-            assert atoms[label].size == length, (path, label, length, atoms[label].size)
-        return Operand(array, tuple(atoms[label] for label in labels))
-
-    drop = None if dropout is None else Dropout(dropout[0], operand(dropout[1], dropout[2]))
-    products = [tuple(operand(*pair) for pair in term) for term in terms]
-    chosen = None
-    if routing is not None:
-        router, label, top_k = routing
-        # Batch axes are those that every operand of the mixture has.
-        shared = set.intersection(*(set(one) for term in terms for _, one in term))
-        inputs = [axis for axis in router[1] if axis != label and axis not in shared]
-        fan_in = math.prod(atoms[axis].size for axis in inputs)
-        chosen = TopKRouting(operand(*router), atoms[label], top_k, fan_in)
-    taken = (
-        None if selection is None else SelectTerm(Operand(selection[0], ()), atoms[selection[1]])
-    )
-    return TensorNetwork(
-        axis_groups=tuple(group(axis) for axis in range(len(shape))),
-        path=path,
-        gains=tuple(operand(*gain) for gain in gains),
-        terms=tuple(Term(operands, drop, chosen, taken) for operands in products),
-        moment_taps=tuple(operand(*one) for one in moment_taps),
-    )
-
-
-def materialize_operands(operands: Sequence[Operand], network: TensorNetwork, dtype: Any) -> Any:
-    """The product of the operands as a dense array laid out like the weight."""
-    # A merge must not lose what training found to the short products of a TPU or GPU.
-    exact = jax.lax.Precision.HIGHEST
-    first, *others = contract_shared(
-        [operand.map(lambda array: array.astype(dtype)) for operand in operands],
-        network.axes,
-        network.axes,
-        exact,
-    )
-    return contract(first, others, network.axes, precision=exact).reshape(network.shape)
+    if isinstance(base, QuantizedArray):
+        part = base.shard([num_shards(entry, mesh) for entry in spec])
+        if part is not None:
+            arrays, treedef = jax.tree.flatten(part)
+            specs = [
+                PartitionSpec(*(e if n > 1 else None for n, e in zip(a.shape, spec, strict=True)))
+                for a in arrays
+            ]
+            return arrays, specs, lambda shard: jax.tree.unflatten(treedef, shard)
+    return materialize_base(base), PartitionSpec(*spec), lambda shard: shard

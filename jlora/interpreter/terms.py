@@ -1,252 +1,515 @@
-"""The load-balancing losses of mixtures, gathered from wherever in a program they arise.
+"""Terms that an adapter adds to a weight: products of arrays whose axes carry names.
 
-Products inside a scan, a checkpoint or a shard_map cannot hand a loss to the caller by themselves:
-whoever runs such a program collects what is found inside and returns it as one more output.
+LoRA is one term of two operands, `A[inputs, rank]` and `B[rank, outputs]`. A product of an
+activation with it is contracted from the activation on:
+
+    x (t, d)    x A (t, r)    (x A) B (t, k)    with A (d, r) and B (r, k)
+
+so nothing of the weight's shape (d, k) is formed. Other kinds of terms are classes beside the
+methods that need them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import abc
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from jlora.interpreter import _compat
-from jlora.interpreter.einsum import Axis, Operand, contract, flat_size
-from jlora.interpreter.factored_array import FactoredArray, TensorNetwork, TopKRouting
-
-# What a gain nearer to zero is taken for, so that a product can be divided by it.
-_MIN_GAIN = 2.0**-60
+# --- axes and operands ----------------------------------------------------------------------------
 
 
-def label_activation_axes(
-    shape: Sequence[int], groups: dict[int, tuple[Axis, ...]]
-) -> list[tuple[Axis, ...]]:
-    """Groups of atoms for an activation's axes: those it shares with the weight, or a new atom."""
-    return [groups.get(axis, (Axis(length),)) for axis, length in enumerate(shape)]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis of arrays, equal only to itself.
+
+    Attributes:
+        size: Length.
+        weight_axis: Number of the original weight's axis that this is, or is a part of; None for
+            an axis of the adapter's own, such as the rank.
+        is_gathered: Whether it runs over rows that were looked up in that axis.
+    """
+
+    size: int
+    weight_axis: int | None = None
+    is_gathered: bool = False
+
+
+AxisGroups = tuple[tuple[Axis, ...], ...]  # One group for each array axis, slowest first.
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array and the axis behind each of its dimensions."""
+
+    array: Any
+    axes: tuple[Axis, ...]
+
+    def map(self, fn: Callable[[Any], Any]) -> Operand:
+        return Operand(fn(self.array), self.axes)
+
+
+def flat_size(axes: Sequence[Axis]) -> int:
+    """Returns the number of elements along all the axes together."""
+    return math.prod(axis.size for axis in axes)
 
 
 def split_axes(array: Any, groups: Sequence[tuple[Axis, ...]]) -> Operand:
-    atoms = tuple(atom for group in groups for atom in group)
-    return Operand(array.reshape([atom.size for atom in atoms]), atoms)
+    """Returns the array with each dimension split into the axes of its group."""
+    axes = tuple(axis for group in groups for axis in group)
+    return Operand(reshape(array, [axis.size for axis in axes]), axes)
 
 
-def add_terms(
-    base_product: Any,
-    factored: FactoredArray,
-    x: Operand,
-    out_axes: Sequence[Axis],
-    precision: Any,
-) -> Any:
-    """`base_product` plus the products of `x` with every term, where `out_axes` are the result's atoms."""
-    total = base_product
-    for use, term in enumerate(factored.network.terms):
-        operands = list(term.selected_operands)
-        if term.routing is not None:
-            gate = _compute_routing_weights(
-                term.routing, x, out_axes, factored.network.path, precision
-            )
-            operands.append(gate)
-        dropped = x if term.dropout is None else x.map(functools.partial(term.dropout, use=use))
-        update = contract(
-            dropped, operands, out_axes, precision=precision, out_dtype=base_product.dtype
-        )
-        total = term.add(total, update.reshape(base_product.shape))
-    return total
+def label_dimensions(
+    shape: Sequence[int], groups: dict[int, tuple[Axis, ...]]
+) -> list[tuple[Axis, ...]]:
+    """Returns a group of axes for each dimension: the given one, or a new axis."""
+    return [groups.get(place, (Axis(length),)) for place, length in enumerate(shape)]
 
 
-def _compute_routing_weights(
-    routing: TopKRouting, x: Operand, out_axes: Sequence[Axis], path: str, precision: Any
-) -> Operand:
-    """The weight of every choice for every input, and its load-balancing loss handed on.
-
-    The softmax is over the `top_k` best scores alone. The loss is
-    `n sum_e (share of inputs that keep e) (mean probability of e)`, one where all are used alike.
-
-    References:
-        Jiang et al., Mixtral of Experts, arXiv:2401.04088, section 2.1, for the weights.
-        Fedus et al., Switch Transformers, arXiv:2101.03961, section 2.2, for the loss.
-    """
-    tokens = [atom for atom in x.axes if atom in out_axes]
-    met = [atom for atom in routing.router.axes if atom in x.axes and atom not in out_axes]
-    unmet = set(routing.router.axes) - set(x.axes) - {routing.expert_axis}
-    if unmet or flat_size(met) != routing.fan_in:
-        raise ValueError(
-            f"The mixture on {path!r} meets {flat_size(met)} of the {routing.fan_in} numbers of an input "
-            f"at one of its uses (of a part of the weight, its transpose, or a shard), and its "
-            f"router has to see all of them. Leave this weight out of the rule."
-        )
-    router = routing.router.map(lambda array: array.astype(jnp.float32))
-    wide = x.map(lambda array: array.astype(jnp.float32))
-    scores = contract(wide, [router], [*tokens, routing.expert_axis], precision=precision)
-    count = routing.expert_axis.size
-    _, best = lax.top_k(scores, routing.top_k)
-    kept = jax.nn.one_hot(best, count, dtype=bool).any(-2)
-    weights = jax.nn.softmax(scores, axis=-1, where=kept)
-    # Each of a stack of matrices has a balance of its own.
-    axes = tuple(i for i, atom in enumerate(tokens) if atom not in routing.router.axes)
-    share = lax.stop_gradient(kept.astype(jnp.float32).mean(axes)) / routing.top_k
-    record_aux_losses([count * jnp.sum(share * jax.nn.softmax(scores, -1).mean(axes))])
-    return Operand(weights, (*tokens, routing.expert_axis))
+# `lax` alone: the functions of `jax.numpy` are traced anew at each call, which costs most of the
+# time of tracing a deep model.
 
 
-def _apply_gain(array: Any, gain: Operand, groups: Sequence[tuple[Axis, ...]]) -> Any:
-    """The array, whose axes are these groups, times a gain along some of them.
-
-    The product is made in float32 or wider: a gain that differs little from one would be one in a
-    narrow type.
-    """
-    held = [group for group in groups if set(group) & set(gain.axes)]
-    factor = contract(gain, (), [atom for group in held for atom in group])
-    factor = factor.reshape([flat_size(group) if group in held else 1 for group in groups])
-    factor = factor.astype(jnp.promote_types(array.dtype, jnp.float32))
-    if jnp.finfo(array.dtype).tiny > _MIN_GAIN:
-        return (array.astype(factor.dtype) * factor).astype(array.dtype)
-    away = jnp.where(factor < 0, -_MIN_GAIN, _MIN_GAIN)
-    moved = jnp.where(jnp.abs(factor) < _MIN_GAIN, away - factor, 0)
-    return _multiply_by_gain(array, factor + lax.stop_gradient(moved))
+def reshape(array: Any, shape: Sequence[int]) -> Any:
+    """Returns the array in this shape; the array itself where it has it."""
+    return array if array.shape == tuple(shape) else lax.reshape(array, tuple(shape))
 
 
-@jax.custom_jvp
-def _multiply_by_gain(array: Any, factor: Any) -> Any:
-    """The array times a factor of a type no narrower."""
-    return (array.astype(factor.dtype) * factor).astype(array.dtype)
+def cast(array: Any, dtype: Any) -> Any:
+    """Returns the array in this type; the array itself where it has it."""
+    return array if array.dtype == dtype else lax.convert_element_type(array, dtype)
 
 
-@functools.partial(_multiply_by_gain.defjvp, symbolic_zeros=True)
-def _multiply_by_gain_jvp(primals: Any, tangents: Any) -> Any:
-    array, factor = primals
-    moved, turned = tangents
-    result = _multiply_by_gain(array, factor)
-    total = None
-    if not isinstance(moved, SymbolicZero):
-        total = _multiply_by_gain(moved, factor)
-    if not isinstance(turned, SymbolicZero):
-        part = _gain_tangent(result, factor, turned)
-        total = part if total is None else total + part
-    return result, total
-
-
-# What is kept for the gradient are the arguments, and nothing wider that is made from them.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _gain_tangent(result: Any, factor: Any, factor_tangent: Any) -> Any:
-    """What a change of the factor does, from `_multiply_by_gain`' result: that is kept for the gradient of
-    what comes next anyway, and so a step need not keep the array too. Only second derivatives lose
-    by it: as many digits as the factor is below one.
-    """
-    return (result.astype(factor.dtype) * (factor_tangent / factor)).astype(result.dtype)
-
-
-def tap_input_moments(x: Operand, network: TensorNetwork, input_axes: Sequence[Axis]) -> Any:
-    """The activation, whose backward pass hands its moments to the network's observed arrays.
-
-    Those are the count of inputs, their sum, and the sum of their outer products, for each of the
-    weight's matrices. What reaches them is no derivative of anything.
-    """
-    count, first, second = network.moment_taps
-    ordered = [atom for atom in first.axes if atom in input_axes]
-    if flat_size(ordered) ** 2 * count.array.size != second.array.size:
-        raise ValueError(
-            f"The moments of the inputs of {network.path!r} cannot be taken: one of its uses meets "
-            f"a part of them, or others (its transpose). Leave it out of the rules."
-        )
-    matrices = [atom for atom in first.axes if atom in x.axes and atom not in input_axes]
-    tokens = [atom for atom in x.axes if atom not in (*matrices, *input_axes)]
-
-    @jax.custom_vjp
-    def meet(array: Any, sums: list[Any]) -> Any:
-        del sums
+def transpose(array: Any, permutation: Sequence[int]) -> Any:
+    """Returns the array with its dimensions in this order."""
+    if list(permutation) == list(range(len(permutation))):
         return array
-
-    def backward(array: Any, cotangent: Any) -> tuple[Any, list[Any]]:
-        rows = contract(Operand(array, x.axes), (), [*matrices, *tokens, *ordered])
-        rows = rows.reshape(flat_size(matrices), flat_size(tokens), flat_size(ordered)).astype(
-            jnp.float32
-        )
-        outer = jnp.einsum("bti,btj->bij", rows, rows, precision=lax.Precision.HIGHEST)
-        # A one for each input, made from it so that it varies over the same shards.
-        ones = jnp.where(rows[:, :, 0] == 0, 1.0, 1.0)
-        sums = [ones.sum(1), rows.sum(1), outer]
-        axes = _compat.get_varying_axes(rows)
-        if axes:
-            sums = lax.psum(sums, axes)
-        shaped = [
-            value.reshape(operand.array.shape).astype(operand.array.dtype)
-            for value, operand in zip(sums, network.moment_taps, strict=True)
-        ]
-        return cotangent, shaped
-
-    meet.defvjp(lambda array, sums: (array, array), backward)
-    return meet(x.array, [operand.array for operand in network.moment_taps])
+    return lax.transpose(array, tuple(permutation))
 
 
-def product_dtype(x: Any, base: Any, result: Any) -> Any:
-    """The type to multiply in: the operands' own, unless they differ or are of 8 bits, which are
-    scaled for the base and not for the factors.
-    """
-    if x.dtype == base.dtype and x.dtype.itemsize > 1:
-        return x.dtype
-    if min(x.dtype.itemsize, base.dtype.itemsize) > 1:
-        return max((x.dtype, base.dtype), key=lambda dtype: dtype.itemsize)
-    return result.dtype
+# --- contraction ----------------------------------------------------------------------------------
 
 
-def apply_with_gains(
-    gains: Sequence[Operand],
-    x: Any,
-    x_groups: Sequence[tuple[Axis, ...]],
-    out_groups: Sequence[tuple[Axis, ...]],
-    product: Callable[[Any], Any],
+def contract(
+    first: Operand,
+    others: Sequence[Operand],
+    out_axes: Sequence[Axis],
+    *,
+    precision: Any = None,
+    out_dtype: Any = None,
+    cast_operands: bool = True,
 ) -> Any:
-    """What `product` makes of `x`, with every gain on the result, or on `x` where it runs along
-    what is summed over.
+    """Returns the product of all operands, summed over every axis that is not in `out_axes`.
+
+    Starts at `first` (an activation) and contracts one operand at a time, always the one that
+    leaves the smallest result, so `x A B` goes through the rank and never forms `A B`.
+
+    Args:
+        first: Operand to begin with.
+        others: Further operands.
+        out_axes: Axes of the result, in order.
+        precision: Precision of the products.
+        out_dtype: Type of the last product; that of `first` by default.
+        cast_operands: Whether operands are cast to the type of `first`.
     """
-    out_atoms = {atom for group in out_groups for atom in group}
-    after = [gain for gain in gains if set(gain.axes) <= out_atoms]
-    for gain in gains:
-        if not set(gain.axes) <= out_atoms:
-            x = _apply_gain(x, gain, x_groups)
-    result = product(x)
-    for gain in after:
-        result = _apply_gain(result, gain, out_groups)
-    return result
+    current = first
+    if others:
+        # Axes that are summed over, and those that operands bring, without those that pass through.
+        unshared = set(first.axes) ^ set(out_axes)
+        remaining = contract_shared(others, unshared, {*first.axes, *out_axes}, precision)
+        order = contraction_order(first.axes, [operand.axes for operand in remaining], out_axes)
+        for position, (number, left) in enumerate(order, 1):
+            is_last = position == len(order)
+            if is_last:
+                left = [axis for axis in out_axes if axis in left]
+            operand = remaining[number]
+            if cast_operands:
+                operand = Operand(cast(operand.array, current.array.dtype), operand.axes)
+            dtype = out_dtype if is_last else None
+            current = _contract_pair(current, operand, left, precision, dtype)
+    return arrange(current, out_axes, out_dtype)
 
 
-_collected_aux_losses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
-    "found", default=None
+def arrange(operand: Operand, out_axes: Sequence[Axis], dtype: Any = None) -> Any:
+    """Returns the operand's array with these axes: summed over others, repeated along missing."""
+    array, axes = operand.array, list(operand.axes)
+    summed = [place for place, axis in enumerate(axes) if axis not in out_axes]
+    if summed:
+        array = jnp.sum(array, axis=tuple(summed))
+        axes = [axis for axis in axes if axis in out_axes]
+    present = [axis for axis in out_axes if axis in axes]
+    array = transpose(array, [axes.index(axis) for axis in present])
+    if dtype is not None:
+        array = cast(array, dtype)
+    if len(present) < len(out_axes):
+        places = [place for place, axis in enumerate(out_axes) if axis in axes]
+        array = lax.broadcast_in_dim(array, [axis.size for axis in out_axes], places)
+    return array
+
+
+def _contract_pair(
+    a: Operand, b: Operand, left: Sequence[Axis], precision: Any, dtype: Any
+) -> Operand:
+    """Returns the product of two operands, summed over the axes that are not left."""
+    a, b = (
+        Operand(arrange(one, kept), tuple(kept))
+        for one, other in ((a, b), (b, a))
+        for kept in [[axis for axis in one.axes if axis in left or axis in other.axes]]
+    )
+    common = jnp.promote_types(a.array.dtype, b.array.dtype)
+    left_array, right_array = cast(a.array, common), cast(b.array, common)
+    contracting = [axis for axis in a.axes if axis in b.axes and axis not in left]
+    if not contracting:
+        product = lax.mul(arrange(Operand(left_array, a.axes), left), arrange(b, left, common))
+        return Operand(cast(product, dtype or common), tuple(left))
+    batch = [axis for axis in a.axes if axis in b.axes and axis in left]
+    sides = [(left_array, a.axes), (right_array, b.axes)]
+    free = [[x for x in axes if x not in batch and x not in contracting] for _, axes in sides]
+    if [*batch, *free[1], *free[0]] == list(left):  # Saves a transpose of the result.
+        sides, free = sides[::-1], free[::-1]
+    (lhs, lhs_axes), (rhs, rhs_axes) = sides
+    numbers = tuple(
+        (tuple(lhs_axes.index(x) for x in axes), tuple(rhs_axes.index(x) for x in axes))
+        for axes in (contracting, batch)
+    )
+    product = lax.dot_general(
+        lhs, rhs, numbers, precision=precision, preferred_element_type=dtype or common
+    )
+    axes = [*batch, *free[0], *free[1]]
+    return Operand(transpose(product, [axes.index(axis) for axis in left]), tuple(left))
+
+
+def contract_shared(
+    operands: Sequence[Operand],
+    unshared_axes: Iterable[Axis],
+    needed_axes: Iterable[Axis],
+    precision: Any = None,
+) -> list[Operand]:
+    """Returns the operands, multiplied until no two share one of `unshared_axes`.
+
+    Where several operands share an axis of the weight (a Hadamard product), an activation is
+    contracted with their product: with one after the other it would keep that axis between them,
+    or make it before the last of them is contracted. The pair with the smallest result goes first.
+
+    Args:
+        operands: Factors of one product.
+        unshared_axes: Axes that no two operands may share.
+        needed_axes: Axes that something other than these operands still needs.
+        precision: Precision of the products.
+    """
+    unshared_axes, needed_axes = set(unshared_axes), set(needed_axes)
+    remaining = list(operands)
+    while any(sum(axis in operand.axes for operand in remaining) > 1 for axis in unshared_axes):
+        pairs = [
+            (i, j)
+            for j, second in enumerate(remaining)
+            for i, first in enumerate(remaining[:j])
+            if set(first.axes) & set(second.axes)
+        ]
+
+        def axes_left(pair: tuple[int, int]) -> list[Axis]:
+            first, second = (remaining[i].axes for i in pair)  # noqa: B023
+            rest = [o.axes for i, o in enumerate(remaining) if i not in pair]  # noqa: B023
+            return _axes_left(first, second, rest, [*unshared_axes, *needed_axes])
+
+        best = min(pairs, key=lambda pair: flat_size(axes_left(pair)))
+        first, second = (remaining[i] for i in best)
+        out = axes_left(best)
+        array = contract(first, [second], out, precision=precision, cast_operands=False)
+        remaining = [operand for i, operand in enumerate(remaining) if i not in best]
+        remaining.append(Operand(array, tuple(out)))
+    return remaining
+
+
+def contraction_order(
+    first: Sequence[Axis], operands: Sequence[Sequence[Axis]], out_axes: Sequence[Axis]
+) -> list[tuple[int, list[Axis]]]:
+    """Returns the order to contract operands in, and the axes that are left after each.
+
+    The next one always leaves the smallest result. An operand that shares no axis goes last: with
+    it the result would be an outer product.
+    """
+    order: list[tuple[int, list[Axis]]] = []
+    current, remaining = list(first), list(range(len(operands)))
+    while remaining:
+
+        def axes_left(number: int) -> list[Axis]:
+            rest = [operands[other] for other in remaining if other != number]  # noqa: B023
+            return _axes_left(current, operands[number], rest, out_axes)  # noqa: B023
+
+        if len(remaining) == 1:
+            best = remaining[0]
+        else:
+            best = min(
+                remaining,
+                key=lambda n: (set(current).isdisjoint(operands[n]), flat_size(axes_left(n))),
+            )
+        current, remaining = axes_left(best), [n for n in remaining if n != best]
+        order.append((best, current))
+    return order
+
+
+def _axes_left(
+    a: Sequence[Axis], b: Sequence[Axis], rest: Sequence[Sequence[Axis]], out: Iterable[Axis]
+) -> list[Axis]:
+    """Returns the axes of a product of two operands that `rest` or the result still needs."""
+    needed = {axis for axes in rest for axis in axes} | set(out)
+    return [axis for axis in dict.fromkeys((*a, *b)) if axis in needed]
+
+
+# --- terms ----------------------------------------------------------------------------------------
+
+
+class WeightProduct(abc.ABC):
+    """One use of a weight by a primitive, as its terms need to know it.
+
+    Attributes:
+        path: Path of the weight, for errors.
+        x_groups: Axes behind each dimension of the activation.
+        out_groups: Axes behind each dimension of the result.
+        precision: Precision of the product.
+        routing_error: Reason why a term cannot depend on the input here; None where it can.
+    """
+
+    path: str
+    x_groups: Sequence[tuple[Axis, ...]]
+    out_groups: Sequence[tuple[Axis, ...]]
+    precision: Any = None
+    routing_error: str | None = None
+
+    @property
+    def out_axes(self) -> list[Axis]:
+        return [axis for group in self.out_groups for axis in group]
+
+    @abc.abstractmethod
+    def multiply_base(self, x: Any, base: Any) -> Any:
+        """Returns the product of the activation with the frozen base."""
+
+    @abc.abstractmethod
+    def multiply(self, x: Any, operands: Sequence[Operand], result: Any) -> Any:
+        """Returns the product of the activation with operands, like `result` in shape and type."""
+
+    def multiply_fused(self, x: Any, weight: Any) -> Any:
+        """Returns the product with base and terms in one kernel, or None where there is none."""
+        del x, weight
+
+    def label_gain(self, gain: Operand) -> Operand:
+        """Returns a gain with the axes that it has in this product."""
+        return gain
+
+
+class Term(abc.ABC):
+    """Something that is added to a weight. Subclasses are frozen dataclasses and pytrees."""
+
+    @abc.abstractmethod
+    def map(self, fn: Callable[[Operand], Operand]) -> Term:
+        """Returns the term with `fn` applied to every operand."""
+
+    @abc.abstractmethod
+    def add_product(
+        self, total: Any, x: Any, product: WeightProduct
+    ) -> tuple[Any, Sequence[jax.Array]]:
+        """Returns the sum of `total` and the product with this term, and auxiliary losses."""
+
+    @abc.abstractmethod
+    def add_materialized(self, total: Any, weight: Any) -> Any:
+        """Returns the sum of an array like the weight and this term.
+
+        Raises:
+            ValueError: The term depends on the input of a product.
+        """
+
+    @abc.abstractmethod
+    def scale(self, factor: Any) -> Term:
+        """Returns the term times a number."""
+
+    @abc.abstractmethod
+    def is_zero_outside(self, axis: Axis) -> bool:
+        """Returns whether the term is zero wherever its operands are zero along the axis."""
+
+    @abc.abstractmethod
+    def to_product(self, weight: Any, used_by: str) -> ProductTerm | None:
+        """Returns the term as a product of operands, for rules that differentiate such products.
+
+        Raises:
+            ValueError: It is none, since it depends on the input.
+        """
+
+    def can_pad(self, axis: Axis) -> bool:
+        """Returns whether padding its operands with zeros along the axis pads the term."""
+        return self.is_zero_outside(axis)
+
+    def prepare_input(self, x: Any, product: WeightProduct) -> Any:
+        """Returns the activation that base and terms are multiplied with."""
+        del product
+        return x
+
+    def with_dropout(self, dropout: Dropout) -> Term:
+        """Returns the term with its input dropped."""
+        return DropoutTerm(self, dropout)
+
+    def fold_in(self, data: Any) -> Term:
+        """Returns the term with random keys of its own for a use, or a step of a loop."""
+        del data
+        return self
+
+    def gather(self, look_up: Callable[[Operand], Operand]) -> Term:
+        """Returns the term of rows that are looked up in the weight."""
+        return self.map(look_up)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ProductTerm(Term):
+    """A product of operands, summed over the axes that the weight does not have."""
+
+    operands: tuple[Operand, ...]
+
+    def map(self, fn: Callable[[Operand], Operand]) -> ProductTerm:
+        return ProductTerm(tuple(fn(operand) for operand in self.operands))
+
+    def add_product(
+        self, total: Any, x: Any, product: WeightProduct
+    ) -> tuple[Any, Sequence[jax.Array]]:
+        return total + product.multiply(x, self.operands, total), ()
+
+    def add_materialized(self, total: Any, weight: Any) -> Any:
+        return total + materialize_operands(self.operands, weight, total.dtype)
+
+    def scale(self, factor: Any) -> ProductTerm:
+        first, *others = self.operands
+        return ProductTerm((first.map(lambda array: array * cast(factor, array.dtype)), *others))
+
+    def is_zero_outside(self, axis: Axis) -> bool:
+        return any(axis in operand.axes for operand in self.operands)
+
+    def to_product(self, weight: Any, used_by: str) -> ProductTerm:
+        del weight, used_by
+        return self
+
+
+def materialize_operands(operands: Sequence[Operand], weight: Any, dtype: Any) -> Any:
+    """Returns the product of the operands as one array with the shape of the weight.
+
+    Args:
+        operands: Factors of the product.
+        weight: A `FactoredArray`, for its axes.
+        dtype: Type of the result and of the products.
+    """
+    # A merge must not lose small updates to the short products of a TPU or GPU.
+    exact = lax.Precision.HIGHEST
+    wide = [operand.map(lambda array: cast(array, dtype)) for operand in operands]
+    first, *others = contract_shared(wide, weight.axes, weight.axes, exact)
+    return reshape(contract(first, others, weight.axes, precision=exact), weight.shape)
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate", "index"]
 )
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout of the input of a term.
+
+    Attributes:
+        rate: Probability of dropping an entry.
+        keys: Random keys, one for every index of the weight's batch axes (layers, experts).
+        index: Number of the term among those of its weight, which drop different entries.
+    """
+
+    rate: float
+    keys: Operand
+    index: int
+
+    def __call__(self, x: Any) -> Any:
+        # Batch axes that the product itself carries leave several keys here. The input then has
+        # those axes too, so one key draws an independent mask for each.
+        key = jax.random.fold_in(self.keys.array.reshape(-1)[0], self.index)
+        is_kept = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        return jnp.where(is_kept, x / (1 - self.rate), jnp.zeros_like(x))
+
+    def map(self, fn: Callable[[Operand], Operand]) -> Dropout:
+        return dataclasses.replace(self, keys=fn(self.keys))
+
+    def fold_in(self, data: Any) -> Dropout:
+        def fold(keys: Any) -> Any:
+            folded = jax.vmap(lambda key: jax.random.fold_in(key, data))(keys.reshape(-1))
+            return folded.reshape(keys.shape)
+
+        return dataclasses.replace(self, keys=self.keys.map(fold))
+
+    def gather(self) -> Dropout:
+        """Returns the dropout for looked-up rows.
+
+        One key serves all rows: the input has an axis for them, and so a mask for each.
+        """
+        return dataclasses.replace(self, keys=Operand(self.keys.array.reshape(-1)[0], ()))
+
+    def refuse(self, path: str, reason: str) -> None:
+        """Raises the error of a use where the input is not known."""
+        raise ValueError(
+            f"The dropout of the adapter on {path!r} cannot be applied: {reason}. Give its rule "
+            f"dropout=0.0, or leave out dropout_key."
+        )
 
 
-@contextlib.contextmanager
-def collect_aux_losses() -> Iterator[list[Any]]:
-    """A list that gets every loss found inside the context, and none that is found elsewhere."""
-    losses: list[Any] = []
-    token = _collected_aux_losses.set(losses)
-    try:
-        yield losses
-    finally:
-        _collected_aux_losses.reset(token)
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["term", "dropout"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class DropoutTerm(Term):
+    """A term whose input is dropped."""
 
+    term: Term
+    dropout: Dropout
 
-def record_aux_losses(losses: Iterable[Any]) -> None:
-    """Hands losses to whoever collects."""
-    found = _collected_aux_losses.get()
-    if found is not None:
-        found.extend(losses)
+    def map(self, fn: Callable[[Operand], Operand]) -> DropoutTerm:
+        return DropoutTerm(self.term.map(fn), self.dropout.map(fn))
 
+    def add_product(
+        self, total: Any, x: Any, product: WeightProduct
+    ) -> tuple[Any, Sequence[jax.Array]]:
+        return self.term.add_product(total, self.dropout(x), product)
 
-def call_with_aux_losses(fn: Callable[[], list[Any]]) -> tuple[list[Any], list[Any]]:
-    """What `fn` returns, and the losses found meanwhile."""
-    with collect_aux_losses() as losses:
-        return fn(), losses
+    def add_materialized(self, total: Any, weight: Any) -> Any:
+        # As in the reference, a look-up has no input to drop.
+        if not weight.is_gathered:
+            reason = "this weight is used by more than products (lora.explain shows by what)"
+            self.dropout.refuse(weight.path, f"{reason}, so its input is unknown")
+        return self.term.add_materialized(total, weight)
 
+    def scale(self, factor: Any) -> DropoutTerm:
+        return DropoutTerm(self.term.scale(factor), self.dropout)
 
-def sum_aux_losses(losses: Iterable[Any]) -> Any:
-    """Their sum, a float32; zero when there are none."""
-    return sum(losses, start=jnp.zeros((), jnp.float32))
+    def is_zero_outside(self, axis: Axis) -> bool:
+        return self.term.is_zero_outside(axis)
+
+    def can_pad(self, axis: Axis) -> bool:
+        return self.term.can_pad(axis) and axis not in self.dropout.keys.axes
+
+    def to_product(self, weight: Any, used_by: str) -> ProductTerm | None:
+        self.dropout.refuse(
+            weight.path,
+            f"it is used inside a function with a derivative of its own ({used_by}), whose rule "
+            f"would see the input that was not dropped",
+        )
+        return None
+
+    def prepare_input(self, x: Any, product: WeightProduct) -> Any:
+        return self.term.prepare_input(x, product)
+
+    def fold_in(self, data: Any) -> DropoutTerm:
+        return DropoutTerm(self.term.fold_in(data), self.dropout.fold_in(data))
+
+    def gather(self, look_up: Callable[[Operand], Operand]) -> DropoutTerm:
+        return DropoutTerm(self.term.gather(look_up), self.dropout.gather())

@@ -11,13 +11,25 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from jlora.interpreter import _compat, custom_derivatives, data_movement, products
-from jlora.interpreter.control_flow import CONTROL_FLOW_RULES as CONTROL_RULES
-from jlora.interpreter.dot_products import AxisRole, DenseReason
-from jlora.interpreter.einsum import Axis
-from jlora.interpreter.factored_array import TensorNetwork, build_tensor_network
-
-_SUBPROGRAM_RULES = CONTROL_RULES | custom_derivatives.CUSTOM_DERIVATIVE_RULES
+from jlora.interpreter import (  # noqa: F401  The modules register their rules.
+    _compat,
+    control_flow,
+    conv,
+    custom_derivatives,
+    data_movement,
+    dot_products,
+)
+from jlora.interpreter.data_movement import match_scalar_scaling
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.primitive_rules import (
+    RULES,
+    AxisRole,
+    DenseReason,
+    MovementRule,
+    ProductRule,
+    SubProgramRule,
+)
+from jlora.interpreter.terms import Axis
 
 
 class WeightAxes(NamedTuple):
@@ -53,7 +65,7 @@ class WeightUse(NamedTuple):
 class _TracedWeight:
     """A weight on its way: its network, and what forced it to be dense, if anything did."""
 
-    network: TensorNetwork
+    array: FactoredArray
     dense_reason: str | None = None
 
 
@@ -79,7 +91,7 @@ def find_weight_uses(
     """
     found: dict[str, list[WeightUse]] = {path: [] for path, _ in weights.values()}
     inputs: list[AbstractValue] = [
-        (_TracedWeight(build_tensor_network(*weights[i])),) if i in weights else DATA
+        (_TracedWeight(FactoredArray.from_weight(None, *weights[i])),) if i in weights else DATA
         for i in range(len(program.inputs))
     ]
     walk = UsageInterpreter(found, dict(weights.values()))
@@ -114,29 +126,33 @@ class UsageInterpreter:
         rest: AbstractValue = DATA if any(_is_data_value(value) for value in values) else ()
         if not any(_get_traced_weights(value) for value in values):
             return [rest] * len(eqn.outvars)
-        name = eqn.primitive.name
-        if name in _SUBPROGRAM_RULES:
-            return self._interpret_subprograms(eqn, values, rest)
-        if name == "optimization_barrier":
+        rule = RULES.get(eqn.primitive.name)
+        if isinstance(rule, SubProgramRule):
+            return self._interpret_subprograms(rule, eqn, values, rest)
+        if eqn.primitive.name == "optimization_barrier":
             return values
         followed: list[list[_TracedWeight]] = [[] for _ in eqn.outvars]
         for side, value in enumerate(values):
             for weight in _get_traced_weights(value):
                 moved = self._follow_movement(eqn, side, weight, values)
-                if moved is None and name in products.PRODUCT_RULES:
-                    self._record_product(eqn, side, weight, values)
+                if moved is None and isinstance(rule, ProductRule):
+                    self._record_product(rule, eqn, side, weight, values)
                 elif moved is None:
                     moved = self._follow_arithmetic(eqn, side, weight, rest)
-                for output, network in zip(followed, moved or [], strict=bool(moved)):
-                    output.append(network)
+                for output, traced in zip(followed, moved or [], strict=bool(moved)):
+                    output.append(traced)
         return [tuple(output) or rest for output in followed]
 
     def _interpret_subprograms(
-        self, eqn: Any, values: Sequence[AbstractValue], rest: AbstractValue
+        self,
+        rule: SubProgramRule,
+        eqn: Any,
+        values: Sequence[AbstractValue],
+        rest: AbstractValue,
     ) -> Sequence[AbstractValue]:
         name = eqn.primitive.name
         outputs: list[AbstractValue] = [rest] * len(eqn.outvars)
-        for body in _SUBPROGRAM_RULES[name].get_subprograms(eqn):
+        for body in rule.get_subprograms(eqn):
             inputs = [
                 self._convert_subprogram_input(eqn, values[source], place, source, body)
                 for place, source in enumerate(body.eqn_inputs)
@@ -181,7 +197,7 @@ class UsageInterpreter:
             spec = eqn.params["in_specs"][eqn_input]
             value = tuple(
                 self._record_dense(weight, "shard_map over merged axes")
-                if _shards_merged_axis(weight.network, spec)
+                if _shards_merged_axis(weight.array, spec)
                 else weight
                 for weight in value
             )
@@ -189,7 +205,7 @@ class UsageInterpreter:
         return value
 
     def _record_dense(self, weight: _TracedWeight, reason: str) -> _TracedWeight:
-        if weight.dense_reason is None and not weight.network.is_gathered:
+        if weight.dense_reason is None and not weight.array.is_gathered:
             self._record_use(weight, WeightUse(reason, reason, None))
         return _add_dense_reason(weight, reason)
 
@@ -198,38 +214,44 @@ class UsageInterpreter:
     ) -> list[_TracedWeight] | None:
         """The weight behind an equation that only moves entries; None where it is not one."""
         name = eqn.primitive.name
-        scaling = data_movement.match_scalar_scaling(eqn)
+        scaling = match_scalar_scaling(eqn)
         if scaling is not None and scaling.array_side == side:
             return [weight]
-        if name not in data_movement.DATA_MOVEMENT_RULES:
+        rule = RULES.get(name)
+        if not isinstance(rule, MovementRule):
             return None
         if name == "concatenate" and any(_is_data_value(value) for value in values):
             return None  # The result is an activation (a class token before its patches).
-        networks = [weight.network if i == side else None for i in range(len(values))]
-        moved = data_movement.DATA_MOVEMENT_RULES[name](eqn, networks, values)
-        if moved is None or (moved[0].is_gathered and weight.dense_reason):
+        arrays = [weight.array if i == side else None for i in range(len(values))]
+        moved = rule.move(eqn, arrays, values)
+        if not moved or moved[0] is None or (moved[0].is_gathered and weight.dense_reason):
             return None
-        if moved[0].is_gathered and not weight.network.is_gathered:
+        if moved[0].is_gathered and not weight.array.is_gathered:
             self._record_use(
                 weight, WeightUse(name, None, self._get_lookup_roles(weight, moved[0]))
             )
-        return [_TracedWeight(network, weight.dense_reason) for network in moved]
+        return [_TracedWeight(array, weight.dense_reason) for array in moved if array is not None]
 
     def _record_product(
-        self, eqn: Any, side: int, weight: _TracedWeight, values: Sequence[AbstractValue]
+        self,
+        rule: ProductRule,
+        eqn: Any,
+        side: int,
+        weight: _TracedWeight,
+        values: Sequence[AbstractValue],
     ) -> None:
         name = eqn.primitive.name
         # What was computed from weights (learned queries behind a norm) is an activation too; a
         # weight itself (the vector of a power iteration) is not.
         others = [value for i, value in enumerate(values) if i != side]
         meets_data = not any(
-            weight.dense_reason is None and not weight.network.is_gathered
+            weight.dense_reason is None and not weight.array.is_gathered
             for value in others
             for weight in _get_traced_weights(value)
         )
-        roles = products.PRODUCT_RULES[name].get_axis_roles(eqn, side, weight.network)
+        roles = rule.axis_roles(eqn, side, weight.array)
         if isinstance(roles, DenseReason):
-            if not weight.network.is_gathered:
+            if not weight.array.is_gathered:
                 self._record_use(weight, WeightUse(name, str(roles), None, meets_data))
             return
         by_root = self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
@@ -239,7 +261,7 @@ class UsageInterpreter:
         self._record_use(weight, WeightUse(name, between, by_root, meets_data))
 
     def _get_lookup_roles(
-        self, weight: _TracedWeight, looked_up: TensorNetwork
+        self, weight: _TracedWeight, looked_up: FactoredArray
     ) -> dict[int, AxisRole]:
         """Roles at a look-up: the rows are inputs, what they hold are outputs."""
         atoms = looked_up.axes
@@ -254,7 +276,7 @@ class UsageInterpreter:
         self, weight: _TracedWeight, by_root: dict[int, AxisRole]
     ) -> dict[int, AxisRole]:
         # An axis that is no longer there was taken one index at a time: by a scan or a slice.
-        axes = range(len(self._weight_shapes[weight.network.path]))
+        axes = range(len(self._weight_shapes[weight.array.path]))
         return {axis: by_root.get(axis, AxisRole.BATCH) for axis in axes}
 
     def _follow_arithmetic(
@@ -263,7 +285,7 @@ class UsageInterpreter:
         """The weight behind arithmetic with other weights, entry by entry; None when that is not
         what the equation does. Either way its dense sum is formed here.
         """
-        if weight.network.is_gathered:
+        if weight.array.is_gathered:
             return None  # Looked-up rows are summed as rows; no weight is made dense.
         reason = eqn.primitive.name
         if weight.dense_reason is None:
@@ -274,19 +296,19 @@ class UsageInterpreter:
         alike = [tuple(out.aval.shape) == shape for out in eqn.outvars]
         if _is_data_value(rest) or alike != [True]:
             return None
-        return [_TracedWeight(weight.network, weight.dense_reason or reason)]
+        return [_TracedWeight(weight.array, weight.dense_reason or reason)]
 
     def _record_use(self, weight: _TracedWeight, use: WeightUse) -> None:
-        self._uses[weight.network.path].append(use)
+        self._uses[weight.array.path].append(use)
 
 
 def _add_dense_reason(weight: _TracedWeight, reason: str) -> _TracedWeight:
-    return _TracedWeight(weight.network, weight.dense_reason or reason)
+    return _TracedWeight(weight.array, weight.dense_reason or reason)
 
 
-def _shards_merged_axis(network: TensorNetwork, spec: Any) -> bool:
-    """Whether a sharding splits an axis of several atoms, which has no sharding of operands."""
-    entries = zip(spec, network.axis_groups, strict=False)
+def _shards_merged_axis(array: FactoredArray, spec: Any) -> bool:
+    """Returns whether a sharding splits a dimension of several axes."""
+    entries = zip(spec, array.axis_groups, strict=False)
     return any(entry is not None and len(group) != 1 for entry, group in entries)
 
 
@@ -304,7 +326,7 @@ _ROLE_PRIORITY = (AxisRole.INPUT, AxisRole.WINDOW, AxisRole.OUTPUT, AxisRole.BAT
 
 
 def _is_data_value(value: AbstractValue) -> bool:
-    return value is DATA or any(weight.network.is_gathered for weight in _get_traced_weights(value))
+    return value is DATA or any(weight.array.is_gathered for weight in _get_traced_weights(value))
 
 
 def _get_traced_weights(value: AbstractValue) -> tuple[_TracedWeight, ...]:
@@ -315,10 +337,10 @@ def _drop_leading_axis(value: AbstractValue) -> AbstractValue:
     if isinstance(value, _DataValue):
         return value
     return tuple(
-        _TracedWeight(w.network.with_axis_groups(w.network.axis_groups[1:]), w.dense_reason)
-        if len(w.network.axis_groups[0]) == 1
+        _TracedWeight(w.array.with_axis_groups(w.array.axis_groups[1:]), w.dense_reason)
+        if len(w.array.axis_groups[0]) == 1
         else _TracedWeight(
-            w.network.with_axis_groups(w.network.axis_groups[1:]),
+            w.array.with_axis_groups(w.array.axis_groups[1:]),
             w.dense_reason or "scan over merged axes",
         )
         for w in value
@@ -332,10 +354,10 @@ def _to_shard_shapes(value: AbstractValue, var: Any) -> AbstractValue:
     followed = []
     for weight in value:
         axes = []
-        for group, length in zip(weight.network.axis_groups, var.aval.shape, strict=True):
-            whole = weight.network.with_axis_groups((group,)).shape[0] == length
+        for group, length in zip(weight.array.axis_groups, var.aval.shape, strict=True):
+            whole = weight.array.with_axis_groups((group,)).shape[0] == length
             axes.append(group if whole else (Axis(length, group[0].weight_axis),))
-        followed.append(_TracedWeight(weight.network.with_axis_groups(axes), weight.dense_reason))
+        followed.append(_TracedWeight(weight.array.with_axis_groups(axes), weight.dense_reason))
     return tuple(followed)
 
 

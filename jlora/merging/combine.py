@@ -26,7 +26,7 @@ from jlora._delta import (
 from jlora._tree import PyTree
 from jlora.adapters import low_rank
 from jlora.adapters.adalora import AdaLoRALeaf
-from jlora.adapters.base import AdapterLeaf, get_adapter_leaves, make_weight_expression
+from jlora.adapters.base import AdapterLeaf, adapt_weight, get_adapter_leaves
 from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.weighted_sum import WeightedSumLeaf
@@ -53,7 +53,7 @@ def require_low_rank_factors(
     factors = None
     if not depends_on_base(adapter, path):
         factors = low_rank_factors(
-            leaf, make_weight_expression(adapter, path, None), allow_full_rank=plain
+            leaf, adapt_weight(adapter, path, None), allow_full_rank=plain
         )
     if factors is None:
         raise TypeError(

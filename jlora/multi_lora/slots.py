@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,17 +21,90 @@ from jlora._delta import depends_on_base, low_rank_factors
 from jlora.adapters.base import (
     FROZEN,
     AdapterLeaf,
-    Expression,
-    ExpressionInputs,
+    LeafContext,
     SharedArrays,
+    adapt_weight,
     array_field,
     check_adapter,
-    make_weight_expression,
     register_arrays_pytree,
+)
+from jlora.interpreter.factored_array import FactoredArray
+from jlora.interpreter.terms import (
+    Axis,
+    Operand,
+    ProductTerm,
+    Term,
+    WeightProduct,
+    materialize_operands,
 )
 from jlora.interpreter.usage import WeightAxes
 
 SLOT_INDEX_KEY = "slot"  # Under which the adapter that is applied has the index.
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["operands", "index"],
+    meta_fields=["slot_axis"],
+)
+@dataclasses.dataclass(frozen=True)
+class SelectTerm(Term):
+    """One of several updates whose factors are stacked along an axis.
+
+    The selection waits for the product, so that an operation that slices a stack of layers slices
+    all updates, and no update is copied as a whole before.
+
+    Attributes:
+        operands: Factors of the updates, with the axis of the slots.
+        index: Slot of the update, an integer without axes. Slot 0 stands for no update: the value
+            that it is added to stays as it is, bit by bit. An index without a slot gives NaN.
+        slot_axis: Axis of the slots.
+    """
+
+    operands: tuple[Operand, ...]
+    index: Operand
+    slot_axis: Axis
+
+    def map(self, fn: Callable[[Operand], Operand]) -> SelectTerm:
+        operands = tuple(fn(operand) for operand in self.operands)
+        return dataclasses.replace(self, operands=operands, index=fn(self.index))
+
+    def add_product(
+        self, total: Any, x: Any, product: WeightProduct
+    ) -> tuple[Any, Sequence[jax.Array]]:
+        return self._add(total, product.multiply(x, self._select(), total)), ()
+
+    def add_materialized(self, total: Any, weight: Any) -> Any:
+        return self._add(total, materialize_operands(self._select(), weight, total.dtype))
+
+    def _select(self) -> tuple[Operand, ...]:
+        """Returns the operands of the selected update."""
+        return tuple(self._select_operand(operand) for operand in self.operands)
+
+    def _select_operand(self, operand: Operand) -> Operand:
+        if self.slot_axis not in operand.axes:
+            return operand
+        place = operand.axes.index(self.slot_axis)
+        array = jax.lax.dynamic_index_in_dim(operand.array, self.index.array, place, False)
+        return Operand(array, (*operand.axes[:place], *operand.axes[place + 1 :]))
+
+    def _add(self, total: Any, update: Any) -> Any:
+        index = self.index.array
+        # JAX takes the nearest index in the place of one that does not exist.
+        exists = (index >= 0) & (index < self.slot_axis.size)
+        return jnp.where(index == 0, total, jnp.where(exists, total + update, jnp.nan))
+
+    def scale(self, factor: Any) -> SelectTerm:
+        return dataclasses.replace(self, operands=ProductTerm(self.operands).scale(factor).operands)
+
+    def is_zero_outside(self, axis: Axis) -> bool:
+        return ProductTerm(self.operands).is_zero_outside(axis)
+
+    def to_product(self, weight: Any, used_by: str) -> ProductTerm:
+        del weight, used_by
+        first, *others = self._select()
+        one = jnp.ones((), first.array.dtype)
+        return ProductTerm((first.map(lambda array: array * self._add(one, 0)), *others))
 
 
 @register_arrays_pytree
@@ -61,14 +134,15 @@ class SlotsLeaf(AdapterLeaf):
         """Something else than an index."""
         return None if isinstance(shared, SlotIndex) else f"it is a {type(shared).__name__}"
 
-    def expression(self, context: ExpressionInputs) -> Expression:
-        """`W + A B` of the chosen slot."""
+    def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
+        """Returns `W + A B` of the chosen slot."""
         batch, inputs, outputs = self.axes
-        term = [
+        factors = weight.label(
             (self.a, (*batch, "slots", "rank", *inputs)),
             (self.b, (*batch, "slots", "rank", *outputs)),
-        ]
-        return Expression(terms=[term], selection=(context.shared.index, "slots"))
+        )
+        slot_axis = factors[0].axes[len(batch)]
+        return weight.add_term(SelectTerm(factors, Operand(context.shared.index, ()), slot_axis))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, outputs = self.axis_sizes
@@ -217,9 +291,7 @@ def _extract_thin_factors(
         )
     factors = None
     if not depends_on_base(adapter, path):
-        factors = low_rank_factors(
-            leaf, make_weight_expression(adapter, path, None), allow_full_rank=True
-        )
+        factors = low_rank_factors(leaf, adapt_weight(adapter, path, None), allow_full_rank=True)
     if factors is None:
         raise ValueError(
             f"The adapter on {path!r} is a {type(leaf).__name__}, whose change is no product of "

@@ -25,11 +25,11 @@ from _support.cases import (
     total,
 )
 from _support.hlo import weight_shaped_products
+from _support.materialized import record_materialized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.adapters.base import count_trainable_elements, get_adapter_leaves
-from jlora.interpreter.factored_array import record_materialized
 
 OTHERS = sorted(set(DIFFERENTIABLE) - set(LAYERS))
 REST = sorted(set(FAMILIES) - {"lora"})  # LoRA itself has all of test_laws.py.

@@ -14,7 +14,7 @@ from foreign_models import FOREIGN, MODELS, foreign_case
 
 import jlora
 from jlora.adapters.base import get_adapter_leaves
-from jlora.interpreter.factored_array import record_materialized
+from _support.materialized import record_materialized
 
 pytestmark = FOREIGN
 

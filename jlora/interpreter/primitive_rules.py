@@ -1,0 +1,392 @@
+"""How each primitive treats adapted weights: the dispatch table, and the kinds of rules in it.
+
+A rule is one of three kinds, all with the same `evaluate(context, eqn, values)`:
+
+* `MovementRule`: the primitive moves entries of a weight (transpose, slice, gather);
+* `ProductRule`: it multiplies a weight with an activation (dot_general, convolution);
+* `SubProgramRule`: it runs other programs (scan, cond, remat, shard_map), or users registered a
+  function of simpler operations in its place.
+
+A primitive without a rule, or whose rule gives up, gets the materialized weight.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jlora.interpreter import _compat
+from jlora.interpreter.factored_array import FactoredArray, bind_on_bases
+from jlora.interpreter.terms import Axis, Operand, WeightProduct, arrange, flat_size, reshape
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+class EvalContext:
+    """One evaluation of a traced program.
+
+    Attributes:
+        losses: Auxiliary losses of the terms that were evaluated.
+        materialized: Paths of the adapted weights that were materialized.
+        allow_materialize: Whether a weight may be materialized.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[EvalContext, _compat.TracedProgram, Sequence[Any]], list[Any]],
+        *,
+        allow_materialize: bool = True,
+        materialized: list[str] | None = None,
+    ) -> None:
+        self._evaluate = evaluate
+        self.allow_materialize = allow_materialize
+        self.losses: list[jax.Array] = []
+        self.materialized = [] if materialized is None else materialized
+
+    def evaluate(self, program: _compat.TracedProgram, inputs: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of a program on arrays and factored weights."""
+        return self._evaluate(self, program, inputs)
+
+    def nested(self) -> EvalContext:
+        """Returns a context for a program inside a scan, a checkpoint or a shard_map.
+
+        Its losses are values of that program, which has to return them.
+        """
+        return EvalContext(
+            self._evaluate,
+            allow_materialize=self.allow_materialize,
+            materialized=self.materialized,
+        )
+
+    def materialize(self, value: Any, used_by: str = "") -> Any:
+        """Returns a value as an array.
+
+        Raises:
+            ValueError: It is an adapted weight, and those must not be materialized.
+        """
+        if not isinstance(value, FactoredArray):
+            return value
+        self.note_materialized(value, used_by)
+        return value.materialize()
+
+    def note_materialized(self, weight: FactoredArray, used_by: str) -> None:
+        if weight.is_gathered:
+            return
+        if weight.is_adapted and not self.allow_materialize:
+            raise ValueError(
+                f"The adapted weight {weight.path!r} would be materialized for {used_by}, and "
+                f"allow_materialize=False forbids it. Leave the weight out of the rules, or allow "
+                f"it; lora.explain shows each use."
+            )
+        self.materialized.append(weight.path)
+
+
+class Rule(abc.ABC):
+    """The treatment of one primitive."""
+
+    @abc.abstractmethod
+    def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+        """Returns the outputs of an equation, arrays or factored weights.
+
+        None where the weights have to be materialized.
+        """
+
+
+RULES: dict[str, Rule] = {}
+
+
+# --- movements ------------------------------------------------------------------------------------
+
+OptionalWeights = Sequence[FactoredArray | None]
+MoveFn = Callable[[Any, OptionalWeights, Sequence[Any]], Sequence[FactoredArray | None] | None]
+
+
+class MovementRule(Rule):
+    """A primitive that moves entries.
+
+    Attributes:
+        move: `(eqn, weights, values)` to the outputs without their bases. `weights` has None for
+            plain arrays. None where the operands cannot be moved alike.
+    """
+
+    def __init__(self, move: MoveFn) -> None:
+        self.move = move
+
+    def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+        del context
+        weights = [value if isinstance(value, FactoredArray) else None for value in values]
+        moved = self.move(eqn, weights, values)
+        if moved is None:
+            return None
+        outputs = bind_on_bases(eqn, [get_base(value) for value in values])
+        return [
+            output if weight is None else weight.with_base(output)
+            for output, weight in zip(outputs, moved, strict=True)
+        ]
+
+
+def movement_rule(*primitives: str) -> Callable[[MoveFn], MoveFn]:
+    """Registers a function as the rule of primitives that move entries."""
+
+    def register(move: MoveFn) -> MoveFn:
+        RULES.update(dict.fromkeys(primitives, MovementRule(move)))
+        return move
+
+    return register
+
+
+def get_base(value: Any) -> Any:
+    return value.base if isinstance(value, FactoredArray) else value
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+class AxisRole(enum.Enum):
+    """The part that an axis of a weight has in a product."""
+
+    INPUT = "input"  # Contracted with the activation.
+    WINDOW = "window"  # Contracted too, while a convolution slides over it.
+    OUTPUT = "output"  # Appears in the result.
+    BATCH = "batch"  # Pairs off with an axis of the activation: one matrix for each index.
+
+
+AxisRoles = dict[Axis, AxisRole]
+
+
+class DenseReason(str):
+    """The reason why a use of a weight needs it materialized."""
+
+
+class ProductRule(Rule):
+    """A primitive that multiplies a weight with an activation.
+
+    Attributes:
+        axis_roles: `(eqn, side, weight)` to the role of each axis of the weight, which is input
+            `side` of the equation, or to the reason why the product needs it materialized.
+        make_product: `(eqn, side, weight, values)` to the product and its activation.
+    """
+
+    def __init__(
+        self,
+        axis_roles: Callable[[Any, int, FactoredArray], AxisRoles | DenseReason],
+        make_product: Callable[[Any, int, FactoredArray, Sequence[Any]], tuple[WeightProduct, Any]],
+    ) -> None:
+        self.axis_roles = axis_roles
+        self.make_product = make_product
+
+    def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+        sides = [i for i, value in enumerate(values) if isinstance(value, FactoredArray)]
+        # Looked-up rows are an activation beside a weight.
+        side = min(sides, key=lambda i: values[i].is_gathered)
+        weight: FactoredArray = values[side]
+        roles = self.axis_roles(eqn, side, weight)
+        if isinstance(roles, DenseReason) or has_mixed_gain(weight, roles):
+            return None
+        values = [
+            value if i == side else context.materialize(value, eqn.primitive.name)
+            for i, value in enumerate(values)
+        ]
+        product, x = self.make_product(eqn, side, weight, values)
+        return [multiply_weight(context, product, x, weight)]
+
+
+def multiply_weight(
+    context: EvalContext, product: WeightProduct, x: Any, weight: FactoredArray
+) -> Any:
+    """Returns `gains * (x W + sum of x terms)`, x (..., d) and the result (..., k) for W (d, k)."""
+    for term in weight.terms:
+        x = term.prepare_input(x, product)
+    out_axes = set(product.out_axes)
+    gains = [product.label_gain(gain) for gain in weight.gains]
+    for gain in gains:  # A gain along inputs is a factor on the activation.
+        if not out_axes.issuperset(gain.axes):
+            x = scale_activation(x, gain, product.x_groups)
+    result = product.multiply_fused(x, weight)
+    if result is None:
+        result = product.multiply_base(x, weight.base)
+        for term in weight.terms:
+            result, losses = term.add_product(result, x, product)
+            context.losses.extend(losses)
+    for gain in gains:
+        if out_axes.issuperset(gain.axes):
+            result = scale_activation(result, gain, product.out_groups)
+    return result
+
+
+def has_mixed_gain(weight: FactoredArray, roles: AxisRoles) -> bool:
+    """Returns whether neither activation nor result can be scaled by one of the gains.
+
+    That is one that runs along inputs and outputs, or along a window.
+    """
+    for gain in weight.gains:
+        along = {roles[axis] for axis in gain.axes} - {AxisRole.BATCH}
+        if along - {AxisRole.OUTPUT} and along - {AxisRole.INPUT}:
+            return True
+    return False
+
+
+# A gain nearer to zero is replaced by this, so that a product can be divided by it.
+_MIN_GAIN = 2.0**-60
+
+
+def scale_activation(array: Any, gain: Operand, groups: Sequence[tuple[Axis, ...]]) -> Any:
+    """Returns an activation with dimensions of these groups, times a gain along some of them.
+
+    The product is computed in float32 or wider: a gain that differs little from one would be one in
+    a narrow type.
+    """
+    along = [group for group in groups if set(group) & set(gain.axes)]
+    factor = arrange(gain, [axis for group in along for axis in group])
+    factor = reshape(factor, [flat_size(group) if group in along else 1 for group in groups])
+    factor = factor.astype(jnp.promote_types(array.dtype, jnp.float32))
+    if jnp.finfo(array.dtype).tiny > _MIN_GAIN:
+        return (array.astype(factor.dtype) * factor).astype(array.dtype)
+    nearest = jnp.where(factor < 0, -_MIN_GAIN, _MIN_GAIN)
+    shift = jnp.where(jnp.abs(factor) < _MIN_GAIN, nearest - factor, 0)
+    return _multiply_by_gain(array, factor + jax.lax.stop_gradient(shift))
+
+
+@jax.custom_jvp
+def _multiply_by_gain(array: Any, factor: Any) -> Any:
+    """Returns the array times a factor of a type that is no narrower."""
+    return (array.astype(factor.dtype) * factor).astype(array.dtype)
+
+
+def _multiply_by_gain_jvp(primals: Any, tangents: Any) -> Any:
+    array, factor = primals
+    array_tangent, factor_tangent = tangents
+    result = _multiply_by_gain(array, factor)
+    total = None
+    if not isinstance(array_tangent, SymbolicZero):
+        total = _multiply_by_gain(array_tangent, factor)
+    if not isinstance(factor_tangent, SymbolicZero):
+        part = _gain_tangent(result, factor, factor_tangent)
+        total = part if total is None else total + part
+    return result, total
+
+
+_multiply_by_gain.defjvp(_multiply_by_gain_jvp, symbolic_zeros=True)
+
+
+def _gain_tangent(result: Any, factor: Any, factor_tangent: Any) -> Any:
+    """Returns the change of a product with the change of its factor, from the product itself.
+
+    The product is kept for the gradient of the next operation anyway, so a step need not keep the
+    activation too. Only second derivatives lose by it: as many digits as the factor is below one.
+    """
+
+    def compute(result: Any, factor: Any, factor_tangent: Any) -> Any:
+        return (result.astype(factor.dtype) * (factor_tangent / factor)).astype(result.dtype)
+
+    # The arguments are kept for the gradient, and nothing wider that is made from them.
+    return jax.checkpoint(compute, prevent_cse=False)(result, factor, factor_tangent)
+
+
+def product_dtype(x: Any, base: Any, result: Any) -> Any:
+    """Returns the type to multiply terms in.
+
+    That is the operands' own, unless they differ or have 8 bits, which are scaled for the base and
+    not for the factors.
+    """
+    if x.dtype == base.dtype and x.dtype.itemsize > 1:
+        return x.dtype
+    if min(x.dtype.itemsize, base.dtype.itemsize) > 1:
+        return max((x.dtype, base.dtype), key=lambda dtype: dtype.itemsize)
+    return result.dtype
+
+
+# --- programs inside equations --------------------------------------------------------------------
+
+
+class SubProgram(NamedTuple):
+    """A program that an equation runs, for the analysis of uses.
+
+    Attributes:
+        program: The program.
+        eqn_inputs: For each of its inputs, the number of the equation's input.
+        scanned_inputs: Inputs of the equation that it sees one leading index at a time.
+        carry_unchanged: Inputs of the program that a loop carries, and whether they stay the same.
+        materialized_inputs: Inputs of the equation whose weights are materialized on the way in.
+        returns_outputs: Whether its outputs are those of the equation.
+    """
+
+    program: _compat.TracedProgram
+    eqn_inputs: Sequence[int]
+    scanned_inputs: frozenset[int] = frozenset()
+    carry_unchanged: Mapping[int, bool] = types.MappingProxyType({})
+    materialized_inputs: frozenset[int] = frozenset()
+    returns_outputs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SubProgramRule(Rule):
+    """A primitive that runs other programs.
+
+    Attributes:
+        get_subprograms: The programs of an equation.
+        run: The evaluation, with the signature of `Rule.evaluate`.
+    """
+
+    get_subprograms: Callable[[Any], list[SubProgram]]
+    run: Callable[[EvalContext, Any, Sequence[Any]], list[Any] | None]
+
+    def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+        return self.run(context, eqn, values)
+
+
+def single_body(param_name: str) -> Callable[[Any], list[SubProgram]]:
+    """Returns `get_subprograms` of an equation that runs the program of one parameter."""
+
+    def get_subprograms(eqn: Any) -> list[SubProgram]:
+        program = _compat.program_from_jaxpr(eqn.params[param_name])
+        return [SubProgram(program, range(len(eqn.invars)), returns_outputs=True)]
+
+    return get_subprograms
+
+
+def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers how a primitive is computed by operations that jlora follows.
+
+    Where an adapted weight meets the primitive, the function is traced and evaluated in its place,
+    so the weight stays factored if it does in the function's operations. Equations that no adapted
+    weight reaches still run the primitive.
+
+    Args:
+        primitive: A `jax.extend.core.Primitive`, or its name.
+
+    Returns:
+        A decorator for a function `fn(*inputs, **params)` that returns the primitive's outputs.
+
+    Example:
+        >>> @jlora.register_rule("my_matmul")
+        ... def my_matmul(x, w, *, transposed):
+        ...     return x @ (w.T if transposed else w)
+    """
+    name = primitive if isinstance(primitive, str) else primitive.name
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def get_program(eqn: Any) -> _compat.TracedProgram:
+            shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+            return _compat.trace_program(
+                lambda *inputs: jax.tree.leaves(fn(*inputs, **eqn.params)), *shapes
+            )
+
+        def get_subprograms(eqn: Any) -> list[SubProgram]:
+            return [SubProgram(get_program(eqn), range(len(eqn.invars)), returns_outputs=True)]
+
+        def run(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any]:
+            return context.evaluate(get_program(eqn), values)
+
+        RULES[name] = SubProgramRule(get_subprograms, run)
+        return fn
+
+    return register
