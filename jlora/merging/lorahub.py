@@ -72,9 +72,9 @@ def lorahub(
         for all; here each adapter's own change is weighed. The search is Optuna's CMA-ES instead of
         Nevergrad's.
     """
-    _validation.check_positive_int("budget", num_trials)
+    _validation.check_positive_int("num_trials", num_trials)
     _validation.check_positive("bound", bound)
-    _validation.check_nonnegative("penalty", l1_penalty)
+    _validation.check_nonnegative("l1_penalty", l1_penalty)
     names = adapter_names(weighted_adapter)
     tries: list[tuple[np.ndarray, float, float]] = []  # weights, loss, with the penalty
     with _cmaes_study(seed) as study:
@@ -130,7 +130,7 @@ def fit_weights(
         Yang et al., AdaMerging, arXiv:2310.02575, section 3, for weights by task and by layer;
         there the loss is the entropy of the outputs.
     """
-    _validation.check_positive_int("steps", num_steps)
+    _validation.check_positive_int("num_steps", num_steps)
     start: Any = get_weights(weighted_adapter)
     if not layer_wise:
         start = _require_uniform_weights(weighted_adapter)

@@ -190,7 +190,7 @@ def test_law_drawing_methods_agree_with_their_equations(method: Any) -> None:
         pruned.append(want)
     weighted = WEIGHTS[:, None, None] * np.stack(pruned)
     want = elected(weighted) if method.elect_signs else weighted.sum(0)
-    got = method.joined(jnp.float32(deltas), jnp.float32(WEIGHTS), keys)
+    got = method.combine(jnp.float32(deltas), jnp.float32(WEIGHTS), keys)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)  # Divided by 0.1 at the least.
 
 
@@ -591,7 +591,7 @@ def test_nan_in_a_compiled_program_stays_nan(method: merging.MergeMethod) -> Non
     second = {"w": dataclasses.replace(second["w"], b=broken)}
     made = jax.jit(lambda adapters: merging.combine_adapters(adapters, method=method, rank=2))
     found = made([first, second])
-    assert np.isnan(found.kept["w"])
+    assert np.isnan(found.energy["w"])
     assert np.isnan(np.asarray(found.adapter["w"].b)).any()
     # Entry by entry, only where it is.
     dense = jax.jit(

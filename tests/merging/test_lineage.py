@@ -215,7 +215,7 @@ def test_a_training_run_leaves_its_recipe_but_not_where_it_wrote(
     from jlora.training import export
     from jlora.training.recipe.sections import Recipe
 
-    monkeypatch.setattr(export, "adapter_of", lambda *_: ADAPTER)
+    monkeypatch.setattr(export, "gather_adapter", lambda *_: ADAPTER)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         data = {"train": [{"path": "x.jsonl", "format": "chat"}]}

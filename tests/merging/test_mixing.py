@@ -15,6 +15,7 @@ import pytest
 from _support.cases import LORA, case, moved, total
 
 import jlora
+from jlora import _tree
 from jlora.adapters.weighted_sum import WeightedSumLeaf
 from jlora.merging.weighted import (
     adapter_names,
@@ -58,7 +59,7 @@ def change(leaf: Any) -> np.ndarray:
     label, scale = len(leaf.shape), leaf.alpha / rank
     if leaf.use_rslora:
         scale = leaf.alpha / np.sqrt(rank)
-    gate = np.float64(getattr(leaf, "gate", np.ones((*leaf.groups.batch, rank))))
+    gate = np.float64(getattr(leaf, "gate", np.ones((*leaf.axis_sizes.batch, rank))))
     a, b = np.float64(leaf.a), np.float64(leaf.b)
     labels = [[*batch, *inputs, label], [*batch, label], [*batch, label, *outputs]]
     operands = [item for pair in zip([a, gate, b], labels, strict=True) for item in pair]
@@ -67,7 +68,7 @@ def change(leaf: Any) -> np.ndarray:
 
 def summed(params: Any, adapters: dict[str, Any], weights: Any) -> Any:
     """The base plus the weighted changes: float64."""
-    flat = jlora.tree.flatten(params)
+    flat = _tree.flatten_with_paths(params)
     leaves = []
     for path, base in zip(flat.paths, flat.leaves, strict=True):
         sum_ = np.float64(base)
@@ -161,7 +162,7 @@ def test_the_gradient_of_the_weights_is_the_papers_and_that_of_the_factors_is_ze
     np.testing.assert_allclose(slope.weights, expected, rtol=1e-4, atol=1e-4)
     assert not slope.a.any()
     assert not slope.b.any()
-    assert set(jax.tree.leaves(jlora.param_labels(mix))) == {"frozen", "mix"}
+    assert set(jax.tree.leaves(jlora.param_labels(mix))) == {"frozen", "mixing_weights"}
 
 
 def test_what_only_some_adapters_have_counts_for_those() -> None:
@@ -456,4 +457,4 @@ def test_a_mix_says_what_it_holds() -> None:
     (leaf,) = weighted_sum(parts("dense_general")).values()
     assert isinstance(leaf, WeightedSumLeaf)
     assert leaf.rank == 6
-    assert jlora.adapters.protocol.trained_size(leaf) == 3
+    assert jlora.adapters.base.count_trainable_elements(leaf) == 3
