@@ -1,11 +1,11 @@
-"""The frozen part of an adapted weight: an array, or what the array is made from where it is used.
+"""Frozen base weights: an array, or a quantized weight that is dequantized where it is used.
 
-A packed weight is unpacked inside the product that needs it, and once more in that product's
-gradient. What a training step keeps between the two is the packed form, which is there anyway; a
-residual of the full weight would take what packing has saved.
+A quantized weight is dequantized inside the product that needs it, and again in the gradient of
+that product. Between the two, a training step keeps the quantized form, which is in memory anyway;
+a residual of the dequantized weight would cost the memory that quantization saves.
 
 References:
-    Dettmers et al., QLoRA, arXiv:2305.14314, section 3, on W being dequantised in both passes.
+    Dettmers et al., QLoRA, arXiv:2305.14314, section 3: W is dequantized in both passes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from jlora.interpreter import _compat
 )
 @dataclasses.dataclass(frozen=True)
 class DeferredArray:
-    """A packed weight after moves that the traced program makes with it (a transpose, a slice).
+    """A quantized weight after data movement in the traced program (a transpose, a slice).
 
     Attributes:
-        sources: Arrays, packed weights and others of this kind.
-        compute_fn: From the sources, as arrays, to the array.
-        shape: Of the array.
-        dtype: Of the array.
-        permutation: Where all that was done to the one source is a transpose, its axes in the new order.
+        sources: Inputs of the computation: arrays, quantized arrays and deferred arrays.
+        compute_fn: Function from the materialized sources to the array.
+        shape: Shape of the array.
+        dtype: Type of the array.
+        permutation: Axes of the only source in their new order, if the array is its transpose.
+            None: any other computation.
     """
 
     sources: list[Any]
@@ -49,49 +50,49 @@ class DeferredArray:
 
 
 def is_deferred(value: Any) -> bool:
-    """Whether a base is yet to be made."""
+    """Whether a base is quantized or deferred, so that an array has yet to be computed from it."""
     return isinstance(value, QuantizedArray | DeferredArray)
 
 
 def materialize_base(base: Any) -> Any:
-    """A base as an array."""
+    """Returns a base as an array."""
     if isinstance(base, DeferredArray):
         return base.compute_fn([materialize_base(source) for source in base.sources])
     return maybe_dequantize(base)
 
 
 def abstractify(base: Any) -> Any:
-    """Something of the shape and type of a base."""
+    """Returns the shape and type of a deferred base, and any other value unchanged."""
     return jax.ShapeDtypeStruct(base.shape, base.dtype) if is_deferred(base) else base
 
 
 def eval_data_movement(eqn: Any, bases: Sequence[Any]) -> list[Any]:
-    """The outputs of an equation that moves or scales entries."""
+    """Evaluates an equation that moves or scales entries, deferred where an input is deferred."""
     deferred = [is_deferred(base) for base in bases]
     if not any(deferred):
         return _compat.bind_eqn(eqn, bases)
     if eqn.primitive.name == "optimization_barrier":
-        held = [base for base, later in zip(bases, deferred, strict=True) if not later]
-        arrays = iter(_compat.bind_eqn(eqn, held))
-        return [b if later else next(arrays) for b, later in zip(bases, deferred, strict=True)]
-    # A literal is a number of no type, which it would lose on its way into the product.
+        present = [base for base, defer in zip(bases, deferred, strict=True) if not defer]
+        arrays = iter(_compat.bind_eqn(eqn, present))
+        return [b if defer else next(arrays) for b, defer in zip(bases, deferred, strict=True)]
+    # A literal is a Python number, so it would lose its type before it reaches the product.
     sources = [
-        base if later else jnp.asarray(base, atom.aval.dtype)
-        for base, later, atom in zip(bases, deferred, eqn.invars, strict=True)
+        base if defer else jnp.asarray(base, atom.aval.dtype)
+        for base, defer, atom in zip(bases, deferred, eqn.invars, strict=True)
     ]
 
-    def make(number: int) -> Callable[[list[Any]], Any]:
-        return lambda arrays: _compat.bind_eqn(eqn, arrays)[number]
+    def select_output(index: int) -> Callable[[list[Any]], Any]:
+        return lambda arrays: _compat.bind_eqn(eqn, arrays)[index]
 
-    order = _get_permutation(eqn, bases)
+    permutation = _get_permutation(eqn, bases)
     return [
-        DeferredArray(sources, make(number), out.aval.shape, out.aval.dtype, order)
-        for number, out in enumerate(eqn.outvars)
+        DeferredArray(sources, select_output(index), out.aval.shape, out.aval.dtype, permutation)
+        for index, out in enumerate(eqn.outvars)
     ]
 
 
 def _get_permutation(eqn: Any, bases: Sequence[Any]) -> tuple[int, ...] | None:
-    """The axes of a packed weight as an equation leaves them, if it only transposes it."""
+    """Returns the axis permutation of an equation that transposes a quantized weight, else None."""
     base = bases[0]
     if eqn.primitive.name != "transpose" or not isinstance(base, QuantizedArray):
         return None
@@ -99,38 +100,43 @@ def _get_permutation(eqn: Any, bases: Sequence[Any]) -> tuple[int, ...] | None:
 
 
 def eval_base_product(eqn: Any, values: Sequence[Any]) -> Any:
-    """The one output of a product."""
+    """Evaluates a product with one output, without residuals of dequantized weights."""
     return apply_rematerialized(lambda arrays: _compat.bind_eqn(eqn, arrays)[0], values)
 
 
 def apply_rematerialized(fn: Callable[[list[Any]], Any], values: Sequence[Any]) -> Any:
-    """What a product makes of arrays, some of which are yet to be made."""
+    """Calls `fn` on arrays; the gradient recomputes the deferred ones instead of storing them."""
     if not any(is_deferred(value) for value in values):
         return fn(list(values))
 
-    # Nothing is saved but the arguments; the gradient makes the weight again.
+    # Only the arguments are saved; the gradient dequantizes the weight again.
     @jax.checkpoint
-    def again(values: list[Any]) -> Any:
-        held = [value for value in values if not is_deferred(value)]
+    def rematerialized(values: list[Any]) -> Any:
+        arrays = [value for value in values if not is_deferred(value)]
         return fn(
-            [materialize_base(_schedule_after(held, v)) if is_deferred(v) else v for v in values]
+            [materialize_base(_schedule_after(arrays, v)) if is_deferred(v) else v for v in values]
         )
 
-    return again(list(values))
+    return rematerialized(list(values))
 
 
 def _schedule_after(arrays: Sequence[Any], base: Any) -> Any:
-    """The base, which cannot be unpacked before the arrays are there: all weights of a model can be
-    at once, and are, if nothing tells the compiler to wait.
+    """Returns the base with a scheduling dependency on the arrays.
+
+    Without it the compiler may dequantize all weights of a model at once, because none of them
+    depends on an activation.
     """
     return jax.lax.optimization_barrier(jax.lax.stop_gradient((list(arrays), base)))[1]
 
 
 def make_scannable(base: Any) -> Any:
-    """The base as something of which a scan can take one index after another."""
+    """Returns the base in a form that a scan can slice along the first axis.
+
+    It stays quantized if no packing runs along that axis, and is materialized otherwise.
+    """
     if isinstance(base, DeferredArray) and base.permutation is not None:
-        turned = base.sources[0].transpose(base.permutation)
-        base = turned if is_unpacked_along_first_axis(turned) else base
+        transposed = base.sources[0].transpose(base.permutation)
+        base = transposed if is_unpacked_along_first_axis(transposed) else base
     if isinstance(base, QuantizedArray) and is_unpacked_along_first_axis(base):
         return base
     return materialize_base(base)
@@ -139,17 +145,20 @@ def make_scannable(base: Any) -> Any:
 def split_for_shard_map(
     base: Any, spec: Sequence[Any], mesh: Any
 ) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """How a base enters a `shard_map`: what is split, how, and from a shard to its base.
+    """Prepares a base as an input of `jax.shard_map`.
 
     Args:
-        base: Of a weight with as many axes as `spec`.
-        spec: The mesh axes that each axis of the weight is split over; None where it is whole.
-        mesh: Gives their sizes.
+        base: Base of a weight with as many axes as `spec`.
+        spec: Mesh axes that each axis of the weight is sharded over. None: not sharded.
+        mesh: Mesh that has these axes.
+
+    Returns:
+        The arrays to shard, their partition specs, and a function from a shard to its base.
     """
     if isinstance(base, QuantizedArray):
-        part = base.shard([num_shards(entry, mesh) for entry in spec])
-        if part is not None:
-            arrays, treedef = jax.tree.flatten(part)
+        sharded = base.shard([num_shards(entry, mesh) for entry in spec])
+        if sharded is not None:
+            arrays, treedef = jax.tree.flatten(sharded)
             specs = [
                 PartitionSpec(*(e if n > 1 else None for n, e in zip(a.shape, spec, strict=True)))
                 for a in arrays

@@ -1,8 +1,8 @@
-"""Equations that hold programs: how factored weights enter them.
+"""Rules for equations that contain programs: jit, remat, scan, while, cond and shard_map.
 
-Every rule calls the public function that made the equation (`jax.lax.scan`, `jax.checkpoint`,
-`jax.shard_map`, ...) on a body that evaluates the held program with factored weights, so it runs,
-differentiates and shards as the original did.
+Every rule calls the public function that creates such an equation (`jax.lax.scan`,
+`jax.checkpoint`, `jax.shard_map`, ...) with a body that evaluates the inner program on factored
+weights, so that it runs, differentiates and shards like the original.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ ControlFlowFn = Callable[[Any, Sequence[Any], EvalProgramFn], list[Any] | None]
 
 
 class SubProgram(NamedTuple):
-    """A program held by an equation, for those who only want to look inside.
+    """A program inside an equation, described for analysis.
 
     Attributes:
-        eqn_inputs: For each of the program's inputs, the equation's input that it is.
-        scanned_inputs: Which of them the program sees one leading index at a time.
-        carry_unchanged: Which of the program's inputs a loop carries, and whether unchanged.
-        materialized_inputs: Which of the equation's inputs become dense sums on the way in.
-        returns_outputs: Whether the program's outputs are the equation's.
+        program: The program.
+        eqn_inputs: Index of the equation's input, for each input of the program.
+        scanned_inputs: Indices of the equation's inputs that are sliced along their first axis.
+        carry_unchanged: For each input of the program that is a loop carry, whether the body
+            returns it unchanged.
+        materialized_inputs: Indices of the equation's inputs that are materialized before the call.
+        returns_outputs: Whether the outputs of the program are those of the equation.
     """
 
     program: _compat.TracedProgram
@@ -53,22 +55,30 @@ class SubProgram(NamedTuple):
 
 
 class ControlFlowRule(NamedTuple):
-    """How to look into an equation and how to run it (None: with dense weights, after all)."""
+    """How to analyze an equation with inner programs, and how to evaluate it.
+
+    Attributes:
+        get_subprograms: Function from the equation to its inner programs.
+        evaluate: Function from the equation, its inputs and `eval_program` to the outputs. None is
+            returned where the equation needs materialized weights.
+    """
 
     get_subprograms: Callable[[Any], list[SubProgram]]
     evaluate: ControlFlowFn
 
 
 def is_factored(value: Any) -> bool:
+    """Whether a value is a factored weight."""
     return isinstance(value, FactoredArray)
 
 
 def materialize_value(value: Any) -> Any:
+    """Returns a factored weight as one array, and any other value unchanged."""
     return value.materialize() if is_factored(value) else value
 
 
 def _cast_loop_carries(values: Sequence[Any], invars: Sequence[Any]) -> list[Any]:
-    """Loop carries as arrays of the traced type: a literal would come in as a Python number."""
+    """Casts loop carries to arrays of the traced type; a literal would enter as a Python number."""
     return [
         value if isinstance(value, jax.Array) else jnp.asarray(value, atom.aval.dtype)
         for value, atom in zip(values, invars, strict=True)
@@ -76,9 +86,9 @@ def _cast_loop_carries(values: Sequence[Any], invars: Sequence[Any]) -> list[Any
 
 
 def single_body(param_name: str) -> Callable[[Any], list[SubProgram]]:
-    """The bodies of an equation that runs one program, held under this parameter, on its inputs."""
+    """Returns the `get_subprograms` of equations that call the program in `param_name` once."""
 
-    def bodies(eqn: Any) -> list[SubProgram]:
+    def get_subprograms(eqn: Any) -> list[SubProgram]:
         return [
             SubProgram(
                 _compat.program_from_jaxpr(eqn.params[param_name]),
@@ -87,11 +97,11 @@ def single_body(param_name: str) -> Callable[[Any], list[SubProgram]]:
             )
         ]
 
-    return bodies
+    return get_subprograms
 
 
 def _eval_jit(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list[Any]:
-    # Inlined: the whole of `apply` is meant to run under the caller's own jit.
+    # Inlined, because `apply` is meant to run under the jit of the caller.
     with jax.named_scope(eqn.params.get("name") or "call"):
         outputs = evaluate(_compat.program_from_jaxpr(eqn.params["jaxpr"]), values)
     shardings = eqn.params.get("out_shardings", ())
@@ -104,57 +114,61 @@ def _eval_jit(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list[
 
 
 def _eval_remat(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list[Any]:
-    held = _compat.program_from_jaxpr(eqn.params["jaxpr"])
-    rerun = jax.checkpoint(
-        lambda inputs: call_with_aux_losses(lambda: evaluate(held, inputs)),
+    program = _compat.program_from_jaxpr(eqn.params["jaxpr"])
+    checkpointed = jax.checkpoint(
+        lambda inputs: call_with_aux_losses(lambda: evaluate(program, inputs)),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
-    outputs, losses = rerun(list(values))
+    outputs, losses = checkpointed(list(values))
     record_aux_losses(losses)
     return outputs
 
 
 def _get_scan_subprograms(eqn: Any) -> list[SubProgram]:
-    parts = _compat.count_scan_inputs(eqn)
-    scanned = range(parts.num_consts + parts.num_carry, len(eqn.invars))
+    counts = _compat.count_scan_inputs(eqn)
+    scanned_range = range(counts.num_consts + counts.num_carry, len(eqn.invars))
     program = _compat.program_from_jaxpr(eqn.params["jaxpr"])
-    carried = _find_unchanged_carries(program, parts.num_consts, parts.num_carry)
-    sliced = frozenset(scanned)
+    unchanged = _find_unchanged_carries(program, counts.num_consts, counts.num_carry)
+    scanned = frozenset(scanned_range)
     return [
-        SubProgram(program, range(len(eqn.invars)), scanned_inputs=sliced, carry_unchanged=carried)
+        SubProgram(
+            program, range(len(eqn.invars)), scanned_inputs=scanned, carry_unchanged=unchanged
+        )
     ]
 
 
 def _eval_scan(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list[Any]:
-    parts = _compat.count_scan_inputs(eqn)
-    held = _compat.program_from_jaxpr(eqn.params["jaxpr"])
-    first = parts.num_consts + parts.num_carry
-    consts, xs = list(values[: parts.num_consts]), values[first:]
-    carry = _LoopCarry(held, parts.num_consts, parts.num_carry, values[parts.num_consts : first])
-    stacks = [
+    counts = _compat.count_scan_inputs(eqn)
+    program = _compat.program_from_jaxpr(eqn.params["jaxpr"])
+    num_before_xs = counts.num_consts + counts.num_carry
+    consts, xs = list(values[: counts.num_consts]), values[num_before_xs:]
+    carry = _LoopCarry(
+        program, counts.num_consts, counts.num_carry, values[counts.num_consts : num_before_xs]
+    )
+    scan_inputs = [
         _make_scan_input(x) if is_factored(x) else _ScanInput(x, lambda item: item) for x in xs
     ]
-    moving = carry.initial_arrays(eqn.invars[parts.num_consts : first])
+    init_arrays = carry.initial_arrays(eqn.invars[counts.num_consts : num_before_xs])
 
     def body(state: tuple[Any, list[Any]], items: list[Any]) -> tuple[Any, Any]:
         step, arrays = state
         inputs = [
             *(fold_dropout_keys(const, step) for const in consts),
             *(fold_dropout_keys(value, step) for value in carry.with_constants(arrays)),
-            *(stack.rebuild(item) for stack, item in zip(stacks, items, strict=True)),
+            *(stack.rebuild(item) for stack, item in zip(scan_inputs, items, strict=True)),
         ]
-        outputs, losses = call_with_aux_losses(lambda: evaluate(held, inputs))
-        following = carry.changing_arrays(outputs[: parts.num_carry])
+        outputs, losses = call_with_aux_losses(lambda: evaluate(program, inputs))
+        following = carry.changing_arrays(outputs[: counts.num_carry])
         return (step + 1, following), (
-            [materialize_value(y) for y in outputs[parts.num_carry :]],
+            [materialize_value(y) for y in outputs[counts.num_carry :]],
             losses,
         )
 
     (_, last), (ys, losses) = lax.scan(
         body,
-        (jnp.int32(0), moving),
-        [stack.arrays for stack in stacks],
+        (jnp.int32(0), init_arrays),
+        [stack.arrays for stack in scan_inputs],
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
@@ -164,7 +178,7 @@ def _eval_scan(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list
 
 
 class _LoopCarry:
-    """The carries of a loop, of which factored ones that never change stay out of it."""
+    """Carries of a loop; factored weights that the body never changes become its constants."""
 
     def __init__(
         self, program: _compat.TracedProgram, first_index: int, count: int, values: Sequence[Any]
@@ -172,34 +186,34 @@ class _LoopCarry:
         self._values = list(values)
         unchanged = _find_unchanged_carries(program, first_index, count).values()
         self._is_constant = [
-            is_factored(value) and same for value, same in zip(values, unchanged, strict=True)
+            is_factored(value) and is_same for value, is_same in zip(values, unchanged, strict=True)
         ]
 
     def initial_arrays(self, invars: Sequence[Any]) -> list[Any]:
-        moving = [i for i, fixed in enumerate(self._is_constant) if not fixed]
+        changing = [i for i, is_constant in enumerate(self._is_constant) if not is_constant]
         return _cast_loop_carries(
-            [materialize_value(self._values[i]) for i in moving], [invars[i] for i in moving]
+            [materialize_value(self._values[i]) for i in changing], [invars[i] for i in changing]
         )
 
     def with_constants(self, arrays: Sequence[Any]) -> list[Any]:
-        following = iter(arrays)
+        remaining = iter(arrays)
         return [
-            value if fixed else next(following)
-            for value, fixed in zip(self._values, self._is_constant, strict=True)
+            value if is_constant else next(remaining)
+            for value, is_constant in zip(self._values, self._is_constant, strict=True)
         ]
 
     def changing_arrays(self, outputs: Sequence[Any]) -> list[Any]:
         return [
             materialize_value(output)
-            for output, fixed in zip(outputs, self._is_constant, strict=True)
-            if not fixed
+            for output, is_constant in zip(outputs, self._is_constant, strict=True)
+            if not is_constant
         ]
 
 
 def _find_unchanged_carries(
     program: _compat.TracedProgram, first_index: int, count: int
 ) -> dict[int, bool]:
-    """For the inputs of a loop's body that are its carries, whether they stay what they are."""
+    """Returns, by input index of a loop body, whether each carry is returned unchanged."""
     return {
         first_index + i: find_forwarded_input(program, program.outputs[i]) == first_index + i
         for i in range(count)
@@ -207,7 +221,7 @@ def _find_unchanged_carries(
 
 
 def find_forwarded_input(program: _compat.TracedProgram, outvar: Any) -> int | None:
-    """Which input of the program an output is, unchanged; None when it is computed."""
+    """Returns the index of the input that an output forwards unchanged, or None."""
     if _compat.is_literal(outvar):
         return None
     if outvar in program.inputs:
@@ -221,26 +235,31 @@ def find_forwarded_input(program: _compat.TracedProgram, outvar: Any) -> int | N
 
 
 class _ScanInput(NamedTuple):
-    """What a scan slices, and what makes a value of one slice."""
+    """One scanned input.
+
+    Attributes:
+        arrays: Arrays that the scan slices along their first axis.
+        rebuild: Function from one slice of them to the value inside the body.
+    """
 
     arrays: Any
     rebuild: Callable[[Any], Any]
 
 
 def _make_scan_input(factored: FactoredArray) -> _ScanInput:
-    """A stacked weight as arrays with the stack's axis first; operands without it are shared."""
+    """Lays out a stacked weight with the stacking axis first, and shares operands without it."""
     base = base_weight.make_scannable(factored.base)
     if base_weight.is_deferred(factored.base) and not base_weight.is_deferred(base):
         notify_materialized(factored.network)
-    leading, *rest = factored.network.axis_groups
-    if len(leading) != 1:
+    first_group, *other_groups = factored.network.axis_groups
+    if len(first_group) != 1:
         return _ScanInput(factored.materialize(), lambda item: item)
-    (atom,) = leading
+    (scan_axis,) = first_group
     operands: list[Any] = []
 
     def collect(operand: Operand) -> Operand:
-        if atom in operand.axes:
-            operands.append(jnp.moveaxis(operand.array, operand.axes.index(atom), 0))
+        if scan_axis in operand.axes:
+            operands.append(jnp.moveaxis(operand.array, operand.axes.index(scan_axis), 0))
         return operand
 
     factored.network.map(collect)
@@ -250,17 +269,17 @@ def _make_scan_input(factored: FactoredArray) -> _ScanInput:
         slices = iter(arrays)
 
         def replace(operand: Operand) -> Operand:
-            if atom not in operand.axes:
+            if scan_axis not in operand.axes:
                 return operand
-            return Operand(next(slices), tuple(a for a in operand.axes if a is not atom))
+            return Operand(next(slices), tuple(a for a in operand.axes if a is not scan_axis))
 
-        return FactoredArray(base, factored.network.map(replace).with_axis_groups(rest))
+        return FactoredArray(base, factored.network.map(replace).with_axis_groups(other_groups))
 
     return _ScanInput((base, operands), rebuild)
 
 
 def fold_dropout_keys(value: Any, data: Any) -> Any:
-    """A weight with dropout keys of its own for this step of a loop, or this use."""
+    """Folds `data` (a loop step or the index of a use) into the dropout keys of a weight."""
     if not is_factored(value) or not any(term.dropout for term in value.network.terms):
         return value
 
@@ -281,15 +300,21 @@ def fold_dropout_keys(value: Any, data: Any) -> Any:
 
 def _get_while_subprograms(eqn: Any) -> list[SubProgram]:
     cond_count, body_count = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = range(cond_count + body_count, len(eqn.invars))
+    carry_range = range(cond_count + body_count, len(eqn.invars))
     body = _compat.program_from_jaxpr(eqn.params["body_jaxpr"])
-    unchanged = _find_unchanged_carries(body, body_count, len(carry))
-    tested = {cond_count - body_count + place: same for place, same in unchanged.items()}
+    unchanged = _find_unchanged_carries(body, body_count, len(carry_range))
+    condition_unchanged = {
+        cond_count - body_count + index: is_same for index, is_same in unchanged.items()
+    }
     condition = _compat.program_from_jaxpr(eqn.params["cond_jaxpr"])
     return [
-        SubProgram(condition, [*range(cond_count), *carry], carry_unchanged=tested),
         SubProgram(
-            body, [*range(cond_count, cond_count + body_count), *carry], carry_unchanged=unchanged
+            condition, [*range(cond_count), *carry_range], carry_unchanged=condition_unchanged
+        ),
+        SubProgram(
+            body,
+            [*range(cond_count, cond_count + body_count), *carry_range],
+            carry_unchanged=unchanged,
         ),
     ]
 
@@ -297,14 +322,16 @@ def _get_while_subprograms(eqn: Any) -> list[SubProgram]:
 def _eval_while(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list[Any]:
     condition, body = _get_while_subprograms(eqn)
     cond_consts = values[: eqn.params["cond_nconsts"]]
-    first = len(cond_consts) + eqn.params["body_nconsts"]
-    body_consts = values[len(cond_consts) : first]
-    carry = _LoopCarry(body.program, len(body_consts), len(values) - first, values[first:])
+    num_consts = len(cond_consts) + eqn.params["body_nconsts"]
+    body_consts = values[len(cond_consts) : num_consts]
+    carry = _LoopCarry(
+        body.program, len(body_consts), len(values) - num_consts, values[num_consts:]
+    )
 
-    def proceed(state: tuple[Any, list[Any]]) -> Any:
+    def cond_fun(state: tuple[Any, list[Any]]) -> Any:
         return evaluate(condition.program, [*cond_consts, *carry.with_constants(state[1])])[0]
 
-    def advance(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+    def body_fun(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         step, arrays = state
         inputs = [
             fold_dropout_keys(value, step)
@@ -312,24 +339,26 @@ def _eval_while(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> lis
         ]
         return step + 1, carry.changing_arrays(evaluate(body.program, inputs))
 
-    # Nothing trains through a loop of unknown length, so its mixtures need no balance.
+    # Loops of unknown length have no reverse mode, so their routers need no balancing losses.
     with collect_aux_losses():
-        start = jnp.int32(0), carry.initial_arrays(eqn.invars[first:])
-        _, last = lax.while_loop(proceed, advance, start)
-    return carry.with_constants(last)
+        init = jnp.int32(0), carry.initial_arrays(eqn.invars[num_consts:])
+        _, final_arrays = lax.while_loop(cond_fun, body_fun, init)
+    return carry.with_constants(final_arrays)
 
 
 def _get_cond_subprograms(eqn: Any) -> list[SubProgram]:
-    sources = range(1, len(eqn.invars))
-    dense = frozenset(sources) if _is_platform_dependent(eqn) else frozenset[int]()
+    operand_range = range(1, len(eqn.invars))
+    materialized = frozenset(operand_range) if _is_platform_dependent(eqn) else frozenset[int]()
     return [
-        SubProgram(_compat.program_from_jaxpr(branch), sources, materialized_inputs=dense)
+        SubProgram(
+            _compat.program_from_jaxpr(branch), operand_range, materialized_inputs=materialized
+        )
         for branch in eqn.params["branches"]
     ]
 
 
 def _is_platform_dependent(eqn: Any) -> bool:
-    """Whether the choice is made while compiling: no public function remakes such a choice."""
+    """Whether the branch is chosen at compilation; no public function can rebuild that choice."""
     return eqn.params.get("branches_platforms") is not None
 
 
@@ -341,7 +370,7 @@ def _eval_cond(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list
     def branch(held: _compat.TracedProgram) -> Callable[[], Any]:
         def run() -> tuple[list[Any], Any]:
             outputs, losses = call_with_aux_losses(lambda: evaluate(held, operands))
-            # One loss for each branch, for they may hold different numbers of mixtures.
+            # One loss per branch, because branches may contain different numbers of routers.
             return [materialize_value(output) for output in outputs], sum_aux_losses(losses)
 
         return run
@@ -352,36 +381,47 @@ def _eval_cond(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list
 
 
 def _eval_shard_map(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list[Any]:
-    held = _compat.program_from_jaxpr(eqn.params["jaxpr"])
+    program = _compat.program_from_jaxpr(eqn.params["jaxpr"])
     mesh = eqn.params["mesh"]
-    parts = [
+    shard_inputs = [
         _make_shard_map_input(value, spec, mesh)
         if is_factored(value)
         else _ShardMapInput(value, spec, lambda x: x)
         for value, spec in zip(values, eqn.params["in_specs"], strict=True)
     ]
 
-    names = tuple(eqn.params["newly_manual_axes"])
+    manual_axes = tuple(eqn.params["newly_manual_axes"])
 
     def body(*shards: Any) -> tuple[list[Any], list[Any]]:
-        inputs = [part.rebuild(shard) for part, shard in zip(parts, shards, strict=True)]
-        outputs, losses = call_with_aux_losses(lambda: evaluate(held, inputs))
+        inputs = [
+            shard_input.rebuild(shard)
+            for shard_input, shard in zip(shard_inputs, shards, strict=True)
+        ]
+        outputs, losses = call_with_aux_losses(lambda: evaluate(program, inputs))
         return [materialize_value(output) for output in outputs], [loss[None] for loss in losses]
 
     run = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=tuple(part.specs for part in parts),
-        out_specs=(list(eqn.params["out_specs"]), PartitionSpec(names)),
+        in_specs=tuple(shard_input.specs for shard_input in shard_inputs),
+        out_specs=(list(eqn.params["out_specs"]), PartitionSpec(manual_axes)),
         axis_names=set(eqn.params["newly_manual_axes"]),
         check_vma=eqn.params["check_vma"],
     )
-    outputs, losses = run(*(part.arrays for part in parts))
+    outputs, losses = run(*(shard_input.arrays for shard_input in shard_inputs))
     record_aux_losses(shards.mean() for shards in losses)
     return outputs
 
 
 class _ShardMapInput(NamedTuple):
+    """One input of `jax.shard_map`.
+
+    Attributes:
+        arrays: Arrays to shard.
+        specs: Their partition specs.
+        rebuild: Function from one shard of them to the value inside the body.
+    """
+
     arrays: Any
     specs: Any
     rebuild: Callable[[Any], Any]
@@ -390,40 +430,46 @@ class _ShardMapInput(NamedTuple):
 def _make_shard_map_input(
     factored: FactoredArray, spec: PartitionSpec, mesh: Any
 ) -> _ShardMapInput:
-    """A weight whose operands are split over the mesh as the axes of the weight that they hold."""
+    """Shards the operands of a weight like the axes of the weight that they have."""
     network = factored.network
     axis_spec = [*spec, *[None] * (len(network.axis_groups) - len(spec))]
     if any(
         s is not None and len(g) != 1 for s, g in zip(axis_spec, network.axis_groups, strict=True)
     ):
         return _ShardMapInput(factored.materialize(), spec, lambda shard: shard)
-    placed = {
+    entry_by_axis = {
         group[0]: entry
         for group, entry in zip(network.axis_groups, axis_spec, strict=True)
         if entry is not None
     }
-    local = {
-        atom: Axis(atom.size // num_shards(entry, mesh), atom.weight_axis, atom.is_gathered)
-        for atom, entry in placed.items()
+    local_axes = {
+        axis: Axis(axis.size // num_shards(entry, mesh), axis.weight_axis, axis.is_gathered)
+        for axis, entry in entry_by_axis.items()
     }
     operands: list[Operand] = []
     network.map(lambda operand: operands.append(operand) or operand)
-    held, held_specs, part = base_weight.split_for_shard_map(factored.base, axis_spec, mesh)
-    if base_weight.is_deferred(factored.base) and isinstance(held, jax.Array):
+    base_arrays, base_specs, rebuild_base = base_weight.split_for_shard_map(
+        factored.base, axis_spec, mesh
+    )
+    if base_weight.is_deferred(factored.base) and isinstance(base_arrays, jax.Array):
         notify_materialized(network)
-    specs = [PartitionSpec(*(placed.get(a) for a in operand.axes)) for operand in operands]
+    specs = [PartitionSpec(*(entry_by_axis.get(a) for a in operand.axes)) for operand in operands]
 
     def rebuild(shard: tuple[Any, list[Any]]) -> FactoredArray:
         base, arrays = shard
-        pieces = iter(arrays)
-        axes = [tuple(local.get(atom, atom) for atom in group) for group in network.axis_groups]
-        inner = network.map(
-            lambda operand: Operand(next(pieces), tuple(local.get(a, a) for a in operand.axes))
+        local_arrays = iter(arrays)
+        groups = [
+            tuple(local_axes.get(axis, axis) for axis in group) for group in network.axis_groups
+        ]
+        local_network = network.map(
+            lambda operand: Operand(
+                next(local_arrays), tuple(local_axes.get(a, a) for a in operand.axes)
+            )
         )
-        return FactoredArray(part(base), inner.with_axis_groups(axes))
+        return FactoredArray(rebuild_base(base), local_network.with_axis_groups(groups))
 
-    arrays = (held, [operand.array for operand in operands])
-    return _ShardMapInput(arrays, (held_specs, specs), rebuild)
+    arrays = (base_arrays, [operand.array for operand in operands])
+    return _ShardMapInput(arrays, (base_specs, specs), rebuild)
 
 
 CONTROL_FLOW_RULES: dict[str, ControlFlowRule] = {

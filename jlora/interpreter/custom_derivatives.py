@@ -1,9 +1,10 @@
-"""Functions with derivatives of their own (`jax.custom_vjp`, `jax.custom_jvp`).
+"""Functions with custom derivative rules (`jax.custom_vjp`, `jax.custom_jvp`).
 
 Their rule must be kept: it may be a straight-through estimator, which differentiating the body
-would silently replace. So the rule itself is traced and evaluated with factored weights. What it
-returns for the weight is usually one product, `x^T dy`; kept as that product, its meeting with `A`
-and `B` goes through the rank, and the gradient of the full weight is never formed.
+would silently replace. So the rule itself is traced and evaluated on factored weights. The weight
+cotangent that it returns is usually one product, `x^T dy`. It stays factored as that product, so
+its contraction with `A` and `B` goes through the rank, and the gradient of the full weight is never
+formed.
 """
 
 from __future__ import annotations
@@ -32,93 +33,98 @@ _BODY_DERIVATIVE_MARK = "the rule is the derivative of the body"
 
 
 def mark_derivative_of_body(array: jax.Array) -> jax.Array:
-    """An argument of a `jax.custom_jvp` or `jax.custom_vjp` as it is, which tells jlora that the
-    rule gives nothing but the derivative of the function's body.
+    """Marks a `jax.custom_jvp` or `jax.custom_vjp` whose rule is the derivative of its body.
 
-    Other rules are kept where an adapted weight meets one. In this one's place the body itself is
-    differentiated, through the factors.
+    Rules without the mark are kept where they use an adapted weight. With it, jlora differentiates
+    the body itself, through the factors.
+
+    Args:
+        array: Any argument of the function.
+
+    Returns:
+        The argument, unchanged.
     """
     return checkpoint_name(array, _BODY_DERIVATIVE_MARK)
 
 
 def differentiates_body(jaxpr: Any) -> bool:
-    """Whether the body of a function has a marked argument."""
+    """Whether the body of a function has an argument marked by `mark_derivative_of_body`."""
     return any(
         eqn.primitive.name == "name" and eqn.params["name"] == _BODY_DERIVATIVE_MARK
         for eqn in jaxpr.eqns
     )
 
 
-# Moves between the product and the rule's result that a pair of operands can follow.
+# Data movement between the product and the result of the rule that two operands can follow.
 _FOLLOWED_PRIMITIVES = ("transpose", "convert_element_type", "reshape", "squeeze", "copy")
 
 
 def _eval_custom_derivative(
     eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn
 ) -> list[Any] | None:
-    held = _compat.program_from_jaxpr(eqn.params["call_jaxpr"])
-    if differentiates_body(held.jaxpr):
-        return evaluate(held, values)
+    program = _compat.program_from_jaxpr(eqn.params["call_jaxpr"])
+    if differentiates_body(program.jaxpr):
+        return evaluate(program, values)
     if not _can_evaluate_rule(eqn):
         return None
     for value in values:
         if is_factored(value) and any(term.routing for term in value.network.terms):
             raise ValueError(
-                f"The mixture on {value.network.path!r} cannot be used inside a function with a "
-                f"derivative of its own ({eqn.primitive.name}): its rule would choose experts by "
-                f"the gradient. Leave this weight out of the rule."
+                f"LoRAMoE on {value.network.path!r} cannot be used inside a function with a custom "
+                f"derivative ({eqn.primitive.name}), whose rule would route by the gradient. "
+                f"Exclude this weight from the adapter rules."
             )
         if is_factored(value) and any(term.dropout for term in value.network.terms):
             raise ValueError(
-                f"The dropout of the adapter on {value.network.path!r} cannot be applied inside a "
-                f"function with a derivative of its own ({eqn.primitive.name}): its rule would "
-                f"see the input that was not dropped. Give its rule dropout=0.0."
+                f"Dropout of the adapter on {value.network.path!r} cannot be applied inside a "
+                f"function with a custom derivative ({eqn.primitive.name}), whose rule would use "
+                f"the input without dropout. Set dropout=0.0 in the config of this weight."
             )
     values = [_drop_moment_taps(_apply_weight_selection(value)) for value in values]
-    backward = _VjpRule(eqn, [_abstractify_value(value) for value in values])
+    vjp_rule = _VjpRule(eqn, [_abstractify_value(value) for value in values])
 
     @jax.custom_vjp
     def run(values: list[Any]) -> list[Any]:
-        return [materialize_value(output) for output in evaluate(held, values)]
+        return [materialize_value(output) for output in evaluate(program, values)]
 
-    def forward(values: list[Any]) -> tuple[list[Any], Any]:
-        results = evaluate(backward.forward_program, values)
+    def fwd(values: list[Any]) -> tuple[list[Any], Any]:
+        results = evaluate(vjp_rule.forward_program, values)
         outputs = [materialize_value(output) for output in results[: len(eqn.outvars)]]
         return outputs, (values, results[len(eqn.outvars) :])
 
-    def pull_back(saved: Any, cotangents: list[Any]) -> tuple[list[Any]]:
-        values, residuals = saved
-        return (backward(values, residuals, cotangents, evaluate),)
+    def bwd(res: Any, cotangents: list[Any]) -> tuple[list[Any]]:
+        values, residuals = res
+        return (vjp_rule(values, residuals, cotangents, evaluate),)
 
-    run.defvjp(forward, pull_back)
+    run.defvjp(fwd, bwd)
     return run(list(values))
 
 
 def _apply_weight_selection(value: Any) -> Any:
-    """The value with the choice among updates made: derivatives of a rule are of one of them."""
+    """Applies the selections of a weight, because a derivative rule is evaluated for one update."""
     if not is_factored(value):
         return value
     return dataclasses.replace(value, network=value.network.apply_selections())
 
 
 def _drop_moment_taps(value: Any) -> Any:
-    """The value without arrays for moments: the rule of the function knows nothing of them."""
+    """Removes the moment taps of a weight, because a derivative rule has no gradient for them."""
     if not is_factored(value) or not value.network.moment_taps:
         return value
     return dataclasses.replace(value, network=dataclasses.replace(value.network, moment_taps=()))
 
 
 def _can_evaluate_rule(eqn: Any) -> bool:
-    """Whether a function's rule can be evaluated on factored weights, and is worth it.
+    """Whether a rule can be evaluated on factored weights, and has a product that benefits.
 
-    A rule that closes over arrays cannot be traced apart from the program that made them.
+    A rule that closes over arrays cannot be traced outside the program that computes them.
     """
-    held = _compat.program_from_jaxpr(eqn.params["call_jaxpr"])
-    return eqn.params["num_consts"] == 0 and _contains_product(held)
+    program = _compat.program_from_jaxpr(eqn.params["call_jaxpr"])
+    return eqn.params["num_consts"] == 0 and _contains_product(program)
 
 
 def _contains_product(program: _compat.TracedProgram) -> bool:
-    """Whether a program holds any product that a weight could take part in."""
+    """Whether a program or a program inside it has a product that a weight can be part of."""
     return any(
         eqn.primitive.name in products.PRODUCT_RULES
         or any(
@@ -132,40 +138,44 @@ def _contains_product(program: _compat.TracedProgram) -> bool:
 
 
 def _abstractify_value(value: Any) -> Any:
-    """An array of the value's shape, type and (in a shard_map) varying axes."""
+    """Returns an array with the shape, type and (in a shard_map) varying axes of the value."""
     return base_weight.abstractify(value.base) if is_factored(value) else value
 
 
 class _VjpRule:
-    """The equation's own rule, traced in two halves: values with residuals, and cotangents."""
+    """The derivative rule of an equation, traced as a forward and a backward program.
+
+    Attributes:
+        forward_program: Program from the inputs to the outputs and the residuals.
+    """
 
     def __init__(self, eqn: Any, arrays: Sequence[Any]) -> None:
-        structure_of_rule: list[Any] = []  # Filled while tracing.
+        rule_treedefs: list[Any] = []  # Filled while tracing.
         self._is_inexact = [jnp.issubdtype(a.aval.dtype, jnp.inexact) for a in eqn.invars]
 
-        def first_half(*arrays: Any) -> tuple[list[Any], list[Any]]:
-            fixed = list(arrays)
+        def forward(*arrays: Any) -> tuple[list[Any], list[Any]]:
+            all_arrays = list(arrays)
 
             def differentiable(*inexact: Any) -> list[Any]:
-                moving = iter(inexact)
+                remaining = iter(inexact)
                 return _compat.bind_eqn(
                     eqn,
                     [
-                        next(moving) if kind else a
-                        for a, kind in zip(fixed, self._is_inexact, strict=True)
+                        next(remaining) if is_inexact else a
+                        for a, is_inexact in zip(all_arrays, self._is_inexact, strict=True)
                     ],
                 )
 
             outputs, rule = jax.vjp(
                 differentiable,
-                *(a for a, kind in zip(arrays, self._is_inexact, strict=True) if kind),
+                *(a for a, is_inexact in zip(arrays, self._is_inexact, strict=True) if is_inexact),
             )
             residuals, tree = jax.tree.flatten(rule)
-            structure_of_rule.append(tree)
+            rule_treedefs.append(tree)
             return outputs, residuals
 
-        self.forward_program = _compat.trace_program(first_half, *arrays)
-        self._rule_treedef = structure_of_rule[0]
+        self.forward_program = _compat.trace_program(forward, *arrays)
+        self._rule_treedef = rule_treedefs[0]
 
     def __call__(
         self,
@@ -174,8 +184,8 @@ class _VjpRule:
         cotangents: Sequence[Any],
         evaluate: EvalProgramFn,
     ) -> list[Any]:
-        """A cotangent for every input: None for integers, a factored one for factored weights."""
-        held = _compat.trace_program(
+        """Returns a cotangent for every input: None for integers, factored for factored weights."""
+        backward_program = _compat.trace_program(
             lambda residuals, cotangents: jax.tree.unflatten(self._rule_treedef, residuals)(
                 cotangents
             ),
@@ -183,79 +193,92 @@ class _VjpRule:
             list(cotangents),
         )
         inputs = [*residuals, *cotangents]
-        wanted = iter(held.outputs)
-        results = [next(wanted) if kind else None for kind in self._is_inexact]
-        pairs = {
-            i: _match_product_chain(held, results[i])
+        outvars = iter(backward_program.outputs)
+        cotangent_vars = [next(outvars) if is_inexact else None for is_inexact in self._is_inexact]
+        chains = {
+            i: _match_product_chain(backward_program, cotangent_vars[i])
             for i, value in enumerate(values)
             if is_factored(value) and not value.network.gains
         }
-        needed = [a for a in results if a is not None]
-        needed += [a for pair in pairs.values() if pair for a in pair.required_inputs]
-        computed = map(materialize_value, evaluate(held._replace(outputs=needed), inputs))
-        cotangent = [None if a is None else next(computed) for a in results]
+        required = [var for var in cotangent_vars if var is not None]
+        required += [var for chain in chains.values() if chain for var in chain.required_inputs]
+        computed = map(
+            materialize_value, evaluate(backward_program._replace(outputs=required), inputs)
+        )
+        cotangent = [None if var is None else next(computed) for var in cotangent_vars]
         for i, value in enumerate(values):
             if is_factored(value):
-                pair = pairs.get(i)
-                update = pair and _build_cotangent_network(
-                    pair, [next(computed) for _ in pair.required_inputs]
+                chain = chains.get(i)
+                update = chain and _build_cotangent_network(
+                    chain, [next(computed) for _ in chain.required_inputs]
                 )
                 cotangent[i] = _contract_cotangent(value, cotangent[i], update)
         return cotangent
 
 
 class _ProductChain(NamedTuple):
-    """A product of two arrays, and the moves and scalings after it, in order."""
+    """A product of two arrays, followed by data movement and scaling.
+
+    Attributes:
+        product_eqn: Equation of the product.
+        later_eqns: Later equations, in order.
+    """
 
     product_eqn: Any
     later_eqns: list[Any]
 
     @property
     def required_inputs(self) -> list[Any]:
-        """What has to be computed for it: both factors, and the numbers of the scalings."""
+        """Variables of both factors and of the scalars, which have to be computed for the chain."""
         scalings = ((eqn, data_movement.match_scalar_scaling(eqn)) for eqn in self.later_eqns)
-        numbers = [
+        scalars = [
             eqn.invars[s.scalar_side] for eqn, s in scalings if s and s.scalar_side is not None
         ]
-        return [*self.product_eqn.invars, *numbers]
+        return [*self.product_eqn.invars, *scalars]
 
 
 def _match_product_chain(program: _compat.TracedProgram, outvar: Any) -> _ProductChain | None:
-    """The product that an output is; None if it is anything else."""
-    made_by = {var: eqn for eqn in program.jaxpr.eqns for var in eqn.outvars}
-    after: list[Any] = []
-    while not _compat.is_literal(outvar) and outvar in made_by:
-        eqn = made_by[outvar]
+    """Returns the product that computes an output, or None for any other computation."""
+    eqn_by_output = {var: eqn for eqn in program.jaxpr.eqns for var in eqn.outvars}
+    later_eqns: list[Any] = []
+    while not _compat.is_literal(outvar) and outvar in eqn_by_output:
+        eqn = eqn_by_output[outvar]
         if eqn.primitive.name == "dot_general":
-            return _ProductChain(eqn, after[::-1])
+            return _ProductChain(eqn, later_eqns[::-1])
         scaling = data_movement.match_scalar_scaling(eqn)
         if eqn.primitive.name not in _FOLLOWED_PRIMITIVES and scaling is None:
             return None
-        after.append(eqn)
+        later_eqns.append(eqn)
         outvar = eqn.invars[scaling.array_side if scaling else 0]
     return None
 
 
 def _build_cotangent_network(chain: _ProductChain, values: Sequence[Any]) -> TensorNetwork | None:
-    """The result of the product and what follows, as a network of the product's two factors."""
+    """Builds the result of a product chain as a network of the two factors, or None."""
     (contracting, batch) = chain.product_eqn.params["dimension_numbers"]
-    left, right, *numbers = values
-    left_atoms, right_atoms = ([Axis(n) for n in a.aval.shape] for a in chain.product_eqn.invars)
-    for paired in (contracting, batch):
-        for i, j in zip(*paired, strict=True):
-            right_atoms[j] = left_atoms[i]
-    summed = {left_atoms[i] for i in contracting[0]}
-    out = [left_atoms[i] for i in batch[0]]
-    out += [atom for atom in (*left_atoms, *right_atoms) if atom not in summed and atom not in out]
-    term = Term((Operand(left, tuple(left_atoms)), Operand(right, tuple(right_atoms))))
-    network: TensorNetwork | None = TensorNetwork(tuple((atom,) for atom in out), "", (), (term,))
-    following = iter(numbers)
+    left, right, *scalars = values
+    left_axes, right_axes = ([Axis(n) for n in a.aval.shape] for a in chain.product_eqn.invars)
+    for dims in (contracting, batch):
+        for i, j in zip(*dims, strict=True):
+            right_axes[j] = left_axes[i]
+    contracted = {left_axes[i] for i in contracting[0]}
+    out_axes = [left_axes[i] for i in batch[0]]
+    out_axes += [
+        axis
+        for axis in (*left_axes, *right_axes)
+        if axis not in contracted and axis not in out_axes
+    ]
+    term = Term((Operand(left, tuple(left_axes)), Operand(right, tuple(right_axes))))
+    network: TensorNetwork | None = TensorNetwork(
+        tuple((axis,) for axis in out_axes), "", (), (term,)
+    )
+    remaining = iter(scalars)
     for eqn in chain.later_eqns:
         scaling = data_movement.match_scalar_scaling(eqn)
         if scaling is not None:
-            number = None if scaling.scalar_side is None else next(following)
+            scalar = None if scaling.scalar_side is None else next(remaining)
             network = data_movement.scale_network(
-                network, scaling.factor_fn(number), base_is_scaled=True
+                network, scaling.factor_fn(scalar), base_is_scaled=True
             )
             continue
         moved = data_movement.DATA_MOVEMENT_RULES[eqn.primitive.name](eqn, [network], [None])
@@ -268,64 +291,69 @@ def _build_cotangent_network(chain: _ProductChain, values: Sequence[Any]) -> Ten
 def _contract_cotangent(
     value: FactoredArray, dense_cotangent: Any, update: TensorNetwork | None
 ) -> FactoredArray:
-    """The cotangent of a factored weight from that of its dense sum."""
-    atoms = value.network.axes
-    split = update and data_movement.regroup_axes(update, [atom.size for atom in atoms])
-    if split is None or any(len(group) != 1 for group in split.axis_groups):
+    """Converts the cotangent of a materialized weight into that of its factored form."""
+    axes = value.network.axes
+    regrouped = update and data_movement.regroup_axes(update, [axis.size for axis in axes])
+    if regrouped is None or any(len(group) != 1 for group in regrouped.axis_groups):
         return _via_dense(value, dense_cotangent)
-    renamed = {group[0]: atom for group, atom in zip(split.axis_groups, atoms, strict=True)}
+    weight_axis_by_axis = {
+        group[0]: axis for group, axis in zip(regrouped.axis_groups, axes, strict=True)
+    }
     factors = [
-        Operand(operand.array, tuple(renamed.get(atom, atom) for atom in operand.axes))
-        for operand in split.terms[0].operands
+        Operand(operand.array, tuple(weight_axis_by_axis.get(axis, axis) for axis in operand.axes))
+        for operand in regrouped.terms[0].operands
     ]
-    # Where operands share an axis of one factor (a Hadamard product), what is left after one of
-    # them is larger than the full weight.
-    ends = set(factors[0].axes) ^ set(factors[1].axes)
+    # Where operands share an axis of one factor (a Hadamard product), the contraction with one of
+    # them leaves an array larger than the full weight.
+    unpaired = set(factors[0].axes) ^ set(factors[1].axes)
     for term in value.network.terms:
-        held = [atom for operand in term.operands for atom in operand.axes if atom in ends]
-        if len(held) > len(set(held)):
+        shared = [axis for operand in term.operands for axis in operand.axes if axis in unpaired]
+        if len(shared) > len(set(shared)):
             return _via_dense(value, dense_cotangent)
 
-    def cotangent(term: Term) -> Term:
+    def contract_term(term: Term) -> Term:
         operands = []
         for operand in term.operands:
             others = [other for other in term.operands if other is not operand]
-            # Begin where an operand can be absorbed: the factors' own product is the full weight.
+            # Start with the factor that shares an axis with another operand: contracting the two
+            # factors first would form the full weight.
             first, second = sorted(
                 factors,
                 key=lambda factor: not any(set(factor.axes) & set(o.axes) for o in others),
             )
-            wanted = {*second.axes, *operand.axes}
-            met = dict.fromkeys(a for o in (first, *others) for a in o.axes if a in wanted)
-            through_rank = Operand(contract(first, others, list(met)), tuple(met))
+            kept = {*second.axes, *operand.axes}
+            rank_axes = dict.fromkeys(a for o in (first, *others) for a in o.axes if a in kept)
+            through_rank = Operand(contract(first, others, list(rank_axes)), tuple(rank_axes))
             array = contract(through_rank, [second], operand.axes)
             operands.append(Operand(array.astype(operand.array.dtype), operand.axes))
         return Term(tuple(operands))
 
     network = value.network
-    terms = tuple(cotangent(term) for term in network.terms)
-    moved = (
+    terms = tuple(contract_term(term) for term in network.terms)
+    base_cotangent = (
         None if base_weight.is_deferred(value.base) else dense_cotangent.astype(value.base.dtype)
     )
-    return FactoredArray(moved, TensorNetwork(network.axis_groups, network.path, (), terms))
+    return FactoredArray(
+        base_cotangent, TensorNetwork(network.axis_groups, network.path, (), terms)
+    )
 
 
 def _via_dense(value: FactoredArray, dense_cotangent: Any) -> FactoredArray:
-    """The cotangent of a factored weight by differentiating its dense sum."""
+    """Converts the cotangent of a materialized weight by differentiating its materialization."""
     dense_cotangent = dense_cotangent.astype(value.base.dtype)
     if base_weight.is_deferred(value.base):
-        summed = lambda network: dataclasses.replace(value, network=network).materialize()  # noqa: E731
-        _, pull_back = jax.vjp(summed, value.network)
+        materialize = lambda network: dataclasses.replace(value, network=network).materialize()  # noqa: E731
+        _, pull_back = jax.vjp(materialize, value.network)
         return FactoredArray(None, pull_back(dense_cotangent)[0])
     _, pull_back = jax.vjp(FactoredArray.materialize, value)
     return pull_back(dense_cotangent)[0]
 
 
 def _get_custom_subprograms(eqn: Any) -> list[SubProgram]:
-    (body,) = single_body("call_jaxpr")(eqn)
+    (subprogram,) = single_body("call_jaxpr")(eqn)
     if _can_evaluate_rule(eqn):
-        return [body]
-    return [body._replace(materialized_inputs=frozenset(range(len(eqn.invars))))]
+        return [subprogram]
+    return [subprogram._replace(materialized_inputs=frozenset(range(len(eqn.invars))))]
 
 
 CUSTOM_DERIVATIVE_RULES: dict[str, ControlFlowRule] = {

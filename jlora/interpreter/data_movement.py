@@ -1,7 +1,7 @@
-"""Equations that move a weight's entries about, as the same moves on its network.
+"""Rules for equations that move or scale the entries of a weight, applied to its network.
 
-A rule takes an equation, the networks of its inputs (None for plain arrays) and the inputs, and
-returns the networks of its outputs, or None where the move cannot be made on the operands.
+A rule takes an equation, the networks of its inputs (None for plain arrays) and the inputs. It
+returns the networks of the outputs, or None where the movement cannot be applied to the operands.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ DATA_MOVEMENT_RULES: dict[str, MovementRule] = {}
 
 
 def register_movement_rule(*primitives: str) -> Callable[[MovementRule], MovementRule]:
+    """Returns a decorator that adds a function to `DATA_MOVEMENT_RULES` for these primitives."""
+
     def register(fn: MovementRule) -> MovementRule:
         DATA_MOVEMENT_RULES.update(dict.fromkeys(primitives, fn))
         return fn
@@ -65,18 +67,18 @@ def _convert_element_type_rule(
 ) -> list[TensorNetwork] | None:
     del values
     (network,) = networks
-    # Operands keep their type and are cast at the product, so nothing small is rounded twice.
+    # Operands keep their type and are cast at the product, so that no factor is rounded twice.
     floating = jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
     return [network] if floating and network else None
 
 
 class ScalarScaling(NamedTuple):
-    """An equation that multiplies all of an array by one number.
+    """An equation that multiplies an array by a scalar.
 
     Attributes:
-        array_side: Which input is the array.
-        scalar_side: Which input is the number; None for a negation.
-        factor_fn: From the number to what it multiplies by.
+        array_side: Index of the input that is the array.
+        scalar_side: Index of the input that is the scalar. None: a negation.
+        factor_fn: Function from the scalar (None for a negation) to the factor on the array.
     """
 
     array_side: int
@@ -85,21 +87,24 @@ class ScalarScaling(NamedTuple):
 
 
 def match_scalar_scaling(eqn: Any) -> ScalarScaling | None:
-    """How an equation scales an array; None when it does not."""
-    name, scalar = eqn.primitive.name, [value.aval.shape == () for value in eqn.invars]
+    """Returns how an equation scales an array by a scalar, or None for any other equation."""
+    name, is_scalar = eqn.primitive.name, [value.aval.shape == () for value in eqn.invars]
     if name == "neg":
         return ScalarScaling(0, None, lambda _: -1)
-    if name in ("mul", "div") and scalar[1]:
+    if name in ("mul", "div") and is_scalar[1]:
         return ScalarScaling(0, 1, (lambda x: x) if name == "mul" else lambda x: 1 / x)
-    return ScalarScaling(1, 0, lambda x: x) if name == "mul" and scalar[0] else None
+    return ScalarScaling(1, 0, lambda x: x) if name == "mul" and is_scalar[0] else None
 
 
 def scale_network(network: TensorNetwork, factor: Any, *, base_is_scaled: bool) -> TensorNetwork:
-    """The network of the weight times a number.
+    """Scales a weight by a scalar.
 
-    With `base_is_scaled` the base has been multiplied already. Where the number may depend on the adapter
-    (a spectral norm) it must not be: the number's gradient would then need the gradient of the full
-    weight.
+    Args:
+        network: Network of the weight.
+        factor: Scalar.
+        base_is_scaled: Whether the base is multiplied separately. Must be False for a scalar that
+            may depend on the adapter (a spectral norm), whose gradient would otherwise need the
+            gradient of the full weight; the scalar then becomes a gain.
     """
     factor = jnp.asarray(factor)
     if not base_is_scaled:
@@ -136,9 +141,9 @@ def _reshape_rule(
     network = networks[0]
     if network is None:
         return None
-    order = eqn.params["dimensions"] or range(len(network.axis_groups))
-    moved = network.with_axis_groups([network.axis_groups[axis] for axis in order])
-    return _wrap_network(regroup_axes(moved, eqn.outvars[0].aval.shape))
+    permutation = eqn.params["dimensions"] or range(len(network.axis_groups))
+    reordered = network.with_axis_groups([network.axis_groups[axis] for axis in permutation])
+    return _wrap_network(regroup_axes(reordered, eqn.outvars[0].aval.shape))
 
 
 def _wrap_network(network: TensorNetwork | None) -> list[TensorNetwork] | None:
@@ -146,42 +151,44 @@ def _wrap_network(network: TensorNetwork | None) -> list[TensorNetwork] | None:
 
 
 def regroup_axes(network: TensorNetwork, shape: Sequence[int]) -> TensorNetwork | None:
-    """The network with its atoms grouped into axes of these sizes, splitting atoms where an axis
-    ends inside one; None where no whole atom fits.
+    """Regroups the axes of a network into the array axes of another shape.
+
+    An axis is split where an array axis ends inside it. None is returned where the sizes do not
+    divide.
     """
-    atoms = list(network.axes)
-    axes: list[tuple[Axis, ...]] = []
+    labels = list(network.axes)
+    groups: list[tuple[Axis, ...]] = []
     for length in shape:
         group: list[Axis] = []
-        while flat_size(group) < length and atoms:
-            atom = atoms.pop(0)
-            wanted = length // flat_size(group)
-            if atom.size > wanted:
-                if length % flat_size(group) or atom.size % wanted or atom.is_gathered:
+        while flat_size(group) < length and labels:
+            label = labels.pop(0)
+            part_size = length // flat_size(group)
+            if label.size > part_size:
+                if length % flat_size(group) or label.size % part_size or label.is_gathered:
                     return None
                 parts = (
-                    Axis(wanted, atom.weight_axis),
-                    Axis(atom.size // wanted, atom.weight_axis),
+                    Axis(part_size, label.weight_axis),
+                    Axis(label.size // part_size, label.weight_axis),
                 )
                 network = network.replace_axis(
-                    atom,
+                    label,
                     parts,
                     lambda array, axis, parts=parts: array.reshape(
                         *array.shape[:axis], *(p.size for p in parts), *array.shape[axis + 1 :]
                     ),
                 )
-                atom = parts[0]
-                atoms.insert(0, parts[1])
-            group.append(atom)
+                label = parts[0]
+                labels.insert(0, parts[1])
+            group.append(label)
         if flat_size(group) != length:
             return None
-        axes.append(tuple(group))
-    if flat_size(atoms) != 1 or (atoms and not axes):
+        groups.append(tuple(group))
+    if flat_size(labels) != 1 or (labels and not groups):
         return None
-    if atoms:
-        # Axes of length one that no new axis asked for ride along with the last.
-        axes[-1] = (*axes[-1], *atoms)
-    return network.with_axis_groups(axes)
+    if labels:
+        # Axes of length one beyond the last array axis are appended to it.
+        groups[-1] = (*groups[-1], *labels)
+    return network.with_axis_groups(groups)
 
 
 @register_movement_rule("squeeze")
@@ -192,15 +199,17 @@ def _squeeze_rule(
     (network,) = networks
     if network is None:
         return None
-    dropped = {axis % len(network.axis_groups) for axis in eqn.params["dimensions"]}
-    return [squeeze_network_axes(network, dropped)]
+    squeezed = {axis % len(network.axis_groups) for axis in eqn.params["dimensions"]}
+    return [squeeze_network_axes(network, squeezed)]
 
 
 def squeeze_network_axes(network: TensorNetwork, axes: set[int]) -> TensorNetwork:
-    """The network without these axes of length one."""
+    """Removes array axes of length one."""
     for axis in axes:
-        for atom in network.axis_groups[axis]:
-            network = network.replace_axis(atom, (), lambda array, place: jnp.squeeze(array, place))
+        for label in network.axis_groups[axis]:
+            network = network.replace_axis(
+                label, (), lambda array, position: jnp.squeeze(array, position)
+            )
     return network.with_axis_groups(
         [g for axis, g in enumerate(network.axis_groups) if axis not in axes]
     )
@@ -214,21 +223,21 @@ def _broadcast_in_dim_rule(
     network = networks[0]
     if network is None:
         return None
-    source = dict(
+    source_axes = dict(
         zip(eqn.params["broadcast_dimensions"], range(len(network.axis_groups)), strict=True)
     )
-    axes: list[tuple[Axis, ...]] = []
+    groups: list[tuple[Axis, ...]] = []
     for axis, length in enumerate(eqn.params["shape"]):
-        if axis in source and flat_size(network.axis_groups[source[axis]]) == length:
-            axes.append(network.axis_groups[source[axis]])
+        if axis in source_axes and flat_size(network.axis_groups[source_axes[axis]]) == length:
+            groups.append(network.axis_groups[source_axes[axis]])
         else:
-            axes.append(() if length == 1 else (Axis(length),))
-    stretched = {
+            groups.append(() if length == 1 else (Axis(length),))
+    repeated = {
         i
-        for axis, i in source.items()
+        for axis, i in source_axes.items()
         if flat_size(network.axis_groups[i]) != eqn.params["shape"][axis]
     }
-    return [squeeze_network_axes(network, stretched).with_axis_groups(axes)]
+    return [squeeze_network_axes(network, repeated).with_axis_groups(groups)]
 
 
 @register_movement_rule("rev")
@@ -240,10 +249,10 @@ def _rev_rule(
     if network is None:
         return None
     for axis in eqn.params["dimensions"]:
-        for atom in network.axis_groups[axis]:
+        for label in network.axis_groups[axis]:
             network = network.replace_axis(
-                atom,
-                (Axis(atom.size, atom.weight_axis, atom.is_gathered),),
+                label,
+                (Axis(label.size, label.weight_axis, label.is_gathered),),
                 lambda a, i: jnp.flip(a, i),
             )
     return [network]
@@ -262,8 +271,8 @@ def _slice_rule(
             network,
             axis,
             len(range(start, limit, stride)),
-            lambda array, place, kept=(start, limit, stride): lax.slice_in_dim(
-                array, *kept, axis=place
+            lambda array, position, bounds=(start, limit, stride): lax.slice_in_dim(
+                array, *bounds, axis=position
             ),
         )
     return _wrap_network(network)
@@ -281,8 +290,8 @@ def _split_rule(
             network,
             eqn.params["axis"],
             length,
-            lambda array, place, kept=(start, start + length): lax.slice_in_dim(
-                array, *kept, axis=place
+            lambda array, position, bounds=(start, start + length): lax.slice_in_dim(
+                array, *bounds, axis=position
             ),
         )
         if part is None:
@@ -302,8 +311,8 @@ def _dynamic_slice_rule(
             network,
             axis,
             length,
-            lambda array, place, start=values[axis + 1], length=length: lax.dynamic_slice_in_dim(
-                array, start, length, place
+            lambda array, position, start=values[axis + 1], length=length: lax.dynamic_slice_in_dim(
+                array, start, length, position
             ),
         )
     return _wrap_network(network)
@@ -312,18 +321,27 @@ def _dynamic_slice_rule(
 def slice_network_axis(
     network: TensorNetwork, axis: int, length: int, fn: Callable[[Any, int], Any]
 ) -> TensorNetwork | None:
-    """The network with `length` entries of one axis kept by `fn(array, axis)`; None where the
-    axis is several atoms, which no slice of one operand can express.
+    """Slices one array axis of a weight.
+
+    Args:
+        network: Network of the weight.
+        axis: Array axis of the weight.
+        length: Length of the slice.
+        fn: Function `fn(array, axis)` that slices an operand along one of its axes.
+
+    Returns:
+        The sliced network, or None where several network axes form the array axis: no slice of an
+        operand can express this.
     """
     group = network.axis_groups[axis]
     if flat_size(group) == length:
         return network
-    # Axes of length one that a reshape merged into this one are not what is cut.
-    longer = [atom for atom in group if atom.size > 1] or list(group)
-    if len(longer) != 1:
+    # A reshape may have merged axes of length one into this one; the slice is along the other.
+    sliced = [label for label in group if label.size > 1] or list(group)
+    if len(sliced) != 1:
         return None
-    (atom,) = longer
-    return network.replace_axis(atom, (Axis(length, atom.weight_axis, atom.is_gathered),), fn)
+    (label,) = sliced
+    return network.replace_axis(label, (Axis(length, label.weight_axis, label.is_gathered),), fn)
 
 
 @register_movement_rule("concatenate")
@@ -336,46 +354,47 @@ def _concatenate_rule(
     present = [network for network in networks if network is not None]
     if any(len(group) != 1 for network in present for group in network.axis_groups):
         return None
-    # Entries other than the joined axis's are the same places in every part: one set of atoms.
-    joined: AxisGroups = tuple(
+    # Axes other than the concatenated one are common to all parts: one set of labels.
+    joined_groups: AxisGroups = tuple(
         (
             Axis(
-                total if i == axis else atom.size,
-                atom.weight_axis,
+                total if i == axis else label.size,
+                label.weight_axis,
                 any(network.axis_groups[i][0].is_gathered for network in present),
             ),
         )
-        for i, (atom,) in enumerate(present[0].axis_groups)
+        for i, (label,) in enumerate(present[0].axis_groups)
     )
     gains, terms, start = [], [], 0
     for network, length in zip(networks, lengths, strict=True):
         if network is not None:
-            (place,) = network.axis_groups[axis]
-            # Beside this part a gain is one, so it must lie along the joined axis alone.
-            if any(gain.axes not in ((), (place,)) for gain in network.gains):
+            (part_label,) = network.axis_groups[axis]
+            # Outside this part the gain is one, so it may have the concatenated axis alone.
+            if any(gain.axes not in ((), (part_label,)) for gain in network.gains):
                 return None
-            if not _can_zero_pad(network, place):
+            if not _can_zero_pad(network, part_label):
                 return None
-            moved = functools.partial(
+            pad_operand = functools.partial(
                 _pad_to_joined_axes,
                 network=network,
-                axes=joined,
+                axes=joined_groups,
                 axis=axis,
                 around=(start, total - start - length),
             )
-            along = [
-                gain if gain.axes else Operand(jnp.repeat(gain.array, length), (place,))
+            part_gains = [
+                gain if gain.axes else Operand(jnp.repeat(gain.array, length), (part_label,))
                 for gain in network.gains
             ]
-            gains += [moved(gain, fill=1) for gain in along]
-            terms += [term.map(functools.partial(moved, fill=0)) for term in network.terms]
+            gains += [pad_operand(gain, fill=1) for gain in part_gains]
+            terms += [term.map(functools.partial(pad_operand, fill=0)) for term in network.terms]
         start += length
-    return [TensorNetwork(joined, present[0].path, tuple(gains), tuple(terms))]
+    return [TensorNetwork(joined_groups, present[0].path, tuple(gains), tuple(terms))]
 
 
 def _can_zero_pad(network: TensorNetwork, axis: Axis) -> bool:
-    """Whether every term can be made zero beyond this atom: an operand must hold it, and no random
-    keys, which cannot be padded.
+    """Whether zero padding along an axis makes every term zero there.
+
+    An operand must have the axis, and dropout keys must not, because they cannot be padded.
     """
     return all(
         any(axis in operand.axes for operand in term.operands)
@@ -393,14 +412,23 @@ def _pad_to_joined_axes(
     around: tuple[int, int],
     fill: int,
 ) -> Operand:
-    """The operand in the joined weight's atoms, filled where other parts of it lie."""
-    renamed = {old: new for (old,), (new,) in zip(network.axis_groups, axes, strict=True)}
+    """Pads an operand of one part to the axes of the concatenated weight.
+
+    Args:
+        operand: Operand of the part.
+        network: Network of the part.
+        axes: Axis groups of the concatenated weight.
+        axis: Array axis of the concatenation.
+        around: Lengths before and after the part.
+        fill: Fill value, zero for terms and one for gains.
+    """
+    joined_by_label = {old: new for (old,), (new,) in zip(network.axis_groups, axes, strict=True)}
     old = network.axis_groups[axis][0]
-    widths = [around if atom is old else (0, 0) for atom in operand.axes]
+    widths = [around if label is old else (0, 0) for label in operand.axes]
     array = operand.array
     if any(widths):
         array = jnp.pad(array, widths, constant_values=fill)
-    return Operand(array, tuple(renamed.get(atom, atom) for atom in operand.axes))
+    return Operand(array, tuple(joined_by_label.get(label, label) for label in operand.axes))
 
 
 @register_movement_rule("pad")
@@ -415,14 +443,14 @@ def _pad_rule(
             continue
         if len(network.axis_groups[axis]) != 1:
             return None
-        (atom,) = network.axis_groups[axis]
-        if network.gains or not _can_zero_pad(network, atom):
+        (label,) = network.axis_groups[axis]
+        if network.gains or not _can_zero_pad(network, label):
             return None
         network = network.replace_axis(
-            atom,
-            (Axis(low + atom.size + high, atom.weight_axis, atom.is_gathered),),
-            lambda array, place, edges=(low, high): jnp.pad(
-                array, [edges if i == place else (0, 0) for i in range(array.ndim)]
+            label,
+            (Axis(low + label.size + high, label.weight_axis, label.is_gathered),),
+            lambda array, position, padding=(low, high): jnp.pad(
+                array, [padding if i == position else (0, 0) for i in range(array.ndim)]
             ),
         )
     return _wrap_network(network)
@@ -432,74 +460,81 @@ def _pad_rule(
 def _gather_rule(
     eqn: Any, networks: OptionalNetworks, values: Sequence[Any]
 ) -> list[TensorNetwork] | None:
-    """Whole rows looked up along some axes (an embedding table, one expert per token)."""
+    """Gathers complete rows along some axes (an embedding table, one expert per token)."""
     network, indices = networks[0], values[1]
-    numbers = eqn.params["dimension_numbers"]
-    rows = numbers.start_index_map
-    if network is None or networks[1] is not None or numbers.operand_batching_dims:
+    dimension_numbers = eqn.params["dimension_numbers"]
+    row_axes = dimension_numbers.start_index_map
+    if network is None or networks[1] is not None or dimension_numbers.operand_batching_dims:
         return None
-    whole = [1 if axis in rows else n for axis, n in enumerate(network.shape)]
+    full_sizes = [1 if axis in row_axes else n for axis, n in enumerate(network.shape)]
     if (
-        tuple(eqn.params["slice_sizes"]) != tuple(whole)
-        or set(numbers.collapsed_slice_dims) != set(rows)
-        or any(len(network.axis_groups[axis]) != 1 for axis in rows)
+        tuple(eqn.params["slice_sizes"]) != tuple(full_sizes)
+        or set(dimension_numbers.collapsed_slice_dims) != set(row_axes)
+        or any(len(network.axis_groups[axis]) != 1 for axis in row_axes)
         or network.is_gathered
     ):
         return None
-    looked_up = [network.axis_groups[axis][0] for axis in rows]
+    gathered = [network.axis_groups[axis][0] for axis in row_axes]
     out = eqn.outvars[0].aval.shape
-    root = looked_up[0].weight_axis
-    places = [axis for axis in range(len(out)) if axis not in numbers.offset_dims]
-    batch = {axis: Axis(out[axis], root, is_gathered=True) for axis in places}
-    offsets = iter(group for axis, group in enumerate(network.axis_groups) if axis not in rows)
-    axes = [(batch[axis],) if axis in batch else next(offsets) for axis in range(len(out))]
+    weight_axis = gathered[0].weight_axis
+    batch_dims = [axis for axis in range(len(out)) if axis not in dimension_numbers.offset_dims]
+    batch_axes = {axis: Axis(out[axis], weight_axis, is_gathered=True) for axis in batch_dims}
+    offset_groups = iter(
+        group for axis, group in enumerate(network.axis_groups) if axis not in row_axes
+    )
+    groups = [
+        (batch_axes[axis],) if axis in batch_axes else next(offset_groups)
+        for axis in range(len(out))
+    ]
 
-    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    drops_out_of_range = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     products = [term.operands for term in network.terms]
-    filling = eqn.params["fill_value"]
-    if filling is not None and not (filling == 0 or np.isnan(filling)):  # A gain changes others.
+    fill_value = eqn.params["fill_value"]
+    # A gain leaves a fill value of zero or NaN unchanged, and no other.
+    if fill_value is not None and not (fill_value == 0 or np.isnan(fill_value)):
         products += [(gain,) for gain in network.gains]
-    if fills and any(
-        all(atom not in operand.axes for operand in operands)
+    if drops_out_of_range and any(
+        all(label not in operand.axes for operand in operands)
         for operands in products
-        for atom in looked_up
+        for label in gathered
     ):
-        return None  # A row outside the table would get an update, or a gain, all the same.
+        return None  # A row outside the table would get an update or a gain nevertheless.
 
-    def look_up(operand: Operand, fill: int) -> Operand:
-        columns = [i for i, atom in enumerate(looked_up) if atom in operand.axes]
+    def gather_operand(operand: Operand, fill: int) -> Operand:
+        columns = [i for i, label in enumerate(gathered) if label in operand.axes]
         if not columns:
             return operand
-        own = [operand.axes.index(looked_up[i]) for i in columns]
-        kept = [i for i in range(len(operand.axes)) if i not in own]
+        gathered_dims = [operand.axes.index(gathered[i]) for i in columns]
+        other_dims = [i for i in range(len(operand.axes)) if i not in gathered_dims]
         array = lax.gather(
             operand.array,
             indices[..., jnp.array(columns)],
             lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(len(places), len(places) + len(kept))),
-                collapsed_slice_dims=tuple(sorted(own)),
-                start_index_map=tuple(own),
+                offset_dims=tuple(range(len(batch_dims), len(batch_dims) + len(other_dims))),
+                collapsed_slice_dims=tuple(sorted(gathered_dims)),
+                start_index_map=tuple(gathered_dims),
             ),
-            slice_sizes=[1 if i in own else n for i, n in enumerate(operand.array.shape)],
-            # Some columns alone may repeat where all of them did not.
-            indices_are_sorted=eqn.params["indices_are_sorted"] and len(own) == len(rows),
-            unique_indices=eqn.params["unique_indices"] and len(own) == len(rows),
+            slice_sizes=[1 if i in gathered_dims else n for i, n in enumerate(operand.array.shape)],
+            # A part of the index columns may repeat even where all columns together do not.
+            indices_are_sorted=eqn.params["indices_are_sorted"]
+            and len(gathered_dims) == len(row_axes),
+            unique_indices=eqn.params["unique_indices"] and len(gathered_dims) == len(row_axes),
             mode=eqn.params["mode"],
             fill_value=fill,
         )
-        return Operand(array, (*batch.values(), *(operand.axes[i] for i in kept)))
+        return Operand(array, (*batch_axes.values(), *(operand.axes[i] for i in other_dims)))
 
-    # Rows outside the table are the base's filling alone. (Filling operands with its NaN would also
-    # put NaN into the gradient of rows that the model masks.)
-    gains = tuple(look_up(gain, 1) for gain in network.gains)
+    # Rows outside the table are the fill value of the base. (Its NaN in the operands would make the
+    # gradient NaN for rows that the model masks.)
+    gains = tuple(gather_operand(gain, 1) for gain in network.gains)
     terms = tuple(
-        # One key serves all rows: what they multiply has an axis for them, and so a mask for each.
+        # One key serves all rows: the input of the product, and so the mask, has an axis for them.
         Term(
-            tuple(look_up(operand, 0) for operand in term.operands),
+            tuple(gather_operand(operand, 0) for operand in term.operands),
             term.dropout
             and Dropout(term.dropout.rate, Operand(term.dropout.keys.array.reshape(-1)[0], ())),
             select=term.select,
         )
         for term in network.terms
     )
-    return [TensorNetwork(tuple(axes), network.path, gains, terms)]
+    return [TensorNetwork(tuple(groups), network.path, gains, terms)]

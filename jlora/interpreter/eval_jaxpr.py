@@ -1,4 +1,4 @@
-"""Running a traced program on factored weights."""
+"""Traces a call of a model, and evaluates traced programs on factored weights."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ SUBPROGRAM_RULES = control_flow.CONTROL_FLOW_RULES | custom_derivatives.CUSTOM_D
 
 
 def eval_program(program: _compat.TracedProgram, inputs: Sequence[Any]) -> list[Any]:
-    """The outputs of a program; inputs and outputs are arrays or factored weights.
+    """Evaluates a program whose inputs and outputs are arrays or factored weights.
 
-    Equations that no factored weight reaches are evaluated as they stand. Where one cannot stay
-    factored, the equation sees its dense sum.
+    Equations without a factored input are evaluated unchanged. An equation that has no rule for
+    the factored form gets the materialized weight.
     """
     values: dict[Any, Any] = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     values |= dict(zip(program.jaxpr.invars, inputs, strict=True))
-    uses = _find_last_uses(program)
+    last_uses = _find_last_uses(program)
 
     def read(atom: Any) -> Any:
         return atom.val if _compat.is_literal(atom) else values[atom]
 
-    for number, eqn in enumerate(program.jaxpr.eqns):
+    for index, eqn in enumerate(program.jaxpr.eqns):
         arguments = [read(atom) for atom in eqn.invars]
         with _layer_name_scope(eqn):
-            outputs = _eval_equation(eqn, arguments, number)
+            outputs = _eval_equation(eqn, arguments, index)
         values.update(zip(eqn.outvars, outputs, strict=True))
-        for done in uses.get(number, ()):
-            values.pop(done, None)  # Frees activations when run outside jit.
+        for var in last_uses.get(index, ()):
+            values.pop(var, None)  # Frees activations when run outside jit.
     return [read(atom) for atom in program.outputs]
 
 
 def _layer_name_scope(eqn: Any) -> contextlib.AbstractContextManager[Any]:
-    """The model's own names for its layers, so that a profile still shows them."""
+    """Enters the name scope of the layer, so that profiles show the names of the model."""
     name = str(eqn.source_info.name_stack)
     return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
 def _find_last_uses(program: _compat.TracedProgram) -> dict[int, list[Any]]:
-    last: dict[Any, int] = {}
-    for number, eqn in enumerate(program.jaxpr.eqns):
-        last.update((a, number) for a in eqn.invars if not _compat.is_literal(a))
+    last_use: dict[Any, int] = {}
+    for index, eqn in enumerate(program.jaxpr.eqns):
+        last_use.update((a, index) for a in eqn.invars if not _compat.is_literal(a))
     for atom in program.outputs:
         if not _compat.is_literal(atom):
-            last.pop(atom, None)
-    uses: dict[int, list[Any]] = {}
-    for atom, number in last.items():
-        uses.setdefault(number, []).append(atom)
-    return uses
+            last_use.pop(atom, None)
+    vars_by_index: dict[int, list[Any]] = {}
+    for atom, index in last_use.items():
+        vars_by_index.setdefault(index, []).append(atom)
+    return vars_by_index
 
 
 def _eval_equation(eqn: Any, values: Sequence[Any], eqn_index: int) -> Sequence[Any]:
@@ -71,7 +71,7 @@ def _eval_equation(eqn: Any, values: Sequence[Any], eqn_index: int) -> Sequence[
         return _compat.bind_eqn(eqn, values)
     name = eqn.primitive.name
     if name in SUBPROGRAM_RULES or name in products.PRODUCT_RULES:
-        # Two uses of one weight drop different inputs.
+        # Each use of a weight has its own dropout mask.
         values = [control_flow.fold_dropout_keys(value, eqn_index) for value in values]
     if name in SUBPROGRAM_RULES:
         outputs = SUBPROGRAM_RULES[name].evaluate(eqn, values, eval_program)
@@ -84,11 +84,13 @@ def _eval_equation(eqn: Any, values: Sequence[Any], eqn_index: int) -> Sequence[
             factor = scaling.factor_fn(
                 None if scaling.scalar_side is None else values[scaling.scalar_side]
             )
-            constant = scaling.scalar_side is None or _compat.is_literal(
+            scales_base = scaling.scalar_side is None or _compat.is_literal(
                 eqn.invars[scaling.scalar_side]
             )
-            network = data_movement.scale_network(weight.network, factor, base_is_scaled=constant)
-            if constant:
+            network = data_movement.scale_network(
+                weight.network, factor, base_is_scaled=scales_base
+            )
+            if scales_base:
                 (base,) = base_weight.eval_data_movement(
                     eqn, [_get_base_array(value) for value in values]
                 )
@@ -96,14 +98,14 @@ def _eval_equation(eqn: Any, values: Sequence[Any], eqn_index: int) -> Sequence[
             return [FactoredArray(weight.base, network)]
     if name in data_movement.DATA_MOVEMENT_RULES:
         networks = [_get_network(value) for value in values]
-        moved = data_movement.DATA_MOVEMENT_RULES[name](eqn, networks, values)
-        if moved is not None:
+        out_networks = data_movement.DATA_MOVEMENT_RULES[name](eqn, networks, values)
+        if out_networks is not None:
             outputs = base_weight.eval_data_movement(
                 eqn, [_get_base_array(value) for value in values]
             )
             return [
                 output if network is None else FactoredArray(output, network)
-                for output, network in zip(outputs, moved, strict=True)
+                for output, network in zip(outputs, out_networks, strict=True)
             ]
     if name in products.PRODUCT_RULES:
         return [_eval_weight_product(eqn, values)]
@@ -132,47 +134,59 @@ def _get_base_array(value: Any) -> Any:
 
 
 class TracedCall(NamedTuple):
-    """A call of the wrapped function as a program of arrays."""
+    """A call of a function as a program of arrays.
+
+    Attributes:
+        program: The program.
+        flat_params: Flattened parameters.
+        param_index: Input index of the program, by leaf index of the parameters.
+        input_arrays: Inputs of the program.
+        unflatten_outputs: Function from the outputs of the program to those of the call.
+    """
 
     program: _compat.TracedProgram
-    flat_params: _tree.FlatTree  # The parameters.
-    param_index: dict[int, int]  # From a leaf of the parameters to the program's input.
+    flat_params: _tree.FlatTree
+    param_index: dict[int, int]
     input_arrays: list[Any]
-    unflatten_outputs: Callable[[Sequence[Any]], Any]  # From the program's outputs to the call's.
+    unflatten_outputs: Callable[[Sequence[Any]], Any]
 
 
 def trace_call(
     fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> TracedCall:
-    """The call `fn(params, *inputs, **kwargs)` as a program; what is no array in it is static."""
-    flat = _tree.flatten_with_paths(params)
-    rest, rest_tree = jax.tree.flatten((inputs, kwargs))
-    leaves = [*flat.leaves, *rest]
-    indices = [i for i, leaf in enumerate(leaves) if _tree.is_array(leaf)]
+    """Traces the call `fn(params, *inputs, **kwargs)`; leaves other than arrays are static."""
+    flat_params = _tree.flatten_with_paths(params)
+    other_leaves, other_treedef = jax.tree.flatten((inputs, kwargs))
+    leaves = [*flat_params.leaves, *other_leaves]
+    array_indices = [i for i, leaf in enumerate(leaves) if _tree.is_array(leaf)]
     outputs: dict[str, Any] = {}
 
     def call(*arrays: Any) -> list[Any]:
-        filled = list(leaves)
-        for index, array in zip(indices, arrays, strict=True):
-            filled[index] = array
-        count = len(flat.leaves)
-        own_params = jax.tree.unflatten(flat.treedef, filled[:count])
-        own_inputs, own_kwargs = jax.tree.unflatten(rest_tree, filled[count:])
-        results, outputs["tree"] = jax.tree.flatten(fn(own_params, *own_inputs, **own_kwargs))
+        call_leaves = list(leaves)
+        for index, is_array in zip(array_indices, arrays, strict=True):
+            call_leaves[index] = is_array
+        num_params = len(flat_params.leaves)
+        call_params = jax.tree.unflatten(flat_params.treedef, call_leaves[:num_params])
+        call_inputs, call_kwargs = jax.tree.unflatten(other_treedef, call_leaves[num_params:])
+        results, outputs["tree"] = jax.tree.flatten(fn(call_params, *call_inputs, **call_kwargs))
         outputs["static"] = [None if _tree.is_array(result) else result for result in results]
         outputs["is_array"] = [_tree.is_array(result) for result in results]
         return [result for result in results if _tree.is_array(result)]
 
-    arrays = [leaves[index] for index in indices]
+    arrays = [leaves[index] for index in array_indices]
     program = _compat.trace_program(call, *map(base_weight.abstractify, arrays))
 
-    def restore(computed: Sequence[Any]) -> Any:
-        following = iter(computed)
+    def unflatten_outputs(computed: Sequence[Any]) -> Any:
+        remaining = iter(computed)
         results = [
-            next(following) if array else static
-            for array, static in zip(outputs["is_array"], outputs["static"], strict=True)
+            next(remaining) if is_array else static
+            for is_array, static in zip(outputs["is_array"], outputs["static"], strict=True)
         ]
         return jax.tree.unflatten(outputs["tree"], results)
 
-    param_index = {place: i for i, place in enumerate(indices) if place < len(flat.leaves)}
-    return TracedCall(program, flat, param_index, arrays, restore)
+    param_index = {
+        leaf_index: i
+        for i, leaf_index in enumerate(array_indices)
+        if leaf_index < len(flat_params.leaves)
+    }
+    return TracedCall(program, flat_params, param_index, arrays, unflatten_outputs)

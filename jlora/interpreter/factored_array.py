@@ -1,9 +1,9 @@
-"""A weight as its frozen array and a small tensor network beside it.
+"""An adapted weight in factored form: its frozen base and a small tensor network.
 
-An adapted weight is `gains * (base + sum of terms)`, where every term is a product of small arrays
-(operands) whose axes carry labels (atoms): LoRA is one term, `A[in, r] B[r, out]`. A model
-transposes, reshapes, slices and stacks its weights before it multiplies with them; all of that is
-relabelling, slicing or padding of operands, so the dense sum is never needed.
+An adapted weight is `gains * (base + sum of terms)`. Every term is a product of small arrays
+(operands) with labeled axes; LoRA is one term, `A[in, r] B[r, out]`. A model transposes, reshapes,
+slices and stacks its weights before it multiplies with them. Each of these is relabeling, slicing
+or padding of operands, so the weight need not be materialized.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ import jax.numpy as jnp
 from jlora.interpreter import base_weight
 from jlora.interpreter.einsum import Axis, Operand, contract, contract_shared, flat_size
 
-AxisGroups = tuple[tuple[Axis, ...], ...]  # One group of atoms per axis, slowest first.
+AxisGroups = tuple[tuple[Axis, ...], ...]  # One group of axes per array axis, slowest first.
 
-LabeledArray = tuple[Any, Sequence[Hashable]]  # An array and the label of each of its axes.
+LabeledArray = tuple[Any, Sequence[Hashable]]  # An array and one label per axis.
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Drops entries of a term's input with probability `rate`.
+    """Dropout on the input of a term.
 
     Attributes:
-        keys: Random keys, one for every index of the weight's batch axes (layers, experts).
+        rate: Probability of dropping an entry.
+        keys: Random keys, one per index of the weight's batch axes (layers, experts).
     """
 
     rate: float
     keys: Operand
 
-    def __call__(self, x: Any, use: int) -> Any:
-        # Batch axes that the product itself carries leave several keys here: x then has those axes
-        # too, so one key draws an independent mask for each.
+    def __call__(self, x: Any, use_index: int) -> Any:
+        # Several keys are left here by batch axes of the product. The input then has those axes
+        # too, so one key draws an independent mask for each index.
         key = self.keys.array.reshape(-1)[0]
-        kept = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - self.rate, x.shape)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+        keep = jax.random.bernoulli(jax.random.fold_in(key, use_index), 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
 
 
 @functools.partial(
@@ -55,13 +56,13 @@ class Dropout:
 )
 @dataclasses.dataclass(frozen=True)
 class TopKRouting:
-    """Weighs the entries along one axis of a term by the input: a mixture.
+    """Top-k routing over the experts of a term.
 
     Attributes:
-        router: From the input to a score for each choice.
-        expert_axis: The axis that is chosen along; operands of the term hold it too.
-        top_k: How many choices every input keeps.
-        fan_in: How many numbers the whole of an input has, which the router has to see.
+        router: Weights from the input to one score per expert.
+        expert_axis: Axis of the experts, which operands of the term have too.
+        top_k: Number of experts per input.
+        fan_in: Size of a complete input, on which the router is defined.
     """
 
     router: Operand
@@ -75,22 +76,22 @@ class TopKRouting:
 )
 @dataclasses.dataclass(frozen=True)
 class SelectTerm:
-    """Takes one of several updates that operands hold side by side.
+    """Selection of one of several updates that are stacked along an axis of the operands.
 
-    The choice waits for the product, so that what slices a stack of layers slices all updates, and
-    no update is copied whole before.
+    The selection is applied at the product. So a slice of a stack of layers slices all updates, and
+    no complete update is copied.
 
     Attributes:
-        index: Which one, an integer without axes. The first stands for none at all: what it is
-            added to stays as it is, bit by bit. Where there is no such update, the sum is NaN.
-        slot_axis: The axis of operands that it counts along.
+        index: Index of the update, an integer scalar. Index 0 adds no update and leaves the result
+            bitwise unchanged. An index out of range makes the result NaN.
+        slot_axis: Axis of the operands along which updates are stacked.
     """
 
     index: Operand
     slot_axis: Axis
 
     def select(self, operand: Operand) -> Operand:
-        """The operand's part that is chosen."""
+        """Selects the part of an operand that belongs to the update."""
         if self.slot_axis not in operand.axes:
             return operand
         axis = operand.axes.index(self.slot_axis)
@@ -98,9 +99,9 @@ class SelectTerm:
         return Operand(array, (*operand.axes[:axis], *operand.axes[axis + 1 :]))
 
     def add(self, total: Any, update: Any) -> Any:
-        """The sum, with nothing added for the first."""
+        """Adds the update to the total, and nothing for index 0."""
         index = self.index.array
-        # JAX takes the nearest index in the place of one that is not there.
+        # JAX clamps an index out of range instead of raising.
         exists = (index >= 0) & (index < self.slot_axis.size)
         return jnp.where(index == 0, total, jnp.where(exists, total + update, jnp.nan))
 
@@ -112,9 +113,15 @@ class SelectTerm:
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A product of operands, added to the weight.
+    """A product of operands, added to the base.
 
-    A term with a gate depends on the input, so it is part of no dense weight.
+    A term with routing depends on the input, so it cannot be materialized.
+
+    Attributes:
+        operands: Factors of the product.
+        dropout: Dropout on the input. None: no dropout.
+        routing: Routing over experts. None: no experts.
+        select: Selection among stacked updates. None: one update.
     """
 
     operands: tuple[Operand, ...]
@@ -123,27 +130,28 @@ class Term:
     select: SelectTerm | None = None
 
     def map(self, fn: Callable[[Operand], Operand]) -> Term:
-        dropout, gate = self.dropout, self.routing
+        """Applies a function to every operand, including dropout keys, router and index."""
+        dropout, routing = self.dropout, self.routing
         if dropout is not None:
             dropout = Dropout(dropout.rate, fn(dropout.keys))
-        if gate is not None:
-            gate = dataclasses.replace(gate, router=fn(gate.router))
-        pick = self.select and dataclasses.replace(self.select, index=fn(self.select.index))
-        return Term(tuple(fn(operand) for operand in self.operands), dropout, gate, pick)
+        if routing is not None:
+            routing = dataclasses.replace(routing, router=fn(routing.router))
+        select = self.select and dataclasses.replace(self.select, index=fn(self.select.index))
+        return Term(tuple(fn(operand) for operand in self.operands), dropout, routing, select)
 
     @property
     def selected_operands(self) -> tuple[Operand, ...]:
-        """Its operands, of several updates the one that is chosen."""
+        """Operands of the selected update."""
         if self.select is None:
             return self.operands
         return tuple(self.select.select(operand) for operand in self.operands)
 
     def add(self, total: Any, update: Any) -> Any:
-        """The sum of anything and what this term's operands made of the same."""
+        """Adds to a total the update that the selected operands have computed."""
         return total + update if self.select is None else self.select.add(total, update)
 
     def apply_selection(self) -> Term:
-        """The same with the choice made, for uses that know of none."""
+        """Applies the selection, for uses that do not support one."""
         if self.select is None:
             return self
         first, *others = self.selected_operands
@@ -159,14 +167,14 @@ class Term:
 )
 @dataclasses.dataclass(frozen=True)
 class TensorNetwork:
-    """Everything about an adapted weight but its base array.
+    """An adapted weight without its base.
 
     Attributes:
-        axis_groups: The atoms of each axis, as the traced program sees the weight at this point.
-        path: Where the weight came from, for messages.
-        gains: Factors on the sum of base and terms; none means one.
-        terms: What is added to the base.
-        moment_taps: Arrays whose gradients products make to be moments of what the weight meets.
+        axis_groups: Axes that form each array axis of the weight at this point of the program.
+        path: Path of the weight in the parameter tree, for messages.
+        gains: Factors on the sum of base and terms. Empty: one.
+        terms: Products added to the base.
+        moment_taps: Arrays whose gradients are the moments of the inputs of the weight.
     """
 
     axis_groups: AxisGroups
@@ -177,22 +185,25 @@ class TensorNetwork:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the weight at this point of the program."""
         return tuple(flat_size(group) for group in self.axis_groups)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        return tuple(atom for group in self.axis_groups for atom in group)
+        """All axes of the weight, in order."""
+        return tuple(axis for group in self.axis_groups for axis in group)
 
     @property
     def is_gathered(self) -> bool:
-        """Whether rows were looked up with an array of indices, which makes it an activation."""
-        return any(atom.is_gathered for atom in self.axes)
+        """Whether rows were gathered with an array of indices, so that it is an activation."""
+        return any(axis.is_gathered for axis in self.axes)
 
     def with_axis_groups(self, axis_groups: Sequence[tuple[Axis, ...]]) -> TensorNetwork:
+        """Returns the network with other axis groups."""
         return dataclasses.replace(self, axis_groups=tuple(axis_groups))
 
     def map(self, fn: Callable[[Operand], Operand]) -> TensorNetwork:
-        """The network with `fn` applied to every operand, its axes as they were."""
+        """Applies a function to every operand; the axis groups stay."""
         return dataclasses.replace(
             self,
             gains=tuple(fn(gain) for gain in self.gains),
@@ -201,28 +212,32 @@ class TensorNetwork:
         )
 
     def apply_selections(self) -> TensorNetwork:
-        """The network with every choice among updates made."""
+        """Applies the selections of all terms."""
         return dataclasses.replace(self, terms=tuple(term.apply_selection() for term in self.terms))
 
     def replace_axis(
         self, old: Axis, new: tuple[Axis, ...], fn: Callable[[Any, int], Any]
     ) -> TensorNetwork:
-        """The network with `old` replaced by `new` everywhere, `fn(array, axis)` doing the same to
-        the arrays that hold it.
+        """Replaces an axis in all operands and groups.
+
+        Args:
+            old: Axis to replace.
+            new: Axes in its place.
+            fn: Function `fn(array, axis)` that converts arrays with this axis.
         """
 
-        def change(operand: Operand) -> Operand:
+        def replace_in_operand(operand: Operand) -> Operand:
             if old not in operand.axes:
                 return operand
             axis = operand.axes.index(old)
-            atoms = (*operand.axes[:axis], *new, *operand.axes[axis + 1 :])
-            return Operand(fn(operand.array, axis), atoms)
+            axes = (*operand.axes[:axis], *new, *operand.axes[axis + 1 :])
+            return Operand(fn(operand.array, axis), axes)
 
-        axes = [
-            tuple(a for atom in group for a in (new if atom is old else (atom,)))
+        axis_groups = [
+            tuple(a for label in group for a in (new if label is old else (label,)))
             for group in self.axis_groups
         ]
-        return self.map(change).with_axis_groups(axes)
+        return self.map(replace_in_operand).with_axis_groups(axis_groups)
 
 
 @functools.partial(
@@ -230,33 +245,38 @@ class TensorNetwork:
 )
 @dataclasses.dataclass(frozen=True)
 class FactoredArray:
-    """An adapted weight: its base as the traced program sees it, and its network."""
+    """An adapted weight in factored form.
+
+    Attributes:
+        base: Base at this point of the program: an array, a quantized or a deferred array.
+        network: Network of the adapter.
+    """
 
     base: Any
     network: TensorNetwork
 
     def materialize(self) -> Any:
-        """The adapted weight as one array of the base's type.
+        """Returns the adapted weight as one array in the type of the base.
 
-        The sum is made in float32 or wider and rounded once.
+        It is computed in float32 or wider and rounded once.
 
         Raises:
-            ValueError: When a term has a dropout or a gate, which need the input of a product.
+            ValueError: If a term has dropout or routing, which need the input of a product.
         """
         for term in self.network.terms:
             if term.routing is not None:
                 raise ValueError(
-                    f"The mixture on {self.network.path!r} weighs its experts by the input, so no "
-                    f"single weight computes the same, and none can be merged or used outside "
-                    f"a product (lora.explain shows by what each is used). Keep it apart and call "
-                    f"apply, or leave this weight out of the rule."
+                    f"LoRAMoE on {self.network.path!r} routes by the input, so it cannot be merged "
+                    f"into one weight or used outside a product (lora.explain lists the uses of "
+                    f"each weight). Call apply with the separate adapter, or exclude this weight "
+                    f"from the adapter rules."
                 )
-            # As in the reference, a look-up has no input to drop.
+            # As in the reference, dropout does not apply to embedding look-ups.
             if term.dropout is not None and not self.network.is_gathered:
                 raise ValueError(
-                    f"The dropout of the adapter on {self.network.path!r} cannot be applied: this "
-                    f"weight is used by more than products (lora.explain shows by what), so its "
-                    f"input is unknown. Give its rule dropout=0.0, or leave out dropout_key."
+                    f"Dropout of the adapter on {self.network.path!r} cannot be applied: this "
+                    f"weight is not only used by products (lora.explain lists its uses), so it has "
+                    f"no input to drop. Set dropout=0.0 in its config, or omit dropout_key."
                 )
         notify_materialized(self.network)
         dtype = jnp.float64 if self.base.dtype == jnp.float64 else jnp.float32
@@ -271,20 +291,20 @@ class FactoredArray:
 
 
 def notify_materialized(network: TensorNetwork) -> None:
-    """Tells who watches that the dense sum of a weight is formed."""
+    """Reports to `record_materialized` that a weight is materialized."""
     watched = _materialized_paths.get()
     if watched is not None and not network.is_gathered:
         watched.append(network.path)
 
 
 _materialized_paths: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
-    "sums", default=None
+    "materialized_paths", default=None
 )
 
 
 @contextlib.contextmanager
 def record_materialized() -> Iterator[list[str]]:
-    """A list of the paths of weights whose dense sum is formed inside the context."""
+    """Yields a list that collects the paths of weights materialized inside the context."""
     paths: list[str] = []
     token = _materialized_paths.set(paths)
     try:
@@ -305,64 +325,80 @@ def build_tensor_network(
     moment_taps: Sequence[LabeledArray] = (),
     dropout: tuple[float, Any, Sequence[int]] | None = None,
 ) -> TensorNetwork:
-    """The network of a weight of this shape.
+    """Builds the network of a weight.
 
     Args:
-        path: Where the weight is in its tree.
-        shape: The weight's shape.
-        gains: Arrays with a label per axis: the number of one of the weight's axes.
-        terms: Products of such arrays. A label that is not an axis number is summed over.
-        splits: Axes of the weight that arrays see as several, slowest first, with their sizes.
+        path: Path of the weight in the parameter tree.
+        shape: Shape of the weight.
+        gains: Factors on the adapted weight, each with labels of its axes.
+        terms: Operands of every term, each with labels of its axes. The label of a weight axis is
+            its index; labels of other axes, such as ranks, are shared by operands that contract
+            over them.
+        splits: Weight axes that operands have as several axes, slowest first, with their sizes.
             Part `i` of axis `n` has the label `(n, i)`.
-        routing: For every term, a router, the label of what it chooses from, and how many it keeps.
-        selection: For every term, an integer and the label that it chooses one index of.
-        moment_taps: Arrays whose gradients products make to be moments of what the weight meets.
-        dropout: A rate, an array of random keys, and the weight's axes that the keys run over.
+        routing: Router with its labels, label of the expert axis, and number of experts per input.
+            None: no routing.
+        selection: Integer scalar and label of the slot axis. None: no selection.
+        moment_taps: Arrays for the moments of the inputs, each with labels of its axes.
+        dropout: Rate, array of random keys, and weight axes of the keys. None: no dropout.
     """
-    atoms: dict[Hashable, Axis] = {
+    axis_by_label: dict[Hashable, Axis] = {
         axis: Axis(n, weight_axis=axis) for axis, n in enumerate(shape) if axis not in splits
     }
-    atoms |= {
+    axis_by_label |= {
         (axis, part): Axis(n, weight_axis=axis)
         for axis, sizes in splits.items()
         for part, n in enumerate(sizes)
     }
 
-    def group(axis: int) -> tuple[Axis, ...]:
+    def make_group(axis: int) -> tuple[Axis, ...]:
         parts = range(len(splits.get(axis, ())))
-        return tuple(atoms[axis, part] for part in parts) or (atoms[axis],)
+        return tuple(axis_by_label[axis, part] for part in parts) or (axis_by_label[axis],)
 
-    def operand(array: Any, labels: Sequence[Hashable]) -> Operand:
+    def make_operand(array: Any, labels: Sequence[Hashable]) -> Operand:
         for label, length in zip(labels, array.shape, strict=True):
-            atoms.setdefault(label, Axis(length))
-            assert atoms[label].size == length, (path, label, length, atoms[label].size)
-        return Operand(array, tuple(atoms[label] for label in labels))
+            axis_by_label.setdefault(label, Axis(length))
+            assert axis_by_label[label].size == length, (
+                path,
+                label,
+                length,
+                axis_by_label[label].size,
+            )
+        return Operand(array, tuple(axis_by_label[label] for label in labels))
 
-    drop = None if dropout is None else Dropout(dropout[0], operand(dropout[1], dropout[2]))
-    products = [tuple(operand(*pair) for pair in term) for term in terms]
-    chosen = None
+    term_dropout = (
+        None if dropout is None else Dropout(dropout[0], make_operand(dropout[1], dropout[2]))
+    )
+    term_operands = [tuple(make_operand(*pair) for pair in term) for term in terms]
+    term_routing = None
     if routing is not None:
         router, label, top_k = routing
-        # Batch axes are those that every operand of the mixture has.
-        shared = set.intersection(*(set(one) for term in terms for _, one in term))
+        # The batch axes are those that every operand has.
+        shared = set.intersection(
+            *(set(array_labels) for term in terms for _, array_labels in term)
+        )
         inputs = [axis for axis in router[1] if axis != label and axis not in shared]
-        fan_in = math.prod(atoms[axis].size for axis in inputs)
-        chosen = TopKRouting(operand(*router), atoms[label], top_k, fan_in)
-    taken = (
-        None if selection is None else SelectTerm(Operand(selection[0], ()), atoms[selection[1]])
+        fan_in = math.prod(axis_by_label[axis].size for axis in inputs)
+        term_routing = TopKRouting(make_operand(*router), axis_by_label[label], top_k, fan_in)
+    term_selection = (
+        None
+        if selection is None
+        else SelectTerm(Operand(selection[0], ()), axis_by_label[selection[1]])
     )
     return TensorNetwork(
-        axis_groups=tuple(group(axis) for axis in range(len(shape))),
+        axis_groups=tuple(make_group(axis) for axis in range(len(shape))),
         path=path,
-        gains=tuple(operand(*gain) for gain in gains),
-        terms=tuple(Term(operands, drop, chosen, taken) for operands in products),
-        moment_taps=tuple(operand(*one) for one in moment_taps),
+        gains=tuple(make_operand(*gain) for gain in gains),
+        terms=tuple(
+            Term(operands, term_dropout, term_routing, term_selection) for operands in term_operands
+        ),
+        moment_taps=tuple(make_operand(*tap) for tap in moment_taps),
     )
 
 
 def materialize_operands(operands: Sequence[Operand], network: TensorNetwork, dtype: Any) -> Any:
-    """The product of the operands as a dense array laid out like the weight."""
-    # A merge must not lose what training found to the short products of a TPU or GPU.
+    """Multiplies operands into one array with the layout of the weight."""
+    # The default precision of TPU and GPU products would lose digits of a trained update.
     exact = jax.lax.Precision.HIGHEST
     first, *others = contract_shared(
         [operand.map(lambda array: array.astype(dtype)) for operand in operands],

@@ -1,8 +1,8 @@
-"""Equations in which a weight meets an activation: the products that stay factored.
+"""Product rules by primitive: the products of weight and activation that stay factored.
 
-Every product has two functions. `roles` says what each atom of the weight does there (the probe
-asks it), or why the product cannot be made from the operands. `multiply` makes it: the base's own
-equation, plus `(x A) B` for every term, times the gains.
+Every rule has two functions. `get_axis_roles` returns the role of each axis of the weight, or the
+reason for which the product needs the materialized weight; `usage` calls it too. `multiply`
+computes the product: the equation on the base, plus `(x A) B` for every term, times the gains.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ PRODUCT_RULES: dict[str, ProductRule] = {
 
 
 def find_weight_side(networks: Sequence[TensorNetwork | None]) -> int | None:
-    """Which input of the product is treated as the weight: the one that is not itself looked up."""
+    """Returns the input of a product that is its weight: preferably one that was not gathered."""
     sides = [side for side, network in enumerate(networks) if network is not None]
     return min(sides, key=lambda side: networks[side].is_gathered) if sides else None  # type: ignore

@@ -1,7 +1,9 @@
-"""The load-balancing losses of mixtures, gathered from wherever in a program they arise.
+"""Terms and gains of a factored weight in products: dropout, routing, input moments, and losses.
 
-Products inside a scan, a checkpoint or a shard_map cannot hand a loss to the caller by themselves:
-whoever runs such a program collects what is found inside and returns it as one more output.
+`add_terms` adds the product of the input with every term, and `apply_with_gains` scales input or
+result. Routing has a load-balancing loss. Products inside a scan, a checkpoint or a shard_map
+cannot return it to the caller, so the rule of each such equation collects the losses inside
+(`call_with_aux_losses`), returns them as one more output, and records them outside.
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ from jlora.interpreter import _compat
 from jlora.interpreter.einsum import Axis, Operand, contract, flat_size
 from jlora.interpreter.factored_array import FactoredArray, TensorNetwork, TopKRouting
 
-# What a gain nearer to zero is taken for, so that a product can be divided by it.
+# Smallest magnitude of a gain. Smaller ones are clipped, so that products can be divided by them.
 _MIN_GAIN = 2.0**-60
 
 
 def label_activation_axes(
     shape: Sequence[int], groups: dict[int, tuple[Axis, ...]]
 ) -> list[tuple[Axis, ...]]:
-    """Groups of atoms for an activation's axes: those it shares with the weight, or a new atom."""
+    """Returns the axis groups of an activation, with a new axis where `groups` has none."""
     return [groups.get(axis, (Axis(length),)) for axis, length in enumerate(shape)]
 
 
 def split_axes(array: Any, groups: Sequence[tuple[Axis, ...]]) -> Operand:
-    atoms = tuple(atom for group in groups for atom in group)
-    return Operand(array.reshape([atom.size for atom in atoms]), atoms)
+    """Reshapes an array, whose array axes are these groups, to one array axis per `Axis`."""
+    axes = tuple(axis for group in groups for axis in group)
+    return Operand(array.reshape([axis.size for axis in axes]), axes)
 
 
 def add_terms(
@@ -44,16 +47,28 @@ def add_terms(
     out_axes: Sequence[Axis],
     precision: Any,
 ) -> Any:
-    """`base_product` plus the products of `x` with every term, where `out_axes` are the result's atoms."""
+    """Adds the products of `x` with every term to the product with the base.
+
+    Args:
+        base_product: Product with the base.
+        factored: Weight with the terms.
+        x: Input of the product.
+        out_axes: Axes of the result.
+        precision: Precision of the products.
+    """
     total = base_product
-    for use, term in enumerate(factored.network.terms):
+    for use_index, term in enumerate(factored.network.terms):
         operands = list(term.selected_operands)
         if term.routing is not None:
-            gate = _compute_routing_weights(
+            routing_weights = _compute_routing_weights(
                 term.routing, x, out_axes, factored.network.path, precision
             )
-            operands.append(gate)
-        dropped = x if term.dropout is None else x.map(functools.partial(term.dropout, use=use))
+            operands.append(routing_weights)
+        dropped = (
+            x
+            if term.dropout is None
+            else x.map(functools.partial(term.dropout, use_index=use_index))
+        )
         update = contract(
             dropped, operands, out_axes, precision=precision, out_dtype=base_product.dtype
         )
@@ -64,131 +79,144 @@ def add_terms(
 def _compute_routing_weights(
     routing: TopKRouting, x: Operand, out_axes: Sequence[Axis], path: str, precision: Any
 ) -> Operand:
-    """The weight of every choice for every input, and its load-balancing loss handed on.
+    """Returns the weight of every expert for every input, and records the load-balancing loss.
 
-    The softmax is over the `top_k` best scores alone. The loss is
-    `n sum_e (share of inputs that keep e) (mean probability of e)`, one where all are used alike.
+    The softmax is over the `top_k` highest scores. The loss is
+    `n sum_e (share of inputs routed to e) (mean probability of e)`, which is 1 at uniform use.
 
     References:
-        Jiang et al., Mixtral of Experts, arXiv:2401.04088, section 2.1, for the weights.
-        Fedus et al., Switch Transformers, arXiv:2101.03961, section 2.2, for the loss.
+        Jiang et al., Mixtral of Experts, arXiv:2401.04088, section 2.1: the weights.
+        Fedus et al., Switch Transformers, arXiv:2101.03961, section 2.2: the loss.
     """
-    tokens = [atom for atom in x.axes if atom in out_axes]
-    met = [atom for atom in routing.router.axes if atom in x.axes and atom not in out_axes]
-    unmet = set(routing.router.axes) - set(x.axes) - {routing.expert_axis}
-    if unmet or flat_size(met) != routing.fan_in:
+    token_axes = [axis for axis in x.axes if axis in out_axes]
+    input_axes = [axis for axis in routing.router.axes if axis in x.axes and axis not in out_axes]
+    missing = set(routing.router.axes) - set(x.axes) - {routing.expert_axis}
+    if missing or flat_size(input_axes) != routing.fan_in:
         raise ValueError(
-            f"The mixture on {path!r} meets {flat_size(met)} of the {routing.fan_in} numbers of an input "
-            f"at one of its uses (of a part of the weight, its transpose, or a shard), and its "
-            f"router has to see all of them. Leave this weight out of the rule."
+            f"LoRAMoE on {path!r} gets {flat_size(input_axes)} of the {routing.fan_in} input "
+            f"features at one of its uses (of a slice, a shard or the transpose of the weight), but "
+            f"its router needs all of them. Exclude this weight from the adapter rules."
         )
     router = routing.router.map(lambda array: array.astype(jnp.float32))
-    wide = x.map(lambda array: array.astype(jnp.float32))
-    scores = contract(wide, [router], [*tokens, routing.expert_axis], precision=precision)
-    count = routing.expert_axis.size
-    _, best = lax.top_k(scores, routing.top_k)
-    kept = jax.nn.one_hot(best, count, dtype=bool).any(-2)
-    weights = jax.nn.softmax(scores, axis=-1, where=kept)
-    # Each of a stack of matrices has a balance of its own.
-    axes = tuple(i for i, atom in enumerate(tokens) if atom not in routing.router.axes)
-    share = lax.stop_gradient(kept.astype(jnp.float32).mean(axes)) / routing.top_k
-    record_aux_losses([count * jnp.sum(share * jax.nn.softmax(scores, -1).mean(axes))])
-    return Operand(weights, (*tokens, routing.expert_axis))
+    x_float32 = x.map(lambda array: array.astype(jnp.float32))
+    scores = contract(x_float32, [router], [*token_axes, routing.expert_axis], precision=precision)
+    num_experts = routing.expert_axis.size
+    _, top_experts = lax.top_k(scores, routing.top_k)
+    is_routed = jax.nn.one_hot(top_experts, num_experts, dtype=bool).any(-2)
+    weights = jax.nn.softmax(scores, axis=-1, where=is_routed)
+    # Each matrix of a stack is balanced separately.
+    balanced_dims = tuple(i for i, axis in enumerate(token_axes) if axis not in routing.router.axes)
+    share = lax.stop_gradient(is_routed.astype(jnp.float32).mean(balanced_dims)) / routing.top_k
+    record_aux_losses(
+        [num_experts * jnp.sum(share * jax.nn.softmax(scores, -1).mean(balanced_dims))]
+    )
+    return Operand(weights, (*token_axes, routing.expert_axis))
 
 
 def _apply_gain(array: Any, gain: Operand, groups: Sequence[tuple[Axis, ...]]) -> Any:
-    """The array, whose axes are these groups, times a gain along some of them.
+    """Multiplies an array, whose array axes are these groups, with a gain along some of them.
 
-    The product is made in float32 or wider: a gain that differs little from one would be one in a
-    narrow type.
+    The product is computed in float32 or wider, because a gain close to one would round to one in
+    a narrower type.
     """
-    held = [group for group in groups if set(group) & set(gain.axes)]
-    factor = contract(gain, (), [atom for group in held for atom in group])
-    factor = factor.reshape([flat_size(group) if group in held else 1 for group in groups])
+    gain_groups = [group for group in groups if set(group) & set(gain.axes)]
+    factor = contract(gain, (), [axis for group in gain_groups for axis in group])
+    factor = factor.reshape([flat_size(group) if group in gain_groups else 1 for group in groups])
     factor = factor.astype(jnp.promote_types(array.dtype, jnp.float32))
     if jnp.finfo(array.dtype).tiny > _MIN_GAIN:
         return (array.astype(factor.dtype) * factor).astype(array.dtype)
-    away = jnp.where(factor < 0, -_MIN_GAIN, _MIN_GAIN)
-    moved = jnp.where(jnp.abs(factor) < _MIN_GAIN, away - factor, 0)
-    return _multiply_by_gain(array, factor + lax.stop_gradient(moved))
+    clipped = jnp.where(factor < 0, -_MIN_GAIN, _MIN_GAIN)
+    correction = jnp.where(jnp.abs(factor) < _MIN_GAIN, clipped - factor, 0)
+    return _multiply_by_gain(array, factor + lax.stop_gradient(correction))
 
 
 @jax.custom_jvp
 def _multiply_by_gain(array: Any, factor: Any) -> Any:
-    """The array times a factor of a type no narrower."""
+    """Multiplies an array with a factor whose type is at least as wide."""
     return (array.astype(factor.dtype) * factor).astype(array.dtype)
 
 
 @functools.partial(_multiply_by_gain.defjvp, symbolic_zeros=True)
 def _multiply_by_gain_jvp(primals: Any, tangents: Any) -> Any:
     array, factor = primals
-    moved, turned = tangents
+    array_tangent, factor_tangent = tangents
     result = _multiply_by_gain(array, factor)
     total = None
-    if not isinstance(moved, SymbolicZero):
-        total = _multiply_by_gain(moved, factor)
-    if not isinstance(turned, SymbolicZero):
-        part = _gain_tangent(result, factor, turned)
-        total = part if total is None else total + part
+    if not isinstance(array_tangent, SymbolicZero):
+        total = _multiply_by_gain(array_tangent, factor)
+    if not isinstance(factor_tangent, SymbolicZero):
+        tangent = _gain_tangent(result, factor, factor_tangent)
+        total = tangent if total is None else total + tangent
     return result, total
 
 
-# What is kept for the gradient are the arguments, and nothing wider that is made from them.
+# The residuals are the arguments, and no wider array computed from them.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gain_tangent(result: Any, factor: Any, factor_tangent: Any) -> Any:
-    """What a change of the factor does, from `_multiply_by_gain`' result: that is kept for the gradient of
-    what comes next anyway, and so a step need not keep the array too. Only second derivatives lose
-    by it: as many digits as the factor is below one.
+    """Computes the tangent of `_multiply_by_gain` with respect to the factor, from its result.
+
+    The result is a residual of the next operation anyway, so a training step need not keep the
+    array too. Second derivatives alone lose precision: as many digits as the factor is below one.
     """
     return (result.astype(factor.dtype) * (factor_tangent / factor)).astype(result.dtype)
 
 
 def tap_input_moments(x: Operand, network: TensorNetwork, input_axes: Sequence[Axis]) -> Any:
-    """The activation, whose backward pass hands its moments to the network's observed arrays.
+    """Returns the activation, whose backward pass writes its moments as gradients of the taps.
 
-    Those are the count of inputs, their sum, and the sum of their outer products, for each of the
-    weight's matrices. What reaches them is no derivative of anything.
+    The moments are the count of inputs, their sum, and the sum of their outer products, for each
+    matrix of the weight. These gradients are not derivatives of the output.
+
+    Args:
+        x: Input of the product.
+        network: Network with the moment taps.
+        input_axes: Contracted axes.
+
+    Raises:
+        ValueError: If a use has not exactly the inputs of the weight.
     """
     count, first, second = network.moment_taps
-    ordered = [atom for atom in first.axes if atom in input_axes]
-    if flat_size(ordered) ** 2 * count.array.size != second.array.size:
+    ordered_axes = [axis for axis in first.axes if axis in input_axes]
+    if flat_size(ordered_axes) ** 2 * count.array.size != second.array.size:
         raise ValueError(
-            f"The moments of the inputs of {network.path!r} cannot be taken: one of its uses meets "
-            f"a part of them, or others (its transpose). Leave it out of the rules."
+            f"Input moments of {network.path!r} cannot be computed: one of its uses has only part "
+            f"of the inputs, or other inputs (its transpose). Exclude it from the rules."
         )
-    matrices = [atom for atom in first.axes if atom in x.axes and atom not in input_axes]
-    tokens = [atom for atom in x.axes if atom not in (*matrices, *input_axes)]
+    matrix_axes = [axis for axis in first.axes if axis in x.axes and axis not in input_axes]
+    token_axes = [axis for axis in x.axes if axis not in (*matrix_axes, *input_axes)]
 
     @jax.custom_vjp
-    def meet(array: Any, sums: list[Any]) -> Any:
+    def tap(array: Any, sums: list[Any]) -> Any:
         del sums
         return array
 
     def backward(array: Any, cotangent: Any) -> tuple[Any, list[Any]]:
-        rows = contract(Operand(array, x.axes), (), [*matrices, *tokens, *ordered])
-        rows = rows.reshape(flat_size(matrices), flat_size(tokens), flat_size(ordered)).astype(
-            jnp.float32
-        )
+        rows = contract(Operand(array, x.axes), (), [*matrix_axes, *token_axes, *ordered_axes])
+        rows = rows.reshape(
+            flat_size(matrix_axes), flat_size(token_axes), flat_size(ordered_axes)
+        ).astype(jnp.float32)
         outer = jnp.einsum("bti,btj->bij", rows, rows, precision=lax.Precision.HIGHEST)
-        # A one for each input, made from it so that it varies over the same shards.
+        # One per input, computed from it so that it varies over the same mesh axes.
         ones = jnp.where(rows[:, :, 0] == 0, 1.0, 1.0)
         sums = [ones.sum(1), rows.sum(1), outer]
-        axes = _compat.get_varying_axes(rows)
-        if axes:
-            sums = lax.psum(sums, axes)
-        shaped = [
+        varying_axes = _compat.get_varying_axes(rows)
+        if varying_axes:
+            sums = lax.psum(sums, varying_axes)
+        tap_gradients = [
             value.reshape(operand.array.shape).astype(operand.array.dtype)
             for value, operand in zip(sums, network.moment_taps, strict=True)
         ]
-        return cotangent, shaped
+        return cotangent, tap_gradients
 
-    meet.defvjp(lambda array, sums: (array, array), backward)
-    return meet(x.array, [operand.array for operand in network.moment_taps])
+    tap.defvjp(lambda array, sums: (array, array), backward)
+    return tap(x.array, [operand.array for operand in network.moment_taps])
 
 
 def product_dtype(x: Any, base: Any, result: Any) -> Any:
-    """The type to multiply in: the operands' own, unless they differ or are of 8 bits, which are
-    scaled for the base and not for the factors.
+    """Returns the type of products with the factors.
+
+    It is the type of the operands, or the wider one where they differ. With 8-bit operands, whose
+    scaling fits the base and not the factors, it is the type of the result.
     """
     if x.dtype == base.dtype and x.dtype.itemsize > 1:
         return x.dtype
@@ -204,28 +232,36 @@ def apply_with_gains(
     out_groups: Sequence[tuple[Axis, ...]],
     product: Callable[[Any], Any],
 ) -> Any:
-    """What `product` makes of `x`, with every gain on the result, or on `x` where it runs along
-    what is summed over.
+    """Applies `product` to `x` and multiplies with the gains.
+
+    A gain along contracted axes scales `x`; any other gain scales the result.
+
+    Args:
+        gains: Gains of the weight.
+        x: Input of the product.
+        x_groups: Axis groups of `x`.
+        out_groups: Axis groups of the result.
+        product: Function from the input to the result without gains.
     """
-    out_atoms = {atom for group in out_groups for atom in group}
-    after = [gain for gain in gains if set(gain.axes) <= out_atoms]
+    out_axes = {axis for group in out_groups for axis in group}
+    output_gains = [gain for gain in gains if set(gain.axes) <= out_axes]
     for gain in gains:
-        if not set(gain.axes) <= out_atoms:
+        if not set(gain.axes) <= out_axes:
             x = _apply_gain(x, gain, x_groups)
     result = product(x)
-    for gain in after:
+    for gain in output_gains:
         result = _apply_gain(result, gain, out_groups)
     return result
 
 
 _collected_aux_losses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
-    "found", default=None
+    "aux_losses", default=None
 )
 
 
 @contextlib.contextmanager
 def collect_aux_losses() -> Iterator[list[Any]]:
-    """A list that gets every loss found inside the context, and none that is found elsewhere."""
+    """Yields a list that collects the losses recorded inside the context."""
     losses: list[Any] = []
     token = _collected_aux_losses.set(losses)
     try:
@@ -235,18 +271,18 @@ def collect_aux_losses() -> Iterator[list[Any]]:
 
 
 def record_aux_losses(losses: Iterable[Any]) -> None:
-    """Hands losses to whoever collects."""
-    found = _collected_aux_losses.get()
-    if found is not None:
-        found.extend(losses)
+    """Adds losses to the innermost `collect_aux_losses`, if there is one."""
+    collected = _collected_aux_losses.get()
+    if collected is not None:
+        collected.extend(losses)
 
 
 def call_with_aux_losses(fn: Callable[[], list[Any]]) -> tuple[list[Any], list[Any]]:
-    """What `fn` returns, and the losses found meanwhile."""
+    """Calls `fn`; returns its result and the losses recorded during the call."""
     with collect_aux_losses() as losses:
         return fn(), losses
 
 
 def sum_aux_losses(losses: Iterable[Any]) -> Any:
-    """Their sum, a float32; zero when there are none."""
+    """Returns the sum of the losses in float32, zero if there are none."""
     return sum(losses, start=jnp.zeros((), jnp.float32))
