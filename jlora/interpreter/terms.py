@@ -94,8 +94,8 @@ def _compute_routing_weights(
     if missing or flat_size(input_axes) != routing.fan_in:
         raise ValueError(
             f"LoRAMoE on {path!r} gets {flat_size(input_axes)} of the {routing.fan_in} input "
-            f"features at one of its uses (of a slice, a shard or the transpose of the weight), but "
-            f"its router needs all of them. Exclude this weight from the adapter rules."
+            f"features at one of its uses (of a slice, a shard or the transpose of the weight). "
+            f"Its router needs all of them. Exclude this weight from the adapter rules."
         )
     router = routing.router.map(lambda array: array.astype(jnp.float32))
     x_float32 = x.map(lambda array: array.astype(jnp.float32))

@@ -186,7 +186,7 @@ def test_the_same_trees_go_through_orbax(name: str, tmp_path: pathlib.Path) -> N
         ("fourierft", "params/kernel", {"seed": "@@@"}, "seed=@@@"),
         ("fourierft", "params/kernel", {"num_frequencies": 61}, "choose none of 60"),
         ("vera", "params/kernel", {"share": "other"}, "shares arrays under 'other'"),
-        ("vera", "params/kernel", {"share": 3}, "must be a name"),
+        ("vera", "params/kernel", {"share": 3}, "must be a nonempty string"),
         ("vera", "vera", {"rank": 9}, "rank 9"),
         ("vb_lora", "vb_lora", {"num_vectors": 2}, r"its bank is \(2, 1\)"),
     ],

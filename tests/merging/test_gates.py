@@ -172,7 +172,7 @@ def test_prompts_that_make_no_gate_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             fit_router({**PROMPTS, **changes}, mix)
-    with pytest.raises(ValueError, match="temperature=0 is out of range"):
+    with pytest.raises(ValueError, match="temperature=0 must be a finite number"):
         fit_router(PROMPTS, mix, temperature=0)
 
 
@@ -186,7 +186,7 @@ def test_embeddings_and_weights_of_other_shapes_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             routing_weights(gate, embedding)
-    for k, message in [(4, "top_k=4 exceeds the 3 adapters"), (0, "top_k=0 is no count")]:
+    for k, message in [(4, "top_k=4 exceeds the 3 adapters"), (0, "top_k=0 must be a positive integer")]:
         with pytest.raises(ValueError, match=message):
             routing_weights(gate, EMBEDDING, top_k=k)
     (x,) = one.inputs

@@ -234,11 +234,11 @@ def test_trim_zero_ranks_fresh_and_zero_leaves() -> None:
     ("changes", "match"),
     [
         ({"end_rank": 5}, "end_rank=5 must be at most init_rank=3"),
-        ({"end_rank": 0}, "leaves no room"),
-        ({"init_rank": 2.0}, "a rank is a count"),
+        ({"end_rank": 0}, "must be at least 1"),
+        ({"init_rank": 2.0}, "must be a positive integer, got float"),
         ({"begin_step": 10}, "begin_step=10 and end_step=10"),
         ({"begin_step": -1}, "begin_step=-1 and end_step=10"),
-        ({"interval": 0}, "is no count"),
+        ({"interval": 0}, "must be a positive integer"),
     ],
 )
 def test_rank_schedule_bad_options_raise(changes: dict[str, Any], match: str) -> None:

@@ -374,7 +374,7 @@ def test_loftq_residual_init_raises() -> None:
 def test_loftq_bad_inputs_raise() -> None:
     _, params, adapter = fresh(jlora.LoRA(rank=2, alpha=2))
     for iterations in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match=r"loftq: iterations=.* is no count"):
+        with pytest.raises(ValueError, match=r"loftq: iterations=.* must be a positive integer"):
             jlora.loftq(params, adapter, RULES, iterations=iterations)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'w', which is already quantized"):
         jlora.loftq(jlora.quantize(params, RULES), adapter, RULES)
