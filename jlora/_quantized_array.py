@@ -1,4 +1,4 @@
-"""Weights kept in fewer bits than the numbers that a model computes with."""
+"""Base class of quantized weights, and functions on trees that may contain them."""
 
 from __future__ import annotations
 
@@ -15,85 +15,90 @@ from jlora._sharding import fit_sharding
 
 
 class QuantizedArray(abc.ABC):
-    """A weight in another form than the array of its numbers.
+    """A quantized weight.
 
-    It stands in a parameter tree in the array's place, and is itself a node of arrays. Every one of
-    these has as many axes as the weight, in the same order, and an axis that nothing is packed
-    along is as long as the weight's. So what slices, stacks or shards the weight does the same to
-    each of them, and what comes out is the packed form of the weight's slice, stack or shard.
+    It replaces the array in a parameter tree and is itself a pytree of arrays, its components.
+    Every component has the axes of the weight, in the same order, and the length of the weight
+    along each axis without packing. So slicing, stacking or sharding every component gives the
+    quantized form of the slice, stack or shard of the weight.
     """
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> np.dtype[Any]:
-        """Of the weight's numbers when they are computed with."""
+        """Type of the dequantized weight."""
 
     @abc.abstractmethod
     def dequantize(self) -> jax.Array:
-        """The weight's numbers."""
+        """Returns the weight as an array."""
 
     @abc.abstractmethod
     def shard(self, num_shards: Sequence[int]) -> QuantizedArray | None:
-        """What the arrays make up when each is split like the weight, axes of length one left
-        whole: this node with its facts changed, whose arrays are to be replaced by their parts.
+        """Returns the quantized form of one shard, whose components have yet to be sharded.
+
+        Static fields are those of a shard. The caller replaces each component by its shard; axes of
+        length one are not sharded.
 
         Args:
-            num_shards: Into how many parts each axis of the weight is split.
+            num_shards: Number of shards along each axis of the weight.
 
         Returns:
-            None where they cannot be split so.
+            None if the components cannot be sharded like this.
         """
 
     @abc.abstractmethod
     def transpose(self, permutation: Sequence[int]) -> QuantizedArray:
-        """The transposed weight, packed."""
+        """Returns the transposed weight in quantized form."""
 
     @property
     def ndim(self) -> int:
+        """Number of axes of the weight."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Number of parameters of the weight."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Of all its arrays."""
+        """Bytes of all components."""
         return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self))
 
     @property
     def bits(self) -> float:
-        """How many bits a number of the weight takes, scales and padding counted."""
+        """Bits per parameter, including scales and padding."""
         return 8 * self.nbytes / self.size
 
 
 def is_quantized(node: Any) -> bool:
+    """Whether a node of a tree is a quantized weight."""
     return isinstance(node, QuantizedArray)
 
 
 def maybe_dequantize(value: Any) -> Any:
-    """The numbers of a weight, packed or not."""
+    """Returns a quantized weight as an array, and any other value unchanged."""
     return value.dequantize() if isinstance(value, QuantizedArray) else value
 
 
 def is_unpacked_along_first_axis(value: QuantizedArray) -> bool:
-    """Whether nothing is packed along the first axis."""
+    """Whether no component packs entries along the first axis."""
     return all(array.shape[:1] == value.shape[:1] for array in jax.tree.leaves(value))
 
 
 def abstract_with_sharding(abstract_array: Any, sharding: Sharding) -> Any:
-    """A shape, of a packed weight or an array, that lies there."""
+    """Adds a sharding to the abstract value of an array or of a quantized weight."""
 
-    def described(array: Any, place: Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+    def with_sharding(component: Any, component_sharding: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(component.shape, component.dtype, sharding=component_sharding)
 
     return jax.tree.map(
-        described,
+        with_sharding,
         abstract_array,
         get_component_shardings(abstract_array, sharding)
         if is_quantized(abstract_array)
@@ -102,8 +107,12 @@ def abstract_with_sharding(abstract_array: Any, sharding: Sharding) -> Any:
 
 
 def get_component_shardings(value: QuantizedArray, sharding: Sharding) -> QuantizedArray:
-    """Where the arrays of a packed weight lie, if the weight lay there: a node like it.
+    """Returns a tree of the shardings of the components of a quantized weight.
 
-    What has too few entries along an axis to be split like the weight is whole there.
+    A component that is too short along an axis to be sharded like the weight is not sharded there.
+
+    Args:
+        value: Quantized weight, or its abstract value.
+        sharding: Sharding of the weight.
     """
     return jax.tree.map(lambda array: fit_sharding(sharding, array.shape), value)

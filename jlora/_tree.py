@@ -1,4 +1,4 @@
-"""Paths into parameter trees, and rules that say which weights a config applies to."""
+"""Paths of parameter trees, and rules that map patterns of paths to configs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ PyTree = Any
 
 
 class FlatTree(NamedTuple):
-    """A tree taken apart: one path, one leaf each, and what puts them together again."""
+    """A flattened tree.
+
+    Attributes:
+        paths: `/`-joined path of each leaf.
+        leaves: Leaves.
+        treedef: Structure of the tree.
+    """
 
     paths: tuple[str, ...]
     leaves: list[Any]
@@ -27,9 +33,9 @@ class FlatTree(NamedTuple):
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is numbers that JAX traces, or stands for them before they exist.
+    """Whether a leaf is an array that JAX traces, or the abstract value of one.
 
-    Python's own numbers are not: `train=False` and `deterministic=True` must stay static.
+    Python numbers are not: `train=False` and `deterministic=True` must stay static.
     """
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | QuantizedArray
@@ -37,27 +43,27 @@ def is_array(leaf: Any) -> bool:
 
 
 def flatten_with_paths(tree: PyTree) -> FlatTree:
-    """The leaves of a tree with their `/`-joined paths, in the order of `jax.tree.leaves`.
+    """Flattens a tree to its leaves and their `/`-joined paths, in the order of `jax.tree.leaves`.
 
-    A packed weight is one leaf. A box around an array (`flax.linen.Partitioned`,
+    A quantized weight is one leaf. A box around an array (`flax.linen.Partitioned`,
     `flax.nnx.Variable`) adds nothing to the path.
 
     Raises:
-        ValueError: When two leaves have one path, because a key contains `/`.
+        ValueError: If two leaves have the same path, because a key contains `/`.
     """
     boxed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_flatten_leaf)
     paths: list[str] = []
     for keys, box in boxed:
-        inside, _ = jax.tree_util.tree_flatten_with_path(box, is_leaf=is_quantized)
-        for inner, _ in inside:
-            # The key of a box that holds one array says nothing; those of a tree in a box do.
-            names = (*keys, *inner) if len(inside) > 1 else keys
-            paths.append("/".join(_format_tree_key(key) for key in names))
+        box_leaves, _ = jax.tree_util.tree_flatten_with_path(box, is_leaf=is_quantized)
+        for inner, _ in box_leaves:
+            # Keys inside a box are part of the path if it contains several arrays.
+            path_keys = (*keys, *inner) if len(box_leaves) > 1 else keys
+            paths.append("/".join(_format_tree_key(key) for key in path_keys))
     repeated = [path for path, count in collections.Counter(paths).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"Two leaves of the tree share the path {repeated[0]!r}, so a rule could not tell them "
-            f"apart. Rename a key that contains '/'."
+            f"Two leaves of the tree share the path {repeated[0]!r}, but paths must be unique. "
+            f"Rename a key that contains '/'."
         )
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
     return FlatTree(tuple(paths), leaves, treedef)
@@ -68,7 +74,7 @@ def _is_flatten_leaf(node: Any) -> bool:
 
 
 def _is_flax_box(node: Any) -> bool:
-    # Flax's NNX is not imported for its own sake: without it there is no Variable to find.
+    # NNX is not imported here: unless it is loaded, no tree has a Variable.
     nnx = sys.modules.get("flax.nnx")
     return isinstance(node, flax.core.meta.AxisMetadata) or (
         nnx is not None and isinstance(node, nnx.Variable)
@@ -83,26 +89,32 @@ def _format_tree_key(key: Any) -> str:
 
 
 def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
-    """Refuses what is neither one config nor a mapping of patterns to configs or None.
+    """Checks that rules are one config, or a mapping of patterns to configs or None.
+
+    Args:
+        rules: Rules to check.
+        is_config: Function that returns whether a value is a config.
 
     Raises:
-        TypeError: For another type of rules, pattern or config.
-        ValueError: For an empty mapping or a pattern that does not compile.
+        TypeError: If rules, a pattern or a config has another type.
+        ValueError: If the mapping is empty or a pattern does not compile.
     """
     if is_config(rules):
         return
     if not isinstance(rules, Mapping):
         raise TypeError(
-            f"rules={rules!r} is a {type(rules).__name__}. Give one adapter config, such as "
-            f"jlora.LoRA(rank=8, alpha=16), or a mapping of regular expressions to configs or None."
+            f"rules={rules!r} must be one adapter config, such as jlora.LoRA(rank=8, alpha=16), or "
+            f"a mapping of regular expressions to configs or None, got {type(rules).__name__}."
         )
     if not rules:
         raise ValueError(
-            "rules={} adapts nothing. Map a pattern to a config, or give the config alone."
+            "rules={} adapts nothing. Map a pattern to a config, or pass a single config."
         )
     for pattern, config in rules.items():
         if not isinstance(pattern, str):
-            raise TypeError(f"The rule {pattern!r} is no string; a pattern is searched in paths.")
+            raise TypeError(
+                f"The rule {pattern!r} must be a string, a regular expression to search in paths."
+            )
         try:
             re.compile(pattern)
         except re.error as error:
@@ -118,48 +130,53 @@ def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
 
 
 class PatternMatches(NamedTuple):
-    """Which rule took which path, and what is wrong with rules that took none."""
+    """Assignment of rules to paths.
+
+    Attributes:
+        rule_by_path: Pattern and config of the rule that applies to each matched path.
+        errors: Messages on rules that apply to no path.
+    """
 
     rule_by_path: dict[str, tuple[str, Any]]
     errors: tuple[str, ...]
 
 
 def match_patterns(rules: Mapping[str, Any], paths: Sequence[str]) -> PatternMatches:
-    """For every path that a rule matches, the first such pattern and its config.
+    """Matches paths with patterns; the first pattern that matches a path applies to it.
 
-    A pattern that matches no path, or only paths that earlier patterns took, is a problem.
+    A pattern that matches no path, or only paths of earlier patterns, is reported as an error.
     """
-    assigned: dict[str, tuple[str, Any]] = {}
-    problems = []
+    rule_by_path: dict[str, tuple[str, Any]] = {}
+    errors = []
     for pattern, config in rules.items():
         matches = [path for path in paths if re.search(pattern, path)]
-        new = [path for path in matches if path not in assigned]
+        unassigned = [path for path in matches if path not in rule_by_path]
         if not matches:
-            problems.append(
+            errors.append(
                 f"The rule {pattern!r} matches none of the {len(paths)} weights. The nearest paths "
                 f"are {closest_matches(pattern, paths)}; lora.explain(params, ...) lists them all."
             )
-        elif not new:
-            problems.append(
+        elif not unassigned:
+            errors.append(
                 f"The rule {pattern!r} has no effect: every weight it matches, such as "
-                f"{matches[0]!r}, was taken by the earlier rule {assigned[matches[0]][0]!r}. Put "
-                f"the narrower rule first."
+                f"{matches[0]!r}, is matched by the earlier rule "
+                f"{rule_by_path[matches[0]][0]!r}. Put the narrower rule first."
             )
-        assigned.update(dict.fromkeys(new, (pattern, config)))
-    return PatternMatches(assigned, tuple(problems))
+        rule_by_path.update(dict.fromkeys(unassigned, (pattern, config)))
+    return PatternMatches(rule_by_path, tuple(errors))
 
 
 def closest_matches(query: str, candidates: Iterable[str], count: int = 2) -> list[str]:
-    """The paths that hold the stretch most like `query`, best first."""
+    """Returns the candidates that contain the substrings most similar to `query`, best first."""
 
-    def likeness(path: str) -> float:
-        windows = max(1, len(path) - len(query) + 1)
+    def similarity(path: str) -> float:
+        num_windows = max(1, len(path) - len(query) + 1)
         matcher = difflib.SequenceMatcher(b=query, autojunk=False)
         best = 0.0
-        for start in range(windows):
+        for start in range(num_windows):
             matcher.set_seq1(path[start : start + len(query)])
             if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best:
                 best = max(best, matcher.ratio())
         return best
 
-    return sorted(candidates, key=likeness, reverse=True)[:count]
+    return sorted(candidates, key=similarity, reverse=True)[:count]

@@ -1,4 +1,4 @@
-"""What the fields of adapter configs may hold, in one place: a rank means the same in all."""
+"""Checks of config fields and arguments, shared so that a field means the same everywhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 
 def check_fields(config: Any) -> None:
-    """Checks every field of a dataclass whose name has a check.
+    """Checks the fields of a dataclass that have a check in `FIELD_CHECKS`.
 
     Raises:
-        ValueError: For a value out of its range.
-        TypeError: For one of another type.
+        ValueError: If a value is out of range.
+        TypeError: If a value has another type.
     """
     for field in dataclasses.fields(config):
         if field.name in FIELD_CHECKS:
@@ -26,99 +26,96 @@ def check_fields(config: Any) -> None:
 
 
 def is_real_number(value: Any) -> bool:
-    """Whether a value is a real number, which True is not."""
+    """Whether a value is a real number; a bool is not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: Any) -> None:
-    """A rank as a type: an int."""
+    """Raises TypeError unless a rank is an integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; a rank is a count. Use an int of 1 or "
-            f"more."
-        )
+        raise TypeError(f"{name}={value!r} must be a positive integer, got {type(value).__name__}.")
 
 
 def check_rank(name: str, value: Any) -> None:
-    """A count of at least one."""
+    """Raises unless a rank is a positive integer."""
     check_integer(name, value)
     if value < 1:
         raise ValueError(
-            f"{name}={value} leaves no room for an update. Use a rank of 1 or more; to leave a "
-            f"weight frozen, map its pattern to None."
+            f"{name}={value} must be at least 1. To leave a weight frozen, map its pattern to None."
         )
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    """A count of at least one."""
+    """Raises ValueError unless a value is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} is no count. Use an int of 1 or more.")
+        raise ValueError(f"{name}={value!r} must be a positive integer, such as 1.")
 
 
 def check_scale(name: str, value: Any) -> None:
-    """A positive finite number."""
+    """Raises ValueError unless a scale is positive and finite."""
     if not is_real_number(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(
-            f"{name}={value!r} gives the update no usable scale. Use a positive finite number, "
-            f"such as the rank or twice the rank."
+            f"{name}={value!r} must be a positive finite number, such as the rank or twice the "
+            f"rank."
         )
 
 
 def check_positive(name: str, value: Any) -> None:
-    """A finite number above zero."""
+    """Raises ValueError unless a value is positive and finite."""
     if not is_real_number(value) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} is out of range. Use a finite number above 0.")
+        raise ValueError(f"{name}={value!r} must be a finite number above 0.")
 
 
 def check_nonnegative(name: str, value: Any) -> None:
-    """A finite number, zero or more."""
+    """Raises ValueError unless a value is finite and not negative."""
     if not is_real_number(value) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} is out of range. Use a finite number, 0.0 or more.")
+        raise ValueError(f"{name}={value!r} must be a finite number, 0.0 or more.")
 
 
 def check_dropout_rate(name: str, value: Any) -> None:
-    """A probability below one."""
+    """Raises ValueError unless a value is a probability below one."""
     if not is_real_number(value) or not 0 <= value < 1:
         raise ValueError(
-            f"{name}={value!r} is no probability of dropping an input. Use 0.0 (off) up to, but "
-            f"not, 1.0."
+            f"{name}={value!r} must be a probability below 1.0. Use 0.0 for no dropout."
         )
 
 
 def check_std(name: str, value: Any) -> None:
-    """A finite number, not negative."""
+    """Raises ValueError unless a standard deviation is finite and not negative."""
     if not is_real_number(value) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} is no deviation. Use a finite number, 0.0 or more.")
+        raise ValueError(
+            f"{name}={value!r} must be a standard deviation: a finite number, 0.0 or more."
+        )
 
 
 def check_bool(name: str, value: Any) -> None:
-    """True or False."""
+    """Raises TypeError unless a value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be True or False.")
 
 
 def check_float_dtype(name: str, value: Any) -> None:
-    """A type that can hold factors."""
+    """Raises TypeError unless a value is a floating-point type."""
     try:
         floating = jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except TypeError:
         floating = False
     if not floating:
-        raise TypeError(f"{name}={value!r} cannot hold factors. Use a float, such as jnp.float32.")
+        raise TypeError(f"{name}={value!r} must be a floating-point type, such as jnp.float32.")
 
 
 def check_nonempty_string(name: str, value: Any) -> None:
-    """A name that is not empty."""
+    """Raises TypeError unless a value is a nonempty string."""
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name}={value!r} must be a name, such as the default.")
+        raise TypeError(f"{name}={value!r} must be a nonempty string, such as the default.")
 
 
 def check_factor_init(name: str, value: Any) -> None:
-    """One of `jlora.initializers`."""
+    """Raises TypeError unless a value is an initializer of `jlora.initializers`."""
     if not callable(getattr(value, "factors", None)):
         raise TypeError(
-            f"{name}={value!r} is no initialisation. Use one of jlora.initializers, such as "
-            f"initializers.pissa() or initializers.from_initializer(jax.nn.initializers.normal(0.02))."
+            f"{name}={value!r} must be one of jlora.initializers, such as initializers.pissa() or "
+            f"initializers.from_initializer(jax.nn.initializers.normal(0.02))."
         )
 
 
@@ -135,11 +132,11 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 
 def warn_excess_rank(config: Any, rank: int, weight: Any) -> None:
-    """Warns where a rank exceeds the weight's own."""
-    largest = min(weight.fan_in, weight.fan_out)
-    if rank > largest:
+    """Warns if the rank of an adapter exceeds the largest rank that the weight can have."""
+    max_rank = min(weight.fan_in, weight.fan_out)
+    if rank > max_rank:
         warnings.warn(
             f"{type(config).__name__}.rank={rank} on {weight.path!r} exceeds the weight's own rank "
-            f"of at most {largest}, so some of it is wasted.",
+            f"of at most {max_rank}, so part of it is redundant.",
             stacklevel=5,
         )

@@ -1,4 +1,4 @@
-"""Adapter families (LoRA, DoRA, VeRA, ...): one file each, with its config and its leaf."""
+"""Adapter methods (LoRA, DoRA, VeRA, ...): one file each, with its config and its leaf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: an update in the form of a singular value decomposition, its rank found in training."""
+"""AdaLoRA: an update in singular-value form whose rank is allocated during training."""
 
 from __future__ import annotations
 
@@ -25,28 +25,40 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoRA(AdapterConfig):
-    """`W + (alpha / rank) * A diag(s) B`, the directions whose `s` matters least set to zero.
+    """`W + (alpha / rank) * A diag(s) B`, with the least important entries of `s` set to zero.
 
-    Train it with `jlora.adalora_rank_allocator` around the optimizer, which decides what matters, and with
-    `jlora.orthogonal_regularizer` added to the loss, which keeps the directions apart. `jlora.prune_ranks` then
-    leaves out what was set to zero.
+    Train it with `jlora.adalora_rank_allocator` around the optimizer, which scores the importance,
+    and with `jlora.orthogonal_regularizer` added to the loss, which keeps `A` and `B` orthogonal.
+    `jlora.prune_ranks` then removes the ranks that were set to zero.
 
     Attributes:
-        rank: What training starts with; half as much again as is wanted in the end, say.
-        alpha: Numerator of the scale put on the update; positive.
+        rank: Initial rank, for example 1.5 times the target rank.
+        alpha: Numerator of the update's scale; positive.
         dropout: Probability of dropping an entry of the input of `A` while training.
-        dtype: Of `A`, `s` and `B`.
+        dtype: Data type of `A`, `s` and `B`.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.1. The scale is that of its code; `A` and
-        `B` here are the paper's `Q` and `P`, for x is on the left.
+        `B` here are the paper's `Q` and `P`, because x is on the left.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> config = jlora.AdaLoRA(rank=3, alpha=6)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> adapter["w"].s.shape
+        (3,)
     """
 
     info = MethodInfo(
         name="AdaLoRA",
         formula="W + (alpha / r) A diag(s) B, the least important s set to zero",
         num_params_formula="r * (d + k + 1)",
-        recommended_for="a given budget of ranks, spent where it matters",
+        recommended_for="a fixed budget of ranks, allocated by importance",
         paper="Zhang et al. 2303.10512",
     )
     supported_kinds = frozenset({"linear"})
@@ -57,7 +69,7 @@ class AdaLoRA(AdapterConfig):
     dtype: Any = jnp.float32
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> AdaLoRALeaf:
-        """`A` and `B` normal with a deviation of 0.02, `s` zero."""
+        """Returns `A` and `B` normal with a standard deviation of 0.02, and `s` zero."""
         _validation.warn_excess_rank(self, self.rank, weight)
         key_a, key_b = jax.random.split(key)
         shapes = low_rank.factor_shapes(weight.axis_sizes, self.rank)
@@ -76,7 +88,7 @@ class AdaLoRA(AdapterConfig):
 @register_family("adalora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoRALeaf(AdapterLeaf):
-    """The triplets of one weight.
+    """Singular triplets of the update of one weight.
 
     Attributes:
         a: (*batch, *inputs, rank), in the order of `axes`.
@@ -98,7 +110,7 @@ class AdaLoRALeaf(AdapterLeaf):
         return low_rank.lora_scaling(self.rank, self.alpha)
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """`W + scale * A diag(s) B`; `s` is folded into `B`."""
+        """Returns `W + scale * A diag(s) B`; `s` is folded into `B`."""
         del context
         b = low_rank.apply_rank_gates(self, self.s * self.scale, self.b)
         return weight.add(*low_rank.label_factors(self, self.a, b))

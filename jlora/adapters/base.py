@@ -1,9 +1,9 @@
-"""What every adapter family gives: a config that makes leaves, and a leaf that says what it adds.
+"""Base classes of adapter methods: a config that creates leaves, and a leaf that adapts one weight.
 
-A family is one file with two frozen dataclasses. The config is what users write in rules. The leaf
-is what training changes: a pytree of the family's arrays beside static facts, so that an adapter
-alone suffices to apply, merge, save and load it. Arrays that several weights share are a third
-dataclass, kept once in the adapter under a name.
+A method is one file with two frozen dataclasses. The config holds the hyperparameters that users
+write in rules. The leaf is the trainable state: a pytree of the method's arrays with static fields,
+so that an adapter alone suffices to apply, merge, save and load it. Arrays that several weights
+share are a third dataclass, stored once in the adapter under a name.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ FROZEN = "frozen"  # The label of arrays that are not trained.
 
 
 class LeafContext(NamedTuple):
-    """What a leaf needs beside the weight that it adapts.
+    """Values that a leaf needs beside the weight that it adapts.
 
     Attributes:
-        shared: Arrays that are shared under the leaf's `share`.
-        key: Random key of the step, the same for every weight; None outside training.
+        shared: The arrays that are shared under the leaf's `share`; None without any.
+        key: The random key of the step, the same for every weight; None outside training.
     """
 
     shared: Any = None
@@ -45,14 +45,15 @@ class LeafContext(NamedTuple):
 
 
 class MethodInfo(NamedTuple):
-    """A family's row in the table of families.
+    """The row of one adapter method in the table of methods.
 
     Attributes:
-        name: What it is called.
+        name: Display name.
         formula: The adapted weight.
-        num_params_formula: How many numbers are trained for a weight (d, k), as an expression in Python.
-        recommended_for: When to choose it.
-        paper: Where it comes from.
+        num_params_formula: Number of trainable parameters of a weight (d, k), as an expression in
+            Python.
+        recommended_for: Use for which the method is recommended.
+        paper: Source of the method.
     """
 
     name: str
@@ -63,26 +64,33 @@ class MethodInfo(NamedTuple):
 
 
 class AdapterConfig(abc.ABC):
-    """One family's hyperparameters, as users write them in rules.
+    """Hyperparameters of one adapter method, as users write them in rules.
 
-    Subclasses are frozen dataclasses. Fields with the names of `jlora.adapters.checks` are checked.
+    Subclasses are frozen dataclasses. Fields whose names are in `jlora._validation.FIELD_CHECKS`
+    are validated.
+
+    Attributes:
+        info: The method's row in the table of methods.
+        supported_kinds: Kinds of weights that the method can adapt.
+        share: Name in the adapter of the arrays that several weights share; None: nothing is
+            shared.
     """
 
     info: ClassVar[MethodInfo]
     supported_kinds: ClassVar[frozenset[WeightKind]] = MATRIX_KINDS
-    share: Any = None  # The name under which the adapter has what its weights share.
+    share: Any = None
 
     def __post_init__(self) -> None:
         _validation.check_fields(self)
 
     def selects(self, weight: AdaptableWeight) -> bool:
-        """Whether the config alone, as a rule for all weights, is meant for this one."""
+        """Whether the config adapts the weight when it is the only rule."""
         return weight.multiplies_activations and weight.kind != "embedding"
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """Why this family cannot adapt the weight; None when it can."""
+        """Returns why the method cannot adapt the weight; None when it can."""
         if 0 in weight.shape:
-            return f"its shape {weight.shape} holds no numbers"
+            return f"its shape {weight.shape} has no elements"
         if weight.kind not in MATRIX_KINDS:
             by = ", ".join(weight.primitives) or "nothing"
             return f"it feeds no product and no look-up that jlora can follow (it is used by: {by})"
@@ -91,64 +99,76 @@ class AdapterConfig(abc.ABC):
             return f"it is of the kind {weight.kind}, and {self.info.name} is defined for {known}"
         if not weight.axes.inputs or not weight.axes.outputs:
             return (
-                f"as a weight of shape {weight.shape} with axes {weight.axes} it is a vector: low "
-                f"rank means nothing there"
+                f"as a weight of shape {weight.shape} with axes {weight.axes} it is a vector, "
+                f"which has no low rank"
             )
         return None
 
     @abc.abstractmethod
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> AdapterLeaf:
-        """A fresh leaf for the weight."""
+        """Returns a fresh leaf for the weight."""
 
     def init_shared(self, key: jax.Array, weights: Sequence[AdaptableWeight]) -> SharedArrays:
-        """What these weights share, for families with a `share`."""
-        raise TypeError(f"{type(self).__name__} shares nothing between weights.")
+        """Returns the arrays that these weights share, for methods with a `share`.
+
+        Raises:
+            TypeError: The method shares no arrays.
+        """
+        raise TypeError(f"{type(self).__name__} shares no arrays between weights.")
 
 
 class AdapterArrays(abc.ABC):
-    """Arrays that are part of an adapter, and the static facts that give them meaning.
+    """Arrays that are part of an adapter, with the static fields that give them meaning.
 
-    Subclasses are frozen dataclasses under `@family`. A field made by `array_field` is a child of the
-    pytree; every other field is static, and of a type that JSON can hold.
+    Subclasses are frozen dataclasses under `@register_family`. A field of `array_field` is a child
+    of the pytree; every other field is static and of a type that JSON can represent.
     """
 
     family: ClassVar[str]
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape that every array must have."""
+        """Returns the required shape of every array."""
 
     def validate(self) -> None:
-        """Checks the static facts, which a file may have wrong.
+        """Checks the static fields, which a file may have wrong.
 
         Raises:
-            ValueError: For a fact out of its range.
-            TypeError: For one of another type.
+            ValueError: A value is out of range.
+            TypeError: A value is of another type.
         """
         _validation.check_fields(self)
 
     @classmethod
     def array_labels(cls) -> dict[str, str]:
-        """For every array its name for the optimizer; `"frozen"` for one that is not trained."""
+        """Returns the optimizer label of every array; `"frozen"` for one that is not trained."""
         return {field.name: field.metadata["label"] for field in get_array_fields(cls)}
 
 
 class SharedArrays(AdapterArrays):
-    """Arrays that several weights share."""
+    """Arrays that several weights share, stored once in the adapter under their name."""
 
 
 class AdapterLeaf(AdapterArrays):
-    """The arrays of one adapted weight."""
+    """The arrays of one adapted weight.
 
-    shape: tuple[int, ...]  # Of the weight.
+    Attributes:
+        shape: Shape of the weight.
+        axes: Roles of the weight's axes.
+        dropout: Probability of dropping an entry of the update's input while training.
+        share: Name of the arrays that are shared with other weights; None: nothing is shared.
+        is_full: Whether every use of the weight reads the materialized weight.
+    """
+
+    shape: tuple[int, ...]
     axes: WeightAxes
     dropout: float = 0.0
-    share: Any = None  # The name of what it shares with other weights, if anything.
-    is_full: ClassVar[bool] = False  # Whether the weight is used as its sum, whatever uses it.
+    share: Any = None
+    is_full: ClassVar[bool] = False
 
     @property
     def is_weight_sized(self) -> bool:
-        """Whether a step forms arrays of the weight's size, as no low-rank family does."""
+        """Whether a step forms arrays of the weight's size, which low-rank methods do not."""
         return self.is_full
 
     @property
@@ -163,20 +183,26 @@ class AdapterLeaf(AdapterArrays):
             raise ValueError(f"axes={self.axes} are not those of a weight of shape {self.shape}")
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        """Along which axis of the weight each axis of an array runs; None for an axis of its own.
+        """Returns the weight's axis that each axis of an array runs along; None for its own axes.
 
-        An array that runs along none is left out. Whoever shards a weight shards these alike.
+        An array without an axis of the weight is left out. Shardings of the weight carry over to
+        its arrays along these axes.
         """
         return {}
 
     def shared_mismatch(self, shared: Any) -> str | None:
-        """Why what it shares does not fit it; None when it does."""
+        """Returns why the shared arrays do not fit this leaf; None when they do."""
         del shared
         return None
 
     @abc.abstractmethod
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """Returns the weight with this leaf's gains and terms."""
+        """Returns the weight with this leaf's gains and terms.
+
+        Args:
+            weight: The weight without gains and terms; its base is frozen.
+            context: Shared arrays and the random key of the step.
+        """
 
 
 FAMILIES: dict[str, type[AdapterArrays]] = {}
@@ -185,9 +211,16 @@ ArraysT = TypeVar("ArraysT", bound=type[AdapterArrays])
 
 
 def array_field(label: str, *, optional: bool = False) -> Any:
-    """A dataclass field that holds an array, with its label for the optimizer.
+    """Returns a dataclass field that holds an array.
 
-    One that is optional is None in leaves that have no use for it.
+    Args:
+        label: The array's label for the optimizer, a key of `jlora.param_labels`. `"frozen"`: the
+            array is not trained.
+        optional: Whether the array is None in leaves that do not use it.
+
+    Example:
+        >>> array_field("a").metadata["label"]
+        'a'
     """
     if optional:
         return dataclasses.field(default=None, metadata={"label": label})
@@ -195,12 +228,12 @@ def array_field(label: str, *, optional: bool = False) -> Any:
 
 
 def get_array_fields(leaf: AdapterArrays | type[AdapterArrays]) -> list[dataclasses.Field[Any]]:
-    """The fields of a leaf that hold arrays."""
+    """Returns the fields of a leaf that hold arrays."""
     return [field for field in dataclasses.fields(leaf) if "label" in field.metadata]  # type: ignore
 
 
 def register_arrays_pytree(cls: ArraysT) -> ArraysT:
-    """Makes a dataclass a pytree of its arrays."""
+    """Registers a dataclass as a pytree of its arrays."""
     arrays = [field.name for field in get_array_fields(cls)]
     static = [f.name for f in dataclasses.fields(cls) if f.name not in arrays]  # type: ignore
     jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=static)
@@ -208,32 +241,42 @@ def register_arrays_pytree(cls: ArraysT) -> ArraysT:
 
 
 def register_family(name: str) -> Callable[[ArraysT], ArraysT]:
-    """Makes a dataclass a pytree and known by this name in files."""
+    """Returns a class decorator that registers a dataclass as a pytree and under a name for files.
 
-    def known(cls: ArraysT) -> ArraysT:
+    Args:
+        name: Name of the class in adapter files.
+
+    Example:
+        >>> from jlora.adapters import LoRA
+        >>> from jlora.adapters.lora import LoRALeaf  # Is under @register_family("lora").
+        >>> LoRALeaf.family, LoRALeaf.array_labels()
+        ('lora', {'a': 'a', 'b': 'b'})
+    """
+
+    def register(cls: ArraysT) -> ArraysT:
         cls.family = name
         FAMILIES[name] = register_arrays_pytree(cls)
         return cls
 
-    return known
+    return register
 
 
 def is_adapter_node(node: Any) -> bool:
-    """Whether a node of a tree is a part of an adapter: of one weight, or shared."""
+    """Whether a node of a tree holds arrays of an adapter: those of one weight, or shared ones."""
     return isinstance(node, AdapterArrays)
 
 
 def get_adapter_leaves(adapter: Mapping[str, Any]) -> dict[str, AdapterLeaf]:
-    """The parts of an adapter that belong to one weight each, by its path."""
+    """Returns the leaves of an adapter, one for each adapted weight, by its path."""
     return {path: node for path, node in adapter.items() if isinstance(node, AdapterLeaf)}
 
 
 def check_adapter(adapter: Any) -> dict[str, AdapterLeaf]:
-    """Its parts that belong to one weight each, by path, after checking that it is an adapter.
+    """Validates an adapter and returns its leaves by path.
 
     Raises:
-        TypeError: When it is not one.
-        ValueError: When a part lacks what it shares, or that does not fit it.
+        TypeError: The value is not an adapter.
+        ValueError: Shared arrays of a leaf are missing or do not fit it.
     """
     if not isinstance(adapter, Mapping) or not all(map(is_adapter_node, adapter.values())):
         raise TypeError(
@@ -252,14 +295,14 @@ def check_adapter(adapter: Any) -> dict[str, AdapterLeaf]:
         reason = leaf.shared_mismatch(adapter[leaf.share])
         if reason is not None:
             raise ValueError(
-                f"What the adapter has under {leaf.share!r} is not what its part on {path!r} was "
-                f"made with: {reason}. Keep the two together."
+                f"The arrays that the adapter has under {leaf.share!r} do not fit its leaf on "
+                f"{path!r}: {reason}. Keep the two together."
             )
     return leaves
 
 
 def count_trainable_elements(node: Any) -> int:
-    """How many numbers of a part of an adapter are trained."""
+    """Returns the number of trainable parameters of a part of an adapter."""
     names = [name for name, label in node.array_labels().items() if label != FROZEN]
     arrays = (getattr(node, name) for name in names)
     return sum(array.size for array in arrays if array is not None)
@@ -300,27 +343,28 @@ def key_for_path(key: jax.Array, path: str) -> jax.Array:
 
 
 def weight_indices(flat: _tree.FlatTree, adapter: Any) -> dict[str, int]:
-    """Where each adapted weight is among the leaves of params, after checking that it fits.
+    """Returns the index of each adapted weight among the leaves of params, and validates the fit.
 
     Raises:
-        TypeError: When `adapter` is not one.
-        ValueError: When params lacks a path of it, or has another shape there.
+        TypeError: `adapter` is not an adapter.
+        ValueError: A path of the adapter is missing in params, or the weight has another shape.
     """
     leaves = check_adapter(adapter)
     index = {path: i for i, path in enumerate(flat.paths)}
     missing = [path for path in leaves if path not in index]
     if missing:
+        nearest = _tree.closest_matches(missing[0], flat.paths)
         raise ValueError(
             f"The adapter has {missing[0]!r} ({len(missing)} such of {len(leaves)}), which params "
-            f"does not. The nearest paths are {_tree.closest_matches(missing[0], flat.paths)}. Pass the "
-            f"tree that init was given, with the same outer keys."
+            f"does not. The nearest paths are {nearest}. Pass the tree that init was given, with "
+            f"the same outer keys."
         )
     for path, leaf in leaves.items():
         shape = tuple(flat.leaves[index[path]].shape)
         if shape != leaf.shape:
             raise ValueError(
-                f"The adapter on {path!r} was made for a weight of shape {leaf.shape}, but params "
-                f"has {shape} there. Use the params it was initialised with, or init anew."
+                f"The adapter on {path!r} was built for a weight of shape {leaf.shape}, but params "
+                f"has {shape} there. Use the params it was initialized with, or init anew."
             )
     for path, node in adapter.items():
         _check_array_shapes(path, node)
@@ -335,12 +379,12 @@ def _check_array_shapes(path: str, node: AdapterArrays) -> None:
             continue
         shape = shapes.get(name)
         if tuple(getattr(value, "shape", ())) != shape:
-            got = getattr(value, "shape", type(value).__name__)
+            actual = getattr(value, "shape", type(value).__name__)
             hint = _shape_mismatch_hint(tuple(getattr(value, "shape", ())), shape or ())
-            facts = dict(static_field_values(node))
+            fields = dict(static_field_values(node))
             raise ValueError(
-                f"The array {name!r} of the adapter on {path!r} has shape {got}, expected {shape} "
-                f"for {facts}.{hint}"
+                f"The array {name!r} of the adapter on {path!r} has shape {actual}, expected "
+                f"{shape} for {fields}.{hint}"
             )
 
 
@@ -353,7 +397,7 @@ def _shape_mismatch_hint(actual: tuple[int, ...], expected: tuple[int, ...]) -> 
 
 
 def static_field_values(leaf: AdapterArrays) -> Mapping[str, Any]:
-    """The fields of a leaf that are not arrays."""
+    """Returns the fields of a leaf that are not arrays."""
     arrays = {field.name for field in get_array_fields(leaf)}
     fields = dataclasses.fields(leaf)  # type: ignore
     return {f.name: getattr(leaf, f.name) for f in fields if f.name not in arrays}

@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of a weight apart, the direction with a low-rank update."""
+"""DoRA: separate magnitude and direction of a weight, with a low-rank update of the direction."""
 
 from __future__ import annotations
 
@@ -25,26 +25,35 @@ from jlora.interpreter.weight import AdaptableWeight, promote_to_float32, weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
-    """`m (W + s A B) / ||W + s A B||`, the norm that of what makes one output, `m` trained.
+    """`m (W + s A B) / ||W + s A B||`, with one norm per output and a trainable `m`.
+
+    All fields but `through_norm` are those of `LoRA`.
 
     Attributes:
-        rank: As in `LoRA`, like all other fields but the next.
         through_norm: Whether gradients also pass through the norm. The paper leaves that out
             (section 4.3), at no cost in accuracy.
 
     Raises:
-        TypeError: From `init`, where only the shapes of the parameters are known: `m` starts as the
-            weight's own norm.
+        ValueError: A value is out of range.
+        TypeError: A value is of another type. From `init`: only the shapes of the parameters are
+            known, but `m` starts as the weight's norm.
 
     References:
         Liu et al., DoRA, arXiv:2402.09353, sections 4.1 and 4.3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.DoRA(rank=2, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 5))}, jnp.ones((3, 4)))
+        >>> print(adapter["w"].magnitude)  # The norm of each column of four ones.
+        [2. 2. 2. 2. 2.]
     """
 
     info = MethodInfo(
         name="DoRA",
         formula="m (W + s A B) / norm(W + s A B), s = alpha / r",
         num_params_formula="r * (d + k) + k",
-        recommended_for="low ranks, where it is nearer to full fine-tuning than LoRA",
+        recommended_for="low ranks, where it is closer to full fine-tuning than LoRA",
         paper="Liu et al. 2402.09353",
     )
 
@@ -55,22 +64,22 @@ class DoRA(LoRA):
         _validation.check_bool("DoRA.through_norm", self.through_norm)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> DoRALeaf:
-        """Factors as `init` makes them, and the norms of what they make."""
-        made = super().init_leaf(key, weight)
-        facts = low_rank.leaf_field_values(made)
-        if is_quantized(weight.value) and not made.residual:
-            start = DoRALeaf(**facts, magnitude=jnp.zeros(()), through_norm=self.through_norm)
+        """Returns factors from `init`, and the norms of the weight with their update."""
+        lora_leaf = super().init_leaf(key, weight)
+        fields = low_rank.leaf_field_values(lora_leaf)
+        if is_quantized(weight.value) and not lora_leaf.residual:
+            leaf = DoRALeaf(**fields, magnitude=jnp.zeros(()), through_norm=self.through_norm)
             sizes = weight.axis_sizes
-            norm = start.weight_norm(weight.value).reshape(*sizes.batch, *sizes.outputs)
-            return dataclasses.replace(start, magnitude=norm)
+            norm = leaf.weight_norm(weight.value).reshape(*sizes.batch, *sizes.outputs)
+            return dataclasses.replace(leaf, magnitude=norm)
         matrices = weight.to_matrices("DoRA")
-        if not made.residual:  # A residual base gives way to the factors: their sum is the weight.
-            a, b = low_rank.factor_matrices(made)
-            matrices = matrices + made.scale * a @ b
+        if not lora_leaf.residual:  # The residual base plus the update is the original weight.
+            a, b = low_rank.factor_matrices(lora_leaf)
+            matrices = matrices + lora_leaf.scale * a @ b
         batch, _, outputs = weight.axis_sizes
-        # Not narrower than float32: what is trained is how little it differs from the norm.
+        # Not narrower than float32: training changes it by little compared with the norm.
         magnitude = jnp.linalg.norm(matrices, axis=-2).reshape(*batch, *outputs)
-        return DoRALeaf(**facts, magnitude=magnitude, through_norm=self.through_norm)
+        return DoRALeaf(**fields, magnitude=magnitude, through_norm=self.through_norm)
 
 
 def _materialized_weight_norm(leaf: DoRALeaf, base: QuantizedArray) -> jax.Array:
@@ -78,24 +87,24 @@ def _materialized_weight_norm(leaf: DoRALeaf, base: QuantizedArray) -> jax.Array
 
 
 def _stacked_weight_norms(leaf: DoRALeaf, base: QuantizedArray) -> jax.Array:
-    """The norms of all entries of a stack, (batch, fan_out), with one of these unpacked."""
-    later = WeightAxes(*(tuple(axis - 1 for axis in group if axis) for group in leaf.axes))
-    facts = {"shape": leaf.shape[1:], "axes": later, "magnitude": jnp.zeros(())}
+    """Returns the norms of a stack of weights, (batch, fan_out); dequantizes one at a time."""
+    entry_axes = WeightAxes(*(tuple(axis - 1 for axis in group if axis) for group in leaf.axes))
+    fields = {"shape": leaf.shape[1:], "axes": entry_axes, "magnitude": jnp.zeros(())}
 
-    def of_one(held: tuple[Any, Any, Any]) -> jax.Array:
-        a, b, entry = held
-        return dataclasses.replace(leaf, a=a, b=b, **facts).weight_norm(entry)
+    def entry_norm(entry: tuple[Any, Any, Any]) -> jax.Array:
+        a, b, weight = entry
+        return dataclasses.replace(leaf, a=a, b=b, **fields).weight_norm(weight)
 
-    norms = jax.lax.map(of_one, (leaf.a, leaf.b, base))
+    norms = jax.lax.map(entry_norm, (leaf.a, leaf.b, base))
     return norms.reshape(-1, norms.shape[-1])
 
 
 def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
-    """`A^T W`, (batch, rank, fan_out), as exact as `A`, for a `W` that may be of a narrow type."""
+    """Returns `A^T W`, (batch, rank, fan_out), with the precision of `A`; `W` may be bfloat16."""
     if matrices.dtype != jnp.bfloat16:
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.einsum("nir,nio->nro", a, promote_to_float32(matrices), precision=exact)
-    # Two narrow parts of A keep 16 of its 24 bits, and W need not be copied into a wider type.
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("nir,nio->nro", a, promote_to_float32(matrices), precision=highest)
+    # Two bfloat16 parts of A keep 16 of its 24 bits, and W is not copied into a wider type.
     high = a.astype(jnp.bfloat16)
     low = (a - high.astype(a.dtype)).astype(jnp.bfloat16)
     parts = jnp.concatenate([high, low], -1)
@@ -106,7 +115,7 @@ def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
 @register_family("dora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRALeaf(LoRALeaf):
-    """The factors and magnitudes of one weight.
+    """Factors and magnitudes of one weight.
 
     Attributes:
         a: (*batch, *inputs, rank), in the order of `axes`.
@@ -118,7 +127,7 @@ class DoRALeaf(LoRALeaf):
     through_norm: bool = False
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """`g (W + s A B)` with `g = m / norm`, a factor on each output."""
+        """Returns `g (W + s A B)` with `g = m / norm`, a factor on each output."""
         batch, _, outputs = self.axes
         norm = self.weight_norm(weight.base)
         if not self.through_norm:
@@ -129,11 +138,11 @@ class DoRALeaf(LoRALeaf):
         return weight.add(*factors).multiply((gain, (*batch, *outputs)))
 
     def weight_norm(self, base: Any) -> jax.Array:
-        """`||W + s A B||` over what makes each output, (batch, fan_out), without the sum.
+        """Returns `||W + s A B||` over the inputs of each output, (batch, fan_out).
 
         It is the root of `||w||^2 + 2 s (A^T W) . b + s^2 b^T (A^T A) b` for every output's columns
-        `w` and `b`: nothing here is larger than the factors. A packed base is unpacked one after
-        another of what it is a stack of, and again in the gradient.
+        `w` and `b`, so no update of the weight's size is formed. The entries of a quantized stack
+        are dequantized one after another, and again in the gradient.
         """
         if is_quantized(base):
             stacked = self.axes.batch[:1] == (0,) and is_unpacked_along_first_axis(base)
@@ -141,13 +150,13 @@ class DoRALeaf(LoRALeaf):
             return jax.checkpoint(norms)(self, base)
         matrices = weight_to_matrices(base, self.axes)
         a, b = low_rank.factor_matrices(self)
-        exact = jax.lax.Precision.HIGHEST
-        crossed = _transposed_product(a, matrices)
-        gram = jnp.einsum("nir,nis->nrs", a, a, precision=exact)
-        met = jnp.einsum("nrs,nso->nro", gram, b, precision=exact)
+        highest = jax.lax.Precision.HIGHEST
+        cross = _transposed_product(a, matrices)  # (batch, rank, fan_out)
+        gram = jnp.einsum("nir,nis->nrs", a, a, precision=highest)  # (batch, rank, rank)
+        gram_b = jnp.einsum("nrs,nso->nro", gram, b, precision=highest)  # (batch, rank, fan_out)
         squared = (promote_to_float32(matrices) ** 2).sum(-2)
-        squared += ((2 * self.scale * crossed + self.scale**2 * met) * b).sum(-2)
-        # A column of zeros has no direction; and rounding may leave a square below zero.
+        squared += ((2 * self.scale * cross + self.scale**2 * gram_b) * b).sum(-2)
+        # A column of zeros has no direction, and rounding can make a square negative.
         tiny = jnp.finfo(squared.dtype).tiny
         return jnp.sqrt(jnp.maximum(squared, tiny))
 

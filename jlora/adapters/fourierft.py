@@ -1,4 +1,4 @@
-"""FourierFT: an update with few entries in its spectrum."""
+"""FourierFT: an update with few non-zero entries in its spectrum."""
 
 from __future__ import annotations
 
@@ -27,30 +27,42 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourierFT(AdapterConfig):
-    """`W + alpha * Re(ifft2(S))`, with `num_frequencies` entries of `S` trained and the others zero.
+    """`W + alpha * Re(ifft2(S))`, with `num_frequencies` trainable entries of `S`, the others zero.
 
-    Which entries is drawn from `seed`, the same for all weights of one shape. Few frequencies are
-    computed through their waves, a low-rank update of twice their number; many through the inverse
-    transform, as one more product with an array of the weight's size.
+    The positions of the entries are drawn from `seed`, the same for all weights of one shape. Few
+    frequencies are computed as plane waves, a low-rank update of twice their number; many through
+    the inverse transform, as one more product with an array of the weight's size.
 
     Attributes:
-        num_frequencies: How many entries; the paper uses 200 to 1000.
-        alpha: The scale put on the update.
-        seed: Draws which entries.
-        std: The deviation of the entries at the start. As in the paper it is one, so a fresh
-            adapter changes the model a little; 0.0 starts at the base.
+        num_frequencies: Number of trainable entries; the paper uses 200 to 1000.
+        alpha: Scale of the update; positive.
+        seed: Random seed of the entries' positions; from 0 to 2^32 - 1.
+        std: Standard deviation of the initial entries. It is one in the paper, so a fresh adapter
+            changes the model a little; 0.0 starts at the base.
         dropout: Probability of dropping an entry of the input while training.
-        dtype: Of the entries.
+        dtype: Data type of the entries.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Gao et al., FourierFT, arXiv:2405.03003, section 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> config = jlora.FourierFT(num_frequencies=3)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> adapter["w"].spectrum.shape
+        (3,)
     """
 
     info = MethodInfo(
         name="FourierFT",
         formula="W + alpha Re(ifft2(S)), n entries of S trained",
         num_params_formula="n",
-        recommended_for="the fewest numbers that depend on no width",
+        recommended_for="few parameters, independent of the layer's width",
         paper="Gao et al. 2405.03003",
     )
     supported_kinds = frozenset({"linear"})
@@ -64,21 +76,19 @@ class FourierFT(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _validation.check_positive_int("FourierFT.frequencies", self.num_frequencies)
+        _validation.check_positive_int("FourierFT.num_frequencies", self.num_frequencies)
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
-            raise ValueError(
-                f"FourierFT.seed={self.seed!r} is no seed. Use an int of 0 or more, below 2^32."
-            )
+            raise ValueError(f"FourierFT.seed={self.seed!r} must be an int from 0 to 2^32 - 1.")
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """As for any family, and where there are fewer entries than wanted."""
+        """Returns the reason of any method, or that the weight has too few entries."""
         entries = weight.fan_in * weight.fan_out
         if self.num_frequencies > entries:
-            return f"FourierFT.frequencies={self.num_frequencies}, and it has {entries} entries"
+            return f"FourierFT.num_frequencies={self.num_frequencies} exceeds its {entries} entries"
         return super().unsupported_reason(weight)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> FourierFTLeaf:
-        """Entries drawn normal."""
+        """Returns normal entries."""
         shape = (*weight.axis_sizes.batch, self.num_frequencies)
         return FourierFTLeaf(
             spectrum=self.std * jax.random.normal(key, shape, self.dtype),
@@ -95,21 +105,21 @@ class FourierFT(AdapterConfig):
 def sample_frequency_indices(
     num_frequencies: int, seed: int, fan_in: int, fan_out: int
 ) -> tuple[Any, Any]:
-    """The rows and columns of the entries that are trained, in a spectrum (fan_in, fan_out).
+    """Returns the rows and columns of the trainable entries in a spectrum (fan_in, fan_out).
 
     They are the first of `torch.randperm(fan_in * fan_out)` with this seed, of the transpose, as in
-    PEFT, whose files do not hold them.
+    PEFT, whose files do not store them.
     """
     total = fan_in * fan_out
-    # Both libraries' generators are MT19937 and seeded alike.
+    # NumPy's and torch's generators are both MT19937 with the same seeding.
     draws = np.random.RandomState(seed).randint(0, 2**32, num_frequencies, dtype=np.uint32)
-    moved: dict[int, int] = {}
+    displaced: dict[int, int] = {}
     chosen = np.empty(num_frequencies, np.int64)
-    # Fisher and Yates' shuffle, of which only what is displaced is kept.
-    for place, draw in enumerate(draws):
-        other = place + int(draw) % (total - place) if place < total - 1 else place
-        chosen[place] = moved.get(other, other)
-        moved[other] = moved.get(place, place)
+    # The Fisher-Yates shuffle; only displaced entries are stored.
+    for position, draw in enumerate(draws):
+        other = position + int(draw) % (total - position) if position < total - 1 else position
+        chosen[position] = displaced.get(other, other)
+        displaced[other] = displaced.get(position, position)
     columns, rows = np.divmod(chosen, fan_in)
     return rows, columns
 
@@ -117,7 +127,11 @@ def sample_frequency_indices(
 @register_family("fourierft")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourierFTLeaf(AdapterLeaf):
-    """The entries of one weight's spectrum, (*batch, frequencies)."""
+    """Spectrum of one weight's update.
+
+    Attributes:
+        spectrum: Trainable entries, (*batch, num_frequencies).
+    """
 
     spectrum: jax.Array = array_field("spectrum")
     shape: tuple[int, ...]
@@ -128,10 +142,10 @@ class FourierFTLeaf(AdapterLeaf):
     dropout: float
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """Through the waves where that is less work for a step than a product of full size.
+        """Returns the low-rank form where a step costs less with it than with the full update.
 
-        For every token a step multiplies four times with each wave's two parts on both sides,
-        against three times with the whole update.
+        For every token a step takes four products with each wave's two parts on both sides, against
+        three products with the full update.
         """
         del context
         factors = self._update() if self.is_weight_sized else self._wave_factors()
@@ -152,41 +166,42 @@ class FourierFTLeaf(AdapterLeaf):
             or not 0 <= self.seed < 2**32
         ):
             raise ValueError(
-                f"frequencies={self.num_frequencies} and seed={self.seed} choose none of {entries}"
+                f"num_frequencies={self.num_frequencies} must be at most the weight's {entries} "
+                f"entries, and seed={self.seed} an int from 0 to 2^32 - 1"
             )
 
     def _frequency_indices(self) -> tuple[np.ndarray, np.ndarray]:
-        """The row and column of each entry."""
+        """Returns the rows and columns of the entries."""
         sizes = self.axis_sizes
         return sample_frequency_indices(
             self.num_frequencies, self.seed, math.prod(sizes.inputs), math.prod(sizes.outputs)
         )
 
     def _wave_factors(self) -> list[LabeledArray]:
-        """`Re(e^{i(a + b)}) = cos a cos b - sin a sin b`, one pair of products for each entry."""
+        """Returns two products per entry: `Re(e^{i(a + b)}) = cos a cos b - sin a sin b`."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
         rows, columns = self._frequency_indices()
 
-        def angles(places: np.ndarray, length: int) -> Any:
-            # Modulo a turn while still integers, so that no phase is rounded.
-            steps = np.outer(np.arange(length), places) % length
+        def angles(frequencies: np.ndarray, length: int) -> Any:
+            # Reduced modulo a full turn as integers, so that no phase is rounded.
+            steps = np.outer(np.arange(length), frequencies) % length
             return jnp.asarray(2 * np.pi * steps / length, jnp.float32)
 
         a, b = angles(rows, fan_in), angles(columns, fan_out)
-        near = jnp.stack([jnp.cos(a), jnp.sin(a)], -1)
-        far = jnp.stack([jnp.cos(b), -jnp.sin(b)], -1)
+        in_waves = jnp.stack([jnp.cos(a), jnp.sin(a)], -1)  # (fan_in, num_frequencies, 2)
+        out_waves = jnp.stack([jnp.cos(b), -jnp.sin(b)], -1)  # (fan_out, num_frequencies, 2)
         scale = self.alpha / (fan_in * fan_out)
         waves = ("wave", "part")
         return [
-            (near.reshape(*sizes.inputs, -1, 2), (*inputs, *waves)),
+            (in_waves.reshape(*sizes.inputs, -1, 2), (*inputs, *waves)),
             (self.spectrum * scale, (*batch, "wave")),
-            (far.reshape(*sizes.outputs, -1, 2), (*outputs, *waves)),
+            (out_waves.reshape(*sizes.outputs, -1, 2), (*outputs, *waves)),
         ]
 
     def _update(self) -> list[LabeledArray]:
-        """The whole update."""
+        """Returns the materialized update."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)

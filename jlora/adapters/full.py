@@ -1,4 +1,4 @@
-"""Training weights whole: any that are chosen, or the biases."""
+"""Full fine-tuning of chosen weights, and BitFit, which trains the biases alone."""
 
 from __future__ import annotations
 
@@ -23,34 +23,44 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullDelta(AdapterConfig):
-    """`W + delta`, every entry trained: for heads, norms and resized embeddings beside LoRA.
+    """`W + delta` with every entry trainable: for heads, norms and resized embeddings beside LoRA.
 
-    What is trained is the difference, which starts at zero and has a type of its own, so small
-    steps are not lost on a base in bfloat16, and decay pulls towards the base.
+    The trainable difference starts at zero and has its own data type, so that small steps are not
+    lost on a base in bfloat16, and weight decay pulls towards the base.
 
     Attributes:
-        dtype: Of the difference.
+        dtype: Data type of the difference.
+
+    Raises:
+        TypeError: `dtype` is not a float.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x * p["scale"], {"scale": jlora.FullDelta()})
+        >>> adapter = lora.init(jax.random.key(0), {"scale": jnp.ones(3)}, jnp.ones(3))
+        >>> adapter["scale"].delta
+        Array([0., 0., 0.], dtype=float32)
     """
 
     info = MethodInfo(
         name="Full",
         formula="W + delta",
         num_params_formula="d * k",
-        recommended_for="heads, norms, resized embeddings, beside another family",
+        recommended_for="heads, norms, resized embeddings, beside another method",
         paper="full fine-tuning of chosen weights",
     )
     dtype: Any = jnp.float32
 
     def selects(self, weight: AdaptableWeight) -> bool:
-        """Whatever is there."""
+        """True: the config selects every weight."""
         return True
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """None: any weight of floats will do."""
-        return f"its shape {weight.shape} holds no numbers" if 0 in weight.shape else None
+        """Returns None for every weight of floats that has elements."""
+        return f"its shape {weight.shape} has no elements" if 0 in weight.shape else None
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> FullDeltaLeaf:
-        """No difference."""
+        """Returns a difference of zero."""
         del key
         delta = jnp.zeros(weight.shape, self.dtype)
         return FullDeltaLeaf(delta=delta, shape=weight.shape, axes=weight.axes)
@@ -59,7 +69,7 @@ class FullDelta(AdapterConfig):
 @register_family("full")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullDeltaLeaf(AdapterLeaf):
-    """The difference of one weight."""
+    """Difference of one weight from its base."""
 
     delta: jax.Array = array_field("full")
     shape: tuple[int, ...]
@@ -79,48 +89,59 @@ class FullDeltaLeaf(AdapterLeaf):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFit(FullDelta):
-    """Only biases are trained: `b + delta`.
+    """`b + delta` for the biases alone.
 
-    As the rule for all weights it takes what is only added and is called a bias (its last key has
-    "bias" in it, or is "b"); a rule that names anything else that is only added takes that too.
+    As the only rule it selects weights that are only added and are named a bias (the last key
+    contains "bias", or is "b"). A rule whose pattern names any other weight that is only added
+    adapts that weight too.
 
     Attributes:
-        dtype: Of the difference.
+        dtype: Data type of the difference.
+
+    Raises:
+        TypeError: `dtype` is not a float.
 
     References:
         Ben Zaken et al., BitFit, arXiv:2106.10199, section 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"] + p["bias"], jlora.BitFit())
+        >>> params = {"w": jnp.ones((6, 5)), "bias": jnp.ones(5)}
+        >>> list(lora.init(jax.random.key(0), params, jnp.ones((4, 6))))
+        ['bias']
     """
 
     info = MethodInfo(
         name="BitFit",
-        formula="b + delta, biases alone",
+        formula="b + delta, biases only",
         num_params_formula="k",
-        recommended_for="small data; the least that can be trained",
+        recommended_for="small data and the fewest parameters",
         paper="Ben Zaken et al. 2106.10199",
     )
     supported_kinds = frozenset({"bias"})
 
     def selects(self, weight: AdaptableWeight) -> bool:
-        """What is called a bias."""
+        """Whether the weight is only added, and named a bias."""
         last = weight.path.rsplit("/", 1)[-1]
         return weight.kind == "bias" and ("bias" in last or last == "b")
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """Why it is no bias."""
+        """Returns why the weight is not a bias; None when it is one."""
         if weight.kind != "bias":
             by = ", ".join(weight.primitives) or "nothing"
-            return f"it is no bias, for it is not only added (it is used by: {by})"
+            return f"it is not a bias: it is not only added (it is used by: {by})"
         return super().unsupported_reason(weight)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> BitFitLeaf:
-        """No difference."""
-        made = super().init_leaf(key, weight)
-        return BitFitLeaf(delta=made.delta, shape=made.shape, axes=made.axes)
+        """Returns a difference of zero."""
+        full = super().init_leaf(key, weight)
+        return BitFitLeaf(delta=full.delta, shape=full.shape, axes=full.axes)
 
 
 @register_family("bias")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFitLeaf(FullDeltaLeaf):
-    """The difference of one bias."""
+    """Difference of one bias from its base."""
 
     delta: jax.Array = array_field("bias")

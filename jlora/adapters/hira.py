@@ -1,4 +1,4 @@
-"""HiRA: the weight itself, scaled entry by entry by a low-rank matrix."""
+"""HiRA: an update that is the weight times a low-rank matrix, entry by entry."""
 
 from __future__ import annotations
 
@@ -28,18 +28,29 @@ from jlora.interpreter.weight import AdaptableWeight
 class HiRA(AdapterConfig):
     """`W + W o (A B)`: an update of full rank from low-rank factors.
 
-    It has no scale of its own. A step multiplies twice with arrays of the weight's size, and the
-    gradient of the factors passes through one: it costs what full fine-tuning costs, but for the
-    optimizer's state.
+    The update has no scale. A step takes two products with arrays of the weight's size, and the
+    gradient of the factors passes through one, so a step costs as much as one of full fine-tuning;
+    only the optimizer state is smaller.
 
     Attributes:
-        rank: Of `A B`.
+        rank: Rank of `A B`.
         dropout: Probability of dropping an entry of the input of the update while training.
-        init: One of `jlora.initializers` that starts at zero.
-        dtype: Of `A` and `B`.
+        init: One of `jlora.initializers` whose update starts at zero.
+        dtype: Data type of `A` and `B`.
+
+    Raises:
+        ValueError: A value is out of range, or `init` does not start at zero.
+        TypeError: A value is of another type.
 
     References:
         Huang et al., HiRA, ICLR 2025, section 3.2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.HiRA(rank=2))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> adapter["w"].is_weight_sized
+        True
     """
 
     info = MethodInfo(
@@ -58,12 +69,13 @@ class HiRA(AdapterConfig):
         super().__post_init__()
         if self.init.residual:
             raise ValueError(
-                f"HiRA.init={self.init!r} is made of the weight's own factors, which say nothing "
-                f"of what it should be multiplied by. Use one that starts at zero."
+                f"HiRA.init={self.init!r} takes an update out of the base, but HiRA multiplies the "
+                f"base. Use an initialization whose update starts at zero, such as "
+                f"initializers.kaiming_uniform."
             )
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> HiRALeaf:
-        """Factors as `init` makes them."""
+        """Returns factors from `init`."""
         _validation.warn_excess_rank(self, self.rank, weight)
         return HiRALeaf(
             **low_rank.init_factors(key, weight, self.init, self.rank, 1.0, self.dtype),
@@ -77,7 +89,12 @@ class HiRA(AdapterConfig):
 @register_family("hira")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiRALeaf(AdapterLeaf):
-    """The factors of one weight: `a` (*batch, *inputs, rank), `b` (*batch, rank, *outputs)."""
+    """Factors of one weight.
+
+    Attributes:
+        a: (*batch, *inputs, rank), in the order of `axes`.
+        b: (*batch, rank, *outputs).
+    """
 
     a: jax.Array = array_field("a")
     b: jax.Array = array_field("b")
@@ -91,7 +108,7 @@ class HiRALeaf(AdapterLeaf):
         return True
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """The base as one more operand: a sum in its own type would round small updates off."""
+        """Returns the base as one more operand; a sum in its type would round small updates off."""
         base = (maybe_dequantize(weight.base), range(len(self.shape)))
         return weight.add(base, *low_rank.label_factors(self, self.a, self.b))
 

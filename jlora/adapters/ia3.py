@@ -1,4 +1,4 @@
-"""IA3: a learned factor on each of a layer's outputs, or inputs."""
+"""IA3: a trainable factor on each output, or each input, of a layer."""
 
 from __future__ import annotations
 
@@ -23,17 +23,28 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3(AdapterConfig):
-    """`W diag(l)`, or `diag(l) W`: the outputs of keys and values, or the inputs of an MLP's last
-    layer, scaled.
+    """`W diag(l)`, or `diag(l) W`: scales a layer's outputs, or its inputs.
 
-    A bias is not scaled with the outputs; the paper's models have none.
+    The paper scales the outputs of keys and values, and the inputs of an MLP's last layer. A bias
+    is not scaled with the outputs; the paper's models have none.
 
     Attributes:
         apply_to: "outputs" or "inputs" (for a convolution: its input channels).
-        dtype: Of `l`, which starts at one.
+        dtype: Data type of `l`, which starts at one.
+
+    Raises:
+        ValueError: `apply_to` is another value.
+        TypeError: `dtype` is not a float.
 
     References:
         Liu et al., arXiv:2205.05638, section 3.3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.IA3(apply_to="inputs"))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((3, 5))}, jnp.ones((4, 3)))
+        >>> adapter["w"].l
+        Array([1., 1., 1.], dtype=float32)
     """
 
     info = MethodInfo(
@@ -52,25 +63,33 @@ class IA3(AdapterConfig):
         super().__post_init__()
         if self.apply_to not in ("outputs", "inputs"):
             raise ValueError(
-                f"IA3.on={self.apply_to!r} is no side of a weight. Use 'outputs' (keys, values) or "
-                f"'inputs' (the last layer of an MLP)."
+                f"IA3.apply_to={self.apply_to!r} must be 'outputs' (keys, values) or 'inputs' (the "
+                f"last layer of an MLP)."
             )
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> IA3Leaf:
-        """Ones."""
+        """Returns factors of one."""
         del key
         side = weight.axes.outputs if self.apply_to == "outputs" else weight.channel_axes
-        scaled = (*weight.axes.batch, *side)
-        shape = tuple(weight.shape[axis] for axis in scaled)
+        scaled_axes = (*weight.axes.batch, *side)
+        shape = tuple(weight.shape[axis] for axis in scaled_axes)
         return IA3Leaf(
-            l=jnp.ones(shape, self.dtype), shape=weight.shape, axes=weight.axes, scaled_axes=scaled
+            l=jnp.ones(shape, self.dtype),
+            shape=weight.shape,
+            axes=weight.axes,
+            scaled_axes=scaled_axes,
         )
 
 
 @register_family("ia3")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3Leaf(AdapterLeaf):
-    """The factors `l` of one weight, along its axes `scaled_axes`."""
+    """Factors of one weight.
+
+    Attributes:
+        l: Factors, (*batch, *outputs) or (*batch, *inputs).
+        scaled_axes: Axes of the weight that `l` runs along.
+    """
 
     l: jax.Array = array_field("l")  # noqa: E741  The paper's name.
     shape: tuple[int, ...]

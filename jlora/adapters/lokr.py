@@ -30,32 +30,43 @@ from jlora.interpreter.weight import AdaptableWeight
 class LoKr(AdapterConfig):
     """`W + (alpha / rank) * w1 (x) w2`, with the Kronecker product of two small matrices.
 
-    Inputs and outputs are split in two, `d = d1 d2` and `k = k1 k2`; `w1` is (d1, k1) and `w2`
-    (d2, k2), over a convolution's window too. A factor whose longer side exceeds twice the rank is
-    itself a product of two: `w2` always, `w1` where `decompose_both` is set. The step multiplies
-    with one after the other, which costs little more than nothing.
+    Inputs and outputs are each split in two, `d = d1 d2` and `k = k1 k2`; `w1` is (d1, k1) and `w2`
+    (d2, k2), with a convolution's window in `w2`. A factor whose longer side exceeds twice the rank
+    is a low-rank product: `w2` always, `w1` where `decompose_both` is set. A step multiplies with
+    one factor after the other, which costs little.
 
     Attributes:
-        rank: Of the factors that are products.
-        alpha: Numerator of the scale put on the update; positive.
-        factor: What `d1` and `k1` are, where it divides; by default, and where it does not, the
-            largest divisor up to it that is at most the root. -1 sets no bound.
-        decompose_both: Whether `w1` may be a product too.
-        tucker: Give a convolution's `w2` two factors over its channels alone and a core over its
+        rank: Rank of the factors that are low-rank products.
+        alpha: Numerator of the update's scale; positive.
+        factor: Size of `d1` and `k1` where it divides `d` or `k`. Otherwise the size is the largest
+            divisor up to it that is at most the square root. -1: no bound.
+        decompose_both: Whether `w1` may be a low-rank product too.
+        tucker: Whether a convolution's `w2` has two factors over its channels and a core over its
             window.
         dropout: Probability of dropping an entry of the input while training.
-        dtype: Of all factors.
+        dtype: Data type of all factors.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Edalati et al., KronA, arXiv:2212.10650, section 3.
-        Yeh et al., LyCORIS, arXiv:2309.14859, section 3, whose splits these are.
+        Yeh et al., LyCORIS, arXiv:2309.14859, section 3, for the sizes of the splits.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoKr(rank=1, alpha=1))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 8))}, jnp.ones((4, 6)))
+        >>> adapter["w"].w1.shape, adapter["w"].a2.shape, adapter["w"].b2.shape
+        ((2, 2), (3, 1), (1, 4))
     """
 
     info = MethodInfo(
         name="LoKr",
         formula="W + (alpha / r) w1 (x) w2, w2 = a2 b2",
         num_params_formula="d1 * k1 + r * (d2 + k2)",
-        recommended_for="few numbers and yet full rank",
+        recommended_for="full rank with few parameters",
         paper="Edalati et al. 2212.10650; Yeh et al. 2309.14859",
     )
     supported_kinds = frozenset({"linear", "convolution"})
@@ -76,15 +87,15 @@ class LoKr(AdapterConfig):
             _validation.check_positive_int("LoKr.factor", self.factor)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoKrLeaf:
-        """`w1`, or its first factor, zero; all others uniform."""
+        """Returns uniform factors, except `w1`, or its second factor, which is zero."""
         channels = tuple(weight.shape[axis] for axis in weight.channel_axes)
         d1 = nearest_factorization(channels, self.factor)
         k1 = nearest_factorization(weight.axis_sizes.outputs, self.factor)
         d2, k2 = math.prod(channels) // d1, weight.fan_out // k1
         window = math.prod(weight.shape[axis] for axis in weight.window)
-        second = "whole" if self.rank >= max(d2, k2) / 2 else "pair"
-        if second == "pair" and self.tucker and window > 1:
-            second = "core"
+        w2_form = "full" if self.rank >= max(d2, k2) / 2 else "low_rank"
+        if w2_form == "low_rank" and self.tucker and window > 1:
+            w2_form = "core"
         leaf = LoKrLeaf(
             shape=weight.shape,
             axes=weight.axes,
@@ -93,7 +104,7 @@ class LoKr(AdapterConfig):
             alpha=float(self.alpha),
             w1_shape=(d1, k1),
             decompose_w1=self.decompose_both and self.rank < max(d1, k1) / 2,
-            w2_form=second,
+            w2_form=w2_form,
             dropout=float(self.dropout),
         )
         fan_in = {
@@ -101,8 +112,8 @@ class LoKr(AdapterConfig):
             "b1": self.rank,
             "a1": d1,
             "w2": d2 * window,
-            "a2": d2 if second == "core" else d2 * window,
-            "b2": k2 if second == "core" else self.rank,
+            "a2": d2 if w2_form == "core" else d2 * window,
+            "b2": k2 if w2_form == "core" else self.rank,
             "core2": self.rank * window,
         }
         arrays = {
@@ -117,10 +128,10 @@ class LoKr(AdapterConfig):
 
 
 def factorization(size: int, factor: int = -1) -> int:
-    """The first of two numbers whose product is `size`, as LyCORIS chooses it.
+    """Returns the smaller of two factors of `size`, as LyCORIS chooses it.
 
-    It is `factor` where that divides; else the largest divisor up to it that keeps the sum of the
-    two from growing.
+    It is `factor` where that divides `size`; otherwise the largest divisor up to `factor` for which
+    the sum of the two factors does not increase.
     """
     if factor > 0 and size % factor == 0:
         return factor
@@ -135,28 +146,37 @@ def factorization(size: int, factor: int = -1) -> int:
 
 
 def nearest_factorization(sizes: Sequence[int], factor: int) -> int:
-    """`factorization` of axes taken together, or the nearest number below that cuts them."""
-    wanted = factorization(math.prod(sizes), factor)
-    candidates = [n for n in range(wanted, 0, -1) if math.prod(sizes) % n == 0]
+    """Returns `factorization` of the axes' joint size, or the next lower size that splits them."""
+    target = factorization(math.prod(sizes), factor)
+    candidates = [n for n in range(target, 0, -1) if math.prod(sizes) % n == 0]
     return next(n for n in candidates if _split_axes_by_factor(sizes, n) is not None)
 
 
 def _split_axes_by_factor(sizes: Sequence[int], outer_size: int) -> list[tuple[int, int]] | None:
-    """Every axis as a slow and a fast part, the slow parts together `outer_size`; None if none fit."""
+    """Splits every axis into an outer and an inner size; None when that is impossible.
+
+    The product of the outer sizes is `outer_size`.
+    """
     parts = []
     for length in sizes:
-        slow = math.gcd(outer_size, length)
-        if slow not in (outer_size, length):
+        outer = math.gcd(outer_size, length)
+        if outer not in (outer_size, length):
             return None
-        parts.append((slow, length // slow))
-        outer_size //= slow
+        parts.append((outer, length // outer))
+        outer_size //= outer
     return parts
 
 
 class _AxisSplit(NamedTuple):
-    """A group of axes cut in two."""
+    """A group of axes that is split in two.
 
-    outer: list[tuple[Hashable, int]]  # Labels and lengths.
+    Attributes:
+        outer: Labels and sizes of the outer axes.
+        inner: Labels and sizes of the inner axes.
+        splits: Outer and inner size of each axis that is itself split.
+    """
+
+    outer: list[tuple[Hashable, int]]
     inner: list[tuple[Hashable, int]]
     splits: dict[int, tuple[int, int]]
 
@@ -164,30 +184,31 @@ class _AxisSplit(NamedTuple):
 def _split_axis_labels(shape: Sequence[int], axes: Sequence[int], outer_size: int) -> _AxisSplit:
     parts = _split_axes_by_factor([shape[axis] for axis in axes], outer_size)
     assert parts is not None
-    found = _AxisSplit([], [], {})
-    for axis, (slow, fast) in zip(axes, parts, strict=True):
-        if slow > 1 and fast > 1:
-            found.splits[axis] = (slow, fast)
-            found.outer.append(((axis, 0), slow))
-            found.inner.append(((axis, 1), fast))
+    split = _AxisSplit([], [], {})
+    for axis, (outer, inner) in zip(axes, parts, strict=True):
+        if outer > 1 and inner > 1:
+            split.splits[axis] = (outer, inner)
+            split.outer.append(((axis, 0), outer))
+            split.inner.append(((axis, 1), inner))
         else:
-            (found.outer if slow > 1 else found.inner).append((axis, slow * fast))
-    return found
+            (split.outer if outer > 1 else split.inner).append((axis, outer * inner))
+    return split
 
 
 @register_family("lokr")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKrLeaf(AdapterLeaf):
-    """The factors of one weight, each either whole or a product.
+    """Factors of one weight, each a matrix or a low-rank product.
 
     Attributes:
         w1: (*batch, d1, k1), or `a1` (*batch, d1, rank) and `b1` (*batch, rank, k1).
         w2: (*batch, *window, d2, k2), or `a2` (*batch, *window, d2, rank) and `b2`
             (*batch, rank, k2), or `a2` without a window and `core2` (*batch, rank, rank, *window).
         w1_shape: `d1` and `k1`.
-        decompose_w1: Whether `w1` is a product.
-        w2_form: What `w2` is: "whole", a "pair", or a pair with a "core".
-        window: The axes that a convolution slides over.
+        decompose_w1: Whether `w1` is a low-rank product.
+        w2_form: Form of `w2`: a "full" matrix, a "low_rank" product, or such a product with a
+            "core".
+        window: Input axes of the weight that a convolution slides over.
     """
 
     w1: Any = array_field("w1", optional=True)
@@ -212,59 +233,61 @@ class LoKrLeaf(AdapterLeaf):
         return low_rank.lora_scaling(self.rank, self.alpha)
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """One operand for every factor, over its own parts of the weight's axes."""
+        """Returns one operand per factor, over its parts of the weight's axes."""
         del context
         batch, inputs, outputs = self.axes
         channels = [axis for axis in inputs if axis not in self.window]
         rows = _split_axis_labels(self.shape, channels, self.w1_shape[0])
         columns = _split_axis_labels(self.shape, outputs, self.w1_shape[1])
         window = [(axis, self.shape[axis]) for axis in self.window]
-        stack = [(axis, self.shape[axis]) for axis in batch]
-        one, two, other = ("rank 1", self.rank), ("rank 2", self.rank), ("rank 3", self.rank)
+        batch_axes = [(axis, self.shape[axis]) for axis in batch]
+        rank_1, rank_2, rank_3 = ((f"rank {number}", self.rank) for number in (1, 2, 3))
 
         def operand(array: jax.Array, *groups: Sequence[tuple[Hashable, int]]) -> LabeledArray:
-            axes = [one for group in (stack, *groups) for one in group]
+            axes = [axis for group in (batch_axes, *groups) for axis in group]
             return array.reshape([length for _, length in axes]), [label for label, _ in axes]
 
         if self.decompose_w1:
             first = [
-                operand(self.a1 * self.scale, rows.outer, [one]),
-                operand(self.b1, [one], columns.outer),
+                operand(self.a1 * self.scale, rows.outer, [rank_1]),
+                operand(self.b1, [rank_1], columns.outer),
             ]
         else:
             first = [operand(self.w1 * self.scale, rows.outer, columns.outer)]
-        if self.w2_form == "whole":
+        if self.w2_form == "full":
             second = [operand(self.w2, window, rows.inner, columns.inner)]
-        elif self.w2_form == "pair":
+        elif self.w2_form == "low_rank":
             second = [
-                operand(self.a2, window, rows.inner, [two]),
-                operand(self.b2, [two], columns.inner),
+                operand(self.a2, window, rows.inner, [rank_2]),
+                operand(self.b2, [rank_2], columns.inner),
             ]
         else:
             second = [
-                operand(self.a2, rows.inner, [two]),
-                operand(self.core2, [two, other], window),
-                operand(self.b2, [other], columns.inner),
+                operand(self.a2, rows.inner, [rank_2]),
+                operand(self.core2, [rank_2, rank_3], window),
+                operand(self.b2, [rank_3], columns.inner),
             ]
         splits: Mapping[int, tuple[int, int]] = {**rows.splits, **columns.splits}
         return weight.with_split_axes(splits).add(*first, *second)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        stack, inputs, outputs = self.axis_sizes
+        batch, inputs, outputs = self.axis_sizes
         window = tuple(self.shape[axis] for axis in self.window)
         d1, k1 = self.w1_shape
         d2 = math.prod(inputs) // math.prod(window) // d1
         k2, rank = math.prod(outputs) // k1, self.rank
-        shapes = {"a1": (*stack, d1, rank), "b1": (*stack, rank, k1)}
+        shapes = {"a1": (*batch, d1, rank), "b1": (*batch, rank, k1)}
         if not self.decompose_w1:
-            shapes = {"w1": (*stack, d1, k1)}
-        if self.w2_form == "whole":
-            return {**shapes, "w2": (*stack, *window, d2, k2)}
-        core = {"core2": (*stack, rank, rank, *window)} if self.w2_form == "core" else {}
-        over = window if self.w2_form == "pair" else ()
-        return {**shapes, "a2": (*stack, *over, d2, rank), "b2": (*stack, rank, k2), **core}
+            shapes = {"w1": (*batch, d1, k1)}
+        if self.w2_form == "full":
+            return {**shapes, "w2": (*batch, *window, d2, k2)}
+        core = {"core2": (*batch, rank, rank, *window)} if self.w2_form == "core" else {}
+        a2_window = window if self.w2_form == "low_rank" else ()
+        return {**shapes, "a2": (*batch, *a2_window, d2, rank), "b2": (*batch, rank, k2), **core}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
-        batch = self.axes.batch  # Other axes of a factor are parts of the weight's.
-        own = {name: len(shape) - len(batch) for name, shape in self.shapes().items()}
-        return {name: (*batch, *[None] * count) for name, count in own.items()}
+        batch = self.axes.batch  # A factor's other axes are parts of the weight's axes.
+        return {
+            name: (*batch, *[None] * (len(shape) - len(batch)))
+            for name, shape in self.shapes().items()
+        }

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside a frozen weight."""
+"""LoRA: a low-rank update of a frozen weight."""
 
 from __future__ import annotations
 
@@ -28,30 +28,37 @@ class LoRA(AdapterConfig):
     """Low-rank adaptation: `W + (alpha / rank) * A B`, with x on the left.
 
     Attributes:
-        rank: Width of the bottleneck; a positive count.
-        alpha: Numerator of the scale put on the update; positive.
+        rank: Rank of the update; positive.
+        alpha: Numerator of the update's scale; positive.
         dropout: Probability of dropping an entry of the input of `A` while training. It acts only
             where `apply` is given a `dropout_key`.
-        use_rslora: Scale by `alpha / sqrt(rank)` instead, which keeps the update's size as
-            the rank grows (rsLoRA).
-        init: One of `jlora.initializers`. By default `A` is uniform and `B` zero; embeddings are the other
-            way about, `A` zero and `B` normal, as in the reference.
-        dtype: Of `A` and `B`. They are cast to the activation's type at each product.
+        use_rslora: Whether the scale is `alpha / sqrt(rank)`, which keeps the update's size as the
+            rank grows (rsLoRA), instead of `alpha / rank`.
+        init: One of `jlora.initializers`. By default `A` is uniform and `B` zero; for embeddings,
+            as in the reference code, `A` is zero and `B` normal.
+        dtype: Data type of `A` and `B`. They are cast to the activation's type at each product.
 
     Raises:
-        ValueError: For a value out of its range.
-        TypeError: For one of another type.
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Hu et al., LoRA, arXiv:2106.09685, section 4.1.
         Kalajdzievski, rsLoRA, arXiv:2312.03732, section 4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> adapter["w"].a.shape, adapter["w"].b.shape, adapter["w"].scale
+        ((6, 2), (2, 5), 2.0)
     """
 
     info = MethodInfo(
         name="LoRA, rsLoRA",
         formula="W + (alpha / r) A B; rsLoRA: alpha / sqrt(r)",
         num_params_formula="r * (d + k)",
-        recommended_for="the default; everything else is measured against it",
+        recommended_for="the default, and the baseline of all others",
         paper="Hu et al. 2106.09685; Kalajdzievski 2312.03732",
     )
 
@@ -63,7 +70,7 @@ class LoRA(AdapterConfig):
     dtype: Any = jnp.float32
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoRALeaf:
-        """Factors as `init` makes them."""
+        """Returns factors from `init`."""
         _validation.warn_excess_rank(self, self.rank, weight)
         scale = low_rank.lora_scaling(self.rank, self.alpha, self.use_rslora)
         return LoRALeaf(
@@ -81,14 +88,14 @@ class LoRA(AdapterConfig):
 @register_family("lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRALeaf(AdapterLeaf):
-    """The factors of one weight.
+    """Factors of one weight.
 
     Attributes:
         a: (*batch, *inputs, rank), in the order of `axes`.
         b: (*batch, rank, *outputs).
-        shape: The weight's shape.
-        axes: What each of the weight's axes does.
-        residual: Whether it belongs on a base that `jlora.residual_base` or `jlora.loftq` made.
+        shape: Shape of the weight.
+        axes: Roles of the weight's axes.
+        residual: Whether its base is one of `jlora.residual_base` or `jlora.loftq`.
     """
 
     a: jax.Array = array_field("a")
@@ -106,7 +113,7 @@ class LoRALeaf(AdapterLeaf):
         return low_rank.lora_scaling(self.rank, self.alpha, self.use_rslora)
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """`W + scale * A B`; the scale is folded into `B`, which is far smaller than a result."""
+        """Returns `W + scale * A B`; the scale is folded into `B`, the smallest array."""
         del context
         return weight.add(*low_rank.label_factors(self, self.a, self.b * self.scale))
 

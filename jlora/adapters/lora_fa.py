@@ -22,28 +22,37 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFA(LoRA):
-    """LoRA whose `A` stays as it was drawn, so that training keeps no input of a layer.
+    """LoRA with a random, frozen `A`, so that the backward pass saves no layer inputs.
 
-    The gradient of `B` needs the `rank` numbers of `x A` for every token instead of all of `x`.
-    On embeddings too it is `A` that is random and frozen, `B` that starts at zero.
+    The gradient of `B` needs the `rank` elements of `x A` for every token instead of all of `x`.
+    On embeddings, too, `A` is random and frozen, and `B` starts at zero. The fields are those of
+    `LoRA`.
 
-    Attributes:
-        rank: As in `LoRA`, like all other fields.
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Zhang et al., LoRA-FA, arXiv:2308.03303, section 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRAFA(rank=2, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> adapter["w"].array_labels()
+        {'a': 'frozen', 'b': 'b'}
     """
 
     info = MethodInfo(
         name="LoRA-FA",
         formula="W + (alpha / r) A B, A frozen",
         num_params_formula="r * k",
-        recommended_for="memory: the layers' inputs are not kept for the backward pass",
+        recommended_for="memory: the backward pass saves no layer inputs",
         paper="Zhang et al. 2308.03303",
     )
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoRAFALeaf:
-        """Factors as `init` makes them for a linear weight."""
+        """Returns factors from `init`, for embeddings those of a linear weight."""
         if weight.kind == "embedding" and self.init is initializers.kaiming_uniform:
             weight = weight._replace(kind="linear")
         return LoRAFALeaf(**low_rank.leaf_field_values(super().init_leaf(key, weight)))
@@ -52,12 +61,12 @@ class LoRAFA(LoRA):
 @register_family("lora_fa")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFALeaf(LoRALeaf):
-    """The factors of one weight, `a` frozen."""
+    """Factors of one weight, with `a` frozen."""
 
     a: jax.Array = array_field(FROZEN)
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """As LoRA, but that no gradient reaches `A`: its input is then needed no longer."""
+        """Returns LoRA's update without a gradient of `A`, so that its input is not saved."""
         del context
         a, b = jax.lax.stop_gradient(self.a), self.b * self.scale
         return weight.add(*low_rank.label_factors(self, a, b))

@@ -1,4 +1,4 @@
-"""A mixture of LoRAs: several updates of one weight, chosen among by each input."""
+"""A mixture of LoRA experts: several updates of one weight, routed by the input."""
 
 from __future__ import annotations
 
@@ -41,25 +41,39 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAMoE(AdapterConfig):
-    """`x W + (alpha / rank) sum_e g_e(x) x A_e B_e`, with a gate `g` over the best `top_k` experts.
+    """`x W + (alpha / rank) sum_e g_e(x) x A_e B_e`, with a gate `g` over the top `top_k` experts.
 
-    The gate is the softmax of the best `top_k` of the scores `x R`. What it chooses depends on the
-    input, so a mixture cannot be merged. `lora.apply_with_aux_loss` also returns the load-balancing
-    loss, to be added to the training loss with a small factor. (An update for each expert of a
-    mixture-of-experts model is plain `LoRA` on its stacked weights.)
+    The gate is the softmax of the `top_k` highest scores of `x R`. It depends on the input, so the
+    adapter cannot be merged. `lora.apply_with_aux_loss` also returns the load-balancing loss, which
+    is added to the training loss with a small coefficient. (For an update of each expert of a
+    mixture-of-experts model, use plain `LoRA` on its stacked weights.)
 
     Attributes:
-        num_experts: How many updates there are.
-        top_k: How many every input uses.
-        rank: Of each.
-        alpha: Numerator of the scale put on the updates; positive.
-        dropout: Probability of dropping an entry of the input of `A` while training; the router
-            sees all of it.
-        dtype: Of all arrays. Scores and gates are computed in float32.
+        num_experts: Number of experts, each a low-rank update.
+        top_k: Number of experts that every input uses.
+        rank: Rank of each expert.
+        alpha: Numerator of the updates' scale; positive.
+        dropout: Probability of dropping an entry of the input of `A` while training; the router's
+            input is not dropped.
+        dtype: Data type of all arrays. Scores and gates are computed in float32.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Wu et al., Mixture of LoRA Experts, arXiv:2404.13628; Li et al., MixLoRA, arXiv:2404.15159,
         section 3. Fedus et al., arXiv:2101.03961, section 2.2, for the loss.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> config = jlora.LoRAMoE(num_experts=3, rank=2, alpha=4)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((4, 6))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> output, aux_loss = lora.apply_with_aux_loss(params, adapter, x)
+        >>> output.shape, aux_loss.shape
+        ((4, 5), ())
     """
 
     info = MethodInfo(
@@ -80,24 +94,28 @@ class LoRAMoE(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _validation.check_positive_int("LoRAMoE.experts", self.num_experts)
+        _validation.check_positive_int("LoRAMoE.num_experts", self.num_experts)
         _validation.check_positive_int("LoRAMoE.top_k", self.top_k)
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"LoRAMoE.top_k={self.top_k} exceeds experts={self.num_experts}. Use at most that."
+                f"LoRAMoE.top_k={self.top_k} exceeds num_experts={self.num_experts}. Use at most "
+                f"that."
             )
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """As for any family, and for rows that have experts already."""
+        """Returns the reason of any method, or that the weight is materialized or has experts."""
         if "ragged_dot_general" in weight.primitives:
-            return "its rows have experts already (lax.ragged_dot); use LoRA, one for each of them"
+            return (
+                "its inputs are already routed to experts (lax.ragged_dot); use LoRA, which has an "
+                "update for each expert"
+            )
         if weight.dense_reasons:
-            why = ", ".join(weight.dense_reasons)
-            return f"its dense sum is needed ({why}), and a mixture is no sum of weights"
+            reasons = ", ".join(weight.dense_reasons)
+            return f"the weight is materialized ({reasons}), but the update depends on the input"
         return super().unsupported_reason(weight)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoRAMoELeaf:
-        """`A` uniform, `B` zero, the router normal with a deviation of 0.02."""
+        """Returns `A` uniform, `B` zero, and a normal router with a standard deviation of 0.02."""
         _validation.warn_excess_rank(self, self.rank, weight)
         leaf = LoRAMoELeaf(
             a=None,  # type: ignore[arg-type]
@@ -124,12 +142,12 @@ class LoRAMoE(AdapterConfig):
 @register_family("lora_moe")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAMoELeaf(AdapterLeaf):
-    """The experts of one weight.
+    """Experts of one weight.
 
     Attributes:
-        a: (*batch, experts, *inputs, rank), in the order of `axes`.
-        b: (*batch, experts, rank, *outputs).
-        router: (*batch, *inputs, experts).
+        a: (*batch, num_experts, *inputs, rank), in the order of `axes`.
+        b: (*batch, num_experts, rank, *outputs).
+        router: (*batch, *inputs, num_experts).
     """
 
     a: jax.Array = array_field("a")

@@ -1,4 +1,4 @@
-"""All families, for the table in the README."""
+"""The registry of adapter methods, and their table in Markdown."""
 
 from __future__ import annotations
 
@@ -42,8 +42,14 @@ ADAPTER_CONFIGS: tuple[type[AdapterConfig], ...] = (
 
 
 def format_families_table() -> str:
-    """Every family as a row of a Markdown table: formula, trained numbers for a weight (d, k), the
-    kinds of weight, what it is good for, and the paper.
+    """Returns a Markdown table with one row per adapter method.
+
+    The columns are the formula, the number of trainable parameters of a weight (d, k), the
+    supported kinds of weights, the recommended use, and the paper.
+
+    Example:
+        >>> print(format_families_table().splitlines()[2].split("|")[1].strip())
+        `LoRA`
     """
     header = ("`jlora.`", "the weight becomes", "trained for (d, k)", "on", "good for", "paper")
     rows = [

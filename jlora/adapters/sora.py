@@ -1,4 +1,4 @@
-"""SoRA: LoRA with a gate on every rank, which sparsity closes."""
+"""SoRA: LoRA with a gate on every rank that an L1 penalty drives to zero."""
 
 from __future__ import annotations
 
@@ -21,45 +21,61 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoRA(LoRA):
-    """`W + (alpha / rank) * A diag(g) B`, the gates `g` driven to zero where they do little.
+    """`W + (alpha / rank) * A diag(g) B`, with the gates `g` of unimportant ranks driven to zero.
 
     Train it with `optax.chain(optimizer, jlora.soft_threshold(learning_rate * strength))`: the
-    proximal step for a penalty of `strength` on the absolute gates. `jlora.prune_ranks` then leaves out
-    the ranks whose gate is zero. Gates start at one.
+    proximal step of an L1 penalty of `strength` on the gates. `jlora.prune_ranks` then removes the
+    ranks whose gate is zero. Gates start at one. The other fields are those of `LoRA`.
 
     Attributes:
-        rank: What training starts with; all other fields are as in `LoRA`.
+        rank: Initial rank.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Ding et al., SoRA, arXiv:2311.11696, section 3.2 and equation 8. Its code draws the gates
-        normal; from one every rank starts alike.
+        from a normal distribution; with ones, every rank starts alike.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.SoRA(rank=2, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> adapter["w"].gate
+        Array([1., 1.], dtype=float32)
     """
 
     info = MethodInfo(
         name="SoRA",
-        formula="W + (alpha / r) A diag(g) B, g made sparse",
+        formula="W + (alpha / r) A diag(g) B, g sparse",
         num_params_formula="r * (d + k + 1)",
-        recommended_for="finding each weight's rank without a budget",
+        recommended_for="choosing each weight's rank without a budget",
         paper="Ding et al. 2311.11696",
     )
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> SoRALeaf:
-        """Factors as `init` makes them, and open gates."""
-        made = super().init_leaf(key, weight)
-        facts = low_rank.leaf_field_values(made)
+        """Returns factors from `init`, and gates of one."""
+        fields = low_rank.leaf_field_values(super().init_leaf(key, weight))
         gate = jnp.ones((*weight.axis_sizes.batch, self.rank), self.dtype)
-        return SoRALeaf(**facts, gate=gate)
+        return SoRALeaf(**fields, gate=gate)
 
 
 @register_family("sora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoRALeaf(LoRALeaf):
-    """The factors of one weight, and its gates (*batch, rank)."""
+    """Factors and gates of one weight.
+
+    Attributes:
+        a: (*batch, *inputs, rank), in the order of `axes`.
+        b: (*batch, rank, *outputs).
+        gate: (*batch, rank).
+    """
 
     gate: jax.Array = array_field("gate")
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """`W + scale * A diag(g) B`; the gates are folded into `B`."""
+        """Returns `W + scale * A diag(g) B`; the gates are folded into `B`."""
         del context
         b = low_rank.apply_rank_gates(self, self.gate * self.scale, self.b)
         return weight.add(*low_rank.label_factors(self, self.a, b))

@@ -1,4 +1,4 @@
-"""Training some rows of an embedding: those of tokens that are new, or whose meaning is."""
+"""Trainable tokens: updates of the embedding rows of chosen tokens, such as new ones."""
 
 from __future__ import annotations
 
@@ -23,21 +23,33 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainableTokens(AdapterConfig):
-    """`W + S delta`, with a row of `delta` for each of some tokens and `S` putting it there.
+    """`W + S delta`, with a row of `delta` for each chosen token; `S` selects the tokens' rows.
 
     Attributes:
-        token_indices: The numbers of the tokens, each once.
-        dtype: Of the differences, which start at zero.
+        token_indices: Indices of the trainable tokens, each once.
+        dtype: Data type of the differences, which start at zero.
+
+    Raises:
+        ValueError: `token_indices` are not distinct indices.
+        TypeError: `dtype` is not a float.
 
     References:
-        PEFT's trainable tokens, which keep the rows themselves instead of differences.
+        PEFT's trainable tokens, which store the rows instead of differences.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> config = jlora.TrainableTokens(token_indices=(8, 9))
+        >>> lora = jlora.lora_transform(lambda p, tokens: p["embedding"][tokens], config)
+        >>> params = {"embedding": jnp.ones((10, 6))}
+        >>> lora.init(jax.random.key(0), params, jnp.array([1, 9]))["embedding"].delta.shape
+        (2, 6)
     """
 
     info = MethodInfo(
-        name="Token rows",
-        formula="W + S delta, rows of n tokens",
+        name="Trainable tokens",
+        formula="W + S delta, the rows of n tokens",
         num_params_formula="n * k",
-        recommended_for="a few new tokens beside another family",
+        recommended_for="a few new tokens, beside another method",
         paper="full fine-tuning of chosen rows",
     )
     supported_kinds = frozenset({"embedding"})
@@ -47,30 +59,28 @@ class TrainableTokens(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = all(type(token) is int and token >= 0 for token in self.token_indices)
-        if (
-            not self.token_indices
-            or not good
-            or len(set(self.token_indices)) != len(self.token_indices)
-        ):
+        tokens = self.token_indices
+        valid = all(type(token) is int and token >= 0 for token in tokens)
+        if not tokens or not valid or len(set(tokens)) != len(tokens):
             raise ValueError(
-                f"TrainableTokens.tokens={self.token_indices!r} must be whole numbers of 0 or more, each once."
+                f"TrainableTokens.token_indices={tokens!r} must be integers of 0 or more, each "
+                f"once."
             )
-        object.__setattr__(self, "token_indices", tuple(self.token_indices))
+        object.__setattr__(self, "token_indices", tuple(tokens))
 
     def selects(self, weight: AdaptableWeight) -> bool:
-        """Embeddings."""
+        """Whether the weight is an embedding."""
         return weight.kind == "embedding"
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """As for any family, and where a token has no row."""
+        """Returns the reason of any method, or that a token has no row."""
         reason = super().unsupported_reason(weight)
         if reason is None and max(self.token_indices) >= weight.fan_in:
-            return f"the token {max(self.token_indices)} has no row among its {weight.fan_in}"
+            return f"the token {max(self.token_indices)} is beyond its {weight.fan_in} rows"
         return reason
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> TrainableTokensLeaf:
-        """No differences."""
+        """Returns differences of zero."""
         del key
         batch, _, outputs = weight.axis_sizes
         return TrainableTokensLeaf(
@@ -84,7 +94,11 @@ class TrainableTokens(AdapterConfig):
 @register_family("trainable_tokens")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainableTokensLeaf(AdapterLeaf):
-    """The differences of some rows, (*batch, tokens, *outputs)."""
+    """Differences of the rows of some tokens.
+
+    Attributes:
+        delta: (*batch, number of tokens, *outputs).
+    """
 
     delta: jax.Array = array_field("full")
     shape: tuple[int, ...]
@@ -95,14 +109,17 @@ class TrainableTokensLeaf(AdapterLeaf):
         super().validate()
         rows = self.axis_sizes.inputs[0]
         if any(token < 0 or token >= rows for token in self.token_indices):
-            raise ValueError(f"tokens={self.token_indices} are not among the {rows} rows")
+            raise ValueError(f"token_indices={self.token_indices} must be below the {rows} rows")
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """Rows are looked up in `S` as they are in `W`."""
+        """Returns `W + S delta`; a look-up reads `S` as it reads `W`."""
         del context
         batch, inputs, outputs = self.axes
-        chosen = jax.nn.one_hot(jnp.array(self.token_indices), self.axis_sizes.inputs[0], axis=0)
-        return weight.add((chosen, (*inputs, "token")), (self.delta, (*batch, "token", *outputs)))
+        vocabulary = self.axis_sizes.inputs[0]
+        selection = jax.nn.one_hot(jnp.array(self.token_indices), vocabulary, axis=0)
+        return weight.add(
+            (selection, (*inputs, "token")), (self.delta, (*batch, "token", *outputs))
+        )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.axis_sizes

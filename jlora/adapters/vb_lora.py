@@ -1,4 +1,4 @@
-"""VB-LoRA: low-rank factors put together from a bank of vectors that all weights share."""
+"""VB-LoRA: low-rank factors composed from a vector bank that all weights share."""
 
 from __future__ import annotations
 
@@ -27,29 +27,41 @@ from jlora.interpreter.weight import AdaptableWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VBLoRA(AdapterConfig):
-    """`W + A B`, the factors cut into pieces that are mixtures of `top_k` vectors of one bank.
+    """`W + A B`, with factors whose sub-vectors are mixtures of `top_k` vectors of one bank.
 
-    The bank is trained with everything else. It is in the adapter once, under the name `share`.
-    As in the paper a fresh adapter changes the model a little, for neither factor is zero.
+    The bank is trainable. It is stored in the adapter once, under the name `share`. As in the paper
+    a fresh adapter changes the model a little, because neither factor is zero.
 
     Attributes:
-        rank: Of `A B`.
-        num_vectors: How many the bank has.
-        vector_length: Of each; it must divide every weight's inputs and outputs.
-        top_k: How many a piece mixes, by the softmax of their logits.
+        rank: Rank of `A B`.
+        num_vectors: Number of vectors in the bank.
+        vector_length: Length of each vector; a divisor of every weight's inputs and outputs.
+        top_k: Number of vectors in each mixture, weighted by the softmax of their logits.
         dropout: Probability of dropping an entry of the input while training.
-        share: The name of the bank. Configs that differ need different names.
-        dtype: Of all arrays.
+        share: Name of the bank in the adapter. Different configs need different names.
+        dtype: Data type of all arrays.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of another type.
 
     References:
         Li et al., VB-LoRA, arXiv:2405.15179, section 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> config = jlora.VBLoRA(rank=2, num_vectors=8, vector_length=3)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 9))}, jnp.ones((4, 6)))
+        >>> adapter["vb_lora"].bank.shape, adapter["w"].logits_a.shape
+        ((8, 3), (2, 2, 8))
     """
 
     info = MethodInfo(
         name="VB-LoRA",
-        formula="W + A B, their pieces mixtures of top-k vectors of a shared bank",
+        formula="W + A B, of mixtures of top-k vectors of a shared bank",
         num_params_formula="r * (d + k) // b * h",
-        recommended_for="tiny files: after training only top-k indices and weights are needed",
+        recommended_for="small files: after training only top-k indices and weights are needed",
         paper="Li et al. 2405.15179",
     )
     supported_kinds = frozenset({"linear"})
@@ -68,24 +80,25 @@ class VBLoRA(AdapterConfig):
             _validation.check_positive_int(f"VBLoRA.{name}", getattr(self, name))
         if self.top_k > self.num_vectors:
             raise ValueError(
-                f"VBLoRA.top_k={self.top_k} exceeds vectors={self.num_vectors}. Use at most that."
+                f"VBLoRA.top_k={self.top_k} exceeds num_vectors={self.num_vectors}. Use at most "
+                f"that."
             )
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
-        """As for any family, and where `vector_length` does not divide."""
+        """Returns the reason of any method, or that `vector_length` is not a divisor."""
         reason = super().unsupported_reason(weight)
         if reason is None and (
             weight.fan_in % self.vector_length or weight.fan_out % self.vector_length
         ):
             return (
-                f"VBLoRA.length={self.vector_length} does not divide its {weight.fan_in} inputs and "
-                f"{weight.fan_out} outputs (their common divisors are those of "
+                f"VBLoRA.vector_length={self.vector_length} does not divide its {weight.fan_in} "
+                f"inputs and {weight.fan_out} outputs (use a divisor of "
                 f"{math.gcd(weight.fan_in, weight.fan_out)})"
             )
         return reason
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> VBLoRALeaf:
-        """Logits normal with a deviation of 0.1."""
+        """Returns normal logits with a standard deviation of 0.1."""
         _validation.warn_excess_rank(self, self.rank, weight)
         leaf = VBLoRALeaf(
             logits_a=None,  # type: ignore[arg-type]
@@ -101,13 +114,13 @@ class VBLoRA(AdapterConfig):
         )
         keys = jax.random.split(key)
         arrays = {
-            name: 0.1 * jax.random.normal(one, shape, self.dtype)
-            for one, (name, shape) in zip(keys, leaf.shapes().items(), strict=True)
+            name: 0.1 * jax.random.normal(array_key, shape, self.dtype)
+            for array_key, (name, shape) in zip(keys, leaf.shapes().items(), strict=True)
         }
         return dataclasses.replace(leaf, **arrays)
 
     def init_shared(self, key: jax.Array, weights: Sequence[AdaptableWeight]) -> VBLoRABank:
-        """The bank, uniform in +-0.02."""
+        """Returns the bank, uniform in +-0.02."""
         del weights
         shape = (self.num_vectors, self.vector_length)
         bank = jax.random.uniform(key, shape, self.dtype, -0.02, 0.02)
@@ -119,7 +132,11 @@ class VBLoRA(AdapterConfig):
 @register_family("vb_lora_bank")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VBLoRABank(SharedArrays):
-    """The vectors, (vectors, length)."""
+    """The shared vector bank.
+
+    Attributes:
+        bank: (num_vectors, vector_length).
+    """
 
     bank: jax.Array = array_field("bank")
     num_vectors: int
@@ -132,8 +149,11 @@ class VBLoRABank(SharedArrays):
 @register_family("vb_lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VBLoRALeaf(AdapterLeaf):
-    """The logits of one weight: `logits_a` (*batch, rank, fan_in / length, vectors) and `logits_b`
-    (*batch, rank, fan_out / length, vectors).
+    """Logits of one weight over the vector bank.
+
+    Attributes:
+        logits_a: (*batch, rank, fan_in / vector_length, num_vectors).
+        logits_b: (*batch, rank, fan_out / vector_length, num_vectors).
     """
 
     logits_a: jax.Array = array_field("logits")
@@ -149,27 +169,28 @@ class VBLoRALeaf(AdapterLeaf):
 
     def shared_mismatch(self, shared: Any) -> str | None:
         if not isinstance(shared, VBLoRABank):
-            return f"it is a {type(shared).__name__}"
+            return f"they are a {type(shared).__name__}"
         if (shared.num_vectors, shared.vector_length) != (self.num_vectors, self.vector_length):
             return (
-                f"its bank is ({shared.num_vectors}, {shared.vector_length}), the part's "
-                f"({self.num_vectors}, {self.vector_length})"
+                f"the bank has shape ({shared.num_vectors}, {shared.vector_length}), and the leaf "
+                f"needs ({self.num_vectors}, {self.vector_length})"
             )
         return None
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """The factors, put together."""
+        """Returns `W + A B` with the factors composed from the bank."""
         batch, inputs, outputs = self.axes
         sizes = self.axis_sizes
         bank = context.shared.bank
 
-        def mixed(logits: jax.Array, group: tuple[int, ...]) -> jax.Array:
-            best, which = jax.lax.top_k(logits, self.top_k)
-            pieces = (jax.nn.softmax(best, -1)[..., None] * bank[which]).sum(-2)
-            return pieces.reshape(*sizes.batch, self.rank, *group)
+        def compose(logits: jax.Array, group: tuple[int, ...]) -> jax.Array:
+            top_logits, indices = jax.lax.top_k(logits, self.top_k)
+            sub_vectors = (jax.nn.softmax(top_logits, -1)[..., None] * bank[indices]).sum(-2)
+            return sub_vectors.reshape(*sizes.batch, self.rank, *group)
 
-        a = (mixed(self.logits_a, sizes.inputs), (*batch, "rank", *inputs))
-        return weight.add(a, (mixed(self.logits_b, sizes.outputs), (*batch, "rank", *outputs)))
+        a = (compose(self.logits_a, sizes.inputs), (*batch, "rank", *inputs))
+        b = (compose(self.logits_b, sizes.outputs), (*batch, "rank", *outputs))
+        return weight.add(a, b)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, outputs = self.axis_sizes

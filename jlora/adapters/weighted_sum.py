@@ -1,4 +1,4 @@
-"""A mix: several LoRAs of one weight, each under a weight of its own that can be changed."""
+"""A weighted sum of several LoRAs of one weight, with trainable mixing weights."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from jlora.interpreter.usage import WeightAxes
 @register_family("weighted_sum")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightedSumLeaf(AdapterLeaf):
-    """`W + sum_i w_i A_i B_i` for one weight; `jlora.merging.mixed` makes it of trained adapters.
+    """`W + sum_i w_i A_i B_i` for one weight, from trained adapters.
 
-    The factors lie side by side along the rank and are frozen. Only the weights `w` are trained, or
-    differ from row to row of a batch, and they stand in a product of their own: mapping over them
-    repeats the few numbers of `x A` and nothing of the factors' size.
+    The factors are concatenated along the rank and frozen. Only the mixing weights `w` are
+    trainable, or differ between the rows of a batch. They are a factor of their own, so `jax.vmap`
+    over them repeats the small array `x A` and nothing of the factors' size.
 
     Attributes:
         a: (*batch, *inputs, sum of ranks), in the order of `axes`.
-        b: (*batch, sum of ranks, *outputs), each adapter's scale folded in.
-        weights: (n,); (*batch, n) where they are `layered`.
-        shape: The weight's shape.
-        axes: What each of the weight's axes does.
-        ranks: Of each adapter; 0 for one that does not adapt this weight.
-        names: Of each adapter.
-        layered: Whether each matrix of a stack has weights of its own.
+        b: (*batch, sum of ranks, *outputs), with each adapter's scale folded in.
+        weights: Mixing weights: (n,), or (*batch, n) where `layered`.
+        shape: Shape of the weight.
+        axes: Roles of the weight's axes.
+        ranks: Rank of each adapter; 0 for one that does not adapt this weight.
+        names: Name of each adapter.
+        layered: Whether each matrix of a stack has its own mixing weights.
     """
 
     a: jax.Array = array_field(FROZEN)
@@ -51,13 +51,13 @@ class WeightedSumLeaf(AdapterLeaf):
 
     @property
     def rank(self) -> int:
-        """Of all adapters together."""
+        """Sum of the adapters' ranks."""
         return sum(self.ranks)
 
     @property
     def rank_weights(self) -> jax.Array:
-        """The weight of every rank: (rank,), or (*batch, rank)."""
-        # Picked, not multiplied with zeros and ones, so that NaN in one weight stays there.
+        """Mixing weight of every rank: (rank,), or (*batch, rank)."""
+        # Indexed, not multiplied with zeros and ones, so that NaN in one weight does not spread.
         return self.weights[..., np.repeat(np.arange(len(self.ranks)), self.ranks)]
 
     def validate(self) -> None:
@@ -65,23 +65,23 @@ class WeightedSumLeaf(AdapterLeaf):
         if not isinstance(self.layered, bool):
             raise TypeError(f"layered={self.layered!r} must be True or False")
         if not all(isinstance(name, str) for name in self.names):
-            raise TypeError(f"names={self.names} are not all texts")
+            raise TypeError(f"names={self.names} must be strings")
         if len(self.names) != len(self.ranks) or len(set(self.names)) != len(self.names):
-            raise ValueError(f"names={self.names} do not tell {len(self.ranks)} adapters apart")
+            raise ValueError(f"names={self.names} must be {len(self.ranks)} different names")
         if not all(isinstance(rank, numbers.Integral) and rank >= 0 for rank in self.ranks):
-            raise ValueError(f"ranks={self.ranks} are not all counts")
+            raise ValueError(f"ranks={self.ranks} must be integers of 0 or more")
         if not any(self.ranks):
             raise ValueError(f"ranks={self.ranks} leave no adapter for the weight")
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
-        """The three factors apart; no gradient reaches `a` and `b`."""
+        """Returns the three factors as one term; `a` and `b` have no gradient."""
         del context
         a, b = low_rank.label_factors(self, *jax.lax.stop_gradient((self.a, self.b)))
         batch = self.axes.batch if self.layered else ()
         return weight.add(a, (self.rank_weights, (*batch, "rank")), b)
 
     def fold_weights_into_b(self) -> jax.Array:
-        """`b` under the weights: with `a`, a plain LoRA of the scale one."""
+        """Returns `b` times the mixing weights; with `a` it is a plain LoRA of scale one."""
         batch = self.axis_sizes.batch if self.layered else (1,) * len(self.axes.batch)
         return low_rank.apply_rank_gates(self, self.rank_weights.reshape(*batch, self.rank), self.b)
 

@@ -1,4 +1,4 @@
-"""The search for rank, targets, learning rate and alpha."""
+"""Command `jlora rank-search`: search for rank, target modules, learning rate and alpha."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ Number = TypeVar("Number", int, float)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankSearchOptions:
-    """Choose rank, targets, learning rate and alpha for a recipe, by trials on its validation data.
+    """Select rank, target modules, learning rate and alpha for a recipe by trials.
+
+    Trials are compared on the recipe's validation data.
 
     Attributes:
-        recipe: The YAML file. Its output folder gets table.md, quality.png, best.yaml, search.json
-            and the trials.
-        resume: Go on with the search in the folder.
-        ranks: Ranks to try, from the smallest up, until the gain is within the noise.
-        seeds: Seeds of each rank and choice of targets; 2 or more.
-        steps: Of each trial; those of the recipe when left out.
-        targets: Which weights to try: attention, mlp, all; the recipe's own are tried besides.
+        recipe: YAML file of the recipe. Its output folder gets table.md, quality.png, best.yaml,
+            search.json and the trials.
+        resume: Continue the search in the output folder.
+        ranks: Ranks to try, in increasing order, until the gain is within noise.
+        seeds: Number of seeds of each rank and choice of target modules; 2 or more.
+        steps: Training steps of each trial; those of the recipe if omitted.
+        targets: Target modules to try besides the recipe's own: attention, mlp, all.
         lr_multipliers: Learning rates to try, as multiples of the recipe's.
-        alpha_over_rank: alpha / rank to try; that of the recipe is tried besides.
-        fix: alpha or scale: what stays as in the recipe while ranks differ.
-        num_rungs: Looks at each trial of learning rate and alpha, each after twice as many steps; the
-            worse half ends at each.
-        sampler: grid, or optuna, which draws learning rates and alphas between the ends of the
+        alpha_over_rank: Ratios alpha / rank to try besides that of the recipe.
+        fix: Quantity that stays as in the recipe while ranks differ: alpha or scale.
+        num_rungs: Rungs of successive halving over learning rate and alpha, each after twice as
+            many steps; the worse half stops at each.
+        sampler: grid, or optuna, which samples learning rates and alphas between the ends of the
             grid.
-        num_trials: How many of them optuna draws.
-        timeout_minutes: After which no trial begins; no end when left out.
-        overrides: What is said otherwise than the recipe, as `--section.field value`.
+        num_trials: Number of settings that optuna samples.
+        timeout_minutes: Time in minutes after which no trial starts; no limit if omitted.
+        overrides: Overrides of the recipe, as `--section.field value`.
     """
 
     recipe: Path
@@ -54,14 +56,14 @@ class RankSearchOptions:
 
 
 def run_rank_search(options: RankSearchOptions) -> int:
-    """Searches; the exit status says whether a signal ended it."""
+    """Runs the search and returns the exit status: that of the signal if one ended it, or 0."""
     from jlora.rank_search.search import search
     from jlora.rank_search.study import SearchOptions
-    from jlora.training import recipe
+    from jlora.training import recipe as recipes
     from jlora.training.distributed import TrainingInterrupted
 
-    read = recipe.load(options.recipe, options.overrides)
-    asked = SearchOptions(
+    recipe = recipes.load(options.recipe, options.overrides)
+    search_options = SearchOptions(
         ranks=_parse_number_list("ranks", options.ranks, int),
         targets=tuple(name.strip() for name in options.targets.split(",")),
         lr_multipliers=_parse_number_list("lr-multipliers", options.lr_multipliers, float),
@@ -80,20 +82,21 @@ def run_rank_search(options: RankSearchOptions) -> int:
         },
     )
     try:
-        search(read, asked, resume=options.resume, command=format_command_line(options))
-    except TrainingInterrupted as ended:
-        print(f"{ended}\nThe search goes on with --resume.", file=sys.stderr)
-        return ended.exit_status
+        command = format_command_line(options)
+        search(recipe, search_options, resume=options.resume, command=command)
+    except TrainingInterrupted as interruption:
+        print(f"{interruption}\nContinue the search with --resume.", file=sys.stderr)
+        return interruption.exit_status
     return 0
 
 
 def format_command_line(options: RankSearchOptions) -> str:
-    """The command line that gives these options, without --resume."""
+    """Returns the command line with these options, without --resume."""
     words = ["jlora", "rank-search", str(options.recipe)]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name not in ("recipe", "resume", "overrides") and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+            words += ["--" + field.name.replace("_", "-"), str(value)]
     return shlex.join([*words, *options.overrides])
 
 
@@ -104,5 +107,5 @@ def _parse_number_list(
         return tuple(number_type(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--{name}={text!r} is no list of numbers. Write them with commas: 1,2,4."
+            f"--{name}={text!r} must be numbers separated by commas, such as 1,2,4."
         ) from None

@@ -1,4 +1,4 @@
-"""How much each weight matters, ranks that follow from it, and ranks that fall in training."""
+"""Importance of weights: scores, ranks allocated by score, and recipes with these ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jlora.importance.methods import (
 from jlora.importance.recipes import to_recipe
 from jlora.importance.scores import Importance, WeightScore
 
+# Methods that use the weights alone.
 DATA_FREE_METHODS: tuple[type[ImportanceMethod], ...] = (ConditionNumber, StableRank)
 
-"""The methods that look at the weights alone."""
-
+# All methods.
 METHODS: tuple[type[ImportanceMethod], ...] = (
     GradientNorm,
     Fisher,
@@ -27,8 +27,6 @@ METHODS: tuple[type[ImportanceMethod], ...] = (
     ActivationVariance,
     *DATA_FREE_METHODS,
 )
-
-"""All methods."""
 
 __all__ = [
     "DATA_FREE_METHODS",

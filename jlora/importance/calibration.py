@@ -1,4 +1,4 @@
-"""What the weights of a model meet on a calibration batch."""
+"""Moments of the inputs of weights on a calibration batch."""
 
 from __future__ import annotations
 
@@ -40,45 +40,60 @@ from jlora.transform import Rules, lora_transform
 def input_moments(
     fn: Callable[..., Any], rules: Rules, params: PyTree, *inputs: Any, **kwargs: Any
 ) -> dict[str, InputMoments]:
-    """For every weight that the rules adapt, the moments of the inputs that it meets.
+    """Computes the moments of the inputs of every weight that the rules adapt.
 
-    Each costs an array (fan_in, fan_in) in float32, for every layer of a stack; on a large model
-    name a few weights at a time. Moments of several batches add up: `jax.tree.map(jnp.add, m, n)`.
+    Each weight takes an array (fan_in, fan_in) in float32 for every layer of a stack; on a large
+    model select a few weights at a time. Moments of several batches add up:
+    `jax.tree.map(jnp.add, m, n)`.
 
     Args:
-        fn: The model, as `lora_transform` takes it.
-        rules: As `lora_transform` takes them; what the configs are does not matter.
-        params: The base.
-        *inputs: A calibration batch.
-        **kwargs: Passed to `fn`.
+        fn: Model, as in `lora_transform`.
+        rules: Rules that select weights, as in `lora_transform`; their configs are not used.
+        params: Base parameters.
+        *inputs: Calibration batch, passed to `fn`.
+        **kwargs: Keyword arguments of `fn`.
+
+    Returns:
+        Number, sum and sum of outer products of the inputs, by path.
 
     Raises:
-        ValueError: When the rules name a convolution or an embedding, `fn` returns no floats, or a
-            weight met no input on the way to what it returns.
+        ValueError: The rules select a convolution or an embedding, `fn` returns no floats, or a
+            weight has no input that leads to an output of `fn`.
 
     References:
         Paischer et al., EVA, arXiv:2410.07170, section 3.2, which takes the directions from these.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(6.0).reshape(2, 3)
+        >>> config = jlora.LoRA(rank=1, alpha=1)
+        >>> moments = jlora.input_moments(lambda p, x: x @ p["w"], config, params, x)["w"]
+        >>> moments.num_inputs.tolist(), moments.input_sum.tolist()
+        ([2.0], [[3.0, 5.0, 7.0]])
     """
-    watched = (
+    tap_rules = (
         {pattern: config and _InputMomentsConfig() for pattern, config in rules.items()}
         if isinstance(rules, Mapping)
         else _InputMomentsConfig()
     )
-    watch = lora_transform(fn, watched)
-    adapter = watch.init(jax.random.key(0), params, *inputs, **kwargs)
+    taps = lora_transform(fn, tap_rules)
+    adapter = taps.init(jax.random.key(0), params, *inputs, **kwargs)
 
-    def anything(adapter: Any) -> jax.Array:
-        leaves = jax.tree.leaves(watch.apply(params, adapter, *inputs, **kwargs))
+    def sum_outputs(adapter: Any) -> jax.Array:
+        leaves = jax.tree.leaves(taps.apply(params, adapter, *inputs, **kwargs))
         floats = [x for x in leaves if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact)]
         if not floats:
-            raise ValueError("input_moments: fn returns no floats to differentiate. Let it.")
+            raise ValueError(
+                "input_moments: fn returns no floats to differentiate. Return a float array."
+            )
         return sum((x.astype(jnp.float32).sum() for x in floats), start=jnp.zeros(()))
 
-    found = jax.grad(anything)(adapter)
+    # The gradients of the taps are the moments.
+    gradients = jax.grad(sum_outputs)(adapter)
     moments = {}
-    for path, leaf in found.items():
-        batch, inputs_, _ = leaf.axis_sizes
-        count, fan_in = math.prod(batch), math.prod(inputs_)
+    for path, leaf in gradients.items():
+        batch, input_sizes, _ = leaf.axis_sizes
+        count, fan_in = math.prod(batch), math.prod(input_sizes)
         moments[path] = InputMoments(
             leaf.num_inputs.reshape(count),
             leaf.input_sum.reshape(count, fan_in),
@@ -86,15 +101,15 @@ def input_moments(
         )
         if _has_known_zero(moments[path].num_inputs):
             raise ValueError(
-                f"input_moments: {path!r} met no input on the way to what fn returns. It is used "
-                f"behind a stop_gradient or an argmax, or inside a function with a derivative of "
-                f"its own. Leave it out of the rules."
+                f"input_moments: {path!r} has no input that leads to an output of fn. It is used "
+                f"behind a stop_gradient or an argmax, or inside a function with a custom "
+                f"derivative. Leave it out of the rules."
             )
     return moments
 
 
 def _has_known_zero(counts: jax.Array) -> bool:
-    """Whether some entry is known to be zero, which under a jit none is."""
+    """Returns whether some entry is known to be zero; under jit, none is."""
     try:
         return not counts.all()
     except jax.errors.ConcretizationTypeError:
@@ -103,14 +118,14 @@ def _has_known_zero(counts: jax.Array) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _InputMomentsConfig(AdapterConfig):
-    """No adapter: arrays whose gradients become the moments of what a weight meets."""
+    """Config of taps in place of an adapter: their gradients are moments of a weight's inputs."""
 
     info = MethodInfo("Moments of the inputs", "", "", "", "")
     supported_kinds = frozenset({"linear"})
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
         if "ragged_dot_general" in weight.primitives or weight.dense_reasons:
-            return f"the inputs that it meets cannot be told (it is used by: {weight.primitives})"
+            return f"its inputs cannot be observed (it is used by: {weight.primitives})"
         return super().unsupported_reason(weight)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> _InputMomentsLeaf:

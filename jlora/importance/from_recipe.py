@@ -1,4 +1,4 @@
-"""Importance of the weights that a recipe adapts, on its own data, and a recipe's new rules."""
+"""Importance of the weights that a recipe adapts, on its own data, and ranks for the recipe."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from jlora.training.setup import (
 
 
 def measure_checkpoint_importance(path: str, method: ImportanceMethod) -> Importance:
-    """Importance of the weights of a Hugging Face folder, by a method that needs no data.
+    """Measures the importance of the weights of a Hugging Face folder, by a method without data.
 
     Args:
-        path: The folder, or its name on the Hub.
-        method: `Condition()` or `StableRank()`.
+        path: Folder, or repository on the Hugging Face Hub.
+        method: `ConditionNumber()` or `StableRank()`.
     """
     model, params = models.load(path)
     inputs = example_inputs(model)
     return measure_importance(
-        lambda p, given: model.apply(p, *given), params, [inputs], method=method
+        lambda p, batch: model.apply(p, *batch), params, [inputs], method=method
     )
 
 
@@ -55,28 +55,28 @@ def measure_recipe_importance(
     devices: Sequence[Any] | None = None,
     **options: Any,
 ) -> Importance:
-    """Importance of the weights that a recipe's rules adapt by ranks, on its first batches.
+    """Measures the importance of the weights to which a recipe's rules give ranks.
 
-    The base is loaded to where a run would have it, and each forward pass of a step is a batch, its
-    loss the mean over what counts in it.
+    The base is loaded with the sharding of a training run. Each forward pass of a step is a batch;
+    its loss is the mean over its target tokens or examples.
 
     Args:
-        recipe: Checked already.
-        method: Any.
-        num_batches: How many; fewer when an epoch of the data has fewer.
-        devices: Those that are used; all when None.
-        **options: Passed to `importance`.
+        recipe: Validated recipe.
+        method: Any method.
+        num_batches: Number of batches, from the start of the data; fewer when an epoch has fewer.
+        devices: Devices to use. None: all.
+        **options: Keyword arguments of `measure_importance`.
 
     Raises:
-        FileNotFoundError: The base or data are not there.
-        ValueError: The recipe quantises its base, or has a new head, which is zero before
-            training, so that nothing has a gradient through it; and as `importance`.
+        FileNotFoundError: The base or the data do not exist.
+        ValueError: The recipe quantizes its base, or has a new head: it is zero before training,
+            so that no gradient passes through it. Also as in `measure_importance`.
     """
-    _validation.check_positive_int("importance: batches", num_batches)
+    _validation.check_positive_int("measure_recipe_importance: num_batches", num_batches)
     if recipe.quantize is not None:
         raise ValueError(
-            "quantize is set, and importance is measured on the weights as they are in the files. "
-            "Leave it out here: --quantize null."
+            "quantize must be null to measure importance, which uses the weights as they are in "
+            "the files. Use --quantize null."
         )
     folder = hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
     model = model_from_recipe(recipe, folder)
@@ -84,20 +84,20 @@ def measure_recipe_importance(
     mesh = sharding.make_mesh(sizes, devices)
     sharding.check_batch_size(mesh, recipe.batch.size)
     specs = sharding.weight_specs(model, *example_inputs(model))
-    mine = local_rows(mesh, recipe.batch.size)
-    data = load_datasets(recipe, folder, model.config.vocab_size, mine, slice(0, 0))
-    task = objective_from_recipe(
+    local = local_rows(mesh, recipe.batch.size)
+    data = load_datasets(recipe, folder, model.config.vocab_size, local, slice(0, 0))
+    objective = objective_from_recipe(
         recipe, model, None if data.label_names is None else len(data.label_names)
     )
-    trained: dict[str, Any] = {"adapter": {}}
-    if task.init_head is not None:
+    trainable: dict[str, Any] = {"adapter": {}}
+    if objective.init_head is not None:
         if isinstance(method, GradientMethod):
             raise ValueError(
-                f"The base has no head for its labels, and a new one starts at zero: nothing "
-                f"before it has a gradient, which {method.name} is made of. Use activation, or "
-                f"a checkpoint with a head."
+                f"The base has no head for its labels, and a new one starts at zero, so that no "
+                f"weight before it has a gradient, which {method.name} needs. Use activation, or a "
+                f"checkpoint with a head."
             )
-        trained["head"] = task.init_head(jax.random.key(recipe.seed))
+        trainable["head"] = objective.init_head(jax.random.key(recipe.seed))
     params = models.load(
         folder,
         dtype=recipe.model.dtype,
@@ -108,76 +108,76 @@ def measure_recipe_importance(
     ).params
 
     def loss(params: PyTree, batch: Any) -> jax.Array:
-        sums = task.loss_fn(trained, {"base": params, "adapter": {}}, batch, None)
+        sums = objective.loss_fn(trainable, {"base": params, "adapter": {}}, batch, None)
         return sums.loss / jnp.maximum(sums.num_targets, 1)
 
     def forward_passes() -> Iterator[Any]:
-        with prefetch_to_device(mesh, data.train, epochs=1) as ahead:
-            for placed in ahead:
-                for number in range(jax.tree.leaves(placed.arrays)[0].shape[0]):
-                    yield jax.tree.map(lambda array, n=number: array[n], placed.arrays)
+        with prefetch_to_device(mesh, data.train, epochs=1) as steps:
+            for step in steps:
+                for i in range(jax.tree.leaves(step.arrays)[0].shape[0]):
+                    yield jax.tree.map(lambda array, i=i: array[i], step.arrays)
 
     select = {
         pattern: _get_ranked_config(config)
         for pattern, config in rules_from_recipe(recipe, model).items()
     }
     with sharding.use_mesh(mesh):
-        some = itertools.islice(forward_passes(), num_batches)
-        return measure_importance(loss, params, some, method=method, select=select, **options)
+        batches = itertools.islice(forward_passes(), num_batches)
+        return measure_importance(loss, params, batches, method=method, select=select, **options)
 
 
 def allocate_recipe_ranks(recipe: Recipe, scores: Importance, budget: int) -> dict[str, Any]:
-    """The sections `lora`, `more` and `frozen` of the recipe, with a rank for each weight.
+    """Returns the recipe's `adapter`, `adapters` and `frozen_modules`, with a rank per weight.
 
-    Rules of families without ranks, and what is frozen, stay as they are.
+    Rules of methods without ranks, and frozen modules, stay as they are.
 
     Args:
-        recipe: What was measured on.
-        scores: What `measure_recipe_importance` returned.
-        budget: Of trained numbers, as `allocate` takes it.
+        recipe: Recipe that was measured.
+        scores: Result of `measure_recipe_importance`.
+        budget: Maximum number of trainable parameters, as in `allocate_ranks`.
 
     Raises:
-        TypeError: When the recipe's main family has no rank.
-        ValueError: As `allocate` and `as_recipe`, and when a rule of `more` has a rank and is not
-            like the main one.
+        TypeError: The recipe's main method has no rank.
+        ValueError: As in `allocate_ranks` and `to_recipe`, or a rule of `adapters` has a rank and
+            differs from the main rule in other fields.
     """
     config = recipe.adapter.to_config()
     if not isinstance(config, LoRA | AdaLoRA):
         raise TypeError(
-            f"lora.family={recipe.adapter.family} has no rank that a budget could be spent on. Use "
-            f"--lora.family LoRA."
+            f"adapter.family={recipe.adapter.family} has no rank to allocate. Use "
+            f"--adapter.family LoRA."
         )
-    for place, rule in enumerate(recipe.adapters):
-        own = rule.to_config()
-        if _get_ranked_config(own) is not None and not _differ_only_in_rank(own, config):
+    for i, section in enumerate(recipe.adapters):
+        other = section.to_config()
+        if _get_ranked_config(other) is not None and not _differ_only_in_rank(other, config):
             raise ValueError(
-                f"more.{place} is a {type(own).__name__} with other facts than the main rule has, "
-                f"and the weights that it names would get the main rule's. Make the two alike but "
-                f"for rank and alpha, or leave that rule out."
+                f"adapters.{i} must equal the main adapter except for rank and alpha, got a "
+                f"{type(other).__name__} that differs in other fields, which its weights would "
+                f"lose. Make the two equal, or remove that rule."
             )
     sections = to_recipe(allocate_ranks(scores, budget, config=config))
-    others = [
-        {"family": rule.family, **rule.model_dump(mode="json", exclude_defaults=True)}
-        for rule in recipe.adapters
-        if _get_ranked_config(rule.to_config()) is None
+    unranked = [
+        {"family": section.family, **section.model_dump(mode="json", exclude_defaults=True)}
+        for section in recipe.adapters
+        if _get_ranked_config(section.to_config()) is None
     ]
-    # The first rule that matches a weight wins, and those with ranks name each of theirs.
-    more = [*sections.get("adapters", []), *others]
+    # The first rule that matches a weight wins, and the rules with ranks match single weights.
+    adapters = [*sections.get("adapters", []), *unranked]
     frozen = [*recipe.frozen_modules, *sections.get("frozen_modules", [])]
     return {
         "adapter": sections["adapter"],
-        **({"adapters": more} if more else {}),
+        **({"adapters": adapters} if adapters else {}),
         **({"frozen_modules": frozen} if frozen else {}),
     }
 
 
-def _differ_only_in_rank(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
+def _differ_only_in_rank(config: Any, other: Any) -> bool:
+    if type(config) is not type(other):
         return False
     ranks = {name: getattr(other, name) for name in ("rank", "alpha") if hasattr(other, name)}
-    return dataclasses.replace(one, **ranks) == other
+    return dataclasses.replace(config, **ranks) == other
 
 
 def _get_ranked_config(config: Any) -> Any:
-    """The config, where ranks can be given to it."""
+    """Returns the config, or None where its method has no rank to allocate."""
     return config if isinstance(config, LoRA | AdaLoRA) else None

@@ -1,4 +1,4 @@
-"""Measuring how much each weight matters, by any of the methods."""
+"""Measurement of the importance of weights, by any of the methods."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from jlora.interpreter.weight import get_axis_sizes, weight_to_matrices
 from jlora.rules import Rules
 from jlora.transform import lora_transform
 
-PLACEHOLDER_CONFIG = LoRA(
-    rank=1, alpha=1
-)  # Stands for any family: only which weights it takes is looked at.
+# Stands for any method's config: only the weights that it adapts are used.
+PLACEHOLDER_CONFIG = LoRA(rank=1, alpha=1)
 
 
 class TargetWeight(NamedTuple):
-    """A weight that is to be scored.
+    """A weight to score.
 
     Attributes:
-        leaf_index: Which of the leaves of params it is.
-        value: The array.
-        axes: What each of its axes does.
+        leaf_index: Index in the leaves of params.
+        value: Array of the weight.
+        axes: Roles of its axes.
     """
 
     leaf_index: int
@@ -49,15 +48,15 @@ class TargetWeight(NamedTuple):
 
 
 class MeasureRequest(NamedTuple):
-    """What is to be measured.
+    """Inputs of `ImportanceMethod.measure`.
 
     Attributes:
         fn: `fn(params, batch)`.
-        params: The base.
-        batches: One after the other; at least one.
-        first_batch: The first of them.
-        rules: Which weights, as `lora_transform` takes them.
-        max_pass_bytes: How much may be held at once of what is as large as weights.
+        params: Base parameters.
+        batches: Batches to measure on; at least one.
+        first_batch: First of the batches.
+        rules: Rules that select weights, as in `lora_transform`.
+        max_pass_bytes: Maximum size of all weight-sized arrays in memory at a time.
     """
 
     fn: Callable[[PyTree, Any], Any]
@@ -69,17 +68,21 @@ class MeasureRequest(NamedTuple):
 
 
 class ImportanceMethod(abc.ABC):
-    """A way to say how much a weight matters: a score for each of its matrices, and perhaps what
-    each further rank is worth.
+    """A measure of importance: a score per matrix of a weight, and optionally a value per rank.
 
-    Subclasses are frozen dataclasses.
+    Subclasses are frozen dataclasses with a `name`.
+
+    Example:
+        >>> import jlora
+        >>> [method.name for method in jlora.importance.METHODS]
+        ['gradient_norm', 'fisher', 'sensitivity', 'activation', 'condition', 'stable_rank']
     """
 
     name: ClassVar[str]
 
     @abc.abstractmethod
     def measure(self, request: MeasureRequest) -> Importance:
-        """The scores of all weights that are asked for."""
+        """Returns the scores of all selected weights."""
 
 
 def measure_importance(
@@ -91,50 +94,60 @@ def measure_importance(
     select: Rules | str | None = None,
     max_pass_bytes: int = 2**30,
 ) -> Importance:
-    """How much each weight matters, measured on a few batches.
+    """Measures how important each weight is, on a few batches.
 
-    Batches are gone through one at a time, and gradients of a few weights are held at a time, each
-    for as long as it takes to reduce it to its statistics: a large model needs as many backward
-    passes for a batch as its gradient has `max_pass_bytes`. Each pass is compiled once for every shape
-    of batches.
+    Batches are used one at a time. Gradients of a few weights are in memory at a time, each until
+    it is reduced to its statistics: for each batch, a large model needs as many backward passes as
+    its gradient has `max_pass_bytes`. Each pass is compiled once for every shape of batches.
 
     Args:
-        fn: `fn(params, batch)`: the loss, a scalar, for methods of gradients; the model for
-            `Activation`; for methods that need no data either, to see how weights are used.
-        params: The base, of arrays; not quantised.
-        batches: Any iterable of pytrees of arrays, gone through once. Of the methods that need no
-            data only the first one's shapes are looked at.
-        method: `GradientNorm()`, `Fisher()`, `Sensitivity()`, `Activation()`, `Condition()` or
-            `StableRank()` of `jlora.importance`.
-        select: Which weights: those that a plain LoRA takes when None; those whose path holds a
-            regular expression; or rules as `lora_transform` takes them, whose configs do not
-            matter.
-        max_pass_bytes: How many bytes of gradients (of moments of inputs, for `Activation`) one pass
-            holds at most; a weight, with all layers of a stack, is never split.
+        fn: Function of `(params, batch)`: the loss, a scalar, for gradient methods; the model for
+            `ActivationVariance`; either for methods without data, to find how weights are used.
+        params: Base parameters as arrays, not quantized.
+        batches: Iterable of pytrees of arrays, iterated once. Methods without data use only the
+            shapes of the first one.
+        method: `GradientNorm()`, `Fisher()`, `Sensitivity()`, `ActivationVariance()`,
+            `ConditionNumber()` or `StableRank()` of `jlora.importance`.
+        select: Weights to score. None: those that plain LoRA adapts. A string: those whose path
+            contains a match of this regular expression. Or rules as in `lora_transform`, whose
+            configs are not used.
+        max_pass_bytes: Maximum bytes of gradients (for `ActivationVariance`, of input moments) in
+            one pass; a weight, with all layers of a stack, is never split.
 
     Raises:
-        TypeError: For another type of method, or batches that are no iterable of batches.
-        ValueError: When there is no batch, select takes no weight or one that cannot be adapted,
-            weights are quantised, or something measured is not finite.
+        TypeError: `method` is not an `ImportanceMethod`, or `batches` is not an iterable of
+            batches.
+        ValueError: There is no batch; `select` matches no weight, or one that cannot be adapted;
+            weights are quantized; or a measured value is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> loss = lambda params, x: ((x @ params["v"] @ params["w"]) ** 2).mean()
+        >>> params = {"v": jnp.ones((3, 4)), "w": 2 * jnp.ones((4, 2))}
+        >>> method = jlora.importance.GradientNorm()
+        >>> scores = jlora.importance.measure_importance(
+        ...     loss, params, [jnp.ones((5, 3))], method=method
+        ... )
+        >>> scores.weights["v"].score > scores.weights["w"].score
+        True
     """
     if not isinstance(method, ImportanceMethod):
         raise TypeError(
-            f"method={method!r} is none. Give one of jlora.importance, such as GradientNorm()."
+            f"method must be a method of jlora.importance, such as GradientNorm(), got {method!r}."
         )
-    _validation.check_positive_int("importance: pass_bytes", max_pass_bytes)
+    _validation.check_positive_int("measure_importance: max_pass_bytes", max_pass_bytes)
     if isinstance(batches, Mapping | str | np.ndarray | jax.Array) or hasattr(batches, "_fields"):
         raise TypeError(
-            f"batches={type(batches).__name__} looks like one batch. Give an iterable of batches, "
-            f"such as [batch]."
+            f"batches must be an iterable of batches, got {type(batches).__name__}, which looks "
+            f"like one batch. Use [batch]."
         )
-    rest = iter(batches)
-    first = next(rest, None)
+    remaining = iter(batches)
+    first = next(remaining, None)
     if first is None:
-        raise ValueError("batches is empty, and nothing can be measured on it. Give one or more.")
-    everything = itertools.chain([first], rest)
-    return method.measure(
-        MeasureRequest(fn, params, everything, first, _resolve_select_rules(select), max_pass_bytes)
-    )
+        raise ValueError("batches is empty, and importance needs one or more.")
+    all_batches = itertools.chain([first], remaining)
+    rules = _resolve_select_rules(select)
+    return method.measure(MeasureRequest(fn, params, all_batches, first, rules, max_pass_bytes))
 
 
 def _resolve_select_rules(select: Rules | str | None) -> Rules:
@@ -144,54 +157,56 @@ def _resolve_select_rules(select: Rules | str | None) -> Rules:
 
 
 def rules_for_paths(paths: Iterable[str]) -> Rules:
-    """Rules that take these weights."""
+    """Returns rules that select exactly these weights."""
     return {f"^{re.escape(path)}$": PLACEHOLDER_CONFIG for path in paths}
 
 
 def find_target_weights(request: MeasureRequest) -> dict[str, TargetWeight]:
-    """The weights that are asked for, by path, in the order of params.
+    """Returns the selected weights by path, in the order of params.
 
     Raises:
-        ValueError: As `lora_transform`'s `init`; and for weights that are quantised.
-        TypeError: For weights of which only shapes are given.
+        ValueError: As in `init` of `lora_transform`, or a weight is quantized.
+        TypeError: A weight is abstract.
     """
     lora = lora_transform(request.fn, request.rules)
     key = jax.random.key(0)
     adapter = jax.eval_shape(lambda p, b: lora.init(key, p, b), request.params, request.first_batch)
     flat = _tree.flatten_with_paths(request.params)
-    sites = {
-        path: TargetWeight(place, flat.leaves[place], adapter[path].axes)
-        for place, path in enumerate(flat.paths)
+    targets = {
+        path: TargetWeight(i, flat.leaves[i], adapter[path].axes)
+        for i, path in enumerate(flat.paths)
         if path in adapter
     }
-    for path, site in sites.items():
-        if is_quantized(site.value):
+    for path, target in targets.items():
+        if is_quantized(target.value):
             raise ValueError(
-                f"{path!r} is quantised ({site.value}), and codes have no gradient. Measure on the "
-                f"weights as they were before, or on jlora.dequantize(params)."
+                f"{path!r} is quantized ({target.value}), and codes have no gradient. Measure on "
+                f"the weights before quantization, or on jlora.dequantize(params)."
             )
-        if isinstance(site.value, jax.ShapeDtypeStruct):
+        if isinstance(target.value, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"Of {path!r} only the shape is given. Call importance with the loaded parameters."
+                f"{path!r} must be an array, got only a shape. Call measure_importance with the "
+                f"loaded parameters."
             )
-    return sites
+    return targets
 
 
 def group_into_passes(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The names in their order, in groups whose sizes add up to no more than the limit; one that
-    exceeds it is alone.
+    """Splits names into consecutive groups whose sizes add up to at most a limit.
+
+    A name whose size exceeds the limit gets a group of its own.
     """
     passes: list[list[str]] = []
-    held = 0
+    total = 0
     for name, size in sizes.items():
-        if not passes or held + size > limit:
+        if not passes or total + size > limit:
             passes.append([])
-            held = 0
+            total = 0
         passes[-1].append(name)
-        held += size
+        total += size
     return passes
 
 
 def weight_as_matrices(target: TargetWeight) -> jax.Array:
-    """The weight as (batch, fan_in, fan_out)."""
+    """Returns the weight as (batch, fan_in, fan_out)."""
     return weight_to_matrices(target.value, target.axes)

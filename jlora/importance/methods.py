@@ -1,4 +1,7 @@
-"""Importance from gradients, each reduced to a few numbers as soon as the backward pass has it."""
+"""Importance methods: gradients, variance of inputs, and singular values of the weights.
+
+Each gradient is reduced to its statistics as soon as the backward pass has computed it.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +32,20 @@ from jlora.importance.scores import Importance, WeightScore
 from jlora.initializers import InputMoments
 from jlora.interpreter.weight import promote_to_float32
 
+# From `(weight, gradient)`, both in float32 or wider, to the terms summed over a matrix's entries.
 StatisticFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-"""`(weight, gradient)`, both in float32 or wider, to what is summed over each matrix's entries."""
-
+# From `(params, batch)` to losses and, by path, their statistics, (examples, *batch).
 BackwardPassFn = Callable[[PyTree, Any], tuple[jax.Array, dict[str, jax.Array]]]
-
-"""`(params, batch)` to losses and, by path, statistics (examples, *batch) of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientMethod(ImportanceMethod):
-    """A method whose score is a mean over batches of a sum over a gradient's entries.
+    """Base of methods whose score is a mean over batches of a sum over a gradient's entries.
 
     Attributes:
-        power: The mean's root is of this power.
-        per_example: Whether every row of a batch counts on its own.
+        power: Power of the score that the mean is; its root is the score.
+        per_example: Means over examples instead of batches.
     """
 
     power: ClassVar[int] = 1
@@ -52,42 +53,51 @@ class GradientMethod(ImportanceMethod):
 
     @abc.abstractmethod
     def statistic(self, weight: jax.Array, gradient: jax.Array) -> jax.Array:
-        """What is summed over the entries of a matrix."""
+        """Returns the terms that are summed over the entries of a matrix."""
 
     def normalize(self, total: np.ndarray, target: TargetWeight) -> np.ndarray:
-        """The mean of such sums as it goes into the score."""
+        """Returns the value that enters the score, from the mean of such sums."""
         del target
         return total
 
     def measure(self, request: MeasureRequest) -> Importance:
-        sites = find_target_weights(request)
+        targets = find_target_weights(request)
         _check_importance_loss(request)
-        sizes = {path: site.value.size * site.value.dtype.itemsize for path, site in sites.items()}
+        sizes = {
+            path: target.value.size * target.value.dtype.itemsize
+            for path, target in targets.items()
+        }
         passes = [
-            jax.jit(make_backward_pass(self, request.fn, {path: sites[path] for path in paths}))
+            jax.jit(make_backward_pass(self, request.fn, {path: targets[path] for path in paths}))
             for paths in group_into_passes(sizes, request.max_pass_bytes)
         ]
-        totals = {path: np.zeros(site.batch) for path, site in sites.items()}
+        totals = {path: np.zeros(target.batch) for path, target in targets.items()}
         count = 0
-        for number, batch in enumerate(request.batches):
-            examples = 0
-            for run in passes:
-                losses, found = jax.device_get(run(request.params, batch))
-                _check_gradients_finite(number, losses, found)
-                examples = len(losses)
-                for path, statistics in found.items():
-                    totals[path] += np.sum(statistics, axis=0, dtype=np.float64)
-            count += examples
+        for i, batch in enumerate(request.batches):
+            num_examples = 0
+            for backward_pass in passes:
+                losses, statistics = jax.device_get(backward_pass(request.params, batch))
+                _check_gradients_finite(i, losses, statistics)
+                num_examples = len(losses)
+                for path, values in statistics.items():
+                    totals[path] += np.sum(values, axis=0, dtype=np.float64)
+            count += num_examples
         weights = {}
-        for path, site in sites.items():
-            mean = self.normalize(totals[path] / count, site)
-            weights[path] = WeightScore(site.shape, site.axes, mean ** (1 / self.power))
+        for path, target in targets.items():
+            mean = self.normalize(totals[path] / count, target)
+            weights[path] = WeightScore(target.shape, target.axes, mean ** (1 / self.power))
         return Importance(self.name, weights, count, self.power)
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientNorm(GradientMethod):
-    """The root of the mean over batches of the gradient's squared Frobenius norm."""
+    """Root of the mean over batches of the gradient's squared Frobenius norm.
+
+    Example:
+        >>> import jlora
+        >>> jlora.importance.GradientNorm().power
+        2
+    """
 
     name = "gradient_norm"
     power = 2
@@ -99,15 +109,20 @@ class GradientNorm(GradientMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Fisher(GradientMethod):
-    """The trace of the empirical Fisher information: squared gradients of the loss of each example
-    (each row of a batch), summed over the weight and averaged over examples.
+    """Trace of the empirical Fisher information, averaged over examples.
 
-    `fn` is called on batches of one row, so all arrays of a batch have their rows first.
+    It is the sum over the weight of squared gradients of each example's loss. `fn` is called on
+    batches of one example, so the first axis of every array in a batch must be that of examples.
 
     References:
         Kirkpatrick et al., Overcoming catastrophic forgetting, arXiv:1612.00796, for the diagonal
         as importance. With the data's own labels it is the empirical one, which is not the Fisher
         information itself: Kunstner et al., arXiv:1905.12558.
+
+    Example:
+        >>> import jlora
+        >>> jlora.importance.Fisher().per_example
+        True
     """
 
     name = "fisher"
@@ -120,13 +135,19 @@ class Fisher(GradientMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity(GradientMethod):
-    """The mean over batches and over a weight's entries of `|w dL/dw|`: to first order, how far the
-    loss moves when an entry is set to zero.
+    """Mean over batches and entries of `|w dL/dw|`.
+
+    To first order, it is the change of the loss when an entry is set to zero.
 
     References:
         Zhang et al., AdaLoRA, arXiv:2303.10512, equation 8, without the smoothing of equation 9.
         He et al., GoRA, arXiv:2502.12171, equation 5, averages gradients before it takes absolute
-        values, for which a gradient of the whole model has to be kept; here every batch counts.
+        values, which needs a gradient of the full model in memory; here every batch counts.
+
+    Example:
+        >>> import jlora
+        >>> jlora.importance.Sensitivity().name
+        'sensitivity'
     """
 
     name = "sensitivity"
@@ -141,25 +162,25 @@ class Sensitivity(GradientMethod):
 def make_backward_pass(
     method: GradientMethod, fn: Callable[[PyTree, Any], Any], targets: Mapping[str, TargetWeight]
 ) -> BackwardPassFn:
-    """One backward pass for a few weights."""
+    """Returns one backward pass for a few weights."""
 
-    def one(params: PyTree, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def run(params: PyTree, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         flat = _tree.flatten_with_paths(params)
 
         def loss(probes: dict[str, jax.Array]) -> jax.Array:
             leaves = list(flat.leaves)
-            for path, site in targets.items():
-                watched = _make_gradient_tap(method.statistic, site.axes.batch)
-                leaves[site.leaf_index] = watched(leaves[site.leaf_index], probes[path])
+            for path, target in targets.items():
+                tap = _make_gradient_tap(method.statistic, target.axes.batch)
+                leaves[target.leaf_index] = tap(leaves[target.leaf_index], probes[path])
             return fn(jax.tree.unflatten(flat.treedef, leaves), batch)
 
-        return jax.value_and_grad(loss)({p: jnp.zeros(s.batch) for p, s in targets.items()})
+        return jax.value_and_grad(loss)({p: jnp.zeros(t.batch) for p, t in targets.items()})
 
     def by_batch(params: PyTree, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return jax.tree.map(lambda x: x[None], one(params, batch))
+        return jax.tree.map(lambda x: x[None], run(params, batch))
 
     def by_example(params: PyTree, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return lax.map(lambda row: one(params, jax.tree.map(lambda x: x[None], row)), batch)
+        return lax.map(lambda example: run(params, jax.tree.map(lambda x: x[None], example)), batch)
 
     return by_example if method.per_example else by_batch
 
@@ -167,14 +188,14 @@ def make_backward_pass(
 def _make_gradient_tap(
     statistic: StatisticFn, batch_axes: tuple[int, ...]
 ) -> Callable[..., jax.Array]:
-    """The identity of a weight, beside a probe (*batch) whose gradient becomes the statistic of the
-    weight's.
+    """Returns the identity of `(weight, probe)` whose probe gradient is the weight's statistic.
 
-    The weight itself is not differentiated, so nothing keeps its gradient once it is reduced.
+    The probe has shape (*batch). The weight itself is not differentiated, so nothing keeps its
+    gradient once it is reduced.
     """
 
     @jax.custom_vjp
-    def same(weight: jax.Array, probe: jax.Array) -> jax.Array:
+    def identity(weight: jax.Array, probe: jax.Array) -> jax.Array:
         del probe
         return weight
 
@@ -183,14 +204,16 @@ def _make_gradient_tap(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return weight, (weight, probe)
 
-    def backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[None, jax.Array]:
-        weight, probe = kept
-        rest = [axis for axis in range(weight.ndim) if axis not in batch_axes]
-        found = statistic(promote_to_float32(weight), promote_to_float32(gradient)).sum(rest)
-        return None, found.astype(probe.dtype)
+    def backward(
+        residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+    ) -> tuple[None, jax.Array]:
+        weight, probe = residuals
+        matrix_axes = [axis for axis in range(weight.ndim) if axis not in batch_axes]
+        terms = statistic(promote_to_float32(weight), promote_to_float32(gradient))
+        return None, terms.sum(matrix_axes).astype(probe.dtype)
 
-    same.defvjp(forward, backward)
-    return same
+    identity.defvjp(forward, backward)
+    return identity
 
 
 def _check_importance_loss(request: MeasureRequest) -> None:
@@ -198,8 +221,8 @@ def _check_importance_loss(request: MeasureRequest) -> None:
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0].shape or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         raise TypeError(
-            f"fn(params, batch) returns {out}, and gradients are those of a scalar. Return the "
-            f"loss alone, a float."
+            f"fn(params, batch) must return a scalar float to differentiate, got {out}. Return the "
+            f"loss alone."
         )
 
 
@@ -210,33 +233,43 @@ def _check_gradients_finite(
         "The loss": losses,
         **{f"The gradient of {path!r}": v for path, v in statistics.items()},
     }
-    for what, value in values.items():
+    for name, value in values.items():
         if not np.isfinite(value).all():
             raise ValueError(
-                f"{what} is NaN or infinite on batch {batch_index} (the first is 0). Leave the batch "
-                f"out, or compute in a wider type."
+                f"{name} is NaN or infinite on batch {batch_index} (the first is 0). Leave the "
+                f"batch out, or compute in a wider dtype."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationVariance(ImportanceMethod):
-    """How the variance of a weight's inputs spreads over directions.
+    """Spread of the variance of a weight's inputs over their principal directions.
 
-    The spectrum holds each direction's share of all variance, the largest first: what one rank more
-    explains when `A` starts along these directions (`jlora.initializers.eva`). The score is how many
-    directions it is as if there were: all variance over that of the first.
+    The spectrum holds each direction's share of the variance, in descending order: the variance
+    that one more rank explains when `A` starts along these directions (`jlora.initializers.eva`).
+    The score is an effective number of directions: all variance over that of the first direction.
 
-    It is for weights that feed products; convolutions and embeddings are left out.
+    It is for weights of matrix products; convolutions and embeddings are left out.
 
     Attributes:
-        moments: What `jlora.input_moments` returned, if there are some already; they decide which
-            weights are scored, and of the batches only shapes are looked at. Else they are taken
-            from the batches, which are then gone through once for each pass.
-        center: Whether the mean is taken off first, as in `jlora.initializers.eva`.
+        moments: Result of `jlora.input_moments`, which then selects the weights to score; only
+            shapes of the batches are used. None: moments are computed from the batches, which are
+            iterated once per pass.
+        center: Subtraction of the mean, as in `jlora.initializers.eva`.
 
     References:
         Paischer et al., EVA, arXiv:2410.07170, section 3. The shares are its explained variance
         ratios; here they come from sums of outer products, there from an incremental decomposition.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> params = {"w": jnp.ones((3, 2))}
+        >>> x = jnp.array([[2.0, 0, 0], [-2, 0, 0], [0, 1, 0], [0, -1, 0]])
+        >>> scores = jlora.importance.measure_importance(
+        ...     lambda p, x: x @ p["w"], params, [x], method=jlora.importance.ActivationVariance()
+        ... )
+        >>> [round(float(share), 3) for share in scores.weights["w"].spectrum]
+        [0.8, 0.2, 0.0]
     """
 
     name = "activation"
@@ -246,28 +279,30 @@ class ActivationVariance(ImportanceMethod):
 
     def measure(self, request: MeasureRequest) -> Importance:
         if self.moments is not None:
-            sites = find_target_weights(request._replace(rules=rules_for_paths(self.moments)))
+            targets = find_target_weights(request._replace(rules=rules_for_paths(self.moments)))
             weights = {
-                path: self._score_weight(path, s, self.moments[path]) for path, s in sites.items()
+                path: self._score_weight(path, target, self.moments[path])
+                for path, target in targets.items()
             }
             return Importance(self.name, weights)
-        shapes = _make_moments_fn(request.fn, request.rules)
-        found = jax.eval_shape(shapes, request.params, request.first_batch)
-        sites = find_target_weights(request._replace(rules=rules_for_paths(found)))
-        sizes = {path: 4 * math.prod(found[path].outer_product_sum.shape) for path in sites}
+        shapes = jax.eval_shape(
+            _make_moments_fn(request.fn, request.rules), request.params, request.first_batch
+        )
+        targets = find_target_weights(request._replace(rules=rules_for_paths(shapes)))
+        sizes = {path: 4 * math.prod(shapes[path].outer_product_sum.shape) for path in targets}
         passes = group_into_passes(sizes, request.max_pass_bytes)
         batches = request.batches if len(passes) == 1 else list(request.batches)
         weights, count = {}, 0
         for paths in passes:
-            run = jax.jit(_make_moments_fn(request.fn, rules_for_paths(paths)))
+            compute_moments = jax.jit(_make_moments_fn(request.fn, rules_for_paths(paths)))
             sums, count = None, 0
             for batch in batches:
-                one = run(request.params, batch)
-                sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
+                moments = compute_moments(request.params, batch)
+                sums = moments if sums is None else jax.tree.map(jnp.add, sums, moments)
                 count += 1
             for path in paths:
                 assert sums is not None
-                weights[path] = self._score_weight(path, sites[path], sums[path])
+                weights[path] = self._score_weight(path, targets[path], sums[path])
         return Importance(self.name, weights, count)
 
     def _score_weight(self, path: str, target: TargetWeight, moments: InputMoments) -> WeightScore:
@@ -276,14 +311,14 @@ class ActivationVariance(ImportanceMethod):
         expected = (math.prod(batch), fan_in, fan_in)
         if moments.outer_product_sum.shape != expected:
             raise ValueError(
-                f"The moments of {path!r} have shape {moments.outer_product_sum.shape}, expected {expected}. "
-                f"Take them from the same model."
+                f"The moments of {path!r} must have shape {expected}, got "
+                f"{moments.outer_product_sum.shape}. Take them from the same model."
             )
         if not np.asarray(moments.num_inputs).all():
             raise ValueError(
-                f"{path!r} met no input on these batches: it is behind a stop_gradient or an "
-                f"argmax, or an expert that no token was sent to. Leave it out, or give more "
-                f"batches."
+                f"{path!r} has no input on these batches: it is behind a stop_gradient or an "
+                f"argmax, or belongs to an expert that no token was routed to. Leave it out, or "
+                f"use more batches."
             )
         variances = np.asarray(_principal_variances(moments, center=self.center), np.float64)
         if not np.isfinite(variances).all():
@@ -307,23 +342,32 @@ def _make_moments_fn(
 
 @jax.jit(static_argnames="center")
 def _principal_variances(moments: InputMoments, *, center: bool) -> jax.Array:
-    """Of a weight's inputs along their principal directions, (batch, fan_in), smallest first."""
+    """Returns variances of inputs along principal directions, (batch, fan_in), ascending."""
 
-    def one(moments: InputMoments) -> jax.Array:
-        number, first, second = moments
-        spread = second - jnp.outer(first, first) / number if center else second
-        return jnp.linalg.eigvalsh(spread / number)
+    def eigenvalues(moments: InputMoments) -> jax.Array:
+        count, total, outer = moments
+        scatter = outer - jnp.outer(total, total) / count if center else outer
+        return jnp.linalg.eigvalsh(scatter / count)
 
-    return lax.map(one, moments)
+    return lax.map(eigenvalues, moments)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConditionNumber(ImportanceMethod):
-    """The logarithm, to base ten, of a weight's condition number: its largest singular value over
-    its smallest.
+    """Base-10 logarithm of a weight's condition number: largest over smallest singular value.
 
-    Singular values below float32's rounding of the largest count as that; a weight of zeros scores
-    zero. Needs no data; exact, so that large matrices take minutes each on a CPU.
+    Singular values below float32's rounding of the largest are replaced by it. A weight of zeros
+    scores zero. Needs no data; it is exact, so that large matrices take minutes each on a CPU.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.diag(jnp.array([100.0, 1.0]))}
+        >>> method = jlora.importance.ConditionNumber()
+        >>> scores = jlora.importance.measure_importance(
+        ...     fn, params, [jnp.ones((1, 2))], method=method
+        ... )
+        >>> round(scores.weights["w"].score, 3)
+        2.0
     """
 
     name = "condition"
@@ -334,13 +378,23 @@ class ConditionNumber(ImportanceMethod):
 
 @dataclasses.dataclass(frozen=True)
 class StableRank(ImportanceMethod):
-    """A weight's stable rank: its squared Frobenius norm over its squared spectral norm.
+    """Stable rank of a weight: its squared Frobenius norm over its squared spectral norm.
 
-    Between one and the rank; it is the same for all multiples of a weight. A weight of zeros scores
-    zero. Needs no data.
+    It is between one and the rank, and the same for all multiples of a weight. A weight of zeros
+    scores zero. Needs no data.
 
     References:
         Zhang et al., SR-LoRA, arXiv:2507.00327, which takes it as a prior for ranks.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.diag(jnp.array([2.0, 2.0, 1.0]))}
+        >>> method = jlora.importance.StableRank()
+        >>> scores = jlora.importance.measure_importance(
+        ...     fn, params, [jnp.ones((1, 3))], method=method
+        ... )
+        >>> round(scores.weights["w"].score, 3)
+        2.25
     """
 
     name = "stable_rank"
@@ -353,19 +407,19 @@ def _measure_weight_spectra(
     method_name: str, request: MeasureRequest, score: Callable[[jax.Array], jax.Array]
 ) -> Importance:
     weights = {}
-    for path, site in find_target_weights(request).items():
-        scores = np.asarray(_score_each_matrix(weight_as_matrices(site), score), np.float64)
+    for path, target in find_target_weights(request).items():
+        scores = np.asarray(_score_each_matrix(weight_as_matrices(target), score), np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(
-                f"{path!r} holds NaN or infinite numbers, and has no spectrum. Load it anew."
+                f"{path!r} holds NaN or infinite values, and has no spectrum. Load it again."
             )
-        weights[path] = WeightScore(site.shape, site.axes, scores.reshape(site.batch))
+        weights[path] = WeightScore(target.shape, target.axes, scores.reshape(target.batch))
     return Importance(method_name, weights)
 
 
 @jax.jit(static_argnames="score")
 def _score_each_matrix(matrices: jax.Array, score: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The score of each matrix, one after the other: a decomposition needs room of its own."""
+    """Scores matrices one after the other, since a decomposition needs memory of its own."""
     return lax.map(lambda matrix: score(promote_to_float32(matrix)), matrices)
 
 
@@ -379,7 +433,7 @@ def _log10_condition_number(matrix: jax.Array) -> jax.Array:
 def _stable_rank(matrix: jax.Array) -> jax.Array:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     largest = jnp.abs(tall).max()
-    # Of numbers around one, whose squares float32 can hold.
+    # Scaled to values of at most one, whose squares float32 can represent.
     tall = tall / jnp.where(largest == 0, 1, largest)
     exact = lax.Precision.HIGHEST
     squares = jnp.linalg.eigvalsh(jnp.matmul(tall.T, tall, precision=exact))

@@ -1,4 +1,4 @@
-"""Allocated ranks as the part of a recipe that says what is trained."""
+"""Allocated ranks as the adapter sections of a recipe."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from jlora.adapters.base import AdapterConfig
 
 
 def to_recipe(rules: Mapping[str, AdapterConfig | None]) -> dict[str, Any]:
-    """The sections `lora`, `more` and `frozen` of a recipe that trains by these rules.
+    """Returns the sections `adapter`, `adapters` and `frozen_modules` of a recipe with these rules.
 
-    Put into a recipe's mapping in place of its own, they make the same rules again. Dump them with
+    In a recipe's mapping, in place of its own sections, they give the same rules. Write them with
     `yaml.safe_dump(..., sort_keys=False)`.
 
     Args:
-        rules: What `allocate` returned, or any such mapping whose patterns with None come first.
+        rules: Result of `allocate_ranks`, or any such mapping whose patterns with None come first.
 
     Raises:
-        ValueError: When no rule trains anything, one with None comes later, or a rule says what a
-            recipe cannot: a start of one's own making, or one with options.
-        TypeError: For a family that recipes do not have.
+        ValueError: No rule trains anything, a rule with None comes after one with a config, or a
+            rule cannot be expressed in a recipe: it has a custom initializer, or one with options.
+        TypeError: A method is not available in recipes.
+
+    Example:
+        >>> import jlora
+        >>> jlora.importance.to_recipe({r"query/kernel$": jlora.LoRA(rank=4, alpha=8)})
+        {'adapter': {'family': 'LoRA', 'rank': 4, 'alpha': 8, 'target_pattern': 'query/kernel$'}}
     """
     frozen = [pattern for pattern, config in rules.items() if config is None]
     if list(rules)[: len(frozen)] != frozen:
         raise ValueError(
-            f"The rule {frozen[-1]!r}: None comes after one with a config, and a recipe's frozen "
+            f"The rule {frozen[-1]!r}: None comes after one with a config, but a recipe's frozen "
             f"weights come first. Put it before them."
         )
     sections = [
@@ -37,7 +42,10 @@ def to_recipe(rules: Mapping[str, AdapterConfig | None]) -> dict[str, Any]:
         if config is not None
     ]
     if not sections:
-        raise ValueError("rules adapt nothing, and a recipe trains something. Give a config.")
+        raise ValueError(
+            "rules must adapt a weight, since a recipe trains something, but they adapt nothing. "
+            "Add a config."
+        )
     return {
         "adapter": sections[-1],
         **({"adapters": sections[:-1]} if sections[:-1] else {}),
@@ -46,18 +54,19 @@ def to_recipe(rules: Mapping[str, AdapterConfig | None]) -> dict[str, Any]:
 
 
 def _config_to_recipe_section(config: AdapterConfig) -> dict[str, Any]:
-    """A config's family and those of its fields that are not at the recipe's defaults."""
+    """Returns a config's family and those of its fields that differ from the recipe's defaults."""
     from jlora.training.recipe.config_sections import ADAPTER_SECTIONS  # Loads pydantic.
 
     family = type(config).__name__
     if family not in ADAPTER_SECTIONS:
         raise TypeError(
-            f"{config!r} is of no family that recipes have: {', '.join(ADAPTER_SECTIONS)}."
+            f"{config!r} must be of a family that recipes have, {', '.join(ADAPTER_SECTIONS)}, got "
+            f"{family}."
         )
-    rule = ADAPTER_SECTIONS[family]
+    section_cls = ADAPTER_SECTIONS[family]
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        if field.name not in rule.config_fields:
+        if field.name not in section_cls.config_fields:
             continue
         value = getattr(config, field.name)
         if field.name == "init":
@@ -66,15 +75,15 @@ def _config_to_recipe_section(config: AdapterConfig) -> dict[str, Any]:
             value = jnp.dtype(value).name
         values[field.name] = value
     try:
-        again = rule(**values).to_config()
+        roundtripped = section_cls(**values).to_config()
     except ValueError as error:
-        raise ValueError(f"{config!r} says what a recipe cannot: {error}") from error
-    if again != config:
+        raise ValueError(f"{config!r} cannot be expressed in a recipe: {error}") from error
+    if roundtripped != config:
         raise ValueError(
-            f"{config!r} starts in a way that a recipe has no name for. Allocate with a config "
-            f"that starts as a recipe's do, such as the default, and set init in the recipe."
+            f"{config!r} has an initializer that recipes have no name for. Allocate with a config "
+            f"whose initializer recipes have, such as the default, and set init in the recipe."
         )
-    defaults = {name: field.default for name, field in rule.model_fields.items()}
-    kept = {name: value for name, value in values.items() if value != defaults[name]}
+    defaults = {name: field.default for name, field in section_cls.model_fields.items()}
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
     always = {name: values[name] for name in ("rank", "alpha") if name in values}
-    return {"family": family, **always, **kept}
+    return {"family": family, **always, **changed}

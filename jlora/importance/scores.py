@@ -1,4 +1,4 @@
-"""How much each weight matters: scores as one thing that prints, adds up, and is kept in files."""
+"""Importance scores of weights: a result that prints as a table, adds up, and is saved as JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ _IMPORTANCE_FORMAT = "jlora importance"
 
 
 class WeightScore(NamedTuple):
-    """One weight.
+    """Importance of one weight.
 
     Attributes:
-        shape: Of the weight.
-        axes: What each of its axes does.
-        scores: How much each of its matrices matters, (*batch): one number where it is no stack.
-        spectrum: (*batch, directions): what one rank more is worth, falling; None where a method
-            knows nothing of single ranks.
+        shape: Shape of the weight.
+        axes: Roles of its axes.
+        scores: Importance of each of its matrices, (*batch): a scalar for a weight without batch
+            axes.
+        spectrum: Value of each further rank, (*batch, directions), descending. None: the method
+            does not measure single ranks.
+
+    Example:
+        >>> import numpy as np
+        >>> from jlora.importance import WeightScore
+        >>> from jlora.interpreter.usage import WeightAxes
+        >>> stack = WeightScore((2, 6, 5), WeightAxes((0,), (1,), (2,)), np.array([1.0, 3.0]))
+        >>> stack.score, stack.total, stack.max_rank
+        (2.0, 4.0, 5)
     """
 
     shape: tuple[int, ...]
@@ -39,37 +48,48 @@ class WeightScore(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The mean over its matrices."""
+        """Mean over the weight's matrices."""
         return float(np.mean(self.scores))
 
     @property
     def total(self) -> float:
-        """The sum over its matrices, so that a stack counts as its layers apart do."""
+        """Sum over the weight's matrices, so that a stack counts as its separate layers would."""
         return float(np.sum(self.scores))
 
     @property
     def max_rank(self) -> int:
-        """That of its matrices, or how many directions were measured if those are fewer."""
+        """Rank of the weight's matrices, or the number of measured directions if lower."""
         _, inputs, outputs = self.axis_sizes
-        own = min(math.prod(inputs), math.prod(outputs))
-        return own if self.spectrum is None else min(own, self.spectrum.shape[-1])
+        rank = min(math.prod(inputs), math.prod(outputs))
+        return rank if self.spectrum is None else min(rank, self.spectrum.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    """How much each weight matters; `print` shows it as a table, the most important first.
+    """Importance of all measured weights; `print` shows a table, the most important weight first.
 
-    What was measured on some batches and on others adds up: `first + second` is what would have
-    been measured on all of them.
+    Results on different batches add up: `first + second` is the result on all of their batches.
 
     Attributes:
-        method: How it was measured: the name of one of the methods.
-        weights: By path.
-        count: On how many batches (examples, for Fisher); 0 where no data was needed.
-        power: Of which power of the scores the means are taken; None where they do not add up.
+        method: Name of the method.
+        weights: Scores by path.
+        count: Number of batches (for Fisher, of examples); 0 for methods without data.
+        power: Power of the scores whose means over batches are taken. None: results do not add up.
 
     Raises:
-        ValueError: For scores that are no numbers, negative, or of other shapes than the weights.
+        ValueError: Scores are negative or not finite, or do not have the weights' shapes.
+
+    Example:
+        >>> import numpy as np
+        >>> from jlora.importance import Importance, WeightScore
+        >>> from jlora.interpreter.usage import WeightAxes
+        >>> axes = WeightAxes((), (0,), (1,))
+        >>> weights = {"w": WeightScore((6, 5), axes, np.array(2.0))}
+        >>> print(Importance("gradient_norm", weights, count=3, power=2))
+        weight  shape  gradient_norm   share
+        ------  -----  -------------  ------
+        w       6x5                2  100.0%
+        1 weights, measured on 3 batches.
     """
 
     method: str
@@ -78,29 +98,37 @@ class Importance:
     power: int | None = None
 
     def __post_init__(self) -> None:
-        for path, one in self.weights.items():
-            _check_weight_score(path, one)
+        for path, weight_score in self.weights.items():
+            _check_weight_score(path, weight_score)
 
     def __add__(self, other: Importance) -> Importance:
-        """What the batches of both say.
+        """Returns the result on the batches of both.
 
         Raises:
-            TypeError: For anything but an `Importance`.
-            ValueError: When they are of different methods or weights, or do not add up.
+            TypeError: `other` is not an `Importance`.
+            ValueError: The two have different methods or weights, or do not add up.
         """
         if not isinstance(other, Importance):
-            raise TypeError(f"{type(other).__name__} is no Importance, which alone can be added.")
+            raise TypeError(
+                f"An Importance can only be added to an Importance, got {type(other).__name__}."
+            )
         if self.power is None or (self.method, self.power) != (other.method, other.power):
             raise ValueError(
                 f"method={self.method!r} and {other.method!r} do not add up. Means over batches of "
-                f"one method do; of activations add the moments, and of weights there is one."
+                f"one gradient method do; for activation, add the moments instead; methods "
+                f"without data have a single result."
             )
-        mine, theirs = ({p: (s.shape, s.axes) for p, s in i.weights.items()} for i in (self, other))
-        if mine != theirs:
-            odd = sorted(set(mine) ^ set(theirs)) or sorted(p for p in mine if mine[p] != theirs[p])
+        layouts, other_layouts = (
+            {path: (s.shape, s.axes) for path, s in importance.weights.items()}
+            for importance in (self, other)
+        )
+        if layouts != other_layouts:
+            differing = sorted(set(layouts) ^ set(other_layouts)) or sorted(
+                path for path in layouts if layouts[path] != other_layouts[path]
+            )
             raise ValueError(
-                f"The two were measured on different weights, such as {odd[0]!r}. Add what was "
-                f"measured with one model and one select."
+                f"The two were measured on different weights, such as {differing[0]!r}. Add "
+                f"results of one model and one select."
             )
         count, power = self.count + other.count, self.power
         added = {
@@ -141,7 +169,7 @@ class Importance:
         )
 
     def to_json(self) -> str:
-        """The whole as a text that `from_json` reads."""
+        """Returns the result as JSON text, which `from_json` reads."""
         weights = {
             path: {
                 "shape": list(one.shape),
@@ -151,41 +179,43 @@ class Importance:
             }
             for path, one in self.weights.items()
         }
-        head = {
+        header = {
             "format": _IMPORTANCE_FORMAT,
             "method": self.method,
             "count": self.count,
             "power": self.power,
         }
-        return json.dumps({**head, "weights": weights})
+        return json.dumps({**header, "weights": weights})
 
     @classmethod
     def from_json(cls, text: str) -> Importance:
-        """What `to_json` wrote.
+        """Reads the text of `to_json`.
 
         Raises:
-            ValueError: For any other text.
+            ValueError: The text is not from `to_json`.
         """
         try:
             raw = json.loads(text)
             if raw["format"] != _IMPORTANCE_FORMAT:
                 raise ValueError(f"its format is {raw['format']!r}")
             weights = {
-                str(path): _parse_weight_score(facts) for path, facts in raw["weights"].items()
+                str(path): _parse_weight_score(data) for path, data in raw["weights"].items()
             }
             count, power = int(raw["count"]), raw["power"]
             return cls(str(raw["method"]), weights, count, power and int(power))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"The text is nothing that Importance.to_json wrote ({error!r}). Measure anew."
+                f"The text must be from Importance.to_json ({error!r}). Measure again."
             ) from error
 
     def plot(self, path: str | Path) -> None:
-        """Writes a picture, PNG or SVG by the file's ending: a bar for each weight's share, the
-        most important first.
+        """Writes a bar chart of the scores, the most important weight first.
+
+        Args:
+            path: Image file, PNG or SVG by its suffix.
 
         Raises:
-            ImportError: Without matplotlib.
+            ImportError: matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure
@@ -204,21 +234,21 @@ class Importance:
 
 def _check_weight_score(path: str, weight_score: WeightScore) -> None:
     batch = weight_score.axis_sizes.batch
-    arrays = {"scores": (weight_score.scores, batch), "spectrum": (weight_score.spectrum, batch)}
-    for name, (array, shape) in arrays.items():
+    arrays = {"scores": weight_score.scores, "spectrum": weight_score.spectrum}
+    for name, array in arrays.items():
         if array is None:
             continue
-        if array.shape[: len(batch)] != shape or array.ndim != len(batch) + (name == "spectrum"):
+        if array.shape[: len(batch)] != batch or array.ndim != len(batch) + (name == "spectrum"):
             raise ValueError(
-                f"The {name} of {path!r} have shape {array.shape}, and its batch axes {shape}."
+                f"The {name} of {path!r} must have the batch axes {batch}, got shape {array.shape}."
             )
         if not np.isfinite(array).all() or (array < 0).any():
             raise ValueError(
-                f"The {name} of {path!r} hold NaN, infinite or negative numbers, which rank "
-                f"nothing. Look for NaN in the batches and the weights."
+                f"The {name} of {path!r} hold NaN, infinite or negative values, which cannot be "
+                f"ranked. Look for NaN in the batches and the weights."
             )
     if weight_score.spectrum is not None and (np.diff(weight_score.spectrum, axis=-1) > 0).any():
-        raise ValueError(f"The spectrum of {path!r} rises; give the largest numbers first.")
+        raise ValueError(f"The spectrum of {path!r} must be in descending order, but rises.")
 
 
 def _parse_weight_score(data: Mapping[str, Any]) -> WeightScore:
@@ -234,19 +264,19 @@ def _parse_weight_score(data: Mapping[str, Any]) -> WeightScore:
 
 
 def _format_importance_row(path: str, weight_score: WeightScore, total: float) -> tuple[str, ...]:
-    stacked = weight_score.scores.size > 1
+    is_stack = weight_score.scores.size > 1
     return (
         path,
         "x".join(map(str, weight_score.shape)),
         f"{weight_score.score:.4g}",
         f"{weight_score.total / total:.1%}" if total else "-",
-        f"{weight_score.scores.min():.4g}" if stacked else "",
-        f"{weight_score.scores.max():.4g}" if stacked else "",
+        f"{weight_score.scores.min():.4g}" if is_stack else "",
+        f"{weight_score.scores.max():.4g}" if is_stack else "",
     )
 
 
 def _align_importance_row(row: tuple[str, ...], widths: list[int]) -> str:
-    """Texts to the left, numbers to the right."""
+    """Aligns text to the left and numbers to the right."""
     texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
     numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
     return "  ".join([*texts, *numbers]).rstrip()

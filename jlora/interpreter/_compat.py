@@ -1,7 +1,7 @@
-"""What differs between the releases of JAX that jlora supports (0.10.2 to 0.12).
+"""Differences between the JAX releases that jlora supports (0.10.2 to 0.12).
 
-JAX's public surface for looking into a traced program is `jax.make_jaxpr` and `jax.extend.core`;
-the parameters of its equations are documented nowhere and change. All of that is here.
+JAX's public interface to traced programs is `jax.make_jaxpr` and `jax.extend.core`. The parameters
+of equations are undocumented and change between releases, so this module alone handles them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from jax.sharding import AxisType
 
 
 class TracedProgram(NamedTuple):
-    """A traced program, the arrays it closes over, and which of its values are wanted."""
+    """A traced program.
+
+    Attributes:
+        jaxpr: The open jaxpr.
+        consts: Arrays that the program closes over, one per constant variable of the jaxpr.
+        outputs: Variables whose values are returned; those of the jaxpr, or a selection.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -27,18 +33,18 @@ class TracedProgram(NamedTuple):
 
 
 def program_from_jaxpr(jaxpr: Any) -> TracedProgram:
-    """The program of an equation's parameter, which may be open (0.10's remat) or closed."""
+    """Returns the program of an equation's parameter, an open (remat in 0.10) or closed jaxpr."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return TracedProgram(inner, tuple(getattr(jaxpr, "consts", ())), tuple(inner.outvars))
 
 
 def trace_program(fn: Callable[..., Any], *args: Any) -> TracedProgram:
-    """The program that a function of arrays (or shapes) runs."""
+    """Traces a function of arrays or of `jax.ShapeDtypeStruct`."""
     return program_from_jaxpr(jax.make_jaxpr(fn)(*args))
 
 
 def bind_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The outputs of an equation on other values, under the context it was traced in."""
+    """Evaluates an equation on other values, in the context that it was traced in."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*values, **params)
@@ -46,33 +52,33 @@ def bind_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def get_varying_axes(array: Any) -> tuple[str, ...]:
-    """The mesh axes over which shards of an array may differ, inside a shard_map that tracks it."""
+    """Returns the mesh axes over which an array varies, inside a shard_map that tracks this."""
     kind = getattr(jax.typeof(array), "manual_axis_type", None)
     return tuple(getattr(kind, "varying", ()))
 
 
 def has_explicit_sharding(array: Any) -> bool:
-    """Whether an array's type says how it lies on a mesh (explicit axes)."""
+    """Whether the sharding is part of an array's type (explicit mesh axes)."""
     mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
     return any(kind == AxisType.Explicit for kind in getattr(mesh, "axis_types", ()))
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an input of an equation is a constant written into it."""
+    """Whether an input of an equation is a literal constant."""
     return isinstance(atom, core.Literal)
 
 
 class ScanInputCounts(NamedTuple):
-    """The inputs of a scan: constants first, then carries, then what is scanned over."""
+    """Input counts of a scan, whose inputs are constants, then carries, then scanned arrays."""
 
     num_consts: int
     num_carry: int
 
 
 def count_scan_inputs(eqn: Any) -> ScanInputCounts:
-    """How many constants and carries a scan has; they became trees in JAX 0.12."""
+    """Counts the constants and carries of a scan; JAX 0.12 keeps them as trees."""
     if "num_consts" in eqn.params:
         return ScanInputCounts(eqn.params["num_consts"], eqn.params["num_carry"])
-    # A tree of the inputs' roles, to be filled with the inputs themselves.
+    # A tree with the structure of the inputs, filled here with the inputs themselves.
     consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
     return ScanInputCounts(len(list(consts)), len(list(carry)))

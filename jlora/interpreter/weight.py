@@ -1,4 +1,4 @@
-"""jlora.interpreter.weight."""
+"""Weights to be adapted: their kind, the roles of their axes, and their layout as matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MATRIX_KINDS: frozenset[WeightKind] = frozenset({"linear", "convolution", "embed
 
 
 class AxisSizes(NamedTuple):
-    """The lengths of a weight's axes, by what they do."""
+    """Lengths of the axes of a weight by role."""
 
     batch: tuple[int, ...]
     inputs: tuple[int, ...]
@@ -26,7 +26,7 @@ class AxisSizes(NamedTuple):
 
 
 def get_axis_sizes(shape: Sequence[int], axes: WeightAxes) -> AxisSizes:
-    """The lengths of the axes of each group, in the order of `axes`."""
+    """Returns the lengths of the axes of each group, in the order of `axes`."""
     return AxisSizes(*(tuple(shape[axis] for axis in group) for group in axes))
 
 
@@ -34,15 +34,17 @@ class AdaptableWeight(NamedTuple):
     """A weight to be adapted, and how its model uses it.
 
     Attributes:
-        path: Where it is in the parameter tree.
-        value: The array, or a `jax.ShapeDtypeStruct` where only shapes are known.
-        axes: What each of its axes does.
-        kind: A convolution's kernel, an embedding (rows of it are looked up), a bias (it is only
-            added), any other that feeds a product ("linear"), or none of these.
-        multiplies_activations: Whether it is multiplied with what depends on the model's inputs.
-        primitives: The primitives that use it.
-        window: Those of its input axes that a convolution slides over.
-        dense_reasons: Why, at some uses, its dense sum will be formed.
+        path: Path in the parameter tree.
+        value: The array, or a `jax.ShapeDtypeStruct` if only the shape is known.
+        axes: Roles of its axes.
+        kind: "convolution" for the kernel of one, "embedding" for a table whose rows are looked up,
+            "bias" for a weight that is only added, "linear" for any other weight in a product, or
+            "other".
+        multiplies_activations: Whether it is multiplied with values that depend on the inputs of
+            the model.
+        primitives: Names of the primitives that use it.
+        window: Input axes that are the window of a convolution.
+        dense_reasons: Reasons for which some uses materialize it.
     """
 
     path: str
@@ -72,43 +74,43 @@ class AdaptableWeight(NamedTuple):
 
     @property
     def channel_axes(self) -> tuple[int, ...]:
-        """Its input axes but the window's."""
+        """Input axes without those of the window."""
         return tuple(axis for axis in self.axes.inputs if axis not in self.window)
 
     def to_matrices(self, caller: str) -> jax.Array:
-        """The value as (batch, fan_in, fan_out) in float32 or wider: one matrix for each index.
+        """Returns the value as (batch, fan_in, fan_out) in float32 or wider.
 
         Args:
-            caller: What needs the numbers, for the error.
+            caller: Name of the adapter or initializer, for the error.
 
         Raises:
-            TypeError: When only the shape is known.
+            TypeError: If only the shape is known.
         """
         if isinstance(self.value, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"{caller} needs the numbers of {self.path!r}, of which only the shape was given. "
-                f"Call init with the loaded parameters."
+                f"{caller} needs the values of {self.path!r}, got only its shape. Call init with "
+                f"the loaded parameters."
             )
         return promote_to_float32(weight_to_matrices(self.value, self.axes))
 
 
 def weight_to_matrices(array: Any, axes: WeightAxes) -> jax.Array:
-    """An array laid out like a weight, as (batch, fan_in, fan_out)."""
+    """Returns an array with the layout of a weight as (batch, fan_in, fan_out)."""
     sizes = get_axis_sizes(array.shape, axes)
-    moved = jnp.transpose(
+    transposed = jnp.transpose(
         jnp.asarray(maybe_dequantize(array)), [axis for group in axes for axis in group]
     )
-    return moved.reshape([math.prod(group) for group in sizes])
+    return transposed.reshape([math.prod(group) for group in sizes])
 
 
 def matrices_to_weight(matrices: jax.Array, shape: Sequence[int], axes: WeightAxes) -> jax.Array:
-    """The inverse of `weight_to_matrices`, for a weight of this shape."""
+    """Returns matrices in the layout of a weight: the inverse of `weight_to_matrices`."""
     order = [axis for group in axes for axis in group]
-    moved = matrices.reshape([shape[axis] for axis in order])
-    return jnp.transpose(moved, [order.index(axis) for axis in range(len(shape))])
+    transposed = matrices.reshape([shape[axis] for axis in order])
+    return jnp.transpose(transposed, [order.index(axis) for axis in range(len(shape))])
 
 
 def promote_to_float32(array: Any) -> jax.Array:
-    """The array in float32, or float64 where it is."""
+    """Returns the array in float32, or in float64 if it is."""
     array = jnp.asarray(maybe_dequantize(array))
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

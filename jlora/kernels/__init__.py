@@ -1,4 +1,9 @@
-"""Kernels for the adapted product on one kind of device, with the plain product as a fallback."""
+"""Fused kernels for products with LoRA-adapted weights, with plain JAX products as the fallback.
+
+Products with adapted weights use the kernels by themselves on one NVIDIA GPU of the Hopper
+generation, and on one TPU chip inside `tpu_products`. `plain_products` turns them off, and
+`products_saveable` is a policy for `jax.checkpoint`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Operations of JAX that plain code defines and a device may make in its own way.
+"""JAX primitives that are defined by a reference function and may have a kernel per device kind.
 
-Every one has a static fact `device`: the kind of device whose kernels were chosen when the program
-was traced. Compiled for another one after all, it is what the plain code says.
+Every primitive has a static parameter `device`: the device kind whose kernels were selected when
+the program was traced. Compiled for another device kind, it runs the reference.
 """
 
 from __future__ import annotations
@@ -25,55 +25,60 @@ _PLATFORMS: dict[KernelDevice, str] = {"hopper": "cuda", "tpu": "tpu"}
 def make_primitive(
     name: str, reference: ReferenceFn, kernels: Mapping[KernelDevice, ReferenceFn] | None = None
 ) -> Primitive:
-    """An operation that gives what `reference` does, under every transformation of JAX.
+    """Creates a primitive that equals `reference` under every transformation of JAX.
 
-    A primitive, where `jax.custom_vjp` would do for the gradient alone, goes through forward-mode
-    derivatives, `vmap` on either side of a derivative, and derivatives of derivatives. Unless other
-    rules are put in their place, mapping it over anything maps `reference`, and so does a derivative.
+    `jax.custom_vjp` would suffice for the gradient. A primitive also supports forward mode, `vmap`
+    on either side of a derivative, and higher derivatives. Unless other rules are registered,
+    batching and differentiation are those of `reference`.
 
     Args:
-        name: As programs show it.
-        reference: From arrays, with static keyword arguments, to arrays.
-        kernels: The same for kinds of devices, by `KernelDevice`. Whoever binds the operation with that
-            device has made sure that it has them.
+        name: Name of the primitive in jaxprs.
+        reference: Function from arrays, with static keyword arguments, to a sequence of arrays.
+        kernels: Functions with the signature of `reference`, by device kind. Callers that bind the
+            primitive with a device kind must check that it supports the arguments.
     """
-    made = Primitive(name)
-    made.multiple_results = True
+    primitive = Primitive(name)
+    primitive.multiple_results = True
 
-    def defined(*args: Any, device: KernelDevice, **facts: Any) -> Sequence[Any]:
-        return reference(*args, **facts)
+    def reference_fn(*args: Any, device: KernelDevice, **params: Any) -> Sequence[Any]:
+        return reference(*args, **params)
 
     @functools.partial(jax.jit, static_argnums=(1,))
-    def run(args: Sequence[Any], facts: tuple[tuple[str, Any], ...]) -> Any:
-        return made.bind(*args, **dict(facts))
+    def bind_jitted(args: Sequence[Any], params: tuple[tuple[str, Any], ...]) -> Any:
+        return primitive.bind(*args, **dict(params))
 
-    def alone(*args: Any, **facts: Any) -> Any:
-        if jax.config.values["jax_disable_jit"]:  # Who looks at every step sees the plain ones.
-            return defined(*args, **facts)
-        return run(args, tuple(sorted(facts.items())))
+    def impl(*args: Any, **params: Any) -> Any:
+        # Without jit, every step of the reference is to be visible.
+        if jax.config.values["jax_disable_jit"]:
+            return reference_fn(*args, **params)
+        return bind_jitted(args, tuple(sorted(params.items())))
 
-    def shapes(*avals: Any, **facts: Any) -> Sequence[Any]:
-        # Traced, so that whatever JAX tells of an array (where it lies, say) is right.
-        return jax.make_jaxpr(functools.partial(defined, **facts))(*avals).out_avals
+    def abstract_eval(*avals: Any, **params: Any) -> Sequence[Any]:
+        # Traced, so that all properties of the abstract values (such as shardings) are right.
+        return jax.make_jaxpr(functools.partial(reference_fn, **params))(*avals).out_avals
 
-    def derivative(primals: Sequence[Any], tangents: Sequence[Any], **facts: Any) -> Any:
-        moving = [number for number, t in enumerate(tangents) if type(t) is not ad.Zero]
-        of_moving = _bind_other_args(functools.partial(defined, **facts), primals, moving)
-        _, out = jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
-        return made.bind(*primals, **facts), out
-
-    made.def_impl(alone)
-    made.def_abstract_eval(shapes)
-    ad.primitive_jvps[made] = derivative
-    ad.primitive_transposes[made] = functools.partial(transpose_linear_args, defined)
-    batching.primitive_batchers[made] = functools.partial(batch_with_vmap, defined)
-    mlir.register_lowering(made, mlir.lower_fun(defined, multiple_results=True))
-    for kind, kernel in (kernels or {}).items():
-        lowered = mlir.lower_fun(
-            functools.partial(_call_kernel_or_reference, kind, kernel, reference), True
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+        indices = [index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+        differentiable = _bind_other_args(
+            functools.partial(reference_fn, **params), primals, indices
         )
-        mlir.register_lowering(made, lowered, platform=_PLATFORMS[kind])
-    return made
+        _, out = jax.jvp(
+            differentiable, [primals[i] for i in indices], [tangents[i] for i in indices]
+        )
+        return primitive.bind(*primals, **params), out
+
+    primitive.def_impl(impl)
+    primitive.def_abstract_eval(abstract_eval)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = functools.partial(transpose_linear_args, reference_fn)
+    batching.primitive_batchers[primitive] = functools.partial(batch_with_vmap, reference_fn)
+    mlir.register_lowering(primitive, mlir.lower_fun(reference_fn, multiple_results=True))
+    for device_kind, kernel in (kernels or {}).items():
+        lowered = mlir.lower_fun(
+            functools.partial(_call_kernel_or_reference, device_kind, kernel, reference), True
+        )
+        mlir.register_lowering(primitive, lowered, platform=_PLATFORMS[device_kind])
+    return primitive
 
 
 def _call_kernel_or_reference(
@@ -84,14 +89,14 @@ def _call_kernel_or_reference(
     device: KernelDevice,
     **params: Any,
 ) -> Sequence[Any]:
-    """On a platform with a kernel for one kind of device."""
+    """Runs the kernel if the primitive was bound for its device kind, else the reference."""
     return kernel(*args, **params) if device == kernel_device else reference(*args, **params)
 
 
 def batch_with_vmap(
     reference: ReferenceFn, args: Sequence[Any], in_axes: Sequence[Any], **params: Any
 ) -> Any:
-    """What JAX asks of an operation mapped over axes of its inputs, made by its definition."""
+    """Batching rule of a primitive: `jax.vmap` of its reference."""
     out = jax.vmap(functools.partial(reference, **params), list(in_axes))(*args)
     return out, [0] * len(out)
 
@@ -99,29 +104,29 @@ def batch_with_vmap(
 def transpose_linear_args(
     reference: ReferenceFn, cotangents: Sequence[Any], *args: Any, **params: Any
 ) -> list[Any | None]:
-    """What JAX asks of an operation as a linear function of some of its inputs."""
-    unknown = [number for number, one in enumerate(args) if ad.is_undefined_primal(one)]
-    shapes = [jax.ShapeDtypeStruct(args[n].aval.shape, args[n].aval.dtype) for n in unknown]
-    back = jax.linear_transpose(
-        _bind_other_args(functools.partial(reference, **params), args, unknown), *shapes
+    """Transpose rule of a primitive: `jax.linear_transpose` of its reference."""
+    linear_indices = [index for index, value in enumerate(args) if ad.is_undefined_primal(value)]
+    shapes = [jax.ShapeDtypeStruct(args[n].aval.shape, args[n].aval.dtype) for n in linear_indices]
+    transpose_fn = jax.linear_transpose(
+        _bind_other_args(functools.partial(reference, **params), args, linear_indices), *shapes
     )
-    found = back([ad.instantiate_zeros(one) for one in cotangents])
+    results = transpose_fn([ad.instantiate_zeros(value) for value in cotangents])
     out: list[Any | None] = [None] * len(args)
-    for number, value in zip(unknown, found, strict=True):
-        out[number] = value
+    for index, value in zip(linear_indices, results, strict=True):
+        out[index] = value
     return out
 
 
 def _bind_other_args(fn: ReferenceFn, args: Sequence[Any], indices: Sequence[int]) -> ReferenceFn:
-    """The function of those arguments alone, the others as they are."""
+    """Returns the function of the arguments at `indices`, with the others fixed."""
 
-    def of_some(*values: Any) -> Sequence[Any]:
-        given = dict(zip(indices, values, strict=True))
-        return list(fn(*(given.get(number, one) for number, one in enumerate(args))))
+    def bound(*values: Any) -> Sequence[Any]:
+        value_by_index = dict(zip(indices, values, strict=True))
+        return list(fn(*(value_by_index.get(index, arg) for index, arg in enumerate(args))))
 
-    return of_some
+    return bound
 
 
 def sum_arrays(arrays: Sequence[Any]) -> Any:
-    """The sum of arrays of one shape."""
+    """Returns the sum of arrays of one shape."""
     return functools.reduce(jnp.add, arrays)

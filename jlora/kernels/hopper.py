@@ -1,12 +1,13 @@
-"""`x W + T B` in one pass over the result, on NVIDIA GPUs of the Hopper generation.
+"""Pallas kernels for NVIDIA GPUs of the Hopper generation: `x W + T B`, and its LoRA gradients.
 
-A product with a frozen weight is bound by arithmetic; its low-rank update, as a product of its own,
-by writing the result to memory and reading it back. Here the update is one more step of the sum
-over tiles that the tensor cores make: `[x, T] [W; B]`, with neither pair ever joined in memory.
+`hopper_matmul_add` computes `x W + T B` in one pass over the result. A product with a frozen weight
+is bound by arithmetic. Its low-rank update, as a separate product, is bound by writing the result
+to memory and reading it back. In the kernel the update is one more step of the contraction over
+tiles, `[x, T] [W; B]`, and neither pair is concatenated in memory. Two warpgroups multiply, each a
+tile of its own rows. A third one loads the tiles of `x` and `W` some steps ahead. Blocks are
+persistent: each computes one tile of the result after another, in an order that reuses the cache.
 
-Two warpgroups multiply, each a tile of its own rows; a third one loads the tiles of `x` and `W`
-some steps ahead. Blocks stay on their multiprocessor and take one tile of the result after another,
-in an order that keeps what they read in the cache.
+`lora_grads` computes `dy B^T` and `T^T dy` in one pass over the cotangent `dy`.
 """
 
 from __future__ import annotations
@@ -25,21 +26,25 @@ MAX_KERNEL_RANK = 64
 
 
 def import_mosaic_gpu() -> Any:
-    """Pallas for this generation of GPUs, which takes a second to import."""
+    """Imports Pallas for Hopper GPUs; late, because the import takes a second."""
     import jax.experimental.pallas.mosaic_gpu as module
 
     return module
 
 
 def round_up_rank(rank: int) -> int:
-    """The rank that kernels compute with: sums go over 16 entries at a time, and a row of shared
-    memory takes 32, 64 or 128 bytes.
+    """Returns the padded rank that the kernels use.
+
+    Contractions take 16 entries at a time, and a row of shared memory is 32, 64 or 128 bytes.
+
+    Raises:
+        ValueError: If the rank is above `MAX_KERNEL_RANK`.
     """
     for size in (16, 32, MAX_KERNEL_RANK):
         if size >= rank:
             return size
     raise ValueError(
-        f"Rank {rank} is more than {MAX_KERNEL_RANK}, the most that these kernels take."
+        f"rank={rank} must be at most {MAX_KERNEL_RANK} for these kernels. Use plain products."
     )
 
 
@@ -51,17 +56,17 @@ def make_mosaic_kernel(
     grid_names: tuple[str, ...],
     num_threads: int,
 ) -> Callable[..., Any]:
-    """A function of arrays in global memory.
+    """Creates a kernel, a function of arrays in global memory.
 
     Args:
-        body: Of references to arguments and results, for one warpgroup of one block.
+        body: Function of references to arguments and results, run by each warpgroup of each block.
         out_shape: Shapes and types of the results.
-        grid: How many blocks there are.
-        grid_names: Of the grid's axes.
-        num_threads: How many warpgroups a block has; they are the axis "group".
+        grid: Number of blocks along each grid axis.
+        grid_names: Names of the grid axes.
+        num_threads: Number of warpgroups per block; their axis is called "group".
     """
     module = import_mosaic_gpu()
-    # The name of the argument for the results' shapes changed after JAX 0.10.
+    # JAX renamed the argument for the shapes of the results after 0.10.
     name = "out_type" if "out_type" in inspect.signature(module.kernel).parameters else "out_shape"
     return module.kernel(
         body,
@@ -77,7 +82,12 @@ def make_mosaic_kernel(
 
 
 def get_swizzle_transforms(columns: int, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
-    """The layout of tiles in shared memory that the tensor cores read without conflicts."""
+    """Returns the layout of tiles in shared memory that tensor cores read without bank conflicts.
+
+    Args:
+        columns: Number of columns of a tile.
+        dtype: Type of its entries.
+    """
     module = import_mosaic_gpu()
     width = jnp.dtype(dtype).itemsize
     swizzle = module.find_swizzle(columns * width * 8)
@@ -85,14 +95,14 @@ def get_swizzle_transforms(columns: int, dtype: Any = jnp.bfloat16) -> tuple[Any
 
 
 def make_smem_spec(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory for tiles of this shape."""
+    """Describes shared memory for tiles of this shape."""
     return import_mosaic_gpu().SMEM(
         tuple(shape), dtype, transforms=get_swizzle_transforms(shape[-1], dtype)
     )
 
 
 def make_block_spec(shape: tuple[int, int], index_map: Callable[..., tuple[Any, Any]]) -> Any:
-    """Tiles of a bfloat16 argument that a pipeline loads ahead into shared memory."""
+    """Describes the tiles of a bfloat16 argument that a pipeline loads ahead into shared memory."""
     module = import_mosaic_gpu()
     return module.BlockSpec(
         shape, index_map, transforms=get_swizzle_transforms(shape[1]), memory_space=module.SMEM
@@ -100,20 +110,20 @@ def make_block_spec(shape: tuple[int, int], index_map: Callable[..., tuple[Any, 
 
 
 def noop_step(*_: Any) -> None:
-    """In the place of a pipeline's step, where only what it allocates is asked for."""
+    """Replaces the step of a pipeline that is built only for its allocations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """How the work is cut.
+    """Tile sizes of `hopper_matmul_add`.
 
     Attributes:
-        m: Rows of the result that one warpgroup makes at a time; a block makes twice as many.
-        n: Columns.
-        k: How much of the sum one step makes.
-        num_stages: How many steps are loaded ahead.
-        out_columns: Columns of the part in which a result leaves; the rows are 64.
-        snake_width: How many tiles of columns are visited before the next row of tiles.
+        m: Rows of the result per warpgroup; a block has twice as many.
+        n: Columns of the result per block.
+        k: Length of the contraction per step.
+        num_stages: Number of steps that are loaded ahead.
+        out_columns: Columns of the 64-row parts in which a result is stored.
+        snake_width: Number of column tiles that are visited before the next row of tiles.
     """
 
     m: int = 128
@@ -125,11 +135,11 @@ class TileConfig:
 
 
 def fits_hopper_tiles(m: int, k: int, n: int, rank: int, dtype: Any) -> bool:
-    """Whether a product of these sizes is one that `hopper_matmul_add` makes."""
+    """Whether `hopper_matmul_add` supports products of these sizes and this type."""
     tiles = TileConfig()
-    whole = not (m % (2 * tiles.m) or n % tiles.n or k % tiles.k)
-    some = min(m, k, n, rank) > 0
-    return dtype == jnp.bfloat16 and whole and some and rank <= MAX_KERNEL_RANK
+    is_divisible = not (m % (2 * tiles.m) or n % tiles.n or k % tiles.k)
+    is_nonempty = min(m, k, n, rank) > 0
+    return dtype == jnp.bfloat16 and is_divisible and is_nonempty and rank <= MAX_KERNEL_RANK
 
 
 def hopper_matmul_add(
@@ -139,28 +149,27 @@ def hopper_matmul_add(
     b: jax.Array,
     *,
     transpose_rhs: bool,
-    multiprocessors: int | None = None,
+    num_sms: int | None = None,
 ) -> jax.Array:
-    """`x W + t b` (m, n) in bfloat16, summed in float32.
+    """Computes `x W + t b` (m, n) in bfloat16 with float32 accumulation.
 
     Args:
-        x: (m, k).
-        w: (k, n), or (n, k) if transpose_rhs.
-        t: (m, rank).
-        b: (rank, n).
-        transpose_rhs: Whether W's contracted axis is its last.
-        multiprocessors: Of the GPU; those of the first device when left out.
+        x: Activation, (m, k).
+        w: Base weight, (k, n), or (n, k) if `transpose_rhs`.
+        t: Activation times `A`, (m, rank).
+        b: Factor `B`, (rank, n).
+        transpose_rhs: Whether the contracted axis of `w` is its last.
+        num_sms: Number of multiprocessors of the GPU. None: that of the first device.
     """
-    size = round_up_rank(t.shape[1])
-    padding = (0, size - t.shape[1])
+    padded_rank = round_up_rank(t.shape[1])
+    padding = (0, padded_rank - t.shape[1])
     t, b = jnp.pad(t, ((0, 0), padding)), jnp.pad(b, (padding, (0, 0)))
-    tiles = (
-        TileConfig() if size < MAX_KERNEL_RANK else TileConfig(out_columns=32)
-    )  # What shared memory holds.
+    # Shared memory has no room for more columns at the largest rank.
+    tiles = TileConfig() if padded_rank < MAX_KERNEL_RANK else TileConfig(out_columns=32)
     call = make_mosaic_kernel(
         functools.partial(_matmul_add_body, tiles=tiles, transpose_rhs=transpose_rhs),
         jax.ShapeDtypeStruct((x.shape[0], b.shape[1]), x.dtype),
-        grid=(multiprocessors or jax.devices()[0].core_count,),
+        grid=(num_sms or jax.devices()[0].core_count,),
         grid_names=("block",),
         num_threads=3,
     )
@@ -170,7 +179,7 @@ def hopper_matmul_add(
 def _matmul_add_body(
     x: Any, w: Any, t: Any, b: Any, out: Any, *, tiles: TileConfig, transpose_rhs: bool
 ) -> None:
-    """One block's share of the result. All arguments are in global memory, `b` as (n, rank)."""
+    """Computes the tiles of one block. All arguments are in global memory, `b` as (n, rank)."""
     import jax.experimental.pallas as pl
 
     plgpu = import_mosaic_gpu()
@@ -178,7 +187,7 @@ def _matmul_add_body(
     grid = m // (2 * tiles.m), n // tiles.n
     w_tile = (tiles.n, tiles.k) if transpose_rhs else (tiles.k, tiles.n)
 
-    def pipeline(step: Any, around: Any) -> Any:
+    def pipeline(step: Any, compute_context: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(k // tiles.k,),
@@ -192,7 +201,7 @@ def _matmul_add_body(
             wg_axis="group",
             num_compute_wgs=2,
             max_concurrent_steps=tiles.num_stages,
-            compute_context=around,
+            compute_context=compute_context,
         )
 
     @functools.partial(
@@ -210,14 +219,14 @@ def _matmul_add_body(
         @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
         def _tiles(loop: Any) -> None:
             row, column = plgpu.planar_snake(loop.index[0], grid, 1, tiles.snake_width)
-            both = pl.ds(row * 2 * tiles.m, 2 * tiles.m)
+            block_rows = pl.ds(row * 2 * tiles.m, 2 * tiles.m)
             rows = pl.ds(row * 2 * tiles.m + group * tiles.m, tiles.m)
             columns = pl.ds(column * tiles.n, tiles.n)
 
             def multiply(run: Any) -> None:
                 @functools.partial(pl.run_scoped, total=plgpu.ACC((tiles.m, tiles.n), jnp.float32))
                 def _accumulate(total: Any) -> None:
-                    # Each group loads its own, so that they wait for nothing but the memory.
+                    # Each warpgroup loads its own tiles, so that it waits for memory alone.
                     plgpu.copy_gmem_to_smem(t.at[rows, :], t_tile.at[group], arrived.at[group])
                     plgpu.copy_gmem_to_smem(b.at[columns, :], b_tile.at[group], arrived.at[group])
                     run(total)
@@ -233,8 +242,8 @@ def _matmul_add_body(
                     for i in range(0, tiles.m, 64)
                     for j in range(0, tiles.n, tiles.out_columns)
                 ]
-                for number, (i, j) in enumerate(parts):
-                    slot = out_part.at[group, number % 2]
+                for index, (i, j) in enumerate(parts):
+                    slot = out_part.at[group, index % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     slot[...] = result[i, j]
                     plgpu.commit_smem()
@@ -248,108 +257,114 @@ def _matmul_add_body(
                 return total
 
             w_part = w.at[columns, :] if transpose_rhs else w.at[:, columns]
-            pipeline(step, multiply)(x.at[both, :], w_part, allocations=buffers)
+            pipeline(step, multiply)(x.at[block_rows, :], w_part, allocations=buffers)
 
-    # A block that ended would take its shared memory with it.
+    # The shared memory of a block is freed when it ends, so its stores must be complete.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-MAX_LORA_GRADS_RANK = 32  # With more, parts of sums would take as much memory as the cotangent.
+MAX_LORA_GRADS_RANK = 32  # Partial sums of larger ranks would be as large as the cotangent.
 
-_TILE_ROWS = 64  # Of a tile: as many as one instruction of the tensor cores takes.
+_TILE_ROWS = 64  # Rows of one tensor core instruction.
 
-_NUM_BLOCKS = 128  # About as many as there are multiprocessors.
+_NUM_BLOCKS = 128  # About the number of multiprocessors.
 
 
 def lora_grads(dy: jax.Array, t: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`dy Bᵀ` (m, rank) and `tᵀ dy` (rank, n), summed in float32, in the type of `dy`.
+    """Computes `dy Bᵀ` (m, rank) and `tᵀ dy` (rank, n) in the type of `dy`, summed in float32.
 
     Args:
-        dy: (m, n), where m is a multiple of 256 and n of 128.
-        t: (m, rank), where the rank is at most `MAX_LORA_GRADS_RANK`.
-        b: (rank, n).
+        dy: Cotangent of the result, (m, n), where m is a multiple of 256 and n of 128.
+        t: Activation times `A`, (m, rank), where the rank is at most `MAX_LORA_GRADS_RANK`.
+        b: Factor `B`, (rank, n).
     """
     (m, n), rank = dy.shape, t.shape[1]
-    size = round_up_rank(rank)
-    padding = (0, size - rank), (0, 0)
+    padded_rank = round_up_rank(rank)
+    padding = (0, padded_rank - rank), (0, 0)
     t, b = jnp.pad(t.T, padding), jnp.pad(b, padding)
-    # What a block sums over rows stays in registers, of which a large rank leaves fewer columns.
-    widest = 512 if size == 16 else 256
-    wide = next(columns for columns in (512, 256, 128) if columns <= widest and n % columns == 0)
-    while wide > 128 and (n // wide) * (m // (4 * _TILE_ROWS)) < _NUM_BLOCKS:
-        wide //= 2  # A few columns are taken by more blocks.
-    splits = max(1, _NUM_BLOCKS // (n // wide))
+    # The sum over rows of a block stays in registers, so a large rank allows fewer columns.
+    max_columns = 512 if padded_rank == 16 else 256
+    num_columns = next(
+        columns for columns in (512, 256, 128) if columns <= max_columns and n % columns == 0
+    )
+    while num_columns > 128 and (n // num_columns) * (m // (4 * _TILE_ROWS)) < _NUM_BLOCKS:
+        num_columns //= 2  # Narrow column blocks increase their number.
+    splits = max(1, _NUM_BLOCKS // (n // num_columns))
     while m % (splits * 4 * _TILE_ROWS):
         splits -= 1
-    outs = [
-        jax.ShapeDtypeStruct((n // wide, m, size), jnp.float32),
-        jax.ShapeDtypeStruct((splits, n, size), jnp.float32),
+    out_shapes = [
+        jax.ShapeDtypeStruct((n // num_columns, m, padded_rank), jnp.float32),
+        jax.ShapeDtypeStruct((splits, n, padded_rank), jnp.float32),
     ]
     call = make_mosaic_kernel(
-        functools.partial(_lora_grads_body, wide=wide, steps=m // (splits * _TILE_ROWS)),
-        outs,
-        grid=(n // wide, splits),
+        functools.partial(
+            _lora_grads_body, num_columns=num_columns, steps=m // (splits * _TILE_ROWS)
+        ),
+        out_shapes,
+        grid=(n // num_columns, splits),
         grid_names=("column", "split"),
         num_threads=2,
     )
     u, db = call(dy, t, b)
-    # Parts of sums are added up here: in an order that is always the same.
+    # Partial sums are added here, in a deterministic order.
     return (
         u.sum(axis=0).astype(dy.dtype)[:, :rank],
         db.sum(axis=0).astype(dy.dtype)[:, :rank].T,
     )
 
 
-def _lora_grads_body(dy: Any, t: Any, b: Any, u: Any, db: Any, *, wide: int, steps: int) -> None:
-    """One block's share. All arguments are in global memory, `t` and `b` as (rank, m or n)."""
+def _lora_grads_body(
+    dy: Any, t: Any, b: Any, u: Any, db: Any, *, num_columns: int, steps: int
+) -> None:
+    """Computes the part of one block. All arguments are in global memory, `t` as (rank, m)."""
     import jax.experimental.pallas as pl
 
     plgpu = import_mosaic_gpu()
     rank = t.shape[0]
     column, split = lax.axis_index("column"), lax.axis_index("split")
-    columns = pl.ds(column * wide, wide)
+    columns = pl.ds(column * num_columns, num_columns)
     start = split * steps * _TILE_ROWS
     rows = pl.ds(start, steps * _TILE_ROWS)
 
-    def pipeline(step: Any, around: Any) -> Any:
+    def pipeline(step: Any, compute_context: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(steps,),
             memory_registers=40,
             in_specs=[
-                make_block_spec((_TILE_ROWS, wide), lambda i: (i, 0)),
+                make_block_spec((_TILE_ROWS, num_columns), lambda i: (i, 0)),
                 make_block_spec((rank, _TILE_ROWS), lambda i: (0, i)),
             ],
             wg_axis="group",
             num_compute_wgs=1,
             max_concurrent_steps=min(3, steps),
-            compute_context=around,
+            compute_context=compute_context,
         )
 
     @functools.partial(
         pl.run_scoped,
         buffers=pipeline(noop_step, noop_step).get_allocations(dy, t),
-        b_tile=make_smem_spec((rank, wide), b.dtype),
+        b_tile=make_smem_spec((rank, num_columns), b.dtype),
         arrived=plgpu.Barrier(),
         collective_axes="group",
     )
     def _scope(buffers: Any, b_tile: Any, arrived: Any) -> None:
         def multiply(run: Any) -> None:
-            @functools.partial(pl.run_scoped, grown=plgpu.ACC((wide, rank), jnp.float32))
-            def _accumulate(grown: Any) -> None:
+            @functools.partial(pl.run_scoped, db_total=plgpu.ACC((num_columns, rank), jnp.float32))
+            def _accumulate(db_total: Any) -> None:
                 plgpu.copy_gmem_to_smem(b.at[:, columns], b_tile, arrived)
                 plgpu.barrier_wait(arrived)
-                run(grown)
-                db[split, columns, :] = grown[...]
+                run(db_total)
+                db[split, columns, :] = db_total[...]
 
-        def step(indices: Any, dy_tile: Any, t_tile: Any, grown: Any) -> Any:
-            @functools.partial(pl.run_scoped, along=plgpu.ACC((_TILE_ROWS, rank), jnp.float32))
-            def _row(along: Any) -> None:
-                plgpu.wgmma(along, dy_tile, b_tile.transpose((1, 0)))
-                plgpu.wgmma(grown, dy_tile.transpose((1, 0)), t_tile.transpose((1, 0)))
+        def step(indices: Any, dy_tile: Any, t_tile: Any, db_total: Any) -> Any:
+            @functools.partial(pl.run_scoped, u_tile=plgpu.ACC((_TILE_ROWS, rank), jnp.float32))
+            def _row(u_tile: Any) -> None:
+                plgpu.wgmma(u_tile, dy_tile, b_tile.transpose((1, 0)))
+                plgpu.wgmma(db_total, dy_tile.transpose((1, 0)), t_tile.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
-                u[column, pl.ds(start + indices[0] * _TILE_ROWS, _TILE_ROWS), :] = along[...]
+                u[column, pl.ds(start + indices[0] * _TILE_ROWS, _TILE_ROWS), :] = u_tile[...]
 
-            return grown
+            return db_total
 
         pipeline(step, multiply)(dy.at[rows, columns], t.at[:, rows], allocations=buffers)

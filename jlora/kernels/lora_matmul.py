@@ -1,12 +1,13 @@
-"""`x W + (x A) B` as one operation, with the gradient that training asks for as others.
+"""`x W + (x A) B` as one primitive, whose gradient consists of further primitives.
 
-Written as plain products, the update costs passes over memory: its result is written and read to be
-added to the base's, in both directions, and the cotangent is read once for `B` and once for what
-goes on to `A`. The operations here leave those out on devices with kernels for them. They are
+As plain products, the update costs passes over memory. Its result is written and read again to be
+added to the base product, in both directions, and the cotangent is read once for `B` and once for
+`A`. The primitives avoid these passes on devices with kernels for them:
 
-    paired   x W + t B          the base's product and the update's last one
-    met      dy Bᵀ and tᵀ dy    all that the update's gradient needs of a cotangent
-    adapted  x W + (x A) B      whose derivative is `moved`, and whose gradient `paired` and `met`
+    matmul_add    x W + t B          base product plus the last product of the update
+    lora_grads    dy Bᵀ and tᵀ dy    all products of the cotangent that the update's gradient needs
+    lora_matmul   x W + (x A) B      with the gradient in terms of `matmul_add` and `lora_grads`
+    lora_tangent                     derivative of `lora_matmul` with respect to x, A and B
 """
 
 from __future__ import annotations
@@ -38,7 +39,19 @@ _requested_kernels: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def plain_products() -> Iterator[None]:
-    """What is traced inside uses no kernels of jlora's own, as on devices that have none."""
+    """Turns the kernels of jlora off for programs traced inside the context.
+
+    Products with adapted weights are then plain JAX products, as on devices without kernels.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda w, x: x @ w, jlora.LoRA(rank=2, alpha=2))
+        >>> w, x = jnp.ones((4, 3)), jnp.ones((2, 4))
+        >>> adapter = lora.init(jax.random.key(0), w, x)
+        >>> with jlora.kernels.plain_products():
+        ...     lora.apply(w, adapter, x).shape
+        (2, 3)
+    """
     token = _requested_kernels.set("none")
     try:
         yield
@@ -48,10 +61,21 @@ def plain_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tpu_products() -> Iterator[None]:
-    """What is traced inside uses the product for TPUs, when it runs on one chip of them.
+    """Turns the TPU kernel on for programs traced inside the context.
 
-    It has to be asked for: it is compiled ahead of time for TPUs, and run in JAX's interpreter, but
-    nobody has timed it on one. In a program for several chips it would not be split over them.
+    The kernel is off by default: it has been compiled ahead of time for TPUs and run in the
+    interpreter of Pallas, but not timed on a TPU. It cannot be sharded, so it is for programs on
+    one chip. Products whose sizes the kernel does not support stay plain.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda w, x: x @ w, jlora.LoRA(rank=2, alpha=2))
+        >>> w, x = (jnp.ones((256, 256), jnp.bfloat16) for _ in range(2))
+        >>> adapter = lora.init(jax.random.key(0), w, x)
+        >>> with jlora.kernels.tpu_products():
+        ...     jaxpr = jax.make_jaxpr(lora.apply)(w, adapter, x)
+        >>> "lora_matmul" in str(jaxpr)
+        True
     """
     token = _requested_kernels.set("tpu")
     try:
@@ -61,25 +85,31 @@ def tpu_products() -> Iterator[None]:
 
 
 def select_kernel_device(x: Any, w: Any, rank: int, *, transpose_rhs: bool) -> KernelDevice | None:
-    """The kind of device, among those that JAX computes on, whose kernels make this product and its
-    gradient; None if there is none.
+    """Selects the device kind whose kernels support a product and its gradient.
 
     Args:
-        x: (..., k), or its shape and type.
-        w: (k, n), or (n, k) if transpose_rhs.
-        rank: Of the update.
-        transpose_rhs: Whether W's contracted axis is its last.
+        x: Activation, (..., k), or its shape and type.
+        w: Base weight, (k, n), or (n, k) if `transpose_rhs`, or its shape and type.
+        rank: Rank of the update.
+        transpose_rhs: Whether the contracted axis of `w` is its last.
+
+    Returns:
+        The device kind, or None if JAX has no device with kernels for them.
     """
-    asked = _requested_kernels.get()
-    if asked == "none" or x.dtype != w.dtype or jax.sharding.get_abstract_mesh().size > 1:
+    requested = _requested_kernels.get()
+    if requested == "none" or x.dtype != w.dtype or jax.sharding.get_abstract_mesh().size > 1:
         return None
-    rows, k = math.prod(x.shape[:-1]), x.shape[-1]
+    m, k = math.prod(x.shape[:-1]), x.shape[-1]
     n = w.shape[0] if transpose_rhs else w.shape[1]
-    both = (k, n), (n, k)  # The gradient's product is the transposed one.
-    if asked == "tpu":
-        return "tpu" if all(tpu.fits_tpu_tiles(rows, *one, rank, x.dtype) for one in both) else None
+    sizes = (k, n), (n, k)  # The gradient has the transposed product.
+    if requested == "tpu":
+        return (
+            "tpu"
+            if all(tpu.fits_tpu_tiles(m, *k_and_n, rank, x.dtype) for k_and_n in sizes)
+            else None
+        )
     if all(
-        hopper.fits_hopper_tiles(rows, *one, rank, x.dtype) for one in both
+        hopper.fits_hopper_tiles(m, *k_and_n, rank, x.dtype) for k_and_n in sizes
     ) and self_test.kernels_work(rank):
         return "hopper"
     return None
@@ -88,26 +118,37 @@ def select_kernel_device(x: Any, w: Any, rank: int, *, transpose_rhs: bool) -> K
 def lora_matmul(
     x: Any, w: Any, a: Any, b: Any, *, transpose_rhs: bool, device: KernelDevice
 ) -> jax.Array:
-    """`x W + (x A) B` (..., n), in the type of x.
+    """Computes `x W + (x A) B` (..., n) in the type of `x`.
 
     Args:
-        x: (..., k).
-        w: (k, n), or (n, k) if transpose_rhs.
-        a: (k, rank).
-        b: (rank, n).
-        transpose_rhs: Whether W's contracted axis is its last.
-        device: Whose kernels make it where they can.
+        x: Activation, (..., k).
+        w: Base weight, (k, n), or (n, k) if `transpose_rhs`.
+        a: Factor `A`, (k, rank).
+        b: Factor `B`, (rank, n).
+        transpose_rhs: Whether the contracted axis of `w` is its last.
+        device: Device kind whose kernels are used when the program is compiled for it.
     """
     return _lora_matmul_p.bind(x, w, a, b, transpose_rhs=transpose_rhs, device=device)[0]
 
 
 def products_saveable(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint` that keeps products with adapted weights."""
+    """Policy for `jax.checkpoint` that saves fused products with adapted weights.
+
+    The policies of JAX do not know these primitives, so combine them with this one.
+
+    Example:
+        >>> import jax, jlora
+        >>> policy = jax.checkpoint_policies.save_from_both_policies(
+        ...     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        ...     jlora.kernels.products_saveable,
+        ... )
+        >>> step = jax.checkpoint(lambda x: x**2, policy=policy)
+    """
     return primitive is _lora_matmul_p
 
 
 def _base_matmul(x: Any, w: Any, transpose_rhs: bool) -> jax.Array:
-    """`x W`."""
+    """Computes `x W`."""
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1 if transpose_rhs else 0,)), ((), ())))
 
 
@@ -126,7 +167,7 @@ def _matmul_add_with_kernel(
     return [out.reshape(*x.shape[:-1], -1)]
 
 
-# Looked up late, so that a test can put another kernel in the place of one.
+# Looked up at the call, so that a test can replace a kernel.
 _MATMUL_ADD_KERNELS: dict[KernelDevice, Any] = {
     "hopper": lambda *args, **kwargs: hopper.hopper_matmul_add(*args, **kwargs),
     "tpu": lambda *args, **kwargs: tpu.tpu_matmul_add(*args, **kwargs),
@@ -136,8 +177,8 @@ _matmul_add_p = make_primitive(
     "matmul_add",
     _matmul_add_reference,
     {
-        kind: functools.partial(_matmul_add_with_kernel, maker)
-        for kind, maker in _MATMUL_ADD_KERNELS.items()
+        kind: functools.partial(_matmul_add_with_kernel, kernel)
+        for kind, kernel in _MATMUL_ADD_KERNELS.items()
     },
 )
 
@@ -172,8 +213,8 @@ _lora_matmul_p = make_primitive(
     "lora_matmul",
     _lora_matmul_reference,
     {
-        kind: functools.partial(_lora_matmul_with_kernel, maker)
-        for kind, maker in _MATMUL_ADD_KERNELS.items()
+        kind: functools.partial(_lora_matmul_with_kernel, kernel)
+        for kind, kernel in _MATMUL_ADD_KERNELS.items()
     },
 )
 
@@ -205,7 +246,7 @@ def _lora_matmul_jvp(
 def _lora_matmul_transpose(
     cotangents: Sequence[Any], *args: Any, transpose_rhs: bool, device: KernelDevice
 ) -> list[Any]:
-    """As a linear function of x, by kernels; of any other input, as the plain products."""
+    """Transposes by kernels with respect to x, by plain products with respect to other inputs."""
     x, w, a, b = args
     (dy,) = cotangents
     if not ad.is_undefined_primal(x) or type(dy) is ad.Zero:
@@ -220,7 +261,7 @@ def _lora_matmul_batcher(
     args: Sequence[Any], axes: Sequence[Any], *, transpose_rhs: bool, device: KernelDevice
 ) -> Any:
     x, *weights = args
-    if all(axis is None for axis in axes[1:]):  # More rows of x, and one matrix.
+    if all(axis is None for axis in axes[1:]):  # A larger batch with the same matrices.
         x = jnp.moveaxis(x, axes[0], 0)
         return _lora_matmul_p.bind(x, *weights, transpose_rhs=transpose_rhs, device=device), [0]
     return batch_with_vmap(_lora_matmul_reference, args, axes, transpose_rhs=transpose_rhs)
@@ -236,7 +277,7 @@ ad.primitive_transposes[_lora_matmul_p] = _lora_matmul_transpose
 def _lora_tangent_reference(
     dx: Any, da: Any, db: Any, x: Any, w: Any, t: Any, a: Any, b: Any, *, transpose_rhs: bool
 ) -> list[Any]:
-    """What moving x, A and B does to the product, where `t` is `x A`."""
+    """Computes the tangent of the product for tangents of x, A and B, where `t` is `x A`."""
     return [
         sum_arrays(
             [
@@ -254,18 +295,23 @@ _lora_tangent_p = make_primitive("lora_tangent", _lora_tangent_reference)
 def _lora_tangent_transpose(
     cotangents: Sequence[Any], *args: Any, transpose_rhs: bool, device: KernelDevice
 ) -> list[Any]:
-    """As a linear function of what moves: the gradient of the product."""
+    """Transposes with respect to the tangents: the gradient of the product."""
     dx, da, db, x, w, t, a, b = args
     (dy,) = cotangents
-    unmoved = [None] * 5
+    no_cotangents = [None] * 5
     if type(dy) is ad.Zero:
-        zeros = [ad.Zero(one.aval) if ad.is_undefined_primal(one) else None for one in (dx, da, db)]
-        return [*zeros, *unmoved]
-    u, to_b = _lora_grads_p.bind(dy, t, b, device=device)
-    to_x = None  # Where x is what the model was given.
+        zeros = [
+            ad.Zero(tangent.aval) if ad.is_undefined_primal(tangent) else None
+            for tangent in (dx, da, db)
+        ]
+        return [*zeros, *no_cotangents]
+    u, b_grad = _lora_grads_p.bind(dy, t, b, device=device)
+    x_grad = None  # For an x that is an input of the model.
     if ad.is_undefined_primal(dx):
-        (to_x,) = _matmul_add_p.bind(dy, w, u, a.T, transpose_rhs=not transpose_rhs, device=device)
-    return [to_x, _flatten_batch(x).T @ _flatten_batch(u), to_b, *unmoved]
+        (x_grad,) = _matmul_add_p.bind(
+            dy, w, u, a.T, transpose_rhs=not transpose_rhs, device=device
+        )
+    return [x_grad, _flatten_batch(x).T @ _flatten_batch(u), b_grad, *no_cotangents]
 
 
 ad.primitive_transposes[_lora_tangent_p] = _lora_tangent_transpose

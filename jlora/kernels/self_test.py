@@ -1,4 +1,4 @@
-"""Whether the kernels work on the device that is here."""
+"""Self-test of the kernels for Hopper GPUs, run on the device before their first use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import numpy as np
 
 from jlora.kernels import hopper
 
-_MAX_RELATIVE_ERROR = (
-    2.0**-7
-)  # Relative; factors and result are rounded to bfloat16, each by 2**-9 at most.
+# Factors and result are rounded to bfloat16, each by a relative error of 2**-9 at most.
+_MAX_RELATIVE_ERROR = 2.0**-7
 
 
 def kernels_work(rank: int) -> bool:
-    """Whether the device that JAX computes on runs the kernels for updates of a rank, and gets the
-    plain results.
+    """Whether the kernels run on the default device and give the results of plain products.
 
-    They are left out on a host with several GPUs: the compiler cannot split them over these.
+    False on hosts with several GPUs, because the compiler cannot shard the kernels.
+
+    Args:
+        rank: Rank of the update.
     """
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
@@ -33,17 +34,18 @@ def kernels_work(rank: int) -> bool:
 
 @functools.cache
 def _test_kernels(rank: int) -> bool:
+    """Compares the kernels with NumPy, and warns where they fail."""
     try:
-        wrong = max(_measure_kernel_errors(rank))
-    except Exception as error:  # Whatever the compiler of an experimental kernel raises.
+        max_error = max(_measure_kernel_errors(rank))
+    except Exception as error:  # The compiler of experimental kernels may raise anything.
         reason = f"{type(error).__name__}: {error}"
     else:
-        if wrong < _MAX_RELATIVE_ERROR:
+        if max_error < _MAX_RELATIVE_ERROR:
             return True
-        reason = f"results are off by {wrong:.1e}"
+        reason = f"results are off by {max_error:.1e}"
     warnings.warn(
-        f"jlora's kernels for Hopper GPUs do not work here ({reason[:300]}). Plain products are "
-        f"used instead, which are right and slower.",
+        f"jlora's kernels for Hopper GPUs do not work on this device ({reason[:300]}). Plain "
+        f"products are used instead, which are correct but slower.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -51,36 +53,37 @@ def _test_kernels(rank: int) -> bool:
 
 
 def _measure_kernel_errors(rank: int) -> Iterator[float]:
-    """How far each kernel is from NumPy in float32, relative to the result's size."""
-    numbers = np.random.default_rng(0)
+    """Yields the error of each result against NumPy in float32, relative to its norm."""
+    rng = np.random.default_rng(0)
 
-    def array(*shape: int) -> np.ndarray[Any, Any]:
-        return numbers.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+    def draw(*shape: int) -> np.ndarray[Any, Any]:
+        return rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
 
-    # More tiles than there are multiprocessors, and as many columns as any kernel takes at once.
-    x, w, t, b = array(8192, 192), array(192, 1024), array(8192, rank), array(rank, 1024)
-    wanted = _to_float32_numpy(x) @ _to_float32_numpy(w) + _to_float32_numpy(t) @ _to_float32_numpy(
-        b
-    )
+    # More tiles than multiprocessors, and at least the columns of the widest tile.
+    x, w, t, b = draw(8192, 192), draw(192, 1024), draw(8192, rank), draw(rank, 1024)
+    expected = _to_float32_numpy(x) @ _to_float32_numpy(w) + _to_float32_numpy(
+        t
+    ) @ _to_float32_numpy(b)
     for transpose_rhs in (False, True):
         product = functools.partial(hopper.hopper_matmul_add, transpose_rhs=transpose_rhs)
         yield _relative_error(
-            _compile_and_call(product, x, w.T.copy() if transpose_rhs else w, t, b), wanted
+            _compile_and_call(product, x, w.T.copy() if transpose_rhs else w, t, b), expected
         )
     if rank <= hopper.MAX_LORA_GRADS_RANK:
-        dy = array(8192, 1024)
+        dy = draw(8192, 1024)
         u, db = _compile_and_call(hopper.lora_grads, dy, t, b)
         yield _relative_error(u, _to_float32_numpy(dy) @ _to_float32_numpy(b).T)
         yield _relative_error(db, _to_float32_numpy(t).T @ _to_float32_numpy(dy))
 
 
 def _compile_and_call(fn: Callable[..., Any], *arrays: Any) -> Any:
-    """What a function makes of arrays. It is compiled and called by hand: this may happen while
-    another program is traced, of which a plain call would become a part.
+    """Compiles a function and calls it, also while another program is traced.
+
+    A plain call would become part of that program.
     """
-    # Whatever the caller has set must not be taken for a fault of the kernels.
-    here = jax.default_device(jax.devices()[0])
-    with here, jax.transfer_guard("allow"), jax.disable_jit(False):
+    # Settings of the caller must not make the test fail.
+    on_device = jax.default_device(jax.devices()[0])
+    with on_device, jax.transfer_guard("allow"), jax.disable_jit(False):
         return jax.jit(fn).lower(*arrays).compile()(*arrays)
 
 

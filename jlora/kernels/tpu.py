@@ -1,7 +1,7 @@
-"""`x W + T B` in one pass over the result, on TPUs.
+"""Pallas kernel for TPUs: `x W + T B` in one pass over the result.
 
-XLA makes the update a product of its own that reads the base's result and writes it anew. Here it
-is where the sum over tiles starts.
+XLA computes the update as a separate product, which reads the result of the base product and writes
+it again. Here the sum over tiles starts with the update.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_MAX_OUT_TILE = 1024  # Rows and columns of the result that are made at a time, at most.
+_MAX_OUT_TILE = 1024  # Maximum of rows and of columns per tile of the result.
 
-_MAX_CONTRACTION_TILE = 512  # Of the sum.
+_MAX_CONTRACTION_TILE = 512  # Maximum length of the contraction per step.
 
 
 def fits_tpu_tiles(m: int, k: int, n: int, rank: int, dtype: Any) -> bool:
-    """Whether a product of these sizes is one that `tpu_matmul_add` makes."""
-    whole = not (m % 256 or n % 256 or k % 256)
-    some = min(m, k, n, rank) > 0
-    return dtype == jnp.bfloat16 and whole and some and rank <= 128
+    """Whether `tpu_matmul_add` supports products of these sizes and this type."""
+    is_divisible = not (m % 256 or n % 256 or k % 256)
+    is_nonempty = min(m, k, n, rank) > 0
+    return dtype == jnp.bfloat16 and is_divisible and is_nonempty and rank <= 128
 
 
 def tpu_matmul_add(
@@ -32,20 +32,26 @@ def tpu_matmul_add(
     transpose_rhs: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """`x W + t b` (m, n) of what `jlora.kernels.hopper.product` takes, in the same types.
+    """Computes `x W + t b` (m, n) in bfloat16 with float32 accumulation.
 
-    With `interpret` JAX runs the kernel step by step, on whatever device there is.
+    Args:
+        x: Activation, (m, k).
+        w: Base weight, (k, n), or (n, k) if `transpose_rhs`.
+        t: Activation times `A`, (m, rank).
+        b: Factor `B`, (rank, n).
+        transpose_rhs: Whether the contracted axis of `w` is its last.
+        interpret: Whether Pallas interprets the kernel, on any device.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.tpu as tpu
 
     (m, k), n, rank = x.shape, b.shape[1], t.shape[1]
-    high, wide, deep = (
+    tile_m, tile_n, tile_k = (
         _largest_tile(m, _MAX_OUT_TILE),
         _largest_tile(n, _MAX_OUT_TILE),
         _largest_tile(k, _MAX_CONTRACTION_TILE),
     )
-    w_block = (wide, deep) if transpose_rhs else (deep, wide)
+    w_block = (tile_n, tile_k) if transpose_rhs else (tile_k, tile_n)
 
     def kernel(x: Any, w: Any, t: Any, b: Any, out: Any, total: Any) -> None:
         step = pl.program_id(2)
@@ -66,15 +72,15 @@ def tpu_matmul_add(
     call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
-        grid=(m // high, n // wide, k // deep),
+        grid=(m // tile_m, n // tile_n, k // tile_k),
         in_specs=[
-            pl.BlockSpec((high, deep), lambda i, j, s: (i, s)),
+            pl.BlockSpec((tile_m, tile_k), lambda i, j, s: (i, s)),
             pl.BlockSpec(w_block, lambda i, j, s: (j, s) if transpose_rhs else (s, j)),
-            pl.BlockSpec((high, rank), lambda i, j, s: (i, 0)),
-            pl.BlockSpec((rank, wide), lambda i, j, s: (0, j)),
+            pl.BlockSpec((tile_m, rank), lambda i, j, s: (i, 0)),
+            pl.BlockSpec((rank, tile_n), lambda i, j, s: (0, j)),
         ],
-        out_specs=pl.BlockSpec((high, wide), lambda i, j, s: (i, j)),
-        scratch_shapes=[tpu.VMEM((high, wide), jnp.float32)],
+        out_specs=pl.BlockSpec((tile_m, tile_n), lambda i, j, s: (i, j)),
+        scratch_shapes=[tpu.VMEM((tile_m, tile_n), jnp.float32)],
         compiler_params=tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
@@ -84,8 +90,10 @@ def tpu_matmul_add(
 
 
 def _largest_tile(length: int, max_size: int) -> int:
-    """The largest part of a length, no larger than `max_size`, that divides it."""
+    """Returns the largest tile size up to `max_size` that divides a length."""
     for size in (1024, 512, 256):
         if size <= max_size and length % size == 0:
             return size
-    raise ValueError(f"A length of {length} is no multiple of 256, as this kernel's tiles are.")
+    raise ValueError(
+        f"length={length} must be a multiple of 256, the smallest tile of this kernel."
+    )

@@ -1,4 +1,9 @@
-"""Adapters combined and compared by what they change, and merged into their base."""
+"""Combination and comparison of trained adapters, and merging into a checkpoint's dtype.
+
+Adapters are combined by their weight updates (`combine_adapters`), by trainable mixing weights
+(`weighted_sum`, `lorahub`, `fit_weights`), by a router (`fit_router`, `apply_routed`), or one on
+top of another (`compose_adapters`). `measure_interference` compares them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters must have in common before they are combined or compared."""
+"""Checks on adapters that are to be combined or compared."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ Adapter = Mapping[str, Any]
 
 
 def check_adapters(adapters: Any) -> None:
-    """Checks that these are adapters of one model whose changes can be added up.
+    """Checks that adapters belong to one model and that their weight updates can be added.
 
     Raises:
-        TypeError: When it is no sequence, or one of them is no adapter.
-        ValueError: When there is none, when one of them is a mixture, is on a residual base, holds
-            a number that is not finite or an array of another shape, or when two of them have other
-            shapes or axes for a weight.
+        TypeError: `adapters` is not a sequence, or an entry is not an adapter.
+        ValueError: The sequence is empty, or no adapter has a leaf; an adapter is a mixture of
+            experts, belongs on a residual base, has a non-finite entry or an array of the wrong
+            shape; or two adapters differ in the shape or axes of a weight.
     """
     if isinstance(adapters, Mapping) or not isinstance(adapters, Sequence):
         raise TypeError(
-            f"adapters={type(adapters).__name__} is no list of adapters. Give a list, such as "
-            f"[first, second]."
+            f"adapters must be a list of adapters, got {type(adapters).__name__}. Pass a list, "
+            f"such as [first, second]."
         )
     if not adapters:
-        raise ValueError("adapters=[] leaves nothing to combine. Give at least one.")
+        raise ValueError("adapters=[] must have at least one adapter. Pass one or more.")
     if not any(adapters):
-        raise ValueError("The adapters change no weight at all. Give one that was trained.")
-    seen: dict[str, tuple[int, AdapterLeaf]] = {}
-    for number, adapter in enumerate(adapters):
+        raise ValueError("All adapters are empty: they adapt no weight. Pass trained adapters.")
+    first_leaves: dict[str, tuple[int, AdapterLeaf]] = {}
+    for index, adapter in enumerate(adapters):
         _check_adapter_shapes(adapter)
         for path, leaf in get_adapter_leaves(adapter).items():
-            _check_mergeable_leaf(number, path, leaf)
-            other, first = seen.setdefault(path, (number, leaf))
+            _check_mergeable_leaf(index, path, leaf)
+            first_index, first = first_leaves.setdefault(path, (index, leaf))
             if (first.shape, first.axes) != (leaf.shape, leaf.axes):
                 raise ValueError(
-                    f"adapters[{other}] and adapters[{number}] take {path!r} for different "
-                    f"weights: shape {first.shape} with {first.axes}, and {leaf.shape} with "
-                    f"{leaf.axes}. Give adapters of one model, loaded with its layers laid out "
-                    f"alike."
+                    f"adapters[{first_index}] and adapters[{index}] adapt different weights under "
+                    f"the path {path!r}: shape {first.shape} with {first.axes}, and shape "
+                    f"{leaf.shape} with {leaf.axes}. Pass adapters of one model, loaded with the "
+                    f"same layout of layers."
                 )
         for path, node in adapter.items():
             for field in get_array_fields(node):
                 _check_leaf_array_finite(
-                    f"adapters[{number}][{path!r}].{field.name}", node, field.name
+                    f"adapters[{index}][{path!r}].{field.name}", node, field.name
                 )
 
 
 def collect_bases(adapters: Iterable[Adapter], params: PyTree | None) -> dict[str, Any]:
-    """The base of each weight whose change depends on it, by path.
+    """Returns the base of each weight whose update depends on it, by path.
 
     Raises:
-        ValueError: When there is such a weight and no params, or params are of another model.
+        ValueError: Such a weight exists and `params` is None or belongs to another model.
     """
     flat = None if params is None else _tree.flatten_with_paths(params)
     bases: dict[str, Any] = {}
-    for number, adapter in enumerate(adapters):
-        where = {} if flat is None else weight_indices(flat, adapter)
+    for index, adapter in enumerate(adapters):
+        positions = {} if flat is None else weight_indices(flat, adapter)
         for path, leaf in get_adapter_leaves(adapter).items():
             if not depends_on_base(adapter, path):
                 continue
             if flat is None:
                 raise ValueError(
-                    f"adapters[{number}] changes {path!r} by what depends on the weight itself "
-                    f"(family {leaf.family!r}), and params=None. Give params, the base that it was "
-                    f"trained on."
+                    f"params=None: the update of {path!r} in adapters[{index}] depends on the "
+                    f"weight itself (family {leaf.family!r}). Pass params, the base that the "
+                    f"adapter was trained on."
                 )
-            bases[path] = flat.leaves[where[path]]
+            bases[path] = flat.leaves[positions[path]]
     return bases
 
 
 def _check_adapter_shapes(adapter: Any) -> None:
-    """Checks an adapter's arrays against its own facts, as `places` does against params."""
+    """Checks an adapter's arrays against its own metadata, as `weight_indices` does for params."""
     leaves = get_adapter_leaves(adapter) if isinstance(adapter, Mapping) else {}
     shapes = [jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in leaves.values()]
     weight_indices(_tree.FlatTree(tuple(leaves), shapes, None), adapter)
@@ -89,13 +89,13 @@ def _check_adapter_shapes(adapter: Any) -> None:
 def _check_mergeable_leaf(index: int, path: str, leaf: AdapterLeaf) -> None:
     if isinstance(leaf, LoRAMoELeaf):
         raise ValueError(
-            f"adapters[{index}] has a mixture on {path!r}, whose change depends on the input and "
-            f"is no weight. Leave that part out, or apply the mixture by itself."
+            f"adapters[{index}] has a mixture of experts on {path!r}, whose update depends on the "
+            f"input and has no weight matrix. Leave that part out, or apply the mixture by itself."
         )
     if getattr(leaf, "residual", False):
         raise ValueError(
-            f"adapters[{index}] belongs on a residual base at {path!r}: its factors started as a "
-            f"part of the weight. Give what jlora.rebase_to_original makes of it."
+            f"adapters[{index}] belongs on a residual base at {path!r}: its factors were "
+            f"initialized from a part of the weight. Convert it with jlora.rebase_to_original."
         )
 
 
@@ -105,6 +105,6 @@ def _check_leaf_array_finite(name: str, node: Any, field: str) -> None:
         return
     if not np.isfinite(np.asarray(value).astype(np.float32)).all():
         raise ValueError(
-            f"{name} holds NaN or infinity, which every result would. Go back to a checkpoint from "
-            f"before the training diverged."
+            f"{name} has NaN or infinite entries, which would spread to every result. Go back to "
+            f"a checkpoint from before the training diverged."
         )

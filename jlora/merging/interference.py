@@ -1,4 +1,4 @@
-"""How much adapters are in each other's way: cosines, shared subspaces, signs in conflict."""
+"""Interference between adapters: cosine similarity, shared subspaces and sign conflicts."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ Adapter = Mapping[str, Any]
 
 
 class PairStats(NamedTuple):
-    """How the adapters meet in one weight, in float64.
+    """Pairwise statistics of the adapters' updates of one weight, in float64.
 
-    An entry is NaN where one of the two adapters leaves the weight alone or changes nothing in it.
+    An entry is NaN where one of the two adapters does not adapt the weight or its update is zero.
 
     Attributes:
-        cosine: (adapters, adapters), between the changes: -1 undoes, 0 is out of the way, 1 is the
-            same up to a factor.
-        input_overlap: (adapters, adapters), the share of the input directions of the one of lower rank
-            that the other has too, from 0 to 1; the mean over a stack. NaN where the weight is no
-            matrix.
-        output_overlap: (adapters, adapters), the same of the output directions.
-        sign_conflicts: (adapters, adapters), the share of entries that the two change in opposite
-            directions.
-        effective_rank: (adapters,), of each change, the mean over a stack; 0 where nothing is
-            changed.
+        cosine: Cosine similarity of the updates, (adapters, adapters): -1 for opposite updates, 0
+            for orthogonal ones, 1 for updates that are equal up to a factor.
+        input_overlap: Fraction of the input subspace of the adapter of lower rank that the other
+            adapter shares, (adapters, adapters), from 0 to 1; the mean over a stack. NaN where the
+            weight is not a matrix.
+        output_overlap: Fraction of the output subspace, likewise, (adapters, adapters).
+        sign_conflicts: Fraction of the entries with opposite signs, (adapters, adapters).
+        effective_rank: Effective rank of each update, (adapters,); the mean over a stack, and 0
+            for an update of zero.
+
+    Example:
+        >>> nan = np.full((1, 1), np.nan)
+        >>> PairStats(np.ones((1, 1)), nan, nan, np.zeros((1, 1)), np.ones(1)).cosine
+        array([[1.]])
     """
 
     cosine: np.ndarray
@@ -53,11 +57,19 @@ _PANEL_TITLES = ("cosine", "shared inputs", "shared outputs")
 
 @dataclasses.dataclass(frozen=True)
 class Interference:
-    """How adapters meet in every weight that any of them changes.
+    """Interference between adapters in each weight that any of them adapts.
+
+    Printed as a table with the means, the effective ranks and the closest pair of each weight.
 
     Attributes:
-        names: Of the adapters, in the order of all arrays.
-        per_weight: What is found in each weight, by its path.
+        names: Names of the adapters, in the order of all arrays.
+        per_weight: Statistics of each weight, by its path.
+
+    Example:
+        >>> nan, cosine = np.full((2, 2), np.nan), np.array([[1.0, 0.5], [0.5, 1.0]])
+        >>> stats = PairStats(cosine, nan, nan, nan, np.ones(2))
+        >>> Interference(("law", "news"), {"w": stats}).mean("cosine")[0, 1].item()
+        0.5
     """
 
     names: tuple[str, ...]
@@ -65,17 +77,17 @@ class Interference:
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The places of every two adapters."""
+        """Positions of each pair of adapters."""
         return tuple(itertools.combinations(range(len(self.names)), 2))
 
     def mean(self, measure: str) -> np.ndarray:
-        """The mean over the weights of one of the measures; NaN where there is nothing to take it
-        of.
+        """Returns the mean of a measure over the weights; NaN where no weight has a value.
 
         Args:
-            measure: "cosine", "input_overlap", "output_overlap", "sign_conflicts" or "effective_rank".
+            measure: "cosine", "input_overlap", "output_overlap", "sign_conflicts" or
+                "effective_rank".
         """
-        values = np.stack([getattr(meeting, measure) for meeting in self.per_weight.values()])
+        values = np.stack([getattr(stats, measure) for stats in self.per_weight.values()])
         return _mean_of_finite(values)
 
     def __str__(self) -> str:
@@ -87,14 +99,14 @@ class Interference:
             for name, rank in zip(self.names, means.effective_rank, strict=True)
         ]
         weights = [
-            [path, *_format_pair_row(self, meeting, _most_aligned_pair(self, meeting))]
-            for path, meeting in self.per_weight.items()
+            [path, *_format_pair_row(self, stats, _most_aligned_pair(self, stats))]
+            for path, stats in self.per_weight.items()
         ]
         return "\n\n".join(
             [
                 "Means over the weights:\n" + _format_aligned_table([head, *pairs], 1),
                 _format_aligned_table([["adapter", "effective rank"], *ranks], 1),
-                "In each weight the two with the cosine furthest from 0:\n"
+                "Pair with the largest absolute cosine of each weight:\n"
                 + _format_aligned_table([["weight", *head], *weights], 2),
             ]
         )
@@ -103,55 +115,73 @@ class Interference:
 def measure_interference(
     adapters: Mapping[str, Adapter], params: PyTree | None = None
 ) -> Interference:
-    """How much each two adapters are in each other's way, weight by weight.
+    """Measures the interference between each pair of adapters, weight by weight.
 
-    All but the conflicts comes from the factors where a change has them. Signs are compared on the
-    dense changes of one matrix at a time.
+    All measures except the sign conflicts are computed from the factors where an update has them.
+    Signs are compared on the materialized updates of one matrix at a time.
 
     Args:
-        adapters: At least two, by name.
-        params: Their base. Only needed for families whose change depends on the weight: DoRA, HiRA,
+        adapters: At least two trained adapters of one model, by name.
+        params: The base. Required for families whose update depends on the weight: DoRA, HiRA and
             IA3.
 
+    Returns:
+        The pairwise statistics of each weight; print them, or pass them to `save_heatmap`.
+
     Raises:
-        TypeError: For adapters that are none.
-        ValueError: For fewer than two, for adapters that cannot be compared (mixtures, those on a
-            residual base, other shapes), or for numbers that are not finite.
+        TypeError: `adapters` is not a mapping, or an entry is not an adapter.
+        ValueError: There are fewer than two adapters, they cannot be compared (a mixture of
+            experts, a residual base, different shapes), or an entry is not finite.
 
     References:
-        Subspaces: Hu et al., LoRA, arXiv:2106.09685, section 7.2, with both ranks whole. Sign
-        conflicts: Yadav et al., TIES-Merging, arXiv:2306.01708, section 3. Effective rank: Roy and
-        Vetterli, The effective rank, EUSIPCO 2007, section 2.
+        Subspaces: Hu et al., LoRA, arXiv:2106.09685, section 7.2, with both adapters at their full
+        rank. Sign conflicts: Yadav et al., TIES-Merging, arXiv:2306.01708, section 3. Effective
+        rank: Roy and Vetterli, The effective rank, EUSIPCO 2007, section 2.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"b": jnp.ones(3)}, jnp.ones((1, 3))
+        >>> lora = jlora.lora_transform(lambda p, x: x + p["b"], {"b": jlora.BitFit()})
+        >>> fresh = lora.init(jax.random.key(0), params, x)
+        >>> up, down = (jax.tree.map(lambda d: d + sign, fresh) for sign in (1.0, -1.0))
+        >>> stats = measure_interference({"up": up, "down": down}).per_weight["b"]
+        >>> round(stats.cosine[0, 1].item()), stats.sign_conflicts[0, 1].item()
+        (-1, 1.0)
     """
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"adapters={type(adapters).__name__} has no names. Give a dict from names to adapters."
+            f"adapters must be a mapping from names to adapters, got {type(adapters).__name__}. "
+            f"Pass a dict, such as {{'french': french, 'law': law}}."
         )
-    given = list(adapters.values())
-    if len(given) < 2:
+    adapter_list = list(adapters.values())
+    if len(adapter_list) < 2:
         raise ValueError(
-            f"adapters={list(adapters)} has nothing to compare. Give at least two, by name."
+            f"adapters={list(adapters)} must have at least two adapters to compare. Pass two or "
+            f"more, by name."
         )
-    check_adapters(given)
-    bases = collect_bases(given, params)
-    weights: dict[str, PairStats] = {}
-    for path in dict.fromkeys(path for adapter in given for path in get_adapter_leaves(adapter)):
-        there = [number for number, adapter in enumerate(given) if path in adapter]
-        changes = tuple(get_weight_delta(given[number], path, bases.get(path)) for number in there)
-        low_rank = is_matrix(given[there[0]][path].axes)
-        found = jax.device_get(_compute_weight_stats(changes))
-        weights[path] = _make_pair_stats(found, there, len(given), low_rank)
-    return Interference(tuple(map(str, adapters)), weights)
+    check_adapters(adapter_list)
+    bases = collect_bases(adapter_list, params)
+    per_weight: dict[str, PairStats] = {}
+    paths = dict.fromkeys(path for adapter in adapter_list for path in get_adapter_leaves(adapter))
+    for path in paths:
+        indices = [index for index, adapter in enumerate(adapter_list) if path in adapter]
+        deltas = tuple(
+            get_weight_delta(adapter_list[index], path, bases.get(path)) for index in indices
+        )
+        low_rank = is_matrix(adapter_list[indices[0]][path].axes)
+        stats = jax.device_get(_compute_weight_stats(deltas))
+        per_weight[path] = _make_pair_stats(stats, indices, len(adapter_list), low_rank)
+    return Interference(tuple(map(str, adapters)), per_weight)
 
 
 class _MatrixStats(NamedTuple):
-    """What is measured in each of a weight's matrices; the last axes are adapters."""
+    """Statistics of each of a weight's matrices, for n adapters."""
 
-    inner_products: Any  # (batch, n, n), between the changes.
+    inner_products: Any  # (batch, n, n), of the updates.
     input_overlap: Any  # (batch, n, n)
     output_overlap: Any  # (batch, n, n)
-    sign_conflicts: Any  # (batch, n, n), counts.
-    num_entries: Any  # (batch,), entries.
+    sign_conflicts: Any  # (batch, n, n), counts of entries.
+    num_entries: Any  # (batch,)
     effective_rank: Any  # (batch, n)
 
 
@@ -161,25 +191,25 @@ def _compute_weight_stats(deltas: tuple[WeightDelta, ...]) -> _MatrixStats:
 
 
 def _compute_matrix_stats(deltas: tuple[WeightDelta, ...]) -> _MatrixStats:
-    found = [svd(change) for change in deltas]
-    pairs = itertools.combinations_with_replacement(range(len(found)), 2)
-    measured = {pair: _compare_subspaces(found[pair[0]], found[pair[1]]) for pair in pairs}
+    triplets = [svd(delta) for delta in deltas]
+    pairs = itertools.combinations_with_replacement(range(len(triplets)), 2)
+    compared = {pair: _compare_subspaces(triplets[pair[0]], triplets[pair[1]]) for pair in pairs}
 
-    def square(measure: int) -> jax.Array:
-        every = range(len(found))
+    def symmetric_matrix(measure: int) -> jax.Array:
+        indices = range(len(triplets))
         return jnp.stack(
-            [jnp.stack([measured[min(i, j), max(i, j)][measure] for j in every]) for i in every]
+            [jnp.stack([compared[min(i, j), max(i, j)][measure] for j in indices]) for i in indices]
         )
 
-    signs = jnp.stack([jnp.sign(materialize_delta(change)) for change in deltas])
-    up, down = (signs > 0).astype(jnp.int8), (signs < 0).astype(jnp.int8)
-    # Integers: float32 cannot count the entries of a large matrix.
-    opposed = jnp.einsum("nio,mio->nm", up, down, preferred_element_type=jnp.int32)
+    signs = jnp.stack([jnp.sign(materialize_delta(delta)) for delta in deltas])
+    positive, negative = (signs > 0).astype(jnp.int8), (signs < 0).astype(jnp.int8)
+    # Integers, since float32 cannot count the entries of a large matrix.
+    opposed = jnp.einsum("nio,mio->nm", positive, negative, preferred_element_type=jnp.int32)
     return _MatrixStats(
-        *(square(measure) for measure in range(3)),
+        *(symmetric_matrix(measure) for measure in range(3)),
         sign_conflicts=opposed + opposed.T,
         num_entries=jnp.int32(signs[0].size),
-        effective_rank=jnp.stack([_entropy_effective_rank(s) for _, s, _ in found]),
+        effective_rank=jnp.stack([_entropy_effective_rank(s) for _, s, _ in triplets]),
     )
 
 
@@ -187,83 +217,85 @@ _SvdTriplet = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _compare_subspaces(
-    one: _SvdTriplet, two: _SvdTriplet
+    first: _SvdTriplet, second: _SvdTriplet
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The inner product of two changes, and what their input and output spaces share."""
-    (u, s, vt), (w, t, zt) = one, two
+    """Returns the inner product, the input overlap and the output overlap of two updates."""
+    (u, s, vt), (w, t, zt) = first, second
     exact = jax.lax.Precision.HIGHEST
-    near = jnp.matmul(u.T, w, precision=exact)  # (k, l)
-    far = jnp.matmul(vt, zt.T, precision=exact)  # (k, l)
-    inner = (s[:, None] * near * far * t).sum()
+    input_cosines = jnp.matmul(u.T, w, precision=exact)  # (k, l)
+    output_cosines = jnp.matmul(vt, zt.T, precision=exact)  # (k, l)
+    inner = (s[:, None] * input_cosines * output_cosines * t).sum()
     both = _significant_directions(s)[:, None] & _significant_directions(t)
-    least = jnp.minimum(_significant_directions(s).sum(), _significant_directions(t).sum())
-    inputs, outputs = (jnp.where(both, cosines**2, 0).sum() / least for cosines in (near, far))
+    rank = jnp.minimum(_significant_directions(s).sum(), _significant_directions(t).sum())
+    inputs, outputs = (
+        jnp.where(both, cosines**2, 0).sum() / rank for cosines in (input_cosines, output_cosines)
+    )
     return inner, inputs, outputs
 
 
 def _significant_directions(s: jax.Array) -> jax.Array:
-    """Which directions are there beyond rounding."""
+    """Returns a mask of the singular values above rounding error."""
     return s > s.max() * s.size * jnp.finfo(s.dtype).eps
 
 
 def _entropy_effective_rank(s: jax.Array) -> jax.Array:
-    """The exponential of the entropy of the singular values as shares of their sum."""
-    whole = s.sum()
-    share = s / jnp.where(whole > 0, whole, 1)
-    entropy = -jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0).sum()
-    return jnp.where(whole > 0, jnp.exp(entropy), 0)
+    """Returns the exponential of the entropy of the normalized singular values."""
+    total = s.sum()
+    p = s / jnp.where(total > 0, total, 1)
+    entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0).sum()
+    return jnp.where(total > 0, jnp.exp(entropy), 0)
 
 
 def _make_pair_stats(
     stats: _MatrixStats, adapter_indices: Sequence[int], num_adapters: int, low_rank: bool
 ) -> PairStats:
-    """The figures of a weight, with NaN for the adapters that are not there."""
+    """Returns the statistics of a weight, with NaN for adapters that do not adapt it."""
     inner = np.asarray(stats.inner_products, np.float64).sum(0)
     squares = np.diagonal(inner)
     norms = np.sqrt(np.where(squares > 0, squares, np.nan))
-    lengths = norms[:, None] * norms
-    nothing = np.full_like(inner, np.nan)
+    norm_products = norms[:, None] * norms
     inputs, outputs = (
-        _mean_of_finite(np.asarray(values, np.float64)) if low_rank else nothing
+        _mean_of_finite(np.asarray(values, np.float64)) if low_rank else np.full_like(inner, np.nan)
         for values in (stats.input_overlap, stats.output_overlap)
     )
     conflicts = (
         np.asarray(stats.sign_conflicts, np.float64).sum(0) / np.asarray(stats.num_entries).sum()
     )
 
-    def among_all(values: np.ndarray) -> np.ndarray:
-        whole = np.full((num_adapters, num_adapters), np.nan)
-        whole[np.ix_(adapter_indices, adapter_indices)] = np.where(
-            np.isfinite(lengths), values, np.nan
+    def expand(values: np.ndarray) -> np.ndarray:
+        """Fills in NaN for the other adapters: (num_adapters, num_adapters)."""
+        expanded = np.full((num_adapters, num_adapters), np.nan)
+        expanded[np.ix_(adapter_indices, adapter_indices)] = np.where(
+            np.isfinite(norm_products), values, np.nan
         )
-        return whole
+        return expanded
 
     ranks = np.full(num_adapters, np.nan)
     ranks[list(adapter_indices)] = np.asarray(stats.effective_rank, np.float64).mean(0)
     return PairStats(
-        cosine=among_all(np.clip(inner / lengths, -1, 1)),
-        input_overlap=among_all(inputs),
-        output_overlap=among_all(outputs),
-        sign_conflicts=among_all(conflicts),
+        cosine=expand(np.clip(inner / norm_products, -1, 1)),
+        input_overlap=expand(inputs),
+        output_overlap=expand(outputs),
+        sign_conflicts=expand(conflicts),
         effective_rank=ranks,
     )
 
 
 def _mean_of_finite(values: np.ndarray) -> np.ndarray:
-    """The mean along the first axis of what is there, NaN where nothing is."""
-    there = np.isfinite(values)
-    count = there.sum(0)
-    total = np.where(there, values, 0).sum(0)
+    """Returns the mean of the finite values along the first axis; NaN where there are none."""
+    finite = np.isfinite(values)
+    count = finite.sum(0)
+    total = np.where(finite, values, 0).sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _format_aligned_table(lines: Sequence[Sequence[str]], num_text_columns: int) -> str:
-    """Lines of cells under each other, the first `num_text_columns` columns to the left."""
+    """Aligns lines of cells, the first `num_text_columns` columns to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place < num_text_columns else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if column < num_text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
@@ -272,42 +304,52 @@ def _format_aligned_table(lines: Sequence[Sequence[str]], num_text_columns: int)
 def _format_pair_row(
     interference: Interference, stats: PairStats, pair: tuple[int, int]
 ) -> list[str]:
-    """Two adapters and how they meet."""
-    figures = [getattr(stats, measure)[pair] for measure in _PAIR_MEASURES]
-    texts = [f"{figure:.3f}" if np.isfinite(figure) else "-" for figure in figures]
-    return [" / ".join(interference.names[place] for place in pair), *texts]
+    """Formats the names of two adapters and their measures."""
+    values = [getattr(stats, measure)[pair] for measure in _PAIR_MEASURES]
+    texts = [f"{value:.3f}" if np.isfinite(value) else "-" for value in values]
+    return [" / ".join(interference.names[index] for index in pair), *texts]
 
 
 def _most_aligned_pair(interference: Interference, stats: PairStats) -> tuple[int, int]:
-    """The two adapters with the cosine that is furthest from zero."""
+    """Returns the pair of adapters with the largest absolute cosine."""
     return max(
         interference.pairs, key=lambda pair: np.nan_to_num(np.abs(stats.cosine[pair]), nan=-1)
     )
 
 
 def save_heatmap(interference: Interference, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG: for every weight and every two adapters their cosine and what they share.
+    """Writes a PNG with the cosine and the shared subspaces of each weight and pair of adapters.
 
     Args:
-        interference: What `measure_interference` returned.
-        path: The new file; one of that name is replaced.
+        interference: Result of `measure_interference`.
+        path: Path of the PNG file, which is overwritten if it exists.
 
     Raises:
-        ImportError: Matplotlib is missing.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> ones = np.ones((2, 2))
+        >>> interference = Interference(
+        ...     ("law", "news"), {"w": PairStats(ones, ones, ones, ones, np.ones(2))}
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_heatmap(interference, Path(folder) / "interference.png")
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'heat_map draws with matplotlib, which is missing. Use pip install "jlora[train]".'
+            "save_heatmap requires matplotlib, which is not installed. Run "
+            '`pip install "jlora[train]"`.'
         ) from error
-    pairs = [" / ".join(interference.names[place] for place in pair) for pair in interference.pairs]
-    wide, high = (
-        max(0.9, 0.16 * len(pairs)),
-        min(max(1.2, 0.2 * len(interference.per_weight)), 300.0),
+    pairs = [" / ".join(interference.names[index] for index in pair) for pair in interference.pairs]
+    panel_width = max(0.9, 0.16 * len(pairs))
+    panel_height = min(max(1.2, 0.2 * len(interference.per_weight)), 300.0)
+    left, bottom = (0.075 * max(map(len, texts)) for texts in (interference.per_weight, pairs))
+    figure = Figure(
+        figsize=(left + 3 * panel_width + 2.2, panel_height + bottom + 0.6), layout="constrained"
     )
-    beside, below = (0.075 * max(map(len, texts)) for texts in (interference.per_weight, pairs))
-    figure = Figure(figsize=(beside + 3 * wide + 2.2, high + below + 0.6), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     cosine, *shared = (
         _draw_heatmap_panel(panel, interference, measure, title)
@@ -318,28 +360,27 @@ def save_heatmap(interference: Interference, path: str | os.PathLike[str]) -> No
         panel.set_xticks(range(len(pairs)), pairs, rotation=90, fontsize=7)
         panel.tick_params(length=0)
     for image, panels in ((cosine, axes[:1]), (shared[0], axes[1:])):
-        bar = figure.colorbar(image, ax=panels, aspect=30, fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
+        colorbar = figure.colorbar(image, ax=panels, aspect=30, fraction=0.05, pad=0.02)
+        colorbar.ax.tick_params(labelsize=7)
     figure.savefig(Path(path), format="png", dpi=150)
 
 
 def _draw_heatmap_panel(ax: Any, interference: Interference, measure: str, title: str) -> Any:
-    """Draws one measure, a row for each weight and a column for each two adapters."""
+    """Draws one measure, with a row for each weight and a column for each pair of adapters."""
     values = np.array(
         [
-            [getattr(meeting, measure)[pair] for pair in interference.pairs]
-            for meeting in interference.per_weight.values()
+            [getattr(stats, measure)[pair] for pair in interference.pairs]
+            for stats in interference.per_weight.values()
         ]
     )
     ax.set_title(title, fontsize=9)
-    ax.set_facecolor("0.75")  # Seen where there is nothing to compare.
-    signed = measure == "cosine"
-    colours, least = ("RdBu_r", -1) if signed else ("Greens", 0)
+    ax.set_facecolor("0.75")  # Visible where the value is NaN.
+    colormap, lowest = ("RdBu_r", -1) if measure == "cosine" else ("Greens", 0)
     if len(interference.pairs) <= 3:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                ink = "white" if abs(value) > 0.6 else "black"
+                color = "white" if abs(value) > 0.6 else "black"
                 ax.text(
-                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink
+                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color
                 )
-    return ax.imshow(values, cmap=colours, vmin=least, vmax=1, aspect="auto")
+    return ax.imshow(values, cmap=colormap, vmin=lowest, vmax=1, aspect="auto")

@@ -1,4 +1,4 @@
-"""The weights of a mix, found from a few examples of a task."""
+"""Mixing weights fitted to a few examples of a task, with and without gradients."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ AdapterLossFn = Callable[..., Any]
 
 
 class FusionResult(NamedTuple):
-    """A mix under the best weights that were found.
+    """A weighted adapter with its best mixing weights.
 
     Attributes:
-        adapter: The mix under them; `fixed` makes plain LoRA of it.
-        weights: (n,) numbers, in the order of the mix's names; for each path where they were found
+        adapter: Weighted adapter with the best weights; `fold_weights` converts it to plain LoRA.
+        weights: Best weights, (n,), in the order of `adapter_names`; by path if they were fitted
             layer by layer.
-        loss: Of the examples, at those weights.
-        history: What was minimised, at every try in turn: for `lorahub` with the penalty.
+        loss: Loss of the examples at the best weights.
+        history: Minimized value of each trial or step in turn; for `lorahub` it includes the
+            penalty.
+
+    Example:
+        >>> result = FusionResult({}, np.array([0.5, 0.5]), 0.25, (1.0, 0.25))
+        >>> result.loss == min(result.history)
+        True
     """
 
     adapter: dict[str, WeightedSumLeaf]
@@ -46,56 +52,69 @@ def lorahub(
     bound: float = 1.5,
     l1_penalty: float = 0.05,
 ) -> FusionResult:
-    """The weights that a search without gradients finds for a few examples (LoraHub).
+    """Fits mixing weights to a few examples by a search without gradients (LoraHub).
 
-    It minimises `loss_fn + penalty * mean |w|` over weights in `[-bound, bound]` by CMA-ES. The bare
-    base is tried first, so the result is never worse than that. The same seed finds the same.
+    Minimizes `loss_fn + l1_penalty * mean |w|` over weights in `[-bound, bound]` by CMA-ES. The
+    first trial is the base alone, so the result is never worse than the base. Equal seeds give
+    equal results.
 
     Args:
-        loss_fn: From `(adapter, *arguments)` to a number; any function, as nothing is differentiated.
-            Give a jitted one: all tries have the same shapes, so it compiles once.
-        weighted_adapter: What `mixed` returned. Its own weights are not looked at.
-        *args: Passed on, such as the parameters and the examples.
-        num_trials: How many tries; a positive count.
-        seed: Of the search.
-        bound: Of the absolute weights; positive.
-        l1_penalty: On their mean absolute value; 0 or more.
+        loss_fn: Function from `(adapter, *args)` to a number. It is not differentiated. Pass a
+            jitted one: all trials have the same shapes, so it compiles once.
+        weighted_adapter: Result of `weighted_sum`. Its weights are ignored.
+        *args: Further arguments of `loss_fn`, such as the parameters and the examples.
+        num_trials: Number of trials, 1 or more.
+        seed: Seed of the search.
+        bound: Largest absolute weight, above 0.
+        l1_penalty: Factor of the mean absolute weight, 0 or more.
+
+    Returns:
+        The weighted adapter with the best weights, and the history of the search.
 
     Raises:
-        ValueError: For a value out of its range, or when the loss of the bare base is not finite.
-        ModuleNotFoundError: When Optuna or cmaes is missing.
+        ValueError: A value is out of its range, or the loss of the base alone is not finite.
+        ModuleNotFoundError: Optuna or cmaes is not installed.
 
     References:
-        Huang et al., LoraHub, arXiv:2307.13269, section 3; the mean in the penalty, the bound and
-        zero weights to begin with as in its code (sail-sg/lorahub). There the sums of `w_i A_i` and
-        of `w_i B_i` are multiplied, which takes every `A_i` times every `B_j` and needs one rank
-        for all; here each adapter's own change is weighed. The search is Optuna's CMA-ES instead of
-        Nevergrad's.
+        Huang et al., LoraHub, arXiv:2307.13269, section 3. The mean in the penalty, the bound and
+        the initial weights of zero are those of its code (sail-sg/lorahub). LoraHub multiplies the
+        sum of `w_i A_i` with the sum of `w_i B_i`, which multiplies every `A_i` with every `B_j`
+        and requires one rank for all adapters; here each adapter's own update is weighted. The
+        search is Optuna's CMA-ES instead of Nevergrad's.
+
+    Example:
+        >>> import jlora
+        >>> from jlora.merging import weighted_sum
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)})
+        >>> loss_fn = lambda adapter: float(abs(adapter["w"].weights - 0.5).sum())
+        >>> lorahub(loss_fn, mix, num_trials=1).loss  # doctest: +SKIP
+        0.5
     """
-    _validation.check_positive_int("budget", num_trials)
+    _validation.check_positive_int("num_trials", num_trials)
     _validation.check_positive("bound", bound)
-    _validation.check_nonnegative("penalty", l1_penalty)
+    _validation.check_nonnegative("l1_penalty", l1_penalty)
     names = adapter_names(weighted_adapter)
-    tries: list[tuple[np.ndarray, float, float]] = []  # weights, loss, with the penalty
+    trials: list[tuple[np.ndarray, float, float]] = []  # weights, loss, loss with the penalty
     with _cmaes_study(seed) as study:
         study.enqueue_trial(dict.fromkeys(names, 0.0))
         for _ in range(num_trials):
             trial = study.ask()
-            found = [trial.suggest_float(name, -bound, bound) for name in names]
-            weights = np.array(found)
-            value = float(loss_fn(with_weights(weighted_adapter, weights), *args))
-            total = value + l1_penalty * float(np.abs(weights).mean())
-            if not tries and not math.isfinite(value):
+            weights = np.array([trial.suggest_float(name, -bound, bound) for name in names])
+            loss = float(loss_fn(with_weights(weighted_adapter, weights), *args))
+            penalized = loss + l1_penalty * float(np.abs(weights).mean())
+            if not trials and not math.isfinite(loss):
                 raise ValueError(
-                    f"loss={value} of the bare base is not finite, so nothing can be compared. "
-                    f"Look at the examples and the base."
+                    f"loss={loss} of the base alone must be finite, since trials are compared with "
+                    f"it. Check the examples and the base."
                 )
-            # A try that overflows is as bad as can be, and the search goes elsewhere.
-            tries.append((weights, value, total if math.isfinite(total) else math.inf))
-            study.tell(trial, min(tries[-1][2], float(np.finfo(np.float64).max)))
-    weights, value, _ = min(tries, key=lambda one: one[2])
+            # A trial that overflows counts as the worst, so that the search moves elsewhere.
+            trials.append((weights, loss, penalized if math.isfinite(penalized) else math.inf))
+            study.tell(trial, min(trials[-1][2], float(np.finfo(np.float64).max)))
+    weights, loss, _ = min(trials, key=lambda one: one[2])
     return FusionResult(
-        with_weights(weighted_adapter, weights), weights, value, tuple(one[2] for one in tries)
+        with_weights(weighted_adapter, weights), weights, loss, tuple(one[2] for one in trials)
     )
 
 
@@ -107,45 +126,59 @@ def fit_weights(
     optimizer: optax.GradientTransformation,
     layer_wise: bool = False,
 ) -> FusionResult:
-    """The weights that an optimizer finds for a few examples, starting at the mix's own.
+    """Fits mixing weights to a few examples with an optimizer, starting at the current weights.
 
-    The weights alone are differentiated: no gradient of a factor is formed. The best of all steps
-    is returned.
+    Only the weights are differentiated: the program computes no gradient of a factor. The result
+    has the best weights of all steps.
 
     Args:
-        loss_fn: From `(adapter, *arguments)` to a scalar that can be differentiated. The program is
-            compiled once for a loss, an optimizer and a count of steps.
-        weighted_adapter: What `mixed` returned.
-        *args: Passed on, such as the parameters and the examples.
-        num_steps: How many; a positive count.
-        optimizer: Such as `optax.adam(0.05)`.
-        layer_wise: Whether each weight of the model gets its own `n` numbers, and each of a stack's
-            layers its own where the mix's weights are so.
+        loss_fn: Differentiable function from `(adapter, *args)` to a scalar. The program is
+            compiled once for a loss, an optimizer and a number of steps.
+        weighted_adapter: Result of `weighted_sum`.
+        *args: Further arguments of `loss_fn`, such as the parameters and the examples.
+        num_steps: Number of optimizer steps, 1 or more.
+        optimizer: Optax optimizer, such as `optax.adam(0.05)`.
+        layer_wise: True for separate weights (n,) of each weight of the model, and of each layer
+            of a stack where the adapter already has those; False for the same weights everywhere.
+
+    Returns:
+        The weighted adapter with the best weights, and the loss before each step and after the
+        last.
 
     Raises:
-        ValueError: When the mix has different weights for different paths and `layer_wise` is off,
-            or when no loss is finite.
+        ValueError: `num_steps` is less than 1; the paths of the adapter have different weights and
+            `layer_wise` is False; or no loss is finite.
 
     References:
-        Yang et al., AdaMerging, arXiv:2310.02575, section 3, for weights by task and by layer;
-        there the loss is the entropy of the outputs.
-    """
-    _validation.check_positive_int("steps", num_steps)
-    start: Any = get_weights(weighted_adapter)
-    if not layer_wise:
-        start = _require_uniform_weights(weighted_adapter)
+        Yang et al., AdaMerging, arXiv:2310.02575, section 3, for task-wise and layer-wise weights.
+        The loss of the paper is the entropy of the outputs.
 
-    passed, values = _optimize_weights(
-        loss_fn, optimizer, num_steps, start, dict(weighted_adapter), args
+    Example:
+        >>> import jlora
+        >>> from jlora.merging import weighted_sum
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)}, [0.0])
+        >>> loss_fn = lambda adapter: ((adapter["w"].weights - 0.5) ** 2).sum()
+        >>> fit_weights(loss_fn, mix, num_steps=1, optimizer=optax.sgd(0.5)).weights
+        array([0.5], dtype=float32)
+    """
+    _validation.check_positive_int("num_steps", num_steps)
+    initial_weights: Any = get_weights(weighted_adapter)
+    if not layer_wise:
+        initial_weights = _require_uniform_weights(weighted_adapter)
+
+    trajectory, losses = _optimize_weights(
+        loss_fn, optimizer, num_steps, initial_weights, dict(weighted_adapter), args
     )
-    history = np.asarray(values, np.float64)
+    history = np.asarray(losses, np.float64)
     if not np.isfinite(history).any():
         raise ValueError(
-            f"loss={history[0]} is not finite at the mix's own weights nor after. Look at the "
-            f"examples, or start with smaller weights."
+            f"loss={history[0]} must be finite at the initial weights or at a later step. Check "
+            f"the examples, or start with smaller weights."
         )
     best = int(np.where(np.isfinite(history), history, np.inf).argmin())
-    weights = jax.tree.map(lambda one: np.asarray(one[best]), passed)
+    weights = jax.tree.map(lambda steps: np.asarray(steps[best]), trajectory)
     return FusionResult(
         with_weights(weighted_adapter, weights),
         weights,
@@ -163,50 +196,53 @@ def _optimize_weights(
     weighted_adapter: Any,
     args: tuple[Any, ...],
 ) -> tuple[Any, jax.Array]:
-    """The weights before every step and after the last, stacked, and the losses at each."""
+    """Returns the weights before each step and after the last, stacked, and the loss at each."""
 
     def objective(weights: Any) -> jax.Array:
         return loss_fn(with_weights(weighted_adapter, weights), *args)
 
     def step(carry: Any, _: None) -> tuple[Any, Any]:
         weights, state = carry
-        value, slope = jax.value_and_grad(objective)(weights)
-        updates, state = optimizer.update(slope, state, weights)
-        return (optax.apply_updates(weights, updates), state), (weights, value)
+        loss, gradient = jax.value_and_grad(objective)(weights)
+        updates, state = optimizer.update(gradient, state, weights)
+        return (optax.apply_updates(weights, updates), state), (weights, loss)
 
-    (last, _), (passed, values) = jax.lax.scan(
+    (final, _), (before, losses) = jax.lax.scan(
         step, (initial_weights, optimizer.init(initial_weights)), length=num_steps
     )
-    passed = jax.tree.map(lambda some, one: jnp.concatenate([some, one[None]]), passed, last)
-    return passed, jnp.append(values, objective(last))
+    trajectory = jax.tree.map(
+        lambda steps, last: jnp.concatenate([steps, last[None]]), before, final
+    )
+    return trajectory, jnp.append(losses, objective(final))
 
 
 def _require_uniform_weights(weighted_adapter: Mapping[str, Any]) -> jax.Array:
-    """The weights that all paths of a mix have."""
+    """Returns the weights that all paths of a weighted adapter have in common."""
     first, *rest = check_weighted_adapter(weighted_adapter).values()
     if any(not np.array_equal(first.weights, leaf.weights) for leaf in rest) or first.layered:
         raise ValueError(
-            "The mix has weights for each path, and layer_wise=False would set them all alike. Use "
-            "layer_wise=True, or start from with_weights(mix, numbers)."
+            "layer_wise=False requires the same weights for all paths, and those of "
+            "weighted_adapter differ. Use layer_wise=True, or start from "
+            "with_weights(weighted_adapter, weights)."
         )
     return first.weights
 
 
 @contextlib.contextmanager
 def _cmaes_study(seed: int) -> Iterator[Any]:
-    """A study of Optuna's that minimises by CMA-ES, in silence."""
+    """Yields an Optuna study that minimizes by CMA-ES, with Optuna's log messages off."""
     try:
         import cmaes  # noqa: F401
         import optuna
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"fuse searches with Optuna's CMA-ES, and {error.name!r} is missing. Run "
+            f"lorahub requires Optuna's CMA-ES, and {error.name!r} is not installed. Run "
             f'`pip install "jlora[search]"`.'
         ) from error
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        # With one weight there is no covariance, and Optuna's sampler draws at random.
+        # A single weight has no covariance, so Optuna's sampler draws independently.
         sampler = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         yield optuna.create_study(sampler=sampler)
     finally:

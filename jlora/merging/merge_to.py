@@ -1,4 +1,4 @@
-"""Merging into the type that a checkpoint is written in, and a report of what that costs."""
+"""Merges an adapter into a checkpoint's dtype and reports the rounding loss of each update."""
 
 from __future__ import annotations
 
@@ -15,22 +15,33 @@ from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
 from jlora.transform import materialize_leaves, merge
 
-# A change kept to less than this, or turned away by as much, is worth a warning.
+# A gain or a cosine below this is worth a warning.
 _MIN_FIDELITY = 0.9
 
 
 class UpdateLostWarning(UserWarning):
-    """Rounding takes away much of what an adapter changes."""
+    """Warns that rounding removes a large part of an adapter's updates.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", UpdateLostWarning)  # Refuse lossy merges.
+        >>> warnings.simplefilter("default", UpdateLostWarning)
+    """
 
 
 class MergeFidelity(NamedTuple):
-    """What is left of one weight's change in the type it is written in.
+    """Fidelity of one weight's update after rounding to the target dtype.
 
     Attributes:
-        gain: How long the change is along what it should be: 1 when nothing is lost.
-        cosine: Between the two: 1 when nothing is lost.
-        unchanged: The share of entries that stay as they were.
-        relative_norm: The length of the change over that of the weight.
+        gain: Length of the rounded update along the exact one, relative to the exact one; 1
+            without loss.
+        cosine: Cosine similarity of the rounded and the exact update; 1 without loss.
+        unchanged: Fraction of the weight's entries that the rounded update does not change.
+        relative_norm: Norm of the exact update over the norm of the weight.
+
+    Example:
+        >>> MergeFidelity(gain=0.5, cosine=0.7, unchanged=0.6, relative_norm=1e-4).is_lost
+        True
     """
 
     gain: float
@@ -40,17 +51,23 @@ class MergeFidelity(NamedTuple):
 
     @property
     def is_lost(self) -> bool:
-        """Whether so much is gone that a wider type is needed."""
+        """True if the loss calls for a wider dtype: a gain or a cosine below 0.9."""
         return self.gain < _MIN_FIDELITY or self.cosine < _MIN_FIDELITY
 
 
 class MergeResult(NamedTuple):
-    """A merged base.
+    """Merged parameters and the fidelity of each update.
+
+    Printed as a table of the fidelities.
 
     Attributes:
-        params: The new tree.
-        report: What is left of each change, by the weight's path; without weights that the adapter
-            does not change at all.
+        params: Merged parameter tree.
+        report: Fidelity of each update, by the weight's path, without weights whose update is
+            zero.
+
+    Example:
+        >>> MergeResult({"w": jnp.ones(2)}, {"w": MergeFidelity(1, 1, 0, 0.1)}).report["w"].gain
+        1
     """
 
     params: PyTree
@@ -59,8 +76,8 @@ class MergeResult(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{'weight':40} {'gain':>7} {'cosine':>7} {'unchanged':>9} {'|change|/|W|':>12}"]
         lines += [
-            f"{path:40} {k.gain:7.3f} {k.cosine:7.3f} {k.unchanged:9.3f} {k.relative_norm:12.1e}"
-            for path, k in self.report.items()
+            f"{path:40} {f.gain:7.3f} {f.cosine:7.3f} {f.unchanged:9.3f} {f.relative_norm:12.1e}"
+            for path, f in self.report.items()
         ]
         return "\n".join(lines)
 
@@ -72,48 +89,64 @@ def merge_to_dtype(
     *,
     dequantize: bool = False,
 ) -> MergeResult:
-    """The merged tree in a type, every weight summed in float32 and rounded once.
+    """Merges an adapter into a parameter tree of a dtype, with one rounding of each weight.
 
-    Warns where rounding takes a tenth or more of a weight's change: a small change is below the
-    spacing of a narrow type. A wider type keeps it.
+    Each merged weight is computed in float32 or wider. Warns where rounding removes a tenth or
+    more of a weight's update: small updates are below the spacing of a narrow dtype. A wider dtype
+    preserves them.
 
     Args:
-        params: The base; it is not changed.
-        adapter: What `init` returned, trained.
-        dtype: Of all weights; each weight's own when None.
-        dequantize: Whether all quantised weights become arrays, adapted or not.
+        params: The base, which is not modified.
+        adapter: Trained adapter.
+        dtype: Dtype of all floating-point weights; that of each weight when None.
+        dequantize: True to dequantize all quantized weights, adapted or not.
+
+    Returns:
+        The merged parameters, and the fidelity of each update.
 
     Raises:
-        ValueError: The adapter does not fit, a merged weight is not finite in its type, or some
-            weights are quantised and `dequantize` is off.
+        ValueError: The adapter does not fit `params`; a merged weight is not finite in its dtype;
+            or weights are quantized and `dequantize` is False.
+
+    Warns:
+        UpdateLostWarning: Rounding removes a tenth or more of an update.
+
+    Example:
+        >>> import jlora
+        >>> params = {"b": jnp.ones(3, jnp.bfloat16)}
+        >>> lora = jlora.lora_transform(lambda p, x: x + p["b"], {"b": jlora.BitFit()})
+        >>> fresh = lora.init(jax.random.key(0), params, jnp.ones((1, 3)))
+        >>> adapter = jax.tree.map(lambda delta: delta + 1e-4, fresh)
+        >>> merge_to_dtype(params, adapter, jnp.float32).params["b"]
+        Array([1.0001, 1.0001, 1.0001], dtype=float32)
     """
     flat = _tree.flatten_with_paths(params)
-    where = weight_indices(flat, adapter)
-    shared = {name: node for name, node in adapter.items() if name not in where}
+    positions = weight_indices(flat, adapter)
+    shared = {name: node for name, node in adapter.items() if name not in positions}
     leaves = materialize_leaves(flat, dequantize)
     report: dict[str, MergeFidelity] = {}
-    for path, place in where.items():
-        base = jnp.asarray(leaves[place])
+    for path, position in positions.items():
+        base = jnp.asarray(leaves[position])
         target = base.dtype if dtype is None else jnp.dtype(dtype)
         wide = base.astype(jnp.promote_types(base.dtype, jnp.float32))
-        summed = merge({path: wide}, {path: adapter[path], **shared})[path]
-        leaves[place], figures = _round_merged_weight(wide, summed, target)
-        finite, is_new, *kept = (float(figure) for figure in figures)
-        if not finite:
+        merged = merge({path: wide}, {path: adapter[path], **shared})[path]
+        leaves[position], statistics = _round_merged_weight(wide, merged, target)
+        is_finite, has_update, *fidelity = (float(value) for value in statistics)
+        if not is_finite:
             raise ValueError(
-                f"The merged {path!r} holds NaN or Inf in {target}. Train with a lower learning "
-                f"rate, or merge to a type of a wider range."
+                f"The merged weight {path!r} has NaN or infinite entries in {target}. Train with a "
+                f"lower learning rate, or merge to a dtype of wider range."
             )
-        if is_new:
-            report[path] = MergeFidelity(*kept)
-    lost = [path for path, kept in report.items() if kept.is_lost]
+        if has_update:
+            report[path] = MergeFidelity(*fidelity)
+    lost = [path for path, fidelity in report.items() if fidelity.is_lost]
     if lost:
         worst = min(lost, key=lambda path: min(report[path].gain, report[path].cosine))
-        left = report[worst]
+        fidelity = report[worst]
         warnings.warn(
-            f"{len(lost)} of {len(report)} changes are lost by rounding, most at {worst!r}: along "
-            f"the change {left.gain:.0%} of it is left, and the cosine of the two is "
-            f"{left.cosine:.2f}. Merge to float32, or keep the adapter apart.",
+            f"{len(lost)} of {len(report)} updates are lost by rounding. The worst is {worst!r}: "
+            f"{fidelity.gain:.0%} of the update remains, and its cosine with the exact update is "
+            f"{fidelity.cosine:.2f}. Merge to float32, or serve the adapter without merging.",
             UpdateLostWarning,
             stacklevel=2,
         )
@@ -131,21 +164,29 @@ def _cast_if_float(leaf: Any, dtype: jax.typing.DTypeLike) -> Any:
 def _round_merged_weight(
     base: jax.Array, merged: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum in its type; whether it is finite, whether it is new, and the figures of `MergeFidelity`."""
-    written = merged.astype(dtype)
-    wanted, found = merged - base, written.astype(base.dtype) - base
-    length, other, size = (jnp.linalg.norm(x.ravel()) for x in (wanted, found, base))
-    along = jnp.vdot(found, wanted)
+    """Rounds a merged weight to a dtype and computes the statistics of its update.
 
-    def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
-        return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), 0)
+    Returns:
+        The rounded weight; and (6,): whether it is finite, whether the exact update is nonzero,
+        and the four fields of `MergeFidelity`.
+    """
+    rounded = merged.astype(dtype)
+    exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
+    exact_norm, rounded_norm, base_norm = (
+        jnp.linalg.norm(x.ravel()) for x in (exact_update, rounded_update, base)
+    )
+    inner = jnp.vdot(rounded_update, exact_update)
 
-    figures = [
-        jnp.isfinite(written).all(),
-        length > 0,
-        ratio(along, length**2),
-        ratio(along, length * other),
-        (found == 0).mean(),
-        ratio(length, size),
+    def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+        is_positive = denominator > 0
+        return jnp.where(is_positive, numerator / jnp.where(is_positive, denominator, 1), 0)
+
+    statistics = [
+        jnp.isfinite(rounded).all(),
+        exact_norm > 0,
+        safe_divide(inner, exact_norm**2),
+        safe_divide(inner, exact_norm * rounded_norm),
+        (rounded_update == 0).mean(),
+        safe_divide(exact_norm, base_norm),
     ]
-    return written, jnp.stack([figure.astype(jnp.float32) for figure in figures])
+    return rounded, jnp.stack([value.astype(jnp.float32) for value in statistics])

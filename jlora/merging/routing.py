@@ -1,4 +1,4 @@
-"""Weights of a mix that depend on the input: a gate on an embedding of it."""
+"""Routing: mixing weights that depend on an embedding of the input."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from jlora.transform import LoraTransform
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """What `routing_weights` compares an embedding with: a pytree, so it can be trained too.
+    """Parameters of a router: a pytree, so it can be trained as well.
 
     Attributes:
-        centroids: (n, width), of length one: where the prompts of each adapter lie.
-        log_temperature: The logarithm of what cosines are divided by, so that no step of training
-            can turn its sign.
-        names: Of the adapters.
+        centroids: Centroid of each adapter's prompt embeddings, (n, width), of unit norm.
+        log_temperature: Logarithm of the softmax temperature, so that training cannot make the
+            temperature negative.
+        names: Names of the n adapters.
+
+    Example:
+        >>> router = Router(jnp.eye(2), jnp.log(0.1), ("law", "news"))
+        >>> routing_weights(router, jnp.array([[1.0, 0.0]])).argmax().item()
+        0
     """
 
     centroids: jax.Array
@@ -41,82 +46,103 @@ jax.tree_util.register_dataclass(
 def fit_router(
     embeddings: Mapping[str, Any], weighted_adapter: Mapping[str, Any], *, temperature: float = 0.1
 ) -> Router:
-    """A gate that knows each adapter by the mean of its prompts' embeddings.
+    """Fits a router that represents each adapter by the mean embedding of its prompts.
 
     Args:
-        embeddings: For each adapter of the mix its name and (m, width): a few prompts of what it
-            was trained on, embedded by any encoder. Each is scaled to length one first.
-        weighted_adapter: What `mixed` returned; its adapters' order becomes that of the weights.
-        temperature: Of the softmax; the lower, the more the nearest adapter gets. Positive.
+        embeddings: Embeddings of a few training prompts, (m, width), by the name of each adapter;
+            from any encoder. Each one is normalized to unit norm first.
+        weighted_adapter: Result of `weighted_sum`, which sets the order of the adapters.
+        temperature: Temperature of the softmax, above 0. A lower one gives the nearest adapter a
+            higher weight.
+
+    Returns:
+        The router, for `routing_weights`.
 
     Raises:
-        ValueError: For other names than the mix has, for embeddings of other shapes, that are not
-            finite, or whose mean is zero, and for a temperature out of its range.
+        ValueError: The names are not those of `weighted_adapter`; embeddings have the wrong shape,
+            a non-finite entry or a mean of zero; or `temperature` is out of its range.
 
     References:
         Zhao et al., LoraRetriever, arXiv:2402.09997, section 4.1: an adapter is represented by the
-        mean embedding of some of its training samples, and found by the cosine.
+        mean embedding of some of its training samples and retrieved by cosine similarity.
+
+    Example:
+        >>> import jlora
+        >>> from jlora.merging import weighted_sum
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> mix = weighted_sum({"law": adapter, "news": adapter})
+        >>> fit_router({"law": [[3.0, 0.0]], "news": [[0.0, 2.0]]}, mix).centroids
+        Array([[1., 0.],
+               [0., 1.]], dtype=float32)
     """
     names = adapter_names(weighted_adapter)
     other = sorted(set(embeddings) ^ set(names))
     if other:
         raise ValueError(
-            f"embeddings and the mix differ in {other}. Give prompts of each of {list(names)}."
+            f"embeddings must have the names of weighted_adapter, and the two differ in {other}. "
+            f"Pass embeddings for each of {list(names)}."
         )
     _validation.check_positive("temperature", temperature)
     centroids = []
     for name in names:
-        rows = np.asarray(embeddings[name], np.float64)
-        if (
-            rows.ndim != 2
-            or 0 in rows.shape
-            or rows.shape[1] != _embedding_width(embeddings[names[0]])
-        ):
+        vectors = np.asarray(embeddings[name], np.float64)
+        width = _embedding_width(embeddings[names[0]])
+        if vectors.ndim != 2 or 0 in vectors.shape or vectors.shape[1] != width:
             raise ValueError(
-                f"embeddings[{name!r}] have shape {rows.shape}, and those of {names[0]!r} "
-                f"{np.shape(embeddings[names[0]])}. Give at least one row for each, all as wide."
+                f"embeddings[{name!r}] must have shape (m, width) with at least one prompt and the "
+                f"width of the others, got shape {vectors.shape}; embeddings[{names[0]!r}] has "
+                f"shape {np.shape(embeddings[names[0]])}."
             )
-        check_mixing_finite(f"The embeddings of {name!r}", rows)
-        centroids.append(np.asarray(_normalize_vectors(_normalize_vectors(rows).mean(0))))
+        check_mixing_finite(f"embeddings[{name!r}]", vectors)
+        centroids.append(np.asarray(_normalize_vectors(_normalize_vectors(vectors).mean(0))))
         if not centroids[-1].any():
             raise ValueError(
-                f"The embeddings of {name!r} have the mean zero, which lies in no direction. Give "
-                f"more prompts of it."
+                f"embeddings[{name!r}] has a mean of zero, which has no direction. Pass more "
+                f"prompts of this adapter."
             )
     return Router(jnp.asarray(np.stack(centroids), float), jnp.log(jnp.asarray(temperature)), names)
 
 
 def routing_weights(router: Router, embedding: Any, *, top_k: int | None = None) -> jax.Array:
-    """The weight of every adapter for every input: `softmax(cosine / temperature)`, (rows, n).
+    """Returns each adapter's weight for each input: `softmax(cosine / temperature)`, (batch, n).
+
+    The function is differentiable with respect to both arguments.
 
     Args:
-        router: From `fit_router`, as it is or trained: this can be differentiated.
-        embedding: (rows, width), by the encoder that the gate's prompts were embedded by. One of
-            length zero is as near to all, and gets equal weights.
-        top_k: How many of the nearest adapters are used, the softmax being of those alone; all when
-            None. With 1 it is the retrieval of the nearest.
+        router: Result of `fit_router`, trained further or not.
+        embedding: Embeddings of the inputs, (batch, width), from the encoder of the router's
+            prompts. An embedding of norm zero gets equal weights.
+        top_k: Number of nearest adapters in the softmax, the others having weight 0; all when
+            None. With 1, the nearest adapter is retrieved.
 
     Raises:
-        ValueError: For an embedding of another shape or that is not finite, and for a `top_k` out
-            of its range.
+        ValueError: `embedding` has the wrong shape or a non-finite entry, or `top_k` is out of its
+            range.
 
     References:
-        Zhao et al., LoraRetriever, arXiv:2402.09997, section 4.2: there the nearest few all have
-        the same weight. Wu et al., MoLE, arXiv:2404.13628, section 3, for a softmax with a learned
-        temperature, there of each layer's own features.
+        Zhao et al., LoraRetriever, arXiv:2402.09997, section 4.2, where the nearest adapters have
+        equal weights. Wu et al., MoLE, arXiv:2404.13628, section 3, for a softmax with a learned
+        temperature, over the features of each layer.
+
+    Example:
+        >>> router = Router(jnp.eye(2), jnp.log(0.1), ("law", "news"))
+        >>> routing_weights(router, jnp.array([[1.0, 0.0]]), top_k=1)
+        Array([[1., 0.]], dtype=float32)
     """
-    count, width = router.centroids.shape
+    num_adapters, width = router.centroids.shape
     embedding = promote_to_float32(jnp.asarray(embedding))  # Squares of float16 overflow at 256.
     if embedding.ndim != 2 or embedding.shape[1] != width:
         raise ValueError(
-            f"embedding has shape {embedding.shape}, and the gate compares rows of {width} "
-            f"numbers. Give (rows, {width})."
+            f"embedding must have shape (batch, {width}), the width of the router, got shape "
+            f"{embedding.shape}."
         )
     if top_k is not None:
         _validation.check_positive_int("top_k", top_k)
-    if top_k is not None and top_k > count:
-        raise ValueError(f"top_k={top_k} exceeds the {count} adapters. Use at most that.")
-    check_mixing_finite("The embeddings", embedding)
+    if top_k is not None and top_k > num_adapters:
+        raise ValueError(f"top_k={top_k} must be at most the number of adapters, {num_adapters}.")
+    check_mixing_finite("embedding", embedding)
     exact = jax.lax.Precision.HIGHEST
     cosines = jnp.matmul(
         _normalize_vectors(embedding), _normalize_vectors(router.centroids).T, precision=exact
@@ -125,8 +151,8 @@ def routing_weights(router: Router, embedding: Any, *, top_k: int | None = None)
     if top_k is None:
         return jax.nn.softmax(scores, axis=-1)
     _, nearest = jax.lax.top_k(scores, top_k)
-    kept = jax.nn.one_hot(nearest, count, dtype=bool).any(-2)
-    return jax.nn.softmax(scores, axis=-1, where=kept)
+    selected = jax.nn.one_hot(nearest, num_adapters, dtype=bool).any(-2)
+    return jax.nn.softmax(scores, axis=-1, where=selected)
 
 
 def apply_routed(
@@ -137,57 +163,76 @@ def apply_routed(
     *inputs: Any,
     **kwargs: Any,
 ) -> Any:
-    """What the model computes for a batch whose every row has its own weights of the adapters.
+    """Applies the model to a batch in which each example has its own mixing weights.
 
-    Row `i` is what `lora.apply(params, with_weights(mix, weights[i]), ...)` returns for that row
-    alone. The base and the factors are shared by all rows; only the weights differ.
+    The output for example `i` equals that of
+    `lora.apply(params, with_weights(weighted_adapter, weights[i]), ...)` for the example alone. All
+    examples share the base and the factors; only the weights differ.
 
     Args:
-        lora: Around the model's function.
+        lora: Transform of the model's function.
         params: The base.
-        weighted_adapter: What `mixed` returned.
-        weights: (rows, n), such as `routing_weights` returns.
-        *inputs: Of the model. The first axis of every array runs over the rows; what has none is
-            bound to the model's function instead. What is no array is passed on.
-        **kwargs: As `inputs`.
+        weighted_adapter: Result of `weighted_sum`.
+        weights: Mixing weights of each example, (batch, n), such as those of `routing_weights`.
+        *inputs: Inputs of the model. The first axis of each array must be the batch; bind an array
+            without a batch axis to the model's function. Other values are passed through.
+        **kwargs: Keyword inputs, likewise.
+
+    Returns:
+        The model's outputs, with the batch as the first axis.
 
     Raises:
-        ValueError: For weights of another shape, and for inputs or outputs without the rows.
+        ValueError: `weights` has the wrong shape or a non-finite entry, or an input or output has
+            no batch axis.
+
+    References:
+        Zhao et al., LoraRetriever, arXiv:2402.09997, for batches whose examples have different
+        adapters.
+
+    Example:
+        >>> import jlora
+        >>> from jlora.merging import weighted_sum
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)})
+        >>> apply_routed(lora, params, mix, jnp.ones((2, 1)), x).shape
+        (2, 3)
     """
     weights = jnp.asarray(weights)
-    count = len(adapter_names(weighted_adapter))
-    if weights.ndim != 2 or weights.shape[1] != count:
+    num_adapters = len(adapter_names(weighted_adapter))
+    if weights.ndim != 2 or weights.shape[1] != num_adapters:
         raise ValueError(
-            f"weights have shape {weights.shape} instead of (rows, {count}): one number for each "
-            f"row and adapter. Give what gate_weights returns."
+            f"weights must have shape (batch, {num_adapters}), got shape {weights.shape}. Pass the "
+            f"result of routing_weights."
         )
-    check_mixing_finite("The weights", weights)
-    rows = weights.shape[0]
+    check_mixing_finite("weights", weights)
+    batch_size = weights.shape[0]
     leaves, treedef = jax.tree.flatten((inputs, kwargs))
     arrays = [leaf for leaf in leaves if _tree.is_array(leaf)]
     shapes = [tuple(leaf.shape) for leaf in arrays]
-    if not arrays or any(shape[:1] != (rows,) for shape in shapes):
+    if not arrays or any(shape[:1] != (batch_size,) for shape in shapes):
         raise ValueError(
-            f"inputs have the shapes {shapes}, and the weights are of {rows} rows. The first axis "
-            f"of every array must run over those; bind what has no rows with functools.partial."
+            f"The first axis of each input array must be the batch of {batch_size} of the weights, "
+            f"got shapes {shapes}. Bind an array without a batch axis with functools.partial."
         )
 
-    def one(numbers: jax.Array, row: list[jax.Array]) -> Any:
-        rest = iter(row)
-        filled = [next(rest)[None] if _tree.is_array(leaf) else leaf for leaf in leaves]
-        positional, named = jax.tree.unflatten(treedef, filled)
-        outputs = lora.apply(params, with_weights(weighted_adapter, numbers), *positional, **named)
+    def apply_one(example_weights: jax.Array, example: list[jax.Array]) -> Any:
+        arrays = iter(example)
+        filled = [next(arrays)[None] if _tree.is_array(leaf) else leaf for leaf in leaves]
+        positional, keywords = jax.tree.unflatten(treedef, filled)
+        adapter = with_weights(weighted_adapter, example_weights)
+        outputs = lora.apply(params, adapter, *positional, **keywords)
         return jax.tree.map(_squeeze_example, outputs)
 
-    return jax.vmap(one)(weights, arrays)
+    return jax.vmap(apply_one)(weights, arrays)
 
 
 def _squeeze_example(output: jax.Array) -> jax.Array:
-    """The one row of an output."""
+    """Removes the batch axis of an output for a batch of one."""
     if output.shape[:1] != (1,):
         raise ValueError(
-            f"An output of one row has shape {output.shape}, so its first axis runs over no rows. "
-            f"Let the model's function return what belongs to rows alone."
+            f"The first axis of each output must be the batch, got shape {output.shape} for a "
+            f"batch of one. Return outputs with a batch axis from the model's function."
         )
     return output[0]
 
@@ -197,8 +242,8 @@ def _embedding_width(embeddings: Any) -> int:
 
 
 def _normalize_vectors(vectors: Any) -> jax.Array:
-    """The rows at length one; zero where they are."""
+    """Scales the last axis to unit norm; vectors of zero stay zero."""
     squares = (vectors**2).sum(-1, keepdims=True)
-    # Of a length of zero the gradient would be infinite, and NaN even where it is not used.
-    length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    return jnp.where(squares > 0, vectors / length, 0)
+    # The gradient of a norm at zero is infinite, and NaN even where it is not used.
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    return jnp.where(squares > 0, vectors / norms, 0)

@@ -1,4 +1,4 @@
-"""One adapter trained on top of another."""
+"""Weighted sums of adapters with trainable mixing weights, and one adapter on top of another."""
 
 from __future__ import annotations
 
@@ -28,27 +28,40 @@ Adapter = Mapping[str, Any]
 def weighted_sum(
     adapters: Mapping[str, Adapter], weights: Any = None
 ) -> dict[str, WeightedSumLeaf]:
-    """The adapters joined in one: `W + sum_i w_i delta_i` for every weight that any of them adapts.
+    """Joins adapters into one with mixing weights: `W + sum_i w_i delta_i` for each weight.
 
-    Nothing is lost: the factors lie side by side, so the ranks add up. What training drops at
-    random is not dropped from a mix. Change the weights with `with_weights`, find them with
-    `fuse` or `fuse_by_gradient`, let them depend on the input with `apply_per_row`, and when they
-    are settled turn the mix into plain LoRA with `fold_weights`.
+    The factors are concatenated, so the ranks add up and the sum is exact. The result has no
+    dropout. Set the mixing weights with `with_weights`, fit them with `lorahub` or `fit_weights`,
+    or let them depend on the input with `apply_routed`. `fold_weights` converts the result to
+    plain LoRA once the weights are final.
 
     Args:
-        adapters: Trained adapters of one base, by name: of LoRA, or of any family whose change is
-            a product of two thin factors, whatever the base.
-        weights: A number for each adapter by its name, or (n,) in the order of `adapters`; ones
-            when None, which is their sum. JAX sorts the names of a dict that goes through one of
-            its functions, `jax.jit` as well as `jax.tree.map`: there, give weights by name.
+        adapters: Trained adapters of one base, by name: LoRA, or any family whose update is a
+            product of two thin factors that does not depend on the base.
+        weights: Mixing weight of each adapter, by name or (n,) in the order of `adapters`; ones
+            when None, for the sum of the updates. JAX sorts the keys of a dict that passes through
+            one of its functions, `jax.jit` as well as `jax.tree.map`: pass weights by name there.
+
+    Returns:
+        The weighted adapter, whose only trainable arrays are the mixing weights.
 
     Raises:
-        ValueError: For no adapters, for those of one weight that do not lie alike, that belong on
-            another base or are not finite, and for weights of another shape.
-        TypeError: For what is no adapter, and families whose change is no pair of factors.
+        ValueError: There are no adapters; adapters have different shapes or axes for a weight,
+            belong on a residual base or have a non-finite entry; or `weights` has the wrong shape.
+        TypeError: An entry is not an adapter, or the update of its family is not a product of two
+            thin factors.
 
     References:
         Ilharco et al., task arithmetic, arXiv:2212.04089, section 2.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> mix = weighted_sum({"law": adapter, "news": adapter}, {"law": 0.5, "news": 0.25})
+        >>> mix["w"].weights
+        Array([0.5 , 0.25], dtype=float32)
     """
     names = _validate_adapter_names(adapters)
     check_adapters([adapters[name] for name in names])
@@ -56,22 +69,28 @@ def weighted_sum(
         other = sorted(set(weights) ^ set(names))
         if other:
             raise ValueError(
-                f"weights and adapters differ in {other}. Give a weight for each of {list(names)}."
+                f"weights must have the names of adapters, and the two differ in {other}. Pass a "
+                f"weight for each of {list(names)}."
             )
         weights = jnp.stack([jnp.asarray(weights[name], float) for name in names])
-    numbers = _as_mixing_weights(np.ones(len(names)) if weights is None else weights, (len(names),))
+    mixing_weights = _as_mixing_weights(
+        np.ones(len(names)) if weights is None else weights, (len(names),)
+    )
     joined = {}
     for path in dict.fromkeys(
         path for name in names for path in get_adapter_leaves(adapters[name])
     ):
-        there = [name for name in names if path in adapters[name]]
-        factors = {name: require_low_rank_factors(name, adapters[name], path) for name in there}
-        leaf = adapters[there[0]][path]
+        factors = {
+            name: require_low_rank_factors(name, adapters[name], path)
+            for name in names
+            if path in adapters[name]
+        }
+        leaf = adapters[next(iter(factors))][path]
         a, b = concatenate_factors(leaf, list(factors.values()))
         joined[path] = WeightedSumLeaf(
             a=a,
             b=b,
-            weights=numbers,
+            weights=mixing_weights,
             shape=leaf.shape,
             axes=leaf.axes,
             ranks=tuple(factors[name][0].shape[-1] if name in factors else 0 for name in names),
@@ -81,26 +100,38 @@ def weighted_sum(
 
 
 def with_weights(weighted_adapter: Adapter, weights: Any) -> dict[str, WeightedSumLeaf]:
-    """The mix under other weights; the factors are the same arrays.
+    """Returns a weighted adapter with other mixing weights and the same arrays of factors.
 
     Args:
-        weighted_adapter: What `weighted_sum` returned.
-        weights: (n,) numbers for every weight of the model; or, layer by layer, a mapping from the
-            path of each weight to its (n,), or to (*batch, n) where the weight is a stack.
+        weighted_adapter: Result of `weighted_sum`.
+        weights: Mixing weights, (n,), for all weights of the model; or layer-wise, a mapping from
+            the path of each weight to (n,), or to (*batch, n) where the weight is a stack.
 
     Raises:
-        TypeError: When `weighted_adapter` is none.
-        ValueError: For other paths or shapes, or what is not finite.
+        TypeError: `weighted_adapter` is not a weighted adapter.
+        ValueError: The paths or a shape are wrong, or an entry is not finite.
+
+    References:
+        Layer-wise weights: Yang et al., AdaMerging, arXiv:2310.02575, section 3.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)})
+        >>> with_weights(mix, [0.5])["w"].weights
+        Array([0.5], dtype=float32)
     """
     leaves = check_weighted_adapter(weighted_adapter)
     if not isinstance(weights, Mapping):
-        numbers = _as_mixing_weights(weights, (len(adapter_names(weighted_adapter)),))
-        return {path: _set_leaf_weights(leaf, numbers) for path, leaf in leaves.items()}
+        mixing_weights = _as_mixing_weights(weights, (len(adapter_names(weighted_adapter)),))
+        return {path: _set_leaf_weights(leaf, mixing_weights) for path, leaf in leaves.items()}
     other = sorted(set(weights) ^ set(leaves))
     if other:
         raise ValueError(
-            f"weights and the mix differ in the paths {other[:3]} ({len(other)} in all). Give "
-            f"weights for each path: {{**weights_of(mix), path: ...}}."
+            f"weights must have the paths of weighted_adapter, and the two differ in {other[:3]} "
+            f"({len(other)} paths). Pass weights for each path: "
+            f"{{**get_weights(weighted_adapter), path: ...}}."
         )
     return {
         path: _set_leaf_weights(
@@ -111,17 +142,63 @@ def with_weights(weighted_adapter: Adapter, weights: Any) -> dict[str, WeightedS
 
 
 def get_weights(weighted_adapter: Adapter) -> dict[str, jax.Array]:
-    """The weights of each path of a mix, as `with_weights` takes them."""
+    """Returns the mixing weights of each path, in the form that `with_weights` accepts.
+
+    Args:
+        weighted_adapter: Result of `weighted_sum`.
+
+    Raises:
+        TypeError: `weighted_adapter` is not a weighted adapter.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> get_weights(weighted_sum({"law": lora.init(jax.random.key(0), params, x)}))
+        {'w': Array([1.], dtype=float32)}
+    """
     return {path: leaf.weights for path, leaf in check_weighted_adapter(weighted_adapter).items()}
 
 
 def adapter_names(weighted_adapter: Adapter) -> tuple[str, ...]:
-    """The names of a mix's adapters, in the order of its weights."""
+    """Returns the names of the adapters, in the order of the mixing weights.
+
+    Args:
+        weighted_adapter: Result of `weighted_sum`.
+
+    Raises:
+        TypeError: `weighted_adapter` is not a weighted adapter.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> adapter_names(weighted_sum({"law": lora.init(jax.random.key(0), params, x)}))
+        ('law',)
+    """
     return next(iter(check_weighted_adapter(weighted_adapter).values())).names
 
 
 def fold_weights(weighted_adapter: Adapter) -> dict[str, LoRALeaf]:
-    """The mix as plain LoRA, its weights folded into the factors: the same function."""
+    """Converts a weighted adapter to plain LoRA that computes the same function.
+
+    Args:
+        weighted_adapter: Result of `weighted_sum`.
+
+    Returns:
+        LoRA leaves of scale one, with the mixing weights folded into `b`.
+
+    Raises:
+        TypeError: `weighted_adapter` is not a weighted adapter.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> fold_weights(weighted_sum({"law": adapter, "news": adapter}))["w"].rank
+        2
+    """
     plain = {}
     for path, leaf in check_weighted_adapter(weighted_adapter).items():
         plain[path] = lora_leaf_from_factors(leaf, leaf.a, leaf.fold_weights_into_b())
@@ -129,25 +206,27 @@ def fold_weights(weighted_adapter: Adapter) -> dict[str, LoRALeaf]:
 
 
 def check_weighted_adapter(weighted_adapter: Any) -> dict[str, WeightedSumLeaf]:
-    """Its leaves by path, after checking that it is a mix.
+    """Returns the leaves of a weighted adapter by path, after checking its type.
 
     Raises:
-        TypeError: When it is none.
-        ValueError: When it has no leaves, or leaves of different mixes.
+        TypeError: `weighted_adapter` is not a weighted adapter.
+        ValueError: It has no leaves, or leaves of different weighted adapters.
     """
-    every = check_adapter(weighted_adapter)
-    leaves = {path: leaf for path, leaf in every.items() if isinstance(leaf, WeightedSumLeaf)}
+    all_leaves = check_adapter(weighted_adapter)
+    leaves = {path: leaf for path, leaf in all_leaves.items() if isinstance(leaf, WeightedSumLeaf)}
     if len(leaves) != len(weighted_adapter):
         path = sorted(set(weighted_adapter) - set(leaves))[0]
         raise TypeError(
-            f"mix has a {type(weighted_adapter[path]).__name__} on {path!r}, which has no weights to set. Give "
-            f"what jlora.merging.mixed returned."
+            f"weighted_adapter must have mixing weights on each path, got a "
+            f"{type(weighted_adapter[path]).__name__} on {path!r}. Pass the result of "
+            f"jlora.merging.weighted_sum."
         )
-    mixes = {leaf.names for leaf in leaves.values()}
-    if len(mixes) != 1:
+    name_tuples = {leaf.names for leaf in leaves.values()}
+    if len(name_tuples) != 1:
         raise ValueError(
-            f"mix has leaves of {len(mixes)} different mixes, so no weights are those of all. Give "
-            f"what one call of jlora.merging.mixed returned."
+            f"weighted_adapter must have leaves of one weighted adapter, got leaves of "
+            f"{len(name_tuples)} different ones. Pass the result of one call of "
+            f"jlora.merging.weighted_sum."
         )
     return leaves
 
@@ -155,37 +234,40 @@ def check_weighted_adapter(weighted_adapter: Any) -> dict[str, WeightedSumLeaf]:
 def _validate_adapter_names(adapters: Any) -> tuple[str, ...]:
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"adapters={type(adapters).__name__} must map names to adapters, such as "
-            f"{{'french': french, 'law': law}}."
+            f"adapters must be a mapping from names to adapters, got {type(adapters).__name__}. "
+            f"Pass a dict, such as {{'french': french, 'law': law}}."
         )
     names = tuple(adapters)
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"adapters={list(names)} names nothing to mix. Map texts to adapters.")
+        raise ValueError(
+            f"adapters={list(names)} must be a mapping from names (str) to at least one adapter."
+        )
     if all(isinstance(leaf, AdapterLeaf) for leaf in adapters.values()):
         raise TypeError(
-            f"adapters is one adapter, of {len(names)} weights. Map a name to each whole adapter."
+            f"adapters must be a mapping from names to adapters, got a single adapter of "
+            f"{len(names)} weights. Pass {{name: adapter}}."
         )
     if not any(adapters.values()):
-        raise ValueError("adapters are all empty: they adapt no weight. Give trained adapters.")
+        raise ValueError("All adapters are empty: they adapt no weight. Pass trained adapters.")
     return names
 
 
 def _as_mixing_weights(weights: Any, *shapes: tuple[int, ...]) -> jax.Array:
-    """The weights as floats, of one of the shapes."""
-    numbers = jnp.asarray(weights, float)
-    if numbers.shape not in shapes:
+    """Returns the weights as floating point, after checking that they have one of the shapes."""
+    array = jnp.asarray(weights, float)
+    if array.shape not in shapes:
         expected = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(
-            f"weights have shape {numbers.shape} instead of {expected}. Give one number for each "
-            f"adapter."
+            f"weights must have shape {expected}, one number for each adapter, got shape "
+            f"{array.shape}."
         )
-    check_mixing_finite("The weights", numbers)
-    return numbers
+    check_mixing_finite("weights", array)
+    return array
 
 
 def _mixing_weight_shapes(leaf: WeightedSumLeaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    count = len(leaf.ranks)
-    return (count,), (*leaf.axis_sizes.batch, count)
+    num_adapters = len(leaf.ranks)
+    return (num_adapters,), (*leaf.axis_sizes.batch, num_adapters)
 
 
 def _set_leaf_weights(leaf: WeightedSumLeaf, weights: jax.Array) -> WeightedSumLeaf:
@@ -193,65 +275,82 @@ def _set_leaf_weights(leaf: WeightedSumLeaf, weights: jax.Array) -> WeightedSumL
 
 
 def check_mixing_finite(name: str, value: Any) -> None:
-    """Looks at numbers that are at hand: inside a transformation there are none yet.
+    """Checks that concrete values are finite; traced values are not checked.
 
     Raises:
-        ValueError: For NaN or infinity.
+        ValueError: An entry is NaN or infinite.
     """
     if not isinstance(value, Tracer) and not np.isfinite(np.asarray(value, np.float32)).all():
         raise ValueError(
-            f"{name} hold NaN or infinity, so every output would. Go back to where they were "
-            f"finite."
+            f"{name} must be finite, got NaN or infinite entries, which would spread to every "
+            f"output."
         )
 
 
 def compose_adapters(lower: Adapter, upper: Adapter) -> dict[str, Any]:
-    """An adapter on top of another: `W + delta_lower + delta_upper`, the lower one frozen.
+    """Composes an adapter with a frozen one below it: `W + delta_lower + delta_upper`.
 
-    Train a task's adapter on a frozen base adapter with it:
-    `loss(upper) = ...lora.apply(params, stacked(lower, upper), x)`. It computes what `upper` does
-    on `lora.merge(params, lower)`, without a merged copy of the base. No gradient reaches `lower`,
-    and nothing of it is dropped at random. Train and save `upper`; `combine` joins the two.
+    Use it to train a task adapter on top of a frozen base adapter:
+    `loss(upper) = ...lora.apply(params, compose_adapters(lower, upper), x)`. The result equals that
+    of `upper` on `lora.merge(params, lower)`, without a merged copy of the base. `lower` gets no
+    gradient and no dropout. Train and save `upper`; `combine_adapters` joins the two.
 
     Args:
-        lower: The trained adapter below. Weights that it alone adapts may be of any family that is
-            a change of the weight, which a mixture of experts is not.
-        upper: The adapter on top. Likewise.
+        lower: Trained adapter below. On weights that it alone adapts, it may be of any family with
+            a weight update, which excludes a mixture of experts.
+        upper: Adapter on top, likewise.
+
+    Returns:
+        The composed adapter, for `lora.apply`.
 
     Raises:
-        ValueError: Where both adapt a weight and the two do not lie alike or the upper one has a
-            dropout; where both have shared arrays under one name; where either belongs on the base
-            of `residual_base`.
-        TypeError: Where both adapt a weight and one of them is no pair of factors.
+        ValueError: Both adapt a weight, and they differ in its shape or axes or the upper one has
+            dropout; both have shared arrays of one name; or either belongs on the base of
+            `residual_base`.
+        TypeError: Both adapt a weight, and the update of one is not a product of two thin factors.
+
+    References:
+        Pfeiffer et al., MAD-X, arXiv:2005.00052, for a task adapter stacked on a frozen language
+        adapter.
+
+    Example:
+        >>> import jlora
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+        >>> lower, upper = (lora.init(jax.random.key(seed), params, x) for seed in (0, 1))
+        >>> lora.apply(params, compose_adapters(lower, upper), x).shape
+        (1, 3)
     """
     check_adapters([lower, upper])
     lower = jax.lax.stop_gradient(dict(lower))
-    below, above = get_adapter_leaves(lower), get_adapter_leaves(upper)
-    shared = sorted((set(lower) - set(below)) & set(upper))
-    if shared:
+    lower_leaves, upper_leaves = get_adapter_leaves(lower), get_adapter_leaves(upper)
+    shared_names = sorted((set(lower) - set(lower_leaves)) & set(upper))
+    if shared_names:
         raise ValueError(
-            f"Both adapters have shared arrays under {shared[0]!r}, and one would take the place "
-            f"of the other. Merge the lower one into the base: lora.merge(params, lower)."
+            f"Both adapters have shared arrays of the name {shared_names[0]!r}, and only one can "
+            f"be used. Merge the lower adapter into the base: lora.merge(params, lower)."
         )
-    joined: dict[str, Any] = {**lower, **upper}
-    for path, leaf in below.items():
-        if path not in above:
-            joined[path] = _disable_dropout(leaf)
+    composed: dict[str, Any] = {**lower, **upper}
+    for path, leaf in lower_leaves.items():
+        if path not in upper_leaves:
+            composed[path] = _disable_dropout(leaf)
             continue
-        _check_composable(path, above[path])
+        _check_composable(path, upper_leaves[path])
         factors = [
             require_low_rank_factors("lower", lower, path),
             require_low_rank_factors("upper", upper, path),
         ]
-        joined[path] = lora_leaf_from_factors(leaf, *concatenate_factors(leaf, factors))
-    used = {leaf.share for leaf in get_adapter_leaves(joined).values()}
+        composed[path] = lora_leaf_from_factors(leaf, *concatenate_factors(leaf, factors))
+    used = {leaf.share for leaf in get_adapter_leaves(composed).values()}
     return {
-        name: node for name, node in joined.items() if isinstance(node, AdapterLeaf) or name in used
+        name: node
+        for name, node in composed.items()
+        if isinstance(node, AdapterLeaf) or name in used
     }
 
 
 def _disable_dropout(leaf: Any) -> Any:
-    """The leaf without what training draws: dropout, and DyLoRA's ranks."""
+    """Returns the leaf without random draws in training: dropout, and the ranks of DyLoRA."""
     if isinstance(leaf, DyLoRALeaf):
         leaf = dataclasses.replace(leaf, min_rank=leaf.rank)
     return dataclasses.replace(leaf, dropout=0.0) if leaf.dropout else leaf
@@ -260,12 +359,14 @@ def _disable_dropout(leaf: Any) -> Any:
 def _check_composable(path: str, leaf: AdapterLeaf) -> None:
     if isinstance(leaf, DyLoRALeaf):
         raise TypeError(
-            f"The upper adapter has a DyLoRALeaf on {path!r}, whose ranks are drawn at each step, "
-            f"which those of the lower must not be. Train it on lora.merge(params, lower)."
+            f"The upper adapter has a DyLoRALeaf on {path!r}, whose ranks are drawn at each step; "
+            f"the ranks of the lower adapter must not be. Train the upper adapter on "
+            f"lora.merge(params, lower)."
         )
     if leaf.dropout:
         raise ValueError(
-            f"The upper adapter has dropout={leaf.dropout} on {path!r}, which the lower one adapts "
-            f"too and whose input it must not drop. Train it on lora.merge(params, lower), or with "
-            f"dropout=0.0; jlora.merging.combine joins the two for serving."
+            f"The upper adapter has dropout={leaf.dropout} on {path!r}, which the lower adapter "
+            f"adapts too; dropout must not apply to the lower adapter's input. Train the upper "
+            f"adapter on lora.merge(params, lower), or with dropout=0.0. "
+            f"jlora.merging.combine_adapters joins the two for serving."
         )

@@ -65,7 +65,9 @@ def attend(
             f"query stands at."
         )
     if key_segment_ids is not None and query_segment_ids is None:
-        raise ValueError("key_segments without query_segments say nothing. Give both, or neither.")
+        raise ValueError(
+            "key_segment_ids without query_segment_ids say nothing. Give both, or neither."
+        )
     if implementation is None:
         implementation = _select_attention_kernel(
             query, is_full_sequence=own, has_segments=query_segment_ids is not None, softcap=softcap

@@ -310,7 +310,7 @@ class Decoder(nn.Module):
         if self.remat_policy != "none":
             if self.remat_policy not in _REMAT_POLICIES:
                 raise ValueError(
-                    f"remat={self.remat_policy!r} is none of {['nothing', *_REMAT_POLICIES]}."
+                    f"remat_policy={self.remat_policy!r} must be one of {['none', *_REMAT_POLICIES]}."
                 )
             # A scan needs no barrier against undoing the recomputation.
             static = () if self.scan_layers else (2,)
@@ -325,8 +325,8 @@ class Decoder(nn.Module):
         if self.scan_layers:
             if not self.can_scan_layers:
                 raise ValueError(
-                    "scanned=True stacks the weights of all layers, and some of these are mixtures "
-                    "of experts while others are not. Use scanned=False."
+                    "scan_layers=True stacks the weights of all layers, and some of these are mixtures "
+                    "of experts while others are not. Use scan_layers=False."
                 )
             axes: Any = (0, nn.broadcast, 0)  # Of the layer's kind, what all share, and its cache.
             scan = nn.scan(

@@ -38,16 +38,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"Sampling.temperature={self.temperature} is no temperature. Give 0 for the "
+                f"SamplingParams.temperature={self.temperature} is no temperature. Give 0 for the "
                 f"likeliest token, or a positive number."
             )
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(
-                f"Sampling.top_k={self.top_k} leaves no token to draw. Give a positive count, or "
+                f"SamplingParams.top_k={self.top_k} leaves no token to draw. Give a positive count, or "
                 f"None for all."
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"Sampling.top_p={self.top_p} is no share. Give one above 0, up to 1.")
+            raise ValueError(
+                f"SamplingParams.top_p={self.top_p} is no share. Give one above 0, up to 1."
+            )
 
 
 class GenerateOutput(NamedTuple):
@@ -113,7 +115,7 @@ def generate(
     seen = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
     if seen.shape != ids.shape:
         raise ValueError(
-            f"mask has shape {seen.shape}, input_ids {ids.shape}. Give one entry per token."
+            f"attention_mask has shape {seen.shape}, input_ids {ids.shape}. Give one entry per token."
         )
     empty = [row for row, count in enumerate(jax.device_get(seen.sum(axis=1))) if not count]
     if empty:
@@ -128,7 +130,7 @@ def generate(
         )
     if sampling.temperature and key is None:
         raise ValueError(
-            f"Sampling.temperature={sampling.temperature} draws tokens. Give a key, "
+            f"SamplingParams.temperature={sampling.temperature} draws tokens. Give a key, "
             f"`jax.random.key(0)` say."
         )
     if cache_dtype is None:

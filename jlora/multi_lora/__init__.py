@@ -1,4 +1,4 @@
-"""Many adapters in one batch, and several trained at once."""
+"""A different adapter for each example of a batch, and training of several adapters at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters by name on devices, on the host and on disk."""
+"""Bank of adapters by name: device slots, a cache in host memory, and files."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class UnknownAdapterError(KeyError):
-    """There is no adapter of that name."""
+    """Raised when a bank has no adapter of a name."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class BankFullError(RuntimeError):
-    """A batch asks for more adapters than there are slots."""
+    """Raised when a batch uses more adapters than the bank has slots."""
 
 
 class BankStats(NamedTuple):
-    """What a bank has done so far.
+    """Counts of a bank's operations since it was built.
 
     Attributes:
-        compilations: How often `apply` was compiled.
-        hits: Adapters that a batch asked for and that were on the devices.
-        loads: Those that were brought there for it.
-        evictions: Those that gave up their slot to another.
-        disk_writes: Those that gave up the host's memory and were written to disk.
-        disk_reads: Those that were read from there.
+        compilations: Compilations of `apply`.
+        hits: Adapters of a batch that were in a slot already.
+        loads: Adapters copied from the host to a slot.
+        evictions: Adapters removed from a slot to make room for another.
+        disk_writes: Adapters evicted from host memory to a file.
+        disk_reads: Adapters read from a file.
     """
 
     compilations: int
@@ -55,15 +55,31 @@ class BankStats(NamedTuple):
 
 
 class AdapterBank:
-    """Adapters of one model by name, each row of a batch with its own.
+    """Adapters of one model by name, for batches in which each example has its own adapter.
 
-    Slot 0 is the bare base, for rows that are given None. Adapters that were used least recently
-    give up their slots to others; all stay on the host, or, beyond `max_host_adapters` of them, in files.
-    Methods may be called from several threads, and a batch sees each adapter as it was or as it is.
+    Slot 0 is the bare base, for examples whose name is None. The least recently used adapter is
+    evicted from its slot when another needs one. All adapters stay in host memory or, beyond
+    `max_host_adapters` of them, in files. Methods are thread-safe: a batch uses each adapter either
+    from before or from after a concurrent replacement.
 
-        bank = AdapterBank(lora, params, adapter, slots=9, rank=16)
-        bank.add("poems", adapter)
-        logits = bank.apply(params, ["poems", None, "poems"], tokens)
+    References:
+        Adapters in host memory, of which those of the batch are on the device: Sheng et al.,
+        S-LoRA, arXiv:2311.03285.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((3, 3), np.float32)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=3)
+        >>> bank.add("poems", adapter)
+        >>> bank.apply(params, ["poems", None, "poems"], x).shape
+        (3, 2)
+        >>> bank.resident
+        {'poems': 1}
     """
 
     def __init__(
@@ -78,28 +94,29 @@ class AdapterBank:
         max_host_adapters: int | None = None,
         folder: str | Path | None = None,
     ) -> None:
-        """Makes an empty bank.
+        """Builds an empty bank.
 
         Args:
-            lora: Around the model; its rules do not matter.
-            params: The base, or its shapes.
-            like: An adapter, or its shapes, of all weights that any adapter may change.
-            slots: How many adapters are on the devices at once, the bare base counted.
-            rank: The highest; that of `like` when left out.
-            dtype: Of the factors; that of the weight they change when left out. Products cast them
-                to the activation's type: give float32 where the model computes wider than its
-                weights are.
-            max_host_adapters: How many adapters the host's memory holds at most; all when left out.
-            folder: For files of those beyond; needed where `max_host_adapters` is given.
+            lora: Transform of the model; its rules are not used.
+            params: Parameters of the base, or their shapes.
+            like: An adapter, or its shapes, of all weights that any adapter may adapt.
+            slots: Number of slots on the devices, including slot 0 for the bare base; 2 or more.
+            rank: Highest rank of any adapter. None: the rank of `like`.
+            dtype: Type of the factors. None: the type of the weight that they adapt. Products cast
+                factors to the type of the activations: use float32 where the model computes in a
+                wider type than its weights have.
+            max_host_adapters: Number of adapters in host memory. None: no limit.
+            folder: Folder for files of the adapters beyond `max_host_adapters`, which needs it.
 
         Raises:
-            ValueError: When `like` does not fit, or there is no room.
+            ValueError: `like` does not fit `params`, `slots`, `rank` or `max_host_adapters` leaves
+                no room for an adapter, or `folder` and `max_host_adapters` are not given together.
         """
         flat = _tree.flatten_with_paths(params)
-        where = weight_indices(flat, like)
-        highest = max(getattr(leaf, "rank", 1) for leaf in get_adapter_leaves(like).values())
-        dtypes = {path: dtype or flat.leaves[place].dtype for path, place in where.items()}
-        self._slots = empty_slots(like, slots, highest if rank is None else rank, dtypes)
+        indices = weight_indices(flat, like)
+        max_rank = max(getattr(leaf, "rank", 1) for leaf in get_adapter_leaves(like).values())
+        dtypes = {path: dtype or flat.leaves[index].dtype for path, index in indices.items()}
+        self._slots = empty_slots(like, slots, max_rank if rank is None else rank, dtypes)
         self._num_slots = slots
         self._host_cache = HostCache(max_host_adapters, folder)
         self._slot_by_name: collections.OrderedDict[str, int] = collections.OrderedDict()
@@ -112,19 +129,19 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """Of all adapters, sorted."""
+        """Names of all adapters, sorted."""
         with self._lock:
             return sorted(self._host_cache.names)
 
     @property
     def resident(self) -> dict[str, int]:
-        """The slots of those that are there, the least recently used first."""
+        """Slots of the adapters on the devices by name, the least recently used first."""
         with self._lock:
             return dict(self._slot_by_name)
 
     @property
     def stats(self) -> BankStats:
-        """What was done so far."""
+        """Counts of operations so far."""
         with self._lock:
             return BankStats(
                 self._num_compilations,
@@ -136,10 +153,10 @@ class AdapterBank:
             )
 
     def content_hash(self, name: str) -> str:
-        """The hash of an adapter's numbers and facts, as `jlora.content_hash` makes it.
+        """Returns `jlora.content_hash` of an adapter: the hash of its arrays and static fields.
 
         Raises:
-            UnknownAdapterError: There is none of that name.
+            UnknownAdapterError: The bank has no adapter of that name.
         """
         with self._lock:
             self._check_known([name])
@@ -153,93 +170,108 @@ class AdapterBank:
         replace: bool = False,
         allow_nonfinite: bool = False,
     ) -> None:
-        """Takes in an adapter. It gets a slot when it is first used.
+        """Adds an adapter to the host. It gets a slot when a batch first uses it.
 
         Args:
-            name: Letters, digits, dots, dashes and underscores, at most 128.
-            adapter: Of this base. Its numbers are copied.
-            replace: Whether one of that name gives way; it keeps its slot.
-            allow_nonfinite: Whether NaN and Inf are let in, which reach rows of this adapter alone.
+            name: 1 to 128 ASCII letters, digits, dots, dashes and underscores.
+            adapter: Adapter of the bank's base. Its arrays are copied.
+            replace: Replace an adapter of that name, which keeps its slot.
+            allow_nonfinite: Accept NaN and Inf, which reach only examples of this adapter.
 
         Raises:
-            ValueError: For another name, one that is taken, or an adapter that does not fit; the
-                bank is as it was.
+            ValueError: The name is not valid or in use, or the adapter does not fit the slots or is
+                not finite; the bank is unchanged.
+            OSError: Another adapter could not be evicted to a file; the bank is unchanged.
         """
         if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(
-                f"name={name!r} cannot be an adapter's. Use 1 to 128 letters, digits, dots, dashes "
-                f"and underscores."
+                f"name={name!r} is not a valid adapter name. Use 1 to 128 letters, digits, dots, "
+                f"dashes and underscores."
             )
         factors = pad_to_slot(adapter, self._slots)
-        bad = [
+        nonfinite = [
             path for path, pair in factors.items() if not all(_is_factor_finite(x) for x in pair)
         ]
-        if bad and not allow_nonfinite:
+        if nonfinite and not allow_nonfinite:
             raise ValueError(
-                f"The adapter {name!r} holds NaN or Inf for {bad[0]!r} ({len(bad)} weights), in "
-                f"{factors[bad[0]].a.dtype}. Go back to a checkpoint from before it diverged."
+                f"The adapter {name!r} has NaN or Inf in the factors of {nonfinite[0]!r} "
+                f"({len(nonfinite)} weights), of type {factors[nonfinite[0]].a.dtype}. Use a "
+                f"checkpoint from before training diverged, or set allow_nonfinite=True."
             )
         with self._lock:
             if name in self._host_cache.names and not replace:
-                raise ValueError(f"There is an adapter {name!r} already. Give replace=True.")
+                raise ValueError(
+                    f"name={name!r} is in use by another adapter. Set replace=True to replace it."
+                )
             self._host_cache.add(name, CachedAdapter.from_adapter(adapter, factors))
             if name in self._slot_by_name:
                 self._slots = set_slot(self._slots, self._slot_by_name[name], factors)
 
     def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
-        """Puts another adapter in the place of one, for batches from now on.
+        """Replaces an adapter, for all later batches.
+
+        Args:
+            name: Name of an adapter of the bank.
+            adapter: Adapter that takes its place, and its slot.
 
         Raises:
-            UnknownAdapterError: There is none of that name.
-            ValueError: It does not fit; the old one still serves.
+            UnknownAdapterError: The bank has no adapter of that name.
+            ValueError: The adapter does not fit or is not finite; the old one stays in use.
         """
         with self._lock:
             self._check_known([name])
             self.add(name, adapter, replace=True)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Batches that were begun with it end with it.
+        """Removes an adapter. Batches that are running with it are not affected.
 
         Raises:
-            UnknownAdapterError: There is none of that name.
+            UnknownAdapterError: The bank has no adapter of that name.
         """
         with self._lock:
             self._check_known([name])
             self._host_cache.remove(name)
             if name in self._slot_by_name:
-                # What lies there is out of reach, and overwritten when the slot is used again.
+                # The slot's factors are unreachable, and overwritten when it is used again.
                 self._free_slots.append(self._slot_by_name.pop(name))
 
     # --- batches ------------------------------------------------------------------------------
 
     def slots_for(self, names: Sequence[str | None]) -> tuple[Slots, np.ndarray]:
-        """The slots with these adapters in them, and which one each row has, (rows,) integers.
+        """Loads the adapters of a batch into slots.
 
-        The two belong together: hand both to one call of `apply_rows`, or to a compiled function of
-        your own. The next adapter that is brought to the devices gives up these arrays.
+        The two results belong together: pass both to one call of `apply_per_example`, or to a
+        compiled function of your own. The buffers of the slots are donated when the next adapter is
+        loaded or replaced, so do not use them after that.
 
         Args:
-            names: One for each row; None for the bare base.
+            names: Adapter name of each example; None for the bare base.
+
+        Returns:
+            The slots, and the slot of each example as integers of shape (batch,).
 
         Raises:
-            UnknownAdapterError: There is none of such a name; nothing was moved.
-            BankFullError: They are more than there are slots; nothing was moved.
+            UnknownAdapterError: The bank has no adapter of one of the names; nothing was loaded.
+            BankFullError: The batch uses more adapters than there are slots; nothing was loaded.
+            OSError: An adapter's file could not be read, or another could not be evicted.
+            ValueError: An adapter's file has changed.
         """
-        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        distinct = list(dict.fromkeys(name for name in names if name is not None))
         with self._lock:
-            self._check_known(wanted)
-            if len(wanted) > self._num_slots - 1:
+            self._check_known(distinct)
+            if len(distinct) > self._num_slots - 1:
                 raise BankFullError(
-                    f"The batch asks for {len(wanted)} adapters, and the bank has {self._num_slots} "
-                    f"slots with the bare base. Split the batch, or make a bank of more slots."
+                    f"The batch uses {len(distinct)} adapters, but slots={self._num_slots}, of "
+                    f"which slot 0 is the bare base, have room for {self._num_slots - 1}. Split "
+                    f"the batch, or build a bank of more slots."
                 )
-            # Those that are there become the most recent before any other takes a slot, so that
-            # what gives one up is never of this batch.
-            for name in wanted:
+            # Resident adapters become the most recently used before any other is loaded, so that no
+            # adapter of this batch is evicted for it.
+            for name in distinct:
                 if name in self._slot_by_name:
                     self._num_hits += 1
                     self._slot_by_name.move_to_end(name)
-            for name in wanted:
+            for name in distinct:
                 if name not in self._slot_by_name:
                     self._load_to_device(name)
             index = [0 if name is None else self._slot_by_name[name] for name in names]
@@ -253,57 +285,58 @@ class AdapterBank:
         batch_axes: Any = 0,
         **kwargs: Any,
     ) -> Any:
-        """What the model returns where every row has the adapter of its name.
+        """Returns the model's outputs with each example computed by the adapter of its name.
 
-        It is compiled once for each shape of inputs, whatever adapters there are.
+        Compiled once for each shape of inputs, independent of the adapters in the bank.
 
         Args:
-            params: The base.
-            names: One name for each row; None for the bare base, whose rows are those of the base.
-            *inputs: As the model takes them; what is no array is static, and has to be hashable.
-            batch_axes: Along which axis of each input the rows are, as for `apply_rows`.
-            **kwargs: Likewise, but shared by all rows.
+            params: Parameters of the base.
+            names: Adapter name of each example. None: the bare base, bit for bit.
+            *inputs: Inputs of the model. Leaves that are not arrays are static and must be
+                hashable.
+            batch_axes: Batch axis of each input, as for `apply_per_example`.
+            **kwargs: Keyword arguments of the model, shared by all examples.
 
         Raises:
-            UnknownAdapterError: There is none of such a name; others are unaffected.
-            BankFullError: They are more than there are slots.
-            ValueError: The inputs have another number of rows.
+            UnknownAdapterError: The bank has no adapter of one of the names.
+            BankFullError: The batch uses more adapters than there are slots.
+            OSError: An adapter's file could not be read, or another could not be evicted.
+            ValueError: The inputs have another batch size than `names`, or an adapter's file has
+                changed.
         """
-        flat, treedef = jax.tree.flatten((inputs, kwargs))
-        arrays = [leaf for leaf in flat if _tree.is_array(leaf)]
-        static = tuple(None if _tree.is_array(leaf) else (leaf,) for leaf in flat)
+        leaves, treedef = jax.tree.flatten((inputs, kwargs))
+        arrays = [leaf for leaf in leaves if _tree.is_array(leaf)]
+        static = tuple(None if _tree.is_array(leaf) else (leaf,) for leaf in leaves)
         axes, axesdef = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
         with self._lock:
-            placed, index = self.slots_for(names)
-            index = check_slot_index(index, placed)
-            facts = (treedef, static, tuple(axes), axesdef)
-            return self._jitted_apply(facts, params, placed, index, arrays)
+            slots, index = self.slots_for(names)
+            index = check_slot_index(index, slots)
+            structure = (treedef, static, tuple(axes), axesdef)
+            return self._jitted_apply(structure, params, slots, index, arrays)
 
     def _make_apply_fn(self, lora: LoraTransform) -> Any:
-        def run(facts: Any, params: Any, placed: Any, index: Any, arrays: Any) -> Any:
-            self._num_compilations += 1  # Tracing runs this, and nothing else does.
-            treedef, static, axes, axesdef = facts
-            following = iter(arrays)
-            leaves = [next(following) if one is None else one[0] for one in static]
+        def apply(structure: Any, params: Any, slots: Any, index: Any, arrays: Any) -> Any:
+            self._num_compilations += 1  # Runs only while tracing.
+            treedef, static, axes, axesdef = structure
+            remaining = iter(arrays)
+            leaves = [next(remaining) if leaf is None else leaf[0] for leaf in static]
             inputs, kwargs = jax.tree.unflatten(treedef, leaves)
-            row_axes = jax.tree.unflatten(axesdef, axes)
+            batch_axes = jax.tree.unflatten(axesdef, axes)
             return apply_per_example(
-                lora, params, placed, index, *inputs, batch_axes=row_axes, **kwargs
+                lora, params, slots, index, *inputs, batch_axes=batch_axes, **kwargs
             )
 
-        return run
+        return apply
 
     def _load_to_device(self, name: str) -> None:
-        """Brings an adapter to the devices, in the place of the least recently used."""
-        factors = self._host_cache.load_factors(
-            name
-        )  # First: it may fail, and nothing has changed yet.
+        """Copies an adapter to a free slot, or to that of the least recently used adapter."""
+        # First, because it may fail: nothing has changed yet.
+        factors = self._host_cache.load_factors(name)
         if not self._free_slots:
-            _, number = self._slot_by_name.popitem(last=False)
-            self._free_slots.append(number)
+            _, evicted_slot = self._slot_by_name.popitem(last=False)
+            self._free_slots.append(evicted_slot)
             self._num_evictions += 1
-        number = self._free_slots[-1]
-        self._slots = set_slot(self._slots, number, factors)
+        self._slots = set_slot(self._slots, self._free_slots[-1], factors)
         self._slot_by_name[name] = self._free_slots.pop()
         self._num_loads += 1
 
@@ -312,7 +345,7 @@ class AdapterBank:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise UnknownAdapterError(
-                f"There is no adapter {unknown[0]!r}; the nearest are "
+                f"Unknown adapter {unknown[0]!r}. Nearest: "
                 f"{_tree.closest_matches(str(unknown[0]), sorted(known))}. Add it first."
             )
 

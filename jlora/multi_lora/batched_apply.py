@@ -1,4 +1,4 @@
-"""A different adapter for every row of a batch."""
+"""Forward passes in which each example of a batch has its own adapter."""
 
 from __future__ import annotations
 
@@ -24,132 +24,175 @@ def apply_per_example(
     batch_axes: Any = 0,
     **kwargs: Any,
 ) -> Any:
-    """What the model returns where every row has the adapter of its own slot.
+    """Returns the model's outputs with each example computed by the adapter of its own slot.
 
-    The model runs under `jax.vmap` over rows, each a batch of one, with parameters and slots left
-    out of it: products with the base are those of the whole batch, and only small factors differ.
-    Rows of slot 0 are those of the base, to the bit.
+    The model runs under `jax.vmap` over the examples, each a batch of one. Parameters and slots are
+    not mapped, so that products with the base are those of the complete batch and only the small
+    factors differ. Outputs of slot 0 are those of the base, bit for bit.
 
     Args:
-        lora: Around the model.
-        params: The base.
-        slots: Of all adapters.
-        index: (rows,) integers. In a traced program they are not checked: rows whose slot does not
-            exist are NaN.
-        *inputs: Arrays with one entry for each row, and what all rows share.
-        batch_axes: Along which axis of each input the rows are; None where all share it. A prefix of
-            the inputs' tree, as `in_axes` of `jax.vmap`. Numbers without axes are always shared.
-        **kwargs: As `lora.apply` takes them; shared.
+        lora: Transform of the model; its rules are not used.
+        params: Parameters of the base.
+        slots: Factors of all adapters.
+        index: (batch,) integers, the slot of each example. They are not checked in a traced
+            program: outputs of a slot that does not exist are NaN.
+        *inputs: Arrays with one entry for each example, and inputs that all examples share.
+        batch_axes: Batch axis of each input; None for inputs that all examples share. A prefix of
+            the inputs' tree, as `in_axes` of `jax.vmap`. Scalars are always shared.
+        **kwargs: Keyword arguments of `lora.apply`; shared by all examples.
 
     Raises:
-        ValueError: When an input has another number of rows.
+        ValueError: `index` is not one integer for each example, an input has another batch size, or
+            an output has several batch axes.
+
+    References:
+        A batch of many adapters that shares the products with the base: Chen et al., Punica,
+        arXiv:2310.18547; Sheng et al., S-LoRA, arXiv:2311.03285.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((4, 3), np.float32)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> slots = multi_lora.empty_slots(adapter, slots=2, rank=2)
+        >>> slots = multi_lora.set_slot(slots, 1, multi_lora.pad_to_slot(adapter, slots))
+        >>> multi_lora.apply_per_example(lora, params, slots, np.array([0, 1, 1, 0]), x).shape
+        (4, 2)
     """
     index = jnp.asarray(index)
     if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(
-            f"index of shape {index.shape} and type {index.dtype} is not one slot for each row. "
-            f"Give integers (rows,)."
+            f"index must be integers of shape (batch,), one slot for each example, got shape "
+            f"{index.shape} of type {index.dtype}."
         )
-    flat, treedef = jax.tree.flatten(inputs)
-    axes = _resolve_batch_axes(batch_axes, inputs, flat, index.shape[0])
+    leaves, treedef = jax.tree.flatten(inputs)
+    axes = _resolve_batch_axes(batch_axes, inputs, leaves, index.shape[0])
 
-    def whole(index: Any, leaves: Sequence[Any]) -> Any:
-        adapter = select_slot(slots, index)
+    def forward(slot: Any, leaves: Sequence[Any]) -> Any:
+        adapter = select_slot(slots, slot)
         return lora.apply(params, adapter, *jax.tree.unflatten(treedef, leaves), **kwargs)
 
-    def shapes(rows: int) -> Any:
-        leaves = [
-            _resize_batch_axis(leaf, axis, rows) for leaf, axis in zip(flat, axes, strict=True)
+    def output_shapes(batch_size: int) -> Any:
+        resized = [
+            _resize_batch_axis(leaf, axis, batch_size)
+            for leaf, axis in zip(leaves, axes, strict=True)
         ]
-        arrays = [leaf for leaf in leaves if _tree.is_array(leaf)]
+        arrays = [leaf for leaf in resized if _tree.is_array(leaf)]
 
-        def run(arrays: Sequence[Any]) -> Any:
-            following = iter(arrays)
-            filled = [next(following) if _tree.is_array(leaf) else leaf for leaf in leaves]
-            return whole(jnp.int32(0), filled)
+        def forward_arrays(arrays: Sequence[Any]) -> Any:
+            remaining = iter(arrays)
+            filled = [next(remaining) if _tree.is_array(leaf) else leaf for leaf in resized]
+            return forward(jnp.int32(0), filled)
 
-        return jax.eval_shape(run, arrays)
+        return jax.eval_shape(forward_arrays, arrays)
 
-    out_axes = jax.tree.map(_find_batch_axis, shapes(1), shapes(2))
-    places, outdef = jax.tree.flatten(out_axes, is_leaf=lambda axis: axis is None)
-    mapped = [leaf for leaf, axis in zip(flat, axes, strict=True) if axis is not None]
+    # An output's batch axis is the one whose size follows the batch size.
+    out_axes_tree = jax.tree.map(_find_batch_axis, output_shapes(1), output_shapes(2))
+    out_axes, outdef = jax.tree.flatten(out_axes_tree, is_leaf=lambda axis: axis is None)
+    mapped = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
 
-    def alone(index: Any, rows: Sequence[Any]) -> list[Any]:
-        following = iter(rows)
-        leaves = [
-            leaf if axis is None else jnp.expand_dims(next(following), axis)
-            for leaf, axis in zip(flat, axes, strict=True)
+    def forward_one(slot: Any, example: Sequence[Any]) -> list[Any]:
+        remaining = iter(example)
+        batch_of_one = [
+            leaf if axis is None else jnp.expand_dims(next(remaining), axis)
+            for leaf, axis in zip(leaves, axes, strict=True)
         ]
-        outputs = outdef.flatten_up_to(whole(index, leaves))
+        outputs = outdef.flatten_up_to(forward(slot, batch_of_one))
         return [
             output if axis is None else jnp.squeeze(output, axis)
-            for output, axis in zip(outputs, places, strict=True)
+            for output, axis in zip(outputs, out_axes, strict=True)
         ]
 
-    moving = [axis for axis in axes if axis is not None]
-    run = jax.vmap(alone, in_axes=(0, moving), out_axes=places)
-    return jax.tree.unflatten(outdef, run(index, mapped))
+    in_axes = [axis for axis in axes if axis is not None]
+    forward_batch = jax.vmap(forward_one, in_axes=(0, in_axes), out_axes=out_axes)
+    return jax.tree.unflatten(outdef, forward_batch(index, mapped))
 
 
 def infer_batch_axes(make_arrays: Callable[[int], PyTree]) -> PyTree:
-    """Along which axis of each array the rows are, None where they are along none.
+    """Returns the batch axis of each array; None for arrays whose shape ignores the batch size.
 
     Args:
-        make_arrays: From a number of rows to arrays, such as a cache of keys and values:
-            `lambda rows: models.empty_cache(model, rows, 64)`.
+        make_arrays: Function from a batch size to arrays, such as a key-value cache:
+            `lambda batch_size: models.init_cache(model, batch_size, 64)`. It is traced, not run.
+
+    Raises:
+        ValueError: Several axes of an array follow the batch size.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import multi_lora
+        >>> make_cache = lambda n: {"keys": jnp.zeros((3, n, 5)), "length": jnp.zeros(())}
+        >>> multi_lora.infer_batch_axes(make_cache)
+        {'keys': 1, 'length': None}
     """
-    shapes = [jax.eval_shape(lambda rows=rows: make_arrays(rows)) for rows in (1, 2)]
+    shapes = [jax.eval_shape(lambda n=batch_size: make_arrays(n)) for batch_size in (1, 2)]
     return jax.tree.map(_find_batch_axis, *shapes)
 
 
 def check_slot_index(index: Any, slots: Slots, batch_size: int | None = None) -> np.ndarray:
-    """The index as NumPy integers, each of which is the number of a slot.
+    """Returns the index as NumPy integers after checking that each is the number of a slot.
 
     Args:
-        index: (rows,), concrete.
-        slots: Of all adapters.
-        batch_size: How many rows there are; any number when left out.
+        index: (batch,), concrete.
+        slots: Factors of all adapters.
+        batch_size: Expected number of examples. None: not checked.
 
     Raises:
-        ValueError: One is negative or too large, or their number is another.
-        TypeError: They are no integers.
+        ValueError: An entry is negative or too large, or there are not `batch_size` of them.
+        TypeError: The entries are not integers.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> slots = multi_lora.empty_slots(adapter, slots=3, rank=2)
+        >>> multi_lora.check_slot_index([0, 2], slots)
+        array([0, 2], dtype=int32)
     """
-    found = np.asarray(index)
-    if found.size and not np.issubdtype(found.dtype, np.integer):
-        raise TypeError(f"index holds {found.dtype}. Give the integers of slots, one for each row.")
-    if found.ndim != 1 or batch_size not in (None, len(found)):
+    array = np.asarray(index)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"index must be integers, the slot of each example, got {array.dtype}.")
+    if array.ndim != 1 or batch_size not in (None, len(array)):
+        expected = "(batch,)" if batch_size is None else f"({batch_size},)"
         raise ValueError(
-            f"index has shape {found.shape}, for {batch_size} rows. Give one slot for each row."
+            f"index must have shape {expected}, one slot for each example, got {array.shape}."
         )
     count = next(iter(slots.values())).slots
-    bad = np.flatnonzero((found < 0) | (found >= count))
-    if bad.size:
+    invalid = np.flatnonzero((array < 0) | (array >= count))
+    if invalid.size:
         raise ValueError(
-            f"index[{bad[0]}]={found[bad[0]]} is none of the slots 0 to {count - 1}. On a device "
-            f"the row would be NaN."
+            f"index[{invalid[0]}]={array[invalid[0]]} must be one of the slots 0 to {count - 1}. "
+            f"In a compiled program the outputs of this example would be NaN."
         )
-    return found.astype(np.int32)
+    return array.astype(np.int32)
 
 
 def _resolve_batch_axes(
-    batch_axes: Any, inputs: Any, flat: Sequence[Any], batch_size: int
+    batch_axes: Any, inputs: Any, leaves: Sequence[Any], batch_size: int
 ) -> list[int | None]:
-    """The row axis of every leaf."""
+    """Returns the batch axis of every leaf, counted from the front; None where it is shared."""
     prefix = jax.tree.broadcast(batch_axes, inputs, is_leaf=lambda axis: axis is None)
     axes = jax.tree.leaves(prefix, is_leaf=lambda axis: axis is None)
-    found: list[int | None] = []
-    for number, (leaf, axis) in enumerate(zip(flat, axes, strict=True)):
+    resolved: list[int | None] = []
+    for number, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
         if axis is None or not _tree.is_array(leaf) or not leaf.ndim:
-            found.append(None)
+            resolved.append(None)
             continue
         if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != batch_size:
             raise ValueError(
-                f"Leaf {number} of the inputs has shape {leaf.shape}, and its axis {axis} is not "
-                f"one of {batch_size} rows, as many as index has. Say where its rows are with row_axes, "
-                f"or None for what all rows share."
+                f"Leaf {number} of the inputs has shape {leaf.shape}, but its axis {axis} must "
+                f"have size {batch_size}, the length of index. Set batch_axes to the inputs' batch "
+                f"axes, with None for inputs that all examples share."
             )
-        found.append(axis % leaf.ndim)
-    return found
+        resolved.append(axis % leaf.ndim)
+    return resolved
 
 
 def _resize_batch_axis(leaf: Any, axis: int | None, batch_size: int) -> Any:
@@ -160,13 +203,14 @@ def _resize_batch_axis(leaf: Any, axis: int | None, batch_size: int) -> Any:
 
 
 def _find_batch_axis(first: Any, second: Any) -> int | None:
-    """The axis along which two shapes differ."""
-    differs = [
+    """Returns the axis along which two shapes differ; None if they are equal."""
+    differing = [
         axis for axis, (n, m) in enumerate(zip(first.shape, second.shape, strict=True)) if n != m
     ]
-    if len(differs) > 1:
+    if len(differing) > 1:
         raise ValueError(
-            f"An output has shape {first.shape} for one row and {second.shape} for two: its rows are "
-            f"along several axes, so a row's own part cannot be told. Return it another way."
+            f"An output must have one batch axis, got shape {first.shape} for a batch of one and "
+            f"{second.shape} for a batch of two, which differ along several axes. Return a value "
+            f"with one entry for each example."
         )
-    return differs[0] if differs else None
+    return differing[0] if differing else None

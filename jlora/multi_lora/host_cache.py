@@ -1,4 +1,4 @@
-"""Adapters that wait on the host, and beyond a number of them in files."""
+"""Least recently used (LRU) cache of adapters in host memory, which evicts to files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class CachedAdapter(NamedTuple):
     """An adapter on the host.
 
     Attributes:
-        content_hash: The hash of the adapter that it was made of.
-        factors: For every weight, as they lie in a slot.
+        content_hash: `jlora.content_hash` of the adapter before padding.
+        factors: Factors of every weight, padded to the shape of a slot.
     """
 
     content_hash: str
@@ -34,12 +34,18 @@ class CachedAdapter(NamedTuple):
     def from_adapter(
         cls, adapter: Mapping[str, Any], factors: Mapping[str, PaddedFactors]
     ) -> CachedAdapter:
-        """An adapter and its factors."""
+        """Returns the factors with the hash of the adapter."""
         return cls(content_hash(adapter), factors)
 
 
 class _AdapterFile(NamedTuple):
-    """Where an adapter was written to, of what it was made, and what the file holds."""
+    """File of an evicted adapter.
+
+    Attributes:
+        path: Path of the file.
+        content_hash: Hash of the adapter.
+        digest: SHA-256 of the file's bytes.
+    """
 
     path: Path
     content_hash: str
@@ -47,17 +53,31 @@ class _AdapterFile(NamedTuple):
 
 
 class HostCache:
-    """Adapters by name: as many as fit in the host's memory, the least recently used in files."""
+    """Adapters by name: the most recently used in host memory, all others in files.
+
+    Attributes:
+        disk_writes: Number of adapters written to files so far.
+        disk_reads: Number of adapters read from files so far.
+    """
 
     def __init__(self, max_adapters: int | None, folder: str | Path | None) -> None:
+        """Builds an empty cache.
+
+        Args:
+            max_adapters: Number of adapters in host memory. None: no limit.
+            folder: Folder of the files, created if missing; None if there is no limit.
+
+        Raises:
+            ValueError: `max_adapters` is less than 1, or only one of the two is given.
+        """
         if max_adapters is not None and max_adapters < 1:
             raise ValueError(
-                f"max_host_adapters={max_adapters} leaves no room for an adapter. Use 1 or more, or None."
+                f"max_host_adapters={max_adapters} must be 1 or more, or None for no limit."
             )
         if (max_adapters is None) != (folder is None):
             raise ValueError(
-                f"max_host_adapters={max_adapters} and folder={folder!r} belong together: what the host has no room for "
-                f"is written to the folder. Give both, or neither."
+                f"max_host_adapters={max_adapters} and folder={folder!r} must be given together: "
+                f"adapters beyond the limit are written to the folder. Set both or neither."
             )
         self._max_adapters = max_adapters
         self._folder = None if folder is None else Path(folder)
@@ -70,11 +90,11 @@ class HostCache:
 
     @property
     def names(self) -> set[str]:
-        """Of all adapters."""
+        """Names of all adapters, in memory or in files."""
         return {*self._in_memory, *self._files}
 
     def content_hash(self, name: str) -> str:
-        """The hash of one."""
+        """Returns the hash of an adapter."""
         return (
             self._in_memory[name].content_hash
             if name in self._in_memory
@@ -82,12 +102,12 @@ class HostCache:
         )
 
     def add(self, name: str, adapter: CachedAdapter) -> None:
-        """Takes one in, in the place of any of that name.
+        """Adds an adapter, in place of any of that name.
 
         Raises:
-            OSError: Another could not be written; everything is as it was.
+            OSError: Another adapter could not be evicted to a file; the cache is unchanged.
         """
-        previous, old = self._in_memory.pop(name, None), self._files.get(name)
+        previous, old_file = self._in_memory.pop(name, None), self._files.get(name)
         self._in_memory[name] = adapter
         try:
             self._evict_to_disk()
@@ -96,22 +116,22 @@ class HostCache:
             if previous is not None:
                 self._in_memory[name] = previous
             raise
-        if old is not None and old.content_hash != adapter.content_hash:
-            self._delete_file(name, old)
+        if old_file is not None and old_file.content_hash != adapter.content_hash:
+            self._delete_file(name, old_file)
 
     def remove(self, name: str) -> None:
-        """Forgets one, and its file."""
+        """Removes an adapter and its file."""
         self._in_memory.pop(name, None)
         if name in self._files:
             self._delete_file(name, self._files[name])
 
     def load_factors(self, name: str) -> Mapping[str, PaddedFactors]:
-        """Those of one, read from its file where it is in one.
+        """Returns the factors of an adapter, read from its file if it is not in memory.
 
         Raises:
-            FileNotFoundError: Its file is gone.
-            ValueError: Its file is not as it was written.
-            OSError: Another had to make room, and could not be written.
+            FileNotFoundError: The file is missing.
+            ValueError: The file has changed since it was written.
+            OSError: Another adapter had to be evicted and could not be written.
         """
         if name not in self._in_memory:
             self._in_memory[name] = self._read_file(name)
@@ -126,9 +146,9 @@ class HostCache:
 
     def _evict_to_disk(self) -> None:
         while self._max_adapters is not None and len(self._in_memory) > self._max_adapters:
-            name, held = next(iter(self._in_memory.items()))
-            if name not in self._files:  # A file of what it was before is gone already.
-                self._files[name] = self._write_file(name, held)
+            name, adapter = next(iter(self._in_memory.items()))
+            if name not in self._files:  # The file of a replaced adapter is deleted already.
+                self._files[name] = self._write_file(name, adapter)
                 self.disk_writes += 1
             del self._in_memory[name]
 
@@ -139,36 +159,36 @@ class HostCache:
             for path, pair in adapter.factors.items()
             for side in PaddedFactors._fields
         }
-        written = serialize_safetensors(tensors, {"content": adapter.content_hash})
+        data = serialize_safetensors(tensors, {"content": adapter.content_hash})
         path = self._folder / f"{name}-{adapter.content_hash[:16]}.safetensors"
         partial = path.with_suffix(".partial")
         try:
-            partial.write_bytes(written)
+            partial.write_bytes(data)
             os.replace(partial, path)
         except OSError:
             partial.unlink(missing_ok=True)  # A full disk needs the room.
             raise
-        return _AdapterFile(path, adapter.content_hash, hashlib.sha256(written).digest())
+        return _AdapterFile(path, adapter.content_hash, hashlib.sha256(data).digest())
 
     def _read_file(self, name: str) -> CachedAdapter:
         file = self._files[name]
         if not file.path.is_file():
             raise FileNotFoundError(
-                f"{file.path}, to which the bank wrote the adapter {name!r}, is gone. Remove the "
-                f"adapter from the bank, and add it anew."
+                f"{file.path}, the file of the adapter {name!r}, is missing. Remove the adapter "
+                f"from the bank and add it again."
             )
-        found = file.path.read_bytes()
-        if hashlib.sha256(found).digest() != file.digest:
+        data = file.path.read_bytes()
+        if hashlib.sha256(data).digest() != file.digest:
             raise ValueError(
-                f"{file.path} is not as the bank wrote it for the adapter {name!r}. Remove the "
-                f"adapter from the bank, and add it anew."
+                f"{file.path}, the file of the adapter {name!r}, has changed since the bank wrote "
+                f"it. Remove the adapter from the bank and add it again."
             )
-        # The library's own reader for NumPy knows no bfloat16.
+        # The NumPy reader of safetensors does not support bfloat16.
         tensors = {
-            key: np.frombuffer(facts["data"], _SAFETENSORS_DTYPES[facts["dtype"]]).reshape(
-                facts["shape"]
+            key: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(
+                tensor["shape"]
             )
-            for key, facts in safetensors.deserialize(found)
+            for key, tensor in safetensors.deserialize(data)
         }
         weights = sorted({key.rpartition("/")[0] for key in tensors})
         pairs = {

@@ -1,8 +1,9 @@
-"""Several LoRAs of one model side by side in arrays, of which an index chooses one.
+"""Slots: several low-rank adapters of one model stacked in arrays, one of which an index selects.
 
-The arrays have room for so many adapters of so high a rank. What is put there is padded with zeros
-and brings its scale in `B`, so adding, replacing and removing changes numbers and no shape: nothing
-that was compiled is compiled again. The first slot stays empty, and stands for the bare base.
+The arrays have a fixed number of slots and a fixed rank. An adapter is padded with zeros to that
+rank, and its scale is multiplied into `B`. Adding, replacing and removing an adapter therefore
+changes values but no shapes, so that no compiled program is compiled again. Slot 0 stays empty and
+stands for the bare base.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from jlora.interpreter.terms import (
 )
 from jlora.interpreter.usage import WeightAxes
 
-SLOT_INDEX_KEY = "slot"  # Under which the adapter that is applied has the index.
+SLOT_INDEX_KEY = "slot"  # Key of the slot index in the adapter that is applied.
 
 
 @functools.partial(
@@ -110,15 +111,16 @@ class SelectTerm(Term):
 @register_arrays_pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotsLeaf(AdapterLeaf):
-    """The factors that several adapters have for one weight.
+    """The factors of several adapters for one weight.
 
     Attributes:
         a: (*batch, slots, rank, *inputs), in the order of `axes`.
-        b: (*batch, slots, rank, *outputs), with the scale in it.
-        shape: The weight's shape.
-        axes: What each of the weight's axes does.
-        slots: How many adapters there is room for, the bare base counted.
-        rank: The highest of them.
+        b: (*batch, slots, rank, *outputs), with the scale multiplied in.
+        shape: Shape of the weight.
+        axes: Role of each axis of the weight.
+        slots: Number of slots, including slot 0 for the bare base.
+        rank: Highest rank that an adapter can have.
+        share: Key of the slot index in the adapter.
     """
 
     # A scan over layers slices the first axes; a product sums over the last.
@@ -131,7 +133,7 @@ class SlotsLeaf(AdapterLeaf):
     share: str = SLOT_INDEX_KEY
 
     def shared_mismatch(self, shared: Any) -> str | None:
-        """Something else than an index."""
+        """Returns why the shared value is not a slot index; None if it is one."""
         return None if isinstance(shared, SlotIndex) else f"it is a {type(shared).__name__}"
 
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
@@ -146,8 +148,8 @@ class SlotsLeaf(AdapterLeaf):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, outputs = self.axis_sizes
-        own = (*batch, self.slots, self.rank)
-        return {"a": (*own, *inputs), "b": (*own, *outputs)}
+        leading = (*batch, self.slots, self.rank)
+        return {"a": (*leading, *inputs), "b": (*leading, *outputs)}
 
     def array_axes(self) -> dict[str, tuple[int | None, ...]]:
         batch, inputs, outputs = self.axes
@@ -157,7 +159,7 @@ class SlotsLeaf(AdapterLeaf):
 @register_arrays_pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotIndex(SharedArrays):
-    """Which slot is applied: an integer, the same for all weights."""
+    """The slot that is applied: an integer, the same for all weights."""
 
     index: Any = array_field(FROZEN)  # noqa: RUF009
 
@@ -167,15 +169,15 @@ class SlotIndex(SharedArrays):
 
 Slots = dict[str, SlotsLeaf]
 
-"""One leaf for each weight that some adapter may adapt, by the weight's path."""
+"""Mapping from the path of each weight that an adapter may adapt to the factors of all slots."""
 
 
 class PaddedFactors(NamedTuple):
-    """The factors of one adapter for one weight, as they lie in a slot.
+    """The factors of one adapter for one weight, padded to the shape of a slot.
 
     Attributes:
         a: (*batch, rank, *inputs).
-        b: (*batch, rank, *outputs).
+        b: (*batch, rank, *outputs), with the scale multiplied in.
     """
 
     a: np.ndarray
@@ -185,33 +187,51 @@ class PaddedFactors(NamedTuple):
 def empty_slots(
     like: Mapping[str, Any], slots: int, rank: int, dtypes: Mapping[str, Any] | Any = jnp.float32
 ) -> Slots:
-    """Slots without adapters.
+    """Returns slots without adapters.
 
     Args:
-        like: An adapter, or its shapes: which weights can be adapted, and what their axes do.
-        slots: How many adapters there is room for, the bare base counted.
-        rank: The highest that an adapter can have.
-        dtypes: Of the factors: one, or one for each path.
+        like: An adapter, or its shapes, whose paths and axes are those of the weights that any
+            adapter may adapt.
+        slots: Number of slots, including slot 0 for the bare base; 2 or more.
+        rank: Highest rank that an adapter can have; 1 or more.
+        dtypes: Type of the factors: one for all, or one for each path.
+
+    Returns:
+        Zeros, one leaf for each weight.
 
     Raises:
-        ValueError: When there is room for none, or a weight's change is no product of factors.
+        ValueError: `slots` or `rank` leaves no room for an adapter, or the update of a weight is
+            not a product of factors.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> slots = multi_lora.empty_slots(adapter, slots=4, rank=8)
+        >>> slots["w"].a.shape, slots["w"].b.shape
+        ((4, 8, 3), (4, 8, 2))
     """
     if slots < 2:
         raise ValueError(
-            f"slots={slots} leaves no room for an adapter beside the bare base, which is the "
-            f"first. Use 2 or more."
+            f"slots={slots} must be 2 or more: slot 0 is the bare base, and every adapter needs "
+            f"another."
         )
     if rank < 1:
-        raise ValueError(f"rank={rank} leaves no room for an update. Use 1 or more.")
-    made: Slots = {}
+        raise ValueError(f"rank={rank} must be 1 or more, the highest rank of any adapter.")
+    result: Slots = {}
     for path, leaf in check_adapter(like).items():
         if not leaf.axes.inputs or not leaf.axes.outputs:
             raise ValueError(
-                f"like adapts {path!r}, which feeds no product, and slots hold factors of "
-                f"products. Leave it out, and keep such changes in a base of their own."
+                f"like must adapt only weights of products, got {path!r}, which is used in none: "
+                f"slots hold the two factors of an update. Remove it, and keep its updates in the "
+                f"base."
             )
         dtype = dtypes[path] if isinstance(dtypes, Mapping) else dtypes
-        held = SlotsLeaf(
+        slots_leaf = SlotsLeaf(
             a=jnp.zeros(()),
             b=jnp.zeros(()),
             shape=leaf.shape,
@@ -219,55 +239,79 @@ def empty_slots(
             slots=slots,
             rank=rank,
         )
-        zeros = {name: jnp.zeros(shape, dtype) for name, shape in held.shapes().items()}
-        made[path] = dataclasses.replace(held, **zeros)
-    return made
+        zeros = {name: jnp.zeros(shape, dtype) for name, shape in slots_leaf.shapes().items()}
+        result[path] = dataclasses.replace(slots_leaf, **zeros)
+    return result
 
 
 def select_slot(slots: Slots, index: Any) -> dict[str, Any]:
-    """The adapter of one slot, as `lora.apply` takes it.
+    """Returns one slot as an adapter for `lora.apply` and `lora.merge`.
 
     Args:
-        slots: Of all adapters.
-        index: Which one. Zero is the bare base, whose results are those of the base to the bit;
-            where there is no such slot, results are NaN and never another adapter's.
+        slots: Factors of all adapters.
+        index: Integer, concrete or traced. For 0 results are those of the bare base, bit for bit.
+            For a slot that does not exist they are NaN, never those of another adapter.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((1, 3), np.float32)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> slots = multi_lora.empty_slots(adapter, slots=2, rank=2)
+        >>> bool((lora.apply(params, multi_lora.select_slot(slots, 0), x) == x @ params["w"]).all())
+        True
     """
     return {**slots, SLOT_INDEX_KEY: SlotIndex(index=jnp.asarray(index, jnp.int32))}
 
 
 def pad_to_slot(adapter: Mapping[str, Any], slots: Slots) -> dict[str, PaddedFactors]:
-    """An adapter's factors as they lie in a slot, on the host; zeros for weights that it leaves
-    alone.
+    """Returns an adapter's factors on the host, padded with zeros to the shape of a slot.
+
+    Weights that the adapter does not adapt get zeros.
 
     Args:
-        adapter: Of LoRA, or of a family whose change is one product of thin factors without regard
-            to the weight's numbers.
-        slots: What it has to fit.
+        adapter: Adapter of LoRA, or of another family whose update is one product of two thin
+            factors that does not depend on the base weight.
+        slots: Slots that the factors have to fit.
 
     Raises:
-        ValueError: When it adapts other weights, has a higher rank, or is of another kind.
+        ValueError: The adapter adapts other weights, has a higher rank, or is of a family whose
+            update is not such a product.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> slots = multi_lora.empty_slots(adapter, slots=4, rank=8)
+        >>> multi_lora.pad_to_slot(adapter, slots)["w"].a.shape
+        (8, 3)
     """
     leaves = check_adapter(adapter)
-    other = [path for path in leaves if path not in slots]
-    if other:
+    missing = [path for path in leaves if path not in slots]
+    if missing:
         raise ValueError(
-            f"The adapter adapts {other[0]!r} ({len(other)} of {len(leaves)} such), for which "
-            f"these slots have no place: they hold {len(slots)} weights, such as "
-            f"{next(iter(slots))!r}. Make slots like an adapter of all weights that any of them "
-            f"adapts."
+            f"The adapter adapts {missing[0]!r} ({len(missing)} of {len(leaves)} such), which is "
+            f"not among the {len(slots)} weights of these slots, such as {next(iter(slots))!r}. "
+            f"Build the slots from an adapter of all weights that any adapter adapts."
         )
-    made = {}
-    for path, held in slots.items():
-        empty_slot = {
-            name: np.zeros(_drop_slots_axis(held, shape), getattr(held, name).dtype)
-            for name, shape in held.shapes().items()
+    result = {}
+    for path, slots_leaf in slots.items():
+        padded = {
+            name: np.zeros(_drop_slots_axis(slots_leaf, shape), getattr(slots_leaf, name).dtype)
+            for name, shape in slots_leaf.shapes().items()
         }
-        made[path] = PaddedFactors(**empty_slot)
+        result[path] = PaddedFactors(**padded)
         if path in leaves:
-            _fill_slot_factors(
-                made[path], held, *_extract_thin_factors(adapter, path, leaves[path], held)
-            )
-    return made
+            a, b = _extract_thin_factors(adapter, path, leaves[path], slots_leaf)
+            _fill_slot_factors(result[path], slots_leaf, a, b)
+    return result
 
 
 def _drop_slots_axis(slots_leaf: SlotsLeaf, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -278,30 +322,34 @@ def _drop_slots_axis(slots_leaf: SlotsLeaf, shape: tuple[int, ...]) -> tuple[int
 def _extract_thin_factors(
     adapter: Mapping[str, Any], path: str, leaf: AdapterLeaf, slots_leaf: SlotsLeaf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The adapter's `a` (batch, fan_in, m) and `b` (batch, m, fan_out), scale in it."""
+    """Returns `a` (batch, fan_in, m) and `b` (batch, m, fan_out) with the scale multiplied in."""
     if (leaf.shape, leaf.axes) != (slots_leaf.shape, slots_leaf.axes):
         raise ValueError(
-            f"The adapter on {path!r} is for a weight of shape {leaf.shape} with axes {leaf.axes}, "
-            f"and the slots are for {slots_leaf.shape} with {slots_leaf.axes}. Give adapters of one model."
+            f"The adapter on {path!r} must be for a weight of shape {slots_leaf.shape} with axes "
+            f"{slots_leaf.axes}, as the slots are, got {leaf.shape} with {leaf.axes}. Use adapters "
+            f"of one model."
         )
     if getattr(leaf, "residual", False):
         raise ValueError(
-            f"The adapter on {path!r} was taken out of its base, so it belongs on another base "
-            f"than its neighbours. Put in what jlora.rebase_to_original makes of it."
+            f"The adapter on {path!r} was subtracted from its base at initialization, so it "
+            f"belongs on another base than the other adapters. Convert it with "
+            f"jlora.rebase_to_original first."
         )
     factors = None
     if not depends_on_base(adapter, path):
         factors = low_rank_factors(leaf, adapt_weight(adapter, path, None), allow_full_rank=True)
     if factors is None:
         raise ValueError(
-            f"The adapter on {path!r} is a {type(leaf).__name__}, whose change is no product of "
-            f"two thin factors. Put in the nearest LoRA: jlora.to_lora(adapter, params, rank)."
+            f"The adapter on {path!r} is a {type(leaf).__name__}, whose update is not a product of "
+            f"two thin factors. Convert it to the nearest LoRA with jlora.to_lora(adapter, params, "
+            f"rank)."
         )
     a, b = (np.asarray(jax.device_get(factor)) for factor in factors)
     if a.shape[-1] > slots_leaf.rank:
         raise ValueError(
-            f"The adapter on {path!r} has rank {a.shape[-1]}, and the slots hold ranks up to "
-            f"{slots_leaf.rank}. Make slots of a higher rank, or cut the adapter with jlora.to_lora."
+            f"The adapter on {path!r} has rank {a.shape[-1]}, but the slots hold ranks up to "
+            f"{slots_leaf.rank}. Build slots of a higher rank, or reduce the adapter's with "
+            f"jlora.to_lora."
         )
     return a, b
 
@@ -318,19 +366,32 @@ def _fill_slot_factors(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def set_slot(slots: Slots, index: Any, factors: Mapping[str, PaddedFactors]) -> Slots:
-    """The slots with an adapter in one of them. The old ones are given up to the new.
+    """Returns the slots with an adapter in one of them.
 
     Args:
-        slots: Donated.
-        index: Which one, from 1. It is not checked.
-        factors: What `pad_to_slot` made.
+        slots: Factors of all adapters. Their buffers are donated: do not use them afterwards.
+        index: Slot to write, 1 or more; not checked.
+        factors: Result of `pad_to_slot`.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> slots = multi_lora.empty_slots(adapter, slots=2, rank=2)
+        >>> slots = multi_lora.set_slot(slots, 1, multi_lora.pad_to_slot(adapter, slots))
+        >>> bool((slots["w"].a[1] == adapter["w"].a.T).all())
+        True
     """
-    made = {}
-    for path, held in slots.items():
-        axis = len(held.axes.batch)
+    result = {}
+    for path, leaf in slots.items():
+        axis = len(leaf.axes.batch)
         a, b = (
             jax.lax.dynamic_update_index_in_dim(old, jnp.asarray(new, old.dtype), index, axis)
-            for old, new in ((held.a, factors[path].a), (held.b, factors[path].b))
+            for old, new in ((leaf.a, factors[path].a), (leaf.b, factors[path].b))
         )
-        made[path] = dataclasses.replace(held, a=a, b=b)
-    return made
+        result[path] = dataclasses.replace(leaf, a=a, b=b)
+    return result

@@ -1,4 +1,4 @@
-"""Optimizers for adapters, built on Optax."""
+"""Optimizers for adapters, built on Optax: labels, rank allocation, offloading, regularizers."""
 
 from __future__ import annotations
 

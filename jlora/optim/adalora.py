@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: which directions of which weights may stay."""
+"""AdaLoRA's rank allocator: keeps the most important singular directions within a budget."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _SVD_ARRAYS = ("a", "s", "b")
 
 
 class RankAllocatorState(NamedTuple):
-    """What `adalora_rank_allocator` remembers.
+    """State of `adalora_rank_allocator`.
 
     Attributes:
-        step: How many steps were made.
-        inner_state: The optimizer's own state.
-        sensitivity: For every AdaLoRA leaf, running means of `|w dL/dw|` for its three arrays.
-        uncertainty: Running means of how far each step's was from that.
-        rank_mask: For every AdaLoRA leaf, which of its directions were kept last, (*batch, rank).
+        step: Number of steps taken.
+        inner_state: State of the wrapped optimizer.
+        sensitivity: Running means of `|w dL/dw|` for the three arrays of each AdaLoRA leaf.
+        uncertainty: Running means of the distance of each step's sensitivity from its mean.
+        rank_mask: Mask of the directions kept at the last selection, (*batch, rank) for each
+            AdaLoRA leaf.
     """
 
     step: jax.Array
@@ -46,43 +47,61 @@ def adalora_rank_allocator(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, after whose steps the least important directions of AdaLoRA are set to zero.
+    """Wraps an optimizer and sets the least important directions of AdaLoRA to zero.
 
-    A direction's importance is that of its `s` plus the mean over its row of `A` and of `B`, each
-    entry's being smoothed sensitivity times its uncertainty. How many directions stay falls from
-    all, in a cubic, to `target_rank` for each matrix, over all weights together. During the last
-    `final_steps` those that were chosen stay chosen.
+    The importance of a direction is that of its `s` plus the means over its column of `A` and its
+    row of `B`; the importance of an entry is its smoothed sensitivity times its uncertainty. The
+    number of directions that remain falls along a cubic from all to `target_rank` per matrix,
+    shared by all weights. During the last `final_steps` the selection is fixed.
 
     Args:
-        optimizer: Any optax transformation, `jlora.lora_optimizer` too.
-        target_rank: How many directions a matrix keeps in the end, on average.
-        total_steps: How many steps training will take.
-        warmup_steps: At the beginning nothing is set to zero.
-        final_steps: At the end the choice is fixed.
-        interval: Steps between two choices.
-        beta1: Smoothing of the sensitivity.
-        beta2: Smoothing of the uncertainty.
+        optimizer: Any Optax transformation, including `jlora.lora_optimizer`.
+        target_rank: Average number of directions that remain per matrix at the end.
+        total_steps: Total number of training steps.
+        warmup_steps: Number of steps at the beginning in which nothing is set to zero.
+        final_steps: Number of steps at the end in which the selection is fixed.
+        interval: Number of steps between two selections.
+        beta1: Smoothing of the sensitivity, in [0, 1).
+        beta2: Smoothing of the uncertainty, in [0, 1).
+
+    Returns:
+        A transformation whose `update` needs `params`.
 
     Raises:
-        ValueError: When the numbers do not fit each other, and from `init`, when the tree has no
-            AdaLoRA leaf or its ranks are below the target.
+        ValueError: The options are out of range or leave no step to select in. From `init`: the
+            tree has no AdaLoRA leaf, or the target exceeds its ranks.
 
     References:
         Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.2 (equations 8 to 11), section 3.3
         (equation 12) and algorithm 1. The cubic begins at the end of the warm-up, as in the
         reference code.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.AdaLoRA(rank=3, alpha=3))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> optimizer = jlora.adalora_rank_allocator(
+        ...     jlora.lora_optimizer(optax.adam(1e-3)),
+        ...     target_rank=2,
+        ...     total_steps=100,
+        ...     warmup_steps=10,
+        ...     final_steps=20,
+        ... )
+        >>> optimizer.init(adapter).rank_mask[0].shape
+        (3,)
     """
     if not target_rank > 0:
-        raise ValueError(f"target_rank={target_rank} leaves no direction. Use a positive number.")
+        raise ValueError(f"target_rank must be positive, got {target_rank}.")
     if min(warmup_steps, final_steps) < 0 or warmup_steps + final_steps >= total_steps:
         raise ValueError(
-            f"warmup_steps={warmup_steps} and final_steps={final_steps} leave no step of the "
-            f"total_steps={total_steps} to choose in. Make them fewer."
+            f"warmup_steps + final_steps must be less than total_steps, got {warmup_steps} + "
+            f"{final_steps} of {total_steps}, which leaves no step to select ranks in. Reduce them."
         )
     if interval < 1 or not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
         raise ValueError(
-            f"interval={interval}, beta1={beta1}, beta2={beta2}: the interval must be 1 or more, "
-            f"the betas 0 up to, but not, 1."
+            f"interval must be 1 or more, and beta1 and beta2 in [0, 1), got interval={interval}, "
+            f"beta1={beta1}, beta2={beta2}."
         )
     inner = optax.with_extra_args_support(optimizer)
 
@@ -90,17 +109,18 @@ def adalora_rank_allocator(
         leaves = _get_adalora_leaves(params)
         if not leaves:
             raise ValueError(
-                "adalora_rank_allocator found no AdaLoRA leaf. Give rules with jlora.AdaLoRA."
+                "adalora_rank_allocator needs an AdaLoRA leaf, got none. Use rules with "
+                "jlora.AdaLoRA."
             )
         largest = max(leaf.rank for leaf in leaves)
         if target_rank > largest:
             raise ValueError(
-                f"adalora_rank_allocator's target_rank={target_rank} exceeds the adapter's rank of "
-                f"{largest}. Start AdaLoRA with a higher rank."
+                f"adalora_rank_allocator: target_rank={target_rank} must be at most the adapter's "
+                f"rank, got {largest}. Start AdaLoRA with a higher rank."
             )
         zeros = [{n: jnp.zeros_like(getattr(leaf, n)) for n in _SVD_ARRAYS} for leaf in leaves]
-        kept = [jnp.ones(leaf.s.shape, bool) for leaf in leaves]
-        return RankAllocatorState(jnp.int32(0), inner.init(params), zeros, zeros, kept)
+        rank_mask = [jnp.ones(leaf.s.shape, bool) for leaf in leaves]
+        return RankAllocatorState(jnp.int32(0), inner.init(params), zeros, zeros, rank_mask)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Any:
         if params is None:
@@ -112,43 +132,45 @@ def adalora_rank_allocator(
         for leaf, gradient, mean, spread in zip(
             leaves, gradients, state.sensitivity, state.uncertainty, strict=True
         ):
-            now = {n: jnp.abs(getattr(leaf, n) * getattr(gradient, n)) for n in _SVD_ARRAYS}
-            mean = {n: beta1 * mean[n] + (1 - beta1) * now[n] for n in _SVD_ARRAYS}
+            new = {n: jnp.abs(getattr(leaf, n) * getattr(gradient, n)) for n in _SVD_ARRAYS}
+            mean = {n: beta1 * mean[n] + (1 - beta1) * new[n] for n in _SVD_ARRAYS}
             spread = {
-                n: beta2 * spread[n] + (1 - beta2) * jnp.abs(now[n] - mean[n]) for n in _SVD_ARRAYS
+                n: beta2 * spread[n] + (1 - beta2) * jnp.abs(new[n] - mean[n]) for n in _SVD_ARRAYS
             }
             sensitivity.append(mean)
             uncertainty.append(spread)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
 
         step = state.step + 1
-        last_choice = total_steps - final_steps
-        due = (step > warmup_steps) & (step <= last_choice)
-        due &= (step % interval == 0) | (step == last_choice)
+        last_selection = total_steps - final_steps
+        selects = (step > warmup_steps) & (step <= last_selection)
+        selects &= (step % interval == 0) | (step == last_selection)
         scores = [
             _triplet_importance(leaf, mean, spread)
             for leaf, mean, spread in zip(leaves, sensitivity, uncertainty, strict=True)
         ]
         best = _top_ranks_mask(scores, _budget(step, leaves))
-        kept = [jnp.where(due, new, old) for new, old in zip(best, state.rank_mask, strict=True)]
-        enforced = due | (step > last_choice)
-        chosen = iter(kept)
+        rank_mask = [
+            jnp.where(selects, new, old) for new, old in zip(best, state.rank_mask, strict=True)
+        ]
+        masks_applied = selects | (step > last_selection)
+        masks = iter(rank_mask)
 
-        def masked(update: Any, leaf: Any) -> Any:
+        def mask_update(update: Any, leaf: Any) -> Any:
             if not isinstance(leaf, AdaLoRALeaf):
                 return update
-            s = jnp.where(enforced & ~next(chosen), -leaf.s, update.s)
+            s = jnp.where(masks_applied & ~next(masks), -leaf.s, update.s)
             return dataclasses.replace(update, s=s)
 
-        updates = jax.tree.map(masked, updates, params, is_leaf=is_adapter_node)
-        return updates, RankAllocatorState(step, inner_state, sensitivity, uncertainty, kept)
+        updates = jax.tree.map(mask_update, updates, params, is_leaf=is_adapter_node)
+        return updates, RankAllocatorState(step, inner_state, sensitivity, uncertainty, rank_mask)
 
     def _budget(step: jax.Array, leaves: list[AdaLoRALeaf]) -> jax.Array:
-        first = sum(leaf.s.size for leaf in leaves)
-        last = round(target_rank * sum(leaf.s.size // leaf.rank for leaf in leaves))
-        through = (step - warmup_steps) / (total_steps - warmup_steps - final_steps)
-        left = (1 - jnp.clip(through, 0, 1)) ** 3
-        return jnp.round(last + (first - last) * left).astype(jnp.int32)
+        initial = sum(leaf.s.size for leaf in leaves)
+        target = round(target_rank * sum(leaf.s.size // leaf.rank for leaf in leaves))
+        progress = (step - warmup_steps) / (total_steps - warmup_steps - final_steps)
+        remaining = (1 - jnp.clip(progress, 0, 1)) ** 3
+        return jnp.round(target + (initial - target) * remaining).astype(jnp.int32)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -159,8 +181,9 @@ def _get_adalora_leaves(tree: PyTree) -> list[AdaLoRALeaf]:
     for leaf in leaves:
         if not all(hasattr(getattr(leaf, name), "shape") for name in _SVD_ARRAYS):
             raise ValueError(
-                "adalora_rank_allocator needs all arrays of every AdaLoRA leaf, and some were masked or "
-                "left out. Put it around the whole optimizer: adalora_rank_allocator(lora_optimizer(...))."
+                "adalora_rank_allocator needs all arrays of every AdaLoRA leaf, but some are "
+                "masked or left out. Put it around the complete optimizer: "
+                "adalora_rank_allocator(lora_optimizer(...))."
             )
     return leaves
 
@@ -168,7 +191,7 @@ def _get_adalora_leaves(tree: PyTree) -> list[AdaLoRALeaf]:
 def _triplet_importance(
     leaf: AdaLoRALeaf, sensitivity: dict[str, jax.Array], uncertainty: dict[str, jax.Array]
 ) -> jax.Array:
-    """The importance of every direction, (*batch, rank)."""
+    """Returns the importance of every direction, (*batch, rank)."""
     scores = {name: sensitivity[name] * uncertainty[name] for name in _SVD_ARRAYS}
     batch, rank = leaf.s.shape[:-1], leaf.rank
     a = scores["a"].reshape(*batch, -1, rank).mean(-2)
@@ -177,13 +200,13 @@ def _triplet_importance(
 
 
 def _top_ranks_mask(scores: list[jax.Array], count: jax.Array) -> list[jax.Array]:
-    """Which of all directions together are among the `count` best; of equal ones, the first."""
+    """Returns masks of the `count` best directions of all leaves; of equal ones, the first."""
     flat = jnp.concatenate([score.ravel() for score in scores])
-    place = jnp.argsort(jnp.argsort(-flat))
-    ends = [0]
+    position = jnp.argsort(jnp.argsort(-flat))
+    bounds = [0]
     for score in scores:
-        ends.append(ends[-1] + math.prod(score.shape))
+        bounds.append(bounds[-1] + math.prod(score.shape))
     return [
-        (place[start:end] < count).reshape(score.shape)
-        for score, start, end in zip(scores, ends[:-1], ends[1:], strict=True)
+        (position[start:end] < count).reshape(score.shape)
+        for score, start, end in zip(scores, bounds[:-1], bounds[1:], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Which arrays of a tree are trained and how: labels, optimizers by label, and partitions."""
+"""Labels of the arrays of a tree, optimizers by label, and partitions by label."""
 
 from __future__ import annotations
 
@@ -18,23 +18,32 @@ _TRAINABLE = "trained"  # All labels but frozen, where they share one transforma
 
 
 def param_labels(params: PyTree) -> PyTree:
-    """A tree of the same structure with a label for every array.
+    """Returns a tree of the same structure with a label for every array.
 
-    Arrays of adapters have their family's labels (`"a"` and `"b"` for LoRA); everything under a
-    top-level key `"base"` is `"frozen"`; any other array (a new head) is `"full"`.
+    Arrays of an adapter have the labels of its method (`"a"` and `"b"` for LoRA). Everything under
+    a top-level key `"base"` is `"frozen"`. Any other array, such as a new head, is `"full"`.
+
+    Args:
+        params: Adapter, or a tree that holds adapters, a base and other parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> tree = {"base": {"w": jnp.ones((6, 5))}, "head": {"kernel": jnp.ones((5, 2))}}
+        >>> jlora.param_labels(tree)
+        {'base': {'w': 'frozen'}, 'head': {'kernel': 'full'}}
     """
-    # An adapter may have a weight of that very path.
+    # An adapter may have a weight of the path "base".
     if isinstance(params, Mapping) and "base" in params and not is_adapter_node(params["base"]):
-        rest = param_labels({key: value for key, value in params.items() if key != "base"})
+        others = param_labels({key: value for key, value in params.items() if key != "base"})
         base = jax.tree.map(lambda _: FROZEN, params["base"])
-        parts = {key: base if key == "base" else rest[key] for key in params}
-        return type(params)(parts)  # type: ignore[call-arg]
+        labels = {key: base if key == "base" else others[key] for key in params}
+        return type(params)(labels)  # type: ignore[call-arg]
 
     def label(node: Any) -> Any:
         if not is_adapter_node(node):
             return FULL
         names = type(node).array_labels()
-        # A hole that partition left has no array and gets no label.
+        # A None that partition left is not an array and gets no label.
         return jax.tree_util.tree_map_with_path(lambda path, _: names[path[0].name], node)
 
     return jax.tree.map(label, params, is_leaf=is_adapter_node)
@@ -45,79 +54,93 @@ def lora_optimizer(
     *,
     lr_multipliers: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for an adapter, alone or in one tree with its base and with new heads.
+    """Builds an optimizer for an adapter, alone or in one tree with its base and with new heads.
 
-    It is `optax.multi_transform` by the labels of `jlora.param_labels`. What is labelled `"frozen"` gets
-    `optax.set_to_zero`: no state and no change.
+    It is `optax.multi_transform` by the labels of `jlora.param_labels`. Arrays with the label
+    `"frozen"` get `optax.set_to_zero`: no state and no change.
 
     Args:
-        transforms: One transformation for everything that is trained; or one for each label, such
-            as `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
-        lr_multipliers: With one transformation, what the steps of some labels are multiplied by: a learning
-            rate of their own. `{"b": 16}` is LoRA+.
+        transforms: One transformation for all trainable arrays, or a mapping with one for each
+            label, such as `{"a": optax.adam(1e-4), "b": optax.adam(1e-3)}`.
+        lr_multipliers: Mapping from labels to factors of their updates, which give them learning
+            rates of their own; only with a single transformation. `{"b": 16}` is LoRA+. None: no
+            factors.
 
     Raises:
-        TypeError: When it is neither.
-        ValueError: From `init`, when the tree has a label that the mapping lacks or the mapping one
-            that the tree lacks.
+        TypeError: `transforms` is neither, or is a mapping and comes with `lr_multipliers`.
+        ValueError: A multiplier is not positive. From `init`: the tree has a label that the mapping
+            lacks, or the mapping one that the tree lacks.
 
     References:
         Hayou et al., LoRA+, arXiv:2402.12354, section 4, for the ratio of `B` to `A`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> optimizer = jlora.lora_optimizer(optax.sgd(0.1), lr_multipliers={"b": 16})
+        >>> gradient = jax.tree.map(jnp.ones_like, adapter)
+        >>> updates, _ = optimizer.update(gradient, optimizer.init(adapter), adapter)
+        >>> print(updates["w"].a[0, 0], updates["w"].b[0, 0])
+        -0.1 -1.6
     """
     mapping = transforms if isinstance(transforms, Mapping) else None
     for transform in mapping.values() if mapping is not None else (transforms,):
         if not isinstance(transform, optax.GradientTransformation):
             raise TypeError(
-                f"lora_optimizer got {transform!r}. Give an optax transformation, such as "
-                f"optax.adamw(1e-3), or a mapping from labels to such."
+                f"lora_optimizer: transforms must be an Optax transformation, such as "
+                f"optax.adamw(1e-3), or a mapping from labels to transformations, got "
+                f"{transform!r}."
             )
     if mapping is not None and lr_multipliers is not None:
         raise TypeError(
-            "lora_optimizer got ratios and a mapping. Give one transformation with ratios, or a "
-            "mapping whose learning rates have them."
+            "lora_optimizer got lr_multipliers and a mapping. Pass one transformation with "
+            "lr_multipliers, or a mapping whose learning rates include them."
         )
-    for label, ratio in (lr_multipliers or {}).items():
-        if not ratio > 0:
+    for label, multiplier in (lr_multipliers or {}).items():
+        if not multiplier > 0:
             raise ValueError(
-                f"ratios[{label!r}]={ratio!r} is no multiple of a learning rate. Use a positive "
-                f"number, such as 16."
+                f"lr_multipliers[{label!r}] must be positive, got {multiplier!r}. Use, for "
+                f"example, 16."
             )
 
     def build(params: PyTree) -> optax.GradientTransformationExtraArgs:
-        of_tree = param_labels(params)
-        present = set(jax.tree.leaves(of_tree))
-        trained = sorted(present - {FROZEN})
+        labels = param_labels(params)
+        present = set(jax.tree.leaves(labels))
+        trainable = sorted(present - {FROZEN})
         missing = sorted(set(lr_multipliers or {}) - present)
         if missing:
             raise ValueError(
-                f"lora_optimizer has ratios for {missing}, but the tree's labels are {trained}. "
-                f"Leave them out."
+                f"lr_multipliers must name labels of the tree, which are {trainable}, got "
+                f"{missing}. Remove them."
             )
         if mapping is None:
-            chosen: dict[Any, Any] = {_TRAINABLE: transforms, FROZEN: optax.set_to_zero()}
+            by_label: dict[Any, Any] = {_TRAINABLE: transforms, FROZEN: optax.set_to_zero()}
             return optax.multi_transform(
-                chosen, jax.tree.map(lambda one: FROZEN if one == FROZEN else _TRAINABLE, of_tree)
+                by_label,
+                jax.tree.map(lambda label: FROZEN if label == FROZEN else _TRAINABLE, labels),
             )
         unknown = sorted(present - {FROZEN} - set(mapping))
         unused = sorted(set(mapping) - present)
         if unknown or unused:
             raise ValueError(
                 f"lora_optimizer has transformations for {sorted(mapping)}, but the tree's labels "
-                f"are {trained}. Give exactly one for each of those; 'full' is for arrays outside "
-                f"any adapter and outside 'base'."
+                f"are {trainable}. Pass exactly one for each of those; 'full' is for arrays "
+                f"outside any adapter and outside 'base'."
             )
-        return optax.multi_transform({FROZEN: optax.set_to_zero(), **mapping}, of_tree)
+        return optax.multi_transform({FROZEN: optax.set_to_zero(), **mapping}, labels)
 
     def init(params: PyTree) -> optax.OptState:
         return build(params).init(params)
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree = None, **extra: Any) -> Any:
-        of_tree = param_labels(updates)
+        labels = param_labels(updates)
         updates, state = build(updates).update(updates, state, params, **extra)
-        multiples = dict(lr_multipliers or {})
-        if multiples:
-            scale = lambda label, step: step * multiples.get(label, 1)  # noqa: E731
-            updates = jax.tree.map(scale, of_tree, updates)
+        multipliers = dict(lr_multipliers or {})
+        if multipliers:
+            scale = lambda label, step: step * multipliers.get(label, 1)  # noqa: E731
+            updates = jax.tree.map(scale, labels, updates)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -126,24 +149,43 @@ def lora_optimizer(
 def partition(
     adapter: PyTree, is_trainable: Callable[[str], bool] = lambda label: label != FROZEN
 ) -> tuple[PyTree, PyTree]:
-    """The adapter as two trees, `(trained, rest)`, each with None where the other has an array.
+    """Splits a tree in two, `(trainable, rest)`, each with None where the other has an array.
 
     Args:
         adapter: Any tree that `jlora.param_labels` takes.
-        is_trainable: Whether arrays of a label belong to the first tree; by default all that the
-            family trains.
+        is_trainable: Predicate of labels that go to the first tree. Default: all labels that the
+            method trains.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRAFA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> trainable, rest = jlora.partition(adapter)
+        >>> trainable["w"].a is None, rest["w"].b is None
+        (True, True)
+        >>> jlora.combine(trainable, rest)["w"].a.shape
+        (6, 2)
     """
-    of_tree = param_labels(adapter)
-    first = jax.tree.map(lambda label, x: x if is_trainable(label) else None, of_tree, adapter)
-    second = jax.tree.map(lambda label, x: None if is_trainable(label) else x, of_tree, adapter)
-    return first, second
+    labels = param_labels(adapter)
+    trainable = jax.tree.map(lambda label, x: x if is_trainable(label) else None, labels, adapter)
+    rest = jax.tree.map(lambda label, x: None if is_trainable(label) else x, labels, adapter)
+    return trainable, rest
 
 
 def combine(*parts: PyTree) -> PyTree:
-    """The tree whose every array comes from the one part that has it.
+    """Inverse of `partition`: takes every array from the one part that has it.
+
+    Args:
+        *parts: Trees of the same structure, with None for the arrays of other parts.
 
     Raises:
-        ValueError: When two parts have an array in one place, or none has.
+        ValueError: Two parts have an array in the same place, or none has.
+
+    Example:
+        >>> import jlora
+        >>> jlora.combine({"a": 1.0, "b": None}, {"a": None, "b": 2.0})
+        {'a': 1.0, 'b': 2.0}
     """
 
     def choose(path: Any, *values: Any) -> Any:
@@ -159,10 +201,10 @@ def combine(*parts: PyTree) -> PyTree:
             }
             return dataclasses.replace(present[0], **fields)
         if len(present) != 1:
-            where = jax.tree_util.keystr(path)
             raise ValueError(
-                f"{len(present)} of the {len(values)} parts have an array at {where}. Combine the "
-                f"two trees of one partition."
+                f"Exactly one part must have an array at {jax.tree_util.keystr(path)}, got "
+                f"{len(present)} of the {len(values)} parts. Combine the two trees of one "
+                f"partition."
             )
         return present[0]
 

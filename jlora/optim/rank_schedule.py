@@ -1,4 +1,4 @@
-"""Training that starts with a high rank and ends with a low one."""
+"""Rank schedules: training that starts with a high LoRA rank and ends with a low one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jlora.adapters.lora import LoRALeaf
 
 
 class RankScheduleState(NamedTuple):
-    """What `rank_schedule` remembers.
+    """State of `rank_schedule`.
 
     Attributes:
-        step: How many steps were made.
-        rank: To which the factors were cut last; that of the arrays before.
-        inner: The optimizer's own state.
+        step: Number of steps taken.
+        rank: Rank of the last cut; before the first cut, the rank of the arrays.
+        inner: State of the wrapped optimizer.
     """
 
     step: jax.Array
@@ -42,129 +42,160 @@ def rank_schedule(
     end_step: int,
     interval: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, after some of whose steps plain LoRA's factors are cut to a lower rank.
+    """Wraps an optimizer and cuts the factors of plain LoRA to lower ranks on a schedule.
 
-    The rank falls in a line from `init_rank` at step `begin_step` to `end_rank` at step `end_step`, rounded up. Where
-    it falls, each pair is replaced by the best approximation of that rank to what the optimizer's
-    own step makes of it, with factors of equal size, and zeros where ranks were, so that shapes
-    stay. Two factors of zero have no gradient, and stay zero. All other steps are the optimizer's.
+    The rank falls linearly from `init_rank` at step `begin_step` to `end_rank` at step `end_step`,
+    rounded up. At a cut, each pair of factors is replaced by the best approximation of that rank to
+    the product after the optimizer's own step, with factors of equal size. The removed ranks become
+    zeros, so that shapes stay. Two factors of zero have no gradient, and stay zero. All other steps
+    are those of the optimizer.
 
-    After a cut the optimizer starts anew, for moments belong to factors that are gone: whatever
-    part of its state remembers gradients is as `init` makes it, counts for bias correction
-    included. Schedules of the learning rate go on; those inside `optax.MultiSteps`, whose whole
-    state is one memory of gradients, do not: put that around what this returns.
+    After a cut the optimizer restarts, since its moments belong to factors that are gone: every
+    part of its state that accumulates gradients is reset to its `init`, including counts for bias
+    correction. Learning-rate schedules continue, except inside `optax.MultiSteps`, whose entire
+    state accumulates gradients: put that around the result of this function.
 
-    `trim_zero_ranks` leaves out the zeros in the end. Alternatives: `jlora.AdaLoRA` with
-    `jlora.adalora_rank_allocator`, which weighs directions of all weights against each other; `jlora.SoRA`
-    with `jlora.soft_threshold`, which learns ranks by a penalty; `jlora.DyLoRA` with
-    `jlora.truncate_rank`, whose every rank is trained.
+    `trim_zero_ranks` removes the zeros at the end. Alternatives: `jlora.AdaLoRA` with
+    `jlora.adalora_rank_allocator`, which compares directions of all weights; `jlora.SoRA` with
+    `jlora.soft_threshold`, which learns ranks by a penalty; `jlora.DyLoRA` with
+    `jlora.truncate_rank`, which trains every rank.
 
     Args:
-        optimizer: Any optax transformation, `jlora.lora_optimizer` too. Weights of other families
-            and arrays of no adapter are stepped as ever.
-        init_rank: The rank at `begin_step`, no higher than that of the arrays.
-        end_rank: The rank from `end_step` on.
-        begin_step: The step of the first cut, counted from 1; where `init_rank` is the arrays' rank nothing
-            is cut there.
-        end_step: The step of the last cut.
-        interval: Steps between two cuts.
+        optimizer: Any Optax transformation, including `jlora.lora_optimizer`. Adapters of other
+            methods and arrays outside adapters are updated as without the schedule.
+        init_rank: Rank at `begin_step`, at most the rank of the arrays.
+        end_rank: Rank from `end_step` on.
+        begin_step: Step of the first cut, counted from 1. Where `init_rank` is the rank of the
+            arrays, nothing is cut there.
+        end_step: Step of the last cut.
+        interval: Number of steps between two cuts.
+
+    Returns:
+        A transformation whose `update` needs `params`.
 
     Raises:
-        ValueError: When the numbers do not fit each other, and from `init`, when the tree has no
-            plain LoRA leaf or none of a rank as high as `init_rank`.
+        TypeError: A rank is not an integer.
+        ValueError: The options are out of range or contradict each other. From `init`: the tree has
+            no plain LoRA leaf, or none of a rank as high as `init_rank`.
 
     References:
-        Eckart and Young, for the best approximation. Lialin et al., ReLoRA, arXiv:2307.05695, for
-        starting the optimizer anew where factors are replaced.
+        Eckart and Young, The approximation of one matrix by another of lower rank, 1936, for the
+        best approximation. Lialin et al., ReLoRA, arXiv:2307.05695, for the reset of the optimizer
+        where factors are replaced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=4, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> optimizer = jlora.optim.rank_schedule(
+        ...     optax.adam(1e-3), init_rank=4, end_rank=1, begin_step=10, end_step=100, interval=10
+        ... )
+        >>> int(optimizer.init(adapter).rank)
+        4
     """
     _check_rank_schedule(init_rank, end_rank, begin_step, end_step, interval)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> RankScheduleState:
-        largest = max((leaf.rank for leaf in _get_plain_lora_leaves(params)), default=0)
-        if not largest:
-            raise ValueError("shrinking found no plain LoRA leaf. Give rules with jlora.LoRA.")
-        if init_rank > largest:
+        max_rank = max((leaf.rank for leaf in _get_plain_lora_leaves(params)), default=0)
+        if not max_rank:
             raise ValueError(
-                f"first={init_rank} exceeds the adapter's highest rank of {largest}. Start with a "
-                f"higher rank, or from a lower first."
+                "rank_schedule needs a plain LoRA leaf, got none. Use rules with jlora.LoRA."
             )
-        return RankScheduleState(jnp.int32(0), jnp.int32(largest), inner.init(params))
+        if init_rank > max_rank:
+            raise ValueError(
+                f"init_rank={init_rank} must be at most the adapter's highest rank, got "
+                f"{max_rank}. Start the adapter with a higher rank, or the schedule with a lower "
+                f"one."
+            )
+        return RankScheduleState(jnp.int32(0), jnp.int32(max_rank), inner.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Any:
         if params is None:
-            raise ValueError("shrinking needs params: call update(updates, state, params).")
+            raise ValueError("rank_schedule needs params: call update(updates, state, params).")
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         step = state.step + 1
-        rank = scheduled(step)
-        due = (step >= begin_step) & (step <= end_step) & (rank < state.rank)
-        due &= ((step - begin_step) % interval == 0) | (step == end_step)
+        rank = scheduled_rank(step)
+        cuts = (step >= begin_step) & (step <= end_step) & (rank < state.rank)
+        cuts &= ((step - begin_step) % interval == 0) | (step == end_step)
 
         def cut(updates: PyTree, inner_state: Any) -> tuple[PyTree, Any]:
-            moved = _project_updates_to_rank(updates, params, rank)
-            fresh = inner.init(optax.apply_updates(params, moved))
-            return moved, _reset_optimizer_moments(inner_state, fresh, params)
+            projected = _project_updates_to_rank(updates, params, rank)
+            init_state = inner.init(optax.apply_updates(params, projected))
+            return projected, _reset_optimizer_moments(inner_state, init_state, params)
 
-        updates, inner_state = lax.cond(due, cut, lambda *kept: kept, updates, inner_state)
-        return updates, RankScheduleState(step, jnp.where(due, rank, state.rank), inner_state)
-
-    def scheduled(step: jax.Array) -> jax.Array:
-        left = jnp.clip(end_step - step, 0, end_step - begin_step)
-        # In whole numbers, rounded up: a float may fall just short of one.
-        return (end_rank + -((end_rank - init_rank) * left // (end_step - begin_step))).astype(
-            jnp.int32
+        updates, inner_state = lax.cond(
+            cuts, cut, lambda *unchanged: unchanged, updates, inner_state
         )
+        return updates, RankScheduleState(step, jnp.where(cuts, rank, state.rank), inner_state)
+
+    def scheduled_rank(step: jax.Array) -> jax.Array:
+        remaining = jnp.clip(end_step - step, 0, end_step - begin_step)
+        # Integer arithmetic, rounded up: a float may fall just short of an integer.
+        decrease = (end_rank - init_rank) * remaining // (end_step - begin_step)
+        return (end_rank + -decrease).astype(jnp.int32)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def trim_zero_ranks(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter without ranks whose two factors are zero: it computes the same with less.
+    """Removes ranks whose two factors are zero; the smaller adapter computes the same.
 
-    Every weight gets its own rank, a stack of layers the largest of its layers'. A weight with none
-    left is left out.
+    Every weight gets its own rank; a stack of layers gets the largest rank of its layers. A weight
+    without any rank left is removed from the adapter.
 
     Args:
-        adapter: With plain LoRA leaves, as concrete arrays; all others stay as they are.
+        adapter: Adapter with plain LoRA leaves, as concrete arrays; leaves of other methods stay as
+            they are.
 
     Raises:
-        ValueError: When there is no plain LoRA leaf, or one that is not finite.
+        ValueError: The adapter has no plain LoRA leaf, or one that is not finite.
+
+    Example:
+        >>> import dataclasses, jax, jax.numpy as jnp, jlora
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=4, alpha=4))
+        >>> leaf = lora.init(jax.random.key(0), params, x)["w"]  # B is zero.
+        >>> leaf = dataclasses.replace(leaf, a=leaf.a.at[:, 1:].set(0))
+        >>> jlora.optim.trim_zero_ranks({"w": leaf})["w"].a.shape
+        (6, 1)
     """
-    result = dict(adapter)
+    trimmed = dict(adapter)
     leaves = {
         path: leaf for path, leaf in check_adapter(adapter).items() if _is_plain_lora_leaf(leaf)
     }
     if not leaves:
         raise ValueError(
-            "trimmed found no plain LoRA leaf. Use jlora.prune_ranks for AdaLoRA and SoRA, "
-            "jlora.truncate_rank for DyLoRA, and jlora.to_lora for any other."
+            "trim_zero_ranks needs a plain LoRA leaf, got none. Use jlora.prune_ranks for AdaLoRA "
+            "and SoRA, jlora.truncate_rank for DyLoRA, and jlora.to_lora for any other method."
         )
     for path, leaf in leaves.items():
         a, b = (np.asarray(factor) for factor in low_rank.factor_matrices(leaf))
         if not np.isfinite(a).all() or not np.isfinite(b).all():
             raise ValueError(
-                f"The adapter on {path!r} holds NaN or infinite numbers. Go back to a checkpoint "
+                f"The adapter on {path!r} holds NaN or infinite values. Go back to a checkpoint "
                 f"from before the training diverged."
             )
-        used = (a != 0).any(axis=1) | (b != 0).any(axis=2)  # (batch, rank)
-        rank = int(used.sum(axis=1).max())
+        nonzero = (a != 0).any(axis=1) | (b != 0).any(axis=2)  # (batch, rank)
+        rank = int(nonzero.sum(axis=1).max())
         if rank == 0:
-            del result[path]
+            del trimmed[path]
         elif rank < leaf.rank:
-            result[path] = _select_leaf_ranks(
-                leaf, np.argsort(~used, axis=1, kind="stable")[:, :rank]
+            trimmed[path] = _select_leaf_ranks(
+                leaf, np.argsort(~nonzero, axis=1, kind="stable")[:, :rank]
             )
-    return result
+    return trimmed
 
 
 def _select_leaf_ranks(leaf: LoRALeaf, ranks: np.ndarray) -> LoRALeaf:
-    """The leaf with these of its ranks, (batch, rank), at the same scale."""
+    """Returns the leaf with the ranks of these indices, (batch, rank), at the same scale."""
     batch, inputs, outputs = leaf.axis_sizes
     count, rank = ranks.shape
     a = np.asarray(leaf.a).reshape(count, -1, leaf.rank)
     b = np.asarray(leaf.b).reshape(count, leaf.rank, -1)
-    a = np.take_along_axis(a, ranks[:, None, :], axis=2)
-    b = np.take_along_axis(b, ranks[:, :, None], axis=1)
+    a = np.take_along_axis(a, ranks[:, None, :], axis=2)  # (batch, fan_in, rank)
+    b = np.take_along_axis(b, ranks[:, :, None], axis=1)  # (batch, rank, fan_out)
     return dataclasses.replace(
         leaf,
         a=jnp.asarray(a.reshape(*batch, *inputs, rank)),
@@ -186,55 +217,58 @@ def _get_plain_lora_leaves(tree: PyTree) -> list[LoRALeaf]:
     for leaf in leaves:
         if not all(hasattr(factor, "shape") for factor in (leaf.a, leaf.b)):
             raise ValueError(
-                "shrinking needs both factors of every LoRA leaf, and some were masked or left "
-                "out. Put it around the whole optimizer: shrinking(lora_optimizer(...), ...)."
+                "rank_schedule needs both factors of every LoRA leaf, but some are masked or left "
+                "out. Put it around the complete optimizer: "
+                "rank_schedule(lora_optimizer(...), ...)."
             )
     return leaves
 
 
 def _project_updates_to_rank(updates: PyTree, params: PyTree, rank: jax.Array) -> PyTree:
-    """The updates after which each pair is the best approximation of the rank to what it would
-    have become.
+    """Returns updates after which each pair of factors has at most a rank.
+
+    The product of the pair is the best approximation of that rank to the product that the given
+    updates would lead to.
     """
 
-    def one(update: Any, leaf: Any) -> Any:
+    def project(update: Any, leaf: Any) -> Any:
         if not _is_plain_lora_leaf(leaf):
             return update
-        became: Any = optax.apply_updates(leaf, update)  # type: ignore[arg-type]
-        a, b = _best_rank_approximation(became, rank)
-        # A pair that has no more ranks than that stays as the optimizer's step makes it.
-        lower = rank < leaf.rank
+        updated: Any = optax.apply_updates(leaf, update)  # type: ignore[arg-type]
+        a, b = _best_rank_approximation(updated, rank)
+        # A pair of no higher rank keeps the optimizer's step.
+        is_lower = rank < leaf.rank
         return dataclasses.replace(
             update,
-            a=jnp.where(lower, (a - leaf.a).astype(update.a.dtype), update.a),
-            b=jnp.where(lower, (b - leaf.b).astype(update.b.dtype), update.b),
+            a=jnp.where(is_lower, (a - leaf.a).astype(update.a.dtype), update.a),
+            b=jnp.where(is_lower, (b - leaf.b).astype(update.b.dtype), update.b),
         )
 
-    return jax.tree.map(one, updates, params, is_leaf=is_adapter_node)
+    return jax.tree.map(project, updates, params, is_leaf=is_adapter_node)
 
 
 def _best_rank_approximation(leaf: LoRALeaf, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factors of the best approximation of `A B`, shaped and typed like the leaf's."""
+    """Returns factors of the best approximation of `A B`, with the leaf's shapes and dtypes."""
     exact = lax.Precision.HIGHEST
     a, b = low_rank.factor_matrices(leaf)
-    left, inner_a = jnp.linalg.qr(a)
-    right, inner_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    core = jnp.matmul(inner_a, jnp.swapaxes(inner_b, -1, -2), precision=exact)
+    q_a, r_a = jnp.linalg.qr(a)  # A = Q_a R_a
+    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))  # B^T = Q_b R_b
+    core = jnp.matmul(r_a, jnp.swapaxes(r_b, -1, -2), precision=exact)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     root = jnp.where(jnp.arange(s.shape[-1]) < rank, jnp.sqrt(s), 0)
-    a = jnp.matmul(left, u * root[..., None, :], precision=exact)
-    b = jnp.matmul(root[..., :, None] * vt, jnp.swapaxes(right, -1, -2), precision=exact)
+    a = jnp.matmul(q_a, u * root[..., None, :], precision=exact)
+    b = jnp.matmul(root[..., :, None] * vt, jnp.swapaxes(q_b, -1, -2), precision=exact)
     # A narrow weight has fewer directions than the pair has ranks.
     missing = leaf.rank - s.shape[-1]
     a = jnp.pad(a, ((0, 0), (0, 0), (0, missing)))
     b = jnp.pad(b, ((0, 0), (0, missing), (0, 0)))
-    return a.reshape(leaf.a.shape).astype(leaf.a.dtype), b.reshape(leaf.b.shape).astype(
-        leaf.b.dtype
-    )
+    a = a.reshape(leaf.a.shape).astype(leaf.a.dtype)
+    b = b.reshape(leaf.b.shape).astype(leaf.b.dtype)
+    return a, b
 
 
 def _reset_optimizer_moments(state: Any, init_state: Any, params: PyTree) -> Any:
-    """The state, with those of its parts fresh that hold something for each of the params."""
+    """Returns the state with all parts that hold trees like params reset to `init_state`."""
     if _has_param_like_state(state, params):
         return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), init_state, state)
     if isinstance(state, Mapping):
@@ -250,7 +284,7 @@ def _reset_optimizer_moments(state: Any, init_state: Any, params: PyTree) -> Any
 
 
 def _has_param_like_state(state: Any, params: PyTree) -> bool:
-    """Whether a state is that of a transformation which keeps trees like params."""
+    """Returns whether a state is that of one transformation with fields that look like params."""
     if not isinstance(state, tuple) or not hasattr(state, "_fields"):
         return False
 
@@ -265,14 +299,16 @@ def _has_param_like_state(state: Any, params: PyTree) -> bool:
 def _check_rank_schedule(
     init_rank: int, end_rank: int, begin_step: int, end_step: int, interval: int
 ) -> None:
-    for name, rank in (("first", init_rank), ("last", end_rank)):
-        _validation.check_rank(f"shrinking: {name}", rank)
-    _validation.check_positive_int("shrinking: interval", interval)
+    for name, rank in (("init_rank", init_rank), ("end_rank", end_rank)):
+        _validation.check_rank(f"rank_schedule: {name}", rank)
+    _validation.check_positive_int("rank_schedule: interval", interval)
     if end_rank > init_rank:
         raise ValueError(
-            f"last={end_rank} exceeds first={init_rank}, and ranks only fall. Swap them."
+            f"end_rank={end_rank} must be at most init_rank={init_rank}, since ranks only fall. "
+            f"Swap them."
         )
     if not 0 <= begin_step < end_step:
         raise ValueError(
-            f"begin={begin_step} and end={end_step} leave no step to cut at. Give 0 <= begin < end."
+            f"begin_step={begin_step} and end_step={end_step} must satisfy 0 <= begin_step < "
+            f"end_step, so that there is a step to cut at."
         )

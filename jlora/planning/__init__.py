@@ -1,4 +1,4 @@
-"""Memory, FLOPs and time of a training step on devices that are not attached."""
+"""Plans: memory, FLOPs and time of a training step on TPUs that are not attached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step needs on each chip, read from the program that was compiled for it."""
+"""Memory, FLOPs and traffic of a compiled training step on each chip."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from jlora.planning import hlo_cost
 
 
 class StepMemory(NamedTuple):
-    """Bytes of HBM per chip, at the time of a step when most are held.
+    """Peak memory of a step, in bytes of HBM per chip.
 
     Attributes:
-        arguments: What the step is called with, by group: weights, adapter, and so on.
-        padding: What the layouts of the arguments add to that.
-        outputs: What the step returns, without what takes the place of an argument.
-        temporaries: All else that it holds: activations, gathered weights, gradients.
-        program: The program itself.
-        host: Bytes of the host's memory that a chip's arguments take; they are not in the others.
+        arguments: Arguments of the step by group, such as "weights" and "adapter".
+        padding: Padding of the arguments' layouts.
+        outputs: Results of the step, without those that reuse the memory of an argument.
+        temporaries: Activations, gathered weights and gradients.
+        program: The program.
+        host: Bytes of host memory for the arguments of a chip, which the other fields exclude.
+
+    Example:
+        >>> StepMemory({"weights": 8, "adapter": 2}, 0, 0, temporaries=5, program=1).peak
+        16
     """
 
     arguments: dict[str, int]
@@ -35,19 +39,26 @@ class StepMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        held = sum(self.arguments.values())
-        return held + self.padding + self.outputs + self.temporaries + self.program
+        """The sum of all HBM of a chip."""
+        arguments = sum(self.arguments.values())
+        return arguments + self.padding + self.outputs + self.temporaries + self.program
 
 
 class StepCost(NamedTuple):
-    """What one step of a compiled program does on each chip.
+    """Cost of one step of a compiled program on each chip.
 
     Attributes:
-        memory: What it holds.
-        flops: Of its matrix products and kernels that say theirs, as often as loops run them.
-        hbm_bytes: What it reads from and writes to HBM.
-        collectives: What chips exchange, by kind.
-        unknown_loops: How many loops were counted once, as their lengths are not in the program.
+        memory: Peak memory.
+        flops: FLOPs of matrix products and known kernels; each counts as often as it is executed.
+        hbm_bytes: Bytes that are read from and written to HBM.
+        collectives: Communication between chips by kind.
+        unknown_loops: Number of loops of unknown length, whose bodies count once.
+
+    Example:
+        >>> memory = StepMemory({}, 0, 0, 0, 0)
+        >>> sent = hlo_cost.CollectiveStats("all-reduce", executions=3, sent_bytes=64)
+        >>> StepCost(memory, 10, 20, (sent,), 0).ici_bytes
+        64
     """
 
     memory: StepMemory
@@ -58,83 +69,106 @@ class StepCost(NamedTuple):
 
     @property
     def ici_bytes(self) -> int:
-        """What one chip sends to others."""
+        """The bytes that one chip sends to others."""
         return sum(collective.sent_bytes for collective in self.collectives)
 
 
 class DoesNotFitError(ValueError):
-    """The compiler found that a step needs more memory than a chip has.
+    """A step needs more memory than a chip has.
 
     Attributes:
-        memory: What it needs.
-        available_bytes: What the chip has.
+        memory: Memory of the step.
+        available_bytes: Memory of the chip in bytes.
+
+    Example:
+        >>> memory = StepMemory({"weights": 3 * 2**30}, 0, 0, 2**30, 0)
+        >>> str(DoesNotFitError(memory, 2**31)).partition(":")[0]
+        'The step needs 4.00 GiB per chip, but 2.00 GiB are available'
     """
 
     def __init__(self, memory: StepMemory, available_bytes: int) -> None:
         self.memory, self.available_bytes = memory, available_bytes
-        held = ", ".join(f"{name} {format_gib(size)}" for name, size in memory.arguments.items())
+        arguments = (f"{name} {format_gib(size)}" for name, size in memory.arguments.items())
         super().__init__(
-            f"The step needs {format_gib(memory.peak)} per chip, which has {format_gib(available_bytes)}: {held}, and "
-            f"{format_gib(memory.temporaries)} for activations, gathered weights and gradients. "
-            f"`jlora.planning.roofline.advice` says what would make it fit."
+            f"The step needs {format_gib(memory.peak)} per chip, but {format_gib(available_bytes)} "
+            f"are available: {', '.join(arguments)}, and {format_gib(memory.temporaries)} for "
+            f"activations, gathered weights and gradients. "
+            f"`jlora.planning.suggest_plan_changes` lists changes that make it fit."
         )
 
 
 def format_gib(size: float) -> str:
-    """Bytes in words."""
+    """Returns a number of bytes as text in GiB."""
     return f"{size / 2**30:.2f} GiB"
 
 
 def compile_step(lowered: Any, groups: Mapping[str, Any]) -> Any:
-    """The compiled step.
+    """Compiles a lowered step.
 
     Args:
-        lowered: What `jax.jit(step).lower(...)` returned.
-        groups: By name, the trees of shapes, with shardings, that it was lowered for.
+        lowered: Result of `jax.jit(step).lower(...)`.
+        groups: Arguments of the step by group, as trees of shapes with shardings.
+
+    Returns:
+        The compiled step.
 
     Raises:
-        DoesNotFit: A chip has too little memory.
+        DoesNotFitError: A chip has too little memory.
+
+    Example:
+        >>> x = jax.ShapeDtypeStruct((4, 4), "float32")
+        >>> compiled = compile_step(jax.jit(lambda x: x @ x).lower(x), {"batch": x})
+        >>> compute_step_cost(compiled, {"batch": x}).memory.arguments
+        {'batch': 64}
     """
     try:
         return lowered.compile()
     except JaxRuntimeError as error:
-        found = _parse_oom_message(str(error))
-        if found is None:
+        sizes = _parse_oom_message(str(error))
+        if sizes is None:
             raise
-        held = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
-        needed, available, temporaries_only = found
-        temporaries = needed if temporaries_only else max(0, needed - sum(held.values()))
+        arguments = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
+        needed, available, temporaries_only = sizes
+        temporaries = needed if temporaries_only else max(0, needed - sum(arguments.values()))
         host = bytes_on_host(list(groups.values()))
-        raise DoesNotFitError(StepMemory(held, 0, 0, temporaries, 0, host), available) from error
+        memory = StepMemory(arguments, 0, 0, temporaries, 0, host)
+        raise DoesNotFitError(memory, available) from error
 
 
 _SIZE_PATTERN = r"([\d.]+)([KMGT]?)"
 
 
 def _parse_oom_message(message: str) -> tuple[int, int, bool] | None:
-    """Bytes needed and available, and whether the first are the temporaries alone."""
+    """Returns bytes needed and available, and whether the needed ones are only temporaries.
+
+    None if the message is not about memory.
+    """
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    for pattern, only in (
+    for pattern, temporaries_only in (
         (rf"HLO temporaries \({_SIZE_PATTERN}\) exceeds available HBM \({_SIZE_PATTERN}\)", True),
         (rf"Used {_SIZE_PATTERN} of {_SIZE_PATTERN} hbm", False),
     ):
-        found = re.search(pattern, message)
-        if found:
-            sizes = [
-                round(float(found[place]) * 1024 ** ("KMGT".find(found[place + 1]) + 1))
-                if found[place + 1]
-                else round(float(found[place]))
-                for place in (1, 3)
-            ]
-            return sizes[0], sizes[1], only
+        match = re.search(pattern, message)
+        if match:
+            needed, needed_unit, available, available_unit = match.groups()
+            return (
+                _parse_size(needed, needed_unit),
+                _parse_size(available, available_unit),
+                temporaries_only,
+            )
     return None
 
 
-def bytes_per_chip(arrays: Any) -> int:
-    """Bytes that each chip holds of a tree of arrays or shapes, by their shardings.
+def _parse_size(number: str, unit: str) -> int:
+    """Returns the bytes of a size such as 15.75 and "G"; the unit may be empty."""
+    return round(float(number) * 1024 ** ("KMGT".find(unit) + 1 if unit else 0))
 
-    What the host holds for it does not count.
+
+def bytes_per_chip(arrays: Any) -> int:
+    """Returns the bytes of a tree of arrays or shapes on each chip, by their shardings.
+
+    Arrays in host memory do not count.
     """
     return sum(
         _shard_bytes(array) for array in jax.tree.leaves(arrays) if not _is_array_on_host(array)
@@ -142,7 +176,7 @@ def bytes_per_chip(arrays: Any) -> int:
 
 
 def bytes_on_host(arrays: Any) -> int:
-    """Bytes that the host holds for each chip of a tree of arrays or shapes."""
+    """Returns the bytes of host memory for each chip of a tree of arrays or shapes."""
     return sum(_shard_bytes(array) for array in jax.tree.leaves(arrays) if _is_array_on_host(array))
 
 
@@ -158,34 +192,40 @@ def _is_array_on_host(array: Any) -> bool:
 
 
 def compute_step_cost(compiled: Any, groups: Mapping[str, Any]) -> StepCost:
-    """What one step does on each chip.
+    """Returns the cost of one step on each chip.
 
     Args:
-        compiled: What `compile_step` returned.
-        groups: As there.
+        compiled: Result of `compile_step`.
+        groups: Arguments of the step by group, as for `compile_step`.
 
     Raises:
-        RuntimeError: The program is written in a way that this release of JAX cannot read.
+        RuntimeError: The installed release of JAX cannot read the program.
+
+    Example:
+        >>> x = jax.ShapeDtypeStruct((4, 6), "float32")
+        >>> compiled = compile_step(jax.jit(lambda x: x @ x.T).lower(x), {"batch": x})
+        >>> compute_step_cost(compiled, {"batch": x}).flops == 2 * 4 * 6 * 4
+        True
     """
     stats = compiled.memory_analysis()
-    held = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
+    arguments = {name: bytes_per_chip(arrays) for name, arrays in groups.items()}
     try:
         program = hlo_cost.parse_hlo(compiled.as_text())
     except JaxRuntimeError as error:
         raise RuntimeError(
-            f"The program that was compiled cannot be read by jax {jax.__version__}. Install the "
-            f"libtpu that was released with it: `pip install 'jlora[plan]'`."
+            f"jax {jax.__version__} cannot read the compiled program. Install the matching "
+            f"libtpu: `pip install 'jlora[plan]'`."
         ) from error
     runs = list(hlo_cost.iter_executed_instructions(program))
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # The peak is over all memories, and what lies in the host's is held throughout.
+    # The peak is over all memories, and arguments in host memory are part of it throughout.
     peak = stats.peak_memory_in_bytes - stats.host_argument_size_in_bytes
     return StepCost(
         memory=StepMemory(
-            arguments=held,
-            padding=stats.argument_size_in_bytes - sum(held.values()),
+            arguments=arguments,
+            padding=stats.argument_size_in_bytes - sum(arguments.values()),
             outputs=outputs,
-            # Its own count of temporaries is of what is reserved, not of what is held at once.
+            # XLA's own count of temporaries is that of reserved memory, not of the peak.
             temporaries=peak - stats.argument_size_in_bytes - outputs,
             program=stats.generated_code_size_in_bytes,
             host=bytes_on_host(list(groups.values())),

@@ -1,11 +1,11 @@
-"""What a compiled program does, counted from its text: products, memory traffic, collectives.
+"""Cost of a compiled program, counted in its HLO text: FLOPs, memory traffic, collectives.
 
-XLA's own cost analysis counts the body of a loop once, so a scan over 80 layers looks like one.
-Here every instruction counts as often as its loops run it.
+XLA's own cost analysis counts the body of a loop once, so a scan over 80 layers counts as one.
+Here every instruction counts as often as it is executed.
 
 References:
-    XLA's `HloCostAnalysis` (xla/service/hlo_cost_analysis.cc), whose count of a convolution's
-    multiplications this follows: on a TPU every matrix product is a convolution.
+    XLA's `HloCostAnalysis` (xla/service/hlo_cost_analysis.cc), for the count of multiplications in
+    a convolution: on a TPU every matrix product is a convolution.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLLECTIVE_OPCODES = (
 
 _DTYPE_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 
-# What moves no data, or whose data other instructions move.
+# Instructions without traffic of their own.
 _ZERO_TRAFFIC_OPCODES = {
     "after-all",
     "bitcast",
@@ -45,11 +45,11 @@ _ZERO_TRAFFIC_OPCODES = {
 
 
 class HloShape(NamedTuple):
-    """An array in the program.
+    """Shape of an array in the program.
 
     Attributes:
-        dtype: XLA's name of it.
-        dims: Its lengths.
+        dtype: XLA's name of the dtype.
+        dims: Lengths of the axes.
         is_on_core: Whether it is in the memory of the core (VMEM, SMEM) rather than in HBM.
     """
 
@@ -59,40 +59,55 @@ class HloShape(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         digits = re.search(r"\d+", self.dtype)  # As in f32 and f8e4m3fn.
         bits = _DTYPE_BITS.get(self.dtype, int(digits[0]) if digits else 0)
         return -(-math.prod(self.dims) * bits // 8)
 
 
 class HloInstruction(NamedTuple):
-    """One line of a computation."""
+    """One instruction of a computation.
+
+    Attributes:
+        name: Name of the result.
+        opcode: Operation.
+        shapes: Shape of the result; several for a tuple.
+        operands: Names of the operands.
+        attributes: Text after the operands; of a constant or parameter, its value before that.
+        is_root: Whether it is the result of the computation.
+    """
 
     name: str
     opcode: str
-    shapes: tuple[HloShape, ...]  # Of what it returns; several for a tuple.
+    shapes: tuple[HloShape, ...]
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
 
     @property
     def called_computations(self) -> tuple[str, ...]:
-        """The computations that it runs once."""
+        """The computations that one execution of it executes once."""
         if self.opcode == "while" or ("to_apply=" in self.attributes and self.opcode != "call"):
-            return ()  # What is applied to single numbers is no work of its own.
-        found = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.attributes)
-        listed = re.findall(
+            return ()  # A function that is applied to single elements is not counted.
+        called = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.attributes)
+        lists = re.findall(
             r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes
         )
-        both = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
-        names = [name.strip().lstrip("%") for group in listed for name in group.split(",")]
-        return (*found, *names, *both)
+        branches = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
+        names = [name.strip().lstrip("%") for group in lists for name in group.split(",")]
+        return (*called, *names, *branches)
 
 
 HloComputation = dict[str, HloInstruction]
 
 
 class HloModule(NamedTuple):
-    """The computations of a module by name, and which of them is its entry."""
+    """A module.
+
+    Attributes:
+        computations: Computations by name.
+        entry: Name of the entry computation.
+    """
 
     computations: dict[str, HloComputation]
     entry: str
@@ -106,7 +121,14 @@ _SHAPE_REGEX = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
 def parse_hlo(text: str) -> HloModule:
-    """The program of a module's text, `compiled.as_text()`."""
+    """Parses the text of a module.
+
+    Args:
+        text: Result of `compiled.as_text()`.
+
+    Raises:
+        ValueError: The text is not an HLO module.
+    """
     computations: dict[str, HloComputation] = {}
     current: HloComputation = {}
     entry = ""
@@ -116,12 +138,14 @@ def parse_hlo(text: str) -> HloModule:
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
             continue
-        found = _INSTRUCTION_REGEX.match(line)
-        if found:
-            instruction = _parse_hlo_instruction(found[2], found[3], bool(found[1]))
+        match = _INSTRUCTION_REGEX.match(line)
+        if match:
+            instruction = _parse_hlo_instruction(match[2], match[3], bool(match[1]))
             current[instruction.name] = instruction
     if not entry:
-        raise ValueError("The text is no HLO module: it has no ENTRY. Give compiled.as_text().")
+        raise ValueError(
+            "The text must be an HLO module, but has no ENTRY. Use compiled.as_text()."
+        )
     return HloModule(computations, entry)
 
 
@@ -138,12 +162,12 @@ def _parse_hlo_instruction(name: str, rest: str, is_root: bool) -> HloInstructio
 
 
 def _split_at_closing_paren(text: str) -> tuple[str, str]:
-    """What is inside the parenthesis that the text starts with, and what is after it."""
+    """Returns the text inside the parenthesis at the start, and the text after it."""
     depth = 0
-    for place, letter in enumerate(text):
+    for position, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if not depth:
-            return text[1:place], text[place + 1 :]
+            return text[1:position], text[position + 1 :]
     raise ValueError(f"A parenthesis is not closed in {text[:80]!r}.")
 
 
@@ -152,28 +176,35 @@ def _parse_hlo_shapes(text: str) -> tuple[HloShape, ...]:
         return tuple(int(length.lstrip("<=")) for length in lengths.split(",") if length)
 
     return tuple(
-        HloShape(found[1], dims(found[2]), bool(re.search(r"S\([1-9]", found[3] or "")))
-        for found in _SHAPE_REGEX.finditer(text)
+        HloShape(match[1], dims(match[2]), bool(re.search(r"S\([1-9]", match[3] or "")))
+        for match in _SHAPE_REGEX.finditer(text)
     )
 
 
 class ExecutedInstruction(NamedTuple):
-    """An instruction, how often the program runs it, and where it stands."""
+    """An instruction with its number of executions and its context.
+
+    Attributes:
+        instruction: Instruction.
+        executions: Number of executions in one run of the program.
+        computation: Computation that has the instruction.
+        is_fused: Whether it is inside a fusion, and therefore without memory traffic.
+    """
 
     instruction: HloInstruction
     executions: int
     computation: HloComputation
-    is_fused: bool  # Whether it is inside a fusion, whose insides touch no memory.
+    is_fused: bool
 
 
 def iter_executed_instructions(
     module: HloModule, *, count_trips: bool = True
 ) -> Iterator[ExecutedInstruction]:
-    """Every instruction with how often it is run.
+    """Iterates over all instructions with their numbers of executions.
 
     Args:
-        module: The module.
-        count_trips: Whether the body of a loop counts as often as it is run, else once.
+        module: Parsed module.
+        count_trips: Whether the body of a loop counts once per iteration; False: once.
     """
 
     def visit(name: str, times: int, fused: bool) -> Iterator[ExecutedInstruction]:
@@ -193,64 +224,68 @@ def iter_executed_instructions(
 
 
 def trip_count(module: HloModule, loop: HloInstruction) -> int | None:
-    """How often a loop's body runs; None when that is not written in the program.
+    """Returns the number of iterations of a loop; None if the program does not contain it.
 
-    CPUs and GPUs note it. On TPUs it is what the condition compares its counter with, over what the
-    body adds to that: ones in JAX's own loops, twos in unrolled products whose operand goes round a
-    ring of chips.
+    Programs for CPUs and GPUs have it as an attribute. In programs for TPUs it is the bound of the
+    condition over the increment of the counter: 1 in JAX's own loops, and 2 in unrolled products
+    whose operand is passed around a ring of chips.
     """
-    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
-    if known:
-        return int(known[1])
+    attribute = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+    if attribute:
+        return int(attribute[1])
     condition, body = (
-        module.computations[found[1]]
+        module.computations[match[1]]
         for key in ("condition", "body")
-        if (found := re.search(rf"{key}=%?([\w.\-]+)", loop.attributes))
+        if (match := re.search(rf"{key}=%?([\w.\-]+)", loop.attributes))
     )
-    compared = next(one for one in condition.values() if one.is_root)
-    if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+    comparison = _get_root(condition)
+    if comparison.opcode != "compare" or "direction=LT" not in comparison.attributes:
         return None
-    counter, bound = (condition[name] for name in compared.operands)
+    counter, bound = (condition[name] for name in comparison.operands)
     if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
         return None
-    place = re.search(r"index=(\d+)", counter.attributes)
-    assert place is not None
-    returned = next(one for one in body.values() if one.is_root)
-    added = _counter_increment(module, body, returned.operands[int(place[1])])
-    return added and -(-_parse_constant(bound) // added)
+    index = re.search(r"index=(\d+)", counter.attributes)
+    assert index is not None
+    increment = _counter_increment(module, body, _get_root(body).operands[int(index[1])])
+    return increment and -(-_parse_constant(bound) // increment)
+
+
+def _get_root(computation: HloComputation) -> HloInstruction:
+    return next(instruction for instruction in computation.values() if instruction.is_root)
 
 
 def _counter_increment(module: HloModule, body: HloComputation, name: str) -> int | None:
-    """What a counter grows by where it is set to this; None where that is not plain."""
+    """Returns the increment of a counter that becomes an instruction's result; None if unclear."""
     instruction = body[name]
     if instruction.opcode in ("copy", "bitcast"):
         return _counter_increment(module, body, instruction.operands[0])
     if instruction.opcode == "fusion":
         inside = module.computations[instruction.called_computations[0]]
-        return _counter_increment(
-            module, inside, next(one.name for one in inside.values() if one.is_root)
-        )
+        return _counter_increment(module, inside, _get_root(inside).name)
     if instruction.opcode != "add":
         return None
-    numbers = [
+    constants = [
         _parse_constant(body[operand])
         for operand in instruction.operands
         if body[operand].opcode == "constant"
     ]
-    return numbers[0] if len(numbers) == 1 else None
+    return constants[0] if len(constants) == 1 else None
 
 
 def _parse_constant(constant: HloInstruction) -> int:
     return int(constant.attributes.split(",")[0])
 
 
-# A kernel is a black box. Of splash attention's, how many products of queries and keys' shape each
-# makes for every pair that the causal mask leaves.
+# The program of a kernel is opaque. Numbers of products with the shape of queries and keys in each
+# kernel of splash attention, for the token pairs of the causal mask.
 _SPLASH_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def count_flops(executed: ExecutedInstruction) -> int:
-    """Twice the multiplications of a product, convolution or attention kernel; 0 for all else."""
+    """Returns the FLOPs of one execution: twice the multiplications of a product or convolution.
+
+    Kernels of splash attention count too; all other instructions have 0.
+    """
     instruction = executed.instruction
     if instruction.opcode == "custom-call":
         return _count_splash_attention_flops(executed)
@@ -279,37 +314,38 @@ def _count_splash_attention_flops(executed: ExecutedInstruction) -> int:
 def _count_convolution_multiplies(
     attributes: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]
 ) -> int:
-    """How many numbers are multiplied; those with padding or between dilated ones are not."""
+    """Returns the number of multiplications, without those by padding or dilation zeros."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None
     window = re.search(r"window=\{([^}]*)\}", attributes)
-    given = dict(part.split("=") for part in window[1].split()) if window else {}
+    options = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = sorted(label for label in labels[1] if label.isdigit())
     count = 1
-    for place, label in enumerate(spatial):
+    for axis, label in enumerate(spatial):
 
-        def field(name: str, default: int, place: int = place) -> int:
-            return int(given[name].split("x")[place]) if name in given else default
+        def option(name: str, default: int, axis: int = axis) -> int:
+            return int(options[name].split("x")[axis]) if name in options else default
 
-        low = given["pad"].split("x")[place].split("_")[0] if "pad" in given else 0
-        ends = (labels[1].index(label), labels[2].index(label), labels[3].index(label))
-        base, size, length = left[ends[0]], right[ends[1]], out[ends[2]]
-        stretch = field("lhs_dilate", 1)
-        at = (
-            np.arange(length)[:, None] * field("stride", 1)
-            - int(low)
-            + np.arange(size) * field("rhs_dilate", 1)
+        pad_low = options["pad"].split("x")[axis].split("_")[0] if "pad" in options else 0
+        length = left[labels[1].index(label)]
+        window_size = right[labels[2].index(label)]
+        out_length = out[labels[3].index(label)]
+        dilation = option("lhs_dilate", 1)
+        positions = (  # (out_length, window_size), in the padded and dilated input.
+            np.arange(out_length)[:, None] * option("stride", 1)
+            - int(pad_low)
+            + np.arange(window_size) * option("rhs_dilate", 1)
         )
-        inside = (at >= 0) & (at < (base - 1) * stretch + 1) & (at % stretch == 0)
-        count *= int(inside.sum())
+        is_inside = (positions >= 0) & (positions < (length - 1) * dilation + 1)
+        count *= int((is_inside & (positions % dilation == 0)).sum())
     outputs = out[labels[3].index("b")] * out[labels[3].index("f")]
     return count * outputs * right[labels[2].index("i")]
 
 
 def count_hbm_bytes(module: HloModule, executed: ExecutedInstruction) -> int:
-    """Bytes that an instruction reads from and writes to HBM, each array once.
+    """Returns the bytes that one execution reads from and writes to HBM, each array once.
 
-    Of an array that is only sliced, and of one that is updated in place, the slice counts.
+    Of an array that is sliced or updated in place, only the slice counts.
     """
     instruction = executed.instruction
     opcode = instruction.opcode
@@ -322,15 +358,15 @@ def count_hbm_bytes(module: HloModule, executed: ExecutedInstruction) -> int:
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _sum_shape_hbm_bytes(instruction.shapes[:1])
     if opcode in ("dynamic-update-slice", "scatter"):
-        place = 1 if opcode == "dynamic-update-slice" else 2
-        return 2 * _sum_shape_hbm_bytes(executed.computation[instruction.operands[place]].shapes)
+        index = 1 if opcode == "dynamic-update-slice" else 2
+        return 2 * _sum_shape_hbm_bytes(executed.computation[instruction.operands[index]].shapes)
     if opcode == "fusion":
         (called,) = instruction.called_computations
         return _count_fusion_hbm_bytes(
             module.computations[called], instruction, executed.computation
         )
     read = [shape for name in instruction.operands for shape in executed.computation[name].shapes]
-    if opcode.endswith("-start"):  # It returns its operand again beside the result.
+    if opcode.endswith("-start"):  # Its result also has the operand.
         return sum(map(_shape_hbm_bytes, read)) + _sum_shape_hbm_bytes(instruction.shapes[1:2])
     return _sum_shape_hbm_bytes(read) + _sum_shape_hbm_bytes(instruction.shapes)
 
@@ -346,6 +382,7 @@ def _sum_shape_hbm_bytes(shapes: Sequence[HloShape]) -> int:
 def _count_fusion_hbm_bytes(
     body: HloComputation, fusion: HloInstruction, caller: HloComputation
 ) -> int:
+    """Returns the HBM traffic of a fusion: its parameters and results, or their slices."""
     users: dict[str, list[HloInstruction]] = collections.defaultdict(list)
     for instruction in body.values():
         for name in instruction.operands:
@@ -379,7 +416,7 @@ def _count_fusion_hbm_bytes(
 
 
 def _count_sliced_bytes(name: str, users: dict[str, list[HloInstruction]]) -> int | None:
-    """Bytes that are used of an array of which only slices are; None when all of it is."""
+    """Returns the bytes of the used slices of an array; None if all of it is used."""
     total = 0
     for user in users[name]:
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
@@ -400,10 +437,10 @@ class CollectiveStats(NamedTuple):
     """Collectives of one kind over as many links, per step.
 
     Attributes:
-        kind: One of `COLLECTIVE_OPCODES`.
-        executions: How many are run.
-        sent_bytes: That one chip sends over all its links together.
-        num_links: Over how many the compiler spreads each; two, as a ring has, where it does not say.
+        kind: Opcode, one of `COLLECTIVE_OPCODES`.
+        executions: Number of executions.
+        sent_bytes: Bytes that one chip sends over all its links together.
+        num_links: Number of links that the compiler uses for each; 2, as in a ring, by default.
     """
 
     kind: str
@@ -415,16 +452,17 @@ class CollectiveStats(NamedTuple):
 def collect_collective_stats(
     module: HloModule, *, count_trips: bool = True
 ) -> tuple[CollectiveStats, ...]:
-    """What chips exchange, by kind.
+    """Returns the communication between chips by kind and number of links.
 
-    A ring of n sends (n - 1) / n of what is gathered, and twice that of what is summed up. (On some
-    slices the compiler gathers by summing up what is padded with zeros, which this shows.)
+    In a ring of n chips each sends (n - 1) / n of a gathered array, and twice that of a reduced
+    one. On some slices the compiler gathers by adding arrays that are padded with zeros; those
+    count as all-reduce.
 
     Args:
-        module: The module.
-        count_trips: Whether the body of a loop counts as often as it is run, else once.
+        module: Parsed module.
+        count_trips: Whether the body of a loop counts once per iteration; False: once.
     """
-    times: collections.Counter[tuple[str, int]] = collections.Counter()
+    executions: collections.Counter[tuple[str, int]] = collections.Counter()
     sent: collections.Counter[tuple[str, int]] = collections.Counter()
     seen: set[tuple[str, str]] = set()
     for run in iter_executed_instructions(module, count_trips=count_trips):
@@ -433,7 +471,7 @@ def collect_collective_stats(
             continue
         channel = re.search(r"channel_id=(\d+)", run.instruction.attributes)
         if channel:
-            # One that runs beside products is written once in each of the fusions that it spans.
+            # A collective that overlaps products appears once in each fusion that it spans.
             if (kind, channel[1]) in seen:
                 continue
             seen.add((kind, channel[1]))
@@ -442,21 +480,24 @@ def collect_collective_stats(
         ]
         size = sum(shape.nbytes for shape in operands)
         ring = _replica_group_size(run.instruction.attributes)
-        share = {
+        fraction = {
             "all-gather": ring - 1,
             "all-reduce": 2 * (ring - 1) / ring,
             "collective-permute": 1,
         }.get(kind, (ring - 1) / ring)
-        if share:
+        if fraction:
             colors = re.search(r"\{colors:(\d+)", run.instruction.attributes)
-            how = kind, int(colors[1]) if colors else 2
-            times[how] += run.executions
-            sent[how] += round(run.executions * size * share)
-    return tuple(CollectiveStats(how[0], times[how], sent[how], how[1]) for how in sorted(times))
+            key = kind, int(colors[1]) if colors else 2
+            executions[key] += run.executions
+            sent[key] += round(run.executions * size * fraction)
+    return tuple(
+        CollectiveStats(kind, executions[kind, links], sent[kind, links], links)
+        for kind, links in sorted(executions)
+    )
 
 
 def _replica_group_size(attributes: str) -> int:
-    """How many chips take part in a collective together."""
+    """Returns the number of chips that take part in a collective together."""
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
     if iota:
         return int(iota[1].split(",")[-1])
@@ -472,8 +513,8 @@ def _replica_group_size(attributes: str) -> int:
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
     if "source_target_pairs" in attributes:
         return 2
-    found = re.search(r"replica_groups=.{0,80}", attributes)
+    groups = re.search(r"replica_groups=.{0,80}", attributes)
     raise ValueError(
-        f"Which chips take part in a collective is written in a way that is not known: "
-        f"{found[0] if found else attributes[:80]!r}. Plan with the libtpu of `jlora[plan]`."
+        f"Unknown format of the replica groups of a collective: "
+        f"{groups[0] if groups else attributes[:80]!r}. Use the libtpu of `jlora[plan]`."
     )

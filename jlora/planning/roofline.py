@@ -1,7 +1,7 @@
-"""How long a step takes at best, and what to change where it does not fit.
+"""Roofline bounds on the time of a step, and changes that reduce its memory.
 
-The estimate knows the program and the chip's peaks, and nothing of how near a kernel comes to
-them: it is a bound to compare plans by, not a forecast.
+The bounds are computed from the program and the chip's peak performance, which real kernels do not
+reach: they compare plans and do not predict the time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ class StepTimeEstimate(NamedTuple):
     """Bounds on the time of one step.
 
     Attributes:
-        compute_s: All products at the chip's peak.
-        hbm_s: All traffic with HBM at its bandwidth, as if the cores kept nothing between
-            instructions.
-        ici_s: All that chips exchange, over as many links as the compiler spreads it.
-        tokens: In a step, over all chips.
-        chips: How many there are.
+        compute_s: Seconds of all products at the chip's peak.
+        hbm_s: Seconds of all HBM traffic at peak bandwidth, without reuse between instructions.
+        ici_s: Seconds of all communication at the bandwidth of the links that the compiler uses.
+        tokens: Tokens of a step, over all chips.
+        chips: Number of chips.
+
+    Example:
+        >>> estimate = StepTimeEstimate(2.0, 1.0, 0.5, tokens=700, chips=4)
+        >>> estimate.bound, estimate.fastest_s, estimate.slowest_s
+        ('compute', 2.0, 3.5)
+        >>> estimate.tokens_per_s
+        (200.0, 350.0)
     """
 
     compute_s: float
@@ -35,7 +41,7 @@ class StepTimeEstimate(NamedTuple):
 
     @property
     def bound(self) -> RooflineTerm:
-        """What takes longest."""
+        """The term that takes longest."""
         terms: dict[RooflineTerm, float] = {
             "compute": self.compute_s,
             "hbm": self.hbm_s,
@@ -45,30 +51,37 @@ class StepTimeEstimate(NamedTuple):
 
     @property
     def fastest_s(self) -> float:
-        """A step whose parts all run beside each other."""
+        """Seconds of a step with full overlap of all terms."""
         return max(self.compute_s, self.hbm_s, self.ici_s)
 
     @property
     def slowest_s(self) -> float:
-        """A step whose parts run one after another, each at its peak."""
+        """Seconds of a step without overlap, each term at its peak."""
         return self.compute_s + self.hbm_s + self.ici_s
 
     @property
     def tokens_per_s(self) -> tuple[float, float]:
-        """Of the slowest and the fastest step, over all chips."""
+        """Tokens per second over all chips, of the slowest and the fastest step."""
         return self.tokens / self.slowest_s, self.tokens / self.fastest_s
 
 
 def estimate_step_time(
     cost: StepCost, chip: TPUChip, *, tokens: int, chips: int
 ) -> StepTimeEstimate:
-    """Bounds on the time of one step.
+    """Returns bounds on the time of one step.
 
     Args:
-        cost: What it does on each chip.
-        chip: What that can do.
-        tokens: In a step, over all chips.
-        chips: How many there are.
+        cost: Cost of the step on each chip.
+        chip: Performance of a chip.
+        tokens: Tokens of a step, over all chips.
+        chips: Number of chips.
+
+    Example:
+        >>> from jlora.planning.tpu_topology import TPU_CHIPS
+        >>> cost = StepCost(StepMemory({}, 0, 0, 0, 0), int(394e12), int(819e9), (), 0)
+        >>> estimate = estimate_step_time(cost, TPU_CHIPS["v5e"], tokens=4096, chips=4)
+        >>> estimate.compute_s, estimate.hbm_s
+        (2.0, 1.0)
     """
     link = chip.ici_bytes_per_s / chip.num_ici_links
     return StepTimeEstimate(
@@ -83,12 +96,12 @@ def estimate_step_time(
 
 
 class PlanSuggestion(NamedTuple):
-    """Something to change, and what it does to a plan.
+    """A change that reduces the memory of a plan.
 
     Attributes:
-        description: In words.
-        saved_bytes: Bytes per chip, estimated.
-        is_sufficient: Whether that alone would be enough.
+        description: Text about the change.
+        saved_bytes: Estimated savings in bytes per chip.
+        is_sufficient: Whether the step fits with this change alone.
     """
 
     description: str
@@ -107,76 +120,84 @@ def suggest_plan_changes(
     num_layers: int = 1,
     hidden_size: int = 0,
 ) -> list[PlanSuggestion]:
-    """What would make a plan fit, what is enough alone first; nothing where it fits already.
+    """Returns changes that reduce the memory of a step, the sufficient ones first.
 
-    Every number is computed from the plan's own: temporaries are taken to grow with the tokens of
-    a chip, and groups of arguments to shrink with what they are split over.
+    The savings are estimated from the memory of the plan: temporaries are proportional to the
+    tokens of a chip, and groups of arguments are inversely proportional to their shards.
 
     Args:
-        memory: What the step needs on each chip: a plan's, or that of `DoesNotFit`.
-        available_bytes: What a chip has.
-        mesh_shape: The sizes of the mesh's axes.
-        batch_size: Of a batch, over all chips.
-        seq_length: Of a row, in tokens.
-        remat_policy: What is computed again already.
-        num_layers: Of the model.
-        hidden_size: Of its residual stream; 0 where it is not known.
+        memory: Memory of the step on each chip, from a plan or from `DoesNotFitError`.
+        available_bytes: Memory of a chip in bytes.
+        mesh_shape: Sizes of the mesh axes by name.
+        batch_size: Batch size over all chips.
+        seq_length: Tokens of a row.
+        remat_policy: Current rematerialization policy of the model.
+        num_layers: Number of layers.
+        hidden_size: Hidden size of the model; 0 if unknown.
+
+    Returns:
+        The changes; empty if the step fits.
+
+    Example:
+        >>> memory = StepMemory({"weights": 8 * 2**30}, 0, 0, 12 * 2**30, 0)
+        >>> changes = suggest_plan_changes(
+        ...     memory, 16 * 2**30, mesh_shape={"data": 2}, batch_size=8, seq_length=512
+        ... )
+        >>> changes[0].description
+        'a batch size of 4 instead of 8, with 2 accumulation steps'
     """
     over = memory.peak - available_bytes
     if over <= 0:
         return []
     data, fsdp, tensor = (mesh_shape.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
-    held = {name: memory.arguments.get(name, 0) for name in ("weights", "adapter", "optimizer")}
-    fixed = memory.peak - memory.temporaries
+    replicated = [memory.arguments.get(name, 0) for name in ("weights", "adapter", "optimizer")]
     changes: list[PlanSuggestion] = []
 
-    def suggest(what: str, frees: float) -> None:
-        if frees > over / 100:
-            changes.append(PlanSuggestion(what, round(frees), frees >= over))
+    def suggest(description: str, saved: float) -> None:
+        if saved > over / 100:
+            changes.append(PlanSuggestion(description, round(saved), saved >= over))
 
     if remat_policy != "full" and hidden_size:
-        # Of every layer only its input is held, and of one layer all.
+        # The inputs of all layers are kept, and all activations of one layer.
         inputs = 2 * num_layers * seq_length * hidden_size * batch_size // (data * fsdp)
-        within = (memory.temporaries - inputs) / max(num_layers, 1)
+        within_layer = (memory.temporaries - inputs) / max(num_layers, 1)
         suggest(
-            f"remat_policy='full' in place of {remat_policy!r}: of each layer's activations only its input "
-            f"is held, {format_gib(inputs)} in all",
-            memory.temporaries - inputs - max(within, 0),
+            f"remat_policy='full' instead of {remat_policy!r}: only the input of each layer is "
+            f"kept, {format_gib(inputs)} in total",
+            memory.temporaries - inputs - max(within_layer, 0),
         )
-    share = data * fsdp
-    room = available_bytes - fixed
-    if room > 0:
-        shares = range(share, batch_size, share)
-        fits = [
-            n for n in shares if batch_size % n == 0 and n * memory.temporaries <= room * batch_size
-        ]
-        if fits:
-            fitting = max(fits)
-            suggest(
-                f"{fitting} rows in a batch in place of {batch_size}, with the gradients of "
-                f"{batch_size // fitting} batches summed up",
-                memory.temporaries * (1 - fitting / batch_size),
-            )
-    if batch_size > share and not any(
-        " rows in a batch" in change.description for change in changes
-    ):
+    num_parts = data * fsdp  # Chips over which a batch is split.
+    free = available_bytes - (memory.peak - memory.temporaries)
+    fitting = [
+        size
+        for size in range(num_parts, batch_size, num_parts)
+        if batch_size % size == 0 and size * memory.temporaries <= free * batch_size
+    ]
+    if fitting:
+        size = max(fitting)
         suggest(
-            f"{share} rows in a batch in place of {batch_size}, one for each of data * fsdp",
-            memory.temporaries * (1 - share / batch_size),
+            f"a batch size of {size} instead of {batch_size}, with {batch_size // size} "
+            f"accumulation steps",
+            memory.temporaries * (1 - size / batch_size),
+        )
+    if batch_size > num_parts and not any("batch size of" in c.description for c in changes):
+        suggest(
+            f"a batch size of {num_parts} instead of {batch_size}, one row for each of data * fsdp",
+            memory.temporaries * (1 - num_parts / batch_size),
         )
     if data > 1:
         suggest(
-            f"fsdp={data * fsdp} and data=1 in place of fsdp={fsdp} and data={data}: weights, "
+            f"fsdp={data * fsdp} and data=1 instead of fsdp={fsdp} and data={data}: weights, "
             f"adapter and optimizer are split over all of them",
-            sum(held.values()) * (1 - 1 / data),
+            sum(replicated) * (1 - 1 / data),
         )
-    more = 2
-    while more < 1024 and memory.peak * (1 - 1 / more) < over:
-        more *= 2
+    factor = 2
+    while factor < 1024 and memory.peak * (1 - 1 / factor) < over:
+        factor *= 2
     suggest(
-        f"{more} times as many chips, with fsdp={fsdp * data * more} and the same {batch_size} rows"
-        if batch_size % (share * more) == 0
-        else f"{more} times as many chips, with tensor={tensor * more}",
-        memory.peak * (1 - 1 / more),
+        f"{factor} times as many chips, with fsdp={fsdp * data * factor} and the same batch size"
+        if batch_size % (num_parts * factor) == 0
+        else f"{factor} times as many chips, with tensor={tensor * factor}",
+        memory.peak * (1 - 1 / factor),
     )
     return sorted(changes, key=lambda change: not change.is_sufficient)

@@ -1,11 +1,10 @@
-"""Devices of TPU slices that are not here, and what their chips can do."""
+"""TPU slices that are not attached: their devices, and the performance of their chips."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.errors import JaxRuntimeError
@@ -13,16 +12,20 @@ from jax.experimental import topologies
 
 
 class TPUChip(NamedTuple):
-    """What one chip can do at most.
+    """Peak performance of one chip.
 
     Attributes:
-        name: As in the names of topologies.
-        flops_per_s: Of bfloat16 products.
-        hbm_bytes: Its memory.
-        hbm_bytes_per_s: Between memory and cores.
-        ici_bytes_per_s: To its neighbours, over all links together, one way.
-        num_ici_links: How many those are, two for each dimension of the torus.
-        max_slice_chips: How many the largest slice has.
+        name: Name in topologies, such as "v5e".
+        flops_per_s: Peak of bfloat16 products in FLOP/s.
+        hbm_bytes: Memory capacity in bytes.
+        hbm_bytes_per_s: Memory bandwidth.
+        ici_bytes_per_s: Interconnect bandwidth over all links together, one way.
+        num_ici_links: Number of interconnect links, two for each dimension of the torus.
+        max_slice_chips: Number of chips of the largest slice.
+
+    Example:
+        >>> TPU_CHIPS["v5e"].hbm_bytes / 2**30
+        16.0
     """
 
     name: str
@@ -36,6 +39,12 @@ class TPUChip(NamedTuple):
 
 _GB, _GIB = 1e9, 2**30
 
+# References:
+#     Google, Cloud TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+#     (https://cloud.google.com/tpu/docs/v4 and so on): peak compute, HBM capacity and bandwidth,
+#     interconnect bandwidth, and the largest slices. The pages of v5e and v6e give the interconnect
+#     in both directions together (400 and 800 GB/s).
+#     Jouppi et al., TPU v4, arXiv:2304.01433, table 4: v4's six links of 50 GB/s.
 TPU_CHIPS: dict[str, TPUChip] = {
     chip.name: chip
     for chip in (
@@ -46,25 +55,15 @@ TPU_CHIPS: dict[str, TPUChip] = {
     )
 }
 
-"""The chips that plans know, by name.
-
-References:
-    Google, Cloud TPU documentation, the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
-    (https://cloud.google.com/tpu/docs/v4 and so on): peak compute, HBM capacity and bandwidth, and
-    interconnect bandwidth, of which the pages for v5e and v6e give both ways together (400 and 800
-    GB/s), and the largest slices. Jouppi et al., TPU v4, arXiv:2304.01433, table 4, for v4's six
-    links of 50 GB/s.
-"""
-
-# One device for each chip's two cores, as training has it.
+# One device for the two cores of a chip, as in training.
 _TOPOLOGY_OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 
-# Without these libtpu asks the network which TPU its host has, and says that there is none.
+# Without these libtpu queries the network for the TPU of its host, and fails without one.
 _OFFLINE_TPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Several may compile; one at a time may hold a TPU.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Several processes may compile at a time.
 }
 
 
@@ -72,9 +71,13 @@ class TPUTopology(NamedTuple):
     """A slice of a TPU pod.
 
     Attributes:
-        name: As it was asked for.
-        chip: What each of its chips can do.
-        devices: One for each chip, to lower and compile for; nothing runs on them.
+        name: Name of the slice, such as "v5e:4x4".
+        chip: Performance of each chip.
+        devices: Devices to compile for, one per chip; nothing can run on them.
+
+    Example:
+        >>> TPUTopology("v5e:2x2", TPU_CHIPS["v5e"], []).chip.name
+        'v5e'
     """
 
     name: str
@@ -83,67 +86,68 @@ class TPUTopology(NamedTuple):
 
 
 def get_tpu_topology(name: str) -> TPUTopology:
-    """A slice by its name, such as `v5e:4x4` or `v5p:4x4x8`: a chip, and how many each way.
+    """Returns a TPU slice by its name.
 
     Args:
-        name: v5e and v6e are flat, v4 and v5p have three directions.
+        name: Chip and shape of the slice, such as "v5e:4x4" or "v5p:4x4x8". Slices of v5e and v6e
+            have two dimensions, those of v4 and v5p three.
 
     Raises:
-        ValueError: There is no such chip, or no slice of that form.
-        ModuleNotFoundError: The compiler for TPUs is not installed.
+        ValueError: The chip is unknown, or has no slice of that shape.
+        ModuleNotFoundError: The TPU compiler is not installed.
+
+    Example:
+        >>> topology = get_tpu_topology("v5e:2x2")  # doctest: +SKIP
+        >>> len(topology.devices)  # doctest: +SKIP
+        4
     """
-    chip, form = _parse_topology_name(name)
+    chip, shape = _parse_topology_name(name)
     for variable, value in _OFFLINE_TPU_ENV.items():
         os.environ.setdefault(variable, value)
     try:
         options = dict(_TOPOLOGY_OPTIONS.get(chip.name, {}))
-        if math.prod(form) == 1:
-            options["chips_per_host_bounds"] = (
-                1,
-                1,
-                1,
-            )  # Hosts have four chips if nothing is said.
-        described = topologies.get_topology_desc(name, "tpu", **options)
+        if math.prod(shape) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)  # The default is four chips per host.
+        description = topologies.get_topology_desc(name, "tpu", **options)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ModuleNotFoundError(
-                f"topology={name!r} needs the compiler for TPUs, which is not installed. Install "
-                f"it with `pip install 'jlora[plan]'`; it needs no TPU.",
+                f"topology={name!r} needs the TPU compiler, which is not installed. Install it "
+                f"with `pip install 'jlora[plan]'`; a TPU is not needed.",
                 name="libtpu",
             ) from error
         if not isinstance(error, JaxRuntimeError) or "INVALID_ARGUMENT" not in str(error):
             raise
         raise ValueError(
-            f"topology={name!r} is no slice that there is: {error}. Give sides such as "
+            f"topology={name!r} is not a valid slice: {error}. Use a shape such as "
             f"{_example_topology_name(chip)!r}."
         ) from error
-    devices = list(described.devices)
-    assert len(devices) == math.prod(form), name
+    devices = list(description.devices)
+    assert len(devices) == math.prod(shape), name
     return TPUTopology(name, chip, devices)
 
 
 def _parse_topology_name(name: str) -> tuple[TPUChip, tuple[int, ...]]:
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    if not found or found[1] not in TPU_CHIPS:
-        known: Mapping[str, str] = {
-            chip.name: _example_topology_name(chip) for chip in TPU_CHIPS.values()
-        }
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not match or match[1] not in TPU_CHIPS:
+        examples = sorted(_example_topology_name(chip) for chip in TPU_CHIPS.values())
         raise ValueError(
-            f"topology={name!r} names no slice that jlora knows. Give a chip and the sides of the "
-            f"slice: one of {list(TPU_CHIPS)}, such as {sorted(known.values())}."
+            f"topology={name!r} must be a chip and the shape of a slice: one of {list(TPU_CHIPS)}, "
+            f"such as {examples}."
         )
-    chip, form = TPU_CHIPS[found[1]], tuple(map(int, found[2].split("x")))
-    if len(form) != chip.num_ici_links // 2 or 0 in form:
+    chip, shape = TPU_CHIPS[match[1]], tuple(map(int, match[2].split("x")))
+    if len(shape) != chip.num_ici_links // 2 or 0 in shape:
         raise ValueError(
-            f"topology={name!r} has {len(form)} sides, and slices of {chip.name} have "
-            f"{chip.num_ici_links // 2}. Write it like {_example_topology_name(chip)!r}."
+            f"topology={name!r}: the shape of {chip.name} must have {chip.num_ici_links // 2} "
+            f"positive dimensions, such as {_example_topology_name(chip)!r}."
         )
-    if math.prod(form) > chip.max_slice_chips:
+    if math.prod(shape) > chip.max_slice_chips:
         raise ValueError(
-            f"topology={name!r} has {math.prod(form)} chips, and the largest slice of {chip.name} "
-            f"has {chip.max_slice_chips}. Plan for one slice; several exchange over a slower network."
+            f"topology={name!r} has {math.prod(shape)} chips, but the largest slice of {chip.name} "
+            f"has {chip.max_slice_chips}. Plan for a single slice; several communicate over a "
+            f"slower network."
         )
-    return chip, form
+    return chip, shape
 
 
 def _example_topology_name(chip: TPUChip) -> str:

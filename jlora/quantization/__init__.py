@@ -1,4 +1,4 @@
-"""Quantized weights: NF4, integers and 8-bit floats, dequantized where they are used."""
+"""Weight quantization: NF4, integers and 8-bit floats, dequantized on use, and LoftQ."""
 
 from __future__ import annotations
 

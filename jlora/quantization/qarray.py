@@ -1,4 +1,4 @@
-"""A quantised weight: one node of a parameter tree, in the place of its array."""
+"""Quantized weights: one node of a parameter tree, in place of the weight's array."""
 
 from __future__ import annotations
 
@@ -29,16 +29,24 @@ from jlora.quantization.schemes import (
 )
 @dataclasses.dataclass(frozen=True)
 class QArray(QuantizedArray):
-    """A weight as the codes of its numbers and a scale for every block of them.
+    """Quantized weight: codes of its elements, and a scale for every block of them.
 
     Attributes:
-        codes: Laid out like the weight; along `axis` padded to whole blocks, and with as many codes
-            in an entry as the scheme puts into a byte.
-        scales: float32, or in 8 bits; one entry for a block along `axis`.
-        scheme: What the codes mean.
-        axis: That blocks run along, counted from the last.
-        axis_size: Of that axis in the weight.
-        dtype_name: The name of the type that the weight is computed with.
+        codes: Laid out like the weight. `axis` is padded to full blocks, and an entry packs as many
+            codes as the scheme puts into a byte.
+        scales: One entry per block along `axis`, in float32 or double-quantized to 8 bits.
+        scheme: Meaning of the codes.
+        axis: Blocked axis, counted from the last.
+        axis_size: Length of the blocked axis in the weight.
+        dtype_name: Name of the dtype that the weight is dequantized to.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> weight = jlora.quantize({"w": jnp.ones((64, 3))}, {"w": jlora.Int8(block_size=32)})["w"]
+        >>> weight.shape, weight.codes.dtype.name, weight.scales.shape
+        ((64, 3), 'int8', (2, 3))
+        >>> weight.dequantize().dtype.name
+        'float32'
     """
 
     codes: Any
@@ -60,7 +68,7 @@ class QArray(QuantizedArray):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All but the arrays, as JSON can hold it: what `quantize_like` takes."""
+        """Everything but the arrays, as JSON values: the `spec` of `quantize_like`."""
         scheme = dataclasses.asdict(self.scheme) | {"axis": self.axis}
         return {"scheme": self.scheme.name, "dtype_name": self.dtype_name, **scheme}
 
@@ -68,27 +76,32 @@ class QArray(QuantizedArray):
         return self.scheme.name
 
     def dequantize(self) -> jax.Array:
-        """The numbers, each a code's times its block's scale in float32, rounded once."""
+        """Returns the weight: code times block scale in float32, rounded once to `dtype`."""
         scales = (
             self.scales.dequantize() if isinstance(self.scales, QuantizedScales) else self.scales
         )
         blocks = split_axis_into_blocks(
             self.scheme.decode(self.codes, self.axis), self.axis, self.scheme.block_size
         )
-        # The scales stand before the axis within blocks, which takes the number of the old one.
-        whole = merge_block_axes(
+        # The axis of blocks comes before the axis within blocks, which has the blocked axis's
+        # number.
+        padded = merge_block_axes(
             blocks * jnp.expand_dims(scales, blocks.ndim + self.axis), self.axis
         )
-        return jax.lax.slice_in_dim(whole, 0, self.axis_size, axis=self.axis).astype(self.dtype)
+        return jax.lax.slice_in_dim(padded, 0, self.axis_size, axis=self.axis).astype(self.dtype)
 
     def transpose(self, permutation: Sequence[int]) -> QArray:
-        """The transposed weight: the same codes in another order."""
-        turned = jax.tree.map(lambda array: array.transpose(permutation), self)
-        place = list(permutation).index(self.ndim + self.axis)
-        return dataclasses.replace(turned, axis=place - self.ndim)
+        """Returns the transposed weight: the same codes in another order."""
+        transposed = jax.tree.map(lambda array: array.transpose(permutation), self)
+        axis = list(permutation).index(self.ndim + self.axis)
+        return dataclasses.replace(transposed, axis=axis - self.ndim)
 
     def shard(self, num_shards: Sequence[int]) -> QArray | None:
-        """None where a block, or a group of scales, would be cut."""
+        """Returns the node of one shard, or None where a block or a group of scales would be cut.
+
+        Args:
+            num_shards: Number of parts along each axis of the weight.
+        """
         for array in jax.tree.leaves(self):
             if any(n > 1 and n % parts for n, parts in zip(array.shape, num_shards, strict=True)):
                 return None
@@ -100,35 +113,44 @@ class QArray(QuantizedArray):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize_array(array: jax.Array, scheme: QuantizationScheme, axis: int) -> QArray:
-    """A weight in a scheme.
+    """Quantizes an array.
 
-    What is not finite makes its block's scale so.
+    A block that holds NaN or Inf gets a scale that is not finite.
 
     Args:
         array: Floats of any shape.
-        scheme: How.
-        axis: Along which, counted from the last.
+        scheme: Quantization scheme.
+        axis: Blocked axis, counted from the last.
     """
-    numbers = pad_axis_to_multiple(array.astype(jnp.float32), axis, scheme.block_size)
-    blocks = split_axis_into_blocks(numbers, axis, scheme.block_size)
-    largest = jnp.abs(blocks).max(axis, keepdims=True)
+    padded = pad_axis_to_multiple(array.astype(jnp.float32), axis, scheme.block_size)
+    blocks = split_axis_into_blocks(padded, axis, scheme.block_size)
+    absmax = jnp.abs(blocks).max(axis, keepdims=True)
     # A block of zeros has no scale; its codes are those of zero.
-    scaled = blocks / jnp.where(largest > 0, largest, 1) * scheme.max_value
+    scaled = blocks / jnp.where(absmax > 0, absmax, 1) * scheme.max_value
     codes = scheme.encode(merge_block_axes(scaled, axis), axis)
-    scales: Any = largest.squeeze(axis) / scheme.max_value
+    scales: Any = absmax.squeeze(axis) / scheme.max_value
     if scheme.double_quantization:
         scales = quantize_scales(scales, axis)
     return QArray(codes, scales, scheme, axis, array.shape[axis], array.dtype.name)
 
 
 def quantize_like(weight: Any, spec: Mapping[str, Any]) -> QArray | None:
-    """A weight as another one was quantised; None where the description is of no known scheme."""
-    facts = dict(spec)
-    kind, found = facts.pop("dtype_name", None), SCHEMES.get(facts.pop("scheme", ""))
+    """Quantizes a weight as another one was.
+
+    Args:
+        weight: Array of floats.
+        spec: `QArray.spec` of the other weight.
+
+    Returns:
+        The quantized weight, or None where the spec is not that of a known scheme.
+    """
+    options = dict(spec)
+    dtype_name = options.pop("dtype_name", None)
+    scheme_cls = SCHEMES.get(options.pop("scheme", ""))
     try:
-        if found is None:
+        if scheme_cls is None:
             return None
-        scheme = found(**facts)
-        return quantize_array(jnp.asarray(weight).astype(kind), scheme, scheme.axis)
+        scheme = scheme_cls(**options)
+        return quantize_array(jnp.asarray(weight).astype(dtype_name), scheme, scheme.axis)
     except (TypeError, ValueError):
         return None

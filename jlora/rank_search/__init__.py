@@ -1,4 +1,4 @@
-"""`jlora rank-search`: rank, target modules, learning rate and alpha by trials of a recipe."""
+"""Search for rank, target modules, learning rate and alpha by trials of a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optuna as the optimizer of learning rate and alpha."""
+"""Optuna as the optimizer of learning rate and alpha: TPE with asynchronous successive halving."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from jlora.rank_search.study import TrialSetting
 
 ScoreFn = Callable[[TrialSetting, int], float]
 
+"""Function from a setting and a rung, counted from 0, to the score there."""
+
 
 def tpe_search(
     center: TrialSetting,
@@ -20,36 +22,39 @@ def tpe_search(
     num_trials: int,
     seed: int,
 ) -> Callable[[ScoreFn, int], None]:
-    """A search by Optuna's TPE, which its pruner by successive halving ends early.
+    """Returns a search by Optuna's TPE sampler and its successive halving pruner.
 
-    The first setting is `center`. Learning rate and alpha are drawn on logarithmic scales, and
+    The first setting is `center`. Learning rate and alpha are sampled on logarithmic scales and
     rounded to three digits.
 
     Args:
-        center: Whose rank and targets all settings have.
-        learning_rate_range: The least and the highest learning rate.
-        alpha_range: The least and the greatest alpha.
-        num_trials: How many settings are tried.
-        seed: Of the draws: with the same scores, the same settings are asked for again.
+        center: First setting, whose rank and target modules all settings have.
+        learning_rate_range: Lowest and highest learning rate.
+        alpha_range: Lowest and highest alpha.
+        num_trials: Number of settings.
+        seed: Random seed of the sampler: the same scores lead to the same settings.
+
+    Returns:
+        Function of a score function and a number of rungs, which runs the search.
 
     Raises:
         ModuleNotFoundError: Optuna is not installed.
 
     References:
         Bergstra et al., Algorithms for hyper-parameter optimization, NeurIPS 2011. The pruner is
-        asynchronous, Li et al., arXiv:1810.05934: a setting goes on if it is in the better half of
-        those that came to the same rung before it.
+        asynchronous, Li et al., arXiv:1810.05934: a setting continues if it is in the better half
+        of those that reached the same rung before it.
     """
     optuna = import_optuna()
 
-    def search(score: ScoreFn, looks: int) -> None:
-        level = optuna.logging.get_verbosity()
+    def run_search(score: ScoreFn, num_rungs: int) -> None:
+        verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             study = optuna.create_study(
                 direction="maximize",
                 sampler=optuna.samplers.TPESampler(seed=seed),
-                # A rung's number is told as 2**number, which makes any number of steps a rung.
+                # Reported steps are 2**rung, so that rungs may be at any number of training steps.
                 pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
             )
             study.enqueue_trial({"learning_rate": center.learning_rate, "alpha": center.alpha})
@@ -62,48 +67,48 @@ def tpe_search(
                     ),
                     alpha=_suggest_rounded(trial, "alpha", alpha_range, center.alpha),
                 )
-                _run_optuna_trial(optuna, study, trial, setting, score, looks)
+                _run_optuna_trial(optuna, study, trial, setting, score, num_rungs)
         finally:
-            optuna.logging.set_verbosity(level)
+            optuna.logging.set_verbosity(verbosity)
 
-    return search
+    return run_search
 
 
 def _run_optuna_trial(
     optuna: Any, study: Any, trial: Any, setting: TrialSetting, score: ScoreFn, num_rungs: int
 ) -> None:
-    """Lets one setting climb until it is pruned, diverges, or is at the last rung."""
-    found = DIVERGED
+    """Scores a setting rung by rung until it is pruned, diverges, or is at the last rung."""
+    value = DIVERGED
     for rung in range(num_rungs):
-        found = score(setting, rung)
-        # Optuna takes NaN for the worst.
-        trial.report(math.nan if found == DIVERGED else found, 2**rung)
-        last = rung + 1 == num_rungs
-        if found == DIVERGED or (not last and trial.should_prune()):
+        value = score(setting, rung)
+        # Optuna ranks NaN last.
+        trial.report(math.nan if value == DIVERGED else value, 2**rung)
+        is_last = rung + 1 == num_rungs
+        if value == DIVERGED or (not is_last and trial.should_prune()):
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return
-    study.tell(trial, found)
+    study.tell(trial, value)
 
 
 def _suggest_rounded(
     trial: Any, name: str, bounds: tuple[float, float], initial_value: float
 ) -> float:
-    """A value between bounds, to three digits; that of the first setting as it is."""
+    """Returns a sampled value rounded to three digits; the initial value is not rounded."""
     value = trial.suggest_float(name, *bounds, log=True)
     return initial_value if value == initial_value else float(f"{value:.3g}")
 
 
 def import_optuna() -> Any:
-    """Optuna.
+    """Returns the module `optuna`.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: Optuna is not installed.
     """
     try:
         import optuna
     except ImportError as error:
         raise ModuleNotFoundError(
-            'sampler="optuna" needs Optuna, which is not installed. Run '
-            '`pip install "jlora[search]"`, or use the sampler "grid".'
+            "sampler='optuna' needs Optuna, which is not installed. Run "
+            "`pip install \"jlora[search]\"`, or use sampler='grid'."
         ) from error
     return optuna

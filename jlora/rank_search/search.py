@@ -1,4 +1,8 @@
-"""The course of a search: which settings each stage tries, from what the one before it chose."""
+"""Search for rank, target modules, learning rate and alpha in stages, and its files.
+
+Each stage starts from the choice of the one before: first the rank, then the target modules, then
+learning rate and alpha, and last a confirmation against the original recipe.
+"""
 
 from __future__ import annotations
 
@@ -38,28 +42,32 @@ from jlora.rank_search.trials import (
 from jlora.training.progress import Console
 from jlora.training.recipe.sections import Recipe
 
+_CACHE_FOLDER = "cache"
+
+_VERSIONED_PACKAGES = ("jlora", "jax", "jaxlib", "flax", "optax")
+
 
 class StagedSearch:
-    """The stages of a search, each of which begins where the one before it ended.
+    """The stages of a search, each of which starts from the choice of the one before.
 
     Attributes:
-        recipe_setting: The recipe as it is.
-        rung_scores: The scores of all settings of learning rate and alpha, by rung.
+        recipe_setting: Setting of the original recipe.
+        rung_scores: Scores of all settings of learning rate and alpha at their rungs.
     """
 
     def __init__(self, recipe: Recipe, options: SearchOptions) -> None:
-        """Lays them out.
+        """Checks the options against the recipe.
 
         Raises:
-            ValueError: Targets are unknown, or the recipe's family has no rank.
+            ValueError: A target is unknown, or the recipe's adapter family has no rank.
             ModuleNotFoundError: The sampler is Optuna, which is not installed.
         """
         known = get_target_patterns(recipe)
         unknown = [name for name in options.targets if name not in known]
         if unknown or not options.targets:
             raise ValueError(
-                f"targets={list(options.targets)}: {unknown} are none of {list(known)}. Give one "
-                f"or more of those."
+                f"targets={list(options.targets)} must be one or more of {list(known)}, got "
+                f"{unknown}."
             )
         if options.sampler == "optuna":
             import_optuna()
@@ -67,10 +75,10 @@ class StagedSearch:
         self.rung_scores: RungScores = {}
         self._options = options
         self._rank_stabilized = bool(recipe.adapter.config_values().get("use_rslora"))
-        self._seeds = [recipe.seed + number for number in range(options.seeds)]
+        self._seeds = [recipe.seed + offset for offset in range(options.seeds)]
 
     def setting_at_rank(self, rank: int) -> TrialSetting:
-        """The recipe with another rank."""
+        """Returns the recipe's setting with another rank."""
         alpha = self.recipe_setting.alpha
         if self._options.fix == "scale":
             ratio = rank / self.recipe_setting.rank
@@ -78,54 +86,64 @@ class StagedSearch:
         return dataclasses.replace(self.recipe_setting, rank=rank, alpha=alpha)
 
     def rank_settings(self) -> list[TrialSetting]:
-        """The recipe with each of the ranks."""
+        """Returns the recipe's setting with each of the ranks to try."""
         return list(map(self.setting_at_rank, self._options.ranks))
 
     def extreme_settings(self) -> list[TrialSetting]:
-        """Settings of which all others are parts: the largest ranks, and every pattern."""
-        largest = max(self._options.ranks)
-        own = self.setting_at_rank(largest)
-        every = [dataclasses.replace(own, targets=name) for name in self._options.targets]
-        return list(dict.fromkeys([self.recipe_setting, own, *every]))
+        """Returns settings that cover all others: the largest rank with all target modules."""
+        largest = self.setting_at_rank(max(self._options.ranks))
+        others = [dataclasses.replace(largest, targets=name) for name in self._options.targets]
+        return list(dict.fromkeys([self.recipe_setting, largest, *others]))
 
     def grid(self, center: TrialSetting) -> list[TrialSetting]:
-        """Learning rates and alphas around a setting, which comes first."""
+        """Returns all pairs of learning rate and alpha around a setting, which comes first."""
         alphas = [center.alpha, *(ratio * center.rank for ratio in self._options.alpha_over_rank)]
-        found = [
+        settings = [
             dataclasses.replace(
                 center, learning_rate=float(f"{factor * center.learning_rate:.6g}"), alpha=alpha
             )
             for alpha in dict.fromkeys(alphas)
             for factor in self._options.lr_multipliers
         ]
-        return list(dict.fromkeys([center, *found]))
+        return list(dict.fromkeys([center, *settings]))
 
     def run(self, runner: TrialRunner) -> Iterator[SearchStage]:
-        """Makes the trials of one stage after the other; gives each stage when it is over."""
-        options, seeds = self._options, self._seeds
-        ranks = rank_ladder(runner, self.rank_settings(), seeds)
-        yield ranks
-        named = dict.fromkeys([self.recipe_setting.targets, *options.targets])
-        choices = [dataclasses.replace(ranks.setting, targets=name) for name in named]
-        targets = compare_settings(runner, choices, seeds, name="targets")
-        yield targets
-        rates = self._run_rates_stage(runner, targets.setting)
-        yield rates
-        finalists = [rates.setting, targets.setting, self.recipe_setting]
+        """Runs the trials of the stages in order and yields each stage when it ends."""
+        seeds = self._seeds
+        rank_stage = rank_ladder(runner, self.rank_settings(), seeds)
+        yield rank_stage
+        settings = [
+            dataclasses.replace(rank_stage.setting, targets=name) for name in self._target_names()
+        ]
+        targets_stage = compare_settings(runner, settings, seeds, name="targets")
+        yield targets_stage
+        rates_stage = self._run_rates_stage(runner, targets_stage.setting)
+        yield rates_stage
+        finalists = [rates_stage.setting, targets_stage.setting, self.recipe_setting]
         yield compare_settings(runner, finalists, seeds, name="confirmation")
 
-    def _run_rates_stage(self, runner: TrialRunner, center: TrialSetting) -> SearchStage:
-        """The stage of learning rate and alpha.
+    def _target_names(self) -> list[str]:
+        """Returns the target modules to try, those of the recipe first."""
+        return list(dict.fromkeys([self.recipe_setting.targets, *self._options.targets]))
 
-        It has a seed of its own: the winner was lucky with it, and is confirmed with the others.
+    def _run_rates_stage(self, runner: TrialRunner, center: TrialSetting) -> SearchStage:
+        """Runs the stage of learning rate and alpha.
+
+        Its trials share a seed that no other stage uses. The winner was partly lucky with that
+        seed, and is confirmed with the seeds of the other stages.
         """
         seed, options = self._seeds[-1] + 1, self._options
         if options.sampler == "optuna":
             rates = [factor * center.learning_rate for factor in (1, *options.lr_multipliers)]
             alphas = [center.alpha, *(ratio * center.rank for ratio in options.alpha_over_rank)]
-            ends = (min(rates), max(rates)), (min(alphas), max(alphas))
-            play = tpe_search(center, *ends, options.num_trials, seed)
-            stage, self.rung_scores = run_sampler_search(runner, play, seed, options.num_rungs)
+            search_fn = tpe_search(
+                center,
+                (min(rates), max(rates)),
+                (min(alphas), max(alphas)),
+                options.num_trials,
+                seed,
+            )
+            stage, self.rung_scores = run_sampler_search(runner, search_fn, seed, options.num_rungs)
         else:
             stage, self.rung_scores = successive_halving(
                 runner, self.grid(center), seed, options.num_rungs
@@ -133,42 +151,42 @@ class StagedSearch:
         return stage
 
     def describe_cost(self, steps: int) -> str:
-        """What will be run at most, in a sentence."""
+        """Returns a sentence with the largest number of trials and steps of the search.
+
+        Args:
+            steps: Training steps of each trial.
+        """
         options = self._options
-        several = len(options.ranks) * options.seeds
-        named = dict.fromkeys([self.recipe_setting.targets, *options.targets])
-        several += (len(named) - 1) * options.seeds
-        several += options.seeds  # Of the winner.
+        full_trials = len(options.ranks) * options.seeds
+        full_trials += (len(self._target_names()) - 1) * options.seeds
+        full_trials += options.seeds  # Confirmation of the winner.
         if self.recipe_setting not in self.rank_settings():
-            several += options.seeds
-        count = options.num_trials
+            full_trials += options.seeds
+        num_settings = options.num_trials
         if options.sampler == "grid":
-            count = max(len(self.grid(setting)) for setting in self.rank_settings())
-        looks, done, left, short = rung_steps(steps, options.num_rungs), 0, count, 0
-        for look in looks:
-            short += left * (look - done)
-            # Optuna may let all go on.
-            left, done = left if options.sampler == "optuna" else math.ceil(left / 2), look
+            num_settings = max(len(self.grid(setting)) for setting in self.rank_settings())
+        rungs = rung_steps(steps, options.num_rungs)
+        remaining, previous_rung, halving_steps = num_settings, 0, 0
+        for rung in rungs:
+            halving_steps += remaining * (rung - previous_rung)
+            # Optuna's pruner may let all settings continue.
+            remaining = remaining if options.sampler == "optuna" else math.ceil(remaining / 2)
+            previous_rung = rung
         return (
-            f"At most {several} trials of {steps} steps, and {count} settings of learning rate and "
-            f"alpha that are looked at after {', '.join(map(str, looks))} steps: "
-            f"{several * steps + short:,} steps in all."
+            f"At most {full_trials} trials of {steps} steps, and {num_settings} settings of "
+            f"learning rate and alpha with rungs after {', '.join(map(str, rungs))} steps: "
+            f"{full_trials * steps + halving_steps:,} steps in total."
         )
 
 
-_CACHE_FOLDER = "cache"
-
-_VERSIONED_PACKAGES = ("jlora", "jax", "jaxlib", "flax", "optax")
-
-
 class SearchResult(NamedTuple):
-    """What a search came to.
+    """Result of a search.
 
     Attributes:
-        setting: That was chosen; None where time was over before there was a choice.
-        stages: That are over.
-        finished: Whether all are.
-        folder: Of the files.
+        setting: Selected setting; None if the timeout came before the first choice.
+        stages: Stages that have ended.
+        finished: Whether all stages have ended.
+        folder: Output folder.
     """
 
     setting: TrialSetting | None
@@ -186,73 +204,95 @@ def search(
     devices: Sequence[Any] | None = None,
     quiet: bool = False,
 ) -> SearchResult:
-    """Chooses rank, targets, learning rate and alpha by trials on the validation data.
+    """Selects rank, target modules, learning rate and alpha by trials on the validation data.
 
-    The recipe's output folder gets search.json, table.md, quality.png, best.yaml, the trials' run
-    folders, and a cache of compiled programs. Test data is not looked at.
+    Writes search.json, table.md, quality.png, best.yaml, the run folders of the trials and a cache
+    of compiled programs to the recipe's output folder. Test data is not used.
 
     Args:
-        recipe: Checked already, with validation data.
-        options: How wide and how long; the defaults when left out.
-        resume: Whether to go on with the search in the folder.
-        command: That is noted in the files.
-        devices: Those that are used; all when left out.
-        quiet: Whether to show nothing.
+        recipe: Validated recipe with validation data.
+        options: Configuration of the search. None: the defaults.
+        resume: Continue the search in the output folder.
+        command: Command line, recorded in search.json.
+        devices: JAX devices. None: all.
+        quiet: Print nothing.
+
+    Returns:
+        The selected setting and the stages that led to it.
 
     Raises:
-        FileExistsError: There is a search in the folder, and it is not resumed.
-        FileNotFoundError: There is none to resume, or the base or data are not there.
-        ValueError: The recipe has no validation data, a setting cannot be, or all trials diverge.
+        FileExistsError: The folder has a search already and `resume` is False.
+        FileNotFoundError: There is no search to resume, or the base or data are missing.
+        ValueError: The recipe has no validation data, a setting is not possible, all trials
+            diverged, or the search to resume is of another recipe, data or number of rungs.
         ModuleNotFoundError: The sampler is Optuna, which is not installed.
-        Interrupted: SIGTERM or SIGINT came; everything up to then is saved.
+        TrainingInterrupted: SIGTERM or SIGINT arrived; all progress is saved.
+
+    References:
+        The one-standard-error rule of `jlora.rank_search.selection.one_standard_error_rule` selects
+        within a stage; successive halving, Jamieson and Talwalkar, arXiv:1502.07943, or Optuna's
+        TPE searches learning rate and alpha.
+
+    Example:
+        >>> from jlora.rank_search import SearchOptions, search
+        >>> from jlora.training import recipe
+        >>> source = {"path": "train.jsonl", "format": "chat"}
+        >>> raw = {"output": "run", "model": {"path": "base"}, "data": {"train": [source]}}
+        >>> search(recipe.validate(raw), SearchOptions(ranks=(4, 8), timeout_minutes=60))
+        Traceback (most recent call last):
+        ValueError: data.validation=[] must have sources: trials are compared on them. Add some.
     """
-    began = time.monotonic()
-    say, options = Console(quiet), options or SearchOptions()
+    start = time.monotonic()
+    console, options = Console(quiet), options or SearchOptions()
     _check_search_recipe(recipe)
     steps = _get_trial_steps(recipe, options)
-    course = StagedSearch(recipe, options)
+    staged = StagedSearch(recipe, options)
     rung_steps(steps, options.num_rungs)
-    for setting in course.rank_settings():
+    for setting in staged.rank_settings():
         apply_setting(recipe, setting)
-    check_settings(recipe, course.extreme_settings())
-    ledger = _open_study(recipe, options, steps, resume, command, devices or jax.devices())
-    dated = _pin_recipe_date(recipe, ledger)
-    deadline = math.inf if options.timeout_minutes is None else began + 60 * options.timeout_minutes
+    check_settings(recipe, staged.extreme_settings())
+    study = _open_study(recipe, options, steps, resume, command, devices or jax.devices())
+    timeout = math.inf if options.timeout_minutes is None else 60 * options.timeout_minutes
     runner = TrialRunner(
-        dated, ledger, steps=steps, console=say, deadline=deadline, devices=devices
+        _pin_recipe_date(recipe, study),
+        study,
+        steps=steps,
+        console=console,
+        deadline=start + timeout,
+        devices=devices,
     )
-    say(course.describe_cost(steps))
+    console(staged.describe_cost(steps))
     stages: list[SearchStage] = []
     finished = True
-    with persistent_compilation_cache(ledger.folder / _CACHE_FOLDER):
+    with persistent_compilation_cache(study.folder / _CACHE_FOLDER):
         try:
-            for stage in course.run(runner):
+            for stage in staged.run(runner):
                 stages.append(stage)
-                say(f"{stage.name}: {stage.setting}. {stage.reason}")
-                _record_stages(ledger, stages, course.rung_scores)
+                console(f"{stage.name}: {stage.setting}. {stage.reason}")
+                _record_stages(study, stages, staged.rung_scores)
         except SearchTimeoutError:
             finished = False
-            say(
-                f"minutes={options.timeout_minutes} are over. Go on with --resume and more of them."
+            console(
+                f"timeout_minutes={options.timeout_minutes:g} reached. Continue with --resume, "
+                f"which starts a new timeout."
             )
-    ledger.metadata["finished"] = finished
-    _record_stages(ledger, stages, course.rung_scores)
-    for path in write_search_report(recipe, ledger, stages, course.rung_scores, finished=finished):
-        say(f"Wrote {path}.")
+    study.metadata["finished"] = finished
+    _record_stages(study, stages, staged.rung_scores)
+    for path in write_search_report(recipe, study, stages, staged.rung_scores, finished=finished):
+        console(f"Wrote {path}.")
     setting = stages[-1].setting if stages else None
-    return SearchResult(setting, tuple(stages), finished, ledger.folder)
+    return SearchResult(setting, tuple(stages), finished, study.folder)
 
 
 def _check_search_recipe(recipe: Recipe) -> None:
     if not recipe.data.validation:
         raise ValueError(
-            "data.validation=[] leaves nothing to compare trials on, and test data is not for "
-            "choosing. Give validation sources."
+            "data.validation=[] must have sources: trials are compared on them. Add some."
         )
     if jax.process_count() > 1 or recipe.distributed.coordinator_address or recipe.distributed.auto:
         raise ValueError(
-            "distributed: a search is made by one process, which may have several devices. Leave "
-            "it out."
+            "distributed: a search runs in one process, which may have several devices. Remove "
+            "the section."
         )
 
 
@@ -260,8 +300,8 @@ def _get_trial_steps(recipe: Recipe, options: SearchOptions) -> int:
     steps = options.steps or recipe.training.steps
     if steps is None:
         raise ValueError(
-            f"training.epochs={recipe.training.epochs} does not say how many steps a trial has. "
-            f"Give --steps."
+            f"training.epochs={recipe.training.epochs} does not fix the number of steps of a "
+            f"trial. Set --steps."
         )
     return steps
 
@@ -274,11 +314,11 @@ def _open_study(
     command: str | None,
     devices: Sequence[Any],
 ) -> Study:
-    """The state of the search, for this recipe."""
-    dumped = recipe.model_dump(mode="json")
-    dumped.pop("output")  # A folder may be moved.
-    facts = {
-        "recipe": dumped,
+    """Creates or resumes the study of the recipe."""
+    recipe_fields = recipe.model_dump(mode="json")
+    recipe_fields.pop("output")  # A folder may be moved.
+    metadata = {
+        "recipe": recipe_fields,
         "options": {**dataclasses.asdict(options), "steps": steps},
         "command": command,
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED_PACKAGES},
@@ -287,12 +327,12 @@ def _open_study(
     }
     folder = Path(recipe.output)
     if not resume:
-        return Study.create(folder, {"date": datetime.date.today().isoformat(), **facts})
-    return Study.resume(folder, facts)
+        return Study.create(folder, {"date": datetime.date.today().isoformat(), **metadata})
+    return Study.resume(folder, metadata)
 
 
 def _pin_recipe_date(recipe: Recipe, study: Study) -> Recipe:
-    """The recipe with the day on which the search began, which chat templates may show."""
+    """Returns the recipe with the start date of the search, which chat templates may print."""
     if recipe.data.chat_template_date is not None:
         return recipe
     data = recipe.data.model_copy(update={"chat_template_date": study.metadata["date"]})
@@ -310,26 +350,26 @@ def _record_stages(study: Study, stages: Sequence[SearchStage], rung_scores: Run
 
 @contextlib.contextmanager
 def persistent_compilation_cache(folder: Path) -> Iterator[None]:
-    """Compiled programs are kept in a folder meanwhile, and found there by a later process.
+    """Enables JAX's persistent compilation cache in a folder, for later processes to reuse.
 
-    A cache that the user has set stays the one that is used.
+    A cache folder that the user has set stays in use.
     """
-    wanted = {
+    settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    if before["jax_compilation_cache_dir"] is not None:
+    previous = {name: getattr(jax.config, name) for name in settings}
+    if previous["jax_compilation_cache_dir"] is not None:
         yield
         return
     try:
-        for name, value in wanted.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
-        # JAX settles on a folder, or on none, when it first compiles.
+        # JAX fixes the folder, or the absence of one, when it first compiles.
         compilation_cache.reset_cache()
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

@@ -1,6 +1,6 @@
-"""Which of several settings is taken, where seeds make scores differ: rules on numbers alone.
+"""Selection of settings from noisy scores: standard errors over seeds and successive halving.
 
-A score is the higher, the better. A run that diverged has the score -inf.
+Higher scores are better. A run that diverged has the score -inf.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class ScoreSummary(NamedTuple):
     """The scores of one setting over several seeds.
 
     Attributes:
-        mean: Of the scores; -inf if one of them is.
-        stderr: The standard error of the mean, the sample deviation over the root of the count; 0
-            where the mean is -inf, and NaN for one seed, which tells nothing of it.
-        seeds: How many.
+        mean: Mean of the scores; -inf if one of them is.
+        stderr: Standard error of the mean: the sample standard deviation over the square root of
+            the number of seeds. 0 where the mean is -inf; NaN for one seed, which has no deviation.
+        seeds: Number of seeds.
     """
 
     mean: float
@@ -30,17 +30,18 @@ class ScoreSummary(NamedTuple):
 
 
 def summarize_scores(scores: Sequence[float]) -> ScoreSummary:
-    """The mean of scores and its standard error.
+    """Computes the mean of scores and its standard error.
 
     Raises:
-        ValueError: There are none, or one is NaN or +inf.
+        ValueError: There are no scores, or one is NaN or +inf.
     """
     if not scores:
-        raise ValueError("scores=[] have no mean. Give the score of one seed or more.")
+        raise ValueError("scores=[] must have the score of one seed or more.")
     values = np.asarray(scores, np.float64)
     if np.isnan(values).any() or (values == math.inf).any():
         raise ValueError(
-            f"scores={list(scores)} are no numbers to compare. Give -inf for a run that diverged."
+            f"scores={list(scores)} must be finite, or -inf for a run that diverged, got NaN or "
+            f"+inf."
         )
     count = len(values)
     if (values == DIVERGED).any():
@@ -51,98 +52,106 @@ def summarize_scores(scores: Sequence[float]) -> ScoreSummary:
 
 
 def stderr_of_difference(first: ScoreSummary, second: ScoreSummary) -> float:
-    """The standard error of the difference of two means, as if their scores were independent.
+    """Computes the standard error of the difference of two means with independent scores.
 
-    Where both are over the same seeds, which order the examples alike, the real error is smaller:
-    a gain that is told from noise by this is told from it.
+    Two settings share their seeds, which order the examples alike, so that the actual error is
+    smaller: a gain that exceeds this error exceeds the actual one.
     """
     return math.hypot(first.stderr, second.stderr)
 
 
 def is_within_noise(smaller: ScoreSummary, larger: ScoreSummary) -> bool:
-    """Whether the gain from the smaller to the larger setting is no more than its standard error.
+    """Whether the gain from the smaller to the larger setting is at most its standard error.
 
     Raises:
-        ValueError: One of them has one seed, and no error.
+        ValueError: One of the summaries has a single seed and therefore no standard error.
     """
     if DIVERGED in (smaller.mean, larger.mean):
         return larger.mean == DIVERGED and smaller.mean != DIVERGED
     error = stderr_of_difference(smaller, larger)
     if math.isnan(error):
         raise ValueError(
-            f"Means over {smaller.seeds} and {larger.seeds} seeds have no noise to compare a gain "
-            f"with. Give two seeds or more."
+            f"Both means must be over two seeds or more, got {smaller.seeds} and {larger.seeds}: "
+            f"one seed has no standard error to compare a gain with."
         )
     return larger.mean - smaller.mean <= error
 
 
 def one_standard_error_rule(candidates: Sequence[ScoreSummary], sizes: Sequence[float]) -> int:
-    """The number of the smallest candidate whose mean is within one standard error of the best.
+    """Returns the index of the smallest candidate within one standard error of the best mean.
 
-    Of equally small ones the better is taken, then the first. The error is that of the best one's
-    mean; of candidates with one seed each, the best is taken.
+    Among candidates of equal size the better one is selected, then the first. The standard error
+    is that of the best mean; among candidates with one seed each, the best is selected.
 
     Args:
-        candidates: What is chosen from.
-        sizes: What each costs, such as the numbers that it trains.
+        candidates: Scores of the candidates.
+        sizes: Cost of each candidate, such as its number of trainable parameters.
 
     Raises:
-        ValueError: All diverged, or there are none.
+        ValueError: All candidates diverged, there are none, or the lengths differ.
 
     References:
         Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984, section
         3.4.3. Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 7.10.
-        Both have the error from the folds of a cross-validation; here it is from seeds.
+        Both take the error from the folds of a cross-validation; here it is from seeds.
     """
     if len(candidates) != len(sizes):
-        raise ValueError(f"{len(candidates)} candidates have {len(sizes)} sizes. Give one each.")
-    if all(each.mean == DIVERGED for each in candidates):
+        raise ValueError(
+            f"sizes must have one entry for each candidate, got {len(sizes)} for {len(candidates)}."
+        )
+    if all(candidate.mean == DIVERGED for candidate in candidates):
         raise ValueError(
             f"All of {len(candidates)} settings diverged or were not measured. Lower "
             f"optimizer.learning_rate."
         )
-    best = max(candidates, key=lambda each: each.mean)
+    best = max(candidates, key=lambda candidate: candidate.mean)
     bound = best.mean - (0.0 if math.isnan(best.stderr) else best.stderr)
-    within = [number for number, each in enumerate(candidates) if each.mean >= bound]
-    return min(within, key=lambda number: (sizes[number], -candidates[number].mean, number))
+    within = [index for index, candidate in enumerate(candidates) if candidate.mean >= bound]
+    return min(within, key=lambda index: (sizes[index], -candidates[index].mean, index))
 
 
 def select_better_half(scores: Sequence[float]) -> list[int]:
-    """The numbers of the better half, rounded up, in their order; of equal ones the first.
+    """Returns the indices of the better half, rounded up, in increasing order.
 
-    None that diverged goes on.
+    Among equal scores the first are selected. Diverged runs are never selected.
+
+    Raises:
+        ValueError: A score is NaN.
     """
     if any(math.isnan(score) for score in scores):
-        raise ValueError(f"scores={list(scores)} have a NaN. Give -inf for a run that diverged.")
-    order = sorted(range(len(scores)), key=lambda number: (-scores[number], number))
-    kept = order[: math.ceil(len(scores) / 2)]
-    return sorted(number for number in kept if scores[number] != DIVERGED)
+        raise ValueError(f"scores={list(scores)} must not have NaN. Use -inf for a diverged run.")
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    better = order[: math.ceil(len(scores) / 2)]
+    return sorted(index for index in better if scores[index] != DIVERGED)
 
 
 def rung_steps(steps: int, num_rungs: int) -> list[int]:
-    """The steps at which halving looks: the last is `steps`, each half of the next, rounded up.
+    """Returns the training steps of the rungs of successive halving.
+
+    The last rung is at `steps`, each other at half of the next, rounded up.
 
     Raises:
-        ValueError: There are not as many different ones.
+        ValueError: `steps` is too small for so many different rungs, or a value is not positive.
 
     References:
         Successive halving: Jamieson and Talwalkar, arXiv:1502.07943, algorithm 1, and Li et al.,
-        Hyperband, arXiv:1603.06560, with eta = 2. The former ends with one setting; here as many
-        as are left at the last rung are compared after all their steps.
+        Hyperband, arXiv:1603.06560, with eta = 2. The former ends with one setting; here all
+        settings that reach the last rung are compared after all their steps.
     """
-    found = [math.ceil(steps / 2**power) for power in reversed(range(max(num_rungs, 0)))]
-    if num_rungs < 1 or steps < 1 or len(set(found)) < num_rungs:
+    rungs = [math.ceil(steps / 2**power) for power in reversed(range(max(num_rungs, 0)))]
+    if num_rungs < 1 or steps < 1 or len(set(rungs)) < num_rungs:
         raise ValueError(
-            f"num_rungs={num_rungs} do not fit into steps={steps}: each is half of the next. Give fewer "
-            f"rungs or more steps."
+            f"num_rungs={num_rungs} do not fit into steps={steps}: each rung is half of the next. "
+            f"Use fewer rungs or more steps."
         )
-    return found
+    return rungs
 
 
 def stderr_of_stderr(num_seeds: int) -> float:
-    """By how much of itself a standard error from so many seeds is uncertain: 0.5 for three.
+    """Computes the relative uncertainty of a standard error: 0.5 for three seeds.
 
     References:
-        The deviation of a sample deviation is about 1 / sqrt(2 (n - 1)) of it, for normal scores.
+        For normal scores, the standard deviation of a sample standard deviation is about
+        1 / sqrt(2 (n - 1)) of it.
     """
     return 1 / math.sqrt(2 * (num_seeds - 1))

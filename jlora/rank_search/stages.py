@@ -1,4 +1,4 @@
-"""The stages of a search: rank, targets, then learning rate and alpha, and what each chose."""
+"""Stages of a search (rank, target modules, learning rate and alpha) and the choice each makes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from jlora.rank_search.trials import TrialRunner
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A setting that was tried with several seeds, or one.
+    """A setting with the results of its trials.
 
     Attributes:
-        setting: What was tried.
-        summary: Of its scores.
-        trainable_params: How many numbers it trains; None where no run of it came to its end.
-        step_ms: The median of its steps, and over its seeds.
+        setting: Hyperparameters.
+        summary: Scores over one or more seeds.
+        trainable_params: Number of trainable parameters; None if no trial reached its end.
+        step_ms: Median over the seeds of the median step time in milliseconds; None if no trial was
+            measured.
     """
 
     setting: TrialSetting
@@ -39,13 +40,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class SearchStage:
-    """What a stage tried and chose.
+    """Candidates of a stage and the one that was selected.
 
     Attributes:
         name: "rank", "targets", "rates" or "confirmation".
-        candidates: In the order in which they were tried.
-        chosen: The number of the one that was taken.
-        reason: In a sentence.
+        candidates: Candidates in the order in which they were tried.
+        chosen: Index of the selected candidate.
+        reason: Reason of the choice, in one or two sentences.
     """
 
     name: str
@@ -55,20 +56,20 @@ class SearchStage:
 
     @property
     def setting(self) -> TrialSetting:
-        """The setting that was taken."""
+        """Setting of the selected candidate."""
         return self.candidates[self.chosen].setting
 
     @property
     def summary(self) -> ScoreSummary:
-        """Its scores."""
+        """Scores of the selected candidate."""
         return self.candidates[self.chosen].summary
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the stage as a mapping for JSON."""
         return dataclasses.asdict(self) | {
             "candidates": [
-                dataclasses.asdict(each) | {"summary": each.summary._asdict()}
-                for each in self.candidates
+                dataclasses.asdict(candidate) | {"summary": candidate.summary._asdict()}
+                for candidate in self.candidates
             ]
         }
 
@@ -76,14 +77,15 @@ class SearchStage:
 def evaluate_candidate(
     runner: TrialRunner, stage: str, setting: TrialSetting, seeds: Sequence[int]
 ) -> Candidate:
-    """A setting, with the trials that it needs made."""
+    """Runs the missing trials of a setting and returns it with their results."""
     summary = runner.summarize(stage, setting, seeds)
     trials = [runner.get_trial(stage, setting, seed) for seed in seeds]
-    trained = next(
+    trainable_params = next(
         (trial.trainable_params for trial in trials if trial.trainable_params is not None), None
     )
     times = sorted(trial.step_ms for trial in trials if trial.step_ms is not None)
-    return Candidate(setting, summary, trained, times[len(times) // 2] if times else None)
+    step_ms = times[len(times) // 2] if times else None
+    return Candidate(setting, summary, trainable_params, step_ms)
 
 
 def rank_ladder(
@@ -93,62 +95,76 @@ def rank_ladder(
     *,
     name: str = "rank",
 ) -> SearchStage:
-    """Tries ranks from the smallest up, until the gain of the next is within the noise.
+    """Tries ranks in increasing order until the gain of the next is within noise.
 
-    Taken is the smallest whose mean is within one standard error of the best.
+    Selects the smallest rank whose mean is within one standard error of the best.
 
     Args:
-        runner: Makes the trials.
-        settings: One of each rank, growing.
-        seeds: Of each.
-        name: Of the stage.
+        runner: Runner of the trials.
+        settings: One setting for each rank, in increasing order.
+        seeds: Random seeds of each setting.
+        name: Name of the stage.
     """
-    tried: list[Candidate] = []
-    why = f"Rank {settings[-1].rank} is the largest that was asked for."
+    candidates: list[Candidate] = []
+    stop_reason = f"Rank {settings[-1].rank} is the largest of the ranks to try."
     for setting in settings:
-        tried.append(evaluate_candidate(runner, name, setting, seeds))
-        if len(tried) > 1 and is_within_noise(tried[-2].summary, tried[-1].summary):
-            before, after = tried[-2].summary, tried[-1].summary
-            why = (
-                f"From rank {tried[-2].setting.rank} to {setting.rank} the mean gains "
+        candidates.append(evaluate_candidate(runner, name, setting, seeds))
+        if len(candidates) < 2:
+            continue
+        before, after = candidates[-2].summary, candidates[-1].summary
+        if is_within_noise(before, after):
+            stop_reason = (
+                f"From rank {candidates[-2].setting.rank} to {setting.rank} the mean gains "
                 f"{after.mean - before.mean:.4f}, and the standard error of this is "
                 f"{stderr_of_difference(before, after):.4f}."
             )
             break
     chosen = one_standard_error_rule(
-        [each.summary for each in tried], [each.setting.rank for each in tried]
+        [candidate.summary for candidate in candidates],
+        [candidate.setting.rank for candidate in candidates],
     )
-    return SearchStage(
-        name, tuple(tried), chosen, f"{why} {_explain_choice(tried, chosen, 'smallest rank')}"
-    )
+    choice_reason = _explain_choice(candidates, chosen, "smallest rank")
+    return SearchStage(name, tuple(candidates), chosen, f"{stop_reason} {choice_reason}")
 
 
 def compare_settings(
     runner: TrialRunner, settings: Sequence[TrialSetting], seeds: Sequence[int], *, name: str
 ) -> SearchStage:
-    """Tries settings, and takes that which trains least within one standard error of the best."""
-    different = list(dict.fromkeys(settings))
-    tried = [evaluate_candidate(runner, name, setting, seeds) for setting in different]
-    sizes = [math.inf if each.trainable_params is None else each.trainable_params for each in tried]
-    chosen = one_standard_error_rule([each.summary for each in tried], sizes)
-    return SearchStage(
-        name, tuple(tried), chosen, _explain_choice(tried, chosen, "fewest trained numbers")
-    )
+    """Tries settings and selects the cheapest within one standard error of the best.
+
+    The cheapest is the one with the fewest trainable parameters.
+
+    Args:
+        runner: Runner of the trials.
+        settings: Settings to compare; duplicates are dropped.
+        seeds: Random seeds of each setting.
+        name: Name of the stage.
+    """
+    candidates = [
+        evaluate_candidate(runner, name, setting, seeds) for setting in dict.fromkeys(settings)
+    ]
+    sizes = [
+        math.inf if candidate.trainable_params is None else candidate.trainable_params
+        for candidate in candidates
+    ]
+    chosen = one_standard_error_rule([candidate.summary for candidate in candidates], sizes)
+    reason = _explain_choice(candidates, chosen, "fewest trainable parameters")
+    return SearchStage(name, tuple(candidates), chosen, reason)
 
 
 def _explain_choice(candidates: Sequence[Candidate], chosen: int, criterion: str) -> str:
-    best = max(candidates, key=lambda each: each.summary.mean)
+    best = max(candidates, key=lambda candidate: candidate.summary.mean)
     if best is candidates[chosen]:
-        return "The best is taken: no smaller one is within a standard error of it."
+        return "The best is selected: no smaller one is within a standard error of it."
     return (
-        f"Of those within one standard error ({best.summary.stderr:.4f}) of the best, the one with "
-        f"the {criterion} is taken."
+        f"Among those within one standard error ({best.summary.stderr:.4f}) of the best, the one "
+        f"with the {criterion} is selected."
     )
 
 
 RungScores = dict[TrialSetting, list[float]]
 
-"""The scores of each setting after each rung that it came to."""
+"""Scores of each setting at the rungs that it reached."""
 
 
 def successive_halving(
@@ -159,100 +175,103 @@ def successive_halving(
     *,
     name: str = "rates",
 ) -> tuple[SearchStage, RungScores]:
-    """Trains all settings for a few steps, the better half for twice as many, and so on.
+    """Trains all settings to the first rung, the better half to the second, and so on.
 
-    Each goes on from where it paused. Those at the last rung are compared after all their steps.
+    A trial continues from its checkpoint at the rung before. Settings that reach the last rung are
+    compared after all their steps.
 
     Args:
-        runner: Makes the trials.
-        settings: What is compared.
-        seed: The same for all, so that they see the same examples.
-        num_rungs: How many rungs there are.
-        name: Of the stage.
+        runner: Runner of the trials.
+        settings: Settings to compare; duplicates are dropped.
+        seed: Random seed of all trials, so that they train on the same examples.
+        num_rungs: Number of rungs.
+        name: Name of the stage.
 
     References:
         Jamieson and Talwalkar, arXiv:1502.07943, algorithm 1.
     """
-    played: RungScores = {setting: [] for setting in dict.fromkeys(settings)}
-    left = list(played)
+    rung_scores: RungScores = {setting: [] for setting in dict.fromkeys(settings)}
+    remaining = list(rung_scores)
     for step in rung_steps(runner.steps, num_rungs):
-        scores = [runner.score(name, setting, seed, step) for setting in left]
-        for setting, score in zip(left, scores, strict=True):
-            played[setting].append(score)
+        scores = [runner.score(name, setting, seed, step) for setting in remaining]
+        for setting, score in zip(remaining, scores, strict=True):
+            rung_scores[setting].append(score)
         if step < runner.steps:
-            left = [left[number] for number in select_better_half(scores)]
-    return _choose_at_last_rung(runner, played, seed, name, num_rungs), played
+            remaining = [remaining[index] for index in select_better_half(scores)]
+    return _choose_at_last_rung(runner, rung_scores, seed, name, num_rungs), rung_scores
 
 
 SearchFn = Callable[[Callable[[TrialSetting, int], float], int], None]
 
-"""Asks the function that it is given for scores of settings it thinks of, after each rung."""
+"""Black-box optimizer: a function of a score function (setting, rung) and the number of rungs."""
 
 
 def run_sampler_search(
     runner: TrialRunner, search_fn: SearchFn, seed: int, num_rungs: int, *, name: str = "rates"
 ) -> tuple[SearchStage, RungScores]:
-    """Lets a black-box optimizer choose settings, and when each ends.
+    """Runs a black-box optimizer that samples settings and prunes them at rungs.
 
     Args:
-        runner: Makes the trials.
-        search_fn: The optimizer; rungs are numbered from 0.
-        seed: Of all trials.
-        num_rungs: How many rungs there are.
-        name: Of the stage.
+        runner: Runner of the trials.
+        search_fn: Optimizer; rungs are counted from 0.
+        seed: Random seed of all trials.
+        num_rungs: Number of rungs.
+        name: Name of the stage.
     """
-    played: RungScores = {}
+    rung_scores: RungScores = {}
     steps = rung_steps(runner.steps, num_rungs)
 
     def score(setting: TrialSetting, rung: int) -> float:
-        found = runner.score(name, setting, seed, steps[rung])
-        scores = played.setdefault(setting, [])
-        if len(scores) == rung:  # An optimizer may ask for a setting twice.
-            scores.append(found)
-        return found
+        value = runner.score(name, setting, seed, steps[rung])
+        scores = rung_scores.setdefault(setting, [])
+        if len(scores) == rung:  # An optimizer may sample a setting twice.
+            scores.append(value)
+        return value
 
     search_fn(score, num_rungs)
-    return _choose_at_last_rung(runner, played, seed, name, num_rungs), played
+    return _choose_at_last_rung(runner, rung_scores, seed, name, num_rungs), rung_scores
 
 
 def _choose_at_last_rung(
     runner: TrialRunner, rung_scores: RungScores, seed: int, name: str, num_rungs: int
 ) -> SearchStage:
-    """The best of those that came to the last rung."""
-    ended = [
+    """Selects the best of the settings that reached the last rung."""
+    finalists = [
         setting
         for setting, scores in rung_scores.items()
         if len(scores) == num_rungs and scores[-1] != DIVERGED
     ]
-    if not ended:
+    if not finalists:
         first = next(iter(rung_scores))
-        why = (
-            f"Of {len(rung_scores)} settings those that led at a look had all diverged by the next. The "
-            f"first, which the stages before had chosen, stays."
+        reason = (
+            f"Of {len(rung_scores)} settings, all that continued after a rung diverged by the "
+            f"next. The first, which the earlier stages selected, stays."
         )
-        return SearchStage(name, (evaluate_candidate(runner, name, first, [seed]),), 0, why)
-    tried = tuple(evaluate_candidate(runner, name, setting, [seed]) for setting in ended)
-    chosen = one_standard_error_rule([each.summary for each in tried], [0] * len(tried))
-    why = (
-        f"{len(tried)} of {len(rung_scores)} settings were trained for all {runner.steps} steps, with "
-        f"one seed; the best is taken, and confirmed with others."
+        return SearchStage(name, (evaluate_candidate(runner, name, first, [seed]),), 0, reason)
+    candidates = tuple(evaluate_candidate(runner, name, setting, [seed]) for setting in finalists)
+    summaries = [candidate.summary for candidate in candidates]
+    chosen = one_standard_error_rule(summaries, [0] * len(candidates))
+    reason = (
+        f"{len(candidates)} of {len(rung_scores)} settings were trained for all {runner.steps} "
+        f"steps, with one seed; the best is selected, and confirmed with other seeds."
     )
-    return SearchStage(name, tried, chosen, why)
+    return SearchStage(name, candidates, chosen, reason)
 
 
 def compare_to_recipe(best: Candidate, recipe_candidate: Candidate) -> str:
-    """How the choice stands to the recipe as it was, in a sentence."""
+    """Returns a sentence that compares the selected setting with the original recipe."""
     if best.setting == recipe_candidate.setting:
-        return "It is the recipe as it was."
+        return "It is the original recipe."
     return _format_gain(best.summary, recipe_candidate.summary)
 
 
 def _format_gain(best: ScoreSummary, baseline: ScoreSummary) -> str:
     if DIVERGED in (best.mean, baseline.mean):
-        return "The recipe as it was diverged."
+        return "The original recipe diverged."
     gain, error = best.mean - baseline.mean, stderr_of_difference(best, baseline)
-    how = "more" if abs(gain) > error else "no more"
+    comparison = "more" if abs(gain) > error else "no more"
     return (
-        f"Its mean is {abs(gain):.4f} {'better' if gain >= 0 else 'worse'} than that of the recipe "
-        f"as it was, which is {how} than one standard error of the difference, {error:.4f}."
+        f"Its mean is {abs(gain):.4f} {'better' if gain >= 0 else 'worse'} than that of the "
+        f"original recipe, which is {comparison} than one standard error of the difference, "
+        f"{error:.4f}."
     )

@@ -1,4 +1,4 @@
-"""search.json: what a search was asked for and what every trial of it came to."""
+"""Options of a search, its trials, and their state on disk in search.json."""
 
 from __future__ import annotations
 
@@ -14,30 +14,48 @@ from typing import Any
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.rank_search.selection import DIVERGED
 
+STUDY_FILE = "search.json"
+
+STUDY_FORMAT = 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How wide and how long a search is.
+    """Configuration of a search.
 
     Attributes:
-        ranks: Those that are tried, from the smallest up, as long as more gain something.
-        seeds: With how many seeds each rank and each choice of targets is trained; 2 or more.
-        steps: Of each trial; those of the recipe when None.
-        targets: Names of `jlora.importance.trials.PATTERNS`; the recipe's own are tried besides.
-        lr_multipliers: Learning rates, as multiples of the recipe's.
-        alpha_over_rank: alpha / rank; that of the recipe is tried besides.
-        fix: What stays the recipe's while ranks differ: "alpha", or "scale", the factor that the
-            product of factors is multiplied by.
-        sampler: "grid", all pairs of rates and alphas, or "optuna", which draws between their ends.
-        num_trials: How many Optuna draws.
-        num_rungs: How often a trial of learning rate and alpha is looked at, the last time at its end;
-            each time after twice as many steps.
-        timeout_minutes: After which no trial begins; the search can be resumed. No end when None.
+        ranks: Ranks to try, in increasing order, until a larger one gains nothing beyond noise.
+        seeds: Number of seeds of each rank and each choice of target modules; 2 or more.
+        steps: Training steps of each trial. None: those of the recipe.
+        targets: Target modules to try besides the recipe's own: names of
+            `jlora.rank_search.trials.TARGET_PATTERNS`, or "recipe".
+        lr_multipliers: Learning rates to try, as multiples of the recipe's.
+        alpha_over_rank: Ratios alpha / rank to try besides that of the recipe.
+        fix: Quantity that stays as in the recipe while ranks differ: "alpha", or "scale", the
+            factor on the product of the adapter's factors.
+        sampler: "grid" for all pairs of learning rate and alpha, or "optuna" for samples between
+            the ends of the grid.
+        num_trials: Number of settings that Optuna samples.
+        num_rungs: Number of rungs of successive halving over learning rate and alpha. Each rung is
+            after twice as many steps as the one before, the last at the end of the trial.
+        timeout_minutes: Time in minutes after which no trial starts; the search can be resumed.
+            None: no limit.
+
+    Raises:
+        ValueError: A value is out of its range.
 
     References:
-        That alpha is held: Schulman et al., LoRA Without Regret, Thinking Machines Lab, 2025, find
+        For a fixed alpha: Schulman et al., LoRA Without Regret, Thinking Machines Lab, 2025, find
         that with the scale alpha / rank and one alpha the best learning rate hardly depends on the
-        rank, so that ranks can be compared at the same one.
+        rank, so that ranks can be compared at one learning rate.
+
+    Example:
+        >>> from jlora.rank_search import SearchOptions
+        >>> SearchOptions(ranks=(1, 2, 4), timeout_minutes=30).num_rungs
+        3
+        >>> SearchOptions(seeds=1)
+        Traceback (most recent call last):
+        ValueError: seeds=1 must be 2 or more: one seed has no noise to compare gains with.
     """
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -55,48 +73,49 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if not self.ranks or list(self.ranks) != sorted(set(self.ranks)) or self.ranks[0] < 1:
             raise ValueError(
-                f"ranks={self.ranks} are no growing list of ranks. Give some, such as 1,2,4,8."
+                f"ranks={self.ranks} must be positive and increasing, such as 1,2,4,8."
             )
         if self.seeds < 2:
             raise ValueError(
-                f"seeds={self.seeds} tell nothing of the noise that gains are compared with. Give "
-                f"2 or more."
+                f"seeds={self.seeds} must be 2 or more: one seed has no noise to compare gains "
+                f"with."
             )
-        for name, least in (("steps", 1), ("num_trials", 1), ("num_rungs", 1)):
+        for name in ("steps", "num_trials", "num_rungs"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} is no count. Give {least} or more.")
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
         for name in ("lr_multipliers", "alpha_over_rank"):
             values = getattr(self, name)
             if not values or not all(0 < value < math.inf for value in values):
                 raise ValueError(
-                    f"{name}={values} are no positive numbers. Give some, such as 0.5,1,2."
+                    f"{name}={values} must be one or more positive numbers, such as 0.5,1,2."
                 )
-        for name, known in (("fix", ("alpha", "scale")), ("sampler", ("grid", "optuna"))):
-            if getattr(self, name) not in known:
+        for name, choices in (("fix", ("alpha", "scale")), ("sampler", ("grid", "optuna"))):
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is none of {', '.join(known)}. Choose one."
+                    f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}."
                 )
         if self.timeout_minutes is not None and not 0 < self.timeout_minutes < math.inf:
             raise ValueError(
-                f"timeout_minutes={self.timeout_minutes} is no time. Give a positive number."
+                f"timeout_minutes={self.timeout_minutes} must be positive and finite, or None for "
+                f"no limit."
             )
-
-
-STUDY_FILE = "search.json"
-
-STUDY_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialSetting:
-    """What trials differ in, their seeds aside.
+    """Hyperparameters in which trials differ, apart from their seeds.
 
     Attributes:
-        rank: Of every adapted weight.
-        targets: Which weights those are, by a name of `jlora.importance.trials.patterns`.
-        learning_rate: The highest.
-        alpha: Of the scale.
+        rank: Rank of every adapted weight.
+        targets: Target modules: a name of `jlora.rank_search.trials.TARGET_PATTERNS`, or "recipe".
+        learning_rate: Peak learning rate.
+        alpha: LoRA alpha, the numerator of the scale.
+
+    Example:
+        >>> from jlora.rank_search import TrialSetting
+        >>> print(TrialSetting(8, "attention", 2e-4, 16.0))
+        rank 8, attention, learning rate 0.0002, alpha 16
     """
 
     rank: int
@@ -113,19 +132,27 @@ class TrialSetting:
 
 @dataclasses.dataclass
 class Trial:
-    """One run, as far as it went.
+    """State of one training run of a search.
 
     Attributes:
-        stage: That first asked for it.
-        setting: What it is of.
-        seed: Its draws'.
-        total_steps: How many steps the whole run has, for which its learning rates are.
-        values: The metric on the validation data, by the step at which it was measured.
-        stop_reason: "paused" where it paused, "max_steps" at its end, "diverged" where a loss, a gradient or the
-            metric was no number; empty before the first.
-        trainable_params: How many numbers it trains; None before its end.
-        seconds: Of the clock, compiling and evaluating with it.
-        step_ms: The median of its steps, in milliseconds.
+        stage: Stage that first used the trial.
+        setting: Hyperparameters.
+        seed: Random seed of the run.
+        total_steps: Training steps of the complete run, on which the learning rate schedule
+            depends.
+        values: Metric on the validation data by the step at which it was measured.
+        stop_reason: "paused" at a rung, "max_steps" at the end, "diverged" where a loss, a gradient
+            or the metric was not finite; empty before the first measurement.
+        trainable_params: Number of trainable parameters; None before the end.
+        seconds: Wall-clock time, including compilation and evaluation.
+        step_ms: Median time of a training step in milliseconds; None before the first measurement.
+
+    Example:
+        >>> from jlora.rank_search import Trial, TrialSetting
+        >>> trial = Trial("rank", TrialSetting(8, "all", 2e-4, 16.0), seed=0, total_steps=100)
+        >>> trial.values[50] = 0.75
+        >>> trial.score(50, "accuracy"), trial.score(100, "accuracy")
+        (0.75, None)
     """
 
     stage: str
@@ -140,20 +167,27 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its folder: everything that tells it from other trials of the same recipe."""
+        """Folder name, unique among the trials of one recipe."""
         s = self.setting
-        return f"r{s.rank}-{s.targets}-lr{s.learning_rate!r}-a{s.alpha!r}-{self.total_steps}steps-s{self.seed}"
+        return (
+            f"r{s.rank}-{s.targets}-lr{s.learning_rate!r}-a{s.alpha!r}-{self.total_steps}steps-"
+            f"s{self.seed}"
+        )
 
     @property
     def last_step(self) -> int:
-        """After how many steps it was measured last."""
+        """Step of the last measurement; 0 before the first."""
         return max(self.values, default=0)
 
     def score(self, step: int, metric: str) -> float | None:
-        """Of its state after a step, the higher the better; None if that is not known.
+        """Returns the score after a step, where higher is better; None if it is not known.
 
-        Of a run that went past the step without being measured there, it is that of the first
-        measurement after it.
+        Of a run that went past the step without a measurement there, it is the score of the first
+        later measurement. -inf for a run that diverged before.
+
+        Args:
+            step: Number of training steps.
+            metric: "accuracy", or "loss", whose sign is flipped.
         """
         measured = [each for each in self.values if each >= step]
         if measured:
@@ -162,23 +196,36 @@ class Trial:
         return DIVERGED if self.stop_reason == "diverged" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the state as a mapping for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trial:
-        """From what `to_dict` returned, through JSON."""
+        """Returns the trial that `to_dict` wrote, read back from JSON."""
         values = {int(step): float(value) for step, value in data["values"].items()}
         return cls(**{**data, "setting": TrialSetting(**data["setting"]), "values": values})
 
 
 class Study:
-    """The state of a search in its file, which is whole at every moment.
+    """State of a search, written atomically to search.json.
 
     Attributes:
-        trials: By name, in the order in which they were first asked for.
-        metadata: Beside them: the recipe, the options, fingerprints of the data, what came out, and
-            the seconds that all of it took, up to the last save.
+        folder: Output folder of the search.
+        metadata: Recipe, options, fingerprints of the data, results, and the seconds of all
+            processes of the search up to the last save.
+        trials: Trials by name, in the order of their first use.
+
+    Example:
+        >>> import pathlib
+        >>> import tempfile
+        >>> from jlora.rank_search import Study, TrialSetting
+        >>> metadata = {"recipe": {"seed": 0}, "options": {"num_rungs": 3}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     study = Study.create(pathlib.Path(folder), metadata)
+        ...     trial = study.get_or_add_trial("rank", TrialSetting(8, "all", 2e-4, 16.0), 0, 100)
+        ...     study.save()
+        ...     list(Study.resume(pathlib.Path(folder), metadata).trials)
+        ['r8-all-lr0.0002-a16.0-100steps-s0']
     """
 
     def __init__(self, folder: Path, metadata: dict[str, Any], trials: dict[str, Trial]) -> None:
@@ -187,112 +234,122 @@ class Study:
 
     @classmethod
     def create(cls, folder: Path, metadata: dict[str, Any]) -> Study:
-        """A new one, whose file is written.
+        """Creates a study without trials and writes its file.
+
+        Args:
+            folder: Output folder, created if missing.
+            metadata: Mapping for JSON with the keys "recipe" and "options".
 
         Raises:
-            FileExistsError: There is one.
+            FileExistsError: The folder has a study already.
         """
         if (folder / STUDY_FILE).exists():
             raise FileExistsError(
-                f"{folder} holds a search, which is left as it was. Go on with --resume, or give "
-                f"another --output."
+                f"{folder} has a search already, which is left unchanged. Continue it with "
+                f"--resume, or set another --output."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        found = cls(folder, {"format": STUDY_FORMAT, **metadata}, {})
-        found.save()
-        return found
+        study = cls(folder, {"format": STUDY_FORMAT, **metadata}, {})
+        study.save()
+        return study
 
     @classmethod
     def resume(cls, folder: Path, metadata: dict[str, Any]) -> Study:
-        """The one in a folder, for the same recipe.
+        """Reads the study of a folder to continue it with the same recipe.
 
         Args:
-            folder: Of the search.
-            metadata: What `create` was given; all but "recipe" may differ, and once learning rates are
-                tried also the rungs may not.
+            folder: Output folder of the search.
+            metadata: Mapping as for `create`. "recipe" must be that of the study; the number of
+                rungs must be, too, once trials of learning rates exist. Other entries may differ.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It cannot be read, is of a later release, or of another recipe or rungs.
+            FileNotFoundError: The folder has no study.
+            ValueError: The file cannot be read, has a newer format, or is of another recipe or
+                number of rungs.
         """
         path = folder / STUDY_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: there is no search to go on with. Begin without --resume."
+                f"{path} is missing: there is no search to resume. Start without --resume."
             )
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            form, recipe = held["format"], held["recipe"]
-            looks = held["options"]["num_rungs"] if form <= STUDY_FORMAT else None
-            trials = [Trial.from_dict(one) for one in held.pop("trials")]
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved_format, saved_recipe = saved["format"], saved["recipe"]
+            saved_rungs = saved["options"]["num_rungs"] if saved_format <= STUDY_FORMAT else None
+            trials = [Trial.from_dict(trial) for trial in saved.pop("trials")]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is no state of a search ({type(error).__name__}: {error}). Give another "
-                f"--output, and begin anew."
+                f"{path} is not a valid state of a search ({type(error).__name__}: {error}). Set "
+                f"another --output and start a new search."
             ) from error
-        if form > STUDY_FORMAT:
+        if saved_format > STUDY_FORMAT:
             raise ValueError(
-                f"{path} was made by format {form}, and this release reads up to {STUDY_FORMAT}. Use the "
-                f"release that wrote it."
+                f"{path} has format={saved_format}, but this release reads up to {STUDY_FORMAT}. "
+                f"Use the release that wrote it."
             )
-        differing = diff_nested_mappings(recipe, metadata["recipe"])
-        if differing:
+        differences = diff_nested_mappings(saved_recipe, metadata["recipe"])
+        if differences:
             raise ValueError(
-                f"{path} is of another recipe: {format_names(differing)}. Resume with the recipe as it "
-                f"was, or give another --output."
+                f"{path} is of another recipe: {format_names(differences)}. Resume with the "
+                f"original recipe, or set another --output."
             )
-        asked = metadata["options"]["num_rungs"]
-        if looks != asked and any(trial.stage == "rates" for trial in trials):
+        num_rungs = metadata["options"]["num_rungs"]
+        if saved_rungs != num_rungs and any(trial.stage == "rates" for trial in trials):
             raise ValueError(
-                f"num_rungs={asked}, and {path} has trials of learning rates that were looked at at "
-                f"the steps of num_rungs={looks}. Resume with as many as before."
+                f"num_rungs={num_rungs}, but {path} has trials of learning rates with the rungs of "
+                f"num_rungs={saved_rungs}. Resume with the same number."
             )
-        return cls(folder, {**held, **metadata}, {trial.name: trial for trial in trials})
+        return cls(folder, {**saved, **metadata}, {trial.name: trial for trial in trials})
 
     def get_or_add_trial(
         self, stage: str, setting: TrialSetting, seed: int, total_steps: int
     ) -> Trial:
-        """The trial of a setting, or a new one."""
-        made = Trial(stage, setting, seed, total_steps)
-        return self.trials.setdefault(made.name, made)
+        """Returns the trial of a setting and seed, added without measurements if it is new."""
+        trial = Trial(stage, setting, seed, total_steps)
+        return self.trials.setdefault(trial.name, trial)
 
     def check_data(self, seed: int, fingerprints: Mapping[str, str | None]) -> None:
-        """Notes what data a trial had.
+        """Records the data of a trial and compares it with that of earlier trials.
+
+        Args:
+            seed: Random seed of the trial, on which the training data depends.
+            fingerprints: Fingerprints of the data by its use: "train" and "validation".
 
         Raises:
-            ValueError: Earlier trials had other data.
+            ValueError: An earlier trial had other data.
         """
-        held = self.metadata.setdefault("data", {})
+        recorded = self.metadata.setdefault("data", {})
         for use, fingerprint in fingerprints.items():
             name = f"{use} of seed {seed}" if use == "train" else use
-            if held.setdefault(name, fingerprint) != fingerprint:
+            if recorded.setdefault(name, fingerprint) != fingerprint:
                 raise ValueError(
-                    f"The {use} data is not what earlier trials in {self.folder} had, so that "
-                    f"scores cannot be compared. Put it back, or begin anew with another --output."
+                    f"The {use} data differs from that of earlier trials in {self.folder}, so that "
+                    f"scores cannot be compared. Restore the data, or start a new search with "
+                    f"another --output."
                 )
 
     def save(self) -> None:
-        """Writes the file, in one move."""
+        """Writes the file atomically: it is complete at every moment, even if killed."""
         path = self.folder / STUDY_FILE
         partial = path.with_suffix(".partial")
         self.metadata["seconds"] = round(
             self._previous_seconds + time.monotonic() - self._start_time, 1
         )
-        held = {**self.metadata, "trials": [trial.to_dict() for trial in self.trials.values()]}
+        state = {**self.metadata, "trials": [trial.to_dict() for trial in self.trials.values()]}
         with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(_to_finite_json(held), indent=1, allow_nan=False) + "\n")
+            file.write(json.dumps(_to_finite_json(state), indent=1, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
 
 
 def diff_nested_mappings(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The fields in which two nested mappings differ, with both values."""
+    """Returns the fields in which two nested mappings differ, with both values."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [
-            found
+            difference
             for key in {**old, **new}
-            for found in diff_nested_mappings(
+            for difference in diff_nested_mappings(
                 old.get(key), new.get(key), f"{prefix}.{key}".lstrip(".")
             )
         ]
@@ -300,7 +357,7 @@ def diff_nested_mappings(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _to_finite_json(value: Any) -> Any:
-    """The value as JSON has it: None in the place of what is no finite number."""
+    """Returns the value for JSON, with None in place of NaN and infinities."""
     if isinstance(value, Mapping):
         return {str(key): _to_finite_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

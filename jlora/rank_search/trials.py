@@ -1,4 +1,4 @@
-"""The trials of a search: ordinary runs of recipes that are derived from one."""
+"""Trials of a search: training runs of recipes that are derived from one recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRIALS_FOLDER = "trials"
 
 RECIPE_TARGETS = "recipe"
 
-# Weights of the layers of jlora.models. Routers stay as they are, as for all other runs.
+# Weights of the layers of jlora.models. Routers are not adapted, as in every other run.
 TARGET_PATTERNS: dict[str, str | None] = {
     "attention": r"/layers?(_\d+)?/attention/.*kernel$",
     "mlp": r"/layers?(_\d+)?/(mlp|moe)(/.*)?(?<!router)/(kernel|gate_up|down)$",
@@ -38,24 +38,26 @@ TARGET_PATTERNS: dict[str, str | None] = {
 
 
 class SearchTimeoutError(Exception):
-    """The minutes of a search are over, and no further trial begins."""
+    """Raised when a trial would have to start after the timeout of a search."""
 
 
 def get_target_patterns(recipe: Recipe) -> dict[str, str | None]:
-    """The targets that a search may choose, by name; those of the recipe itself come first."""
-    own = recipe.adapter.target_pattern
-    return dict(TARGET_PATTERNS) if own is None else {RECIPE_TARGETS: own, **TARGET_PATTERNS}
+    """Returns the target modules of a search by name, those of the recipe first."""
+    pattern = recipe.adapter.target_pattern
+    if pattern is None:
+        return dict(TARGET_PATTERNS)
+    return {RECIPE_TARGETS: pattern, **TARGET_PATTERNS}
 
 
 def setting_from_recipe(recipe: Recipe) -> TrialSetting:
-    """The recipe as it is.
+    """Returns the setting of the original recipe.
 
     Raises:
-        ValueError: Its family has no rank that could be chosen.
+        ValueError: The recipe's adapter family has no rank to search.
     """
     values, family = recipe.adapter.config_values(), recipe.adapter.family
     if family == "AdaLoRA" or not {"rank", "alpha"} <= set(values):
-        why = "chooses ranks as it trains" if family == "AdaLoRA" else "has no rank and alpha"
+        why = "chooses ranks during training" if family == "AdaLoRA" else "has no rank and alpha"
         raise ValueError(
             f"adapter.family={family} {why}, so that there is nothing to search. Use a family with "
             f"both, such as LoRA."
@@ -67,20 +69,20 @@ def setting_from_recipe(recipe: Recipe) -> TrialSetting:
 
 
 def apply_setting(recipe: Recipe, setting: TrialSetting) -> Recipe:
-    """The recipe with a setting's values, and only what was set written out."""
+    """Returns the recipe with a setting's values; fields that were not set stay unset."""
     raw = recipe.model_dump(mode="json", exclude_unset=True)
-    lora = {**raw.get("adapter", {}), "rank": setting.rank, "alpha": setting.alpha}
-    lora["family"] = recipe.adapter.family
+    adapter = {**raw.get("adapter", {}), "rank": setting.rank, "alpha": setting.alpha}
+    adapter["family"] = recipe.adapter.family
     pattern = get_target_patterns(recipe)[setting.targets]
-    lora.pop("target_pattern", None)
+    adapter.pop("target_pattern", None)
     if pattern is not None:
-        lora["target_pattern"] = pattern
+        adapter["target_pattern"] = pattern
     optimizer = {**raw.get("optimizer", {}), "learning_rate": setting.learning_rate}
-    return recipes.validate({**raw, "adapter": lora, "optimizer": optimizer})
+    return recipes.validate({**raw, "adapter": adapter, "optimizer": optimizer})
 
 
 def make_trial_recipe(recipe: Recipe, trial: Trial, folder: Path) -> Recipe:
-    """The recipe of a trial: it is evaluated at its end alone, and exports and tests nothing."""
+    """Returns the recipe of a trial: evaluated only at its end, without exports or test data."""
     raw = apply_setting(recipe, trial.setting).model_dump(mode="json")
     raw["output"], raw["seed"] = str(folder), trial.seed
     raw["data"]["test"] = []
@@ -90,7 +92,7 @@ def make_trial_recipe(recipe: Recipe, trial: Trial, folder: Path) -> Recipe:
         eval_steps=trial.total_steps,
         early_stopping_patience=None,
     )
-    # A loss that is no number is what a trial found out, and no accident.
+    # A loss that is not finite is the result of a trial, not a fault to skip.
     raw["training"].update(on_nonfinite_loss="raise", save_total_limit=1)
     for section in ("export", "report"):
         raw.pop(section)
@@ -98,11 +100,11 @@ def make_trial_recipe(recipe: Recipe, trial: Trial, folder: Path) -> Recipe:
 
 
 class TrialRunner:
-    """Makes trials, or knows them already.
+    """Runs trials, each at most once, and records their results in a study.
 
     Attributes:
-        metric: "loss" or "accuracy".
-        steps: Of each trial.
+        metric: Metric of the comparison: "loss" or "accuracy".
+        steps: Training steps of each trial.
     """
 
     def __init__(
@@ -115,15 +117,15 @@ class TrialRunner:
         deadline: float = math.inf,
         devices: Sequence[Any] | None = None,
     ) -> None:
-        """Takes what all trials share.
+        """Builds a runner.
 
         Args:
-            recipe: That they are derived from.
-            study: Takes their results.
-            steps: Of each.
-            console: Tells of each.
-            deadline: By `time.monotonic`, after which none begins.
-            devices: Those that are used; all when left out.
+            recipe: Recipe that the trials are derived from.
+            study: Study that records the results.
+            steps: Training steps of each trial.
+            console: Output, one line for each trial.
+            deadline: Time of `time.monotonic` after which no trial starts.
+            devices: JAX devices. None: all.
         """
         self.metric, self.steps = recipe.training.metric, steps
         self._recipe, self._study, self._console = recipe, study, console
@@ -131,44 +133,51 @@ class TrialRunner:
         self._program_cache = ProgramCache()
 
     def get_trial(self, stage: str, setting: TrialSetting, seed: int) -> Trial:
-        """The trial as it is known."""
+        """Returns the trial with its results so far."""
         return self._study.get_or_add_trial(stage, setting, seed, self.steps)
 
     def score(
         self, stage: str, setting: TrialSetting, seed: int, until: int | None = None
     ) -> float:
-        """The score of a trial after so many steps, all when left out; -inf where it diverged.
+        """Returns the score of a trial, after running it if necessary; -inf if it diverged.
+
+        Args:
+            stage: Name of the stage, recorded for a new trial.
+            setting: Hyperparameters.
+            seed: Random seed.
+            until: Step of the measurement. None: the last.
 
         Raises:
-            OutOfTime: It would have to be made, and time is over.
-            Interrupted: A signal came; the trial is saved, and goes on with the next call.
+            SearchTimeoutError: The trial would have to run after the deadline.
+            TrainingInterrupted: A signal arrived; the trial is saved and continues with the next
+                call.
         """
         until = self.steps if until is None else until
         trial = self.get_trial(stage, setting, seed)
-        found = trial.score(until, self.metric)
-        if found is None:
+        score = trial.score(until, self.metric)
+        if score is None:
             self._run_trial(trial, until)
-            found = trial.score(until, self.metric)
-            assert found is not None
-        return found
+            score = trial.score(until, self.metric)
+            assert score is not None
+        return score
 
     def summarize(self, stage: str, setting: TrialSetting, seeds: Sequence[int]) -> ScoreSummary:
-        """The scores of a setting with several seeds."""
+        """Returns the scores of a setting over seeds, after running missing trials."""
         return summarize_scores([self.score(stage, setting, seed) for seed in seeds])
 
     def _run_trial(self, trial: Trial, until: int) -> None:
-        """Trains up to a step, and notes what came of it."""
+        """Trains up to a step and records the result."""
         folder = self._study.folder / TRIALS_FOLDER / trial.name
         result = _read_run_result(folder) if until == self.steps else None
-        if result is not None:  # The search was killed before it noted that.
+        if result is not None:  # The search was killed before it recorded the result.
             _record_run_result(trial, result, self.metric)
             trial.seconds = trial.seconds or result["seconds"]
         else:
             if time.monotonic() > self._deadline:
                 raise SearchTimeoutError
-            began = time.monotonic()
+            start = time.monotonic()
             self._train_trial(trial, folder, until)
-            trial.seconds += time.monotonic() - began
+            trial.seconds += time.monotonic() - start
         times = [
             line["seconds"] for line in read_metrics(folder / METRICS_FILE) if "seconds" in line
         ]
@@ -178,11 +187,11 @@ class TrialRunner:
 
     def _train_trial(self, trial: Trial, folder: Path, until: int) -> None:
         recipe = make_trial_recipe(self._recipe, trial, folder)
-        steps = [path for path in (folder / CHECKPOINTS_DIR).glob("*") if path.name.isdigit()]
+        checkpoints = [path for path in (folder / CHECKPOINTS_DIR).glob("*") if path.name.isdigit()]
         try:
-            outcome = train(
+            train_result = train(
                 recipe,
-                resume=bool(steps),
+                resume=bool(checkpoints),
                 pause_after_step=until,
                 devices=self._devices,
                 program_cache=self._program_cache,
@@ -192,10 +201,9 @@ class TrialRunner:
             trial.stop_reason = "diverged"
         else:
             self._study.check_data(trial.seed, self._program_cache.data_fingerprints)
-            if outcome.stop_reason == "paused":
-                _record_trial_value(
-                    trial, until, outcome.paused_eval_metrics[self.metric], "paused"
-                )
+            if train_result.stop_reason == "paused":
+                value = train_result.paused_eval_metrics[self.metric]
+                _record_trial_value(trial, until, value, "paused")
             else:
                 result = _read_run_result(folder)
                 assert result is not None
@@ -204,8 +212,8 @@ class TrialRunner:
     def _format_result(self, trial: Trial, until: int) -> str:
         score = trial.score(until, self.metric)
         value = "diverged" if score == DIVERGED else f"{self.metric} {trial.values[until]:.4f}"
-        part = "" if until == self.steps else f" after {until} of {self.steps} steps"
-        return f"{trial.setting}, seed {trial.seed}{part}: {value}"
+        progress = "" if until == self.steps else f" after {until} of {self.steps} steps"
+        return f"{trial.setting}, seed {trial.seed}{progress}: {value}"
 
 
 def _record_trial_value(trial: Trial, step: int, value: float, stop_reason: str) -> None:
@@ -216,24 +224,28 @@ def _record_trial_value(trial: Trial, step: int, value: float, stop_reason: str)
 
 
 def _read_run_result(folder: Path) -> Mapping[str, Any] | None:
-    """What a run that ended wrote; None if none did."""
+    """Returns result.json of a run that ended; None if there is none."""
     try:
         return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # One that was killed as it wrote it.
+    except (FileNotFoundError, json.JSONDecodeError):  # A run may be killed while it writes.
         return None
 
 
 def _record_run_result(trial: Trial, result: Mapping[str, Any], metric: str) -> None:
-    # What is no number, JSON has as text.
+    # JSON has numbers that are not finite as text.
     _record_trial_value(trial, trial.total_steps, float(result["validation"][metric]), "max_steps")
     trial.trainable_params = result["trainable_params"]
 
 
 def check_settings(recipe: Recipe, settings: Sequence[TrialSetting]) -> None:
-    """Tries settings on the shapes of the base: what cannot be is told before anything is trained.
+    """Initializes the adapters of settings on abstract shapes, to fail before any training.
+
+    Args:
+        recipe: Original recipe.
+        settings: Settings to check.
 
     Raises:
-        ValueError: A rank is larger than a weight has room for, or a pattern finds no weight.
+        ValueError: A rank exceeds that of a weight, or a pattern matches no weight.
     """
     model = model_from_recipe(
         recipe, hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
@@ -245,4 +257,4 @@ def check_settings(recipe: Recipe, settings: Sequence[TrialSetting]) -> None:
             task = objective_from_recipe(apply_setting(recipe, setting), model, labels)
             jax.eval_shape(task.lora.init, jax.random.key(0), shapes, *task.example_inputs)
         except ValueError as error:
-            raise ValueError(f"A trial of {setting} cannot be: {error}") from error
+            raise ValueError(f"A trial of {setting} is not possible: {error}") from error

@@ -1,8 +1,8 @@
-"""Checkpoints of a run, through Orbax: written in the background, whole or not at all, and checked.
+"""Checkpoints of a run, through Orbax: written in the background, atomic, and verified.
 
-A checkpoint holds the training state and facts about the run. The facts have a SHA-256 of every
-array, which is compared when it is restored. Hashing and writing are done by a thread, so that a
-run waits only for the copy to the host.
+A checkpoint has the training state and metadata of the run. The metadata includes a SHA-256 of
+every array, which is compared when the array is restored. A thread does the hashing and writing, so
+that a run waits for the copy to the host only.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from jlora.checkpoints.safetensors_io import format_names
 
 CHECKPOINT_FORMAT = 1
 
-_STATE_ITEM, _METADATA_ITEM = "state", "facts"
+_STATE_ITEM, _METADATA_ITEM = "state", "run_metadata"
 
 
 class RestoredCheckpoint(NamedTuple):
     """A checkpoint that was read.
 
     Attributes:
-        step: Its number.
-        state: With the values of the file, placed as the example is.
-        metadata: What was saved beside it.
+        step: Step of the checkpoint.
+        state: Saved state, with the shardings of the target.
+        metadata: Saved metadata.
     """
 
     step: int
@@ -45,20 +45,31 @@ class RestoredCheckpoint(NamedTuple):
 
 
 class CheckpointManager:
-    """The checkpoints in one folder.
+    """Manager of the checkpoints in one folder.
 
-    Which one is the latest is told by those that are there whole; nothing points to it.
+    The latest checkpoint is the complete one with the highest step; no file points to it.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> state = {"a": jax.device_put(np.arange(3.0, dtype=np.float32))}
+        >>> checkpoints = CheckpointManager(tempfile.mkdtemp(), save_total_limit=2)
+        >>> checkpoints.save(7, state, {"note": "first"})
+        >>> restored = checkpoints.restore(state)
+        >>> restored.step, restored.state["a"].tolist(), restored.metadata["note"]
+        (7, [0.0, 1.0, 2.0], 'first')
+        >>> checkpoints.close()
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, save_total_limit: int) -> None:
-        """Opens the folder, and clears away what an interrupted save left.
+        """Opens the folder and removes the remains of interrupted saves.
 
         Args:
-            folder: Made if it is not there.
-            save_total_limit: How many checkpoints stay, beside the best one.
+            folder: Folder of checkpoints, which is created if it does not exist.
+            save_total_limit: Number of latest checkpoints to keep, in addition to the best one.
 
         Raises:
-            OSError: Nothing can be written there.
+            OSError: The folder is not writable.
         """
         self.folder = Path(folder).absolute()
         check_writable(self.folder)
@@ -66,17 +77,17 @@ class CheckpointManager:
         self._preservation_policy = _KeepLastAndBestPolicy(save_total_limit)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preservation_policy,
-            enable_async_checkpointing=False,  # The thread here does more than Orbax's would.
+            enable_async_checkpointing=False,  # The thread below also hashes.
         )
         self._orbax_manager = ocp.CheckpointManager(self.folder, options=options)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "jlora-saving")
-        # The step that is being written, and by what.
+        # The step that is being written, and its future.
         self._pending_write: tuple[int, concurrent.futures.Future[None]] | None = None
         self._started_steps = set(self._orbax_manager.all_steps())
 
     def all_steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, in order."""
-        with contextlib.suppress(Exception):  # It is raised where it is asked for.
+        """Returns the steps of the complete checkpoints, in order."""
+        with contextlib.suppress(Exception):  # `wait_until_finished` raises it.
             if self._pending_write is not None:
                 self._pending_write[1].exception()
         return sorted(self._orbax_manager.all_steps())
@@ -84,23 +95,26 @@ class CheckpointManager:
     def save(
         self, step: int, state: PyTree, metadata: Mapping[str, Any], best_step: int | None = None
     ) -> None:
-        """Begins to write a checkpoint, and returns as soon as its arrays were copied to the host.
+        """Starts to write a checkpoint and returns once its arrays are copied to the host.
 
         Args:
-            step: Its number; there must be none of it yet.
-            state: A tree of arrays.
-            metadata: What JSON can hold.
-            best_step: The step of the best checkpoint so far, which may be this one. It stays.
+            step: Step of the checkpoint; it must not have one yet.
+            state: Tree of arrays.
+            metadata: Values of JSON by name.
+            best_step: Step of the best checkpoint so far, possibly this one, which is kept; None
+                without evaluations.
 
         Raises:
             OSError: An earlier checkpoint could not be written.
-            ValueError: There is one of that step.
+            ValueError: The step has a checkpoint already.
         """
         if step in self._started_steps:
-            raise ValueError(f"{self.folder} has a checkpoint of step {step}, which is left alone.")
+            raise ValueError(
+                f"{self.folder} has a checkpoint of step {step} already, which was not changed."
+            )
         self.wait_until_finished()
         self._started_steps.add(step)
-        # Views would follow what the caller writes, and keep buffers that the next step could use.
+        # Copies: views would change with the caller's arrays and keep buffers of the next step.
         arrays = {
             name: np.array(fetch_global(array))
             for name, array in _flatten_state_by_keystr(state).items()
@@ -130,30 +144,30 @@ class CheckpointManager:
         self._orbax_manager.save(step, args=args)
 
     def wait_until_finished(self) -> None:
-        """Returns when everything is written.
+        """Waits until the last checkpoint is written.
 
         Raises:
-            OSError: Something could not be.
+            OSError: It could not be written. Earlier checkpoints are intact.
         """
-        writing, self._pending_write = self._pending_write, None
-        if writing is None:
+        pending, self._pending_write = self._pending_write, None
+        if pending is None:
             return
-        step, future = writing
+        step, future = pending
         try:
             future.result()
         except Exception as error:
-            self._started_steps.discard(step)  # It may be tried again.
+            self._started_steps.discard(step)  # It may be retried.
             raise OSError(
                 f"The checkpoint could not be written to {self.folder}: "
-                f"{str(error).partition(chr(10))[0]}. Earlier ones are whole. Make room or mend "
-                f"the rights, then resume."
+                f"{str(error).partition(chr(10))[0]}. Earlier ones are intact. Free disk space or "
+                f"fix the permissions, then resume."
             ) from error
 
     def close(self) -> None:
-        """Waits, and closes the folder.
+        """Waits for the last checkpoint and closes the manager.
 
         Raises:
-            OSError: Something could not be written.
+            OSError: The last checkpoint could not be written.
         """
         try:
             self.wait_until_finished()
@@ -162,76 +176,80 @@ class CheckpointManager:
             self._orbax_manager.close()
 
     def load_metadata(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state.
+        """Returns the metadata of a checkpoint.
+
+        Args:
+            step: Step of the checkpoint.
 
         Raises:
-            ValueError: It cannot be read, or is of a later release.
+            ValueError: The metadata is damaged, or a later release wrote it.
         """
         try:
             args = ocp.args.Composite(**{_METADATA_ITEM: ocp.args.JsonRestore()})
-            facts = self._orbax_manager.restore(step, args=args)[_METADATA_ITEM]
+            metadata = self._orbax_manager.restore(step, args=args)[_METADATA_ITEM]
         except Exception as error:
             raise ValueError(self._format_damage_message(step, _METADATA_ITEM, error)) from error
-        found = facts.get("format") if isinstance(facts, dict) else None
-        if not isinstance(found, int) or found > CHECKPOINT_FORMAT:
+        version = metadata.get("format") if isinstance(metadata, dict) else None
+        if not isinstance(version, int) or version > CHECKPOINT_FORMAT:
             raise ValueError(
-                f"Step {step} in {self.folder} was made by format {found!r}, and this release "
-                f"reads up to {CHECKPOINT_FORMAT}. Use the release that wrote it."
+                f"Step {step} in {self.folder} has format {version!r}; this release reads formats "
+                f"up to {CHECKPOINT_FORMAT}. Use the release that wrote it."
             )
-        return facts
+        return metadata
 
     def restore(self, target: PyTree, step: int | None = None) -> RestoredCheckpoint:
-        """The latest checkpoint, or that of a step.
+        """Returns the latest checkpoint, or that of a step.
 
         Args:
-            target: A state of the same structure, whose shardings the arrays get.
-            step: Its number; the latest when left out.
+            target: State of the same structure, whose shardings the restored arrays get.
+            step: Step of the checkpoint; None: the latest.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged, or of another structure. Everything that is missing, left
-                over, or of another shape or dtype is named.
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: The checkpoint is damaged, or has another structure. The message names the
+                arrays that are missing, additional, or of another shape or dtype.
         """
         steps = self.all_steps()
         if not steps or (step is not None and step not in steps):
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            there = f"; there are {steps}" if steps else ""
-            raise FileNotFoundError(f"{self.folder} holds no {wanted}{there}.")
+            existing = f"; existing steps are {steps}" if steps else ""
+            raise FileNotFoundError(f"{self.folder} has no {wanted}{existing}.")
         step = steps[-1] if step is None else step
-        facts = self.load_metadata(step)
-        hashes = facts["sha256"]
-        wanted = _flatten_state_by_keystr(target)
-        lacks = [f"lacks {name}" for name in wanted if name not in hashes]
-        has = [f"has {name} besides" for name in hashes if name not in wanted]
-        if lacks or has:
+        metadata = self.load_metadata(step)
+        hashes = metadata["sha256"]
+        targets = _flatten_state_by_keystr(target)
+        missing = [f"lacks {name}" for name in targets if name not in hashes]
+        additional = [f"has {name} in addition" for name in hashes if name not in targets]
+        if missing or additional:
             raise ValueError(
-                f"Step {step} in {self.folder} is of another adapter, optimizer or task: it "
-                f"{format_names([*lacks, *has])}. Resume with the recipe that it was made by."
+                f"Step {step} in {self.folder} has another adapter, optimizer or task: it "
+                f"{format_names([*missing, *additional])}. Resume with the recipe that wrote it."
             )
-        found = self._restore_arrays(step, wanted)
-        wrong = [
-            f"{name} is {array.dtype}{array.shape} instead of {to.dtype}{to.shape}"
-            for name, to in wanted.items()
-            if ((array := found[name]).shape, array.dtype) != (to.shape, to.dtype)
+        arrays = self._restore_arrays(step, targets)
+        mismatches = [
+            f"{name} is {array.dtype}{array.shape}, expected {to.dtype}{to.shape}"
+            for name, to in targets.items()
+            if ((array := arrays[name]).shape, array.dtype) != (to.shape, to.dtype)
         ]
-        if wrong:
+        if mismatches:
             raise ValueError(
-                f"Step {step} in {self.folder} does not fit: {format_names(wrong)}. Resume with the "
-                f"recipe that it was made by."
+                f"Step {step} in {self.folder} does not fit: {format_names(mismatches)}. Resume "
+                f"with the recipe that wrote it."
             )
-        for name, array in found.items():
+        for name, array in arrays.items():
             if _sha256(array) != hashes[name]:
                 raise ValueError(
-                    self._format_damage_message(step, name, "its numbers are not those saved")
+                    self._format_damage_message(step, name, "the values differ from those saved")
                 )
         leaves, treedef = jax.tree.flatten(target)
         placed = [
-            _place_restored_array(found[name], to) for name, to in zip(wanted, leaves, strict=True)
+            _place_restored_array(arrays[name], to)
+            for name, to in zip(targets, leaves, strict=True)
         ]
-        return RestoredCheckpoint(step, jax.tree.unflatten(treedef, placed), facts)
+        return RestoredCheckpoint(step, jax.tree.unflatten(treedef, placed), metadata)
 
     def _restore_arrays(self, step: int, target_arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The arrays of a checkpoint, and the name of the one that cannot be read."""
+        """Returns the arrays of a checkpoint; an error names the one that cannot be read."""
         try:
             return self._restore_named_arrays(step, list(target_arrays))
         except Exception as error:
@@ -244,23 +262,24 @@ class CheckpointManager:
 
     def _restore_named_arrays(self, step: int, names: list[str]) -> dict[str, np.ndarray]:
         item = dict.fromkeys(names, 0)
-        kinds = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        args = ocp.args.PyTreeRestore(item, restore_args=kinds, partial_restore=True)
+        restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         restored = self._orbax_manager.restore(step, args=ocp.args.Composite(**{_STATE_ITEM: args}))
         return dict(restored[_STATE_ITEM])
 
     def _format_damage_message(self, step: int, item: str, cause: Any) -> str:
         others = [other for other in self.all_steps() if other != step]
-        mend = f"Remove {self.folder / str(step)}, and a resumed run goes on from step {others[-1]}"
-        mend = mend if others else "Begin anew"
+        remedy = "Start the run again"
+        if others:
+            remedy = f"Remove {self.folder / str(step)} to resume from step {others[-1]}"
         reason = str(cause).partition("\n")[0][:200]
-        return f"Step {step} in {self.folder} is damaged at {item}: {reason}. {mend}."
+        return f"Step {step} in {self.folder} is damaged at {item}: {reason}. {remedy}."
 
 
 class _KeepLastAndBestPolicy:
-    """Which checkpoints stay: the last ones, and the best one.
+    """Preservation policy of Orbax that keeps the last checkpoints and the best one.
 
-    Orbax's own policy for the best forgets the scores with the process.
+    Orbax's own policy for the best checkpoint loses the scores when the process ends.
     """
 
     def __init__(self, save_total_limit: int) -> None:
@@ -268,7 +287,7 @@ class _KeepLastAndBestPolicy:
         self.best_step: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """As Orbax asks for it."""
+        """Returns whether to keep each checkpoint; Orbax calls it."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*sorted(steps)[-self.save_total_limit :], self.best_step}
@@ -276,10 +295,15 @@ class _KeepLastAndBestPolicy:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder, and writes and removes a file in it: better now than at the first save.
+    """Creates a folder, and writes and removes a file in it.
+
+    Errors appear before training rather than at the first save.
+
+    Args:
+        folder: Folder to check.
 
     Raises:
-        OSError: It cannot be.
+        OSError: The folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,23 +316,23 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"Nothing can be written to {folder} ({error.strerror}). Choose another output, or "
-            f"mend its rights or space",
+            f"The folder {folder} is not writable ({error.strerror}). Use another output, fix its "
+            f"permissions, or free disk space",
         ) from error
 
 
 def _remove_partial_checkpoints(folder: Path) -> None:
-    """Removes what interrupted saves left.
+    """Removes the remains of interrupted saves.
 
-    Orbax's own clearing goes on beside the run, and a short run ends before it.
+    Orbax removes them in the background, and a short run ends before that is done.
     """
     if jax.process_index() == 0:
-        for left in folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(left)
+        for partial in folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(partial)
 
 
 def _flatten_state_by_keystr(state: PyTree) -> dict[str, Any]:
-    """The arrays of a state by their places in it."""
+    """Returns the arrays of a state by their key paths."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): array for path, array in flat}
 

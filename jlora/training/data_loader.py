@@ -1,4 +1,4 @@
-"""Batches on devices: which rows a process fills, and where they lie."""
+"""Puts batches on devices: local slices of a batch, prefetching, and evaluation over a stream."""
 
 from __future__ import annotations
 
@@ -25,46 +25,17 @@ from jlora.training.sharding import BATCH_AXES
 
 
 def make_microbatch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of batches, whose axes are passes and rows first."""
+    """Returns the sharding of arrays (accumulation steps, batch, ...): split along the batch."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a batch that devices of this process hold."""
+    """Returns the rows of a batch that the devices of this process hold."""
     indices = (
         make_microbatch_sharding(mesh).addressable_devices_indices_map((1, batch_size)).values()
     )
     parts = [part[1].indices(batch_size) for part in indices if part is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
-
-
-def _place_batch_on_devices(
-    mesh: Mesh, stream: BatchStream, positioned_batch: tuple[StreamPosition, StreamBatch]
-) -> DeviceBatch:
-    """A batch on the devices."""
-    after, batch = positioned_batch
-    first = stream.local_slice.indices(stream.config.batch_size)[0]
-    sharding = make_microbatch_sharding(mesh)
-
-    def put(array: np.ndarray) -> jax.Array:
-        shape = (array.shape[0], stream.config.batch_size, *array.shape[2:])
-
-        def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[1].indices(shape[1])
-            return array[(index[0], slice(start - first, stop - first), *index[2:])]
-
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    held = batch.arrays
-    tokens = int(
-        np.count_nonzero(
-            held.attention_mask if isinstance(held, ClassificationBatch) else held.segment_ids
-        )
-    )
-    arrays = jax.tree.map(put, held)
-    return DeviceBatch(
-        arrays, batch.example_ids, (after.epoch, after.batch), after.batch == 0, tokens
-    )
 
 
 def prefetch_to_device(
@@ -73,41 +44,72 @@ def prefetch_to_device(
     position: StreamPosition = STREAM_START,
     epochs: int | None = None,
 ) -> PrefetchIterator[DeviceBatch]:
-    """The batches of a stream on the devices, made and sent ahead in a thread.
+    """Returns an iterator over the batches of a stream, which a thread puts on the devices.
 
     Args:
-        mesh: Of the devices.
-        stream: Which fills the rows of `local_rows`.
-        position: Where it goes on.
-        epochs: Where it stops; never when None.
+        mesh: Mesh of the devices.
+        stream: Stream that yields the rows of `local_rows`.
+        position: Position of the first batch.
+        epochs: Number of epochs to iterate over; None: no end.
     """
     place = functools.partial(_place_batch_on_devices, mesh, stream)
     return prefetch(stream.batches(position, epochs=epochs), place)
 
 
+def _place_batch_on_devices(
+    mesh: Mesh, stream: BatchStream, positioned_batch: tuple[StreamPosition, StreamBatch]
+) -> DeviceBatch:
+    next_position, batch = positioned_batch
+    first = stream.local_slice.indices(stream.config.batch_size)[0]
+    sharding = make_microbatch_sharding(mesh)
+
+    def place(array: np.ndarray) -> jax.Array:
+        # (accumulation steps, local batch, ...) is this process's part of the global shape.
+        shape = (array.shape[0], stream.config.batch_size, *array.shape[2:])
+
+        def get_shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(shape[1])
+            return array[(index[0], slice(start - first, stop - first), *index[2:])]
+
+        return jax.make_array_from_callback(shape, sharding, get_shard)
+
+    arrays = batch.arrays
+    is_token = (
+        arrays.attention_mask if isinstance(arrays, ClassificationBatch) else arrays.segment_ids
+    )
+    return DeviceBatch(
+        arrays=jax.tree.map(place, arrays),
+        example_ids=batch.example_ids,
+        next_position=(next_position.epoch, next_position.batch),
+        ends_epoch=next_position.batch == 0,
+        num_tokens=int(np.count_nonzero(is_token)),
+    )
+
+
 def make_eval_fn(
     setup: Setup, stream: BatchStream
 ) -> Callable[[PyTree, Callable[[], bool]], dict[str, float] | None]:
-    """A function from the trained arrays to the means over all examples of a stream.
+    """Returns a function from the trainable arrays to the means over all examples of a stream.
 
-    It asks what it is given between batches whether to give up, and then returns None.
+    Its second argument is a predicate that is called before each batch. If it returns True, the
+    evaluation is cancelled and the result is None.
     """
 
-    def evaluate(trainable: PyTree, is_over: Callable[[], bool]) -> dict[str, float] | None:
+    def evaluate(trainable: PyTree, is_cancelled: Callable[[], bool]) -> dict[str, float] | None:
         sums = []
-        with prefetch_to_device(setup.mesh, stream, epochs=1) as ahead:
-            for batch in ahead:
-                if is_over():
+        with prefetch_to_device(setup.mesh, stream, epochs=1) as batches:
+            for batch in batches:
+                if is_cancelled():
                     return None
                 sums.append(setup.eval_step(trainable, setup.frozen, batch.arrays))
-                jax.block_until_ready(sums[-2:][0])  # No more than two batches are held at once.
+                jax.block_until_ready(sums[-2:][0])  # At most two batches are on the devices.
         return average_loss_sums(sums)
 
     return evaluate
 
 
 def make_test_fn(setup: Setup, stream: BatchStream) -> Callable[[PyTree], dict[str, float]]:
-    """The same for one that never gives up."""
+    """Returns a function like that of `make_eval_fn` that is never cancelled."""
     evaluate = make_eval_fn(setup, stream)
 
     def test(trainable: PyTree) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The data of a recipe: its sources read, tokenised, and put in an order."""
+"""Datasets of a recipe: loading, tokenization, and streams of batches."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jlora.training.recipe.sections import Recipe, SourceSection
 
 
 class Datasets(NamedTuple):
-    """What a run learns from and is measured on.
+    """Datasets of a run.
 
     Attributes:
-        tokenizer: Of the base.
-        train: The stream of training batches.
-        validation: That of an evaluation, if there is one.
-        test: That of the test, if there is one.
-        label_names: What they are called, for classification.
-        source_reports: What became of each source's rows, by its use and path.
+        tokenizer: Tokenizer of the base.
+        train: Stream of training batches.
+        validation: Stream of batches of an evaluation; None without validation data.
+        test: Stream of batches of the test; None without test data.
+        label_names: Names of the labels; None unless the task is classification.
+        source_reports: Counts of rows, examples and tokens as text, by split and path.
     """
 
     tokenizer: Tokenizer
@@ -41,51 +41,43 @@ class Datasets(NamedTuple):
 def load_datasets(
     recipe: Recipe, folder: Path, vocab_size: int, local_train_rows: slice, local_eval_rows: slice
 ) -> Datasets:
-    """The recipe's data.
+    """Returns the datasets of a recipe.
 
     Args:
-        recipe: The whole of it.
-        folder: Of the base, which has the tokenizer.
-        vocab_size: Of the model.
-        local_train_rows: Which rows of a training batch this process fills.
-        local_eval_rows: Which rows of an evaluation's.
+        recipe: Recipe of the run.
+        folder: Folder of the base, which has the tokenizer.
+        vocab_size: Vocabulary size of the model.
+        local_train_rows: Rows of a training batch that this process fills.
+        local_eval_rows: Rows of an evaluation batch that this process fills.
 
     Raises:
-        FileNotFoundError: A source or the tokenizer is not there.
-        ValueError: A row is wrong; it is named.
+        FileNotFoundError: A source or the tokenizer does not exist.
+        ValueError: A row is malformed; the message names it.
     """
-    template = recipe.data.chat_template
-    now = (
-        None
-        if recipe.data.chat_template_date is None
-        else datetime.datetime.fromisoformat(recipe.data.chat_template_date)
-    )
-    chosen = None
-    if template is not None:
-        text = Path(template).read_text(encoding="utf-8")
-        chosen = ChatTemplate.from_folder(folder, text=text, now=now)
-    tokenizer = Tokenizer.from_folder(folder, chosen, now=now)
+    tokenizer = _load_tokenizer(recipe, folder)
     labels = _resolve_label_names(recipe, folder, vocab_size)
-    held: dict[str, list[TokenizedDataset]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[TokenizedDataset]] = {"train": [], "validation": [], "test": []}
     reports = {}
-    for use, corpora in held.items():
-        for source in getattr(recipe.data, use):
-            corpora.append(_tokenize_source(recipe, source, tokenizer, vocab_size, labels))
+    for split, datasets in splits.items():
+        for source in getattr(recipe.data, split):
+            datasets.append(_tokenize_source(recipe, source, tokenizer, vocab_size, labels))
             part = "" if source.split == "train" else f" [{source.split}]"
-            reports[f"{use} {source.path}{part}"] = _format_dataset_report(corpora[-1])
-    train = held["train"]
+            reports[f"{split} {source.path}{part}"] = _format_dataset_report(datasets[-1])
 
-    def evaluation(corpora: list[TokenizedDataset]) -> BatchStream | None:
-        if not corpora:
+    def make_eval_stream(datasets: list[TokenizedDataset]) -> BatchStream | None:
+        if not datasets:
             return None
-        shape = make_batch_config(recipe, recipe.batch.eval_batch_size or recipe.batch.size, 1)
-        kind, pad = recipe.task, tokenizer.pad_token_id
         return BatchStream(
-            corpora, shape, kind=kind, shuffle=False, pad_token_id=pad, local_slice=local_eval_rows
+            datasets,
+            make_batch_config(recipe, recipe.batch.eval_batch_size or recipe.batch.size, 1),
+            kind=recipe.task,
+            shuffle=False,
+            pad_token_id=tokenizer.pad_token_id,
+            local_slice=local_eval_rows,
         )
 
-    stream = BatchStream(
-        train,
+    train = BatchStream(
+        splits["train"],
         make_batch_config(recipe, recipe.batch.size, recipe.batch.gradient_accumulation_steps),
         kind=recipe.task,
         seed=recipe.seed,
@@ -93,24 +85,24 @@ def load_datasets(
         pad_token_id=tokenizer.pad_token_id,
         local_slice=local_train_rows,
     )
-    validation, test = evaluation(held["validation"]), evaluation(held["test"])
-    return Datasets(tokenizer, stream, validation, test, train[0].label_names, reports)
+    return Datasets(
+        tokenizer=tokenizer,
+        train=train,
+        validation=make_eval_stream(splits["validation"]),
+        test=make_eval_stream(splits["test"]),
+        label_names=splits["train"][0].label_names,
+        source_reports=reports,
+    )
 
 
 def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) -> BatchConfig:
-    """The shape of a recipe's batches."""
+    """Returns the shape of a recipe's batches."""
     data = recipe.data
     packing = data.packing and recipe.task == "language"
     buckets = None
     if not packing:
-        buckets = tuple(
-            sorted(
-                {
-                    *(data.buckets or _default_bucket_lengths(data.max_seq_length)),
-                    data.max_seq_length,
-                }
-            )
-        )
+        lengths = data.buckets or _default_bucket_lengths(data.max_seq_length)
+        buckets = tuple(sorted({*lengths, data.max_seq_length}))
     return BatchConfig(
         batch_size=batch_size,
         seq_length=data.max_seq_length,
@@ -121,8 +113,20 @@ def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) 
 
 
 def _default_bucket_lengths(max_length: int) -> Sequence[int]:
-    """Powers of two from 32 on, below a length."""
+    """Returns the powers of two from 32 on that are below a length."""
     return [2**n for n in range(5, max_length.bit_length()) if 2**n < max_length]
+
+
+def _load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    """Returns the tokenizer of the base, with the chat template and date of the recipe."""
+    data = recipe.data
+    date = data.chat_template_date
+    now = None if date is None else datetime.datetime.fromisoformat(date)
+    template = None
+    if data.chat_template is not None:
+        text = Path(data.chat_template).read_text(encoding="utf-8")
+        template = ChatTemplate.from_folder(folder, text=text, now=now)
+    return Tokenizer.from_folder(folder, template, now=now)
 
 
 def _load_source_rows(source: SourceSection) -> Any:
@@ -159,22 +163,25 @@ def _tokenize_source(
         options["train_on"] = "all" if recipe.data.train_on == "all" else "completion"
     elif source.format == "classification":
         options["label_names"] = label_names
-    reading = _make_tokenize_config(recipe, source, vocab_size)
-    return FORMATS[source.format](_load_source_rows(source), tokenizer, reading, **options)
+    config = _make_tokenize_config(recipe, source, vocab_size)
+    return FORMATS[source.format](_load_source_rows(source), tokenizer, config, **options)
 
 
 def _resolve_label_names(recipe: Recipe, folder: Path, vocab_size: int) -> Sequence[str] | None:
-    """What labels are called: as the recipe or the base's own head says, or the training data."""
+    """Returns the names of the labels: from the recipe, the base's own head, or the training data.
+
+    None unless the task is classification.
+    """
     if recipe.task != "classification":
         return None
-    asked, own = recipe.classification.labels, read_head_labels(folder)
-    if asked and own and list(asked) != own:
+    labels, head_labels = recipe.classification.labels, read_head_labels(folder)
+    if labels and head_labels and list(labels) != head_labels:
         raise ValueError(
-            f"classification.labels={list(asked)} are not {own}, which the base's own head gives "
-            f"scores to in this order. Leave them out, or give those."
+            f"classification.labels={list(labels)} must be {head_labels}, the labels of the base's "
+            f"head in its order. Change them, or leave them out."
         )
-    if asked or own:
-        return asked or own
+    if labels or head_labels:
+        return labels or head_labels
     lists = [
         list(
             get_label_names(
@@ -185,28 +192,28 @@ def _resolve_label_names(recipe: Recipe, folder: Path, vocab_size: int) -> Seque
     ]
     if all(names == lists[0] for names in lists):
         return lists[0]
-    found = {name for names in lists for name in names}
-    # Numbers in their own order, and not 10 before 2.
-    return sorted(found, key=int if all(name.isdigit() for name in found) else None)
+    union = {name for names in lists for name in names}
+    # Numbers are sorted by value, so that 2 comes before 10.
+    return sorted(union, key=int if all(name.isdigit() for name in union) else None)
 
 
 def read_head_labels(folder: Path) -> list[str] | None:
-    """What the labels of a base's own head are called, in its order; None where they are not."""
+    """Returns the label names of a base's own head in its order; None without head or names."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    named = config.get("id2label")
+    labels = config.get("id2label")
     if not any("ForSequenceClassification" in name for name in config.get("architectures") or ()):
         return None
-    if not isinstance(named, dict) or all(str(n).startswith("LABEL_") for n in named.values()):
+    if not isinstance(labels, dict) or all(str(n).startswith("LABEL_") for n in labels.values()):
         return None
-    return [str(named[number]) for number in sorted(named, key=int)]
+    return [str(labels[number]) for number in sorted(labels, key=int)]
 
 
 def _format_dataset_report(dataset: TokenizedDataset) -> str:
-    """What became of the rows: what was left out is said, what did not happen is not."""
-    report = dataset.stats._asdict()
-    first = f"{report.pop('rows'):,} rows, {report.pop('examples'):,} examples"
-    tokens, learned = f"{report.pop('tokens'):,} tokens", report.pop("loss_tokens")
-    if learned:  # Of texts with labels none is.
-        tokens += f", {learned:,} of them learned"
-    rest = [f"{count:,} {name.replace('_', ' ')}" for name, count in report.items() if count]
-    return ", ".join([first, tokens, *rest])
+    """Returns the counts of rows, examples and tokens; counts of zero are left out."""
+    counts = dataset.stats._asdict()
+    examples = f"{counts.pop('rows'):,} rows, {counts.pop('examples'):,} examples"
+    tokens, loss_tokens = f"{counts.pop('tokens'):,} tokens", counts.pop("loss_tokens")
+    if loss_tokens:  # Classification has none.
+        tokens += f", {loss_tokens:,} of them in the loss"
+    rest = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+    return ", ".join([examples, tokens, *rest])

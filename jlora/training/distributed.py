@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run finishes its step, saves and ends, with an exit status that says so."""
+"""Several processes, and signals: initialization, agreement, and a clean end on SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,12 +15,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.training.recipe.sections import DistributedSection
 
+# --- processes ------------------------------------------------------------------------------------
+
 
 def initialize_distributed(options: DistributedSection) -> None:
-    """Joins the processes of a run, before anything else is asked of JAX.
+    """Calls `jax.distributed.initialize` if the run has several processes.
+
+    It must be called before any other use of JAX.
+
+    Args:
+        options: Section `distributed` of the recipe. Environment variables
+            (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) are used where it is empty.
 
     Raises:
-        RuntimeError: They do not find each other.
+        RuntimeError: The processes do not connect.
+        ValueError: An environment variable is not a number.
+
+    Example:
+        >>> from jlora.training.recipe.sections import DistributedSection
+        >>> initialize_distributed(DistributedSection())  # One process: nothing to do.
     """
     arguments = get_distributed_init_args(options, os.environ)
     if arguments is not None:
@@ -30,10 +43,14 @@ def initialize_distributed(options: DistributedSection) -> None:
 def get_distributed_init_args(
     options: DistributedSection, environment: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is called with; None for a process alone.
+    """Returns the arguments of `jax.distributed.initialize`; None for a single process.
+
+    Args:
+        options: Section `distributed` of the recipe.
+        environment: Environment variables.
 
     Raises:
-        ValueError: A variable is no number.
+        ValueError: An environment variable is not a number.
     """
     if options.coordinator_address is not None:
         return {
@@ -44,48 +61,54 @@ def get_distributed_init_args(
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     if address is None:
         return {} if options.auto else None
-    found: dict[str, Any] = {"coordinator_address": address}
+    arguments: dict[str, Any] = {"coordinator_address": address}
     for name, variable in (
         ("num_processes", "JAX_NUM_PROCESSES"),
         ("process_id", "JAX_PROCESS_ID"),
     ):
         text = environment.get(variable)
         if text is not None and not text.isdigit():
-            raise ValueError(f"{variable}={text!r} is no number. Set it to one, or unset it.")
-        found[name] = None if text is None else int(text)
-    return found
+            raise ValueError(f"{variable}={text!r} must be a number. Change it, or unset it.")
+        arguments[name] = None if text is None else int(text)
+    return arguments
 
 
 def make_max_over_processes(mesh: Mesh) -> Callable[[int], Any]:
-    """A function from this process's wish to the greatest of all processes' wishes.
+    """Returns a function from a number of this process to the maximum over all processes.
 
-    What it returns is computed after the work that was given to the devices before; `int` waits for
-    it. All processes have to call it equally often.
+    Its result is computed after the work that the devices already have; `int` waits for it. All
+    processes must call it equally often.
     """
     if jax.process_count() == 1:
-        return lambda wish: wish
-    every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    local = len(mesh.local_devices)
-    greatest = jax.jit(
-        lambda wishes: wishes.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
+        return lambda number: number
+    sharded = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    num_local = len(mesh.local_devices)
+    maximum = jax.jit(
+        lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
-    def agreed(wish: int) -> Any:
-        wishes = np.full(local, wish, np.int32)
-        return greatest(jax.make_array_from_process_local_data(every, wishes, (mesh.size,)))
+    def max_over_processes(number: int) -> Any:
+        numbers = np.full(num_local, number, np.int32)
+        return maximum(jax.make_array_from_process_local_data(sharded, numbers, (mesh.size,)))
 
-    return agreed
+    return max_over_processes
 
 
-# As a shell reports a process that the signal ended: 128 and its number.
+# --- signals --------------------------------------------------------------------------------------
+
+# A shell reports 128 plus the number of the signal that ended a process.
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 class TrainingInterrupted(Exception):
-    """A run ended early, at a step that is saved.
+    """A run ended early after a signal; its last step is saved.
 
     Attributes:
-        exit_status: What the process should exit with: 143 after SIGTERM, 130 after SIGINT.
+        exit_status: Exit status for the process: 143 after SIGTERM, 130 after SIGINT.
+
+    Example:
+        >>> TrainingInterrupted("SIGTERM: step 3 of 9 is saved", 143).exit_status
+        143
     """
 
     def __init__(self, message: str, exit_status: int) -> None:
@@ -94,9 +117,12 @@ class TrainingInterrupted(Exception):
 
 
 class SignalHandler:
-    """Notes the first signal instead of dying of it; a second one of the same kind kills.
+    """Context that records the first SIGTERM or SIGINT; a second one of the same kind kills.
 
-    Where Python cannot take signals, in threads other than the first, it does nothing.
+    Python accepts handlers in the main thread only. In other threads the context does nothing.
+
+    Attributes:
+        received: First signal; None before one.
     """
 
     def __init__(self) -> None:
@@ -116,5 +142,5 @@ class SignalHandler:
 
     def _handle_signal(self, number: int, _: types.FrameType | None) -> None:
         self.received = signal.Signals(number)
-        # Saving may hang, and then the next one has to get through.
+        # Saving may hang, so the next signal must have its usual effect.
         signal.signal(number, self._previous_handlers[self.received])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter, the head, exports, and the report."""
+"""Outputs of a run: adapter file, head file, export folders, and sample texts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PEFT_READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 
 ADAPTER_FILE, HEAD_FILE = "adapter.safetensors", "head.safetensors"
 
-# What of a recipe has no part in the numbers: runs that make the same adapter make the same bytes.
+# Fields without influence on the adapter: runs with equal adapters write equal bytes.
 _LINEAGE_EXCLUDED_FIELDS: dict[str, Any] = {
     "output": True,
     "distributed": True,
@@ -47,31 +47,31 @@ _LINEAGE_EXCLUDED_FIELDS: dict[str, Any] = {
 
 
 def combine_adapter(setup: Setup, trainable: PyTree) -> dict[str, Any]:
-    """The adapter that the loop trains, with its frozen arrays."""
+    """Returns the adapter of a training state, with its frozen arrays."""
     return combine(trainable["adapter"], setup.frozen["adapter"])
 
 
 def gather_adapter(setup: Setup, trainable: PyTree) -> dict[str, Any]:
-    """The adapter for the checkpoint's own base, in host memory."""
-    held = jax.tree.map(fetch_global, combine_adapter(setup, trainable))
+    """Returns the adapter for the original weights of the checkpoint, in host memory."""
+    adapter = jax.tree.map(fetch_global, combine_adapter(setup, trainable))
     if setup.initial_adapter is None:
-        return held
-    return rebase_to_original(held, jax.tree.map(fetch_global, setup.initial_adapter))
+        return adapter
+    return rebase_to_original(adapter, jax.tree.map(fetch_global, setup.initial_adapter))
 
 
 def export_folders(recipe: Recipe) -> list[Path]:
-    """The folders that the recipe asks for beside the adapter's file."""
-    asked, output = recipe.export, Path(recipe.output)
-    return [output / name for name in ("merged", *_PEFT_READERS) if getattr(asked, name)]
+    """Returns the export folders of a recipe."""
+    options, output = recipe.export, Path(recipe.output)
+    return [output / name for name in ("merged", *_PEFT_READERS) if getattr(options, name)]
 
 
 def check_exports(recipe: Recipe, setup: Setup) -> None:
-    """Tries the exports on the fresh adapter: what cannot be is told before it is trained.
+    """Dry-runs the exports on the initial adapter, so that unsupported ones fail before training.
 
     Raises:
-        ValueError: The adapter cannot be merged, or PEFT has no form for it.
+        ValueError: The adapter cannot be merged, or PEFT does not support it.
     """
-    if jax.process_count() > 1:  # No process has all of the weights.
+    if jax.process_count() > 1:  # No process has all weights.
         return
     adapter = gather_adapter(setup, setup.state.trainable)
     if recipe.export.merged:
@@ -90,21 +90,28 @@ def save_adapter_and_head(
     fingerprints: Mapping[str, str],
     label_names: Sequence[str] | None,
 ) -> list[Path]:
-    """Writes the adapter, and a new head, from the first process alone.
+    """Writes the adapter and a new head, in the first process only.
+
+    Args:
+        recipe: Recipe of the run.
+        setup: Arrays of the run.
+        trainable: Trained arrays.
+        fingerprints: Fingerprints of the adapted weights by path.
+        label_names: Names of the labels; None unless the task is classification.
 
     Returns:
-        What was written.
+        Paths of the files.
 
     Raises:
-        ValueError: A number is not finite.
+        ValueError: An array is not finite.
     """
     output = Path(recipe.output)
     adapter = gather_adapter(setup, trainable)
     head = jax.tree.map(fetch_global, trainable.get("head"))
     written = [output / ADAPTER_FILE]
     if jax.process_index() == 0:
-        made_by = recipe.model_dump(mode="json", exclude=_LINEAGE_EXCLUDED_FIELDS)
-        lineage = Lineage(method="jlora train", recipe=made_by)
+        fields = recipe.model_dump(mode="json", exclude=_LINEAGE_EXCLUDED_FIELDS)
+        lineage = Lineage(method="jlora train", recipe=fields)
         write_adapter(written[0], adapter, fingerprints, lineage)
         if head is not None:
             written.append(output / HEAD_FILE)
@@ -115,15 +122,21 @@ def save_adapter_and_head(
 def write_exports(
     recipe: Recipe, setup: Setup, trainable: PyTree, label_names: Sequence[str] | None
 ) -> list[Path]:
-    """Writes the folders that the recipe asks for, from the first process alone.
+    """Writes the export folders of a recipe, in the first process only.
 
-    Those that an earlier end of the same run wrote are replaced, each when the new one is whole.
+    Folders that the same run wrote earlier are replaced, each once the new one is complete.
+
+    Args:
+        recipe: Recipe of the run.
+        setup: Arrays of the run.
+        trainable: Trained arrays.
+        label_names: Names of the labels; None unless the task is classification.
 
     Returns:
-        What was written.
+        Paths of the folders.
 
     Raises:
-        ValueError: A number is not finite, or PEFT has no form for the adapter.
+        ValueError: An array is not finite, or PEFT does not support the adapter.
     """
     adapter = gather_adapter(setup, trainable)
     written = export_folders(recipe)
@@ -137,10 +150,10 @@ def write_exports(
 def _write_head(
     path: Path, recipe: Recipe, setup: Setup, head: PyTree, label_names: Sequence[str] | None
 ) -> None:
-    """A new head: (width, labels) and (labels,), and what they are called."""
+    """Writes a new head, kernel (hidden, labels) and bias (labels,), and the label names."""
     assert label_names is not None
-    decoder = isinstance(setup.model, models.Decoder)
-    pooling = recipe.classification.pooling or ("last" if decoder else "mean")
+    is_decoder = isinstance(setup.model, models.Decoder)
+    pooling = recipe.classification.pooling or ("last" if is_decoder else "mean")
     metadata = {"labels": json.dumps(list(label_names)), "pooling": pooling}
     partial = path.with_suffix(".partial")
     partial.write_bytes(
@@ -152,27 +165,28 @@ def _write_head(
 def _write_export_folders(
     recipe: Recipe, setup: Setup, adapter: PyTree, label_names: Sequence[str] | None
 ) -> None:
-    asked, output = recipe.export, Path(recipe.output)
-    options = get_layer_layout_options(setup.model)
-    rules = None if asked.merge_into == "original" else schemes_from_recipe(recipe)
-    # The codes that were trained on are those of the weights in the run's type.
-    of_run = {} if rules is None else {"dtype": recipe.model.dtype, "quantize": rules}
-    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        # Read again, on the host: the devices hold parts of it, or another base.
-        model, params = models.load(setup.folder, sharding=lambda *_: host, **of_run, **options)
-        if asked.merged:
-            dtype = asked.merged_dtype
+    options, output = recipe.export, Path(recipe.output)
+    layout = get_layer_layout_options(setup.model)
+    schemes = None if options.merge_into == "original" else schemes_from_recipe(recipe)
+    # The run quantized the weights in its own dtype; another one would give other codes.
+    quantization = {} if schemes is None else {"dtype": recipe.model.dtype, "quantize": schemes}
+    cpu = jax.local_devices(backend="cpu")[0]
+    host = SingleDeviceSharding(cpu)
+    with jax.default_device(cpu):
+        # Loaded again on the host: the devices hold shards, or another base.
+        model, params = models.load(
+            setup.folder, sharding=lambda *_: host, **quantization, **layout
+        )
+        if options.merged:
+            dtype = options.merged_dtype
             merged = merge_to_dtype(params, adapter, dtype, dequantize=True)
             with _replace_folder(output / "merged") as folder:
-                models.save(folder, merged.params, setup.folder, dtype=dtype, **options)
-                if (
-                    label_names is not None
-                    and getattr(model.config, "num_labels", None) is not None
-                ):
+                models.save(folder, merged.params, setup.folder, dtype=dtype, **layout)
+                has_head = getattr(model.config, "num_labels", None) is not None
+                if label_names is not None and has_head:
                     _write_label_names(folder / "config.json", label_names)
         for reader in _PEFT_READERS:
-            if getattr(asked, reader):
+            if getattr(options, reader):
                 with _replace_folder(output / reader) as folder:
                     _write_peft(recipe, model, params, adapter, reader, folder)
 
@@ -185,20 +199,19 @@ def _write_peft(
     reader: Literal["peft", "vllm"],
     folder: Path,
 ) -> None:
-    base, task = recipe.model.path, _peft_task_type(recipe, model)
     peft.save(
         folder,
         adapter,
         model,
         params,
-        base_model_name_or_path=base,
-        task_type=task,
+        base_model_name_or_path=recipe.model.path,
+        task_type=_peft_task_type(recipe, model),
         file_format=reader,
     )
 
 
 def _write_label_names(path: Path, label_names: Sequence[str]) -> None:
-    """Writes what a head's labels are called into its config.json."""
+    """Writes the label names of a head to its config.json."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["id2label"] = {str(number): name for number, name in enumerate(label_names)}
     config["label2id"] = {name: number for number, name in enumerate(label_names)}
@@ -206,7 +219,7 @@ def _write_label_names(path: Path, label_names: Sequence[str]) -> None:
 
 
 def _peft_task_type(recipe: Recipe, model: Any) -> str:
-    """What PEFT calls the task; a head that is none of the model's is a file of its own."""
+    """Returns PEFT's task type; a new head is not part of PEFT's model but a separate file."""
     if recipe.task != "classification":
         return "CAUSAL_LM"
     return "FEATURE_EXTRACTION" if getattr(model.config, "num_labels", None) is None else "SEQ_CLS"
@@ -214,7 +227,7 @@ def _peft_task_type(recipe: Recipe, model: Any) -> str:
 
 @contextlib.contextmanager
 def _replace_folder(folder: Path) -> Iterator[Path]:
-    """A name to write a folder to, which then takes the place of what is there."""
+    """Yields a temporary folder to write to, which replaces `folder` at the end."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
@@ -223,26 +236,28 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def tokenize_prompts(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of the recipe's prompts, as the model is used to them; none unless it writes.
+    """Returns the tokens of the recipe's prompts, in the format of the training data.
+
+    The list is empty if the task is classification.
 
     Raises:
-        ValueError: One is too long for the model.
+        ValueError: A prompt is too long for the model.
     """
     prompts = recipe.report.sample_prompts if recipe.task != "classification" else []
     if recipe.data.train[0].format != "chat" or tokenizer.chat_template is None:
-        found = [[*tokenizer.prefix_ids, *ids] for ids in tokenizer.encode(prompts)]
+        tokenized = [[*tokenizer.prefix_ids, *ids] for ids in tokenizer.encode(prompts)]
     else:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
         render = functools.partial(tokenizer.chat_template.render, add_generation_prompt=True)
-        found = tokenizer.encode([render(chat) for chat in chats])
-    room = setup.model.config.max_seq_length - recipe.report.max_new_tokens
-    for prompt, tokens in zip(prompts, found, strict=True):
-        if len(tokens) > room:
+        tokenized = tokenizer.encode([render(chat) for chat in chats])
+    limit = setup.model.config.max_seq_length - recipe.report.max_new_tokens
+    for prompt, tokens in zip(prompts, tokenized, strict=True):
+        if len(tokens) > limit:
             raise ValueError(
-                f"The prompt {prompt[:40]!r} has {len(tokens)} tokens, and the model has room for "
-                f"{room} before report.max_new_tokens={recipe.report.max_new_tokens}. Shorten it."
+                f"The prompt {prompt[:40]!r} has {len(tokens)} tokens, but at most {limit} fit "
+                f"before report.max_new_tokens={recipe.report.max_new_tokens}. Shorten it."
             )
-    return found
+    return tokenized
 
 
 def generate_texts(
@@ -252,37 +267,41 @@ def generate_texts(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> list[str]:
-    """What the model writes after each prompt, with an adapter or without.
+    """Returns the text that the model generates for each prompt.
 
     Args:
-        setup: Of the run.
-        adapter: Of its base, as the loop has it.
-        tokenizer: Of the base.
-        prompts: Their tokens.
-        max_new_tokens: How many are written at most.
+        setup: Arrays of the run.
+        adapter: Adapter of the run's base; None: the base alone.
+        tokenizer: Tokenizer of the base.
+        prompts: Tokens of each prompt.
+        max_new_tokens: Maximum number of generated tokens.
     """
     if not prompts:
         return []
     length = max(map(len, prompts))
-    rows = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
-    mask = np.zeros_like(rows)
-    for row, found in enumerate(prompts):
-        rows[row, length - len(found) :] = found
-        mask[row, length - len(found) :] = 1
+    input_ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros_like(input_ids)  # (prompts, length), left-padded.
+    for row, tokens in enumerate(prompts):
+        input_ids[row, length - len(tokens) :] = tokens
+        mask[row, length - len(tokens) :] = 1
     lora = lora_transform(setup.model.apply)
-    given = {"base": setup.frozen["base"], "adapter": adapter or {}}
-    apply = lambda both, *inputs: lora.apply(both["base"], both["adapter"], *inputs)  # noqa: E731
+    params = {"base": setup.frozen["base"], "adapter": adapter or {}}
+
+    def apply(params: Any, *inputs: Any) -> Any:
+        return lora.apply(params["base"], params["adapter"], *inputs)
+
     with sharding.use_mesh(setup.mesh):
-        made = models.generate(
+        generated = models.generate(
             setup.model,
-            given,
-            rows,
+            params,
+            input_ids,
             mask,
             max_new_tokens=max_new_tokens,
             sampling=models.SamplingParams(eos_token_ids=models.eos_token_ids(setup.folder)),
             apply=apply,
         )
+    rows = zip(fetch_global(generated.tokens), fetch_global(generated.lengths), strict=True)
     return [
         tokenizer.with_special_tokens.decode(row[:end].tolist(), skip_special_tokens=True)
-        for row, end in zip(fetch_global(made.tokens), fetch_global(made.lengths), strict=True)
+        for row, end in rows
     ]

@@ -1,4 +1,4 @@
-"""What a run measures, written down as it goes: a line of JSON each, and TensorBoard's files."""
+"""Metrics of a run: the loggers that write them, and the speed and memory of devices."""
 
 from __future__ import annotations
 
@@ -18,38 +18,64 @@ from jlora.optim.multi_transform import FULL, param_labels
 
 METRICS_FILE = "metrics.jsonl"
 
+TRAIN_PREFIX, EVAL_PREFIX = "train/", "eval/"
+
 MetricValues = Mapping[str, float]
 
 
 class MetricsLogger(Protocol):
-    """Where measurements go. Anything with these two methods can be given to `train`."""
+    """Destination of metrics; any object with these two methods can be passed to `train`.
+
+    A training step has the metrics `train/loss`, `train/gradient_norm`, `train/learning_rate`,
+    `num_targets`, `tokens` and `seconds`, and `train/accuracy`, `train/margin` or `train/penalty`
+    where the objective has them. An evaluation has `eval/loss` and further `eval/` metrics.
+
+    Example:
+        >>> class LossHistory:
+        ...     def __init__(self):
+        ...         self.losses = []
+        ...     def log(self, step, metrics):
+        ...         if "train/loss" in metrics:
+        ...             self.losses.append(metrics["train/loss"])
+        ...     def close(self):
+        ...         pass
+        >>> history = LossHistory()
+        >>> log_metrics([history], 1, {"train/loss": 2.5, "seconds": 0.1})
+        >>> history.losses
+        [2.5]
+    """
 
     def log(self, step: int, metrics: MetricValues) -> None:
-        """Takes what was measured at a step."""
+        """Records the metrics of a step.
+
+        Args:
+            step: Number of the training step, from 1.
+            metrics: Values by name.
+        """
         ...
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the destination."""
         ...
 
 
 class JsonlMetricsLogger:
-    """metrics.jsonl: a line `{"step": ..., ...}` for every step and evaluation."""
+    """Logger of metrics.jsonl: one line `{"step": ..., ...}` for each step and evaluation."""
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int = 0) -> None:
-        """Opens the file.
+        """Opens the file and removes the lines after `resume_step`.
 
         Args:
-            path: Of the file.
-            resume_step: The last step that counts: lines of later ones, which an interrupted run wrote
-                and a resumed one writes again, are taken out.
+            path: File to write.
+            resume_step: Last step to keep. An interrupted run may have written lines of later
+                steps, which the resumed run writes again.
         """
         path = Path(path)
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-        # Written beside the old file and moved into its place, so that being killed loses nothing.
+        lines = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        # Written to another file and moved into place, so that a kill loses nothing.
         temporary = path.with_suffix(".tmp")
         self._file = temporary.open("w", encoding="utf-8")
-        for line in kept:
+        for line in lines:
             self._write_line(line)
         temporary.replace(path)
 
@@ -66,18 +92,16 @@ class JsonlMetricsLogger:
         self._file.flush()
 
 
-def to_strict_json(value: Any) -> Any:
-    """The value as JSON has it, which has no NaN: a reader should not need Python's."""
-    if isinstance(value, Mapping):
-        return {name: to_strict_json(each) for name, each in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class TensorBoardLogger:
-    """Event files that TensorBoard draws."""
+    """Logger of TensorBoard event files."""
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_step: int = 0) -> None:
-        """Opens a file in the folder; a resumed run's hides what an earlier one wrote `resume_step`."""
+        """Opens an event file.
+
+        Args:
+            folder: Folder of event files.
+            resume_step: Last step to keep; TensorBoard hides later points of earlier files.
+        """
         import tensorboardX
 
         self._writer = tensorboardX.SummaryWriter(os.fspath(folder), purge_step=resume_step + 1)
@@ -88,51 +112,94 @@ class TensorBoardLogger:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the event file."""
         self._writer.close()
 
 
 def make_metrics_loggers(
     output: Path, *, tensorboard: bool, resume_step: int
 ) -> list[JsonlMetricsLogger | TensorBoardLogger]:
-    """Those that write into a run's folder, from the first process alone.
+    """Returns the loggers that write to a run's folder; none in processes other than the first.
 
     Args:
-        output: The folder.
-        tensorboard: Whether TensorBoard's files are wanted too.
-        resume_step: The last step that counts of what is there.
+        output: Folder of the run.
+        tensorboard: Whether to write TensorBoard event files too.
+        resume_step: Last step to keep of earlier files.
     """
     if jax.process_index() > 0:
         return []
-    found: list[JsonlMetricsLogger | TensorBoardLogger] = [
+    loggers: list[JsonlMetricsLogger | TensorBoardLogger] = [
         JsonlMetricsLogger(output / METRICS_FILE, resume_step=resume_step)
     ]
     if tensorboard:
-        found.append(TensorBoardLogger(output / "tensorboard", resume_step=resume_step))
-    return found
+        loggers.append(TensorBoardLogger(output / "tensorboard", resume_step=resume_step))
+    return loggers
+
+
+def log_metrics(loggers: Iterable[MetricsLogger], step: int, metrics: MetricValues) -> None:
+    """Sends the metrics of a step to every logger."""
+    for logger in loggers:
+        logger.log(step, metrics)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none if it is not there. A last one cut short is left out."""
+    r"""Returns the lines of a metrics.jsonl, one mapping per step or evaluation.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        Values by name; "step" is an int and the others are floats, NaN and infinities included.
+        The list is empty if there is no file. An incomplete last line is left out.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> _ = path.write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "tra')
+        >>> read_metrics(path)
+        [{'step': 1, 'train/loss': 2.5}]
+    """
     if not Path(path).is_file():
         return []
-    found = []
+    lines = []
     for text in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            break  # A run was killed while it wrote.
-        found.append({key: float(v) if key != "step" else int(v) for key, v in line.items()})
-    return found
+            break  # The run was killed while writing.
+        lines.append({key: float(v) if key != "step" else int(v) for key, v in line.items()})
+    return lines
 
 
-def log_metrics(loggers: Iterable[MetricsLogger], step: int, metrics: MetricValues) -> None:
-    """Tells every recorder."""
-    for recorder in loggers:
-        recorder.log(step, metrics)
+def is_train_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl belongs to a training step."""
+    return f"{TRAIN_PREFIX}loss" in line
 
 
-# Dense bfloat16 products in TFLOP/s as vendors give them, by what JAX calls the device.
+def is_eval_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl belongs to an evaluation."""
+    return f"{EVAL_PREFIX}loss" in line
+
+
+def eval_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the evaluation metrics of a line by their names without the prefix."""
+    return {
+        name.removeprefix(EVAL_PREFIX): value
+        for name, value in line.items()
+        if name.startswith(EVAL_PREFIX)
+    }
+
+
+def to_strict_json(value: Any) -> Any:
+    """Returns the value with NaN and infinities as text, because standard JSON has neither."""
+    if isinstance(value, Mapping):
+        return {name: to_strict_json(each) for name, each in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- speed and memory -----------------------------------------------------------------------------
+
+# Dense bfloat16 peak in TFLOP/s from the vendors' data sheets, by JAX's name of the device.
 PEAK_TFLOPS = {
     "NVIDIA A100": 312.0,
     "NVIDIA H100 PCIe": 756.0,
@@ -149,24 +216,24 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: Any) -> float | None:
-    """What one device can do at most; None where it is not known."""
+    """Returns the peak of one device in TFLOP/s; None for an unknown device."""
     kind = getattr(device, "device_kind", "")
     known = [name for name in PEAK_TFLOPS if kind.startswith(name)]
     return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
 def flops_per_token(model: Any, params: Any, trainable: Any, seq_length: int) -> float:
-    """The arithmetic that one token needs in a step of training an adapter.
+    """Returns the FLOPs of one token in a training step of an adapter.
 
-    A weight's product counts twice: forward, and for the gradient of what goes in; an adapter's
-    also for its own. What is computed again to save memory does not count. Attention counts half
-    of a full row.
+    The product with a frozen weight counts twice: in the forward pass and for the gradient of its
+    input. The products with adapter arrays also count for their own gradients. Recomputation to
+    save memory is not counted. Causal attention counts half of all token pairs.
 
     Args:
-        model: Of `jlora.models`.
-        params: Its weights, or shapes.
-        trainable: The arrays that are trained.
-        seq_length: Of a row.
+        model: Model of `jlora.models`.
+        params: Base weights, as arrays or shapes.
+        trainable: Trainable arrays.
+        seq_length: Tokens of a row.
     """
     decoder, c = isinstance(model, models.Decoder), model.config
     flat = _tree.flatten_with_paths(params)
@@ -176,23 +243,22 @@ def flops_per_token(model: Any, params: Any, trainable: Any, seq_length: int) ->
             path.endswith("embedding") and not (decoder and c.tie_word_embeddings)
         ):
             continue
-        sparse = decoder and path.endswith(
-            ("moe/gate_up", "moe/down")
-        )  # A token goes through a few of these.
+        # A token passes through a few of the experts only.
+        sparse = decoder and path.endswith(("moe/gate_up", "moe/down"))
         weights += leaf.size * (c.moe.num_experts_per_tok / c.moe.num_experts if sparse else 1)
-    each = zip(jax.tree.leaves(param_labels(trainable)), jax.tree.leaves(trainable), strict=True)
-    own = sum(array.size for label, array in each if array.ndim > 1 and label != FULL)
+    pairs = zip(jax.tree.leaves(param_labels(trainable)), jax.tree.leaves(trainable), strict=True)
+    adapter = sum(array.size for label, array in pairs if array.ndim > 1 and label != FULL)
     layers = len(c.layer_kind_ids) if decoder else c.num_layers
     width = c.num_heads * c.head_dim if decoder else c.hidden_size
-    seen = seq_length / 2 if decoder else seq_length
-    return 4.0 * weights + 6.0 * own + 12.0 * layers * width * seen
+    attended = seq_length / 2 if decoder else seq_length
+    return 4.0 * weights + 6.0 * adapter + 12.0 * layers * width * attended
 
 
 def peak_memory_gib() -> float:
-    """The most that a device of this process held, or the process itself on a CPU, in GiB."""
+    """Returns the peak memory in GiB of a device of this process; of the process on a CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(stat.get("peak_bytes_in_use", 0) for stat in stats)
     if not peak:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = held if sys.platform == "darwin" else 1024 * held
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = usage if sys.platform == "darwin" else 1024 * usage
     return peak / 2**30

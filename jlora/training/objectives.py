@@ -1,7 +1,7 @@
-"""What a run learns: the next token, which of two answers is preferred, or a text's label.
+"""Training objectives: language modeling, direct preference optimization, and classification.
 
-Each task is a function that is adapted and a loss around it. The losses are sums over the rows of a
-forward pass, so that several passes, and several devices, add up to one mean.
+An objective has an adapted function and a loss around it. Losses are sums over the batch of a
+forward pass, so that those of several passes and devices add up to one mean.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from jlora.transform import LoraTransform, Rules, lora_transform
 
 
 class Objective(NamedTuple):
-    """A function that is adapted and what it is trained for.
+    """An adapted function and its loss.
 
     Attributes:
-        lora: The transform of the model's part in the loss.
-        example_inputs: Shapes of what it takes after the parameters.
-        loss_fn: Sums of the loss; `trained` is `{"adapter"}` and perhaps a `"head"`, `frozen` is
-            `{"base", "adapter"}`, the latter with the adapter's frozen arrays.
-        init_head: From a key to a new head, for models that come without one.
+        lora: LoRA transform of the model's part of the loss.
+        example_inputs: Shapes of the inputs after the parameters.
+        loss_fn: Loss function `(trainable, frozen, batch, key)`. `trainable` has "adapter", and
+            "head" for a new head; `frozen` has "base", and "adapter" with the frozen arrays.
+        init_head: Function from a key to a new head; None unless the objective adds one.
     """
 
     lora: LoraTransform
@@ -44,17 +44,21 @@ class Objective(NamedTuple):
 
 
 def make_lm_objective(model: Any, rules: Rules, options: OptimizerSection) -> Objective:
-    """The next token's cross entropy, over the tokens that `batch.loss_mask` counts."""
+    """Returns the objective of next-token cross entropy over the tokens of `batch.loss_mask`.
+
+    Raises:
+        ValueError: The model is not a decoder.
+    """
     if not isinstance(model, Decoder):
         raise ValueError(
-            f"data.train.0.format asks for text, which a {type(model).__name__} does not write. "
-            f"Give a decoder, or data of the format classification."
+            f"data.train.0.format is for language modeling, which needs a decoder, got a model of "
+            f"type {type(model).__name__}. Use a decoder, or data of the format classification."
         )
     lora = lora_transform(_make_token_losses_fn(model), rules)
 
     def loss(trainable: PyTree, frozen: PyTree, batch: Any, key: jax.Array | None) -> LossSums:
         adapter = combine(trainable["adapter"], frozen["adapter"])
-        losses, balance = lora.apply_with_aux_loss(
+        losses, aux_loss = lora.apply_with_aux_loss(
             frozen["base"],
             adapter,
             batch.tokens,
@@ -66,7 +70,7 @@ def make_lm_objective(model: Any, rules: Rules, options: OptimizerSection) -> Ob
         return _add_regularizers(
             LossSums((losses * batch.loss_mask).sum(), batch.loss_mask.sum(), {}),
             adapter,
-            balance,
+            aux_loss,
             options,
         )
 
@@ -77,7 +81,12 @@ def make_lm_objective(model: Any, rules: Rules, options: OptimizerSection) -> Ob
 def make_dpo_objective(
     model: Any, rules: Rules, options: OptimizerSection, dpo_options: DPOSection
 ) -> Objective:
-    """Direct preference optimisation; the reference is the base, without the adapter.
+    """Returns the objective of direct preference optimization.
+
+    The reference policy is the base without the adapter.
+
+    Raises:
+        ValueError: The model is not a decoder.
 
     References:
         Rafailov et al., arXiv:2305.18290, equation 7. Label smoothing is that of Mitchell, "A note
@@ -87,24 +96,24 @@ def make_dpo_objective(
 
     def loss(trainable: PyTree, frozen: PyTree, batch: Any, key: jax.Array | None) -> LossSums:
         adapter = combine(trainable["adapter"], frozen["adapter"])
-        # (rows, 2, length) as twice as many rows: the chosen one and the rejected one of each.
+        # (batch, 2, length) to (2 * batch, length): chosen and rejected texts alternate.
         texts = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.targets)]
-        places = [x.reshape(-1, x.shape[-1]) for x in (batch.segment_ids, batch.positions)]
-        losses, balance = inner.lora.apply_with_aux_loss(
-            frozen["base"], adapter, *texts, *places, dropout_key=key
+        layout = [x.reshape(-1, x.shape[-1]) for x in (batch.segment_ids, batch.positions)]
+        losses, aux_loss = inner.lora.apply_with_aux_loss(
+            frozen["base"], adapter, *texts, *layout, dropout_key=key
         )
-        # Without an adapter; through the transform all the same, which knows quantised weights.
-        reference = jax.lax.stop_gradient(inner.lora.apply(frozen["base"], {}, *texts, *places))
-        learned = batch.loss_mask.reshape(losses.shape)
-        # Log-probabilities under the policy over those under the reference, (rows, 2).
-        ratios = ((reference - losses) * learned).sum(axis=-1).reshape(-1, 2)
-        real = (batch.loss_mask.sum(axis=(1, 2)) > 0).astype(jnp.float32)
-        margin = dpo_options.beta * (ratios[:, 0] - ratios[:, 1])
-        wrong = dpo_options.label_smoothing
-        errors = -(1 - wrong) * jax.nn.log_sigmoid(margin) - wrong * jax.nn.log_sigmoid(-margin)
-        others = {"accuracy": ((margin > 0) * real).sum(), "margin": (margin * real).sum()}
-        sums = LossSums((errors * real).sum(), real.sum(), others)
-        return _add_regularizers(sums, adapter, balance, options)
+        # The empty adapter goes through the transform too, which dequantizes weights.
+        reference = jax.lax.stop_gradient(inner.lora.apply(frozen["base"], {}, *texts, *layout))
+        loss_mask = batch.loss_mask.reshape(losses.shape)
+        # Log-probability ratios of policy and reference, (batch, 2).
+        ratios = ((reference - losses) * loss_mask).sum(axis=-1).reshape(-1, 2)
+        is_pair = (batch.loss_mask.sum(axis=(1, 2)) > 0).astype(jnp.float32)  # (batch,)
+        margin = dpo_options.beta * (ratios[:, 0] - ratios[:, 1])  # (batch,)
+        eps = dpo_options.label_smoothing
+        errors = -(1 - eps) * jax.nn.log_sigmoid(margin) - eps * jax.nn.log_sigmoid(-margin)
+        extra = {"accuracy": ((margin > 0) * is_pair).sum(), "margin": (margin * is_pair).sum()}
+        sums = LossSums((errors * is_pair).sum(), is_pair.sum(), extra)
+        return _add_regularizers(sums, adapter, aux_loss, options)
 
     return inner._replace(loss_fn=loss)
 
@@ -116,60 +125,72 @@ def make_classification_objective(
     head_options: ClassificationSection,
     num_labels: int,
 ) -> Objective:
-    """The cross entropy of a text's label.
+    """Returns the objective of cross entropy over the labels of a text.
 
-    A model that comes with a head for as many labels keeps it; others get a new linear one on
-    pooled hidden states, which is trained beside the adapter.
+    A model with its own head keeps it. Other models get a new linear head on pooled hidden states,
+    which is trained together with the adapter.
+
+    Raises:
+        ValueError: The model's head has another number of labels.
     """
-    own = getattr(model.config, "num_labels", None)
-    if own is not None and own != num_labels:
+    head_labels = getattr(model.config, "num_labels", None)
+    if head_labels is not None and head_labels != num_labels:
         raise ValueError(
-            f"The model's head chooses between {own} labels, and the data has {num_labels}. Give "
-            f"classification.labels as the head has them, or a checkpoint without a head."
+            f"The model's head has {head_labels} labels, but the data has {num_labels}. Set "
+            f"classification.labels to those of the head, or use a checkpoint without a head."
         )
-    decoder = isinstance(model, Decoder)
-    typed = isinstance(model, Encoder) and model.config.type_vocab_size > 1
+    has_head, is_decoder = head_labels is not None, isinstance(model, Decoder)
+    has_types = isinstance(model, Encoder) and model.config.type_vocab_size > 1
 
     def hidden(params: PyTree, *inputs: jax.Array) -> Any:
         return model.apply(params, *inputs, method="hidden_states")
 
-    lora = lora_transform(hidden if own is None else model.apply, rules)
-    pooling = head_options.pooling or ("last" if decoder else "mean")
+    lora = lora_transform(model.apply if has_head else hidden, rules)
+    pooling = head_options.pooling or ("last" if is_decoder else "mean")
 
     def loss(trainable: PyTree, frozen: PyTree, batch: Any, key: jax.Array | None) -> LossSums:
         adapter = combine(trainable["adapter"], frozen["adapter"])
-        inputs = (batch.tokens, batch.attention_mask, *((batch.token_type_ids,) if typed else ()))
-        out, balance = lora.apply_with_aux_loss(frozen["base"], adapter, *inputs, dropout_key=key)
-        scores = (
+        token_types = (batch.token_type_ids,) if has_types else ()
+        inputs = (batch.tokens, batch.attention_mask, *token_types)
+        out, aux_loss = lora.apply_with_aux_loss(frozen["base"], adapter, *inputs, dropout_key=key)
+        logits = (
             out
-            if own is not None
+            if has_head
             else classifier_head_logits(trainable["head"], out, batch.attention_mask, pooling)
         )
         targets = optax.smooth_labels(
             jax.nn.one_hot(batch.labels, num_labels), head_options.label_smoothing
         )
-        errors = optax.softmax_cross_entropy(scores.astype(jnp.float32), targets)
-        correct = scores.argmax(axis=-1) == batch.labels
+        errors = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+        correct = logits.argmax(axis=-1) == batch.labels
         sums = LossSums(
             (errors * batch.example_mask).sum(),
             batch.example_mask.sum(),
             {"accuracy": (correct * batch.example_mask).sum()},
         )
-        return _add_regularizers(sums, adapter, balance, options)
+        return _add_regularizers(sums, adapter, aux_loss, options)
 
-    def head(key: jax.Array) -> PyTree:
-        del key  # It starts at equal scores for all labels.
+    def init_head(key: jax.Array) -> PyTree:
+        del key  # A head of zeros gives all labels the same logit.
         width = model.config.hidden_size
         return {"kernel": jnp.zeros((width, num_labels)), "bias": jnp.zeros(num_labels)}
 
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return Objective(lora, (tokens,) * (3 if typed else 2), loss, head if own is None else None)
+    example_inputs = (tokens,) * (3 if has_types else 2)
+    return Objective(lora, example_inputs, loss, None if has_head else init_head)
 
 
 def classifier_head_logits(
     head: PyTree, hidden_states: jax.Array, mask: jax.Array, pooling: str
 ) -> jax.Array:
-    """The scores (rows, labels) that a new head gives hidden states (rows, length, width)."""
+    """Returns the logits (batch, labels) of a new head.
+
+    Args:
+        head: Kernel (hidden, labels) and bias (labels,).
+        hidden_states: Hidden states (batch, length, hidden).
+        mask: Attention mask (batch, length), 0 for padding.
+        pooling: "mean", "first" or "last" of the tokens.
+    """
     if pooling == "mean":
         pooled = mean_pool(hidden_states, mask)
     elif pooling == "first":
@@ -190,17 +211,17 @@ def _make_token_losses_fn(model: Decoder) -> Callable[..., jax.Array]:
 def _add_regularizers(
     sums: LossSums, adapter: PyTree, aux_loss: jax.Array, options: OptimizerSection
 ) -> LossSums:
-    """With what keeps some families in shape; nothing for all others."""
-    kinds = {type(leaf) for leaf in jax.tree.leaves(adapter, is_leaf=is_adapter_node)}
-    extra: Any = 0.0
-    if any(issubclass(kind, LoRAMoELeaf) for kind in kinds):
-        extra = extra + options.aux_loss_coef * aux_loss
-    if any(issubclass(kind, AdaLoRALeaf) for kind in kinds):
-        extra = extra + options.orth_reg_weight * orthogonal_regularizer(adapter)
-    if isinstance(extra, float):
+    """Adds the regularization losses that LoRA-MoE and AdaLoRA need."""
+    types = {type(leaf) for leaf in jax.tree.leaves(adapter, is_leaf=is_adapter_node)}
+    regularizer: Any = 0.0
+    if any(issubclass(leaf, LoRAMoELeaf) for leaf in types):
+        regularizer = regularizer + options.aux_loss_coef * aux_loss
+    if any(issubclass(leaf, AdaLoRALeaf) for leaf in types):
+        regularizer = regularizer + options.orth_reg_weight * orthogonal_regularizer(adapter)
+    if isinstance(regularizer, float):
         return sums
-    # It counts once, however many tokens there are.
-    penalty = sums.num_targets * extra
+    # Times the number of targets, because the sums are divided by it.
+    penalty = sums.num_targets * regularizer
     return sums._replace(
         loss=sums.loss + penalty, extra_sums={**sums.extra_sums, "penalty": penalty}
     )

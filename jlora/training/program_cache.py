@@ -1,4 +1,4 @@
-"""What the runs of one process share: data that was read, and steps that were compiled."""
+"""Cache of datasets and compiled steps, shared by the runs of one process."""
 
 from __future__ import annotations
 
@@ -12,56 +12,66 @@ from jlora.training.datasets import Datasets
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import MeshJitted, Setup
 
-# No batch and no step depends on them.
+# Sections that affect neither batches nor steps.
 _SECTIONS_OUTSIDE_PROGRAMS = {"output", "export", "report", "training", "distributed"}
 
 _SECTIONS_OF_DATA = {"seed", "model", "data", "batch", "classification"}
 
 
 class ProgramCache:
-    """Data and compiled steps of earlier runs, for later ones that have the same.
+    """Datasets and compiled steps of earlier runs, for later runs with the same ones.
 
-    Give one to every `jlora.training.run.train` of a search: runs that differ in their seed are
-    traced and compiled once, and runs that differ in their adapter read their data once. Files are
-    taken to stay what they are.
+    Pass one cache to every `jlora.training.train` of a search: runs that differ in the seed are
+    traced and compiled once, and runs that differ in the adapter read their data once. Files must
+    not change in the meantime.
 
     Attributes:
-        data_fingerprints: Of the last run's data for training and validation.
+        data_fingerprints: Fingerprints of the last run's data by "train" and "validation"; None
+            without validation data.
+
+    Example:
+        >>> cache = ProgramCache(max_programs=4)
+        >>> cache.data_fingerprints
+        {}
     """
 
     def __init__(self, max_programs: int = 32) -> None:
-        """Begins with nothing.
+        """Creates an empty cache.
 
         Args:
-            max_programs: How many programs are held; the one that was not used for longest goes first.
+            max_programs: Maximum number of compiled programs; the least recently used one is
+                dropped first.
+
+        Raises:
+            ValueError: `max_programs` is not positive.
         """
         if max_programs < 1:
-            raise ValueError(f"most={max_programs} holds no program. Give 1 or more.")
+            raise ValueError(f"max_programs must be a positive integer, got {max_programs}.")
         self._max_programs = max_programs
         self._datasets: dict[str, Datasets] = {}
         self.data_fingerprints: dict[str, str | None] = {}
         self._programs: dict[str, tuple[MeshJitted, MeshJitted]] = {}
 
     def get_datasets(self, recipe: Recipe, mesh: Mesh, load: Callable[[], Datasets]) -> Datasets:
-        """The recipe's data: that of an earlier run, or else what `load` returns."""
+        """Returns the datasets of a recipe: those of an earlier run, or the result of `load`."""
         key = _make_cache_key(recipe.model_dump(mode="json", include=_SECTIONS_OF_DATA), mesh)
         if key not in self._datasets:
             self._datasets[key] = load()
-        found = self._datasets[key]
-        validation = None if found.validation is None else found.validation.fingerprint
-        self.data_fingerprints = {"train": found.train.fingerprint, "validation": validation}
-        return found
+        datasets = self._datasets[key]
+        validation = None if datasets.validation is None else datasets.validation.fingerprint
+        self.data_fingerprints = {"train": datasets.train.fingerprint, "validation": validation}
+        return datasets
 
     def reuse_programs(
         self, recipe: Recipe, setup: Setup, total_steps: int, num_labels: int | None
     ) -> Setup:
-        """The setup with the step and evaluation of an earlier run, if there was one with the same.
+        """Returns the setup with the compiled steps of an earlier equal run, if there was one.
 
         Args:
-            recipe: Of the run.
-            setup: Of the run.
-            total_steps: How many it has, which learning rates depend on.
-            num_labels: How many there are, for classification.
+            recipe: Recipe of the run.
+            setup: Setup of the run.
+            total_steps: Number of steps, which the learning rate schedule depends on.
+            num_labels: Number of labels; None unless the task is classification.
         """
         dumped = recipe.model_dump(
             mode="json", exclude={*_SECTIONS_OUTSIDE_PROGRAMS, "seed", "data"}
@@ -69,11 +79,11 @@ class ProgramCache:
         key = _make_cache_key(
             {**dumped, "task": recipe.task, "steps": total_steps, "labels": num_labels}, setup.mesh
         )
-        step, evaluate = self._programs.pop(key, (setup.train_step, setup.eval_step))
-        self._programs[key] = step, evaluate
+        programs = self._programs.pop(key, (setup.train_step, setup.eval_step))
+        self._programs[key] = programs
         if len(self._programs) > self._max_programs:
             del self._programs[next(iter(self._programs))]
-        return setup._replace(train_step=step, eval_step=evaluate)
+        return setup._replace(train_step=programs[0], eval_step=programs[1])
 
 
 def _make_cache_key(contents: dict[str, Any], mesh: Mesh) -> str:

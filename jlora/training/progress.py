@@ -1,18 +1,25 @@
-"""jlora.training.progress."""
+"""Console output of a run: progress bar, lines for steps and evaluations, and throughput."""
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import jax
 from tqdm import tqdm
 
 from jlora import _tree
 from jlora.quantization.quantize import quantization_summary
-from jlora.training.metrics import flops_per_token, peak_memory_gib, peak_tflops
+from jlora.training.metrics import (
+    flops_per_token,
+    is_train_line,
+    peak_memory_gib,
+    peak_tflops,
+)
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
 
@@ -22,23 +29,35 @@ _LOG_INTERVAL_S = 30.0
 
 
 class Console:
-    """Lines and a progress bar, or silence."""
+    """Printer of lines and of a progress bar.
+
+    Attributes:
+        quiet: Whether nothing is printed.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
     def __call__(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         if not self.quiet:
             tqdm.write(text)
 
     def progress_bar(
         self, total_steps: int, initial_step: int, throughput: ThroughputMeter
     ) -> ProgressBar:
+        """Returns the progress bar of a run.
+
+        Args:
+            total_steps: Steps of the complete run.
+            initial_step: Steps that were done before.
+            throughput: Formatter of the metrics of a step.
+        """
         return ProgressBar(total_steps, initial_step, throughput, self)
 
 
 class ThroughputMeter:
-    """The few numbers beside the bar."""
+    """Formatter of loss, tokens per second, utilization and memory."""
 
     def __init__(self, recipe: Recipe, setup: Setup) -> None:
         peak = recipe.report.peak_tflops or peak_tflops(setup.mesh.devices.flat[0])
@@ -46,77 +65,119 @@ class ThroughputMeter:
             setup.model, setup.frozen["base"], setup.state.trainable, recipe.data.max_seq_length
         )
         self._peak_flops_per_s = None if peak is None else peak * 1e12 * setup.mesh.size
-        # Steps differ in length, so speed is that of several.
+        # Steps differ in length, so the speed is averaged over several.
         self._recent: deque[tuple[float, float]] = deque(maxlen=_THROUGHPUT_WINDOW)
 
-    def format_step(self, metrics: dict[str, float]) -> str:
-        """What is shown after a step that measured these."""
+    def format_step(self, metrics: Mapping[str, float]) -> str:
+        """Returns the metrics of a step as text, such as `loss 0.906  1,340 tok/s  1.2 GiB`.
+
+        MFU is the model FLOPs utilization; it is left out on devices of unknown peak.
+        """
         self._recent.append((metrics["tokens"], metrics["seconds"]))
         tokens, seconds = map(sum, zip(*self._recent, strict=True))
         speed = tokens / seconds if seconds else 0.0
-        parts = [f"loss {metrics['loss']:.3f}", f"{speed:,.0f} tokens/s"]
+        parts = [f"loss {metrics['train/loss']:.3f}", f"{speed:,.0f} tok/s"]
         if self._peak_flops_per_s is not None:
-            parts.append(f"{speed * self._flops_per_token / self._peak_flops_per_s:.0%} of peak")
-        return ", ".join([*parts, f"{peak_memory_gib():.1f} GiB"])
+            parts.append(f"MFU {speed * self._flops_per_token / self._peak_flops_per_s:.0%}")
+        return "  ".join([*parts, f"{peak_memory_gib():.1f} GiB"])
 
 
 class ProgressBar:
-    """Shows every step's numbers: a bar on a terminal, and a line now and then elsewhere."""
+    """Display of steps and evaluations.
+
+    On a terminal a bar shows the last step. Elsewhere a line is printed every 30 seconds and for
+    the last step. Evaluations are lines in both cases.
+    """
 
     def __init__(
         self, total_steps: int, initial_step: int, throughput: ThroughputMeter, console: Console
     ) -> None:
         self._is_terminal = sys.stderr.isatty()
-        disable = console.quiet or not self._is_terminal
         self._bar = tqdm(
-            total=total_steps, initial=initial_step, unit="step", disable=disable, file=sys.stderr
+            total=total_steps,
+            initial=initial_step,
+            disable=console.quiet or not self._is_terminal,
+            file=sys.stderr,
+            bar_format="{bar:20} {desc}",
+            desc=f"step {initial_step}/{total_steps}",
         )
-        self._total_steps, self._initial_step, self._throughput, self._console = (
-            total_steps,
-            initial_step,
-            throughput,
-            console,
-        )
+        self._total_steps, self._initial_step = total_steps, initial_step
+        self._throughput, self._console = throughput, console
         self._start_time = self._last_log_time = time.monotonic()
 
-    def __enter__(self) -> Callable[[int, dict[str, float]], None]:
-        def show(step: int, values: dict[str, float]) -> None:
-            text = self._throughput.format_step(values)
-            if self._is_terminal:
-                self._bar.set_postfix_str(text, refresh=False)
-                self._bar.update(step - self._bar.n)
-                return
-            now = time.monotonic()
-            if step == self._total_steps or now - self._last_log_time >= _LOG_INTERVAL_S:
-                self._last_log_time = now
-                rest = (
-                    (now - self._start_time)
-                    / (step - self._initial_step)
-                    * (self._total_steps - step)
-                )
-                self._console(
-                    f"step {step} of {self._total_steps}: {text}, {rest / 60:.0f} min left"
-                )
-
-        return show
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics of a training step."""
+        text = self._throughput.format_step(metrics)  # Each step counts for the speed.
+        now = time.monotonic()
+        is_due = step == self._total_steps or now - self._last_log_time >= _LOG_INTERVAL_S
+        if not self._is_terminal and not is_due:
+            return
+        done, left = step - self._initial_step, self._total_steps - step
+        eta = datetime.timedelta(seconds=round((now - self._start_time) / done * left))
+        line = f"{self._label('step', f'{step}/{self._total_steps}')}{text}  ETA {eta}"
+        if self._is_terminal:
+            self._bar.set_description_str(line, refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            self._last_log_time = now
+            self._console(line)
+
+    def show_evaluation(self, step: int, metrics: Mapping[str, float], is_best: bool) -> None:
+        """Shows the metrics of an evaluation, such as `eval 120  loss 0.881  (best)`.
+
+        Args:
+            step: Step after which the model was evaluated.
+            metrics: Means over the validation data, by name.
+            is_best: Whether it is the best evaluation so far.
+        """
+        parts = [f"{name} {value:.3f}" for name, value in metrics.items()]
+        text = "  ".join([*parts, "(best)"] if is_best else parts)
+        self._console(f"{self._label('eval', str(step))}{text}")
+
+    def _label(self, kind: str, number: str) -> str:
+        """Returns the start of a line, padded so that the metrics of all lines are aligned."""
+        return f"{kind} {number}".ljust(len(f"step {self._total_steps}/{self._total_steps}  "))
+
 
 def trainable_params_line(setup: Setup) -> str:
-    """How much is trained, in a sentence."""
-    trained, base = _count_params(setup)
-    return f"{trained:,} numbers are trained, {trained / base:.2%} of the base's {base:,}."
+    """Returns the counts of parameters in one line, as PEFT's `print_trainable_parameters`.
+
+    All parameters are those of the base and the trainable ones.
+    """
+    trainable, base = count_params(setup)
+    total = trainable + base
+    return (
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * trainable / total:.2f}"
+    )
+
+
+def count_params(setup: Setup) -> tuple[int, int]:
+    """Returns the number of trainable parameters and that of the base's parameters."""
+    trainable = sum(array.size for array in jax.tree.leaves(setup.state.trainable))
+    base = _tree.flatten_with_paths(setup.frozen["base"]).leaves
+    return trainable, sum(leaf.size for leaf in base)
 
 
 def describe_quantized_base(setup: Setup) -> dict[str, str]:
-    """What of the base is quantised, by the name that a report has for it; nothing if none is."""
-    found = quantization_summary(setup.frozen["base"])
-    return {} if found is None else {"quantised": str(found)}
+    """Returns a row "quantized" about the quantized weights of the base; empty without any."""
+    summary = quantization_summary(setup.frozen["base"])
+    return {} if summary is None else {"quantized": str(summary)}
 
 
-def _count_params(setup: Setup) -> tuple[int, int]:
-    """How many numbers are trained, and how many the base has."""
-    trained = sum(array.size for array in jax.tree.leaves(setup.state.trainable))
-    return trained, sum(leaf.size for leaf in _tree.flatten_with_paths(setup.frozen["base"]).leaves)
+def compilation_line(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the line that announces the compilation of the training step.
+
+    Args:
+        metrics: Lines of an earlier metrics.jsonl in the output folder. The first step of a run
+            includes the compilation, so its seconds are the estimate; empty if there are none.
+    """
+    first = next((line for line in metrics if is_train_line(line)), None)
+    estimate = "" if first is None else f"; {first['seconds']:.0f} s last time"
+    return f"compiling the training step (once{estimate})"

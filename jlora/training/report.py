@@ -1,15 +1,21 @@
-"""report.html: what a run did, in one file that needs nothing else."""
+"""Results of a run: result.json, the summary on the console, and the self-contained report.html."""
 
 from __future__ import annotations
 
-import html
+import datetime
+import importlib.metadata
 import io
 import math
+import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jinja2
+import markupsafe
 import numpy as np
 
 from jlora import _tree
@@ -18,27 +24,30 @@ from jlora.adapters.base import AdapterLeaf
 from jlora.convert import delta
 from jlora.quantization.quantize import quantization_summary
 from jlora.training.datasets import Datasets
-from jlora.training.progress import _count_params, describe_quantized_base, trainable_params_line
+from jlora.training.metrics import eval_values, is_eval_line, is_train_line
+from jlora.training.progress import count_params, describe_quantized_base, trainable_params_line
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
 
+_TEMPLATE_FILE = Path(__file__).with_name("report.html.jinja")
+
 _MERGE_DESCRIPTIONS = {
-    "dequantized": "into the dequantized weights: the model that was trained and measured",
-    "original": "into the original weights, which are not the quantised ones that the adapter was "
-    "trained on: nothing here was measured on the merged model",
+    "dequantized": "into the dequantized weights: the model that was trained and evaluated",
+    "original": "into the original weights, which are not the quantized ones that the adapter was "
+    "trained on: the merged model was not evaluated",
 }
 
 
 class RunSummary(NamedTuple):
-    """How a run went.
+    """Outcome of a run.
 
     Attributes:
-        stop_reason: It ended: "max_steps", or "early_stopping" when evaluations got no better.
-        best_step: The step whose adapter is written.
-        total_steps: How many were to be made.
-        data_wait_s: In which the devices had no batch, since the run was last resumed.
-        test_metrics: The means on the test data before and after, if there is any.
-        metrics: Of metrics.jsonl.
+        stop_reason: "max_steps", or "early_stopping" when evaluations no longer improved.
+        best_step: Step of the written adapter.
+        total_steps: Steps of the recipe.
+        data_wait_s: Seconds in which the devices waited for data since the last resume.
+        test_metrics: Means on the test data before and after training; empty without test data.
+        metrics: Lines of metrics.jsonl.
     """
 
     stop_reason: str
@@ -50,45 +59,65 @@ class RunSummary(NamedTuple):
 
     @property
     def step_metrics(self) -> list[dict[str, Any]]:
-        """The lines of steps."""
-        return [line for line in self.metrics if "loss" in line]
+        """The lines of training steps."""
+        return [line for line in self.metrics if is_train_line(line)]
+
+    @property
+    def best_eval_metrics(self) -> dict[str, float]:
+        """The means of the evaluation at `best_step`; empty without one."""
+        return {
+            name: value
+            for line in self.metrics
+            if line["step"] == self.best_step
+            for name, value in eval_values(line).items()
+        }
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps changed nothing."""
+        """The number of steps that changed nothing."""
         return sum(not _is_finite_step_line(line) for line in self.step_metrics)
 
     @property
     def step_seconds(self) -> float:
-        """That the steps took."""
+        """The seconds of all steps."""
         return sum(line["seconds"] for line in self.step_metrics)
 
 
-def _is_finite_step_line(line: dict[str, Any]) -> bool:
-    return math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
+class PromptSample(NamedTuple):
+    """Texts that a decoder generated for a prompt.
+
+    Attributes:
+        prompt: Prompt of the recipe.
+        base_text: Text of the base.
+        adapted_text: Text of the adapted model.
+    """
+
+    prompt: str
+    base_text: str
+    adapted_text: str
+
+
+# --- result.json and tables -----------------------------------------------------------------------
 
 
 def make_result_json(setup: Setup, run_summary: RunSummary) -> dict[str, Any]:
-    """What came of a run, for programs: the means of the tests and of the kept evaluation."""
-    trained, base = _count_params(setup)
-    found = quantization_summary(setup.frozen["base"])
-    kept = [line for line in run_summary.metrics if line["step"] == run_summary.best_step]
-    means = {
-        name.removeprefix("validation_"): value
-        for line in kept
-        for name, value in line.items()
-        if name.startswith("validation_")
-    }
+    """Returns the contents of result.json, for programs.
+
+    "validation" has the means of the evaluation at the best step, "test" those before and after
+    training; each is None without such data.
+    """
+    trainable, base = count_params(setup)
+    quantized = quantization_summary(setup.frozen["base"])
     return {
         "stop_reason": run_summary.stop_reason,
         "steps": len(run_summary.step_metrics),
         "skipped_steps": run_summary.skipped_steps,
         "best_step": run_summary.best_step,
-        "validation": means or None,
+        "validation": run_summary.best_eval_metrics or None,
         "test": dict(zip(("before", "after"), run_summary.test_metrics, strict=False)) or None,
-        "trainable_params": trained,
+        "trainable_params": trainable,
         "base": base,
-        "quantized": None if found is None else found._asdict(),
+        "quantized": None if quantized is None else quantized._asdict(),
         "seconds": round(run_summary.step_seconds, 1),
         "data_wait_s": round(run_summary.data_wait_s, 3),
         "device": setup.mesh.devices.flat[0].device_kind,
@@ -99,99 +128,122 @@ def make_result_json(setup: Setup, run_summary: RunSummary) -> dict[str, Any]:
 def make_run_overview(
     recipe: Recipe, setup: Setup, datasets: Datasets, run_summary: RunSummary
 ) -> dict[str, str]:
-    """What the report begins with."""
-    stepped = run_summary.step_metrics
-    evaluated = {line["step"]: line for line in run_summary.metrics if "validation_loss" in line}
+    """Returns the summary of a run, as text by name."""
+    steps = run_summary.step_metrics
     seconds, waited = round(run_summary.step_seconds), round(run_summary.data_wait_s)
-    told = {
+    overview = {
         "base": recipe.model.path,
         **describe_quantized_base(setup),
-        "adapter": ", ".join(rule.family for rule in (*recipe.adapters, recipe.adapter)),
-        "trained": trainable_params_line(setup),
-        "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
-        "steps": f"{len(stepped)} of {run_summary.total_steps}",
-        "time": f"{seconds} s, of which the devices waited {waited} s for data",
-        "loss": f"{_format_mean_loss(stepped[:10])} at first, {_format_mean_loss(stepped[-10:])} at last",
+        "parameters": trainable_params_line(setup),
+        "steps": f"{len(steps)} of {run_summary.total_steps}",
+        "time": f"{seconds} s, including {waited} s of waiting for data",
+        "loss": f"{_format_mean_loss(steps[:10])} (first 10 steps), "
+        f"{_format_mean_loss(steps[-10:])} (last 10 steps)",
     }
     if recipe.quantize is not None and recipe.export.merged:
-        told["merged"] = _MERGE_DESCRIPTIONS[recipe.export.merge_into]
+        overview["merged"] = _MERGE_DESCRIPTIONS[recipe.export.merge_into]
     if run_summary.skipped_steps:
-        told["steps"] += (
-            f", {run_summary.skipped_steps} of them skipped: loss or gradient was not finite"
+        overview["steps"] += (
+            f", {run_summary.skipped_steps} of them skipped because loss or gradient was not finite"
         )
     if run_summary.stop_reason == "early_stopping":
-        told["steps"] += f"; no better evaluation in {recipe.training.early_stopping_patience}"
-    told |= datasets.source_reports
+        patience = recipe.training.early_stopping_patience
+        overview["steps"] += f"; stopped early after {patience} evaluations without improvement"
+    overview |= datasets.source_reports
     for name in run_summary.test_metrics[0] if run_summary.test_metrics else ():
-        both = " before, ".join(f"{one[name]:.4f}" for one in run_summary.test_metrics)
-        told[f"test {name}"] = f"{both} after"
-    if run_summary.best_step in evaluated:
-        means = {
-            name: value
-            for name, value in evaluated[run_summary.best_step].items()
-            if name != "step"
-        }
-        values = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-        told["validation"] = f"{values} at step {run_summary.best_step}, whose adapter was kept"
-    return told
+        values = " before, ".join(f"{means[name]:.4f}" for means in run_summary.test_metrics)
+        overview[f"test {name}"] = f"{values} after"
+    if run_summary.best_eval_metrics:
+        pairs = run_summary.best_eval_metrics.items()
+        values = ", ".join(f"{name} {value:.4f}" for name, value in pairs)
+        overview["validation"] = f"{values} at step {run_summary.best_step}, the written adapter"
+    return overview
 
 
-def _format_mean_loss(metrics: Sequence[dict[str, Any]]) -> str:
-    values = [line["loss"] for line in metrics if math.isfinite(line["loss"])]
+def make_settings_table(
+    recipe: Recipe, setup: Setup, versions: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the settings that reproduce a run, as text by name.
+
+    Args:
+        recipe: Recipe of the run.
+        setup: Arrays of the run.
+        versions: Versions of packages by name.
+    """
+    rules = [*recipe.adapters, recipe.adapter]
+    optimizer, batch, model = recipe.optimizer, recipe.batch, recipe.model
+    base = max(_tree.flatten_with_paths(setup.frozen["base"]).leaves, key=lambda leaf: leaf.size)
+    settings = {"adapter": ", ".join(rule.family for rule in rules)}
+    for name in ("rank", "alpha"):
+        values = [getattr(rule, name, None) for rule in rules]
+        if any(value is not None for value in values):
+            settings[name] = ", ".join("-" if value is None else f"{value:g}" for value in values)
+    settings |= {
+        "learning rate": f"{optimizer.learning_rate:g}, schedule {optimizer.schedule}, "
+        f"warmup ratio {optimizer.warmup_ratio:g}",
+        "batch size": f"{batch.size}",
+        "sequence length": f"{recipe.data.max_seq_length}",
+        "dtype": f"{base.dtype}",
+        "seed": f"{recipe.seed}",
+        "device": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "command line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    if optimizer.lr_multipliers:
+        multipliers = (f"{label} {value:g}" for label, value in optimizer.lr_multipliers.items())
+        settings["learning rate"] += f", multipliers {', '.join(multipliers)}"
+    if batch.gradient_accumulation_steps > 1:
+        settings["batch size"] += f" x {batch.gradient_accumulation_steps} accumulation steps"
+    if model.compute_dtype not in (None, settings["dtype"]):
+        settings["dtype"] += f", computation in {model.compute_dtype}"
+    return settings
+
+
+def collect_versions(versions: Mapping[str, str]) -> dict[str, str]:
+    """Returns the versions of jlora and Python, followed by the given ones."""
+    jlora = importlib.metadata.version("jlora")
+    return {"jlora": jlora, "Python": platform.python_version(), **versions}
+
+
+def _is_finite_step_line(line: Mapping[str, Any]) -> bool:
+    return math.isfinite(line["train/loss"]) and math.isfinite(line["train/gradient_norm"])
+
+
+def _format_mean_loss(metrics: Sequence[Mapping[str, Any]]) -> str:
+    values = [line["train/loss"] for line in metrics if math.isfinite(line["train/loss"])]
     return f"{np.mean(values):.4f}" if values else "none"
 
 
-_CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1b1b1b; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
-       vertical-align: top; border-bottom: 1px solid #ddd }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap; margin: 0 } .figures svg { max-width: 100%; height: auto }
-"""
-
-
-class PromptSample(NamedTuple):
-    """What a decoder wrote after a prompt.
-
-    Attributes:
-        prompt: As the recipe has it.
-        base_text: By the base.
-        adapted_text: By the adapted model.
-    """
-
-    prompt: str
-    base_text: str
-    adapted_text: str
+# --- update norms ---------------------------------------------------------------------------------
 
 
 def relative_update_norms(
     params: Any, adapter: Mapping[str, Any], initial_adapter: Mapping[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
-    """The norm of every weight's change over that of the weight: one number per layer of a stack.
+    """Returns the relative update norm of each weight, ‖ΔW‖ / ‖W‖, one value per stacked layer.
 
-    Weights whose adapter is no change of the weight (a mixture) are left out.
+    Weights with a mixture of experts are left out, because their update depends on the input.
 
     Args:
-        params: That the run computed with.
-        adapter: For the checkpoint's own weights.
-        initial_adapter: What was taken out of those to make `params`.
+        params: Base weights of the run.
+        adapter: Adapter for the weights of the checkpoint.
+        initial_adapter: Adapter that was subtracted from those to give `params`; None: none was.
     """
     flat = _tree.flatten_with_paths(params)
     arrays = dict(zip(flat.paths, flat.leaves, strict=True))
-    found: dict[str, np.ndarray] = {}
+    norms: dict[str, np.ndarray] = {}
     for path, leaf in adapter.items():
         if not isinstance(leaf, AdapterLeaf) or leaf.family == "lora_moe":
             continue
-        own = {path: leaf} if leaf.share is None else {path: leaf, leaf.share: adapter[leaf.share]}
+        part = {path: leaf} if leaf.share is None else {path: leaf, leaf.share: adapter[leaf.share]}
         weight = maybe_dequantize(arrays[path])
         if initial_adapter is not None and getattr(initial_adapter[path], "residual", False):
             weight = weight + delta(params, {path: initial_adapter[path]})[path]
-        found[path] = np.asarray(
-            _norm_ratios_per_layer(weight, delta(params, own)[path], leaf.axes.batch)
+        norms[path] = np.asarray(
+            _norm_ratios_per_layer(weight, delta(params, part)[path], leaf.axes.batch)
         )
-    return found
+    return norms
 
 
 @jax.jit
@@ -200,10 +252,13 @@ def _l2_norm(x: jax.Array) -> jax.Array:
 
 
 def _norm_ratios_per_layer(weight: Any, update: Any, batch_axes: tuple[int, ...]) -> list[float]:
-    """Of each layer of a stack, or of the weight."""
+    """Returns a ratio for each layer of a stack, or one for a weight without a stack."""
     if batch_axes[:1] != (0,):
         return [float(_l2_norm(update) / _l2_norm(weight))]
     return [float(_l2_norm(update[n]) / _l2_norm(weight[n])) for n in range(weight.shape[0])]
+
+
+# --- report.html ----------------------------------------------------------------------------------
 
 
 def write_report(
@@ -211,123 +266,126 @@ def write_report(
     *,
     title: str,
     run_overview: Mapping[str, str],
+    settings: Mapping[str, str],
     metrics: Sequence[Mapping[str, Any]],
+    best_step: int | None = None,
     update_norms: Mapping[str, np.ndarray],
     samples: Sequence[PromptSample],
 ) -> None:
-    """Writes the report.
+    """Writes report.html, one file without references to others.
 
     Args:
-        path: Of the file, which is replaced.
-        title: Its heading.
-        run_overview: What is told first, by name.
-        metrics: Of metrics.jsonl.
-        update_norms: What `relative_update_norms` returned.
-        samples: What was written before and after.
+        path: File to write; an existing one is replaced.
+        title: Heading of the page.
+        run_overview: Summary of the run, as text by name.
+        settings: Settings of the run, as text by name.
+        metrics: Lines of metrics.jsonl.
+        best_step: Step to mark in the curves of evaluations; None: no mark.
+        update_norms: Result of `relative_update_norms`; empty: no figure.
+        samples: Texts before and after training; empty: no table.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _render_overview_table(run_overview)]
-    figures = _plot_training_curves(metrics)
-    if figures:
-        parts += ["<h2>Training</h2>", '<div class="figures">', figures, "</div>"]
-    if update_norms:
-        parts += [
-            "<h2>How far each weight moved</h2>",
-            "<p>The norm of the change over the norm of the weight.</p>",
-            '<div class="figures">',
-            _plot_update_norms(update_norms),
-            "</div>",
-        ]
-    if samples:
-        parts += ["<h2>Before and after</h2>", _render_samples_table(samples)]
-    body = "\n".join(parts)
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(_TEMPLATE_FILE.read_text(encoding="utf-8"))
+    training = _plot_training_curves(metrics, best_step)
+    page = template.render(
+        title=title,
+        run_overview=run_overview,
+        settings=settings,
+        training_svg=None if training is None else _figure_to_svg(training),
+        update_norms_svg=_figure_to_svg(_plot_update_norms(update_norms)) if update_norms else None,
+        samples=samples,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _render_overview_table(run_overview: Mapping[str, str]) -> str:
-    rows = (
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in run_overview.items()
-    )
-    return f"<table>{''.join(rows)}</table>"
+def _plot_training_curves(
+    metrics: Sequence[Mapping[str, Any]], best_step: int | None = None
+) -> Any | None:
+    """Returns a figure of all curves over the steps; None without training steps.
 
-
-def _render_samples_table(samples: Sequence[PromptSample]) -> str:
-    rows = "".join(
-        "<tr>" + "".join(f"<td><pre>{html.escape(text)}</pre></td>" for text in sample) + "</tr>"
-        for sample in samples
-    )
-    return f"<table><tr><th>prompt</th><th>before</th><th>after</th></tr>{rows}</table>"
-
-
-def _plot_training_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Loss, learning rate, gradient norm and speed over the steps."""
+    Beside the training loss are the evaluation metrics, one panel each.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    steps = [line for line in metrics if "loss" in line]
-    if not steps:
-        return ""
-    at = [line["step"] for line in steps]
-    figure = Figure(figsize=(9.5, 6), layout="constrained")
-    (loss, rate), (gradient, speed) = figure.subplots(2, 2)
-    values = np.array([line["loss"] for line in steps])
-    loss.plot(at, values, color="0.75", linewidth=0.8, label="step")
+    lines = [line for line in metrics if is_train_line(line)]
+    if not lines:
+        return None
+    steps = [line["step"] for line in lines]
+    evaluations = [(line["step"], eval_values(line)) for line in metrics if is_eval_line(line)]
+    eval_names = list(evaluations[0][1]) if evaluations else []
+    num_rows = (5 + len(eval_names)) // 2
+    figure = Figure(figsize=(9.5, 2.7 * num_rows), layout="constrained")
+    panels = list(figure.subplots(num_rows, 2).flat)
+    for unused in panels[4 + len(eval_names) :]:
+        unused.remove()
+
+    loss = panels.pop(0)
+    values = np.array([line["train/loss"] for line in lines])
+    loss.plot(steps, values, color="0.75", linewidth=0.8, label="step")
     window = max(1, len(values) // 50)
     if window > 1:
         smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
-        loss.plot(at[window - 1 :], smooth, color="C0", label=f"mean of {window}")
-    held = [line for line in metrics if "validation_loss" in line]
-    if held:
-        loss.plot(
-            [line["step"] for line in held],
-            [line["validation_loss"] for line in held],
-            "o-",
-            color="C3",
-            label="validation",
-        )
-    loss.legend()
-    loss.set(title="loss (nats)")
-    rate.plot(at, [line["learning_rate"] for line in steps], color="C0")
-    rate.set(title="learning rate")
-    gradient.plot(at, [line["gradient_norm"] for line in steps], color="C0", linewidth=0.8)
-    gradient.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
-    # The first step of a process compiles.
-    timed = [line for line in steps if line["seconds"] > 0]
-    ratio = [line["weight"] / line["seconds"] for line in timed]
-    speed.plot([line["step"] for line in timed], ratio, color="C0", linewidth=0.8)
-    speed.set(title="learned tokens, pairs or texts per second", xlabel="step", ylim=(0, None))
-    return _figure_to_svg(figure)
+        loss.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
+        loss.legend(fontsize=8)
+    loss.set(ylabel="training loss (nats)")
+    for name in eval_names:
+        panel = panels.pop(0)
+        points = [(step, means[name]) for step, means in evaluations if name in means]
+        panel.plot(*zip(*points, strict=True), "o-", color="C3", markersize=4)
+        best = [point for point in points if point[0] == best_step]
+        if best:
+            panel.plot(*best[0], "o", color="C3", markersize=10, fillstyle="none", label="best")
+            panel.legend(fontsize=8)
+        panel.set(ylabel=f"evaluation {name}" + (" (nats)" if name == "loss" else ""))
+
+    rate, gradient, speed = panels[:3]
+    rate.plot(steps, [line["train/learning_rate"] for line in lines], color="C0")
+    rate.set(ylabel="learning rate")
+    norms = [line["train/gradient_norm"] for line in lines]
+    gradient.plot(steps, norms, color="C0", linewidth=0.8)
+    gradient.set(ylabel="gradient norm\nbefore clipping", yscale="log")
+    # The first step of a process includes the compilation.
+    timed = [line for line in lines if line["seconds"] > 0]
+    per_second = [line["num_targets"] / line["seconds"] for line in timed]
+    speed.plot([line["step"] for line in timed], per_second, color="C0", linewidth=0.8)
+    speed.set(ylabel="targets per second", ylim=(0, None))
+    for panel in figure.axes:
+        panel.set(xlabel="step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
 
 
-def _plot_update_norms(update_norms: Mapping[str, np.ndarray]) -> str:
-    """A line per kind of weight over the layers, or a bar for each weight."""
+def _plot_update_norms(update_norms: Mapping[str, np.ndarray]) -> Any:
+    """Returns a figure with a row of points for each kind of weight, one point per layer."""
     from matplotlib.figure import Figure
 
     by_kind: dict[str, list[float]] = {}
     for path, values in update_norms.items():
         kind = "/".join(part for part in path.split("/")[1:] if not _is_layer_name(part))
         by_kind.setdefault(kind, []).extend(values.tolist())
-    figure = Figure(figsize=(9.5, 0.5 + 0.32 * max(len(by_kind), 6)), layout="constrained")
+    kinds = sorted(by_kind, reverse=True)
+    figure = Figure(figsize=(9.5, 0.7 + 0.32 * max(len(kinds), 4)), layout="constrained")
     axes = figure.subplots()
-    for place, (kind, values) in enumerate(sorted(by_kind.items(), reverse=True)):
-        axes.scatter(values, [place] * len(values), c=np.arange(len(values)), cmap="viridis", s=28)
-        axes.text(1.01, place, kind, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    axes.set(yticks=[], xlabel="dark: the first layer; light: the last")
-    axes.margins(y=0.5 / max(len(by_kind), 1))
-    return _figure_to_svg(figure)
+    for row, kind in enumerate(kinds):
+        values = by_kind[kind]
+        axes.scatter(values, [row] * len(values), c=np.arange(len(values)), cmap="viridis", s=28)
+    axes.set_yticks(range(len(kinds)), labels=kinds, fontsize=9)
+    axes.set(xlabel="relative update norm (dark: first layer, light: last layer)")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.5 / max(len(kinds), 1))
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    return figure
 
 
 def _is_layer_name(segment: str) -> bool:
-    """Whether it is of one layer: `layer_3`, or `layers` of a stack."""
+    """Whether a segment of a path names a layer, as `layer_3`, or a stack, as `layers`."""
     return segment == "layers" or segment.rpartition("_")[2].isdigit()
 
 
-def _figure_to_svg(figure: Any) -> str:
-    held = io.StringIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
-    text = held.getvalue()
-    return text[text.index("<svg") :]
+def _figure_to_svg(figure: Any) -> markupsafe.Markup:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return markupsafe.Markup(text[text.index("<svg") :])

@@ -1,7 +1,7 @@
-"""Everything that a run computes with, from its recipe: model, adapter, optimizer, and the step.
+"""Setup of a run from its recipe: model, adapter, optimizer, and the jitted training step.
 
-The same function makes it of arrays, to train, and of shapes alone, to compile for devices that are
-not here.
+`build_setup` creates it with arrays, to train, or with abstract arrays, to compile for devices that
+are not attached.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from jlora.training.train_step import (
     make_train_step,
 )
 
-# Products inside layers, which are adapted, and quantised. A router chooses experts, and moving it
-# moves all of them.
+# Weights of products inside layers, which are adapted and quantized by default. A router is left
+# out, because a change of it changes the choice of all experts.
 _DEFAULT_TARGET_PATTERN = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
 
 _FAMILY_TARGET_PATTERNS = {
@@ -59,7 +59,7 @@ _CLASSIFIER_PATTERN = r"^params/classifier/"
 
 
 class MeshJitted:
-    """A jitted function whose tracing sees a mesh."""
+    """A jitted function that is traced in the context of a mesh."""
 
     def __init__(self, mesh: Mesh, fn: Any) -> None:
         self._mesh, self._fn = mesh, fn
@@ -69,26 +69,32 @@ class MeshJitted:
             return self._fn(*args)
 
     def lower(self, *args: Any) -> Any:
-        """As `jax.stages.Wrapped.lower`."""
+        """Lowers the function, like `jax.stages.Wrapped.lower`."""
         with use_mesh(self._mesh):
             return self._fn.lower(*args)
 
 
 class Setup(NamedTuple):
-    """What a run computes with.
+    """Arrays and jitted functions of a run.
 
     Attributes:
-        folder: Of the base.
-        model: Of the base.
-        objective: What is adapted, and the loss.
-        mesh: Of the devices.
-        frozen: `{"base": ..., "adapter": ...}`, the latter with its frozen arrays.
-        fingerprints: Of the adapted weights of the checkpoint, by path; none if all is abstract.
-        initial_adapter: The adapter before the first step, where its base is not the checkpoint's own.
-        optimizer: What makes steps of gradients.
-        state: Before the first step.
-        train_step: Compiled at its first call: `(state, frozen, batch, key)`, the state donated.
-        eval_step: Likewise: `(trained, frozen, batch)`.
+        folder: Folder of the base.
+        model: Flax module of the base.
+        objective: Adapted function and loss.
+        mesh: Mesh of the devices.
+        frozen: Frozen arrays: "base", and "adapter" with those of the adapter.
+        fingerprints: Fingerprints of the checkpoint's adapted weights by path; empty if abstract.
+        initial_adapter: Adapter that was subtracted from the checkpoint's weights to give the base
+            (PiSSA, OLoRA); None if the base is the checkpoint's own.
+        optimizer: Optimizer and its learning rate schedule.
+        state: Initial training state.
+        train_step: Function `(state, frozen, batch, key)` to the next state and `StepMetrics`. The
+            state is donated. The first call compiles it.
+        eval_step: Function `(trainable, frozen, batch)` to `LossSums`.
+
+    Example:
+        >>> Setup._fields[-2:]
+        ('train_step', 'eval_step')
     """
 
     folder: Path
@@ -112,80 +118,108 @@ def build_setup(
     num_labels: int | None = None,
     abstract: bool = False,
 ) -> Setup:
-    """What a recipe describes, on a mesh.
+    """Returns the setup of a recipe on a mesh.
 
     Args:
-        recipe: The whole of it; its data is not looked at.
-        mesh: Of the devices, which may not be here if all is abstract.
-        total_steps: How many are made in all, for the learning rate.
-        num_labels: How many, for classification.
-        abstract: Whether arrays are only described, as `jax.ShapeDtypeStruct`s with shardings.
+        recipe: Recipe of the run; its data is not read.
+        mesh: Mesh of the devices, which need not be attached if `abstract` is true.
+        total_steps: Steps of the run, for the learning rate schedule.
+        num_labels: Number of labels for classification; None for other tasks.
+        abstract: Whether to create `jax.ShapeDtypeStruct`s with shardings instead of arrays.
 
     Raises:
-        FileNotFoundError: The base is not there.
-        ValueError: The recipe asks for what the model or devices have not, or the mesh does not
-            divide it.
-        RuntimeError: The devices compute something else with the optimizer's state offloaded.
+        FileNotFoundError: The base does not exist.
+        ValueError: The recipe does not fit the model, or the mesh does not divide the weights.
+        RuntimeError: The devices compute wrong steps with an offloaded optimizer state.
+
+    Example:
+        >>> from jlora.training import Recipe
+        >>> from jlora.training.sharding import make_mesh
+        >>> recipe = Recipe.model_validate(  # doctest: +SKIP
+        ...     {
+        ...         "output": "run",
+        ...         "model": {"path": "base"},
+        ...         "data": {"train": [{"path": "train.jsonl", "format": "chat"}]},
+        ...     }
+        ... )
+        >>> setup = build_setup(recipe, make_mesh({}), total_steps=100)  # doctest: +SKIP
     """
     folder = hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
     model = model_from_recipe(recipe, folder)
     specs = weight_specs(model, *example_inputs(model))
-    task = objective_from_recipe(recipe, model, num_labels)
+    objective = objective_from_recipe(recipe, model, num_labels)
     base = _build_base_params(recipe, folder, model, specs, mesh, abstract)
     keys = {name: _derive_prng_key(recipe, name) for name in ("adapter", "head")}
-    # Devices that are not here can compute nothing, keys neither.
     with use_mesh(mesh):
-        adapter = _build_initial_adapter(keys["adapter"], task, base, specs, mesh, abstract)
-        prints = {} if abstract else _fingerprint_weights(base, adapter)
-        fresh = adapter if _uses_residual_base(adapter) else None
-        if fresh is not None:
-            base = _jit_or_eval_shape(residual_base, abstract)(base, fresh)
-        trained, rest = partition(adapter)
-        arrays = {"adapter": trained}
-        if task.init_head is not None:
-            whole = NamedSharding(mesh, PartitionSpec())
-            arrays["head"] = _build_new_head(task.init_head, keys["head"], whole, abstract)
-        gates = any(isinstance(leaf, SoRALeaf) for leaf in _list_adapter_leaves(adapter))
-        made = make_optimizer(recipe.optimizer, total_steps, has_gates=gates)
-        state = _build_train_state(arrays, made, mesh, abstract)
-        if made.offload_state and not abstract:
-            passes = recipe.batch.gradient_accumulation_steps
-            check_offload(
-                made.transform, state.trainable, state.opt_state, accumulation_steps=passes
+        adapter = _build_initial_adapter(keys["adapter"], objective, base, specs, mesh, abstract)
+        fingerprints = {} if abstract else _fingerprint_weights(base, adapter)
+        initial_adapter = adapter if _uses_residual_base(adapter) else None
+        if initial_adapter is not None:
+            base = _jit_or_eval_shape(residual_base, abstract)(base, initial_adapter)
+        trainable_part, frozen_part = partition(adapter)
+        trainable = {"adapter": trainable_part}
+        if objective.init_head is not None:
+            replicated = NamedSharding(mesh, PartitionSpec())
+            trainable["head"] = _build_new_head(
+                objective.init_head, keys["head"], replicated, abstract
             )
-    step = make_train_step(task.loss_fn, made, recipe.optimizer.max_grad_norm)
-    places = jax.tree.map(lambda array: array.sharding, state)
+        has_gates = any(isinstance(leaf, SoRALeaf) for leaf in _list_adapter_leaves(adapter))
+        optimizer = make_optimizer(recipe.optimizer, total_steps, has_gates=has_gates)
+        state = _build_train_state(trainable, optimizer, mesh, abstract)
+        if optimizer.offload_state and not abstract:
+            check_offload(
+                optimizer.transform,
+                state.trainable,
+                state.opt_state,
+                accumulation_steps=recipe.batch.gradient_accumulation_steps,
+            )
+    step = make_train_step(objective.loss_fn, optimizer, recipe.optimizer.max_grad_norm)
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+    jitted_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return Setup(
         folder=folder,
         model=model,
-        objective=task,
+        objective=objective,
         mesh=mesh,
-        frozen={"base": base, "adapter": rest},
-        fingerprints=prints,
-        initial_adapter=fresh,
-        optimizer=made,
+        frozen={"base": base, "adapter": frozen_part},
+        fingerprints=fingerprints,
+        initial_adapter=initial_adapter,
+        optimizer=optimizer,
         state=state,
-        train_step=MeshJitted(mesh, jax.jit(step, donate_argnums=0, out_shardings=(places, None))),
-        eval_step=MeshJitted(mesh, jax.jit(make_eval_step(task.loss_fn))),
+        train_step=MeshJitted(mesh, jitted_step),
+        eval_step=MeshJitted(mesh, jax.jit(make_eval_step(objective.loss_fn))),
     )
 
 
 def model_from_recipe(recipe: Recipe, folder: Path) -> Any:
-    """The model of a recipe, without weights."""
-    asked = recipe.model
+    """Returns the Flax module of a recipe.
+
+    Args:
+        recipe: Recipe of the run.
+        folder: Folder of the base, which has config.json.
+    """
+    options = recipe.model
     model = models.model_from_config(folder)
     if isinstance(model, models.Decoder):
-        scanned = model.can_scan_layers if asked.scan_layers is None else asked.scan_layers
+        scan_layers = options.scan_layers
         model = model.clone(
-            scanned=scanned, remat=asked.remat_policy, implementation=asked.attention_implementation
+            scan_layers=model.can_scan_layers if scan_layers is None else scan_layers,
+            remat_policy=options.remat_policy,
+            attention_implementation=options.attention_implementation,
         )
-    return model if asked.compute_dtype is None else model.clone(dtype=asked.compute_dtype)
+    return model if options.compute_dtype is None else model.clone(dtype=options.compute_dtype)
 
 
 def objective_from_recipe(
     recipe: Recipe, model: Any, num_labels: int | None = None
 ) -> objectives.Objective:
-    """What a recipe trains for."""
+    """Returns the objective of a recipe.
+
+    Args:
+        recipe: Recipe of the run.
+        model: Flax module of the base.
+        num_labels: Number of labels for classification; None for other tasks.
+    """
     rules = rules_from_recipe(recipe, model)
     if recipe.task == "language":
         return objectives.make_lm_objective(model, rules, recipe.optimizer)
@@ -198,7 +232,10 @@ def objective_from_recipe(
 
 
 def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | None]:
-    """The recipe's rules: what stays frozen, further rules, a head's own, and the main one."""
+    """Returns the adapter rules of a recipe, by pattern; the first that matches a weight wins.
+
+    The order is: frozen modules, additional adapters, the model's own head, the main adapter.
+    """
     rules: dict[str, AdapterConfig | None] = dict.fromkeys(recipe.frozen_modules)
     for rule in recipe.adapters:
         assert rule.target_pattern is not None
@@ -206,36 +243,36 @@ def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | N
     if recipe.task == "classification" and getattr(model.config, "num_labels", None) is not None:
         rules.setdefault(_CLASSIFIER_PATTERN, FullDelta())
     main = recipe.adapter
-    rules[
-        main.target_pattern or _FAMILY_TARGET_PATTERNS.get(main.family, _DEFAULT_TARGET_PATTERN)
-    ] = main.to_config()
+    default = _FAMILY_TARGET_PATTERNS.get(main.family, _DEFAULT_TARGET_PATTERN)
+    rules[main.target_pattern or default] = main.to_config()
     return rules
 
 
 def schemes_from_recipe(recipe: Recipe) -> dict[str, QuantizationScheme] | None:
-    """The recipe's rules for what of the base is quantised, as `models.load` takes them."""
-    asked = recipe.quantize
-    return (
-        None
-        if asked is None
-        else {asked.target_pattern or _DEFAULT_TARGET_PATTERN: asked.to_scheme()}
-    )
+    """Returns the quantization schemes of a recipe by pattern; None without quantization."""
+    options = recipe.quantize
+    if options is None:
+        return None
+    return {options.target_pattern or _DEFAULT_TARGET_PATTERN: options.to_scheme()}
 
 
 def _build_base_params(
     recipe: Recipe, folder: Path, model: Any, specs: WeightSpecs, mesh: Mesh, abstract: bool
 ) -> PyTree:
-    """The frozen weights, each read right to where it lies."""
+    """Returns the base weights, each loaded with its sharding."""
     dtype, schemes = recipe.model.dtype, schemes_from_recipe(recipe)
-    where = lambda path, shape: make_named_sharding(mesh, path, specs[path], shape.shape)  # noqa: E731
+
+    def shard(path: str, weight: Any) -> NamedSharding:
+        return make_named_sharding(mesh, path, specs[path], weight.shape)
+
     if abstract:
-        return models.abstract_params(model, dtype or "bfloat16", sharding=where, quantize=schemes)
+        return models.abstract_params(model, dtype or "bfloat16", sharding=shard, quantize=schemes)
     options = get_layer_layout_options(model)
-    return models.load(folder, dtype=dtype, sharding=where, quantize=schemes, **options).params
+    return models.load(folder, dtype=dtype, sharding=shard, quantize=schemes, **options).params
 
 
 def get_layer_layout_options(model: Any) -> dict[str, Any]:
-    """The options of `models.load` that say how a model's layers lie."""
+    """Returns the options of `models.load` for the layout of a model's layers."""
     return {"scan_layers": model.scan_layers} if isinstance(model, models.Decoder) else {}
 
 
@@ -247,37 +284,37 @@ def _build_initial_adapter(
     mesh: Mesh,
     abstract: bool,
 ) -> PyTree:
-    """A fresh adapter, sharded like the weights that it adapts."""
+    """Returns the initial adapter, sharded like the adapted weights."""
 
     def init(key: jax.Array, base: PyTree) -> PyTree:
         return objective.lora.init(key, base, *objective.example_inputs)
 
     shapes = jax.eval_shape(init, key, base)
-    places = make_tree_shardings(mesh, shapes, adapter_specs(shapes, specs))
+    shardings = make_tree_shardings(mesh, shapes, adapter_specs(shapes, specs))
     if abstract:
-        return _make_abstract_arrays(shapes, places)
-    return jax.jit(init, out_shardings=places)(key, base)
+        return _make_abstract_arrays(shapes, shardings)
+    return jax.jit(init, out_shardings=shardings)(key, base)
 
 
 def _build_train_state(
     trainable: PyTree, scheduled_optimizer: ScheduledOptimizer, mesh: Mesh, abstract: bool
 ) -> TrainState:
-    """The state before the first step, moments sharded like what they belong to."""
-    begin = functools.partial(init_train_state, scheduled_optimizer=scheduled_optimizer)
-    shapes = jax.eval_shape(begin, trainable)
-    splits = jax.tree.map(lambda array: array.sharding.spec, trainable)
-    optimizer = opt_state_specs(shapes.opt_state, trainable, splits)
-    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
-    places = places._replace(
+    """Returns the initial training state; moments are sharded like their parameters."""
+    init = functools.partial(init_train_state, scheduled_optimizer=scheduled_optimizer)
+    shapes = jax.eval_shape(init, trainable)
+    trainable_specs = jax.tree.map(lambda array: array.sharding.spec, trainable)
+    opt_specs = opt_state_specs(shapes.opt_state, trainable, trainable_specs)
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    shardings = shardings._replace(
         trainable=jax.tree.map(lambda array: array.sharding, trainable),
-        opt_state=make_tree_shardings(mesh, shapes.opt_state, optimizer),
+        opt_state=make_tree_shardings(mesh, shapes.opt_state, opt_specs),
     )
     if scheduled_optimizer.offload_state:
         check_host_memory(mesh.devices.flat)
-        places = places._replace(opt_state=host_shardings(places.opt_state))
+        shardings = shardings._replace(opt_state=host_shardings(shardings.opt_state))
     if abstract:
-        return _make_abstract_arrays(shapes, places)
-    return jax.jit(begin, out_shardings=places)(trainable)
+        return _make_abstract_arrays(shapes, shardings)
+    return jax.jit(init, out_shardings=shardings)(trainable)
 
 
 def _build_new_head(
@@ -287,48 +324,45 @@ def _build_new_head(
     abstract: bool,
 ) -> PyTree:
     shapes = jax.eval_shape(init_head, key)
-    places = jax.tree.map(lambda _: sharding, shapes)
-    return (
-        _make_abstract_arrays(shapes, places)
-        if abstract
-        else jax.jit(init_head, out_shardings=places)(key)
-    )
+    shardings = jax.tree.map(lambda _: sharding, shapes)
+    if abstract:
+        return _make_abstract_arrays(shapes, shardings)
+    return jax.jit(init_head, out_shardings=shardings)(key)
 
 
 def _jit_or_eval_shape(fn: Callable[..., PyTree], abstract: bool) -> Callable[..., PyTree]:
-    """A function of arrays whose first argument's result takes its place."""
-
-    def described(first: PyTree, *rest: PyTree) -> PyTree:
-        shapes = jax.eval_shape(fn, first, *rest)
-        return _make_abstract_arrays(shapes, jax.tree.map(lambda array: array.sharding, first))
+    """Returns a function that replaces its first argument by a result with the same shardings."""
 
     def run(first: PyTree, *rest: PyTree) -> PyTree:
-        places = jax.tree.map(lambda array: array.sharding, first)
-        return jax.jit(fn, donate_argnums=0, out_shardings=places)(first, *rest)
+        shardings = jax.tree.map(lambda array: array.sharding, first)
+        if abstract:
+            return _make_abstract_arrays(jax.eval_shape(fn, first, *rest), shardings)
+        return jax.jit(fn, donate_argnums=0, out_shardings=shardings)(first, *rest)
 
-    return described if abstract else run
+    return run
 
 
 def _make_abstract_arrays(shapes: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
         shardings,
     )
 
 
 def _derive_prng_key(recipe: Recipe, purpose: str) -> jax.Array:
-    """A key of its own for each use of the recipe's seed."""
+    """Returns a separate key for each purpose from the recipe's seed."""
     number = {"adapter": 0, "head": 1, "dropout": 2}[purpose]
     return jax.random.fold_in(jax.random.key(recipe.seed), number)
 
 
 def make_dropout_key(recipe: Recipe) -> jax.Array:
-    """What the keys of all steps are made from."""
+    """Returns the key from which the dropout keys of all steps are derived."""
     return _derive_prng_key(recipe, "dropout")
 
 
 def _fingerprint_weights(base: PyTree, adapter: PyTree) -> dict[str, str]:
+    """Returns the fingerprints of the adapted weights by path."""
     flat = _tree.flatten_with_paths(base)
     arrays = dict(zip(flat.paths, flat.leaves, strict=True))
     return {path: fingerprint(arrays[path]) for path in get_adapter_leaves(adapter)}
@@ -341,5 +375,5 @@ def _list_adapter_leaves(adapter: PyTree) -> list[Any]:
 
 
 def _uses_residual_base(adapter: PyTree) -> bool:
-    """Whether some of the adapter was taken out of the weights, which then need another base."""
+    """Whether a leaf of the initial adapter has to be subtracted from the base weights."""
     return any(getattr(leaf, "residual", False) for leaf in _list_adapter_leaves(adapter))

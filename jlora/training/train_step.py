@@ -1,4 +1,4 @@
-"""AdamW with a recipe's learning rate, and what some adapter families need around it."""
+"""The training step, its optimizer (AdamW), and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jlora.training.recipe.sections import OptimizerSection
 
 
 class LossSums(NamedTuple):
-    """What a loss function measured on some rows; divided by `num_targets`, each is a mean.
+    """Sums of a loss function over a batch; each is a mean once divided by `num_targets`.
 
     Attributes:
-        loss: In nats.
-        num_targets: How many tokens, pairs or texts count.
+        loss: Sum of losses, in nats.
+        num_targets: Number of target tokens, pairs or texts.
         extra_sums: Further sums by name.
     """
 
@@ -34,7 +34,10 @@ class LossSums(NamedTuple):
 
 
 class LossFn(Protocol):
-    """`(trained, frozen, batch, key)` to sums over the rows of one forward pass."""
+    """Function `(trainable, frozen, batch, key)` to the sums over one forward pass.
+
+    The key is for dropout; None: no dropout.
+    """
 
     def __call__(
         self, trainable: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array | None
@@ -42,14 +45,14 @@ class LossFn(Protocol):
 
 
 class TrainState(NamedTuple):
-    """What a step replaces.
+    """Training state, which a step replaces.
 
     Attributes:
-        trainable: `{"adapter": ...}`, and a `"head"` if the task adds one.
-        opt_state: Its state.
-        step: How many steps were made, skipped ones too.
-        update_count: How many of them changed something.
-        consecutive_skips: How many steps in a row, the last one included, were not finite.
+        trainable: Trainable arrays: "adapter", and "head" if the objective adds one.
+        opt_state: State of the optimizer.
+        step: Number of steps, skipped ones included.
+        update_count: Number of steps that were not skipped.
+        consecutive_skips: Number of skipped steps at the end of the run so far.
     """
 
     trainable: PyTree
@@ -60,16 +63,16 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one step measured.
+    """Metrics of one training step.
 
     Attributes:
-        loss: The mean over all that counts.
-        num_targets: How many tokens, pairs or texts counted.
-        gradient_norm: Before clipping.
-        learning_rate: That was used.
-        is_finite: Whether loss and gradient were. If not, the step changed nothing.
-        consecutive_skips: How many steps in a row were not.
-        extra_metrics: Further means.
+        loss: Mean loss over all targets.
+        num_targets: Number of target tokens, pairs or texts.
+        gradient_norm: Global norm of the gradient before clipping.
+        learning_rate: Learning rate of the step.
+        is_finite: Whether loss and gradient are finite. If not, the step is skipped.
+        consecutive_skips: Number of skipped steps in a row, this one included.
+        extra_metrics: Further means by name.
     """
 
     loss: jax.Array
@@ -84,8 +87,25 @@ class StepMetrics(NamedTuple):
 TrainStepFn = Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, StepMetrics]]
 
 
+class ScheduledOptimizer(NamedTuple):
+    """An optimizer and its learning rate schedule.
+
+    Attributes:
+        transform: Gradient transformation of Optax for the gradients of a mean loss.
+        schedule: Function from the number of updates to the learning rate.
+        offload_state: Whether the state is in host memory between steps.
+    """
+
+    transform: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    offload_state: bool = False
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
 def init_train_state(trainable: PyTree, scheduled_optimizer: ScheduledOptimizer) -> TrainState:
-    """The state before the first step."""
+    """Returns the training state before the first step."""
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(trainable, scheduled_optimizer.transform.init(trainable), *zeros)
 
@@ -93,19 +113,19 @@ def init_train_state(trainable: PyTree, scheduled_optimizer: ScheduledOptimizer)
 def make_train_step(
     loss_fn: LossFn, scheduled_optimizer: ScheduledOptimizer, max_grad_norm: float | None
 ) -> TrainStepFn:
-    """The function `(state, frozen, batch, key)` to the next state and what was measured.
+    """Returns the function `(state, frozen, batch, key)` to the next state and the metrics.
 
-    Compile it with the state donated. A step whose loss or gradient is NaN or infinite leaves all
-    but its counts as they were.
+    Jit it with the state donated. A step whose loss or gradient is NaN or infinite leaves the
+    trainable arrays and the optimizer state unchanged.
 
     Args:
-        loss_fn: Of the rows of one forward pass.
-        scheduled_optimizer: What makes steps of gradients.
-        max_grad_norm: Gradients of a larger global norm are scaled down to it.
+        loss_fn: Loss function of one forward pass.
+        scheduled_optimizer: Optimizer and its schedule.
+        max_grad_norm: Global norm to which larger gradients are scaled down; None: no clipping.
     """
-    made_by = _apply_only_if_finite(scheduled_optimizer.transform)
+    transform = _apply_only_if_finite(scheduled_optimizer.transform)
     if scheduled_optimizer.offload_state:
-        made_by = offload(made_by)
+        transform = offload(transform)
 
     def step(
         state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array
@@ -113,32 +133,37 @@ def make_train_step(
         sums, gradient = _accumulate_gradients(
             loss_fn, state.trainable, frozen, batch, jax.random.fold_in(key, state.step)
         )
-        weight = jnp.maximum(sums.num_targets, 1)
-        mean = sums.loss / weight
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        num_targets = jnp.maximum(sums.num_targets, 1)
+        loss = sums.loss / num_targets
+        gradient = jax.tree.map(lambda g: g / num_targets, gradient)
         norm = optax.tree.norm(gradient)
-        # Looked at before clipping, which would make zeros of what is beside an infinite entry.
-        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        # Before clipping, which would turn the entries beside an infinite one into zeros.
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if max_grad_norm is not None:
             factor = jnp.minimum(1, max_grad_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
             gradient = jax.tree.map(lambda g: g * factor, gradient)
-        updates, optimizer = made_by.update(
-            gradient, state.opt_state, state.trainable, finite=finite
+        updates, opt_state = transform.update(
+            gradient, state.opt_state, state.trainable, finite=is_finite
         )
-        moved = optax.apply_updates(state.trainable, updates)
-        trained = _select_tree(finite, moved, state.trainable)
-        skipped = jnp.where(finite, 0, state.consecutive_skips + 1)
-        measured = StepMetrics(
-            loss=mean,
+        updated = optax.apply_updates(state.trainable, updates)
+        consecutive_skips = jnp.where(is_finite, 0, state.consecutive_skips + 1)
+        metrics = StepMetrics(
+            loss=loss,
             num_targets=sums.num_targets,
             gradient_norm=norm,
             learning_rate=jnp.asarray(scheduled_optimizer.schedule(state.update_count)),
-            is_finite=finite,
-            consecutive_skips=skipped,
-            extra_metrics={name: value / weight for name, value in sums.extra_sums.items()},
+            is_finite=is_finite,
+            consecutive_skips=consecutive_skips,
+            extra_metrics={name: value / num_targets for name, value in sums.extra_sums.items()},
         )
-        made = state.update_count + finite.astype(jnp.int32)
-        return TrainState(trained, optimizer, state.step + 1, made, skipped), measured
+        new_state = TrainState(
+            trainable=_select_tree(is_finite, updated, state.trainable),
+            opt_state=opt_state,
+            step=state.step + 1,
+            update_count=state.update_count + is_finite.astype(jnp.int32),
+            consecutive_skips=consecutive_skips,
+        )
+        return new_state, metrics
 
     return step
 
@@ -146,11 +171,11 @@ def make_train_step(
 def _apply_only_if_finite(
     transform: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, whose state stays as it was where it is told `finite=False`."""
+    """Returns the transformation with an argument `finite`; if false, its state is unchanged."""
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> Any:
-        updates, new = transform.update(updates, state, params)
-        return updates, _select_tree(extra["finite"], new, state)
+        updates, new_state = transform.update(updates, state, params)
+        return updates, _select_tree(extra["finite"], new_state, state)
 
     return optax.GradientTransformationExtraArgs(transform.init, update)
 
@@ -162,106 +187,103 @@ def _select_tree(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 def _accumulate_gradients(
     loss_fn: LossFn, trainable: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array
 ) -> tuple[LossSums, PyTree]:
-    """The sums over all passes of a batch, whose arrays have them as first axis, and the gradient.
+    """Returns the sums over all accumulation steps and the gradient of the summed loss.
 
-    The gradient is that of the sum of losses: the passes may hold different numbers of tokens, and
-    a mean of their means would give each token of a short one more say.
+    The arrays of the batch are (accumulation steps, batch, ...). The gradient is that of the sum of
+    losses and not of their means: passes have different numbers of tokens, and a mean of means
+    would give a larger weight to the tokens of a short pass.
     """
 
-    def one(trainable: PyTree, part: PyTree, key: jax.Array) -> tuple[jax.Array, LossSums]:
-        sums = loss_fn(trainable, frozen, part, key)
+    def loss_and_sums(
+        trainable: PyTree, microbatch: PyTree, key: jax.Array
+    ) -> tuple[jax.Array, LossSums]:
+        sums = loss_fn(trainable, frozen, microbatch, key)
         return sums.loss, sums
 
-    gradient_of = jax.grad(one, has_aux=True)
-    passes = jax.tree.leaves(batch)[0].shape[0]
+    grad_fn = jax.grad(loss_and_sums, has_aux=True)
+    num_passes = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda array: array[0], batch)
-    if passes == 1:
-        gradient, sums = gradient_of(trainable, first, jax.random.fold_in(key, 0))
+    if num_passes == 1:
+        gradient, sums = grad_fn(trainable, first, jax.random.fold_in(key, 0))
         return sums, gradient
 
-    def add(carry: Any, given: tuple[PyTree, jax.Array]) -> tuple[Any, None]:
-        part, number = given
-        made = gradient_of(trainable, part, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, carry, made), None
+    def add_pass(total: Any, numbered_microbatch: tuple[PyTree, jax.Array]) -> tuple[Any, None]:
+        microbatch, number = numbered_microbatch
+        result = grad_fn(trainable, microbatch, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, result), None
 
-    shapes = jax.eval_shape(gradient_of, trainable, first, key)
+    shapes = jax.eval_shape(grad_fn, trainable, first, key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    (gradient, sums), _ = lax.scan(add, zeros, (batch, jnp.arange(passes)))
+    (gradient, sums), _ = lax.scan(add_pass, zeros, (batch, jnp.arange(num_passes)))
     return sums, gradient
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], LossSums]:
-    """The function `(trained, frozen, batch)` to the sums over a batch.
+    """Returns the function `(trainable, frozen, batch)` to the sums over a batch.
 
-    Nothing is dropped, and penalties do not count.
+    There is no dropout, and penalties are subtracted from the loss.
     """
 
     def evaluate(trainable: PyTree, frozen: PyTree, batch: PyTree) -> LossSums:
-        def one(_: None, part: PyTree) -> tuple[None, LossSums]:
-            sums = loss_fn(trainable, frozen, part, None)
-            others = dict(sums.extra_sums)
-            return None, LossSums(sums.loss - others.pop("penalty", 0), sums.num_targets, others)
+        def evaluate_pass(_: None, microbatch: PyTree) -> tuple[None, LossSums]:
+            sums = loss_fn(trainable, frozen, microbatch, None)
+            extra = dict(sums.extra_sums)
+            return None, LossSums(sums.loss - extra.pop("penalty", 0), sums.num_targets, extra)
 
-        _, sums = lax.scan(one, None, batch)
+        _, sums = lax.scan(evaluate_pass, None, batch)
         return jax.tree.map(lambda array: array.sum(axis=0), sums)
 
     return evaluate
 
 
-class ScheduledOptimizer(NamedTuple):
-    """How gradients become steps.
-
-    Attributes:
-        transform: Of a mean loss's gradients, clipped or not.
-        schedule: From the number of updates made to the learning rate.
-        offload_state: Whether a step takes the state from the host's memory and leaves it there.
-    """
-
-    transform: optax.GradientTransformationExtraArgs
-    schedule: optax.Schedule
-    offload_state: bool = False
+# --- the optimizer --------------------------------------------------------------------------------
 
 
 def make_lr_schedule(options: OptimizerSection, total_steps: int) -> optax.Schedule:
-    """The learning rate at every one of so many steps."""
+    """Returns the learning rate schedule of a run: linear warm-up, then the decay of the recipe.
+
+    Args:
+        options: Section `optimizer` of the recipe.
+        total_steps: Steps of the run.
+    """
     warmup = int(options.warmup_ratio * total_steps)
     peak, last = options.learning_rate, options.learning_rate * options.min_lr_ratio
-    falling = max(total_steps - warmup, 1)
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, falling, options.min_lr_ratio),
-        "linear": optax.linear_schedule(peak, last, falling),
+    decay_steps = max(total_steps - warmup, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, options.min_lr_ratio),
+        "linear": optax.linear_schedule(peak, last, decay_steps),
         "constant": optax.constant_schedule(peak),
     }[options.schedule]
     if not warmup:
-        return after
-    # The first step has a rate above zero.
-    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rising, after], [warmup])
+        return decay
+    # The learning rate of the first step is above zero.
+    increase = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([increase, decay], [warmup])
 
 
 def make_optimizer(
     options: OptimizerSection, total_steps: int, *, has_gates: bool = False
 ) -> ScheduledOptimizer:
-    """The optimizer of a run of so many steps.
+    """Returns the optimizer of a run.
 
     Args:
-        options: Of the recipe.
-        total_steps: How many are made in all.
-        has_gates: Whether the adapter has SoRA's, which are then pulled to zero.
+        options: Section `optimizer` of the recipe.
+        total_steps: Steps of the run.
+        has_gates: Whether the adapter has gates of SoRA, which get a soft threshold.
     """
-    rate = make_lr_schedule(options, total_steps)
-    adam = optax.adamw(
-        rate,
+    schedule = make_lr_schedule(options, total_steps)
+    adamw = optax.adamw(
+        schedule,
         b1=options.beta1,
         b2=options.beta2,
         eps=options.epsilon,
         weight_decay=options.weight_decay,
         mask=weight_decay_mask,
     )
-    transform = lora_optimizer(adam, lr_multipliers=options.lr_multipliers or None)
+    transform = lora_optimizer(adamw, lr_multipliers=options.lr_multipliers or None)
     if has_gates:
-        pull = soft_threshold(lambda step: rate(step) * options.l1_gate)
-        transform = optax.with_extra_args_support(optax.chain(transform, pull))
+        threshold = soft_threshold(lambda step: schedule(step) * options.l1_gate)
+        transform = optax.with_extra_args_support(optax.chain(transform, threshold))
     if options.budget is not None:
         transform = adalora_rank_allocator(
             transform,
@@ -271,4 +293,4 @@ def make_optimizer(
             final_steps=int(options.budget.final_ratio * total_steps),
             interval=options.budget.interval,
         )
-    return ScheduledOptimizer(transform, rate, options.offload)
+    return ScheduledOptimizer(transform, schedule, options.offload)

@@ -36,8 +36,8 @@ class After:
     def __init__(self, step: int, call: Callable[[], Any]) -> None:
         self.step, self.call = step, call
 
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        if step == self.step and "loss" in values:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.step and "train/loss" in metrics:
             self.call()
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert left.read_bytes() == right.read_bytes()
     last = measured(one)[-1]["step"]
     facts = [
-        json.loads((output(raw) / f"checkpoints/{last}/facts/metadata").read_text())
+        json.loads((output(raw) / f"checkpoints/{last}/run_metadata/metadata").read_text())
         for raw in (one, two)
     ]
     assert facts[0] == facts[1]  # The SHA-256 of every array, and the position of the data.

@@ -27,6 +27,7 @@ import safetensors.numpy
 
 import jlora
 from jlora import models, peft
+from jlora.models.hf import decoder_configs, load, weight_names
 from jlora.models.hf.weight_mapping import single_tensor_weight
 
 BASE = pathlib.Path(__file__).parents[1] / "models" / "data" / "decoders" / "llama"
@@ -72,7 +73,7 @@ def read_peft(folder: pathlib.Path) -> Any:
 
 
 def read_model(folder: pathlib.Path) -> Any:
-    return models.folders.check(folder / "model")
+    return load.check_loadable(folder / "model")
 
 
 # Of each reader, the file with its tensors.
@@ -239,12 +240,12 @@ def test_configs_of_models_with_anything_in_them_are_refused_or_read(
     def fuzz(changes: dict[str, Any]) -> None:
         path.write_text(json.dumps({**fields, **changes}))
         try:
-            config = models.architectures.decoder_config({**fields, **changes})
+            config = decoder_configs.decoder_config({**fields, **changes})
         except REFUSED:
             return
         # And what is a config makes a model.
         if config.hidden_size <= 64 and config.vocab_size <= 64:
-            assert models.names.shapes(models.Decoder(config), TOKENS)
+            assert weight_names.eval_param_shapes(models.Decoder(config), TOKENS)
 
     fuzz()
 

@@ -364,7 +364,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_written(
         (("--rank", 2, "--energy", 0.5), "rank=2 and energy=0.5"),
         (("--heat-map", PEFT), "exists and is left as it was"),
         (("--heat-map", "nowhere/map.png"), "nowhere is no folder that map.png could be put in"),
-        (("--rank", 0), "rank=0 is no count"),
+        (("--rank", 0), "rank=0 must be a positive integer"),
         (("--method", "ties", "--density", 2), "TIES.density=2.0 is no share"),
     ],
 )

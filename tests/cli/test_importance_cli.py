@@ -163,7 +163,7 @@ def test_an_encoder_with_a_new_head_is_scored_by_what_it_meets(
         (("base", "--importance", "condition", "--budget", "9"), "--budget: 9 is for a recipe"),
         (("base", "--importance", "condition", "--lora.rank", "9"), "is for a recipe"),
         (("recipe", "--importance", "condition", "--batches", "9"), "looks at the weights alone"),
-        (("recipe", "--importance", "fisher", "--batches", "0"), "batches=0 is no count"),
+        (("recipe", "--importance", "fisher", "--batches", "0"), "batches=0 must be a positive integer"),
         (("recipe", "--importance", "fisher", "--quantize.scheme", "nf4"), "--quantize null"),
         (("base", "--budget", "9"), "--budget is about --importance"),
         (("base", "--budget", "0"), "--budget is about --importance"),

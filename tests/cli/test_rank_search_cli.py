@@ -1,4 +1,4 @@
-"""`jlora rank-search` as users run it, and killed as they would rather not."""
+"""`jlora rank-search` on the command line, and resumed after kill -9."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ data:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Any]:
-    """What the search was asked for, which is not made."""
+    """Arguments of calls of the search, which is not run."""
     search = importlib.import_module("jlora.rank_search.search")
 
     monkeypatch.chdir(tmp_path)
@@ -50,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
-def test_options_and_overrides_stand_in_any_order(
+def test_options_and_overrides_in_any_order(
     capsys: pytest.CaptureFixture[str], seen: list[Any]
 ) -> None:
     words = ["--adapter.alpha", "4.0", "--ranks", "1,4", "--seed", "7", "recipe.yaml"]
@@ -65,7 +65,7 @@ def test_options_and_overrides_stand_in_any_order(
     ]
     assert run(capsys, *words, "--steps", "9", "--timeout-minutes", "2", "--resume")[0] == 0
     ((given, asked, more),) = seen
-    # --seed is the recipe's, and no short form of --seeds.
+    # --seed is a field of the recipe, not a short form of --seeds.
     assert (given.seed, given.output, given.adapter.alpha) == (7, "there", 4.0)
     assert asked == SearchOptions(
         ranks=(1, 4),
@@ -82,7 +82,7 @@ def test_options_and_overrides_stand_in_any_order(
     )
 
 
-def test_the_defaults_of_the_command_are_those_of_the_library(
+def test_default_options_are_those_of_library(
     capsys: pytest.CaptureFixture[str], seen: list[Any]
 ) -> None:
     assert run(capsys, "recipe.yaml") == (0, "")
@@ -94,14 +94,14 @@ def test_the_defaults_of_the_command_are_those_of_the_library(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ranks", "1,two"], "--ranks='1,two' is no list of numbers. Write them with commas"),
-        (["--ranks", "1,2.5"], "--ranks='1,2.5' is no list of numbers"),
-        (["--lr-multipliers", ""], "--lr-multipliers='' is no list of numbers"),
-        (["--seeds", "1"], "seeds=1 tell nothing of the noise"),
+        (["--ranks", "1,two"], "--ranks='1,two' must be numbers separated by commas"),
+        (["--ranks", "1,2.5"], "--ranks='1,2.5' must be numbers"),
+        (["--lr-multipliers", ""], "--lr-multipliers='' must be numbers"),
+        (["--seeds", "1"], "seeds=1 must be 2 or more"),
         (["--adapter.rnak", "2"], "Unknown field 'adapter.rnak'"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(
+def test_invalid_option_prints_one_line(
     capsys: pytest.CaptureFixture[str], seen: list[Any], words: list[str], message: str
 ) -> None:
     status, error = run(capsys, "recipe.yaml", *words)
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_told_in_a_line(
     assert message in error
 
 
-def test_what_is_not_installed_is_told_in_a_line(
+def test_missing_package_prints_one_line(
     capsys: pytest.CaptureFixture[str], seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = importlib.import_module("jlora.rank_search.search")
@@ -121,7 +121,7 @@ def test_what_is_not_installed_is_told_in_a_line(
     assert run(capsys, "recipe.yaml") == (1, 'error: Run `pip install "jlora[search]"`.\n')
 
 
-def test_a_signal_tells_how_to_go_on(
+def test_signal_prints_how_to_resume(
     capsys: pytest.CaptureFixture[str], seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = importlib.import_module("jlora.rank_search.search")
@@ -132,11 +132,11 @@ def test_a_signal_tells_how_to_go_on(
     monkeypatch.setattr(search, "search", ended)
     status, error = run(capsys, "recipe.yaml")
     assert status == 143
-    assert error.endswith("The search goes on with --resume.\n")
+    assert error.endswith("Continue the search with --resume.\n")
 
 
 @pytest.mark.parametrize("word", ["--seed", "--seed=3", "--output"])
-def test_fields_of_every_recipe_are_no_short_flags(word: str) -> None:
+def test_split_overrides_keeps_recipe_flags(word: str) -> None:
     own, overrides = main.split_overrides(rank_search.RankSearchOptions, ["recipe.yaml", word])
     assert (own, overrides) == (["recipe.yaml"], [word])
     assert main.split_overrides(rank_search.RankSearchOptions, ["--see", "3"]) == (
@@ -145,11 +145,11 @@ def test_fields_of_every_recipe_are_no_short_flags(word: str) -> None:
     )
 
 
-# --- killed ---------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 def jlora(*words: str) -> subprocess.Popen[str]:
-    """A process of its own, with quick compilation and no folder of programs but the search's."""
+    """Starts a process with quick compilation and no compilation cache but that of the search."""
     environment = {
         **{
             name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
@@ -169,14 +169,14 @@ def jlora(*words: str) -> subprocess.Popen[str]:
 
 
 def scores(folder: pathlib.Path) -> dict[str, Any]:
-    """What search.json says of a search, without what a clock says."""
+    """Trials and choices of search.json, without times."""
     held = json.loads((folder / "search.json").read_text())
     trials = [(t["setting"], t["seed"], t["values"], t["stop_reason"]) for t in held["trials"]]
     return {"trials": trials, "chosen": [stage["chosen"] for stage in held["stages"]]}
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_again_and_again_comes_to_the_same_end(
+def test_killed_search_resumes_to_same_result(
     encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     rows = [{"text": f"a {w} {verb}s", "label": verb} for w in ("cat", "dog") for verb in "ab"]
@@ -188,7 +188,7 @@ def test_a_search_that_is_killed_again_and_again_comes_to_the_same_end(
         "adapter": {"rank": 2, "alpha": 4.0},
         "data": {"train": [source], "validation": [source], "max_seq_length": 16, "buckets": [16]},
         "batch": {"size": 2},
-        # Checkpoints as it goes: every kill leaves a trial in the middle.
+        # Frequent checkpoints: every kill interrupts a trial between them.
         "training": {"steps": 24, "save_steps": 3, "save_interval_minutes": None},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
@@ -213,7 +213,7 @@ def test_a_search_that_is_killed_again_and_again_comes_to_the_same_end(
         child = jlora(*words, "--output", str(killed), *(["--resume"] if attempt else []))
         before = set(killed.glob("trials/*/checkpoints/*[0-9]"))
         deadline = time.monotonic() + 300
-        # Until something new was saved: a step of some trial.
+        # Wait until a trial has saved a new checkpoint.
         while child.poll() is None and time.monotonic() < deadline:
             saved = set(killed.glob("trials/*/checkpoints/*[0-9]"))
             if attempt < 4 and saved - before:

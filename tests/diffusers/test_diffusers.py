@@ -114,11 +114,11 @@ def written(
 
 
 def loaded(path: pathlib.Path, **options: Any) -> dict[str, Any]:
-    return diffusers.load(path, unet, PARAMS, X, **{"stored": STORED, **options})
+    return diffusers.load(path, unet, PARAMS, X, **{"checkpoint_mapping": STORED, **options})
 
 
 def saved(path: pathlib.Path, adapter: Any, **options: Any) -> dict[str, np.ndarray]:
-    diffusers.save(path, adapter, unet, PARAMS, X, **{"stored": STORED, **options})
+    diffusers.save(path, adapter, unet, PARAMS, X, **{"checkpoint_mapping": STORED, **options})
     return safetensors.numpy.load_file(path)
 
 
@@ -207,7 +207,7 @@ def test_metadata_of_diffusers_say_alpha(root: bool, tmp_path: pathlib.Path) -> 
 def test_law_what_is_saved_is_loaded(style: Any, tmp_path: pathlib.Path) -> None:
     adapter = loaded(written(tmp_path, tensors("diffusers")))
     path = tmp_path / "new" / "ours.safetensors"
-    content = saved(path, adapter, style=style)
+    content = saved(path, adapter, file_format=style)
     assert_same(loaded(path), adapter)
     theirs = tensors(style, alpha=style == "kohya")
     assert set(content) == set(theirs)
@@ -220,7 +220,7 @@ def test_law_what_is_saved_is_loaded(style: Any, tmp_path: pathlib.Path) -> None
 def test_law_a_conversion_keeps_the_adapter(tmp_path: pathlib.Path) -> None:
     adapter = loaded(written(tmp_path, tensors("kohya")))
     saved(tmp_path / "a", adapter)
-    saved(tmp_path / "b", loaded(tmp_path / "a"), style="kohya")
+    saved(tmp_path / "b", loaded(tmp_path / "a"), file_format="kohya")
     assert_same(loaded(tmp_path / "b"), adapter)
     assert_adds(loaded(tmp_path / "a"), SCALES)
 
@@ -237,7 +237,7 @@ def test_law_a_conversion_keeps_the_adapter(tmp_path: pathlib.Path) -> None:
 )
 def test_what_is_lora_is_written_as_lora(config: Any, style: Any, tmp_path: pathlib.Path) -> None:
     adapter = trained(config)
-    saved(tmp_path / "a", adapter, style=style)
+    saved(tmp_path / "a", adapter, file_format=style)
     apply = jlora.lora_transform(unet).apply
     again = loaded(tmp_path / "a")
     assert {leaf.family for leaf in again.values()} == {"lora"}
@@ -292,7 +292,7 @@ def test_one_file_holds_several_models(style: Any, tmp_path: pathlib.Path) -> No
     heads = {key.split("_conv_in")[0] for key in safetensors.numpy.load_file(tmp_path / "a")}
     if style == "kohya":
         assert {"lora_unet", "lora_te1", "lora_te2"} <= heads
-    alone = saved(tmp_path / "b", adapters["unet"], prefix="text_encoder", style="kohya")
+    alone = saved(tmp_path / "b", adapters["unet"], prefix="text_encoder", file_format="kohya")
     assert all(key.startswith("lora_te_") for key in alone)
 
 
@@ -311,8 +311,8 @@ def test_a_shorter_modules_alpha_is_not_a_longer_ones(tmp_path: pathlib.Path) ->
     adapter = {n: leaf for n, leaf in trained().items() if n in "qo"}
     adapter["q"] = dataclasses.replace(adapter["q"], alpha=7.0)
     adapter |= {"conv": trained()["conv"]}
-    saved(tmp_path / "a", adapter, stored=stored)
-    assert_same(loaded(tmp_path / "a", stored=stored), adapter)
+    saved(tmp_path / "a", adapter, checkpoint_mapping=stored)
+    assert_same(loaded(tmp_path / "a", checkpoint_mapping=stored), adapter)
 
 
 def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -412,10 +412,10 @@ def test_what_is_no_safetensors_is_refused(tmp_path: pathlib.Path) -> None:
 def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path: pathlib.Path) -> None:
     stored = dict(STORED, q=single_tensor_weight("conv.in.weight", (5, 7), (1, 0)))
     with pytest.raises(ValueError, match=r"any of \['conv_in', 'conv.in'\]"):
-        loaded(written(tmp_path, tensors("kohya")), stored=stored)
+        loaded(written(tmp_path, tensors("kohya")), checkpoint_mapping=stored)
     with pytest.raises(ValueError, match="have one name, lora_unet_conv_in"):
-        saved(tmp_path / "a", trained(), stored=stored, style="kohya")
-    assert saved(tmp_path / "a", trained(), stored=stored)
+        saved(tmp_path / "a", trained(), checkpoint_mapping=stored, file_format="kohya")
+    assert saved(tmp_path / "a", trained(), checkpoint_mapping=stored)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path: pathlib.Path) 
         (dict, "has nothing"),
         (
             lambda: trained(jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa())),
-            "on_original_b",
+            "rebase_to_original",
         ),
         (lambda: jax.tree.map(lambda a: a * jnp.nan, trained()), "holds NaN or Inf"),
     ],
@@ -442,13 +442,13 @@ def test_what_the_files_have_no_form_for_is_refused(
 def test_wrong_arguments_are_refused(tmp_path: pathlib.Path) -> None:
     path, adapter = tmp_path / "a", trained()
     with pytest.raises(ValueError, match="style='other' is neither"):
-        saved(path, adapter, style="other")
+        saved(path, adapter, file_format="other")
     with pytest.raises(ValueError, match="prefix='prior' has no name in style='kohya'"):
-        saved(path, adapter, prefix="prior", style="kohya")
+        saved(path, adapter, prefix="prior", file_format="kohya")
     with pytest.raises(ValueError, match="prefix='unet.' is no name"):
         loaded(path, prefix="unet.")
     with pytest.raises(ValueError, match="stored has nowhere, which params has not"):
-        loaded(written(tmp_path, tensors("kohya")), stored=STORED | {"nowhere": STORED["q"]})
+        loaded(written(tmp_path, tensors("kohya")), checkpoint_mapping=STORED | {"nowhere": STORED["q"]})
 
 
 def test_embeddings_are_refused_by_name(tmp_path: pathlib.Path) -> None:

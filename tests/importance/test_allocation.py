@@ -87,7 +87,7 @@ def spent(found: dict[str, int]) -> int:
     ("least", "most", "multiple_of"), [(1, None, 1), (0, 4, 1), (0, 6, 2), (2, 3, 1)]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_law_the_budget_is_spent_but_for_what_buys_no_rank(
+def test_allocate_ranks_spends_the_budget(
     importance: Any, least: int, most: int | None, multiple_of: int, seed: int
 ) -> None:
     for budget in (310, 451, 777, 10_000):
@@ -112,7 +112,7 @@ def test_law_the_budget_is_spent_but_for_what_buys_no_rank(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", [190, 333, 600])
-def test_law_at_equal_cost_a_higher_score_has_no_lower_rank(seed: int, budget: int) -> None:
+def test_allocate_ranks_is_monotonic_in_score(seed: int, budget: int) -> None:
     scores = np.random.default_rng(seed).integers(1, 5, 8).astype(float)  # Some are equal.
     found = of(
         allocate_ranks(scored({f"a{n}": s for n, s in enumerate(scores)}), budget, config=LORA)
@@ -124,7 +124,7 @@ def test_law_at_equal_cost_a_higher_score_has_no_lower_rank(seed: int, budget: i
 
 @pytest.mark.parametrize("importance", [drawn, spectral])
 @pytest.mark.parametrize("factor", [1e-9, 3.7, 1e12])
-def test_law_multiplying_all_scores_changes_nothing(importance: Any, factor: float) -> None:
+def test_allocate_ranks_is_scale_invariant(importance: Any, factor: float) -> None:
     one = importance(5)
     weights = {
         path: w._replace(
@@ -136,7 +136,7 @@ def test_law_multiplying_all_scores_changes_nothing(importance: Any, factor: flo
     assert allocate_ranks(one, 555, config=LORA) == allocate_ranks(other, 555, config=LORA)
 
 
-def test_law_a_stack_counts_as_its_layers_apart_do() -> None:
+def test_allocate_ranks_stack_counts_as_layers() -> None:
     axes, shape = WeightAxes((0,), (1,), (2,)), (3, 12, 9)
     stack = WeightScore(shape, axes, np.full(3, 2.0))
     other = WeightScore((12, 9), WeightAxes((), (0,), (1,)), np.array(6.0))
@@ -151,7 +151,7 @@ def test_law_a_stack_counts_as_its_layers_apart_do() -> None:
     assert first["other"] == second["other"] == 6
 
 
-def test_shares_of_the_budget_are_those_of_the_scores() -> None:
+def test_allocate_ranks_shares_follow_scores() -> None:
     axes = WeightAxes((), (0,), (1,))
     shapes = {"a": (400, 500), "b": (300, 800), "c": (700, 310)}
     scores = {"a": 1.0, "b": 2.0, "c": 4.0}
@@ -163,7 +163,7 @@ def test_shares_of_the_budget_are_those_of_the_scores() -> None:
         assert numbers == pytest.approx(350_000 * score / 7, abs=1100)
 
 
-def test_what_a_full_weight_cannot_use_goes_to_the_others() -> None:
+def test_allocate_ranks_full_weight_frees_budget() -> None:
     found = of(allocate_ranks(scored({"e": 1e6, "a": 1.0, "b": 1.0}), 300, config=LORA))
     assert found["e"] == 3
     # 300 - 3 * 16 = 252 numbers: 126 for each.
@@ -171,7 +171,7 @@ def test_what_a_full_weight_cannot_use_goes_to_the_others() -> None:
     assert found["b"] == 7
 
 
-def test_of_spectra_the_largest_entries_are_bought() -> None:
+def test_allocate_ranks_takes_largest_spectrum() -> None:
     rng = np.random.default_rng(0)
     spectra = {f"a{n}": -np.sort(-rng.exponential(1 + n, 9)) for n in range(4)}
     everything = np.concatenate(list(spectra.values()))
@@ -183,7 +183,7 @@ def test_of_spectra_the_largest_entries_are_bought() -> None:
     assert of(found) == want
 
 
-def test_of_spectra_on_unequal_weights_a_number_is_spent_where_it_explains_most() -> None:
+def test_allocate_ranks_spectrum_per_parameter() -> None:
     importance = spectral(3)
     density = {}
     for path, one in importance.weights.items():
@@ -194,7 +194,7 @@ def test_of_spectra_on_unequal_weights_a_number_is_spent_where_it_explains_most(
     assert of(allocate_ranks(importance, spent(want), config=LORA, min_rank=0)) == want
 
 
-def test_what_scores_nothing_gets_no_more_than_the_least() -> None:
+def test_allocate_ranks_zero_score_gets_min_rank() -> None:
     importance = scored({"a": 1.0, "b": 0.0})
     assert of(allocate_ranks(importance, 10_000, config=LORA)) == {"a": 9, "b": 1}
     rules = allocate_ranks(importance, 10_000, config=LORA, min_rank=0)
@@ -203,7 +203,7 @@ def test_what_scores_nothing_gets_no_more_than_the_least() -> None:
 
 
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_every_rank_has_the_scale_of_the_config(stabilized: bool) -> None:
+def test_allocate_ranks_keeps_config_scale(stabilized: bool) -> None:
     config = dataclasses.replace(LORA, use_rslora=stabilized)
     for one in allocate_ranks(drawn(1), 500, config=config).values():
         assert one is not None
@@ -224,7 +224,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("least", [0, 1])
-def test_law_what_is_trained_by_the_rules_is_within_the_budget(config: Any, least: int) -> None:
+def test_trainable_params_equal_adapter_size(config: Any, least: int) -> None:
     params = {
         "blocks.0/w": jnp.ones((6, 5)),
         "blocks.0/w2": jnp.ones((2, 5, 7)),
@@ -262,9 +262,11 @@ def test_law_what_is_trained_by_the_rules_is_within_the_budget(config: Any, leas
     }
 
 
-def test_a_budget_below_the_least_ranks_is_refused_with_the_smallest_possible() -> None:
+def test_allocate_ranks_budget_too_small_raises() -> None:
     smallest = 2 * (21 + 17 + 18 + 51 + 16)
-    with pytest.raises(ValueError, match=rf"budget=245 is below the {smallest} numbers"):
+    with pytest.raises(
+        ValueError, match=rf"budget=245 must be at least {smallest}, the parameters"
+    ):
         allocate_ranks(drawn(0), smallest - 1, config=LORA, min_rank=2)
     assert set(of(allocate_ranks(drawn(0), smallest, config=LORA, min_rank=2)).values()) == {2}
 
@@ -272,29 +274,29 @@ def test_a_budget_below_the_least_ranks_is_refused_with_the_smallest_possible() 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"budget": 0}, "budget=0 is no count"),
-        ({"budget": 1.5}, "is no count"),
-        ({"least": -1}, "least=-1 is no count"),
-        ({"least": 3, "most": 2}, "least=3 exceeds most=2"),
-        ({"least": 4}, "on 'e', which takes 3 at most"),
+        ({"budget": 0}, "budget=0 must be a positive integer"),
+        ({"budget": 1.5}, "must be a positive integer"),
+        ({"min_rank": -1}, "min_rank=-1 must be a positive integer"),
+        ({"min_rank": 3, "max_rank": 2}, "min_rank=3 must be at most max_rank=2"),
+        ({"min_rank": 4}, "on 'e', which takes 3 at most"),
         ({"multiple_of": 4}, "on 'e', which takes 3 at most"),
-        ({"multiple_of": 0}, "is no count"),
+        ({"multiple_of": 0}, "must be a positive integer"),
         ({"config": jlora.IA3()}, "has no rank"),
-        ({"importance": {"a": 1.0}}, "Call ranks.importance"),
+        ({"importance": {"a": 1.0}}, "Call jlora.importance.measure_importance"),
         ({"importance": scored({"a": 0.0, "b": 0.0})}, "scores every weight zero"),
     ],
 )
-def test_what_cannot_be_allocated_is_refused(changes: dict[str, Any], match: str) -> None:
+def test_allocate_ranks_bad_inputs_raise(changes: dict[str, Any], match: str) -> None:
     given = {"importance": drawn(0), "budget": 500, "config": LORA, **changes}
     with pytest.raises((ValueError, TypeError), match=match):
         allocate_ranks(given.pop("importance"), given.pop("budget"), **given)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
-def test_scores_that_rank_nothing_are_refused(bad: float) -> None:
+def test_importance_bad_scores_raise(bad: float) -> None:
     with pytest.raises(ValueError, match="The scores of 'd' hold NaN, infinite or negative"):
         scored({"a": 1.0, "d": [1.0, bad, 2.0]})
-    with pytest.raises(ValueError, match="The spectrum of 'a' rises"):
+    with pytest.raises(ValueError, match="The spectrum of 'a' must be in descending order"):
         scored({"a": 1.0}, {"a": [1.0, 2.0]})
 
 
@@ -310,7 +312,7 @@ def test_scores_that_rank_nothing_are_refused(bad: float) -> None:
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_law_a_recipe_gives_back_the_rules(config: Any, recipe_of: Make, base: Any) -> None:
+def test_to_recipe_roundtrips_rules(config: Any, recipe_of: Make, base: Any) -> None:
     paths = ["params/layers/attention/q/kernel", "params/layers/mlp/up/kernel", "params/head"]
     by_hand = scored({"a": 2.0, "b": 0.0, "c": 3.0}).weights.values()
     weights = dict(zip(paths, by_hand, strict=True))
@@ -323,21 +325,21 @@ def test_law_a_recipe_gives_back_the_rules(config: Any, recipe_of: Make, base: A
     assert list(again.items()) == list(rules.items())
 
 
-def test_a_recipes_own_start_stays_and_others_are_refused(recipe_of: Make, base: Any) -> None:
-    raw = recipe_of(lora={"init": "orthogonal", "rank": 2, "alpha": 4})
+def test_to_recipe_keeps_named_init_only(recipe_of: Make, base: Any) -> None:
+    raw = recipe_of(adapter={"init": "orthogonal", "rank": 2, "alpha": 4})
     config = recipe.validate(raw).adapter.to_config()
     rules = allocate_ranks(scored({"a": 1.0}), 21 * 4, config=config)
     again = recipe.validate({**raw, **to_recipe(rules)})
     assert rules_from_recipe(again, model_from_config(base)) == rules
     made = dataclasses.replace(LORA, init=jlora.initializers.gaussian(0.3))
-    with pytest.raises(ValueError, match="starts in a way that a recipe has no name for"):
+    with pytest.raises(ValueError, match="has an initializer that recipes have no name for"):
         to_recipe({"w": made})
     eva = dataclasses.replace(LORA, init=jlora.initializers.eva({}))
-    with pytest.raises(ValueError, match="says what a recipe cannot"):
+    with pytest.raises(ValueError, match="cannot be expressed in a recipe"):
         to_recipe({"w": eva})
 
 
-def test_rules_that_a_recipe_would_read_otherwise_are_refused() -> None:
+def test_to_recipe_bad_rules_raise() -> None:
     with pytest.raises(ValueError, match="adapt nothing"):
         to_recipe({"w": None})
     with pytest.raises(ValueError, match="'v': None comes after one with a config"):
@@ -347,7 +349,7 @@ def test_rules_that_a_recipe_would_read_otherwise_are_refused() -> None:
 # --- EVA ------------------------------------------------------------------------------------------
 
 
-def test_evas_ranks_and_its_start_come_from_the_same_moments() -> None:
+def test_allocate_ranks_eva_shares_moments() -> None:
     fn = lambda p, x: jnp.sin(x @ p["w"]) @ p["v"]
     params = {"w": jnp.linspace(-1, 1, 30).reshape(6, 5), "v": jnp.ones((5, 7))}
     x = normal(0, (40, 6), np.float32) * jnp.array([9, 3, 1, 0.1, 0.1, 0.1])

@@ -62,7 +62,7 @@ def measured(method: Any, rows: tuple[int, ...] = BATCHES, pass_bytes: int = 2**
     ("method", "pass_bytes"),
     [(GRADIENT_METHODS[0], 450), *((method, 2**30) for method in GRADIENT_METHODS)],
 )
-def test_scores_are_those_of_gradients_written_out_in_numpy(method: Any, pass_bytes: int) -> None:
+def test_gradient_methods_match_numpy(method: Any, pass_bytes: int) -> None:
     found = measured(method, pass_bytes=pass_bytes)
     want = expected(method, small.params(), small.batches(*BATCHES))
     assert list(found.weights) == sorted(NAMES)
@@ -84,19 +84,19 @@ ROWS = [jnp.sin(jnp.arange(6.0 * n)).reshape(n, 6) for n in (3, 2, 4)]
 
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS, ids=name_of)
-def test_what_some_batches_and_others_say_adds_up(method: Any) -> None:
+def test_importance_add_equals_all_batches(method: Any) -> None:
     parts = (ROWS[:1], ROWS[1:], ROWS)
     one, two, all_ = (
         importance.measure_importance(squares, ONE, rows, method=method) for rows in parts
     )
     both = one + two
-    assert (one.count, both.count, all_.count) == ((3, 9, 9) if method.by_example else (1, 3, 3))
+    assert (one.count, both.count, all_.count) == ((3, 9, 9) if method.per_example else (1, 3, 3))
     # The same sums in another order, in float64.
     np.testing.assert_allclose(both.weights["w"].scores, all_.weights["w"].scores, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS, ids=name_of)
-def test_a_gradient_in_float16_is_reduced_in_float32(method: Any) -> None:
+def test_gradient_methods_float16_in_float32(method: Any) -> None:
     fn = lambda p, x: 1e-4 * jnp.sum(x @ p["w"], dtype=jnp.float32)
     params = {"w": jnp.full((6, 5), 1e-3, jnp.float16)}
     found = importance.measure_importance(
@@ -107,7 +107,7 @@ def test_a_gradient_in_float16_is_reduced_in_float32(method: Any) -> None:
     np.testing.assert_allclose(found.weights["w"].score, want[method.name], rtol=1e-2)
 
 
-def test_what_a_weight_does_not_reach_scores_zero() -> None:
+def test_sensitivity_no_gradient_scores_zero() -> None:
     fn = lambda p, x: jnp.sum((x @ p["used"]) * jax.lax.stop_gradient(x @ p["cut"]))
     params = {"used": jnp.ones((6, 5)), "cut": jnp.ones((6, 5))}
     found = importance.measure_importance(
@@ -131,11 +131,11 @@ def traces(number: int) -> int:
     return len(calls)
 
 
-def test_a_second_batch_is_not_compiled_anew() -> None:
+def test_measure_importance_compiles_once() -> None:
     assert traces(1) == traces(4)
 
 
-def test_passes_hold_what_was_asked_for_and_no_weight_is_left_out() -> None:
+def test_group_into_passes_respects_limit() -> None:
     sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 2, "f": 3}
     passes = measure.group_into_passes(sizes, 7)
     assert passes == [["a", "b"], ["c"], ["d", "e", "f"]]
@@ -157,7 +157,7 @@ def deep(count: int) -> tuple[Callable[..., jax.Array], dict[str, jax.Array], ja
     )
 
 
-def test_the_gradients_of_all_weights_are_never_there_at_once() -> None:
+def test_backward_pass_memory_is_below_a_third() -> None:
     fn, params, x = deep(16)
     whole = sum(array.nbytes for array in params.values())
     asked = measure.MeasureRequest(fn, params, [x], x, measure.PLACEHOLDER_CONFIG, 2**30)
@@ -187,7 +187,7 @@ def activations(center: bool = True, pass_bytes: int = 2**30) -> Any:
 
 
 @pytest.mark.parametrize(("center", "pass_bytes"), [(True, 200), (True, 2**30), (False, 2**30)])
-def test_activation_gives_the_explained_variance_of_numpy(center: bool, pass_bytes: int) -> None:
+def test_activation_variance_matches_numpy(center: bool, pass_bytes: int) -> None:
     met = [small.inputs(small.params(), batch) for batch in small.batches(*BATCHES)]
     found = activations(center, pass_bytes)
     assert list(found.weights) == sorted(NAMES)
@@ -205,7 +205,7 @@ def test_activation_gives_the_explained_variance_of_numpy(center: bool, pass_byt
         )
 
 
-def test_moments_that_are_there_are_not_taken_again() -> None:
+def test_activation_variance_reuses_moments() -> None:
     fn = lambda p, x: jnp.sin(x @ p["w"]) @ p["v"]
     params = {**ONE, "v": jnp.ones((5, 4))}
     rules = {"w": jlora.LoRA(rank=1, alpha=1)}
@@ -224,10 +224,10 @@ def test_moments_that_are_there_are_not_taken_again() -> None:
     )
 
 
-def test_an_expert_that_met_nothing_is_named() -> None:
+def test_activation_variance_no_input_raises() -> None:
     fn = lambda p, x: x @ p["w"] + jax.lax.stop_gradient(x @ p["cut"])
     params = {"w": jnp.ones((6, 5)), "cut": jnp.ones((6, 5))}
-    with pytest.raises(ValueError, match="'cut' met no input"):
+    with pytest.raises(ValueError, match="'cut' has no input"):
         importance.measure_importance(
             fn, params, [jnp.ones((2, 6))], method=importance.ActivationVariance()
         )
@@ -239,7 +239,7 @@ def test_an_expert_that_met_nothing_is_named() -> None:
 @pytest.mark.parametrize(
     "method", [importance.ConditionNumber(), importance.StableRank()], ids=name_of
 )
-def test_methods_without_data_are_those_of_numpys_singular_values(method: Any) -> None:
+def test_data_free_methods_match_numpy(method: Any) -> None:
     params = small.params()
     shapes = jax.eval_shape(lambda: small.batches(2)[0])
     found = importance.measure_importance(small.model, params, [shapes], method=method)
@@ -259,7 +259,7 @@ def test_methods_without_data_are_those_of_numpys_singular_values(method: Any) -
 
 
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
-def test_the_stable_rank_does_not_depend_on_the_weights_size(size: float) -> None:
+def test_stable_rank_is_scale_invariant(size: float) -> None:
     params = {"w": size * jnp.eye(6, 5)}
     found = importance.measure_importance(
         lambda p, x: x @ p["w"], params, [jnp.ones((2, 6))], method=importance.StableRank()
@@ -267,7 +267,7 @@ def test_the_stable_rank_does_not_depend_on_the_weights_size(size: float) -> Non
     np.testing.assert_allclose(found.weights["w"].score, 5, rtol=1e-6)
 
 
-def test_weights_without_a_spectrum_to_speak_of_still_have_finite_scores() -> None:
+def test_data_free_methods_singular_is_finite() -> None:
     params = {"zero": jnp.zeros((6, 5)), "one": jnp.ones((6, 5))}
     fn = lambda p, x: x @ p["zero"] + x @ p["one"]
     for method, want in ((importance.ConditionNumber(), 6.1), (importance.StableRank(), 1.0)):
@@ -280,7 +280,7 @@ def test_weights_without_a_spectrum_to_speak_of_still_have_finite_scores() -> No
 # --- what is asked for ----------------------------------------------------------------------------
 
 
-def test_what_plain_lora_takes_is_scored_and_a_pattern_takes_more_or_less() -> None:
+def test_measure_importance_select_patterns() -> None:
     shapes = jax.eval_shape(lambda: small.batches(2)[0])
     take = functools.partial(
         importance.measure_importance,
@@ -301,15 +301,15 @@ def test_what_plain_lora_takes_is_scored_and_a_pattern_takes_more_or_less() -> N
         ({"batches": []}, "batches is empty"),
         ({"batches": small.batches(2)[0]}, "looks like one batch"),
         ({"batches": jnp.ones((2, 4, 6))}, "looks like one batch"),
-        ({"method": "fisher"}, "Give one of jlora.importance"),
+        ({"method": "fisher"}, "must be a method of jlora.importance"),
         ({"select": "nothing"}, "matches none of the 6 weights"),
         ({"select": "bias"}, "cannot be adapted"),
         ({"fn": small.model}, "a scalar"),
-        ({"pass_bytes": 0}, "is no count"),
-        ({"params": jax.eval_shape(small.params)}, "only the shape is given"),
+        ({"max_pass_bytes": 0}, "must be a positive integer"),
+        ({"params": jax.eval_shape(small.params)}, "got only a shape"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], match: str) -> None:
+def test_measure_importance_bad_inputs_raise(changes: dict[str, Any], match: str) -> None:
     given = {"fn": small.loss, "params": small.params(), "batches": small.batches(2)}
     given = {**given, "method": importance.GradientNorm(), **changes}
     with pytest.raises((ValueError, TypeError), match=match):
@@ -321,13 +321,13 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], match: str)
 @pytest.mark.parametrize(
     "method", [*GRADIENT_METHODS, importance.ActivationVariance()], ids=name_of
 )
-def test_nan_in_a_batch_is_an_error_that_says_where(method: Any) -> None:
+def test_measure_importance_nan_batch_raises(method: Any) -> None:
     batches = [ROWS[0], ROWS[0].at[1, 2].set(jnp.nan)]
     with pytest.raises(ValueError, match="on batch 1|NaN or infinite on some batch"):
         importance.measure_importance(squares, ONE, batches, method=method)
 
 
-def test_nan_in_a_weight_is_an_error() -> None:
+def test_data_free_methods_nan_weight_raises() -> None:
     params = {"w": jnp.ones((6, 5)).at[0, 0].set(jnp.nan)}
     for method in (importance.ConditionNumber(), importance.StableRank()):
         with pytest.raises(ValueError, match="'w' holds NaN"):
@@ -336,10 +336,10 @@ def test_nan_in_a_weight_is_an_error() -> None:
             )
 
 
-def test_quantised_weights_are_refused_with_the_mend() -> None:
+def test_measure_importance_quantized_raises() -> None:
     params = jlora.quantize({"w": jnp.ones((64, 64))}, {"w": jlora.Int8()})
     fn = lambda p, x: jnp.sum(jlora.lora_transform(lambda p, x: x @ p["w"]).apply(p, {}, x))
-    with pytest.raises(ValueError, match=r"'w' is quantised .*jlora.dequantize"):
+    with pytest.raises(ValueError, match=r"'w' is quantized .*jlora.dequantize"):
         importance.measure_importance(
             fn, params, [jnp.ones((2, 64))], method=importance.GradientNorm()
         )
@@ -348,7 +348,7 @@ def test_quantised_weights_are_refused_with_the_mend() -> None:
 # --- as a thing -----------------------------------------------------------------------------------
 
 
-def test_the_table_is_sorted_and_shows_the_layers_of_stacks() -> None:
+def test_importance_str_is_a_sorted_table() -> None:
     found = measured(importance.GradientNorm())
     lines = str(found).splitlines()
     order = [line.split()[0] for line in lines[2:-1]]
@@ -367,7 +367,7 @@ def test_the_table_is_sorted_and_shows_the_layers_of_stacks() -> None:
 @pytest.mark.parametrize(
     "method", [importance.Fisher(), importance.ActivationVariance()], ids=name_of
 )
-def test_json_gives_back_what_went_in(method: Any) -> None:
+def test_importance_json_roundtrips(method: Any) -> None:
     found = activations() if method.name == "activation" else measured(method)
     again = importance.Importance.from_json(found.to_json())
     assert (again.method, again.count, again.power) == (found.method, found.count, found.power)
@@ -377,7 +377,7 @@ def test_json_gives_back_what_went_in(method: Any) -> None:
         chex.assert_trees_all_equal((other.scores, other.spectrum), (one.scores, one.spectrum))
 
 
-def test_a_text_that_is_no_importance_is_refused() -> None:
+def test_importance_from_json_bad_text_raises() -> None:
     good = json.loads(measured(importance.GradientNorm()).to_json())
     short = {**good["weights"]["layers"], "scores": [1.0]}
     negative = {**good["weights"]["first"], "scores": -1.0}
@@ -390,11 +390,11 @@ def test_a_text_that_is_no_importance_is_refused() -> None:
         json.dumps({**good, "weights": {"first": {**negative, "axes": [[], [0], [0]]}}}),
     ]
     for text in texts:
-        with pytest.raises(ValueError, match=r"nothing that Importance.to_json wrote"):
+        with pytest.raises(ValueError, match=r"must be from Importance.to_json"):
             importance.Importance.from_json(text)
 
 
-def test_what_does_not_belong_together_does_not_add_up() -> None:
+def test_importance_add_mismatch_raises() -> None:
     norm = measured(importance.GradientNorm())
     some = importance.measure_importance(squares, ONE, ROWS[:1], method=importance.GradientNorm())
     with pytest.raises(ValueError, match="different weights, such as 'experts'"):
@@ -404,11 +404,11 @@ def test_what_does_not_belong_together_does_not_add_up() -> None:
     still = importance.measure_importance(squares, ONE, ROWS, method=importance.StableRank())
     with pytest.raises(ValueError, match="do not add up"):
         still + still
-    with pytest.raises(TypeError, match="is no Importance"):
+    with pytest.raises(TypeError, match="only be added to an Importance, got int"):
         norm + 1
 
 
-def test_the_plot_is_a_picture(tmp_path: pathlib.Path) -> None:
+def test_importance_plot_writes_png(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "importance.png"
     measured(importance.GradientNorm()).plot(path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -277,7 +277,7 @@ def test_here_is_no_device_with_kernels() -> None:
 @pytest.mark.parametrize("rank", [1, 16, 24, 64])
 def test_the_kernel_lowers_for_its_device(rank: int, transpose_rhs: bool) -> None:
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
-    product = functools.partial(hopper.hopper_matmul_add, transpose_rhs=transpose_rhs, multiprocessors=132)
+    product = functools.partial(hopper.hopper_matmul_add, transpose_rhs=transpose_rhs, num_sms=132)
     arguments = (
         shape(512, 192),
         shape(256, 192) if transpose_rhs else shape(192, 256),

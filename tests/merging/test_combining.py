@@ -84,7 +84,7 @@ methods = pytest.mark.parametrize("method", FIXED, ids=lambda method: type(metho
 
 @named
 @methods
-def test_law_methods_agree_with_their_equations(layout: str, method: merging.MergeMethod) -> None:
+def test_law_combine_agrees_with_equations(layout: str, method: merging.MergeMethod) -> None:
     adapters = three(layout)
     combined = merging.combine_adapters(adapters, WEIGHTS, method=method)
     want = np.stack([reference(method, deltas, WEIGHTS) for deltas in changes(adapters)])
@@ -93,14 +93,14 @@ def test_law_methods_agree_with_their_equations(layout: str, method: merging.Mer
 
 
 @named
-def test_linear_adds_the_ranks_and_forms_no_dense_change(layout: str) -> None:
+def test_combine_linear_adds_ranks(layout: str) -> None:
     leaf = merging.combine_adapters(three(layout)).adapter["w"]
     assert (type(leaf), leaf.rank, leaf.scale) == (LoRALeaf, 6, 1)
     leaf = merging.combine_adapters(three(layout), method=merging.TIES(DENSITY)).adapter["w"]
     assert type(leaf) is FullDeltaLeaf
 
 
-def test_there_are_no_cross_terms() -> None:
+def test_combine_linear_has_no_cross_terms() -> None:
     """PEFT's "linear" is the product of summed factors."""
     one, two = lora("plain", 1, alpha=2.0), lora("plain", 2, alpha=2.0)
     got = change(merging.combine_adapters([{"w": one}, {"w": two}], [0.5, 0.25]).adapter["w"])
@@ -111,7 +111,7 @@ def test_there_are_no_cross_terms() -> None:
 
 
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_a_decomposition_scales_once(stabilized: bool) -> None:
+def test_combine_rank_applies_scale_once(stabilized: bool) -> None:
     """PEFT's "svd" multiplies by alpha / rank twice, and by more for sources of rsLoRA."""
     adapters = [{"w": lora("plain", seed, alpha=8.0, use_rslora=stabilized)} for seed in (1, 2)]
     got = merging.combine_adapters(adapters, [1.0, 0.5], rank=4)
@@ -121,9 +121,7 @@ def test_a_decomposition_scales_once(stabilized: bool) -> None:
 
 @pytest.mark.parametrize("layout", ["stacked", "experts_in_the_middle"])
 @methods
-def test_law_layers_of_a_stack_are_combined_like_layers_apart(
-    layout: str, method: merging.MergeMethod
-) -> None:
+def test_law_combine_stack_equals_single_layers(layout: str, method: merging.MergeMethod) -> None:
     shape, axes = LAYOUTS[layout]
     whole = change(merging.combine_adapters(three(layout), WEIGHTS, method=method).adapter["w"])
     rest = [axis for axis in range(len(shape)) if axis not in axes.batch]
@@ -146,13 +144,13 @@ def test_law_layers_of_a_stack_are_combined_like_layers_apart(
         np.testing.assert_allclose(layer[0], whole[number], **CLOSE)
 
 
-def test_entries_that_cancel_count_as_positive_and_zeros_agree_with_nobody() -> None:
+def test_ties_zero_sum_is_positive() -> None:
     weighted = np.array([[[1.0, -3.0, 0.0, 0.0]], [[-1.0, 0.0, 0.0, 2.0]]])
     got = merging.TIES(1.0).combine(jnp.asarray(weighted), jnp.ones(2))
     np.testing.assert_array_equal(got, [[1.0, -3.0, 0.0, 2.0]])
 
 
-def test_at_least_one_entry_is_kept() -> None:
+def test_ties_keeps_at_least_one_entry() -> None:
     got = change(
         merging.combine_adapters([{"w": lora("plain", 1)}], method=merging.TIES(0.01)).adapter["w"]
     )
@@ -178,7 +176,7 @@ def kept_chances(method: Any, delta: np.ndarray) -> np.ndarray:
 
 
 @drawn
-def test_law_drawing_methods_agree_with_their_equations(method: Any) -> None:
+def test_law_random_methods_agree_with_equations(method: Any) -> None:
     deltas = changes(three("plain"))[0]
     keys = jax.random.split(jax.random.key(3), 3)
     pruned = []
@@ -190,12 +188,12 @@ def test_law_drawing_methods_agree_with_their_equations(method: Any) -> None:
         pruned.append(want)
     weighted = WEIGHTS[:, None, None] * np.stack(pruned)
     want = elected(weighted) if method.elect_signs else weighted.sum(0)
-    got = method.joined(jnp.float32(deltas), jnp.float32(WEIGHTS), keys)
+    got = method.combine(jnp.float32(deltas), jnp.float32(WEIGHTS), keys)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)  # Divided by 0.1 at the least.
 
 
 @drawn
-def test_every_entry_is_kept_as_often_as_said_and_the_change_is_expected(method: Any) -> None:
+def test_prune_random_probability_and_mean(method: Any) -> None:
     delta, draws = change(lora("plain", 1))[0], 4000
     keys = jax.random.split(jax.random.key(0), draws)
     prune = jax.jit(jax.vmap(lambda key: method.prune(jnp.float32(delta), key)))
@@ -207,7 +205,7 @@ def test_every_entry_is_kept_as_often_as_said_and_the_change_is_expected(method:
     assert (np.abs(found.mean(0) - delta) < 5 * np.abs(delta) / chance * deviation).all()
 
 
-def test_every_weight_layer_and_adapter_has_draws_of_its_own() -> None:
+def test_combine_random_draws_are_independent() -> None:
     leaf = lora("stacked", 1)
     same = dataclasses.replace(
         leaf, a=np.tile(leaf.a[:1], (4, 1, 1)), b=np.tile(leaf.b[:1], (4, 1, 1))
@@ -251,7 +249,7 @@ def test_every_weight_layer_and_adapter_has_draws_of_its_own() -> None:
     ],
     ids=repr,
 )
-def test_law_a_rank_gives_the_nearest_matrices(
+def test_law_combine_rank_is_truncated_svd(
     method: merging.MergeMethod, layout: str, rank: int
 ) -> None:
     adapters = three(layout)
@@ -268,7 +266,7 @@ def test_law_a_rank_gives_the_nearest_matrices(
 
 @pytest.mark.parametrize("method", [merging.Linear(), merging.TIES(DENSITY)], ids=repr)
 @pytest.mark.parametrize("energy", [0.3, 0.8, 0.99])
-def test_energy_gives_the_lowest_rank_that_keeps_it(
+def test_combine_energy_is_lowest_sufficient_rank(
     method: merging.MergeMethod, energy: float
 ) -> None:
     adapters = three("stacked")
@@ -282,7 +280,7 @@ def test_energy_gives_the_lowest_rank_that_keeps_it(
     assert float(combined.energy["w"]) >= energy
 
 
-def test_all_of_the_energy_is_the_rank_of_the_change_and_not_of_its_rounding() -> None:
+def test_combine_energy_one_ignores_rounding() -> None:
     one = lora("heads_out", 1)
     combined = merging.combine_adapters([{"w": one}, {"w": one}], energy=1)
     assert combined.adapter["w"].rank == 2
@@ -292,7 +290,7 @@ def test_all_of_the_energy_is_the_rank_of_the_change_and_not_of_its_rounding() -
     assert (nothing.adapter["w"].rank, nothing.energy["w"]) == (1, 1)
 
 
-def test_a_rank_of_joined_factors_forms_nothing_of_the_weights_size() -> None:
+def test_combine_rank_materializes_no_delta() -> None:
     leaves = [lora("plain", seed, rank=4) for seed in (1, 2)]
     large = [
         dataclasses.replace(leaf, a=jnp.ones((300, 4)), b=jnp.ones((4, 200)), shape=(300, 200))
@@ -323,7 +321,7 @@ quick = pytest.mark.parametrize(
 
 
 @quick
-def test_law_families_add_up_in_what_they_change(family: str) -> None:
+def test_law_combine_families_add_deltas(family: str) -> None:
     one = case("experts", "float32", family)
     adapters = [one.adapter, moved(one.fresh, 5)]
 
@@ -339,7 +337,7 @@ def test_law_families_add_up_in_what_they_change(family: str) -> None:
         assert all(type(leaf) in (LoRALeaf, FullDeltaLeaf) for leaf in made.adapter.values())
 
 
-def test_rows_of_tokens_add_up() -> None:
+def test_combine_trainable_tokens_adds_up() -> None:
     lookup = jlora.lora_transform(
         lambda p, x: p["w"][x], {"w": jlora.TrainableTokens(token_indices=(5, 1))}
     )
@@ -354,18 +352,20 @@ def test_rows_of_tokens_add_up() -> None:
 
 
 @quick
-def test_only_families_whose_change_depends_on_the_weight_need_it(family: str) -> None:
+def test_combine_params_required_by_family(family: str) -> None:
     one = case("experts", "float32", family)
     needs = family in ("dora", "dora_through_norm", "hira", "ia3", "ia3_inputs")
     assert depends_on_base(one.adapter, "w") == needs
     if needs:
-        with pytest.raises(ValueError, match=r"'w' .*\(family '.*\), and params=None. Give params"):
+        with pytest.raises(
+            ValueError, match=r"params=None: the update of 'w' .*\(family '.*\)\. Pass params"
+        ):
             merging.combine_adapters([one.adapter])
     else:
         assert merging.combine_adapters([one.adapter]).adapter
 
 
-def test_a_weight_that_one_adapter_leaves_alone_is_unchanged_by_it() -> None:
+def test_combine_adapters_of_different_paths() -> None:
     one = {"w": lora("plain", 1), "only": lora("stacked", 4)}
     two = {"new": lora("heads_in", 5), "w": lora("plain", 2)}
     for method in FIXED:
@@ -376,7 +376,7 @@ def test_a_weight_that_one_adapter_leaves_alone_is_unchanged_by_it() -> None:
             np.testing.assert_allclose(change(made[path]), want, **CLOSE)
 
 
-def test_biases_and_norms_stay_exact_whatever_the_rank() -> None:
+def test_combine_biases_stay_exact() -> None:
     full = FullDeltaLeaf(delta=jnp.arange(5.0), shape=(5,), axes=bias(1).axes)
     adapters = [{"b": bias(1), "mixed": bias(2)}, {"b": bias(3), "mixed": full}]
     for options in ({}, {"rank": 1}, {"energy": 0.5}):
@@ -399,7 +399,7 @@ def test_biases_and_norms_stay_exact_whatever_the_rank() -> None:
 # --- task arithmetic -----------------------------------------------------------------------------
 
 
-def test_negation_and_analogies_are_weights() -> None:
+def test_analogy_and_negation_are_weights() -> None:
     a, b, c = three("heads_in")
     (one, two, three_) = (change(adapter["w"]) for adapter in (a, b, c))
     np.testing.assert_allclose(
@@ -426,7 +426,7 @@ EVERY = [*FIXED, merging.DARE(DENSITY), merging.DELLA(DENSITY, 0.3)]
     ],
     ids=repr,
 )
-def test_law_jit_and_vmap_change_nothing(method: merging.MergeMethod, rank: int | None) -> None:
+def test_law_combine_under_jit_and_vmap(method: merging.MergeMethod, rank: int | None) -> None:
     adapters, key = three("stacked"), jax.random.key(0)
     traces = []
 
@@ -453,7 +453,7 @@ def test_law_jit_and_vmap_change_nothing(method: merging.MergeMethod, rank: int 
 
 
 @methods
-def test_law_a_stack_of_adapters_is_combined_one_by_one(method: merging.MergeMethod) -> None:
+def test_law_combine_vmap_over_adapters(method: merging.MergeMethod) -> None:
     pairs = [[{"w": lora("heads_in", seed)}, {"w": lora("heads_in", seed + 9)}] for seed in (1, 2)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *pairs)
     got = jax.jit(jax.vmap(lambda pair: merging.combine_adapters(pair, method=method).adapter))(
@@ -465,7 +465,7 @@ def test_law_a_stack_of_adapters_is_combined_one_by_one(method: merging.MergeMet
         np.testing.assert_allclose(change(row["w"]), want, **CLOSE)
 
 
-def test_weights_have_gradients() -> None:
+def test_combine_weights_have_gradients() -> None:
     adapters = three("plain")
 
     def loss(weights: jax.Array) -> jax.Array:
@@ -476,7 +476,7 @@ def test_weights_have_gradients() -> None:
     np.testing.assert_allclose(jax.grad(loss)(jnp.ones(3)), want, rtol=1e-4)  # Sums of 30.
 
 
-def test_a_combined_adapter_computes_what_its_merged_base_does() -> None:
+def test_combine_apply_equals_merged_base() -> None:
     one = case("experts", "float32")
     adapters = [one.adapter, moved(one.fresh, 5)]
     for options in ({}, {"method": merging.TIES(0.5)}, {"rank": 1}):
@@ -502,24 +502,24 @@ GOOD = {"w": lora("plain", 1)}
 @pytest.mark.parametrize(
     ("adapters", "options", "error", "message"),
     [
-        ([], {}, ValueError, "adapters=\\[\\] leaves nothing"),
-        (GOOD, {}, TypeError, "is no list of adapters"),
+        ([], {}, ValueError, "adapters=\\[\\] must have at least one"),
+        (GOOD, {}, TypeError, "must be a list of adapters, got dict"),
         ([GOOD, 3], {}, TypeError, "not what init returns"),
-        ([GOOD], {"weights": [1, 2]}, ValueError, r"shape \(2,\) are not one for each of the 1"),
-        ([GOOD], {"weights": 1.0}, ValueError, r"shape \(\)"),
-        ([GOOD], {"weights": [np.nan]}, ValueError, "are not finite"),
-        ([GOOD], {"weights": [True]}, TypeError, "Give real numbers"),
-        ([GOOD], {"weights": [1j]}, TypeError, "Give real numbers"),
+        ([GOOD], {"weights": [1, 2]}, ValueError, r"must have shape \(1,\), .*got shape \(2,\)"),
+        ([GOOD], {"weights": 1.0}, ValueError, r"got shape \(\)"),
+        ([GOOD], {"weights": [np.nan]}, ValueError, "must be finite"),
+        ([GOOD], {"weights": [True]}, TypeError, "must be real numbers"),
+        ([GOOD], {"weights": [1j]}, TypeError, "must be real numbers"),
         ([GOOD], {"rank": 0}, ValueError, "rank=0"),
         ([GOOD], {"rank": 2.0}, TypeError, "rank=2.0"),
         ([GOOD], {"rank": 2, "energy": 0.5}, ValueError, "rank=2 and energy=0.5"),
-        ([GOOD], {"energy": 0}, ValueError, "energy=0 is no share"),
+        ([GOOD], {"energy": 0}, ValueError, "energy=0 must be a fraction"),
         ([GOOD], {"energy": 1.5}, ValueError, "energy=1.5"),
         ([GOOD], {"energy": float("nan")}, ValueError, "energy=nan"),
         ([GOOD], {"method": "ties"}, TypeError, "method='ties'"),
-        ([GOOD], {"method": merging.DARE(0.5)}, ValueError, "was given no key"),
-        ([spoilt("a", np.nan)], {}, ValueError, r"adapters\[0\]\['w'\].a holds NaN"),
-        ([GOOD, spoilt("b", np.inf)], {}, ValueError, r"adapters\[1\]\['w'\].b holds NaN"),
+        ([GOOD], {"method": merging.DARE(0.5)}, ValueError, "requires a key"),
+        ([spoilt("a", np.nan)], {}, ValueError, r"adapters\[0\]\['w'\].a has NaN"),
+        ([GOOD, spoilt("b", np.inf)], {}, ValueError, r"adapters\[1\]\['w'\].b has NaN"),
         (
             [GOOD, {"w": lora("transposed", 1)}],
             {},
@@ -535,63 +535,63 @@ GOOD = {"w": lora("plain", 1)}
         ),
     ],
 )
-def test_what_cannot_be_right_is_refused(
+def test_combine_bad_arguments_raise(
     adapters: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         merging.combine_adapters(adapters, **options)
 
 
-def test_mixtures_and_other_bases_are_refused() -> None:
+def test_combine_mixture_or_other_base_raises() -> None:
     one = case("matmul", "float32", "mixture")
-    with pytest.raises(ValueError, match="mixture on 'w'"):
+    with pytest.raises(ValueError, match="mixture of experts on 'w'"):
         merging.combine_adapters([one.adapter])
     dora = case("experts", "float32", "dora")
     with pytest.raises(ValueError, match="params does not"):
         merging.combine_adapters([dora.adapter], params={"v": dora.params["w"]})
 
 
-def test_energy_needs_numbers() -> None:
-    with pytest.raises(ValueError, match="energy=0.5 chooses the rank of 'w'"):
+def test_combine_energy_under_jit_raises() -> None:
+    with pytest.raises(ValueError, match="energy=0.5 sets the rank of 'w'"):
         jax.jit(lambda w: merging.combine_adapters([GOOD], w, energy=0.5).adapter)(jnp.ones(1))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: merging.TIES(0), "TIES.density=0 is no share"),
+        (lambda: merging.TIES(0), "TIES.density=0 must be a fraction"),
         (lambda: merging.Magnitude(1.2), "Magnitude.density=1.2"),
         (lambda: merging.DARE(float("nan")), "DARE.density=nan"),
         (lambda: merging.DARE(True), "DARE.density=True"),
-        (lambda: merging.DELLA(0.5, 0.5), "from 0 to 1, which must be above 0"),
-        (lambda: merging.DELLA(0.8, 0.3), "from 0.5 to 1.1"),
+        (lambda: merging.DELLA(0.5, 0.5), "above 0 and at most 1, got 0 to 1"),
+        (lambda: merging.DELLA(0.8, 0.3), "got 0.5 to 1.1"),
         (lambda: merging.DELLA(0.5, -0.1), "DELLA.epsilon=-0.1"),
     ],
 )
-def test_methods_refuse_what_they_cannot_do(make: Any, message: str) -> None:
+def test_merge_method_bad_options_raise(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_the_table_of_what_is_kept_names_every_weight() -> None:
+def test_combine_result_table_names_each_weight() -> None:
     made = merging.combine_adapters([{"w": lora("plain", 1), "b": bias(1)}], rank=1)
     lines = str(made).splitlines()
-    assert lines[0].split() == ["weight", "rank", "kept"]
+    assert lines[0].split() == ["weight", "rank", "energy"]
     assert lines[1].split()[:2] == ["w", "1"]
-    assert lines[2].split() == ["b", "whole", "1.0000"]
+    assert lines[2].split() == ["b", "full", "1.0000"]
 
 
 @pytest.mark.parametrize(
     "method", [merging.TIES(density=1.0), merging.Magnitude(density=1.0), merging.Linear()]
 )
-def test_nan_in_a_compiled_program_stays_nan(method: merging.MergeMethod) -> None:
+def test_combine_nan_under_jit_stays_nan(method: merging.MergeMethod) -> None:
     first, second = three(next(iter(LAYOUTS)))[:2]
     broken = np.array(second["w"].b)
     broken.flat[0] = np.nan
     second = {"w": dataclasses.replace(second["w"], b=broken)}
     made = jax.jit(lambda adapters: merging.combine_adapters(adapters, method=method, rank=2))
     found = made([first, second])
-    assert np.isnan(found.kept["w"])
+    assert np.isnan(found.energy["w"])
     assert np.isnan(np.asarray(found.adapter["w"].b)).any()
     # Entry by entry, only where it is.
     dense = jax.jit(
@@ -601,8 +601,8 @@ def test_nan_in_a_compiled_program_stays_nan(method: merging.MergeMethod) -> Non
     assert 0 < np.isnan(delta).sum() < delta.size
 
 
-def test_adapters_of_no_weight_are_refused() -> None:
-    with pytest.raises(ValueError, match="change no weight at all"):
+def test_combine_empty_adapters_raise() -> None:
+    with pytest.raises(ValueError, match="All adapters are empty"):
         merging.combine_adapters([{}, {}])
-    with pytest.raises(ValueError, match="change no weight at all"):
+    with pytest.raises(ValueError, match="All adapters are empty"):
         merging.measure_interference({"a": {}, "b": {}})

@@ -60,7 +60,7 @@ def least_squares() -> tuple[np.ndarray, float]:
 
 
 @needs_optuna
-def test_a_search_without_gradients_finds_the_least_squares() -> None:
+def test_lorahub_finds_least_squares() -> None:
     _, mix, loss, arguments = task()
     weights, least = least_squares()
     found = lorahub(loss, mix, *arguments, num_trials=250, l1_penalty=0.0)
@@ -75,7 +75,7 @@ def test_a_search_without_gradients_finds_the_least_squares() -> None:
 
 
 @needs_optuna
-def test_the_history_is_the_loss_with_the_penalty_and_no_weight_leaves_the_bound() -> None:
+def test_lorahub_history_and_bound_are_exact() -> None:
     _, mix, loss, arguments = task()
     tried = []
 
@@ -96,7 +96,7 @@ def test_the_history_is_the_loss_with_the_penalty_and_no_weight_leaves_the_bound
 
 
 @needs_optuna
-def test_one_seed_finds_one_result_and_another_seed_another() -> None:
+def test_lorahub_seed_determines_result() -> None:
     _, mix, loss, arguments = task()
     first, again, other = (
         lorahub(loss, mix, *arguments, num_trials=12, seed=seed).history for seed in (3, 3, 4)
@@ -106,7 +106,7 @@ def test_one_seed_finds_one_result_and_another_seed_another() -> None:
 
 
 @needs_optuna
-def test_the_loss_is_compiled_once_for_all_tries() -> None:
+def test_lorahub_compiles_loss_once() -> None:
     one, mix, _, arguments = task()
     traces = []
 
@@ -120,7 +120,7 @@ def test_the_loss_is_compiled_once_for_all_tries() -> None:
 
 
 @needs_optuna
-def test_any_function_is_searched_and_a_try_that_overflows_is_the_worst() -> None:
+def test_lorahub_overflow_counts_as_worst() -> None:
     _, mix, _, _ = task()
 
     def loss(adapter: Any) -> float:
@@ -134,7 +134,7 @@ def test_any_function_is_searched_and_a_try_that_overflows_is_the_worst() -> Non
 
 
 @needs_optuna
-def test_a_single_adapter_and_a_budget_of_one_work() -> None:
+def test_lorahub_single_adapter_single_trial() -> None:
     one, _, loss, arguments = task()
     mix = weighted_sum({"only": moved(one.fresh, 3)})
     assert lorahub(loss, mix, *arguments, num_trials=12).weights.shape == (1,)
@@ -142,7 +142,7 @@ def test_a_single_adapter_and_a_budget_of_one_work() -> None:
 
 
 @needs_optuna
-def test_optuna_says_nothing_and_is_left_as_it_was(
+def test_lorahub_restores_optuna_logging(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import optuna
@@ -156,30 +156,30 @@ def test_optuna_says_nothing_and_is_left_as_it_was(
 
 
 @needs_optuna
-def test_a_search_that_means_nothing_is_refused() -> None:
+def test_lorahub_bad_options_raise() -> None:
     _, mix, loss, arguments = task()
     for options, message in [
-        ({"budget": 0}, "budget=0 is no count"),
-        ({"bound": 0}, "bound=0 is out of range. Use a finite number above 0"),
-        ({"penalty": -1}, "penalty=-1 is out of range. Use a finite number, 0.0 or more"),
+        ({"num_trials": 0}, "num_trials=0 must be a positive integer"),
+        ({"bound": 0}, "bound=0 must be a finite number above 0"),
+        ({"l1_penalty": -1}, "l1_penalty=-1 must be a finite number, 0.0 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             lorahub(loss, mix, *arguments, **options)
-    with pytest.raises(ValueError, match="loss=nan of the bare base is not finite"):
+    with pytest.raises(ValueError, match="loss=nan of the base alone must be finite"):
         lorahub(lambda adapter: float("nan"), mix)
 
 
-def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lorahub_without_optuna_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     _, mix, loss, arguments = task()
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ModuleNotFoundError, match=r"'optuna' is missing. .*jlora\[search\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"'optuna' is not installed. .*jlora\[search\]"):
         lorahub(loss, mix, *arguments)
 
 
 # By gradients
 
 
-def test_an_optimizer_finds_the_least_squares() -> None:
+def test_fit_weights_finds_least_squares() -> None:
     _, mix, loss, arguments = task()
     weights, least = least_squares()
     found = fit_weights(loss, mix, *arguments, num_steps=300, optimizer=optax.adam(0.05))
@@ -194,7 +194,7 @@ def test_an_optimizer_finds_the_least_squares() -> None:
     )
 
 
-def test_one_step_is_the_optimizers_own() -> None:
+def test_fit_weights_one_step_is_optimizers() -> None:
     _, mix, loss, arguments = task()
     slope = jax.grad(lambda w: loss(with_weights(mix, w), *arguments))(jnp.zeros(3))
     found = fit_weights(loss, mix, *arguments, num_steps=1, optimizer=optax.sgd(0.01))
@@ -205,7 +205,7 @@ def test_one_step_is_the_optimizers_own() -> None:
     assert far.loss == far.history[0] < far.history[1]
 
 
-def test_other_examples_do_not_recompile_the_descent() -> None:
+def test_fit_weights_new_data_does_not_recompile() -> None:
     one, mix, _, (params, x, goal) = task()
     traces = []
 
@@ -220,24 +220,24 @@ def test_other_examples_do_not_recompile_the_descent() -> None:
     assert len(traces) == count
 
 
-def test_weights_by_layer_fit_better_than_one_for_all() -> None:
+def test_fit_weights_layer_wise_fits_better() -> None:
     one = case("attention", "float32")
     mix = weighted_sum({name: moved(one.fresh, seed) for seed, name in enumerate("ab", 3)})
     by_path = {path: [0.5 * i, 1 - 0.5 * i] for i, path in enumerate(mix)}
     goal = one.lora.apply(one.params, with_weights(mix, by_path), *one.inputs)
     loss = lambda adapter: ((one.lora.apply(one.params, adapter, *one.inputs) - goal) ** 2).mean()
-    options: Any = {"steps": 150, "optimizer": optax.adam(0.03)}
+    options: Any = {"num_steps": 150, "optimizer": optax.adam(0.03)}
     together = fit_weights(loss, mix, **options)
     apart = fit_weights(loss, mix, **options, layer_wise=True)
     assert apart.loss < 0.1 * together.loss
     assert set(apart.weights) == set(mix)
     again = fit_weights(loss, apart.adapter, **options, layer_wise=True)
     assert again.history[0] == pytest.approx(apart.loss, rel=1e-4)  # Where the first left off.
-    with pytest.raises(ValueError, match="would set them all alike"):
+    with pytest.raises(ValueError, match="requires the same weights for all paths"):
         fit_weights(loss, apart.adapter, **options)
 
 
-def test_the_program_forms_no_gradient_of_a_factor() -> None:
+def test_fit_weights_has_no_factor_gradient() -> None:
     _, mix, loss, arguments = task()
     (leaf,) = mix.values()
     step = lambda w: jax.grad(lambda w: loss(with_weights(mix, w), *arguments))(w)
@@ -251,11 +251,11 @@ def test_the_program_forms_no_gradient_of_a_factor() -> None:
         assert not made, made
 
 
-def test_a_descent_that_means_nothing_is_refused() -> None:
+def test_fit_weights_bad_options_raise() -> None:
     _, mix, loss, arguments = task()
-    with pytest.raises(ValueError, match="steps=0 is no count"):
+    with pytest.raises(ValueError, match="num_steps=0 must be a positive integer"):
         fit_weights(loss, mix, *arguments, num_steps=0, optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="loss=nan is not finite"):
+    with pytest.raises(ValueError, match="loss=nan must be finite"):
         fit_weights(
             lambda adapter: jnp.nan * get_weights(adapter)["params/kernel"].sum(),
             mix,

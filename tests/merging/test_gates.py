@@ -37,7 +37,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def test_the_weights_are_a_softmax_of_cosines_in_the_order_of_the_mix() -> None:
+def test_routing_weights_are_softmax_of_cosines() -> None:
     gate = fit_router(PROMPTS, mix_of("dense"), temperature=0.25)
     centroids = np.stack([unit(unit(PROMPTS[name]).mean(0)) for name in "abc"])
     # float32 against float64: sums of 5 products, divided by 0.25 before the exponential.
@@ -51,7 +51,7 @@ def test_the_weights_are_a_softmax_of_cosines_in_the_order_of_the_mix() -> None:
     np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_top_k_leaves_the_nearest_and_their_own_softmax() -> None:
+def test_routing_weights_top_k_renormalizes() -> None:
     gate = fit_router(PROMPTS, mix_of("dense"))
     scores = unit(EMBEDDING) @ np.float64(gate.centroids).T / 0.1
     for k in (1, 2, 3):
@@ -63,7 +63,7 @@ def test_top_k_leaves_the_nearest_and_their_own_softmax() -> None:
         assert ((np.asarray(found) > 0).sum(-1) == k).all()
 
 
-def test_an_embedding_of_length_zero_gets_equal_weights_and_finite_gradients() -> None:
+def test_routing_weights_zero_input_is_uniform() -> None:
     gate = fit_router(PROMPTS, mix_of("dense"))
     rows = jnp.asarray(EMBEDDING).at[2].set(0)
     np.testing.assert_allclose(routing_weights(gate, rows)[2], np.full(3, 1 / 3), rtol=1e-6)
@@ -73,7 +73,7 @@ def test_an_embedding_of_length_zero_gets_equal_weights_and_finite_gradients() -
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_long_embeddings_of_narrow_types_are_compared_as_wide_ones(dtype: Any) -> None:
+def test_routing_weights_narrow_dtype_is_widened(dtype: Any) -> None:
     near, far = np.eye(2, 4), -np.eye(2, 4)
     gate = fit_router({"a": near, "b": far, "c": far}, mix_of("dense"))
     rows = jnp.asarray([[300, 200, 0, 100], [-300, 4, 8, 0]], dtype)
@@ -83,7 +83,7 @@ def test_long_embeddings_of_narrow_types_are_compared_as_wide_ones(dtype: Any) -
     assert found[0, 0] > 0.9 > 0.1 > found[1, 0]
 
 
-def test_a_gate_can_be_trained_to_tell_inputs_apart() -> None:
+def test_router_can_be_trained() -> None:
     """By its centroids and its temperature, from prompts that say nothing."""
     alike = dict.fromkeys("abc", PROMPTS["a"])
     gate = fit_router(alike, mix_of("dense"))
@@ -97,7 +97,7 @@ def test_a_gate_can_be_trained_to_tell_inputs_apart() -> None:
 
 
 @pytest.mark.parametrize("name", ["dense_general", "linen_scan_remat"])
-def test_law_every_row_is_the_model_under_its_own_weights(name: str) -> None:
+def test_law_apply_routed_equals_single_examples(name: str) -> None:
     one, mix = case(name, "float32"), mix_of(name)
     (x,) = one.inputs
     rows = np.array([[0.5, -1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])[: len(x)]
@@ -112,7 +112,7 @@ def test_law_every_row_is_the_model_under_its_own_weights(name: str) -> None:
     chex.assert_trees_all_close(together[1], one.fn(one.params, x)[1], rtol=2e-5, atol=2e-5)
 
 
-def test_rows_share_the_factors_and_the_base() -> None:
+def test_apply_routed_shares_base_and_factors() -> None:
     one, mix = case("dense_general", "float32"), mix_of("dense_general")
     run = lambda weights, x: apply_routed(one.lora, one.params, mix, weights, x)
     text = str(jax.make_jaxpr(run)(jnp.ones((3, 3)), *one.inputs))
@@ -123,7 +123,7 @@ def test_rows_share_the_factors_and_the_base() -> None:
         assert f"f32[{shape}]" in text
 
 
-def test_a_gradient_reaches_the_gate_through_the_rows() -> None:
+def test_apply_routed_gradient_reaches_router() -> None:
     one, mix = case("dense_general", "float32"), mix_of("dense_general")
     gate = fit_router(PROMPTS, mix)
     embedding = EMBEDDING[:3]
@@ -141,7 +141,7 @@ def test_a_gradient_reaches_the_gate_through_the_rows() -> None:
     assert abs(slope) > 0.1
 
 
-def test_inputs_by_name_and_flags_reach_the_model() -> None:
+def test_apply_routed_passes_keywords_and_flags() -> None:
     def fn(params: Any, x: Any, *, double: bool, shift: Any = None) -> Any:
         y = x @ params["w"]
         y = 2 * y if double else y
@@ -160,45 +160,48 @@ def test_inputs_by_name_and_flags_reach_the_model() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # As above.
 
 
-def test_prompts_that_make_no_gate_are_refused() -> None:
+def test_fit_router_bad_embeddings_raise() -> None:
     mix = mix_of("dense")
     for changes, message in [
         ({"d": EMBEDDING}, r"differ in \['d'\]"),
-        ({"a": EMBEDDING[0]}, r"embeddings\['a'\] have shape \(5,\)"),
-        ({"a": EMBEDDING[:0]}, r"embeddings\['a'\] have shape \(0, 5\)"),
-        ({"b": EMBEDDING[:, :4]}, r"embeddings\['b'\] have shape \(7, 4\), .*'a' \(6, 5\)"),
-        ({"b": np.full((2, 5), np.nan)}, "The embeddings of 'b' hold NaN"),
-        ({"c": np.array([[1.0] * 5, [-1.0] * 5])}, "'c' have the mean zero"),
+        ({"a": EMBEDDING[0]}, r"embeddings\['a'\] must have .*got shape \(5,\)"),
+        ({"a": EMBEDDING[:0]}, r"embeddings\['a'\] must have .*got shape \(0, 5\)"),
+        ({"b": EMBEDDING[:, :4]}, r"'b'\] must .*got shape \(7, 4\); .*'a'\] has shape \(6, 5\)"),
+        ({"b": np.full((2, 5), np.nan)}, r"embeddings\['b'\] must be finite, got NaN"),
+        ({"c": np.array([[1.0] * 5, [-1.0] * 5])}, r"embeddings\['c'\] has a mean of zero"),
     ]:
         with pytest.raises(ValueError, match=message):
             fit_router({**PROMPTS, **changes}, mix)
-    with pytest.raises(ValueError, match="temperature=0 is out of range"):
+    with pytest.raises(ValueError, match="temperature=0 must be a finite number"):
         fit_router(PROMPTS, mix, temperature=0)
 
 
-def test_embeddings_and_weights_of_other_shapes_are_refused() -> None:
+def test_apply_routed_bad_shapes_raise() -> None:
     one, mix = case("dense_general", "float32"), mix_of("dense_general")
     gate = fit_router(PROMPTS, mix)
     for embedding, message in [
-        (EMBEDDING[0], r"shape \(5,\), and the gate compares rows of 5"),
+        (EMBEDDING[0], r"shape \(batch, 5\), .*got shape \(5,\)"),
         (EMBEDDING[:, :4], r"shape \(7, 4\)"),
-        (np.full((2, 5), np.inf), "The embeddings hold NaN or infinity"),
+        (np.full((2, 5), np.inf), "embedding must be finite, got NaN or infinite"),
     ]:
         with pytest.raises(ValueError, match=message):
             routing_weights(gate, embedding)
-    for k, message in [(4, "top_k=4 exceeds the 3 adapters"), (0, "top_k=0 is no count")]:
+    for k, message in [
+        (4, "top_k=4 must be at most the number of adapters, 3"),
+        (0, "top_k=0 must be a positive integer"),
+    ]:
         with pytest.raises(ValueError, match=message):
             routing_weights(gate, EMBEDDING, top_k=k)
     (x,) = one.inputs
     for weights, inputs, message in [
-        (np.ones(3), (x,), r"shape \(3,\) instead of \(rows, 3\)"),
-        (np.ones((3, 2)), (x,), r"shape \(3, 2\) instead of \(rows, 3\)"),
-        (np.full((3, 3), np.nan), (x,), "The weights hold NaN"),
-        (np.ones((4, 3)), (x,), r"shapes \[\(3, 4, 6\)\], and the weights are of 4 rows"),
+        (np.ones(3), (x,), r"shape \(batch, 3\), got shape \(3,\)"),
+        (np.ones((3, 2)), (x,), r"shape \(batch, 3\), got shape \(3, 2\)"),
+        (np.full((3, 3), np.nan), (x,), "weights must be finite, got NaN"),
+        (np.ones((4, 3)), (x,), r"batch of 4 of the weights, got shapes \[\(3, 4, 6\)\]"),
         (np.ones((3, 3)), (), r"shapes \[\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             apply_routed(one.lora, one.params, mix, weights, *inputs)
     mean = jlora.lora_transform(lambda p, x: one.fn(p, x).mean())
-    with pytest.raises(ValueError, match=r"one row has shape \(\)"):
+    with pytest.raises(ValueError, match=r"got shape \(\) for a batch of one"):
         apply_routed(mean, one.params, mix, np.ones((3, 3)), x)

@@ -53,7 +53,7 @@ def effective_rank(matrix: np.ndarray) -> float:
         for layout in LAYOUTS
     ],
 )
-def test_law_figures_agree_with_the_dense_changes(layout: str) -> None:
+def test_law_interference_agrees_with_numpy(layout: str) -> None:
     given = adapters(layout)
     found = merging.measure_interference(given).per_weight["w"]
     dense = [change(adapter["w"]) for adapter in given.values()]
@@ -73,7 +73,7 @@ def test_law_figures_agree_with_the_dense_changes(layout: str) -> None:
     np.testing.assert_allclose(found.effective_rank, want_ranks, **CLOSE)
 
 
-def test_known_relations_have_the_figures_they_should() -> None:
+def test_interference_of_known_relations() -> None:
     one = lora("plain", 1)
     # The same inputs with outputs of its own, and the opposite change.
     turned = dataclasses.replace(lora("plain", 2), a=one.a)
@@ -90,7 +90,7 @@ def test_known_relations_have_the_figures_they_should() -> None:
     np.testing.assert_allclose(np.diagonal(meeting.cosine), 1, atol=1e-6)
 
 
-def test_the_cosine_of_a_stack_is_of_the_whole_weight() -> None:
+def test_interference_cosine_of_a_stack() -> None:
     given = {"a": {"w": lora("stacked", 1)}, "b": {"w": lora("stacked", 2)}}
     one, two = (change(adapter["w"]).ravel() for adapter in given.values())
     want = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
@@ -99,7 +99,7 @@ def test_the_cosine_of_a_stack_is_of_the_whole_weight() -> None:
     )
 
 
-def test_directions_that_only_rounding_gives_are_no_directions() -> None:
+def test_interference_ignores_rounding_directions() -> None:
     wide, other = lora("plain", 1, rank=4), lora("plain", 2)
     b = np.array(wide.b)
     b[1:] = np.outer([0.7, -1.3, 2.1], b[0])  # Of four ranks one is left, up to rounding.
@@ -111,7 +111,7 @@ def test_directions_that_only_rounding_gives_are_no_directions() -> None:
     assert found.effective_rank[0] == pytest.approx(1, abs=1e-3)
 
 
-def test_where_there_is_nothing_to_compare_there_is_no_number() -> None:
+def test_interference_without_update_is_nan() -> None:
     idle = dataclasses.replace(lora("plain", 3), b=0 * lora("plain", 3).b)
     given = {
         "a": {"w": lora("plain", 1), "only": lora("stacked", 1)},
@@ -129,7 +129,7 @@ def test_where_there_is_nothing_to_compare_there_is_no_number() -> None:
     assert np.isnan(found.mean("cosine")[2]).all()
 
 
-def test_biases_have_cosines_and_no_subspaces() -> None:
+def test_interference_bias_has_no_subspaces() -> None:
     found = merging.measure_interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}}).per_weight["b"]
     one, two = (np.asarray(bias(seed).delta, np.float64) for seed in (1, 2))
     want = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
@@ -139,7 +139,7 @@ def test_biases_have_cosines_and_no_subspaces() -> None:
     assert np.isnan(found.output_overlap).all()
 
 
-def test_families_that_need_the_base_are_compared_by_their_change() -> None:
+def test_interference_hira_requires_params() -> None:
     one = case("experts", "float32", "hira")
     other = moved(one.fresh, 5)
     found = merging.measure_interference({"a": one.adapter, "b": other}, one.params).per_weight["w"]
@@ -150,11 +150,11 @@ def test_families_that_need_the_base_are_compared_by_their_change() -> None:
     ]
     want = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
     assert found.cosine[0, 1] == pytest.approx(want, abs=1e-5)
-    with pytest.raises(ValueError, match="Give params"):
+    with pytest.raises(ValueError, match="Pass params"):
         merging.measure_interference({"a": one.adapter, "b": other})
 
 
-def test_the_table_has_every_pair_and_every_weight() -> None:
+def test_interference_table_has_pairs_and_weights() -> None:
     given = {name: {**a, "bias": bias(n)} for n, (name, a) in enumerate(adapters("plain").items())}
     found = merging.measure_interference(given)
     means, ranks, weights = str(found).split("\n\n")
@@ -172,7 +172,7 @@ def test_the_table_has_every_pair_and_every_weight() -> None:
     assert weights.splitlines()[3].split()[-3:-1] == ["-", "-"]
 
 
-def test_the_heat_map_is_a_picture_that_grows_with_what_it_shows(tmp_path: Path) -> None:
+def test_save_heatmap_png_grows_with_pairs(tmp_path: Path) -> None:
     sizes = []
     for count in (2, 8):
         figures = np.random.default_rng(0).uniform(-1, 1, (4, count, count))
@@ -187,9 +187,7 @@ def test_the_heat_map_is_a_picture_that_grows_with_what_it_shows(tmp_path: Path)
     assert sizes[0] < sizes[1]
 
 
-def test_without_matplotlib_the_error_says_what_to_install(
-    monkeypatch: Any, tmp_path: Path
-) -> None:
+def test_save_heatmap_without_matplotlib_raises(monkeypatch: Any, tmp_path: Path) -> None:
     import sys
 
     found = merging.measure_interference({"a": {"b": bias(1)}, "b": {"b": bias(2)}})
@@ -201,9 +199,9 @@ def test_without_matplotlib_the_error_says_what_to_install(
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([{"w": lora("plain", 1)}], TypeError, "has no names"),
+        ([{"w": lora("plain", 1)}], TypeError, "must be a mapping from names"),
         ({}, ValueError, "at least two"),
-        ({"a": {"w": lora("plain", 1)}}, ValueError, r"adapters=\['a'\] has nothing to compare"),
+        ({"a": {"w": lora("plain", 1)}}, ValueError, r"adapters=\['a'\] must have at least two"),
         ({"a": {"w": lora("plain", 1)}, "b": 3}, TypeError, "not what init returns"),
         (
             {"a": {"w": lora("plain", 1)}, "b": {"w": lora("transposed", 1)}},
@@ -216,12 +214,10 @@ def test_without_matplotlib_the_error_says_what_to_install(
                 "b": {"w": dataclasses.replace(lora("plain", 1), a=jnp.full((6, 2), jnp.nan))},
             },
             ValueError,
-            "holds NaN",
+            "has NaN",
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
-    given: Any, error: type[Exception], message: str
-) -> None:
+def test_interference_bad_adapters_raise(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         merging.measure_interference(given)

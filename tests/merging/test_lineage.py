@@ -49,7 +49,7 @@ def rewritten(path: Path, without: tuple[str, ...] = (), **changes: str) -> None
     path.write_bytes(safetensors.numpy.save(safetensors.numpy.load_file(path), metadata))
 
 
-def test_law_the_hash_is_the_same_after_saving_and_loading(tmp_path: Path) -> None:
+def test_law_content_hash_survives_save_and_load(tmp_path: Path) -> None:
     narrow = dataclasses.replace(ADAPTER["w"], a=jnp.asarray(ADAPTER["w"].a, jnp.bfloat16))
     for adapter in (ADAPTER, {"w": narrow}):
         path = tmp_path / "adapter.safetensors"
@@ -58,7 +58,7 @@ def test_law_the_hash_is_the_same_after_saving_and_loading(tmp_path: Path) -> No
         assert metadata_of(path)["content"] == content_hash(adapter)
 
 
-def test_the_hash_is_of_everything_but_the_order() -> None:
+def test_content_hash_ignores_only_order() -> None:
     leaf = ADAPTER["w"]
     assert content_hash(dict(reversed(ADAPTER.items()))) == HASH
     a = np.array(leaf.a)
@@ -76,7 +76,7 @@ def test_the_hash_is_of_everything_but_the_order() -> None:
     assert len(set(hashes)) == len(hashes)
 
 
-def test_law_a_lineage_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_law_read_lineage_roundtrip(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS, LINEAGE)
     assert read_lineage(path) == LINEAGE
@@ -86,7 +86,7 @@ def test_law_a_lineage_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert metadata_of(path)["content"] == HASH
 
 
-def test_files_of_an_older_jlora_still_load(tmp_path: Path) -> None:
+def test_load_adapter_without_lineage(tmp_path: Path) -> None:
     path = tmp_path / "old.safetensors"
     save_adapter(path, ADAPTER, PARAMS, LINEAGE)
     rewritten(path, without=("content", "lineage"))
@@ -95,7 +95,7 @@ def test_files_of_an_older_jlora_still_load(tmp_path: Path) -> None:
     assert "content" not in inspect_path(path).details
 
 
-def test_a_file_with_other_numbers_than_it_says_is_refused(tmp_path: Path) -> None:
+def test_load_adapter_changed_content_raises(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS)
     good = path.read_bytes()
@@ -108,12 +108,12 @@ def test_a_file_with_other_numbers_than_it_says_is_refused(tmp_path: Path) -> No
         load_adapter(path, PARAMS)
 
 
-def test_inspect_tells_where_an_adapter_comes_from(tmp_path: Path) -> None:
+def test_inspect_path_shows_lineage(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS, LINEAGE)
     facts = inspect_path(path).details
     assert facts["content"] == HASH
-    assert facts["made by"] == "TIES(density=0.2), rank=4"
+    assert facts["method"] == "TIES(density=0.2), rank=4"
     assert facts["parent 1"] == f"1 x one.safetensors ({HASH[:12]})"
     assert facts["parent 2"] == "-0.5 x two (000000000000)"
     assert facts["recipe"] == "base base, data x.jsonl"
@@ -123,10 +123,10 @@ def test_inspect_tells_where_an_adapter_comes_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recipe", [{}, {"model": 3, "data": []}, {"data": {"train": 3}}, {"data": {"train": [3]}}]
 )
-def test_a_recipe_of_another_kind_is_told_of(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_inspect_path_unknown_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS, Lineage(recipe=recipe))
-    assert inspect_path(path).details["recipe"] == "told in its metadata"
+    assert inspect_path(path).details["recipe"] == "in the metadata"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_recipe_of_another_kind_is_told_of(recipe: dict[str, Any], tmp_path: P
         '{"other": 1}',
     ],
 )
-def test_a_damaged_lineage_is_refused(text: str, tmp_path: Path) -> None:
+def test_read_lineage_damaged_raises(text: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, ADAPTER, PARAMS)
     rewritten(path, lineage=text)
@@ -185,7 +185,7 @@ VALUES = st.recursive(
 @hypothesis.given(
     st.dictionaries(st.sampled_from(["parents", "method", "recipe"]), VALUES, max_size=3)
 )
-def test_a_lineage_with_anything_in_it_is_refused_or_told(held: dict[str, Any]) -> None:
+def test_lineage_any_json_is_valid_or_raises(held: dict[str, Any]) -> None:
     from jlora.cli.checkpoint_contents import _describe_lineage
 
     try:
@@ -196,7 +196,7 @@ def test_a_lineage_with_anything_in_it_is_refused_or_told(held: dict[str, Any]) 
     assert all(isinstance(text, str) for text in _describe_lineage(found).values())
 
 
-def test_what_is_no_lineage_is_not_written(tmp_path: Path) -> None:
+def test_save_adapter_bad_lineage_raises(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     with pytest.raises(TypeError, match="is no Lineage"):
         save_adapter(path, ADAPTER, PARAMS, {"method": "x"})  # type: ignore[arg-type]
@@ -209,13 +209,11 @@ def test_what_is_no_lineage_is_not_written(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_training_run_leaves_its_recipe_but_not_where_it_wrote(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lineage_has_recipe_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jlora.training import export
     from jlora.training.recipe.sections import Recipe
 
-    monkeypatch.setattr(export, "adapter_of", lambda *_: ADAPTER)
+    monkeypatch.setattr(export, "gather_adapter", lambda *_: ADAPTER)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         data = {"train": [{"path": "x.jsonl", "format": "chat"}]}

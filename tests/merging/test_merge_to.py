@@ -38,11 +38,11 @@ def numpy_report(change: float) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
-def test_the_report_is_what_numpy_finds(size: float) -> None:
+def test_merge_to_dtype_report_agrees_with_numpy(size: float) -> None:
     params = {"w": WEIGHT.astype(jnp.bfloat16)}
     merge = lambda: jlora.merge_to_dtype(params, adapter(size))
     if size < 1e-2:
-        with pytest.warns(jlora.UpdateLostWarning, match="1 of 1 changes .* float32"):
+        with pytest.warns(jlora.UpdateLostWarning, match="1 of 1 updates .* float32"):
             merged = merge()
     else:
         merged = merge()
@@ -55,7 +55,7 @@ def test_the_report_is_what_numpy_finds(size: float) -> None:
     assert "unchanged" in str(merged)
 
 
-def test_a_wider_type_keeps_everything() -> None:
+def test_merge_to_dtype_wider_dtype_is_lossless() -> None:
     params = {"w": WEIGHT.astype(jnp.bfloat16), "n": jnp.arange(3)}
     merged = jlora.merge_to_dtype(params, adapter(1e-4), jnp.float32)
     gain, cosine, unchanged, _ = merged.report["w"]
@@ -68,12 +68,12 @@ def test_a_wider_type_keeps_everything() -> None:
     np.testing.assert_allclose(merged.params["w"], exact, atol=1e-6)
 
 
-def test_what_is_not_changed_is_not_reported() -> None:
+def test_merge_to_dtype_zero_update_not_reported() -> None:
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
     fresh = lora.init(jax.random.key(1), {"w": WEIGHT}, X)
     assert jlora.merge_to_dtype({"w": WEIGHT}, fresh).report == {}
 
 
-def test_what_is_not_finite_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'w' holds NaN or Inf in float16"):
+def test_merge_to_dtype_nonfinite_raises() -> None:
+    with pytest.raises(ValueError, match=r"'w' has NaN or infinite entries in float16"):
         jlora.merge_to_dtype({"w": WEIGHT}, adapter(1e6), jnp.float16)

@@ -52,7 +52,7 @@ def expected(name: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def loaded(name: str, scanned: bool = False, dtype: str = "float32") -> load.LoadedModel:
-    return load.load(DATA / name, dtype=dtype, scanned=scanned)
+    return load.load(DATA / name, dtype=dtype, scan_layers=scanned)
 
 
 @functools.cache
@@ -421,23 +421,23 @@ def test_a_target_outside_the_vocabulary_has_no_loss() -> None:
     np.testing.assert_array_equal(np.isnan(losses), [[False, True, True]])
 
 
-@pytest.mark.parametrize("remat", ["projections", "everything"])
+@pytest.mark.parametrize("remat", ["save_projections", "full"])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_recomputing_changes_no_gradient(remat: Any, scanned: bool) -> None:
     model, params = loaded("gemma3", scanned)
     ids = expected("gemma3")["input_ids"]
-    again = dataclasses.replace(model, remat=remat)
+    again = dataclasses.replace(model, remat_policy=remat)
     total = lambda model: lambda p: jnp.sin(model.apply(p, ids)).sum()
     plain, other = (jax.jit(jax.grad(total(m)))(params) for m in (model, again))
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         # The compiler fuses the two programs in other ways.
         np.testing.assert_allclose(one, two, atol=1e-5 * (1 + float(jnp.abs(one).max())))
-    # What is not kept is multiplied again, and with "projections" that is attention alone.
+    # What is not kept is multiplied again, and with "save_projections" that is attention alone.
     counts = [
-        str(jax.make_jaxpr(jax.grad(total(dataclasses.replace(model, remat=one))))(params)).count(
+        str(jax.make_jaxpr(jax.grad(total(dataclasses.replace(model, remat_policy=one))))(params)).count(
             "dot_general["
         )
-        for one in ("nothing", "projections", "everything")
+        for one in ("none", "save_projections", "full")
     ]
     assert counts[0] < counts[1] < counts[2]
 
@@ -447,7 +447,7 @@ def test_a_scan_keeps_no_activation_wider_than_it_is_computed_in(name: str) -> N
     model, params = loaded(name, True, "bfloat16")
     ids = expected(name)["input_ids"]
     hidden = lambda layers: model.apply(
-        {"params": {**params["params"], "layers": layers}}, ids, method="hidden"
+        {"params": {**params["params"], "layers": layers}}, ids, method="hidden_states"
     )
     layers = params["params"]["layers"]
     _, pull_back = jax.vjp(hidden, layers)
@@ -464,12 +464,12 @@ def test_a_scan_keeps_no_activation_wider_than_it_is_computed_in(name: str) -> N
 def test_models_refuse_options_that_they_have_not() -> None:
     ids = jnp.ones((1, 3), jnp.int32)
     model, params = loaded("llama")
-    with pytest.raises(ValueError, match="remat='some' is none of"):
-        dataclasses.replace(model, remat="some").init(jax.random.key(0), ids)
+    with pytest.raises(ValueError, match="remat_policy='some'"):
+        dataclasses.replace(model, remat_policy="some").init(jax.random.key(0), ids)
     with pytest.raises(ValueError, match="dtype=int8 would not hold the weights. Use one of fl"):
         load.load(DATA / "llama", dtype="int8")
     with pytest.raises(ValueError, match="some of these are mixtures"):
-        load.load(DATA / "qwen3_moe_some", scanned=True)
+        load.load(DATA / "qwen3_moe_some", scan_layers=True)
     with pytest.raises(ValueError, match="A cache needs positions"):
         model.apply(params, ids, cache=models.init_cache(model, 1, 4))
 
@@ -496,14 +496,14 @@ def test_inputs_of_other_shapes_are_refused() -> None:
     ids = jnp.ones((2, 3), jnp.int32)
     with pytest.raises(ValueError, match=r"input_ids has shape \(3,\) instead of"):
         model.apply(params, ids[0])
-    with pytest.raises(ValueError, match=r"mask has shape \(1, 3\), input_ids \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), input_ids \(2, 3\)"):
         model.apply(params, ids, ids[:1])
     with pytest.raises(ValueError, match=r"positions has shape \(3,\)"):
         model.apply(params, ids, None, ids[0])
     with pytest.raises(ValueError, match="3 tokens do not fit into a cache for 2"):
         model.apply(params, ids, None, ids, models.init_cache(model, 2, 2))
     x = jnp.zeros((1, 4, 2, 8))
-    with pytest.raises(ValueError, match="key_segments without query_segments"):
+    with pytest.raises(ValueError, match="key_segment_ids without query_segment_ids"):
         attention.attend(x, x, x, scale=1.0, key_segment_ids=jnp.ones((1, 4), jnp.int32))
 
 
@@ -602,15 +602,15 @@ def test_a_second_prompt_does_not_compile_again(caplog: pytest.LogCaptureFixture
         ({"max_new_tokens": 0}, "max_new_tokens=0 asks for nothing"),
         ({"max_new_tokens": 60}, "run past the 64"),
         ({"input_ids": np.zeros((2, 0), int)}, "are no prompts"),
-        ({"mask": np.array([[1, 1, 0], [0, 0, 0]])}, r"prompts \[1\] have no token"),
-        ({"mask": np.ones((2, 4))}, r"mask has shape \(2, 4\)"),
+        ({"attention_mask": np.array([[1, 1, 0], [0, 0, 0]])}, r"prompts \[1\] have no token"),
+        ({"attention_mask": np.ones((2, 4))}, r"attention_mask has shape \(2, 4\)"),
         ({"sampling": SamplingParams(temperature=1.0)}, "Give a key"),
     ],
 )
 def test_generate_refuses(change: dict[str, Any], message: str) -> None:
     model, params = loaded("llama")
     given = {"input_ids": np.full((2, 5), 3), "max_new_tokens": 2, **change}
-    if "mask" in change:
+    if "attention_mask" in change:
         given["input_ids"] = np.full((2, 3), 3)
     with pytest.raises(ValueError, match=message):
         generate(model, params, **given)
@@ -620,7 +620,7 @@ def test_generate_refuses(change: dict[str, Any], message: str) -> None:
     "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}]
 )
 def test_sampling_refuses(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"Sampling.{next(iter(options))}="):
+    with pytest.raises(ValueError, match=f"SamplingParams.{next(iter(options))}="):
         SamplingParams(**options)
 
 
@@ -631,9 +631,9 @@ def test_sampling_refuses(options: dict[str, Any]) -> None:
 def test_what_was_loaded_is_written_bit_by_bit(
     name: str, scanned: bool, tmp_path: pathlib.Path
 ) -> None:
-    _, params = load.load(DATA / name, scanned=scanned)
+    _, params = load.load(DATA / name, scan_layers=scanned)
     written = tmp_path / "written"
-    save.save(written, params, DATA / name, scanned=scanned, max_shard_size=3000)
+    save.save(written, params, DATA / name, scan_layers=scanned, max_shard_size=3000)
     index = json.loads((written / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     ours: dict[str, np.ndarray] = {}
@@ -645,7 +645,7 @@ def test_what_was_loaded_is_written_bit_by_bit(
         assert tensor.dtype == ours[key].dtype
         np.testing.assert_array_equal(ours[key].view(np.uint16), tensor.view(np.uint16), key)
     assert (written / "config.json").read_text() == (DATA / name / "config.json").read_text()
-    again = load.load(written, scanned=scanned).params
+    again = load.load(written, scan_layers=scanned).params
     for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -799,7 +799,7 @@ def test_exports_never_replace_and_never_stay_half(tmp_path: pathlib.Path) -> No
     with pytest.raises(ValueError, match=r"params/extra is unknown, params/norm/scale is missing"):
         save.save(tmp_path / "new", broken, DATA / "llama")
     with pytest.raises(ValueError, match="options that it was loaded with"):
-        save.save(tmp_path / "new", params, DATA / "llama", scanned=True)
+        save.save(tmp_path / "new", params, DATA / "llama", scan_layers=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
     del model
 
@@ -818,7 +818,7 @@ def test_weights_are_read_right_to_their_devices(scanned: bool) -> None:
         return jax.sharding.NamedSharding(mesh, spec(*axes))
 
     for name in KNOWN:
-        model, params = load.load(DATA / name, dtype=jnp.float32, sharding=place, scanned=scanned)
+        model, params = load.load(DATA / name, dtype=jnp.float32, sharding=place, scan_layers=scanned)
         _, plain = loaded(name, scanned)
         for path, one in zip(eval_param_shapes(model), jax.tree.leaves(params), strict=True):
             assert one.sharding.is_equivalent_to(place(path, one).with_memory_kind(None), one.ndim)
@@ -846,11 +846,11 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path: pathlib.Path) -> None:
     total = sum(leaf.size * 4 for leaf in sizes.values())
     assert total > 20 * largest
     del tensors
-    load.load(folder, scanned=True)  # Compiles what puts tensors into their stacks.
+    load.load(folder, scan_layers=True)  # Compiles what puts tensors into their stacks.
     # On a CPU the devices' arrays are the host's too, but NumPy did not make them: the tracer
     # counts what passes through the host.
     tracemalloc.start()
-    params = load.load(folder, scanned=True).params
+    params = load.load(folder, scan_layers=True).params
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     jax.block_until_ready(params)

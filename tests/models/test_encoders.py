@@ -136,7 +136,7 @@ def test_weights_in_float32_compute_in_bfloat16_when_asked_to(name: str) -> None
 @pytest.mark.parametrize("name", ["bert", "roberta", "vit"])
 def test_poolers_are_those_of_transformers(name: str) -> None:
     model, params = loaded(name)
-    pooled = model.apply(params, *inputs(name), method="pooled")
+    pooled = model.apply(params, *inputs(name), method="pooler_output")
     # As above; the activation makes them smaller.
     np.testing.assert_allclose(pooled, expected(name)["pooled"], rtol=0, atol=5e-6)
 
@@ -145,7 +145,7 @@ def test_poolers_are_those_of_transformers(name: str) -> None:
 def test_a_pooler_that_is_not_there_is_refused(name: str) -> None:
     model, params = loaded(name)
     with pytest.raises(ValueError, match="no pooler: its checkpoint came without one. Use"):
-        model.apply(params, *inputs(name), method="pooled")
+        model.apply(params, *inputs(name), method="pooler_output")
 
 
 def test_hidden_states_are_the_same_under_a_head(tmp_path: pathlib.Path) -> None:
@@ -158,7 +158,7 @@ def test_hidden_states_are_the_same_under_a_head(tmp_path: pathlib.Path) -> None
         folder = edited(tmp_path / name, headless, name)
         (folder / "config.json").write_text(json.dumps(raw(name) | {"architectures": [base]}))
         alone, own = load.load(folder, dtype=jnp.float32)
-        hidden = model.apply(params, *inputs(name), method="hidden")
+        hidden = model.apply(params, *inputs(name), method="hidden_states")
         np.testing.assert_array_equal(alone.apply(own, *inputs(name)), hidden)
 
 
@@ -563,8 +563,8 @@ def test_what_changes_no_number_is_let_through(name: str) -> None:
 
 
 def test_models_without_options_refuse_those_of_decoders() -> None:
-    with pytest.raises(TypeError, match=r"\['scanned'\] are no options of Encoder, which has \[\]"):
-        load.load(DATA / "bert", scanned=True)
+    with pytest.raises(TypeError, match=r"\['scan_layers'\] are no options of Encoder, which has \[\]"):
+        load.load(DATA / "bert", scan_layers=True)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -850,19 +850,19 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(
 
 BAD_PARAMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown": (
-        lambda tree: _tree["layer_0"].update(adapter=jnp.ones(3)),
+        lambda tree: tree["layer_0"].update(adapter=jnp.ones(3)),
         r"layer_0/adapter is unknown",
     ),
     "missing": (
-        lambda tree: _tree["layer_0"]["mlp"].pop("up"),
+        lambda tree: tree["layer_0"]["mlp"].pop("up"),
         r"layer_0/mlp/up/bias is missing, params/layer_0/mlp/up/kernel is missing",
     ),
     "shape": (
-        lambda tree: _tree["embeddings"]["word"].update(embedding=jnp.ones((54, 20))),
+        lambda tree: tree["embeddings"]["word"].update(embedding=jnp.ones((54, 20))),
         r"embeddings/word/embedding has shape \(54, 20\) instead of \(44, 20\)",
     ),
     "transposed": (
-        lambda tree: _tree["layer_1"]["mlp"]["up"].update(kernel=jnp.ones((28, 20))),
+        lambda tree: tree["layer_1"]["mlp"]["up"].update(kernel=jnp.ones((28, 20))),
         r"layer_1/mlp/up/kernel has shape \(28, 20\) instead of \(20, 28\)",
     ),
 }

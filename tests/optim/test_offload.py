@@ -103,7 +103,7 @@ def same_bits(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["alone", "mesh"])
-def test_law_offloading_changes_no_bit(name: str, sharded: bool) -> None:
+def test_offload_is_bit_identical(name: str, sharded: bool) -> None:
     params = parameters(mesh() if sharded else None)
     expected = stepped(OPTIMIZERS[name](), params)[:2]
     found = stepped(jlora.offload(OPTIMIZERS[name]()), params)[:2]
@@ -112,7 +112,7 @@ def test_law_offloading_changes_no_bit(name: str, sharded: bool) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["alone", "mesh"])
-def test_law_between_steps_the_state_lies_in_the_hosts_memory(name: str, sharded: bool) -> None:
+def test_offload_state_is_on_host_between_steps(name: str, sharded: bool) -> None:
     params = parameters(mesh() if sharded else None)
     optimizer = jlora.offload(OPTIMIZERS[name]())
     assert kinds(optimizer.init(params)) <= {"pinned_host"}
@@ -122,7 +122,7 @@ def test_law_between_steps_the_state_lies_in_the_hosts_memory(name: str, sharded
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_law_inside_other_transformations_only_its_own_state_moves(name: str) -> None:
+def test_offload_nested_moves_only_its_state(name: str) -> None:
     params = parameters()
     expected, _, _ = stepped(OPTIMIZERS[name](), params)
     found, state, _ = stepped(INSIDE[name](), params)
@@ -132,7 +132,7 @@ def test_law_inside_other_transformations_only_its_own_state_moves(name: str) ->
     assert kinds(stepped(both, params)[1]) == {"device", "pinned_host"}
 
 
-def test_a_second_step_does_not_compile_again() -> None:
+def test_offload_second_step_uses_cache() -> None:
     place = NamedSharding(mesh(), PartitionSpec())
     params = jax.device_put(parameters(), place)
     optimizer = jlora.offload(optax.adam(1e-2))
@@ -142,7 +142,7 @@ def test_a_second_step_does_not_compile_again() -> None:
     assert run._cache_size() == 1
 
 
-def test_moments_stay_split_and_counts_are_whole_on_the_mesh() -> None:
+def test_offload_init_keeps_shardings() -> None:
     params = parameters(mesh())
     state = jlora.offload(optax.adam(1e-2)).init(params)
     split = NamedSharding(mesh(), PartitionSpec("fsdp"), memory_kind="pinned_host")
@@ -152,7 +152,7 @@ def test_moments_stay_split_and_counts_are_whole_on_the_mesh() -> None:
     assert places["kernel"] == split
 
 
-def test_a_step_gives_the_states_buffers_back() -> None:
+def test_offload_donated_state_is_deleted() -> None:
     optimizer = jlora.offload(optax.adam(1e-2))
     params = parameters()
     state = optimizer.init(params)
@@ -161,7 +161,7 @@ def test_a_step_gives_the_states_buffers_back() -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_the_state_can_be_carried_through_a_scan_of_steps() -> None:
+def test_offload_inside_scan_is_bit_identical() -> None:
     x = jax.device_put(np.random.default_rng(2).normal(size=(4, 3, 8)).astype(np.float32))
     params = parameters()
 
@@ -178,7 +178,7 @@ def test_the_state_can_be_carried_through_a_scan_of_steps() -> None:
     assert kinds(ends[1][1]) == {"pinned_host"}
 
 
-def test_an_adapters_optimizer_is_offloaded_as_a_whole() -> None:
+def test_offload_lora_optimizer_state_is_on_host() -> None:
     one = case("attention", "float32")
     optimizer = jlora.offload(jlora.lora_optimizer(optax.adam(1e-2), lr_multipliers={"b": 16}))
     state = optimizer.init(one.fresh)
@@ -192,7 +192,7 @@ def state_of(params: Any) -> Any:
     return jlora.lora_optimizer(optax.adam(1e-2)).init(params)
 
 
-def test_extra_arguments_reach_the_transformation() -> None:
+def test_offload_passes_extra_args() -> None:
     def update(updates: Any, state: Any, params: Any = None, *, factor: float) -> Any:
         return jax.tree.map(lambda u: factor * u, updates), state
 
@@ -207,21 +207,21 @@ def test_extra_arguments_reach_the_transformation() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("passes", [1, 3])
-def test_the_self_test_passes_what_is_right(name: str, passes: int) -> None:
+def test_check_offload_correct_passes(name: str, passes: int) -> None:
     params = parameters(mesh())
     transform = OPTIMIZERS[name]()
     state = jlora.offload(transform).init(params)
     jlora.check_offload(transform, params, state, accumulation_steps=passes)
 
 
-def test_the_self_test_of_nothing_passes() -> None:
+def test_check_offload_empty_passes() -> None:
     transform = optax.adam(1e-2)
     jlora.check_offload(
         transform, {}, jax.device_put(transform.init({}), NamedSharding(mesh(), PartitionSpec()))
     )
 
 
-def test_the_self_test_needs_no_arrays_and_cuts_long_ones() -> None:
+def test_check_offload_abstract_long_axes_are_cut() -> None:
     place = NamedSharding(mesh(), PartitionSpec("fsdp"))
     params = {"kernel": jax.ShapeDtypeStruct((1 << 40, 3), jnp.bfloat16, sharding=place)}
     transform = optax.adafactor(1e-2, min_dim_size_to_factor=2)
@@ -261,11 +261,11 @@ def stale(tree: Any) -> Any:
     ],
     ids=["a bit in", "a bit out", "nothing in", "nothing out"],
 )
-def test_law_the_self_test_refuses_a_broken_transfer(fetch: Any, store: Any, passes: int) -> None:
+def test_check_offload_broken_transfer_raises(fetch: Any, store: Any, passes: int) -> None:
     params = parameters(mesh())
     transform = optax.adam(1e-2)
     broken = offload._wrap_with_transfers(transform, fetch, store)
-    with pytest.raises(RuntimeError, match=r"wrong numbers .*arrays differ.*offload=false"):
+    with pytest.raises(RuntimeError, match=r"wrong values .*arrays differ.*offload=false"):
         jlora.check_offload(
             transform,
             params,
@@ -275,7 +275,7 @@ def test_law_the_self_test_refuses_a_broken_transfer(fetch: Any, store: Any, pas
         )
 
 
-def test_the_self_test_sees_wrong_gradients_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_offload_wrong_scan_gradient_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a program with transfers lost the last pass of its scan."""
     params = parameters()
     whole, calls = offload._self_test_grads, []
@@ -284,10 +284,10 @@ def test_the_self_test_sees_wrong_gradients_of_a_scan(monkeypatch: pytest.Monkey
         calls.append(len(rows))
         return whole(params, rows if len(calls) == 1 else rows[:-1])
 
-    monkeypatch.setattr(offload, "_gradient", losing)
+    monkeypatch.setattr(offload, "_self_test_grads", losing)
     transform = optax.adam(1e-2)
     state = transform.init(params)
-    with pytest.raises(RuntimeError, match="wrong numbers"):
+    with pytest.raises(RuntimeError, match="wrong values"):
         jlora.check_offload(transform, params, state, accumulation_steps=3)
     assert calls == [3, 3]
 
@@ -307,14 +307,14 @@ class NoHost:
         return "toaster:0"
 
 
-def test_devices_without_the_hosts_memory_are_refused() -> None:
+def test_check_host_memory_missing_raises() -> None:
     offload.check_host_memory(jax.devices())
     with pytest.raises(ValueError, match=r"toaster:0 has .*'pinned_host'.*offload=false"):
         offload.check_host_memory([NoHost()])
 
 
-def test_init_is_refused_there_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "HOST", "punched_cards")
+def test_offload_without_host_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "HOST_MEMORY_KIND", "punched_cards")
     with pytest.raises(ValueError, match="has memories of the kinds .*'punched_cards'"):
         jlora.offload(optax.adam(1e-2)).init(parameters())
     state = optax.adam(1e-2).init(parameters())

@@ -25,7 +25,7 @@ def combined() -> tuple[Any, Any]:
     return one, {"base": one.params, "adapter": one.fresh, "head": {"kernel": jnp.ones((6, 3))}}
 
 
-def test_every_array_has_a_label() -> None:
+def test_param_labels_cover_every_array() -> None:
     _, tree = combined()
     labels = jlora.param_labels(tree)
     assert set(jax.tree.leaves(labels["base"])) == {"frozen"}
@@ -34,7 +34,7 @@ def test_every_array_has_a_label() -> None:
         assert (leaf.a, leaf.b) == ("a", "b")
 
 
-def test_training_in_one_tree_leaves_the_base_bit_identical_and_without_state() -> None:
+def test_lora_optimizer_frozen_base_is_unchanged() -> None:
     one, tree = combined()
     optimizer = jlora.lora_optimizer(optax.adam(1e-2))
     state = optimizer.init(tree)
@@ -63,7 +63,7 @@ def test_training_in_one_tree_leaves_the_base_bit_identical_and_without_state() 
         assert not np.array_equal(before, now)
 
 
-def test_one_transformation_for_all_is_that_transformation_on_the_adapter_alone() -> None:
+def test_lora_optimizer_single_equals_transform() -> None:
     one = case("attention", "float32")
     gradient = one.gradient
     plain, ours = optax.adamw(1e-2), jlora.lora_optimizer(optax.adamw(1e-2))
@@ -72,7 +72,7 @@ def test_one_transformation_for_all_is_that_transformation_on_the_adapter_alone(
     chex.assert_trees_all_equal(updates, expected)
 
 
-def test_each_label_has_its_own_transformation() -> None:
+def test_lora_optimizer_per_label_transforms() -> None:
     one = case("attention", "float32")
     optimizer = jlora.lora_optimizer({"a": optax.sgd(1.0), "b": optax.sgd(16.0)})
     gradient = jax.tree.map(jnp.ones_like, one.adapter)
@@ -91,16 +91,16 @@ def test_each_label_has_its_own_transformation() -> None:
             ValueError,
             r"exactly one for each",
         ),
-        (0.1, TypeError, r"0.1.*optax.adamw"),
-        ({"a": 0.1}, TypeError, r"0.1.*optax.adamw"),
+        (0.1, TypeError, r"optax.adamw.*got 0.1"),
+        ({"a": 0.1}, TypeError, r"optax.adamw.*got 0.1"),
     ],
 )
-def test_labels_that_do_not_match_are_refused(transforms: Any, error: Any, message: str) -> None:
+def test_lora_optimizer_wrong_labels_raise(transforms: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         jlora.lora_optimizer(transforms).init(case("attention", "float32").adapter)
 
 
-def test_a_weight_of_the_path_base_is_still_trained() -> None:
+def test_param_labels_weight_named_base_trained() -> None:
     fn = lambda p, x: x @ p["base"]
     params, x = {"base": jnp.ones((6, 5))}, jnp.ones((2, 6))
     adapter = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2)).init(
@@ -109,7 +109,7 @@ def test_a_weight_of_the_path_base_is_still_trained() -> None:
     assert set(jax.tree.leaves(jlora.param_labels(adapter))) == {"a", "b"}
 
 
-def test_extra_arguments_reach_the_transformation() -> None:
+def test_lora_optimizer_passes_extra_args() -> None:
     one = case("attention", "float32")
     optimizer = jlora.lora_optimizer(optax.contrib.reduce_on_plateau())
     state = optimizer.init(one.adapter)
@@ -117,7 +117,7 @@ def test_extra_arguments_reach_the_transformation() -> None:
     chex.assert_trees_all_close(updates, one.adapter)
 
 
-def test_partition_and_combine_are_inverse() -> None:
+def test_combine_inverts_partition() -> None:
     one = case("attention", "float32")
     trained, rest = jlora.partition(one.adapter, lambda label: label == "b")
     assert arrays(trained) == sum(leaf.b.size for leaf in one.adapter.values())
@@ -129,7 +129,7 @@ def test_partition_and_combine_are_inverse() -> None:
     chex.assert_trees_all_equal(everything, one.adapter)
 
 
-def test_the_gradient_of_a_part_is_the_part_of_the_gradient() -> None:
+def test_partition_commutes_with_grad() -> None:
     one = case("attention", "float32")
     trained, rest = jlora.partition(one.adapter, lambda label: label == "b")
     loss = lambda b: total(one.lora.apply(one.params, jlora.combine(b, rest), *one.inputs))
@@ -139,7 +139,7 @@ def test_the_gradient_of_a_part_is_the_part_of_the_gradient() -> None:
     chex.assert_trees_all_close(jax.jit(jax.grad(loss))(trained), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_part_alone_is_refused_by_name() -> None:
+def test_combine_bad_parts_raise() -> None:
     one = case("attention", "float32")
     trained, _ = jlora.partition(one.adapter, lambda label: label == "b")
     with pytest.raises(ValueError, match=r"array 'a' .*jlora.combine"):

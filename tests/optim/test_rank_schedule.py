@@ -20,7 +20,7 @@ from jlora import optim
 RULES = {"^(e|narrow)$": jlora.LoRA(rank=4, alpha=3), "q": jlora.LoRA(rank=2, alpha=3)}
 RULED = ("e", "narrow", "q")
 # Due at steps 3, 6, 9 and 10. At step 6 the line is at 2.14 still, and at step 7 at 1.86.
-SCHEDULE = {"first": 3, "last": 1, "begin": 3, "end": 10, "interval": 3}
+SCHEDULE = {"init_rank": 3, "end_rank": 1, "begin_step": 3, "end_step": 10, "interval": 3}
 CUTS = {3: 3, 9: 2, 10: 1}
 FIRST, STEPS = 3, 12
 
@@ -82,12 +82,12 @@ def history() -> list[tuple[Any, Any, Any, Any, Any]]:
 
 def matrices(leaf: Any) -> np.ndarray:
     """The change as (batch, fan_in, fan_out), in float64."""
-    batch = int(np.prod(leaf.groups.batch))
+    batch = int(np.prod(leaf.axis_sizes.batch))
     a = np.float64(leaf.a).reshape(batch, -1, leaf.rank)
     return leaf.scale * a @ np.float64(leaf.b).reshape(batch, leaf.rank, -1)
 
 
-def test_law_a_cut_leaves_the_best_approximation_of_what_the_step_would_have_made() -> None:
+def test_rank_schedule_cut_is_best_approximation() -> None:
     for step, rank in CUTS.items():
         adapter, state, gradient, after, _ = history()[step - 1]
         updates, _ = inner_update(gradient, state.inner, adapter)
@@ -101,7 +101,7 @@ def test_law_a_cut_leaves_the_best_approximation_of_what_the_step_would_have_mad
             np.testing.assert_allclose(matrices(leaf), best, atol=1e-5, err_msg=f"{path} {step}")
 
 
-def test_law_after_a_cut_no_rank_is_above_the_schedule() -> None:
+def test_rank_schedule_bounds_ranks() -> None:
     rank = 4
     for step, (*_, after, state) in enumerate(history(), start=1):
         rank = CUTS.get(step, rank)
@@ -112,11 +112,11 @@ def test_law_after_a_cut_no_rank_is_above_the_schedule() -> None:
             assert np.linalg.matrix_rank(matrices(leaf), tol=1e-5).max() <= rank
 
 
-def test_law_both_factors_are_equally_large_after_a_cut() -> None:
+def test_rank_schedule_cut_balances_factors() -> None:
     after = history()[FIRST - 1][3]
     for path in ("e", "narrow"):
         leaf = after[path]
-        batch = int(np.prod(leaf.groups.batch))
+        batch = int(np.prod(leaf.axis_sizes.batch))
         a = np.asarray(leaf.a).reshape(batch, -1, leaf.rank)
         b = np.asarray(leaf.b).reshape(batch, leaf.rank, -1)
         np.testing.assert_allclose(  # Float32 roots of singular values of about 3.
@@ -124,7 +124,7 @@ def test_law_both_factors_are_equally_large_after_a_cut() -> None:
         )
 
 
-def test_law_all_other_steps_are_the_optimizers() -> None:
+def test_rank_schedule_other_steps_are_inner() -> None:
     for step, (adapter, state, gradient, after, new) in enumerate(history(), start=1):
         if step in CUTS:
             continue
@@ -134,7 +134,7 @@ def test_law_all_other_steps_are_the_optimizers() -> None:
         chex.assert_trees_all_close(new.inner, inner, rtol=1e-6)
 
 
-def test_after_a_cut_the_optimizer_starts_anew_and_the_learning_rate_goes_on() -> None:
+def test_rank_schedule_cut_resets_moments() -> None:
     *_, after, state = history()[FIRST - 1]
     anew = SHRINKING.init(after)
     rate = [int(x) for x in jax.tree.leaves(state.inner) if jnp.ndim(x) == 0]
@@ -150,7 +150,7 @@ def test_after_a_cut_the_optimizer_starts_anew_and_the_learning_rate_goes_on() -
 
 
 @pytest.mark.slow
-def test_heads_and_other_families_are_stepped_as_ever() -> None:
+def test_rank_schedule_leaves_other_arrays_alone() -> None:
     params, _, x = start()
     rules = {"w": jlora.LoRA(rank=3, alpha=3), "q": jlora.DoRA(rank=3, alpha=3)}
     adapter = moved(jlora.lora_transform(fn, rules).init(jax.random.key(1), params, x))
@@ -166,7 +166,7 @@ def test_heads_and_other_families_are_stepped_as_ever() -> None:
         np.testing.assert_allclose(one, -0.1, rtol=1e-6)
 
 
-def test_it_runs_under_scan_and_is_traced_once() -> None:
+def test_rank_schedule_in_scan_traces_once() -> None:
     _, adapter, _ = start()
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -188,7 +188,7 @@ def test_it_runs_under_scan_and_is_traced_once() -> None:
 # --- without the zeros ----------------------------------------------------------------------------
 
 
-def test_law_a_trimmed_adapter_computes_the_same() -> None:
+def test_trim_zero_ranks_computes_the_same() -> None:
     params, _, x = start()
     for number, want in (
         (FIRST, {"e": 3, "narrow": 3, "q": 2}),
@@ -207,7 +207,7 @@ def test_law_a_trimmed_adapter_computes_the_same() -> None:
     )
 
 
-def test_a_stack_keeps_the_largest_rank_of_its_layers() -> None:
+def test_trim_zero_ranks_stack_keeps_max_rank() -> None:
     leaf = start()[1]["e"]
     # Of its four ranks the first layer uses 0 and 3, the second 1, the third none.
     used = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]])
@@ -219,7 +219,7 @@ def test_a_stack_keeps_the_largest_rank_of_its_layers() -> None:
     np.testing.assert_allclose(matrices(less), matrices(cut), rtol=1e-6)  # A scale of its own.
 
 
-def test_a_fresh_adapter_keeps_its_ranks_and_one_of_zeros_is_left_out() -> None:
+def test_trim_zero_ranks_fresh_and_zero_leaves() -> None:
     params, _, x = start()
     adapter = fresh(params, x)
     chex.assert_trees_all_equal(optim.trim_zero_ranks(adapter), adapter)
@@ -233,29 +233,31 @@ def test_a_fresh_adapter_keeps_its_ranks_and_one_of_zeros_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"last": 5}, "last=5 exceeds first=3"),
-        ({"last": 0}, "leaves no room"),
-        ({"first": 2.0}, "a rank is a count"),
-        ({"begin": 10}, "begin=10 and end=10"),
-        ({"begin": -1}, "begin=-1 and end=10"),
-        ({"interval": 0}, "is no count"),
+        ({"end_rank": 5}, "end_rank=5 must be at most init_rank=3"),
+        ({"end_rank": 0}, "must be at least 1"),
+        ({"init_rank": 2.0}, "must be a positive integer, got float"),
+        ({"begin_step": 10}, "begin_step=10 and end_step=10"),
+        ({"begin_step": -1}, "begin_step=-1 and end_step=10"),
+        ({"interval": 0}, "must be a positive integer"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(changes: dict[str, Any], match: str) -> None:
+def test_rank_schedule_bad_options_raise(changes: dict[str, Any], match: str) -> None:
     with pytest.raises((ValueError, TypeError), match=match):
         optim.rank_schedule(adam(), **{**SCHEDULE, **changes})
 
 
-def test_adapters_without_such_ranks_are_refused() -> None:
+def test_rank_schedule_bad_adapters_raise() -> None:
     params, adapter, x = start()
     dora = jlora.lora_transform(fn, {"w": jlora.DoRA(rank=2, alpha=1)})
     other = dora.init(jax.random.key(0), params, x)
-    with pytest.raises(ValueError, match="no plain LoRA leaf"):
+    with pytest.raises(ValueError, match="rank_schedule needs a plain LoRA leaf"):
         SHRINKING.init(other)
-    with pytest.raises(ValueError, match=r"no plain LoRA leaf.*jlora.prune_ranks"):
+    with pytest.raises(ValueError, match=r"needs a plain LoRA leaf.*jlora.prune_ranks"):
         optim.trim_zero_ranks(other)
-    with pytest.raises(ValueError, match="first=9 exceeds the adapter's highest rank of 4"):
-        optim.rank_schedule(adam(), **{**SCHEDULE, "first": 9}).init(adapter)
+    with pytest.raises(
+        ValueError, match="init_rank=9 must be at most the adapter's highest rank, got 4"
+    ):
+        optim.rank_schedule(adam(), **{**SCHEDULE, "init_rank": 9}).init(adapter)
     with pytest.raises(ValueError, match="needs params"):
         SHRINKING.update(adapter, SHRINKING.init(adapter))
     half, _ = jlora.partition(adapter, lambda label: label == "b")

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 import jlora
-from jlora import models, peft
+from jlora import _tree, models, peft
 from jlora.interpreter.usage import WeightAxes
 from jlora.models.hf import load
 from jlora.models.hf.weight_mapping import single_tensor_weight
@@ -49,7 +49,7 @@ def config_of(folder: pathlib.Path) -> dict[str, Any]:
 def base(name: str, scanned: bool = False) -> models.LoadedModel:
     """A decoder by its name alone, any model by its folder and name."""
     folder = MODELS / (name if "/" in name else f"decoders/{name}")
-    options = {"scanned": True} if scanned else {}
+    options = {"scan_layers": True} if scanned else {}
     return models.load(folder, dtype=jnp.float32, **options)
 
 
@@ -146,13 +146,13 @@ def test_what_the_folder_replaces_is_in_the_base_and_trained_on(name: str) -> No
     ids, mask = inputs(name)
     loss = lambda a: jnp.sin(lora.apply(params, a, ids, mask)).sum()
     gradient = jax.jit(jax.grad(loss))(adapter)
-    new = {p for p, leaf in adapter.items() if leaf.family in ("full", "bias", "token_rows")}
+    new = {p for p, leaf in adapter.items() if leaf.family in ("full", "bias", "trainable_tokens")}
     assert len(new) == {"lora_saved": 2, "lora_biases": 4, "lora_tokens": 1}[name]
     for path in new:
         assert not np.asarray(adapter[path].delta).any()
         assert np.abs(gradient[path].delta).max() > 1e-3
-    flat = dict(zip(*jlora.tree.flatten(params)[:2], strict=True))
-    old = dict(zip(*jlora.tree.flatten(before)[:2], strict=True))
+    flat = dict(zip(*_tree.flatten_with_paths(params)[:2], strict=True))
+    old = dict(zip(*_tree.flatten_with_paths(before)[:2], strict=True))
     changed = {path for path in flat if np.asarray(flat[path] != old[path]).any()}
     assert changed == new
 

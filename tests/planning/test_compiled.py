@@ -26,7 +26,7 @@ SMALL = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 128,
-    "layers": 5,
+    "num_layers": 5,
 }
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -35,13 +35,13 @@ LLAMA_8B = {
     "num_heads": 32,
     "num_kv_heads": 8,
     "head_dim": 128,
-    "layers": 32,
+    "num_layers": 32,
 }
 LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
     "intermediate_size": 28672,
     "num_heads": 64,
-    "layers": 80,
+    "num_layers": 80,
 }
 RANK = 16
 
@@ -71,12 +71,12 @@ def plan(
     *,
     rows: int,
     length: int,
-    remat: Any = "everything",
+    remat: Any = "full",
     chunks: int = 8,
 ) -> Plan:
     found = tpu_topology.get_tpu_topology(name)
     mesh = sharding.make_mesh(sizes, found.devices)
-    model = train_steps.decoder(size, scanned=True, remat=remat, dtype=jnp.bfloat16)
+    model = train_steps.decoder(size, scan_layers=True, remat_policy=remat, dtype=jnp.bfloat16)
     step = train_steps.step(
         model, mesh, rows=rows, length=length, rank=RANK, dtype=jnp.bfloat16, chunks=chunks
     )
@@ -106,14 +106,14 @@ def arithmetic(of: Plan) -> float:
     """The operations of one step over all chips, for LoRA on every kernel of the layers.
 
     Of N numbers in frozen kernels and T tokens: 2 N T forward, and as much backward for the
-    gradient of what goes in; frozen kernels have none of their own. `remat="everything"` goes
+    gradient of what goes in; frozen kernels have none of their own. `remat_policy="full"` goes
     forward again, but for the last product of a layer, whose result its gradient does not need.
     """
-    tokens, layers = of.rows * of.length, of.size["layers"]
+    tokens, layers = of.rows * of.length, of.size["num_layers"]
     matrices = kernels(of.size)
     numbers = sum(math.prod(shape) for shape in matrices.values())
     passes = 2.0 * numbers
-    if of.remat == "everything":
+    if of.remat == "full":
         passes += numbers - math.prod(matrices["down"])
     # x A and its product with B forward and twice backward, and forward again.
     lora = 4 * RANK * sum(sum(shape) for shape in matrices.values())
@@ -134,7 +134,7 @@ def weights_per_chip(of: Plan, width: int = 2) -> int:
         for path, leaf in zip(flat.paths, flat.leaves, strict=True)
         if not path.endswith("scale")
     )
-    norms = of.size["hidden_size"] * (2 * of.size["layers"] + 1)
+    norms = of.size["hidden_size"] * (2 * of.size["num_layers"] + 1)
     assert matrices % parts == 0
     return width * (matrices // parts + norms)
 
@@ -232,7 +232,7 @@ def test_a_step_that_does_not_fit_is_refused_with_what_it_needs() -> None:
     }
     lowered = jax.jit(lambda x, w: jnp.sort(jnp.sin(x) @ w, axis=1)[:, :8]).lower(*groups.values())
     with pytest.raises(
-        compiled_cost.DoesNotFitError, match="which has 15.75 GiB: batch 32.00 GiB"
+        compiled_cost.DoesNotFitError, match="but 15.75 GiB are available: batch 32.00 GiB"
     ) as found:
         compiled_cost.compile_step(lowered, groups)
     assert found.value.available_bytes == 15.75 * 2**30
@@ -249,7 +249,7 @@ SLOW = [
 ]
 GRID = [
     (LLAMA_8B, "v5e:4x4", {"fsdp": 16}, {"rows": 16}),
-    (LLAMA_8B, "v6e:4x4", {"fsdp": 8, "tensor": 2}, {"rows": 16, "remat": "projections"}),
+    (LLAMA_8B, "v6e:4x4", {"fsdp": 8, "tensor": 2}, {"rows": 16, "remat": "save_projections"}),
     (LLAMA_8B, "v5e:16x16", {"fsdp": 64}, {"rows": 256}),
 ]
 

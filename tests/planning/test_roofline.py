@@ -15,7 +15,13 @@ MEMORY = StepMemory(
     {"weights": 8 * GIB, "adapter": GIB // 4, "optimizer": GIB // 2, "batch": 0}, 0, 0, 20 * GIB, 0
 )
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
-PLAN: dict[str, Any] = {"mesh": MESH, "rows": 64, "length": 1024, "layers": 32, "width": 4096}
+PLAN: dict[str, Any] = {
+    "mesh_shape": MESH,
+    "batch_size": 64,
+    "seq_length": 1024,
+    "num_layers": 32,
+    "hidden_size": 4096,
+}
 
 
 def measured(flops: float, hbm: float, ici: float) -> StepCost:
@@ -63,7 +69,7 @@ def test_what_fits_needs_no_change() -> None:
 
 
 def test_what_is_enough_alone_comes_first() -> None:
-    found = roofline.suggest_plan_changes(MEMORY, 16 * GIB, **{**PLAN, "remat": "nothing"})
+    found = roofline.suggest_plan_changes(MEMORY, 16 * GIB, **{**PLAN, "remat_policy": "none"})
     over = MEMORY.peak - 16 * GIB
     fits = [change.is_sufficient for change in found]
     assert fits == sorted(fits, reverse=True)
@@ -75,17 +81,17 @@ def test_what_is_enough_alone_comes_first() -> None:
 def test_law_the_rows_that_are_advised_fit() -> None:
     for available in range(9, 29, 3):
         found = roofline.suggest_plan_changes(MEMORY, available * GIB, **PLAN)
-        (rows,) = (change for change in found if " rows in a batch" in change.description)
+        (rows,) = (change for change in found if "a batch size of" in change.description)
         assert (MEMORY.peak - rows.saved_bytes <= available * GIB) == rows.is_sufficient
-        assert int(rows.description.split()[0]) % 8 == 0  # They can be shared out.
+        assert int(rows.description.split()[4]) % 8 == 0  # They can be shared out.
     (rows,) = (
         c
         for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **PLAN)
-        if " rows in" in c.description
+        if "a batch size of" in c.description
     )
     # 7.25 of 20 GiB are left for temporaries: 23 of 64 rows, of which 16 are a multiple of 8.
     assert rows.description.startswith(
-        "16 rows in a batch in place of 64, with the gradients of 4 batch"
+        "a batch size of 16 instead of 64, with 4 accumulation steps"
     )
 
 
@@ -96,18 +102,18 @@ def test_more_fsdp_frees_what_it_says() -> None:
         (change,) = (change for change in found if part in change.description)
         return change.saved_bytes
 
-    assert frees("fsdp=8 and data=1 in place of fsdp=4") == (8 * GIB + GIB // 4 + GIB // 2) // 2
+    assert frees("fsdp=8 and data=1 instead of fsdp=4") == (8 * GIB + GIB // 4 + GIB // 2) // 2
 
 
 def test_nothing_is_advised_that_is_done_already() -> None:
-    done = {**PLAN, "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "rows": 8}
+    done = {**PLAN, "mesh_shape": {"data": 1, "fsdp": 8, "tensor": 1}, "batch_size": 8}
     whats = [c.description for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **done)]
     assert not any("data=1" in what or "remat" in what for what in whats)
-    assert not any("rows in a batch" in what for what in whats)
+    assert not any("batch size of" in what for what in whats)
     assert any("chips" in what for what in whats)
 
 
 def test_a_plan_that_does_not_fit_says_what_takes_the_room() -> None:
     error = DoesNotFitError(MEMORY, 16 * GIB)
-    assert "needs 28.75 GiB per chip, which has 16.00 GiB: weights 8.00 GiB" in str(error)
+    assert "needs 28.75 GiB per chip, but 16.00 GiB are available: weights 8.00 GiB" in str(error)
     assert error.memory is MEMORY

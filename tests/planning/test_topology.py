@@ -14,13 +14,13 @@ from jlora.training import sharding
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:2x2", r"names no slice that jlora knows.*\['v4', 'v5e', 'v5p', 'v6e'\], such as"),
-        ("v5e", "Give a chip and the sides of the slice"),
-        ("v5e:4x", "Give a chip and the sides"),
-        ("v5e:4x4x4", "has 3 sides, and slices of v5e have 2. Write it like 'v5e:4x4'"),
-        ("v5p:4x4", "has 2 sides, and slices of v5p have 3. Write it like 'v5p:4x4x4'"),
-        ("v5e:0x4", "has 2 sides"),
-        ("v6e:32x32", "has 1024 chips, and the largest slice of v6e has 256"),
+        ("v9:2x2", r"must be a chip and the shape .*\['v4', 'v5e', 'v5p', 'v6e'\], such as"),
+        ("v5e", "must be a chip and the shape of a slice"),
+        ("v5e:4x", "must be a chip and the shape"),
+        ("v5e:4x4x4", "the shape of v5e must have 2 positive dimensions, such as 'v5e:4x4'"),
+        ("v5p:4x4", "the shape of v5p must have 3 positive dimensions, such as 'v5p:4x4x4'"),
+        ("v5e:0x4", "must have 2 positive dimensions"),
+        ("v6e:32x32", "has 1024 chips, but the largest slice of v6e has 256"),
     ],
 )
 def test_a_name_of_no_slice_is_refused(name: str, message: str) -> None:
@@ -58,7 +58,7 @@ def test_a_mesh_is_made_of_chips_that_are_not_here(name: str, sizes: Any, shape:
 
 def test_sides_that_no_slice_has_are_refused() -> None:
     pytest.importorskip("libtpu")
-    with pytest.raises(ValueError, match="'v5e:3x5' is no slice that there is.*such as 'v5e:4x4'"):
+    with pytest.raises(ValueError, match="'v5e:3x5' is not a valid slice.*such as 'v5e:4x4'"):
         tpu_topology.get_tpu_topology("v5e:3x5")
 
 

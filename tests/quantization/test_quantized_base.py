@@ -38,7 +38,7 @@ def differences(values: Any, truth: Any) -> float:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_law_a_quantised_base_computes_as_the_base_that_it_stands_for(name: str) -> None:
+def test_apply_quantized_equals_dequantized(name: str) -> None:
     one = case(name, "float32")
     packed = quantized(one)
     dense = jlora.dequantize(packed)
@@ -84,7 +84,7 @@ def kept_by(apply: Any, params: Any, adapter: Any) -> list[Any]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["fused_qkv", "linen_scan_remat"])
-def test_every_scheme_keeps_the_law(name: str, scheme: str) -> None:
+def test_apply_every_scheme_equals_dequantized(name: str, scheme: str) -> None:
     one = case(name, "float32")
     packed = quantized(one, SCHEMES[scheme])
     output = one.compiled(jlora.dequantize(packed), one.adapter, *one.inputs)
@@ -93,7 +93,7 @@ def test_every_scheme_keeps_the_law(name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["dora", "hira", "ia3", "lokr", "vera"])
-def test_families_that_look_at_the_base_see_its_numbers(family: str) -> None:
+def test_apply_methods_use_dequantized_base(family: str) -> None:
     one = case("linen_scan_remat", "float32", family)
     packed = quantized(one)
     output = one.compiled(jlora.dequantize(packed), one.adapter, *one.inputs)
@@ -130,7 +130,7 @@ def stacked(model: Any) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("model", [scanned, unrolled])
-def test_law_no_wide_weight_is_kept_for_the_gradient(model: Any) -> None:
+def test_grad_residuals_have_no_dense_weight(model: Any) -> None:
     lora, params, x = stacked(model)
     adapter = lora.init(jax.random.key(2), params, x)
     apply = lambda params, adapter: lora.apply(params, adapter, x)
@@ -142,7 +142,7 @@ def test_law_no_wide_weight_is_kept_for_the_gradient(model: Any) -> None:
     assert wide in {array.shape for array in kept_by(before, packed, adapter)}
 
 
-def test_law_a_step_never_holds_more_than_a_layer_of_wide_weights() -> None:
+def test_step_memory_is_below_three_layers() -> None:
     """Of layers in a scan; on a CPU the compiler unpacks those of an unrolled model at once."""
     lora, params, x = stacked(scanned)
     packed = jlora.quantize(params, {"kernel": jlora.NF4()})
@@ -165,7 +165,7 @@ def test_law_a_step_never_holds_more_than_a_layer_of_wide_weights() -> None:
 # --- other surroundings ---------------------------------------------------------------------------
 
 
-def test_a_sharded_base_computes_the_same() -> None:
+def test_apply_sharded_quantized_base() -> None:
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     weight = normal(0, (64, 32), np.float32)
     packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=8)})
@@ -186,7 +186,7 @@ def test_a_sharded_base_computes_the_same() -> None:
 
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")])
 @pytest.mark.parametrize("block", [8, 64])
-def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
+def test_apply_shard_map_gets_quantized_shards(spec: Any, block: int) -> None:
     mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
     weight = normal(0, (64, 32), np.float32)
     packed = jlora.quantize({"w": weight}, {"w": jlora.NF4(block_size=block, axis=-2)})
@@ -213,7 +213,7 @@ def test_a_shard_map_gets_the_packed_parts(spec: Any, block: int) -> None:
     assert bool(row.dense_reasons) == (block == 64 and spec[0] == "x")
 
 
-def test_batches_of_adapters_share_the_packed_base() -> None:
+def test_vmap_adapters_share_quantized_base() -> None:
     one = case("dense", "float32")
     packed = quantized(one)
     two = jax.tree.map(lambda array: np.stack([array, 2 * np.asarray(array)]), one.adapter)
@@ -227,7 +227,7 @@ def test_batches_of_adapters_share_the_packed_base() -> None:
 # --- merging, files -------------------------------------------------------------------------------
 
 
-def test_merging_into_codes_is_refused() -> None:
+def test_merge_into_quantized_raises() -> None:
     one = case("dense", "float32")
     packed = quantized(one)
     message = r"1 quantised weights, such as '.*'.*Merge into the weights that were quantised"
@@ -241,7 +241,7 @@ def test_merging_into_codes_is_refused() -> None:
     assert jax.tree.structure(merged) == jax.tree.structure(one.params)
 
 
-def test_factors_cannot_be_taken_out_of_codes() -> None:
+def test_residual_base_quantized_raises() -> None:
     weight = {"w": normal(0, (16, 12), np.float32)}
     fn = lambda params, x: x @ params["w"]
     lora = jlora.lora_transform(
@@ -260,7 +260,7 @@ def test_factors_cannot_be_taken_out_of_codes() -> None:
     )
 
 
-def test_an_adapter_file_knows_its_quantised_base(tmp_path: pathlib.Path) -> None:
+def test_load_adapter_checks_quantized_base(tmp_path: pathlib.Path) -> None:
     one = case("dense", "float32")
     packed, path = quantized(one), tmp_path / "adapter.safetensors"
     jlora.save_adapter(path, one.adapter, packed)
@@ -277,7 +277,7 @@ def test_an_adapter_file_knows_its_quantised_base(tmp_path: pathlib.Path) -> Non
     jlora.load_adapter(path, packed, allow_other_base=True)
 
 
-def test_gradients_of_a_custom_rule_reach_the_factors_alone() -> None:
+def test_grad_custom_vjp_has_adapter_structure() -> None:
     one = case("in_custom_vjp_true", "float32")
     assert BY_NAME["in_custom_vjp_true"].adapted
     packed = quantized(one)
@@ -287,7 +287,7 @@ def test_gradients_of_a_custom_rule_reach_the_factors_alone() -> None:
 
 @pytest.mark.parametrize("through_norm", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_dora_unpacks_one_weight_of_a_stack_at_a_time(stacked: bool, through_norm: bool) -> None:
+def test_dora_dequantizes_one_layer_at_a_time(stacked: bool, through_norm: bool) -> None:
     layers = (5,) if stacked else ()
     params = {"w": normal(0, (*layers, 64, 48), np.float32)}
     x = normal(1, (3, 64), np.float32)

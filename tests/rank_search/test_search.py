@@ -1,4 +1,4 @@
-"""The search on made-up runs, which end at once, and once on real ones."""
+"""The search on synthetic runs, which return at once, and once on real runs."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ Quality = Callable[[Recipe, int], float]
 
 
 class Killed(BaseException):
-    """Ends a search as a signal would that nothing can catch."""
+    """Ends a search as SIGKILL would."""
 
 
 class Runs:
-    """Takes the place of `train`: writes what a run leaves, with made-up accuracies.
+    """Replaces `train`: writes the files of a run, with synthetic accuracies.
 
     Attributes:
-        calls: Of each run that was begun or gone on with: its recipe and the step that it went to.
-        kill: The number of the call that is killed, and whether that is after it wrote its result.
+        calls: Recipe and last step of each run that was started or continued.
+        kill: Index of the call to kill, and whether to kill it after it wrote its result.
     """
 
     def __init__(self, quality: Quality) -> None:
@@ -84,14 +84,14 @@ class Runs:
 
 
 def trained(given: Recipe) -> int:
-    """How many numbers a made-up run trains."""
+    """Trainable parameters of a synthetic run."""
     targets = given.adapter.target_pattern or "all"
     share = 5 if "attention" in targets else 7 if "mlp" in targets else 12
     return share * given.adapter.config_values()["rank"]
 
 
 def noise(given: Recipe, size: float) -> float:
-    """Of a run: the same each time, and another for every setting and seed."""
+    """Deterministic noise of a run, different for every setting and seed."""
     lora = given.adapter
     what = (
         lora.config_values()["rank"],
@@ -104,13 +104,13 @@ def noise(given: Recipe, size: float) -> float:
 
 
 def plausible(given: Recipe, at: int) -> float:
-    """Ranks help up to 4, the MLP matters, a learning rate twice as high is the best."""
+    """Score that grows up to rank 4, needs the MLP, and is best at twice the learning rate."""
     steps = given.training.steps
     assert steps is not None
     value = 0.5 + 0.1 * math.log2(min(given.adapter.config_values()["rank"], 4))
     value -= 0.08 if "attention" in (given.adapter.target_pattern or "") else 0.0
     value -= 0.05 * abs(math.log2(given.optimizer.learning_rate / 0.02))
-    # Seeds differ alike for all settings, but for what breaks ties.
+    # The effect of a seed is the same for all settings, except for noise that breaks ties.
     return value - 0.1 * (1 - at / steps) + 0.01 * (given.seed % 3) + noise(given, 1e-4)
 
 
@@ -125,7 +125,7 @@ WIDE = SearchOptions(
 
 @pytest.fixture
 def raw(recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path) -> dict[str, Any]:
-    """A recipe of labels for made-up runs, which look at no data."""
+    """A classification recipe for synthetic runs, which read no data."""
     source = {"path": str(tmp_path / "none.jsonl"), "format": "classification"}
     return recipe_of(
         model={"path": str(encoder)},
@@ -141,7 +141,7 @@ def raw(recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path) -> dict[
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs(plausible)
     monkeypatch.setattr(trials, "train", made.train)
-    # That traces the model, and is looked at by a test of its own.
+    # It traces the model, and has its own test.
     monkeypatch.setattr(search, "check_settings", lambda *_: None)
     return made
 
@@ -151,7 +151,7 @@ def searched(raw: dict[str, Any], options: SearchOptions = WIDE, **more: Any) ->
 
 
 def state_of(folder: pathlib.Path) -> dict[str, Any]:
-    """search.json without what a clock says."""
+    """search.json without times."""
     held = json.loads((folder / STUDY_FILE).read_text())
     held.pop("seconds")
     for trial in held["trials"]:
@@ -159,16 +159,16 @@ def state_of(folder: pathlib.Path) -> dict[str, Any]:
     return held
 
 
-# --- what is tried, and what is taken -------------------------------------------------------------
+# --- trials and choices -------------------------------------------------------------
 
 
-def test_each_stage_begins_where_the_one_before_it_ended(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_stages_start_from_last_choice(raw: dict[str, Any], runs: Runs) -> None:
     found = searched(raw)
     rank, targets, rates, confirmation = found.stages
-    # 8 gains nothing over 4, so that 16 is not tried.
+    # Rank 8 gains nothing over 4, so 16 is not tried.
     assert [each.setting.rank for each in rank.candidates] == [1, 2, 4, 8]
     assert rank.setting == TrialSetting(4, "all", 0.01, 8.0)
-    # The MLP alone is as good as all, and trains less.
+    # The MLP alone is as good as all, with fewer parameters.
     assert [each.setting.targets for each in targets.candidates] == ["all", "attention", "mlp"]
     assert targets.setting == TrialSetting(4, "mlp", 0.01, 8.0)
     assert (rates.setting.rank, rates.setting.targets, rates.setting.learning_rate) == (
@@ -187,7 +187,7 @@ def test_each_stage_begins_where_the_one_before_it_ended(raw: dict[str, Any], ru
     assert rank.candidates[0].step_ms == 500
 
 
-def test_trials_are_made_once_and_are_of_the_recipe(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_runs_trials_once_from_recipe(raw: dict[str, Any], runs: Runs) -> None:
     searched(raw)
     ends = [(given.output, at) for given, at in runs.calls]
     assert len(set(ends)) == len(ends)
@@ -198,14 +198,14 @@ def test_trials_are_made_once_and_are_of_the_recipe(raw: dict[str, Any], runs: R
         assert given.data.train == recipe.validate(raw).data.train
         assert given.adapter.dropout == 0.1  # type: ignore[attr-defined]
     seeds = {given.seed for given, at in runs.calls if at == 8}
-    # The last one is that of learning rates, which confirms nothing.
+    # The last seed is that of learning rates, which is not used for confirmation.
     assert seeds == {0, 1, 2, 3}
 
 
-def test_learning_rates_are_compared_by_halving(raw: dict[str, Any], runs: Runs) -> None:
+def test_successive_halving_of_learning_rates(raw: dict[str, Any], runs: Runs) -> None:
     found = searched(raw)
     of_rates = [(given, at) for given, at in runs.calls if given.seed == 3]
-    # Five rates with alpha = 8, of the recipe, and 4; 2 * 4 is 8 again.
+    # Five learning rates with alpha 8 of the recipe and alpha 4; 2 * 4 is 8 again.
     assert [at for _, at in of_rates] == [2] * 10 + [4] * 5 + [8] * 3
     for last, at in ((5, 2), (3, 4)):
         scores = {g.output: plausible(g, at) for g, step in of_rates if step == at}
@@ -217,48 +217,46 @@ def test_learning_rates_are_compared_by_halving(raw: dict[str, Any], runs: Runs)
     assert f"lr{found.setting.learning_rate!r}-a{found.setting.alpha!r}" in best
 
 
-def test_noise_stops_the_ladder(raw: dict[str, Any], runs: Runs) -> None:
+def test_rank_ladder_stops_within_noise(raw: dict[str, Any], runs: Runs) -> None:
     runs.quality = lambda given, at: 0.5 + noise(given, 0.2)
     rank = searched(raw).stages[0]
     assert len(rank.candidates) < 5
     before, after = (each.summary for each in rank.candidates[-2:])
     assert after.mean - before.mean <= math.hypot(before.stderr, after.stderr)
     assert "the standard error of this is" in rank.reason
-    # Without noise each doubling counts, however little it gains.
+    # Without noise each doubling counts, however small its gain.
     runs.quality = lambda given, at: 0.5 + 1e-3 * given.adapter.config_values()["rank"]
     raw["output"] += "-other"
     assert len(searched(raw).stages[0].candidates) == 5
 
 
-def test_the_recipe_stays_where_nothing_is_better(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_keeps_recipe_if_nothing_is_better(raw: dict[str, Any], runs: Runs) -> None:
     def of_recipe(given: Recipe, at: int) -> float:
         own = (given.adapter.config_values()["rank"], given.adapter.target_pattern) == (4, None)
         same = (
             given.adapter.config_values()["alpha"] == 8.0 and given.optimizer.learning_rate == 0.01
         )
-        # The seed of learning rates misleads.
+        # The seed of learning rates is misleading.
         return 0.9 if own and same and given.seed < 3 else 0.5 + noise(given, 1e-3)
 
     runs.quality = of_recipe
     found = searched(raw, dataclasses.replace(WIDE, ranks=(1, 2)))
     assert found.stages[0].setting.rank < 4
     assert found.setting == TrialSetting(4, "all", 0.01, 8.0)
-    assert "It is the recipe as it was." in (found.folder / "table.md").read_text()
+    assert "It is the original recipe." in (found.folder / "table.md").read_text()
 
 
-def test_another_setting_with_the_same_scores_is_not_the_recipe(
-    raw: dict[str, Any], runs: Runs
-) -> None:
+def test_table_equal_scores_are_not_the_recipe(raw: dict[str, Any], runs: Runs) -> None:
     runs.quality = lambda given, at: 1.0
     found = searched(raw, dataclasses.replace(WIDE, ranks=(1, 2)))
     assert found.setting is not None
     assert found.setting.rank == 1
     text = (found.folder / "table.md").read_text()
-    assert "It is the recipe as it was." not in text
-    assert "Its mean is 0.0000 better than that of the recipe as it was, which is no more" in text
+    assert "It is the original recipe." not in text
+    assert "Its mean is 0.0000 better than that of the original recipe, which is no more" in text
 
 
-def test_a_search_whose_leaders_diverge_keeps_what_it_had(raw: dict[str, Any], runs: Runs) -> None:
+def test_halving_leaders_diverge_keeps_setting(raw: dict[str, Any], runs: Runs) -> None:
     def leaders_diverge(given: Recipe, at: int) -> float:
         own = (
             given.optimizer.learning_rate == 0.01 and given.adapter.config_values()["alpha"] == 8.0
@@ -271,15 +269,12 @@ def test_a_search_whose_leaders_diverge_keeps_what_it_had(raw: dict[str, Any], r
     found = searched(raw)
     rates = found.stages[2]
     assert rates.setting == found.stages[1].setting
-    assert (
-        "had all diverged by the next. The first, which the stages before had chosen"
-        in rates.reason
-    )
+    assert "diverged by the next. The first, which the earlier stages selected" in rates.reason
     assert found.finished
     assert {path.name for path in found.folder.iterdir()} >= {"table.md", "best.yaml", STUDY_FILE}
 
 
-def test_a_loss_is_the_better_the_smaller(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_metric_loss_prefers_smaller(raw: dict[str, Any], runs: Runs) -> None:
     raw["training"]["metric"] = "loss"
     found = searched(raw)
     assert found.setting is not None
@@ -291,7 +286,7 @@ def test_a_loss_is_the_better_the_smaller(raw: dict[str, Any], runs: Runs) -> No
     assert shown == pytest.approx(-found.stages[0].candidates[0].summary.mean, abs=5e-5)  # Rounded.
 
 
-def test_what_diverges_ends_early_and_is_not_taken(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_diverged_trials_stop_early(raw: dict[str, Any], runs: Runs) -> None:
     def fragile(given: Recipe, at: int) -> float:
         return math.nan if given.optimizer.learning_rate >= 0.02 else plausible(given, at)
 
@@ -301,10 +296,10 @@ def test_what_diverges_ends_early_and_is_not_taken(raw: dict[str, Any], runs: Ru
     assert found.setting.learning_rate == 0.01
     held = state_of(found.folder)
     diverged = [trial for trial in held["trials"] if trial["stop_reason"] == "diverged"]
-    assert len(diverged) == 4  # 0.02 and 0.04 with two alphas: at the first look, and no more.
+    assert len(diverged) == 4  # 0.02 and 0.04 with two alphas, at the first rung only.
     assert all(trial["values"] == {} for trial in diverged)
     assert "diverged" in (found.folder / "table.md").read_text()
-    # What a run knows to have diverged is not tried again.
+    # Trials that diverged are not run again.
     calls = len(runs.calls)
     searched(raw, resume=True)
     assert len(runs.calls) == calls
@@ -315,18 +310,18 @@ def test_what_diverges_ends_early_and_is_not_taken(raw: dict[str, Any], runs: Ru
         searched(raw)
 
 
-def test_alpha_or_the_scale_stays_while_ranks_differ(raw: dict[str, Any], runs: Runs) -> None:
-    for hold, stabilized, alphas in (
+def test_rank_settings_fix_alpha_or_scale(raw: dict[str, Any], runs: Runs) -> None:
+    for fix, use_rslora, alphas in (
         ("alpha", False, [8.0, 8.0]),
         ("scale", False, [2.0, 32.0]),
         ("scale", True, [4.0, 16.0]),
     ):
-        raw["adapter"]["use_rslora"] = stabilized
-        laid = search.StagedSearch(recipe.validate(raw), SearchOptions(ranks=(1, 16), fix=hold))
-        assert [setting.alpha for setting in laid.rank_settings()] == alphas
+        raw["adapter"]["use_rslora"] = use_rslora
+        staged = search.StagedSearch(recipe.validate(raw), SearchOptions(ranks=(1, 16), fix=fix))
+        assert [setting.alpha for setting in staged.rank_settings()] == alphas
 
 
-def test_a_recipes_own_targets_are_tried_too(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_tries_targets_of_recipe(raw: dict[str, Any], runs: Runs) -> None:
     raw["adapter"]["target_pattern"] = "query"
     found = searched(raw, dataclasses.replace(WIDE, targets=("attention", "all")))
     tried = [each.setting.targets for each in found.stages[1].candidates]
@@ -339,26 +334,26 @@ def test_a_recipes_own_targets_are_tried_too(raw: dict[str, Any], runs: Runs) ->
     assert by_name["all"] is None
 
 
-def test_at_most_what_was_announced_is_run(
+def test_describe_cost_bounds_steps(
     raw: dict[str, Any], runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Every doubling gains, every other setting is worse than the last: all trials are made.
+    # Every doubling gains, so that all ranks are tried.
     runs.quality = lambda given, at: 0.1 * math.log2(given.adapter.config_values()["rank"])
     raw["adapter"]["rank"] = 3
     search.search(recipe.validate(raw), WIDE)
-    told = capsys.readouterr().out.partition("\n")[0]
-    announced = int(told.rpartition(":")[2].split()[0].replace(",", ""))
+    cost = capsys.readouterr().out.partition("\n")[0]
+    announced = int(cost.rpartition(":")[2].split()[0].replace(",", ""))
     made: dict[str, int] = {}
     for given, at in runs.calls:
         made[given.output] = max(at, made.get(given.output, 0))
     assert 0.8 * announced <= sum(made.values()) <= announced
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["in a run", "after its result"])
-def test_a_search_that_was_killed_comes_to_the_same_end(
+def test_killed_search_resumes_to_same_result(
     raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path, after: bool
 ) -> None:
     small = dataclasses.replace(
@@ -371,7 +366,7 @@ def test_a_search_that_was_killed_comes_to_the_same_end(
     other = {**raw, "output": str(tmp_path / "killed")}
     runs.calls.clear()
     for number in range(len(calls)):
-        # A call that was killed in its run is made again.
+        # A call that was killed during its run is repeated.
         runs.kill = (number if after else 2 * number, after)
         with pytest.raises(Killed):
             searched(other, small, resume=number > 0)
@@ -385,34 +380,34 @@ def test_a_search_that_was_killed_comes_to_the_same_end(
         for line in (found.folder / "table.md").read_text().splitlines()
         if "±" in line and "|" in line
     ]
-    # A run that wrote its result is not begun again; one that paused may have to be looked at.
+    # A run that wrote its result is not started again; a paused one may be evaluated again.
     ends = [(given.output.rpartition("/")[2], at) for given, at in runs.calls]
     if after:
         assert all(ends.count(end) == 1 for end in ends if end[1] == 8)
 
 
-def test_another_recipe_is_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> None:
+def test_resume_other_recipe_raises(raw: dict[str, Any], runs: Runs) -> None:
     searched(raw)
     calls = len(runs.calls)
-    with pytest.raises(FileExistsError, match="holds a search, which is left as it was"):
+    with pytest.raises(FileExistsError, match="has a search already, which is left unchanged"):
         searched(raw)
     other = {**raw, "batch": {"size": 3}, "seed": 4}
     with pytest.raises(ValueError, match=r"another recipe: seed=0 there, 4 here, batch.size=2 th"):
         searched(other, resume=True)
     assert len(runs.calls) == calls
-    with pytest.raises(FileNotFoundError, match=r"search.json is missing.*Begin without --resume"):
+    with pytest.raises(FileNotFoundError, match=r"search.json is missing.*Start without --resume"):
         searched({**raw, "output": raw["output"] + "-other"}, resume=True)
 
 
-def test_other_rungs_are_not_gone_on_with(raw: dict[str, Any], runs: Runs) -> None:
+def test_resume_other_rungs_raises(raw: dict[str, Any], runs: Runs) -> None:
     searched(raw)
     with pytest.raises(
-        ValueError, match="num_rungs=2, and .*search.json has trials .* of num_rungs=3"
+        ValueError, match="num_rungs=2, but .*search.json has trials .* of num_rungs=3"
     ):
         searched(raw, dataclasses.replace(WIDE, num_rungs=2), resume=True)
 
 
-def test_other_data_is_not_gone_on_with(
+def test_resume_other_data_raises(
     raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs.kill = (4, True)
@@ -425,19 +420,23 @@ def test_other_data_is_not_gone_on_with(
         return outcome
 
     monkeypatch.setattr(trials, "train", changed)
-    with pytest.raises(ValueError, match="The validation data is not what earlier trials in"):
+    with pytest.raises(
+        ValueError, match="The validation data differs from that of earlier trials in"
+    ):
         searched(raw, resume=True)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no state of a search"),
-        ("[]", "is no state of a search"),
-        ('{"format": 99, "recipe": {}, "trials": []}', "made by format 99"),
+        ("{", "is not a valid state of a search"),
+        ("[]", "is not a valid state of a search"),
+        ('{"format": 99, "recipe": {}, "trials": []}', "has format=99"),
     ],
 )
-def test_a_damaged_state_is_told(raw: dict[str, Any], runs: Runs, text: str, message: str) -> None:
+def test_resume_damaged_state_raises(
+    raw: dict[str, Any], runs: Runs, text: str, message: str
+) -> None:
     folder = pathlib.Path(raw["output"])
     folder.mkdir(parents=True)
     (folder / STUDY_FILE).write_text(text)
@@ -445,7 +444,7 @@ def test_a_damaged_state_is_told(raw: dict[str, Any], runs: Runs, text: str, mes
         searched(raw, resume=True)
 
 
-def test_time_that_is_over_ends_a_search_that_can_be_gone_on_with(
+def test_timeout_stops_search_that_resumes(
     raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = {"now": 0.0}
@@ -463,7 +462,7 @@ def test_time_that_is_over_ends_a_search_that_can_be_gone_on_with(
     seconds = [
         trial["seconds"] for trial in json.loads((found.folder / STUDY_FILE).read_text())["trials"]
     ]
-    assert seconds == [60.0] * 5 + [0.0]  # The last one did not begin.
+    assert seconds == [60.0] * 5 + [0.0]  # The last one did not start.
     found = searched(raw, dataclasses.replace(WIDE, timeout_minutes=10.5), resume=True)
     assert len(runs.calls) == 16
     assert [stage.name for stage in found.stages] == ["rank"]
@@ -472,10 +471,10 @@ def test_time_that_is_over_ends_a_search_that_can_be_gone_on_with(
     assert searched(raw, resume=True).finished
 
 
-# --- what it leaves -------------------------------------------------------------------------------
+# --- output files -------------------------------------------------------------------------------
 
 
-def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
+def test_search_files_report_result(raw: dict[str, Any], runs: Runs) -> None:
     given = {**raw, "training": {**raw["training"], "early_stopping_patience": 3, "eval_steps": 4}}
     found = searched(given, command="jlora rank-search r.yaml")
     assert found.setting is not None
@@ -493,7 +492,7 @@ def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
             "optimizer": {"learning_rate": 0.02},
         }
     )
-    assert best == want  # Its own length, patience and exports.
+    assert best == want  # With the steps, early stopping and exports of the original recipe.
     comments = (found.folder / "best.yaml").read_text().partition("\noutput")[0]
     assert all(line.startswith("# ") for line in comments.splitlines())
     for text in ("optimistic", "rank 4, mlp, learning rate 0.02", "± "):
@@ -501,9 +500,9 @@ def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
     table = (found.folder / "table.md").read_text()
     for text in (
         "3 seeds",
-        "itself uncertain by about 50% of it",
+        "itself uncertain by about 50%",
         "optimistic",
-        "recipe as it was",
+        "original recipe",
     ):
         assert text in table
     held = state_of(found.folder)
@@ -525,7 +524,7 @@ def test_the_files_say_what_was_found(raw: dict[str, Any], runs: Runs) -> None:
 
 @pytest.fixture(scope="module")
 def no_cache() -> Iterator[None]:
-    """No compiled program is kept, as where nobody asked for it; the tests' own folder is."""
+    """Disables the compilation cache of the tests, as for a user who has not enabled one."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -534,7 +533,7 @@ def no_cache() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path, no_cache: None) -> None:
+def test_compilation_cache_restores_config(tmp_path: pathlib.Path, no_cache: None) -> None:
     def settings() -> tuple[Any, ...]:
         config = jax.config
         return (
@@ -554,9 +553,7 @@ def test_settings_of_jax_stay_as_they_were(tmp_path: pathlib.Path, no_cache: Non
     assert settings() == before
 
 
-def test_a_folder_of_programs_that_the_user_has_stays_the_one(
-    tmp_path: pathlib.Path, no_cache: None
-) -> None:
+def test_compilation_cache_keeps_user_folder(tmp_path: pathlib.Path, no_cache: None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     try:
         with search.persistent_compilation_cache(tmp_path / "cache"):
@@ -573,7 +570,7 @@ needs_optuna = pytest.mark.skipif(
 
 
 @needs_optuna
-def test_optuna_draws_between_the_ends_and_prunes(
+def test_optuna_samples_within_range_and_prunes(
     raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path
 ) -> None:
     asked = dataclasses.replace(WIDE, sampler="optuna", num_trials=12, ranks=(4,))
@@ -581,7 +578,7 @@ def test_optuna_draws_between_the_ends_and_prunes(
     of_rates = [(given, at) for given, at in runs.calls if given.seed == 3]
     rates = [given.optimizer.learning_rate for given, at in of_rates if at == 2]
     assert len(rates) == 12
-    assert rates[0] == 0.01  # That of the recipe comes first.
+    assert rates[0] == 0.01  # The recipe's comes first.
     assert len(set(rates)) == 12
     assert all(0.0025 <= rate <= 0.04 for rate in rates)
     assert all(4 <= given.adapter.config_values()["alpha"] <= 8 for given, _ in of_rates)
@@ -589,7 +586,7 @@ def test_optuna_draws_between_the_ends_and_prunes(
     assert 1 <= len(ended) < 12
     assert found.setting is not None
     assert found.setting.learning_rate != 0.01
-    # With the same scores the same settings are drawn, so that it can be gone on with.
+    # The same scores lead to the same settings, so that the search can be resumed.
     calls, state = len(runs.calls), state_of(found.folder)
     searched(raw, asked, resume=True)
     assert len(runs.calls) == calls
@@ -597,7 +594,7 @@ def test_optuna_draws_between_the_ends_and_prunes(
 
 
 @needs_optuna
-def test_optuna_ends_what_diverges(raw: dict[str, Any], runs: Runs) -> None:
+def test_optuna_prunes_diverged_trials(raw: dict[str, Any], runs: Runs) -> None:
     runs.quality = lambda given, at: (
         math.nan if given.optimizer.learning_rate > 0.012 else plausible(given, at)
     )
@@ -607,7 +604,7 @@ def test_optuna_ends_what_diverges(raw: dict[str, Any], runs: Runs) -> None:
     assert found.finished
 
 
-def test_optuna_that_is_missing_is_told_before_anything_is_run(
+def test_search_without_optuna_raises_early(
     raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -619,29 +616,29 @@ def test_optuna_that_is_missing_is_told_before_anything_is_run(
     assert not pathlib.Path(raw["output"]).exists()
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ranks": ()}, r"ranks=\(\) are no growing list"),
-        ({"ranks": (4, 2)}, r"ranks=\(4, 2\) are no growing list"),
-        ({"ranks": (2, 2)}, "no growing list"),
-        ({"ranks": (0, 2)}, "no growing list"),
-        ({"seeds": 1}, "seeds=1 tell nothing of the noise"),
-        ({"steps": 0}, "steps=0 is no count"),
-        ({"num_rungs": 0}, "num_rungs=0 is no count"),
-        ({"num_trials": 0}, "num_trials=0 is no count"),
-        ({"lr_multipliers": ()}, r"lr_multipliers=\(\) are no positive numbers"),
-        ({"lr_multipliers": (1.0, math.nan)}, "no positive numbers"),
-        ({"alpha_over_rank": (0.0,)}, "no positive numbers"),
-        ({"fix": "rank"}, "fix='rank' is none of alpha, scale"),
-        ({"sampler": "random"}, "sampler='random' is none of grid, optuna"),
-        ({"timeout_minutes": 0.0}, r"timeout_minutes=0.0 is no time"),
+        ({"ranks": ()}, r"ranks=\(\) must be positive and increasing"),
+        ({"ranks": (4, 2)}, r"ranks=\(4, 2\) must be positive and increasing"),
+        ({"ranks": (2, 2)}, "must be positive and increasing"),
+        ({"ranks": (0, 2)}, "must be positive and increasing"),
+        ({"seeds": 1}, "seeds=1 must be 2 or more"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
+        ({"num_rungs": 0}, "num_rungs=0 must be 1 or more"),
+        ({"num_trials": 0}, "num_trials=0 must be 1 or more"),
+        ({"lr_multipliers": ()}, r"lr_multipliers=\(\) must be one or more positive"),
+        ({"lr_multipliers": (1.0, math.nan)}, "must be one or more positive numbers"),
+        ({"alpha_over_rank": (0.0,)}, "must be one or more positive numbers"),
+        ({"fix": "rank"}, "fix='rank' must be one of alpha, scale"),
+        ({"sampler": "random"}, "sampler='random' must be one of grid, optuna"),
+        ({"timeout_minutes": 0.0}, r"timeout_minutes=0.0 must be positive"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+def test_search_options_invalid_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SearchOptions(**options)
 
@@ -649,7 +646,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("sections", "options", "message"),
     [
-        ({"data": {"validation": []}}, {}, "data.validation=.. leaves nothing to compare"),
+        ({"data": {"validation": []}}, {}, "data.validation=.. must have sources"),
         ({"adapter": {"family": "IA3"}}, {}, "adapter.family=IA3 has no rank and alpha"),
         (
             {
@@ -657,16 +654,24 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
                 "optimizer": {"budget": {"target_rank": 2}},
             },
             {},
-            "adapter.family=AdaLoRA chooses ranks as it trains",
+            "adapter.family=AdaLoRA chooses ranks during training",
         ),
-        ({"training": {"epochs": 2}}, {}, "training.epochs=2 does not say how many.*--steps"),
-        ({}, {"targets": ("mpl",)}, r"\['mpl'\] are none of \['attention', 'mlp', 'all'\]"),
-        ({}, {"targets": ("recipe",)}, "are none of"),
+        (
+            {"training": {"epochs": 2}},
+            {},
+            "training.epochs=2 does not fix the number of steps.*--steps",
+        ),
+        (
+            {},
+            {"targets": ("mpl",)},
+            r"must be one or more of \['attention', 'mlp', 'all'\], got \['mpl'\]",
+        ),
+        ({}, {"targets": ("recipe",)}, r"must be one or more of .* got \['recipe'\]"),
         ({}, {"num_rungs": 5}, "num_rungs=5 do not fit into steps=8"),
-        ({"distributed": {"auto": True}}, {}, "a search is made by one process"),
+        ({"distributed": {"auto": True}}, {}, "a search runs in one process"),
     ],
 )
-def test_recipes_that_cannot_be_searched_are_refused_before_anything_is_run(
+def test_search_invalid_recipe_raises_early(
     raw: dict[str, Any],
     runs: Runs,
     sections: dict[str, Any],
@@ -684,13 +689,15 @@ def test_recipes_that_cannot_be_searched_are_refused_before_anything_is_run(
     assert not pathlib.Path(raw["output"]).exists()
 
 
-def test_settings_that_cannot_be_are_refused_before_anything_is_run(
+def test_search_impossible_setting_raises_early(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Runs(plausible)
     monkeypatch.setattr(trials, "train", made.train)
     raw["adapter"]["target_pattern"] = "atention/query/kernel"
-    with pytest.raises(ValueError, match="A trial of rank 4, recipe,.* cannot be: .*matches none"):
+    with pytest.raises(
+        ValueError, match="A trial of rank 4, recipe,.* is not possible: .*matches none"
+    ):
         searched(raw)
     assert not made.calls
     assert not pathlib.Path(raw["output"]).exists()
@@ -703,7 +710,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_run(
 def real(
     tmp_path_factory: pytest.TempPathFactory, encoder: pathlib.Path, no_cache: None
 ) -> tuple[dict[str, Any], SearchResult, list[tuple[str, int]]]:
-    """A search of two ranks with two seeds and two steps, which died in the middle."""
+    """A search of two ranks with two seeds and two steps, killed once and resumed."""
     folder = tmp_path_factory.mktemp("search")
     for name, words in (("train", ["cat", "dog", "cow", "hen", "owl"]), ("held", ["fox", "bee"])):
         rows = [{"text": f"a {w} {verb}s", "label": verb} for w in words for verb in ("eat", "see")]
@@ -745,7 +752,7 @@ def real(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trials, "train", dying)
-        patched.setattr(report, "write_report", lambda *_, **__: None)  # A picture a second.
+        patched.setattr(report, "write_report", lambda *_, **__: None)  # Plots take a second each.
         with pytest.raises(Killed):
             searched(raw, options, devices=jax.devices()[:1])
         found = searched(raw, options, resume=True, devices=jax.devices()[:1])
@@ -753,7 +760,7 @@ def real(
 
 
 @pytest.mark.slow
-def test_a_real_search_ends_with_a_recipe_that_can_be_trained(
+def test_real_search_writes_valid_best_recipe(
     real: tuple[dict[str, Any], SearchResult, list[tuple[str, int]]],
 ) -> None:
     raw, found, _ = real
@@ -776,7 +783,7 @@ def test_a_real_search_ends_with_a_recipe_that_can_be_trained(
 
 
 @pytest.mark.slow
-def test_real_trials_are_run_folders_and_are_made_once(
+def test_real_trials_run_once_in_own_folders(
     real: tuple[dict[str, Any], SearchResult, list[tuple[str, int]]],
 ) -> None:
     _, found, calls = real
@@ -795,26 +802,24 @@ def test_real_trials_are_run_folders_and_are_made_once(
             result = json.loads((folder / "result.json").read_text())
             assert trial.values[2] == result["validation"]["loss"]
             assert trial.trainable_params == result["trainable_params"]
-    # Of two settings one went on after the first look.
+    # One of two settings continued after the first rung.
     values = [list(one["values"]) for one in held["trials"] if one["stage"] == "rates"]
     assert sorted(values) == [["1"], ["1", "2"]]
 
 
-def test_the_state_is_whole_at_every_moment(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_study_save_is_atomic(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"recipe": {"seed": 1}, "options": {"num_rungs": 3}}
-    ledger = Study.create(tmp_path, facts)
-    trial = ledger.get_or_add_trial("rank", TrialSetting(2, "all", 0.1, 4.0), 3, 8)
+    study = Study.create(tmp_path, facts)
+    trial = study.get_or_add_trial("rank", TrialSetting(2, "all", 0.1, 4.0), 3, 8)
     trial.values[4] = 0.25
     trial.stop_reason = "paused"
-    ledger.save()
+    study.save()
     assert [path.name for path in tmp_path.iterdir()] == [STUDY_FILE]
     again = Study.resume(tmp_path, facts)
-    assert again.trials == ledger.trials
+    assert again.trials == study.trials
     assert trial.score(4, "accuracy") == 0.25
     assert trial.score(4, "loss") == -0.25
-    assert trial.score(2, "loss") == -0.25  # It went past that, and was measured later.
+    assert trial.score(2, "loss") == -0.25  # Not measured there: the next measurement counts.
     assert trial.score(8, "loss") is None
     trial.stop_reason = "diverged"
     assert trial.score(8, "loss") == DIVERGED
@@ -824,6 +829,6 @@ def test_the_state_is_whole_at_every_moment(
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(Killed):
-        ledger.save()
+        study.save()
     again = Study.resume(tmp_path, facts)
     assert next(iter(again.trials.values())).stop_reason == "paused"

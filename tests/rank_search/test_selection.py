@@ -1,4 +1,4 @@
-"""The rules of a search, on made-up scores."""
+"""Selection rules of a search, on synthetic scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jlora.rank_search.selection import (
 )
 
 
-def test_a_summary_is_the_mean_and_its_standard_error() -> None:
+def test_summarize_scores_mean_and_stderr() -> None:
     scores = [0.3, 0.5, 0.4, 0.8, 0.35]
     found = summarize_scores(scores)
     mean = sum(scores) / 5
@@ -35,7 +35,7 @@ def test_a_summary_is_the_mean_and_its_standard_error() -> None:
     assert summarize_scores([0.7, DIVERGED, 0.6]) == ScoreSummary(DIVERGED, 0.0, 3)
 
 
-def test_the_error_of_a_difference_is_that_of_draws() -> None:
+def test_stderr_of_difference_matches_sampling() -> None:
     rng = np.random.default_rng(0)
     # 20,000 pairs of means over 3 and 5 seeds, whose deviations are 2 and 0.7.
     one = rng.normal(0, 2, (20_000, 3)).mean(axis=1)
@@ -50,32 +50,32 @@ def test_the_error_of_a_difference_is_that_of_draws() -> None:
 @pytest.mark.parametrize(
     ("gain", "within"), [(0.09, True), (0.1, True), (0.11, False), (0.0, True), (-0.3, True)]
 )
-def test_a_gain_is_noise_up_to_its_standard_error(gain: float, within: bool) -> None:
+def test_is_within_noise_up_to_one_stderr(gain: float, within: bool) -> None:
     # Errors of 0.06 and 0.08 make one of 0.1.
     smaller, larger = ScoreSummary(0.0, 0.06, 3), ScoreSummary(gain, 0.08, 3)
     assert is_within_noise(smaller, larger) is within
 
 
-def test_a_ladder_goes_on_where_all_diverge_and_stops_where_the_next_does() -> None:
+def test_is_within_noise_with_diverged_means() -> None:
     fine, diverged = ScoreSummary(0.5, 0.01, 3), ScoreSummary(DIVERGED, 0.0, 3)
     assert is_within_noise(fine, diverged)
     assert not is_within_noise(diverged, fine)
     assert not is_within_noise(diverged, diverged)
 
 
-def test_the_smallest_within_one_standard_error_of_the_best_is_taken() -> None:
+def test_one_standard_error_rule_takes_smallest() -> None:
     means = [0.70, 0.80, 0.84, 0.90, 0.88]
     candidates = [ScoreSummary(mean, 0.02, 3) for mean in means]
     sizes = [1, 2, 4, 8, 16]
     for error, taken in ((0.0, 3), (0.05, 3), (0.0601, 2), (0.1001, 1), (0.5, 0)):
         candidates[3] = ScoreSummary(0.90, error, 3)
         assert one_standard_error_rule(candidates, sizes) == taken, error
-    # The error is the best one's; others' are not looked at.
+    # The error is that of the best mean; other errors are not used.
     noisy = [ScoreSummary(0.6, 9.0, 3), ScoreSummary(0.9, 0.01, 3)]
     assert one_standard_error_rule(noisy, [1, 2]) == 1
 
 
-def test_ties_go_to_the_smaller_then_the_better_then_the_first() -> None:
+def test_one_standard_error_rule_breaks_ties() -> None:
     equal = [ScoreSummary(0.9, 0.1, 3)] * 3
     assert one_standard_error_rule(equal, [2, 1, 3]) == 1
     assert one_standard_error_rule(equal, [2, 2, 2]) == 0
@@ -88,28 +88,28 @@ def test_ties_go_to_the_smaller_then_the_better_then_the_first() -> None:
     )
 
 
-def test_what_diverged_is_never_taken() -> None:
+def test_one_standard_error_rule_skips_diverged() -> None:
     fine, diverged = ScoreSummary(0.1, 5.0, 2), ScoreSummary(DIVERGED, 0.0, 2)
     assert one_standard_error_rule([diverged, fine, diverged], [1, 2, 3]) == 1
     with pytest.raises(ValueError, match=r"All of 2 settings diverged.*learning_rate"):
         one_standard_error_rule([diverged, diverged], [1, 2])
     with pytest.raises(ValueError, match="All of 0 settings"):
         one_standard_error_rule([], [])
-    with pytest.raises(ValueError, match="2 candidates have 1 sizes"):
+    with pytest.raises(ValueError, match="got 1 for 2"):
         one_standard_error_rule([fine, fine], [1])
 
 
-def test_halving_keeps_the_best_half_rounded_up_in_order() -> None:
+def test_select_better_half_rounds_up_in_order() -> None:
     assert select_better_half([0.1, 0.9, 0.3, 0.8, 0.2]) == [1, 2, 3]
     assert select_better_half([0.1, 0.9, 0.3, 0.8]) == [1, 3]
     assert select_better_half([0.5]) == [0]
     assert select_better_half([]) == []
-    # Of equal ones the first.
+    # Among equal scores, the first.
     assert select_better_half([0.4, 0.4, 0.4, 0.4]) == [0, 1]
     assert select_better_half([0.1, 0.4, 0.9, 0.4]) == [1, 2]
 
 
-def test_halving_lets_nothing_go_on_that_diverged() -> None:
+def test_select_better_half_drops_diverged() -> None:
     assert select_better_half([DIVERGED, 0.1, DIVERGED, DIVERGED]) == [1]
     assert select_better_half([DIVERGED, DIVERGED]) == []
 
@@ -124,29 +124,29 @@ def test_halving_lets_nothing_go_on_that_diverged() -> None:
         (4, 3, [1, 2, 4]),
     ],
 )
-def test_rungs_double(steps: int, count: int, found: list[int]) -> None:
+def test_rung_steps_double(steps: int, count: int, found: list[int]) -> None:
     assert rung_steps(steps, count) == found
 
 
 @pytest.mark.parametrize(("steps", "count"), [(4, 4), (2, 3), (0, 1), (5, 0), (5, -1)])
-def test_rungs_that_do_not_fit_are_refused(steps: int, count: int) -> None:
+def test_rung_steps_that_do_not_fit_raise(steps: int, count: int) -> None:
     with pytest.raises(ValueError, match=f"num_rungs={count} do not fit into steps={steps}"):
         rung_steps(steps, count)
 
 
-def test_what_is_no_number_is_refused() -> None:
+def test_selection_nonfinite_scores_raise() -> None:
     for scores in ([0.1, math.nan], [math.inf, 0.2]):
-        with pytest.raises(ValueError, match="are no numbers to compare"):
+        with pytest.raises(ValueError, match="must be finite, or -inf"):
             summarize_scores(scores)
-    with pytest.raises(ValueError, match=r"scores=\[\] have no mean"):
+    with pytest.raises(ValueError, match=r"scores=\[\] must have"):
         summarize_scores([])
-    with pytest.raises(ValueError, match="have a NaN"):
+    with pytest.raises(ValueError, match="must not have NaN"):
         select_better_half([0.1, math.nan])
-    with pytest.raises(ValueError, match="1 and 3 seeds have no noise"):
+    with pytest.raises(ValueError, match="two seeds or more, got 1 and 3"):
         is_within_noise(summarize_scores([0.5]), ScoreSummary(0.6, 0.1, 3))
 
 
-def test_the_errors_own_uncertainty_is_that_of_draws() -> None:
+def test_stderr_of_stderr_matches_sampling() -> None:
     rng = np.random.default_rng(0)
     deviations = rng.normal(size=(100_000, 12)).std(axis=1, ddof=1)
     # The formula is the first term of an expansion in 1 / n, which is 2 % off at 12.

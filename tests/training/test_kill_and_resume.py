@@ -60,9 +60,9 @@ def written(raw: dict[str, Any], folder: pathlib.Path) -> str:
 
 SAVER = """
 import sys, jax.numpy as jnp
-from jlora.training.saving import Saver
-saver = Saver(sys.argv[1], save_total_limit=3)
-first = max(saver.steps(), default=0) + 1
+from jlora.training.checkpointing import CheckpointManager
+saver = CheckpointManager(sys.argv[1], save_total_limit=3)
+first = max(saver.all_steps(), default=0) + 1
 print("ready", flush=True)
 for step in range(first, first + 10_000):
     saver.save(step, {"a": jnp.arange(3000.0) + step, "b": jnp.float32(step)}, {})
@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         saver.save(2, states[1], {})  # It returns before anything is written.
-        with pytest.raises(OSError, match="could not be written to .*Earlier ones are whole"):
+        with pytest.raises(OSError, match="could not be written to .*Earlier ones are intact"):
             saver.wait_until_finished()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -184,7 +184,7 @@ def test_processes_are_joined_as_they_are_told_to(
 
 def test_a_number_of_processes_that_is_none_is_refused() -> None:
     environment = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "two"}
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' is no number"):
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' must be a number"):
         get_distributed_init_args(DistributedSection(), environment)
 
 
@@ -223,9 +223,9 @@ def test_two_processes_train_as_one_does(
             assert child.returncode == 0, error
         found.append(
             (
-                [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")],
+                [line["train/loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")],
                 safetensors.numpy.load_file(tmp_path / name / "adapter.safetensors"),
-                json.loads((tmp_path / name / "checkpoints/6/facts/metadata").read_text()),
+                json.loads((tmp_path / name / "checkpoints/6/run_metadata/metadata").read_text()),
             )
         )
     (losses, arrays, facts), (others, other_arrays, other_facts) = found

@@ -91,7 +91,7 @@ def test_law_a_run_goes_on_wherever_its_state_lay(
 ) -> None:
     raw = raw_of(recipe_of, tmp_path, offload=before)
     with pytest.raises(TrainingInterrupted):
-        run(raw, recorders=[After(3, stop)])
+        run(raw, metrics_loggers=[After(3, stop)])
     assert measured(raw)[-1]["step"] < 5
     run(with_offload(raw, after), resume=True)
     assert_same(raw, whole)
@@ -128,7 +128,7 @@ def test_a_step_leaves_the_state_there_and_compiles_once(recipe_of: Make) -> Non
             state, setup.frozen, batch_of(setup), jax.random.key(number)
         )
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.opt_state))
-        assert bool(measured.finite)
+        assert bool(measured.is_finite)
     assert kinds(state.opt_state) == {"pinned_host"}
     assert setup.train_step._fn._cache_size() == 1
 
@@ -169,7 +169,7 @@ def test_a_run_does_not_begin_where_transfers_are_wrong(
         offload, "to_device", lambda state: jax.tree.map(lambda x: x + 1, right(state))
     )
     raw = recipe_of(optimizer={"offload": True})
-    with pytest.raises(RuntimeError, match=r"wrong numbers .*optimizer\.offload=false"):
+    with pytest.raises(RuntimeError, match=r"wrong values .*optimizer\.offload=false"):
         run(raw)
     assert not (output(raw) / "metrics.jsonl").exists()
 
@@ -177,7 +177,7 @@ def test_a_run_does_not_begin_where_transfers_are_wrong(
 def test_a_run_does_not_begin_where_there_is_no_such_memory(
     recipe_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "HOST", "punched_cards")
+    monkeypatch.setattr(offload, "HOST_MEMORY_KIND", "punched_cards")
     with pytest.raises(
         ValueError, match=r"'punched_cards' is not among .*optimizer\.offload=false"
     ):

@@ -19,11 +19,11 @@ from jlora.training.setup import MeshJitted, Setup
 from jlora.training.sharding import make_mesh
 
 # The package has a function of this name.
-train = importlib.import_module("jlora.training.train")
+train_module = importlib.import_module("jlora.training.train")
 
 
-def train(raw: dict[str, Any], **options: Any) -> train.TrainResult:
-    return train.train(recipe.validate(raw), quiet=True, devices=jax.devices()[:1], **options)
+def train(raw: dict[str, Any], **options: Any) -> train_module.TrainResult:
+    return train_module.train(recipe.validate(raw), quiet=True, devices=jax.devices()[:1], **options)
 
 
 def left_by(raw: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def left_by(raw: dict[str, Any]) -> dict[str, Any]:
     lines = read_metrics(folder / "metrics.jsonl")
     last = lines[-1]["step"]
     adapter = hashlib.sha256((folder / "adapter.safetensors").read_bytes())
-    facts = json.loads((folder / f"checkpoints/{last}/facts/metadata").read_text())
+    facts = json.loads((folder / f"checkpoints/{last}/run_metadata/metadata").read_text())
     return {
         "lines": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
         "adapter": adapter.hexdigest(),
@@ -43,10 +43,10 @@ def left_by(raw: dict[str, Any]) -> dict[str, Any]:
 def test_law_a_run_that_pauses_and_shares_leaves_what_one_alone_does(
     recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "write", lambda *_, **__: None)  # Pictures, a second each.
+    monkeypatch.setattr(report, "write_report", lambda *_, **__: None)  # Pictures, a second each.
     reads: list[Any] = []
-    read = train.load_datasets
-    monkeypatch.setattr(train, "read", lambda *args: reads.append(args) or read(*args))
+    read = train_module.load_datasets
+    monkeypatch.setattr(train_module, "load_datasets", lambda *args: reads.append(args) or read(*args))
     # Evaluated after steps 3 and 6, and at the end, which is 7.
     raw = recipe_of(
         data={"validation": [{"path": str(chats), "format": "chat", "max_examples": 3}]},
@@ -56,27 +56,27 @@ def test_law_a_run_that_pauses_and_shares_leaves_what_one_alone_does(
     # The data and steps are those of a run with another seed.
     shared = ProgramCache()
     other = {**raw, "seed": 1, "output": str(tmp_path / "other")}
-    pause = train(other, until=2, shared=shared)
+    pause = train(other, pause_after_step=2, program_cache=shared)
     assert pause.output_paths == []
     names = {path.name for path in (tmp_path / "other").iterdir()}
     assert names == {"checkpoints", "metrics.jsonl", "recipe.yaml"}
-    with pytest.raises(ValueError, match="until=1 is no step to pause after: the run has made 2"):
-        train(other, until=1, resume=True, shared=shared)
-    with pytest.raises(ValueError, match="until=0 is no step to pause after: the first is 1"):
-        train(other, until=0)
+    with pytest.raises(ValueError, match="pause_after_step=1 must be at least 2, the step of"):
+        train(other, pause_after_step=1, resume=True, program_cache=shared)
+    with pytest.raises(ValueError, match="pause_after_step=0 must be at least 1."):
+        train(other, pause_after_step=0)
 
     paused = {**raw, "output": str(tmp_path / "paused")}
     # At 5 it is evaluated for the pause alone, after it was at 3; at 6 anyway, and once more.
-    outcomes = [train(paused, until=step, resume=step > 5, shared=shared) for step in (5, 6, 6, 9)]
-    assert [outcome.stop_reason for outcome in outcomes] == ["until"] * 3 + ["steps"]
+    outcomes = [train(paused, pause_after_step=step, resume=step > 5, program_cache=shared) for step in (5, 6, 6, 9)]
+    assert [outcome.stop_reason for outcome in outcomes] == ["paused"] * 3 + ["max_steps"]
     assert [outcome.step for outcome in outcomes] == [5, 6, 6, 7]
     assert left_by(paused) == left_by(raw)
 
     # What a pause measures is what an evaluation at that step does.
     held = {
-        line["step"]: line["validation_loss"]
+        line["step"]: line["eval/loss"]
         for line in left_by(raw)["lines"]
-        if "validation_loss" in line
+        if "eval/loss" in line
     }
     assert sorted(held) == [3, 6, 7]
     assert (
@@ -129,5 +129,5 @@ def test_programs_are_shared_by_runs_that_compute_the_same(recipe_of: Make) -> N
     # Two are held: the one that was not used for longest went.
     assert step_of("new", steps=7) == "6"
     assert step_of("new", adapter={"rank": 3}) == "new"
-    with pytest.raises(ValueError, match="most=0 holds no program"):
+    with pytest.raises(ValueError, match="max_programs must be a positive integer, got 0"):
         ProgramCache(0)

@@ -33,7 +33,7 @@ def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, the base as the run has it, and the adapter that it wrote."""
     schemes = schemes_from_recipe(recipe.validate(raw))
     base = raw["model"]["path"]
-    model, params = models.load(base, dtype="float32", scanned=True, quantize=schemes)
+    model, params = models.load(base, dtype="float32", scan_layers=True, quantize=schemes)
     return model, params, jlora.load_adapter(output(raw) / "adapter.safetensors", params)
 
 
@@ -45,7 +45,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
 ) -> None:
     made: list[Any] = []
     original = train.build_setup
-    monkeypatch.setattr(train, "set_up", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    monkeypatch.setattr(train, "build_setup", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
     raw = recipe_of(
         quantize=NF4,
         training={"steps": 24},
@@ -53,7 +53,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
         export={"merged": True, "merged_dtype": "float32", "peft": True},
     )
     run(raw)
-    losses = [line["loss"] for line in measured(raw)]
+    losses = [line["train/loss"] for line in measured(raw)]
     assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.5
 
     # The base is the same after as before, and nothing of its size is trained.
@@ -63,7 +63,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
 
     # What is exported computes what was trained, with what rounding float32 takes.
     adapted = jlora.lora_transform(model.apply).apply(params, adapter, TOKENS)
-    _, merged = models.load(output(raw) / "merged", dtype="float32", scanned=True)
+    _, merged = models.load(output(raw) / "merged", dtype="float32", scan_layers=True)
     np.testing.assert_allclose(model.apply(merged, TOKENS), adapted, atol=2e-5)
     loaded = jlora.peft.load(output(raw) / "peft", model, params)
     out = jlora.lora_transform(model.apply).apply(*loaded, TOKENS)
@@ -78,16 +78,16 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     assert told["base"] == sum(leaf.size for leaf in found)
     sizes = packed(params).values()
     bits = sum(leaf.bits * leaf.size for leaf in sizes) / sum(leaf.size for leaf in sizes)
-    assert told["quantized"]["bits"] == pytest.approx(bits)
-    assert (told["quantized"]["weights"], told["quantized"]["schemes"]) == (7, ["nf4"])
+    assert told["quantized"]["bits_per_param"] == pytest.approx(bits)
+    assert (told["quantized"]["num_quantized"], told["quantized"]["schemes"]) == (7, ["nf4"])
 
     # The run that is over exports onto the original weights when it is told to.
     raw["export"] |= {"merge_into": "original"}
     run(raw, resume=True)
-    _, wide = models.load(raw["model"]["path"], dtype="float32", scanned=True)
+    _, wide = models.load(raw["model"]["path"], dtype="float32", scan_layers=True)
     on_wide = jlora.load_adapter(output(raw) / "adapter.safetensors", wide)
     expected = jlora.lora_transform(model.apply).apply(wide, on_wide, TOKENS)
-    _, merged = models.load(output(raw) / "merged", dtype="float32", scanned=True)
+    _, merged = models.load(output(raw) / "merged", dtype="float32", scan_layers=True)
     np.testing.assert_allclose(model.apply(merged, TOKENS), expected, atol=2e-5)
     assert float(jnp.abs(expected - adapted).max()) > 1e-2
     assert "into the original weights, which are not" in (output(raw) / "report.html").read_text()
@@ -109,11 +109,11 @@ def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
     run(whole)
     raw = {**whole, "output": str(tmp_path / "cut")}
     with pytest.raises(TrainingInterrupted):
-        run(raw, recorders=[After(2, stop)])
+        run(raw, metrics_loggers=[After(2, stop)])
     for other, message in (
-        ({"scheme": "int8", "block_size": 4}, r"recipe \(quantize: \{'scheme': 'nf4', .* there, "),
-        ({**NF4, "weights": "/mlp/"}, "weights.*: '/mlp/'"),
-        (None, r"recipe \(quantize: .* there, None here\); another base"),
+        ({"scheme": "int8", "block_size": 4}, r"recipe \(quantize: \{'scheme': 'nf4', .* in the checkpoint, "),
+        ({**NF4, "target_pattern": "/mlp/"}, "target_pattern.*: '/mlp/'"),
+        (None, r"recipe \(quantize: .* in the checkpoint, None now\); base"),
     ):
         with pytest.raises(ValueError, match=message):
             run({**raw, "quantize": other}, resume=True)
@@ -137,7 +137,7 @@ def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
             training={"steps": 3},
         )
         run(raw, devices=devices)
-        losses.append([line["loss"] for line in measured(raw)])
+        losses.append([line["train/loss"] for line in measured(raw)])
         adapters.append(on_quantised(raw)[2])  # Which refuses another base.
     # Sums in another order, in float32, over three steps that each build on the last.
     np.testing.assert_allclose(*losses, rtol=2e-5)
@@ -151,7 +151,7 @@ def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
     [
         (True, NF4),
         (False, {**NF4, "double_quantization": False}),
-        (True, {"scheme": "int8", "block_size": 3, "weights": "mlp|embed"}),
+        (True, {"scheme": "int8", "block_size": 3, "target_pattern": "mlp|embed"}),
         pytest.param(True, {"scheme": "fp8"}, marks=pytest.mark.slow),
         pytest.param(True, {"scheme": "int4", "block_size": 2, "axis": -1}, marks=pytest.mark.slow),
     ],
@@ -194,7 +194,7 @@ def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Pa
     config = json.loads((base / "config.json").read_text())
     # More layers than any other axis is long, and as many as a block.
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 64}))
-    model = models.model_from_config(tmp_path, scanned=True)
+    model = models.model_from_config(tmp_path, scan_layers=True)
     found = packed(models.abstract_params(model, "bfloat16", quantize={"kernel$": jlora.NF4()}))
     for leaf in found.values():
         assert leaf.axis == choose_block_axis(leaf.shape[1:], leaf.scheme)
@@ -202,7 +202,7 @@ def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Pa
 
 
 def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path) -> None:
-    model = models.model_from_config(base, scanned=True)
+    model = models.model_from_config(base, scan_layers=True)
     params = models.abstract_params(
         model, "bfloat16", quantize={"mlp.*kernel$": jlora.Int8(block_size=2)}
     )
@@ -217,7 +217,7 @@ def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path
 
 
 def test_text_is_written_with_a_cache_of_the_weights_type(base: pathlib.Path) -> None:
-    model, params = models.load(base, dtype="bfloat16", scanned=True)
+    model, params = models.load(base, dtype="bfloat16", scan_layers=True)
     held = jlora.quantize(params, {"layers.*kernel|embed|head": jlora.NF4(block_size=2)})
     lora, kinds = jlora.lora_transform(model.apply), set()
 
@@ -239,7 +239,7 @@ def test_the_command_line_tells_what_an_adapter_was_trained_on(
     for name, params in bases.items():
         jlora.save_adapter(tmp_path / f"{name}.safetensors", fresh, params)
         arguments = [str(base), str(tmp_path / f"{name}.safetensors"), str(tmp_path / name)]
-        assert cli.main(["export", "merged", *arguments]) == 0
+        assert cli.main(["export", *arguments]) == 0
         told = "trained on weights quantised as nf4, and is merged into the original ones"
         assert (told in capsys.readouterr().out) == (name == "quantised")
 
@@ -250,8 +250,8 @@ def test_the_command_line_tells_what_an_adapter_was_trained_on(
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ({"weights": "/layers/atention/"}, "'/layers/atention/' matches none of .* nearest paths"),
-        ({"block_size": 4, "axis": -3, "weights": "norm/scale"}, "runs along axis -3"),
+        ({"target_pattern": "/layers/atention/"}, "'/layers/atention/' matches none of .* nearest paths"),
+        ({"block_size": 4, "axis": -3, "target_pattern": "norm/scale"}, "runs along axis -3"),
     ],
 )
 def test_weights_that_cannot_be_quantised_are_refused(
@@ -281,8 +281,8 @@ def test_preferences_have_the_quantised_base_as_their_reference(
     run(raw)
     lines = measured(raw)
     # A fresh adapter changes nothing of either side.
-    np.testing.assert_allclose(lines[0]["loss"], np.log(2), rtol=1e-5)
-    assert lines[-1]["loss"] < 0.5
+    np.testing.assert_allclose(lines[0]["train/loss"], np.log(2), rtol=1e-5)
+    assert lines[-1]["train/loss"] < 0.5
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_labels_are_learned_on_a_quantised_encoder(
         export={"merged": True, "merged_dtype": "float32"},
     ) | {"adapter": lora}
     run(raw)
-    losses = [line["loss"] for line in measured(raw)]
+    losses = [line["train/loss"] for line in measured(raw)]
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
     rules = schemes_from_recipe(recipe.validate(raw))
     model, params = models.load(encoder, dtype="float32", quantize=rules)

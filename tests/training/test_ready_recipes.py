@@ -1,4 +1,4 @@
-"""The recipes under examples/: each is one, and each trains."""
+"""Every recipe of examples/recipes trains."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ROWS = {
     },
     "completion": {"prompt": "who?", "completion": " a dog."},
     "text": {"text": "the cat sees a dog."},
-    "dpo": {"prompt": "who?", "chosen": " a dog.", "rejected": " a cat."},
+    "preference": {"prompt": "who?", "chosen": " a dog.", "rejected": " a cat."},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_trains(
+def test_example_recipe_trains(
     name: str, base: pathlib.Path, encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     given = recipe.load(RECIPES / name)
@@ -40,11 +40,11 @@ def test_every_recipe_trains(
     changes += ["--data.max_seq_length", str(length)]
     if given.data.buckets:
         changes += ["--data.buckets", f"[{length // 2}, {length}]"]
-    # A tiny base has no room for large ranks, and two steps change less than narrow types hold.
+    # Large ranks exceed a tiny base, and narrow types round away the changes of two steps.
     if given.adapter.family != "FullDelta":
-        changes += ["--lora.rank", "2"]
+        changes += ["--adapter.rank", "2"]
     for number in range(len(given.adapters)):
-        changes += [f"--more.{number}.rank", "2"]
+        changes += [f"--adapters.{number}.rank", "2"]
     changes += ["--export.merged_dtype", "float32"]
     changes += ["--report.max_new_tokens", "2", "--training.save_interval_minutes", "null"]
     for part in ("train", "validation", "test"):
@@ -53,11 +53,11 @@ def test_every_recipe_trains(
             rows = [ROWS[source.format]] * 6 if source.format in ROWS else labelled()
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             changes += [f"--data.{part}.{number}.path", str(path)]
-    overlong = "split" if given.data.truncation == "split" else "truncate"
-    made = recipe.load(RECIPES / name, [*changes, "--data.truncation", overlong])
-    outcome = train(made, quiet=True, devices=jax.devices()[:1])
-    assert outcome.step == 2
-    assert all(path.exists() for path in outcome.output_paths)
+    truncation = "split" if given.data.truncation == "split" else "truncate"
+    made = recipe.load(RECIPES / name, [*changes, "--data.truncation", truncation])
+    result = train(made, quiet=True, devices=jax.devices()[:1])
+    assert result.step == 2
+    assert all(path.exists() for path in result.output_paths)
 
 
 def labelled() -> list[dict[str, str]]:

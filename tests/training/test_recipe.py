@@ -1,4 +1,4 @@
-"""Recipes: what they accept, what errors say, and that what is shown is true."""
+"""Recipes: validation, errors, overrides, the default recipe and the JSON schema."""
 
 from __future__ import annotations
 
@@ -36,18 +36,24 @@ def with_(**changes: Any) -> dict[str, Any]:
 
 
 def refusal(raw: dict[str, Any]) -> str:
-    with pytest.raises(ValueError, match="is no recipe") as caught:
+    with pytest.raises(ValueError, match="is not a valid recipe") as caught:
         recipe.validate(raw)
     return str(caught.value)
 
 
-def test_the_commented_recipe_is_the_default(tmp_path: pathlib.Path) -> None:
+def test_default_recipe_yaml_is_default_recipe(tmp_path: pathlib.Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.default_recipe_yaml())
     assert recipe.load(tmp_path / "recipe.yaml") == recipe.validate(LEAST)
     lines = recipe.default_recipe_yaml().splitlines()
     assert max(map(len, lines)) <= 100
     # Every field is there, under a comment.
-    for name in ("use_rslora", "warmup_ratio", "coordinator", "overlong", "save_total_limit"):
+    for name in (
+        "use_rslora",
+        "warmup_ratio",
+        "coordinator_address",
+        "truncation",
+        "save_total_limit",
+    ):
         number = next(n for n, line in enumerate(lines) if line.strip().startswith(f"{name}:"))
         assert lines[number - 1].strip().startswith("#"), name
 
@@ -62,32 +68,32 @@ def sections(of: Any = Recipe) -> set[type[Section]]:
 
 
 @pytest.mark.parametrize("section", sorted(sections(), key=lambda s: s.__name__))
-def test_every_field_says_what_it_means(section: Any) -> None:
+def test_field_descriptions_cover_all_fields(section: Any) -> None:
     if section.__name__ != "_Unknown":
-        assert set(section.descriptions()) == set(section.model_fields)
-        assert all(section.descriptions().values())
+        assert set(section.field_descriptions()) == set(section.model_fields)
+        assert all(section.field_descriptions().values())
 
 
 @pytest.mark.parametrize("config", ADAPTER_CONFIGS, ids=lambda c: c.__name__)
-def test_every_family_can_be_asked_for(config: Any) -> None:
-    needed = {"tokens": [3, 1]} if config is jlora.TrainableTokens else {}
-    lora = {"family": config.__name__, "target_pattern": "q", **needed}
+def test_validate_every_family_builds_config(config: Any) -> None:
+    needed = {"token_indices": [3, 1]} if config is jlora.TrainableTokens else {}
+    adapter = {"family": config.__name__, "target_pattern": "q", **needed}
     budget = {"budget": {"target_rank": 8}} if config is jlora.AdaLoRA else {}
-    made = recipe.validate(with_(lora=lora, optimizer=budget)).adapter
+    made = recipe.validate(with_(adapter=adapter, optimizer=budget)).adapter
     assert type(made.to_config()) is config
     own = {field.name for field in dataclasses.fields(config)} - {"share"}
     assert set(type(made).config_fields) == own
 
 
-def test_a_familys_fields_reach_its_config() -> None:
-    lora = {"family": "DoRA", "rank": 3, "alpha": 6, "dropout": 0.1, "init": "gaussian"}
-    made = recipe.validate(with_(lora=lora)).adapter.to_config()
+def test_validate_fields_reach_adapter_config() -> None:
+    adapter = {"family": "DoRA", "rank": 3, "alpha": 6, "dropout": 0.1, "init": "gaussian"}
+    made = recipe.validate(with_(adapter=adapter)).adapter.to_config()
     assert isinstance(made, jlora.DoRA)
     assert (made.rank, made.alpha, made.dropout, made.init.name) == (3, 6.0, 0.1, "gaussian")
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_every_scheme_can_be_asked_for(name: str) -> None:
+def test_validate_every_scheme_builds_config(name: str) -> None:
     made = recipe.validate(with_(quantize={"scheme": name, "block_size": 32, "axis": -1})).quantize
     assert made is not None
     assert made.to_scheme() == SCHEMES[name](block_size=32, axis=-1)
@@ -103,7 +109,7 @@ def test_every_scheme_can_be_asked_for(name: str) -> None:
         (None, True),
         ({}, True),
         ({"scheme": "nf4", "double_quantization": False}, True),
-        ({"double_quantization": False, "weights": "mlp"}, True),
+        ({"double_quantization": False, "target_pattern": "mlp"}, True),
         ({"scheme": "int8", "block_size": 32}, True),
         ({"scheme": "int8", "double_quantization": False}, False),
         ({"scheme": "nf5"}, False),
@@ -111,7 +117,7 @@ def test_every_scheme_can_be_asked_for(name: str) -> None:
         ("nf4", False),
     ],
 )
-def test_law_the_schema_accepts_the_schemes_that_load(quantize: Any, good: bool) -> None:
+def test_json_schema_agrees_on_quantization(quantize: Any, good: bool) -> None:
     raw = with_(quantize=quantize)
     assert passes(raw) == good
     if good:
@@ -121,16 +127,16 @@ def test_law_the_schema_accepts_the_schemes_that_load(quantize: Any, good: bool)
         refusal(raw)
 
 
-def test_the_schema_accepts_what_loads_and_nothing_else() -> None:
+def test_json_schema_names_and_descriptions() -> None:
     schema = recipe.json_schema()
     json.dumps(schema)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"output", "model", "data"}
-    model = schema["$defs"]["Model"]
-    assert model["properties"]["path"]["description"].startswith("A Hugging Face folder")
+    model = schema["$defs"]["ModelSection"]
+    assert model["properties"]["path"]["description"].startswith("Hugging Face folder")
     assert {"LoRA", "DoRA", "FourierFT"} <= set(schema["$defs"])
-    assert schema["$defs"]["LoRA"]["properties"]["rank"]["description"].startswith("Width of")
+    assert schema["$defs"]["LoRA"]["properties"]["rank"]["description"].startswith("Rank of")
     assert "_Unknown" not in schema["$defs"]
 
 
@@ -139,12 +145,12 @@ def passes(raw: Any) -> bool:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_schema_accepts_the_ready_recipes(path: pathlib.Path) -> None:
+def test_json_schema_accepts_example_recipes(path: pathlib.Path) -> None:
     assert passes(yaml.safe_load(path.read_text()))
     assert passes(recipe.load(path).model_dump(mode="json"))
 
 
-def test_the_schema_accepts_the_commented_recipe() -> None:
+def test_json_schema_accepts_default_recipe() -> None:
     assert passes(yaml.safe_load(recipe.default_recipe_yaml()))
 
 
@@ -156,7 +162,7 @@ def test_the_schema_accepts_the_commented_recipe() -> None:
         ({}, True),
         ({"family": "DoRA", "rank": 8, "alpha": 16.0}, True),
         ({"family": "IA3"}, True),
-        ({"family": "TrainableTokens", "tokens": [3, 1]}, True),
+        ({"family": "TrainableTokens", "token_indices": [3, 1]}, True),
         ({"family": "TrainableTokens"}, False),
         ({"family": "Bogus", "x": 1}, False),
         ({"family": "Bogus"}, False),
@@ -166,8 +172,8 @@ def test_the_schema_accepts_the_commented_recipe() -> None:
         ({"family": "DoRA", "rank": "8"}, False),
     ],
 )
-def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: bool) -> None:
-    for raw in (with_(lora=rule), with_(adapters=[{**rule, "target_pattern": "q"}])):
+def test_json_schema_agrees_on_adapters(rule: dict[str, Any], good: bool) -> None:
+    for raw in (with_(adapter=rule), with_(adapters=[{**rule, "target_pattern": "q"}])):
         assert passes(raw) == good
         if good:
             recipe.validate(raw)
@@ -178,74 +184,106 @@ def test_law_the_schema_accepts_the_rules_that_load(rule: dict[str, Any], good: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": {"family": "Dora"}}, "family='Dora' is none of .*the nearest are .'DoRA'"),
-        ({"adapter": {"rank": 0}}, "lora: LoRA.rank=0 leaves no room for an update. Use a rank"),
-        ({"adapter": {"rank": True}}, "lora.rank=True: .* valid integer. rank: Width of the bott"),
-        ({"adapter": {"rank": "8"}}, "lora.rank='8': .* valid integer"),
-        ({"adapter": {"rnk": 8}}, "lora.rnk is no field. Do you mean rank. There are alpha, dr"),
-        ({"adapter": {"family": "IA3", "rank": 8}}, "lora.rank is no field. There are dtype, fam"),
-        ({"adapter": {"family": "TrainableTokens"}}, "lora.tokens is missing. tokens: The numbers"),
-        ({"modle": {}}, "modle is no field. Do you mean model."),
-        ({"adapters": [{"rank": 8}]}, "more.0 has no targets"),
-        ({"adapters": [{"target_pattern": "(", "rank": 8}]}, "'.' is no regular expression"),
-        ({"frozen_modules": ["["]}, "'.' is no regular expression"),
+        (
+            {"adapter": {"family": "Dora"}},
+            "family='Dora' must be one of AdaLoRA, .* Did you mean 'DoRA'",
+        ),
+        (
+            {"adapter": {"rank": 0}},
+            "adapter: LoRA.rank=0 must be at least 1",
+        ),
+        ({"adapter": {"rank": True}}, "adapter.rank=True: .* valid integer. rank: Rank of the"),
+        ({"adapter": {"rank": "8"}}, "adapter.rank='8': .* valid integer"),
+        (
+            {"adapter": {"rnk": 8}},
+            "Unknown field 'adapter.rnk'. Did you mean 'rank'. Expected one of alpha, dr",
+        ),
+        (
+            {"adapter": {"family": "IA3", "rank": 8}},
+            "Unknown field 'adapter.rank' for family=IA3. Expected one of apply_to, dtype, fam",
+        ),
+        (
+            {"adapter": {"family": "TrainableTokens"}},
+            "adapter.token_indices is missing. token_indices: Indices",
+        ),
+        ({"modle": {}}, "Unknown field 'modle'. Did you mean 'model'."),
+        ({"adapters": [{"rank": 8}]}, "adapters.0 has no target_pattern"),
+        (
+            {"adapters": [{"target_pattern": "(", "rank": 8}]},
+            "'.' is not a valid regular expression",
+        ),
+        ({"frozen_modules": ["["]}, "'.' is not a valid regular expression"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0: .* greater than 0"),
         ({"optimizer": {"learning_rate": -1e-4}}, "learning_rate=-0.0001: .* greater than 0"),
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate=nan: .* finite"),
         ({"optimizer": {"warmup_ratio": 1.0}}, "warmup_ratio=1.0: .* less than 1"),
-        ({"optimizer": {"budget": {"target_rank": 4}}}, "budget and the family AdaLoRA need"),
-        ({"adapter": {"family": "AdaLoRA"}}, "budget and the family AdaLoRA need each other"),
+        ({"optimizer": {"budget": {"target_rank": 4}}}, "budget and the family AdaLoRA require"),
+        ({"adapter": {"family": "AdaLoRA"}}, "budget and the family AdaLoRA require each other"),
         ({"training": {"steps": 0}}, "training.steps=0: .* greater than or equal to 1"),
         (
             {"training": {"early_stopping_patience": 2}},
-            "patience=2 is about evaluations .*validation is empty",
+            "patience=2 applies to evaluations .*validation is empty",
         ),
         ({"training": {"eval_steps": 7}}, "training.eval_steps=7 .*Give validation sour"),
-        ({"training": {"epochs": 2, "steps": 5}}, "epochs=2 and steps=5 each say how long the ru"),
-        ({"batch": {"eval_batch_size": 3}}, "evaluation_rows=3 .*validation and data.test are em"),
-        ({"training": {"metric": "accuracy"}}, "metric=accuracy, and text is measured by"),
+        (
+            {"training": {"epochs": 2, "steps": 5}},
+            "epochs=2 and steps=5 both set the length of the ru",
+        ),
+        ({"batch": {"eval_batch_size": 3}}, "eval_batch_size=3 .*validation and data.test are em"),
+        ({"training": {"metric": "accuracy"}}, "metric=accuracy is not available for language"),
         ({"batch": {"size": -8}}, "batch.size=-8: .* greater than or equal to 1"),
-        ({"batch": {"size": 2.5}}, "batch.size=2.5: .* valid integer. rows: In each forward"),
-        ({"mesh": {"model": 2}}, "mesh.model is no field"),
-        ({"distributed": {"process_id": 1}}, "belong together. Give all three"),
+        ({"batch": {"size": 2.5}}, "batch.size=2.5: .* valid integer. size: Rows of each forward"),
+        ({"mesh": {"model": 2}}, "Unknown field 'mesh.model'"),
+        ({"distributed": {"process_id": 1}}, "must be given together. Give all three"),
         (
             {"distributed": {"process_id": 2, "num_processes": 2, "coordinator_address": "host:1"}},
-            "process=2 is none of processes=2",
+            "process_id=2 must be below num_processes=2",
         ),
-        ({"quantize": "nf4"}, "quantize='nf4': That is no section. Give one, such as .scheme: nf4"),
-        ({"quantize": {"scheme": "nf5"}}, "quantize: scheme='nf5' is none of .*nearest are .'nf4'"),
-        ({"quantize": {"scheme": ["nf4"]}}, "quantize: scheme=.'nf4'. is none of "),
-        ({"quantize": {"blocksize": 64}}, "quantize.blocksize is no field. Do you mean block_size"),
+        ({"quantize": "nf4"}, "quantize='nf4': Expected a mapping such as .scheme: nf4., got str"),
+        (
+            {"quantize": {"scheme": "nf5"}},
+            "quantize: scheme='nf5' must be one of .* Did you mean 'nf4'",
+        ),
+        ({"quantize": {"scheme": ["nf4"]}}, "quantize: scheme=.'nf4'. must be one of "),
+        (
+            {"quantize": {"blocksize": 64}},
+            "Unknown field 'quantize.blocksize'. Did you mean 'block_size'",
+        ),
         (
             {"quantize": {"scheme": "int8", "double_quantization": True}},
-            "quantize.double_quantization is no field. There are axis, block_size, scheme, weights",
+            "Unknown field 'quantize.double_quantization' for scheme=int8. Expected one of axis, "
+            "block_size, scheme, target_pattern",
         ),
-        ({"quantize": {"block_size": 3}}, "quantize: NF4: block_size=3 must be an even number"),
-        ({"quantize": {"block_size": "64"}}, "block_size='64': .* block_size: How many numbers"),
-        ({"quantize": {"weights": "("}}, "'.' is no regular expression"),
+        ({"quantize": {"block_size": 3}}, "quantize: NF4.block_size must be an even .* got 3"),
+        ({"quantize": {"block_size": "64"}}, "block_size='64': .* block_size: Number of elements"),
+        ({"quantize": {"target_pattern": "("}}, "'.' is not a valid regular expression"),
         (
             {"quantize": {}, "adapter": {"init": "pissa"}},
-            "lora.init=pissa takes its start out of the weights, .* Use init: uniform, gaussian",
+            "adapter.init=pissa subtracts the initial update from the weights, .* "
+            "Use init: kaiming_uniform, gaussian",
         ),
         (
             {
                 "quantize": {},
                 "adapters": [{"target_pattern": "q", "family": "DoRA", "init": "olora"}],
             },
-            "more.0.init=olora takes its start out of",
+            "adapters.0.init=olora subtracts the initial update",
         ),
-        ({"export": {"merge_into": "original"}}, "merge_into=original is about .*needs quantize"),
+        (
+            {"export": {"merge_into": "original"}},
+            "merge_into=original applies to .*requires quantize",
+        ),
         (
             {"quantize": {}, "export": {"merge_into": "original"}},
-            "needs quantize and export.merged: true. Give both, or leave it out",
+            "requires quantize and export.merged: true. Give both, or leave it out",
         ),
-        ({"adapter": 5}, "lora=5: That is no section. Give one, such as .family: LoRA"),
+        ({"adapter": 5}, "adapter=5: Expected a mapping such as .family: LoRA., got int"),
         ({"optimizer": {"budget": {"interval": 0}}}, "interval=0: .* interval: Steps between two"),
         ({"output": ""}, "output='': .* at least 1 character"),
         ({"seed": -1}, "seed=-1: .* greater than or equal to 0"),
     ],
 )
-def test_faults_are_told_with_field_value_and_mend(changes: dict[str, Any], message: str) -> None:
+def test_validate_invalid_field_names_value(changes: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(with_(**changes))), refusal(with_(**changes))
 
 
@@ -260,8 +298,11 @@ def data(*formats: str, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (data("chat", "preference"), "of different tasks, and a run has one"),
-        (data("chat", truncation="split"), "truncation=split cuts plain text alone.*'chat'"),
+        (data("chat", "preference"), "belong to different tasks, but a run has one"),
+        (
+            data("chat", truncation="split"),
+            "truncation=split applies only to the format text.*'chat'",
+        ),
         (
             data("text", test=sources("chat"), truncation="split"),
             "truncation=split .*'chat', 'text'",
@@ -270,15 +311,27 @@ def data(*formats: str, **fields: Any) -> dict[str, Any]:
             data("text", validation=sources("completion"), truncation="split"),
             "=split .*'completion'",
         ),
-        (data("chat", length=8, buckets=[4, 16], packing=False), "bucket 16 exceeds length=8"),
-        (data("chat", length=8, buckets=[4]), "buckets=.4. are .* Use packing: false, or leave b"),
-        (data("chat", validation=sources("chat", weight=0.5)), "validation.0.weight=0.5 mixes tra"),
+        (
+            data("chat", max_seq_length=8, buckets=[4, 16], packing=False),
+            "bucket 16 exceeds max_seq_length=8",
+        ),
+        (
+            data("chat", max_seq_length=8, buckets=[4]),
+            "buckets=.4. apply to .* Use packing: false, or leave b",
+        ),
+        (
+            data("chat", validation=sources("chat", weight=0.5)),
+            "validation.0.weight=0.5 applies only to tra",
+        ),
         (data("chat", test=sources("chat", "chat", weight=2)), "test.0.weight=2.0 .*Leave it out"),
         (
             data("completion", "text", train_on="last"),
-            "train_on=last is for chat, .*'completion', ",
+            "train_on=last applies only to chat, .*'completion', ",
         ),
-        (data("text", train_on="all"), "train_on=all is for chat and completion, and the sources"),
+        (
+            data("text", train_on="all"),
+            "train_on=all applies only to chat and completion, but the sources",
+        ),
         (data("classification", train_on="all"), "train_on=all .*'classification'.. Leave it out"),
         ({"train": sources("chat", weight=1e-5)}, "train.0.weight=1e-05: .* equal to 0.0001. weig"),
         ({"train": sources("chat", weight=1e4)}, "train.0.weight=10000.0: .* less than 10000"),
@@ -288,19 +341,25 @@ def data(*formats: str, **fields: Any) -> dict[str, Any]:
             data("chat", chat_template="nope.jinja"),
             "data.chat_template='nope.jinja': There is no s",
         ),
-        (data("chat", chat_template="{{ x }}" * 99), "There is no such file. Give one that is"),
+        (data("chat", chat_template="{{ x }}" * 99), "There is no such file. Use an existing"),
         (
-            data("chat", date="2026-02-30"),
-            "data.chat_template_date='2026-02-30': That is no day. .* 2026-01-31",
+            data("chat", chat_template_date="2026-02-30"),
+            "data.chat_template_date='2026-02-30': Expected a date such as 2026-01-31",
         ),
-        (data("chat", date="20260131"), "data.chat_template_date='20260131': That is no day"),
-        (data("chat", date="today"), "data.chat_template_date='today': That is no day"),
+        (
+            data("chat", chat_template_date="20260131"),
+            "data.chat_template_date='20260131': Expected a date",
+        ),
+        (
+            data("chat", chat_template_date="today"),
+            "data.chat_template_date='today': Expected a date",
+        ),
         (data("poem"), "data.train.0.format='poem'"),
         ({"train": []}, "data.train=.*at least 1 item"),
         (data("chat", validation=[{"path": "x"}]), "data.validation.0.format is missing"),
     ],
 )
-def test_faults_of_data_are_told(given: dict[str, Any], message: str) -> None:
+def test_validate_invalid_data_names_value(given: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(with_(data=given))), refusal(with_(data=given))
 
 
@@ -309,12 +368,12 @@ def test_faults_of_data_are_told(given: dict[str, Any], message: str) -> None:
     [
         (
             {"report": {"sample_prompts": ["who?"]}},
-            "report.sample_prompts=.'who.'. are continued .*Leave them",
+            "report.sample_prompts=.'who.'. require a model .*Leave them",
         ),
         ({"training": {"metric": "accuracy"}}, "training.metric=accuracy .*validation is empty"),
     ],
 )
-def test_what_does_nothing_for_labels_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_validate_unused_for_labels_raises(changes: dict[str, Any], message: str) -> None:
     raw = with_(data=data("classification", test=sources("classification")), **changes)
     assert re.search(message, refusal(raw)), refusal(raw)
 
@@ -329,7 +388,7 @@ def test_what_does_nothing_for_labels_is_refused(changes: dict[str, Any], messag
         (data("completion", "text", train_on="all"), {}),
         (data("text", validation=sources("chat"), train_on="last"), {}),
         ({"train": sources("chat", weight=1e-4)}, {}),
-        (data("chat", date="2026-01-31"), {}),
+        (data("chat", chat_template_date="2026-01-31"), {}),
         (data("chat", test=sources("chat")), {"batch": {"eval_batch_size": 3}}),
         (data("chat", validation=sources("chat")), {"training": {"eval_steps": 7}}),
         (data("preference"), {"report": {"sample_prompts": ["who?"]}}),
@@ -337,27 +396,29 @@ def test_what_does_nothing_for_labels_is_refused(changes: dict[str, Any], messag
         (data("chat"), {"training": {"epochs": 3}}),
     ],
 )
-def test_what_does_something_loads_again_as_it_is_written(
+def test_validate_dumped_recipe_round_trips(
     given: dict[str, Any], changes: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
     made = recipe.validate(with_(data=given, **changes))
-    # As a run writes its recipe: with epochs beside steps, and every default.
+    # As written by a run: epochs besides steps, and every default.
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
     assert recipe.load(tmp_path / "recipe.yaml") == made
 
 
-def test_a_chat_template_that_is_there_is_taken(tmp_path: pathlib.Path) -> None:
+def test_validate_existing_chat_template(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}")
     assert recipe.validate(with_(data=data("chat", chat_template=str(path)))).data.chat_template
 
 
-def test_days_need_no_quotes(tmp_path: pathlib.Path) -> None:
+def test_load_unquoted_dates_are_text(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        yaml.safe_dump(with_(data=data("chat", date="DAY"))).replace("DAY", "2026-01-31")
+        yaml.safe_dump(with_(data=data("chat", chat_template_date="DAY"))).replace(
+            "DAY", "2026-01-31"
+        )
     )
-    assert "date: 2026-01-31" in path.read_text()
+    assert "chat_template_date: 2026-01-31" in path.read_text()
     assert recipe.load(path).data.chat_template_date == "2026-01-31"
     assert (
         recipe.load(path, ["--data.chat_template_date", "2026-02-01"]).data.chat_template_date
@@ -365,13 +426,19 @@ def test_days_need_no_quotes(tmp_path: pathlib.Path) -> None:
     )
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_validate_lists_all_errors() -> None:
     told = refusal({"adapter": {"rank": "x"}, "seed": -1})
-    for name in ("output is missing", "model is missing", "data is missing", "lora.rank", "seed"):
+    for name in (
+        "output is missing",
+        "model is missing",
+        "data is missing",
+        "adapter.rank",
+        "seed",
+    ):
         assert name in told
 
 
-def test_formats_say_the_task() -> None:
+def test_recipe_task_of_formats() -> None:
     for formats, task in [
         (("chat", "text"), "language"),
         (("preference",), "preference"),
@@ -380,9 +447,17 @@ def test_formats_say_the_task() -> None:
         assert recipe.validate(with_(data=data(*formats))).task == task
 
 
-def test_overrides_reach_every_place() -> None:
-    arguments = ["--lora.rank", "32", "--optimizer.learning-rate=1e-4", "--data.train.0.path", "b"]
-    made = apply_overrides(LEAST, [*arguments, "--training.steps", "7", "--lora.targets", "q|v"])
+def test_overrides_reach_nested_fields() -> None:
+    arguments = [
+        "--adapter.rank",
+        "32",
+        "--optimizer.learning-rate=1e-4",
+        "--data.train.0.path",
+        "b",
+    ]
+    made = apply_overrides(
+        LEAST, [*arguments, "--training.steps", "7", "--adapter.target_pattern", "q|v"]
+    )
     read = recipe.validate(made)
     assert read.adapter.to_config() == jlora.LoRA(rank=32, alpha=32.0)
     assert (read.optimizer.learning_rate, read.training.steps) == (1e-4, 7)
@@ -400,9 +475,9 @@ def test_overrides_reach_every_place() -> None:
         (["--model.revision", "0123"], "model.revision", "0123"),
         (["--model.revision", "null"], "model.revision", None),
         (["--model.dtype=float16"], "model.dtype", "float16"),
-        (["--lora.targets", "[qv]_proj$"], "lora.targets", "[qv]_proj$"),
-        (["--lora.targets", "[qv]"], "lora.targets", "[qv]"),
-        (["--frozen", "['[0]']", "--frozen.0", "[1]"], "frozen.0", "[1]"),
+        (["--adapter.target_pattern", "[qv]_proj$"], "adapter.target_pattern", "[qv]_proj$"),
+        (["--adapter.target_pattern", "[qv]"], "adapter.target_pattern", "[qv]"),
+        (["--frozen_modules", "['[0]']", "--frozen_modules.0", "[1]"], "frozen_modules.0", "[1]"),
         (["--data.train.0.name", "true"], "data.train.0.name", "true"),
         (["--data.train.0.columns.messages", "7"], "data.train.0.columns.messages", "7"),
         (
@@ -411,15 +486,15 @@ def test_overrides_reach_every_place() -> None:
             "Say: 1",
         ),
         (["--seed", "7"], "seed", 7),
-        (["--quantize.weights", "[qv]"], "quantize.weights", "[qv]"),
+        (["--quantize.target_pattern", "[qv]"], "quantize.target_pattern", "[qv]"),
         (["--quantize.scheme", "int8"], "quantize.scheme", "int8"),
         (["--quantize.block_size", "32"], "quantize.block_size", 32),
         (["--model.scan_layers", "false"], "model.scan_layers", False),
-        (["--data.train.0.limit", "null"], "data.train.0.limit", None),
-        (["--lora.alpha", "-5"], "lora.alpha", -5),
+        (["--data.train.0.max_examples", "null"], "data.train.0.max_examples", None),
+        (["--adapter.alpha", "-5"], "adapter.alpha", -5),
     ],
 )
-def test_overrides_of_text_are_the_text(arguments: list[str], place: str, value: Any) -> None:
+def test_overrides_values_have_field_types(arguments: list[str], place: str, value: Any) -> None:
     found: Any = apply_overrides(LEAST, arguments)
     for key in place.split("."):
         found = found[int(key) if isinstance(found, list) else key]
@@ -427,14 +502,14 @@ def test_overrides_of_text_are_the_text(arguments: list[str], place: str, value:
     assert type(found) is type(value)
 
 
-def test_steps_of_the_command_line_replace_the_files_epochs() -> None:
+def test_overrides_steps_replace_epochs() -> None:
     def training(held: dict[str, Any], *arguments: str) -> dict[str, Any]:
         return apply_overrides(with_(training=held), arguments)["training"]
 
     assert training({"epochs": 3}, "--training.steps", "5") == {"steps": 5}
     assert training({"steps": 5}, "--training.epochs", "3") == {"epochs": 3}
     assert training({"epochs": 3}, "--training.steps", "null") == {"epochs": 3, "steps": None}
-    # Who gives both is told.
+    # Giving both is an error of the recipe.
     both = {"epochs": 3, "steps": 5}
     assert training({}, "--training.steps", "5", "--training.epochs", "3") == both
     assert training({}, "--training.epochs", "3", "--training.steps", "5") == both
@@ -443,55 +518,55 @@ def test_steps_of_the_command_line_replace_the_files_epochs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lora.rank", "3"], "'lora.rank' is no override. Write --section.field value"),
-        (["--lora.rank"], "--lora.rank has no value"),
-        (["--lora.rank", "--output", "run"], "--lora.rank has no value"),
-        (["--data.train.1.path", "x"], "1 is no entry of a list of 1; the first is 0"),
-        (["--output.name", "x"], "output holds 'run', and nothing is inside that"),
-        (["--lora", "{rank: [}"], "--lora is no YAML"),
+        (["adapter.rank", "3"], "'adapter.rank' is not an override. Use --section.field value"),
+        (["--adapter.rank"], "--adapter.rank has no value"),
+        (["--adapter.rank", "--output", "run"], "--adapter.rank has no value"),
+        (["--data.train.1.path", "x"], "1 is not an index of a list of length 1; the first"),
+        (["--output.name", "x"], "output='run' is not a section or list"),
+        (["--adapter", "{rank: [}"], "--adapter is not valid YAML"),
     ],
 )
-def test_overrides_that_are_none_are_refused(arguments: list[str], message: str) -> None:
+def test_overrides_invalid_raise(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_overrides(LEAST, arguments)
 
 
-def test_files_that_are_no_recipes_are_refused(tmp_path: pathlib.Path) -> None:
+def test_load_invalid_files_raise(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "recipe.yaml"
-    with pytest.raises(FileNotFoundError, match="is no file. `jlora init >"):
+    with pytest.raises(FileNotFoundError, match="is not a file. Create one with `jlora init >"):
         recipe.load(path)
     for text, message in [
-        ("- 1", "holds list instead of a mapping"),
-        ("", "holds NoneType"),
-        ("a: [", "is no YAML"),
-        ("seed: 1\nseed: 2", r"\['seed'\] stands there twice"),
-        ("a: !!python/object/apply:os.system [ls]", "is no YAML"),
+        ("- 1", "must be a mapping of sections, got list"),
+        ("", "got NoneType"),
+        ("a: [", "is not valid YAML"),
+        ("seed: 1\nseed: 2", r"duplicate keys \['seed'\]"),
+        ("a: !!python/object/apply:os.system [ls]", "is not valid YAML"),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             recipe.load(path)
 
 
-def test_scientific_notation_is_a_number(tmp_path: pathlib.Path) -> None:
+def test_load_scientific_notation_is_a_float(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(LEAST) + "optimizer: {learning_rate: 1e-4, epsilon: 1E-6}\n")
     read = recipe.load(path)
     assert (read.optimizer.learning_rate, read.optimizer.epsilon) == (1e-4, 1e-6)
 
 
-def test_a_recipe_is_written_as_it_is_read() -> None:
-    lora = {"family": "DoRA", "rank": 3, "target_pattern": "q"}
+def test_recipe_dump_round_trips() -> None:
+    adapter = {"family": "DoRA", "rank": 3, "target_pattern": "q"}
     made = recipe.validate(
-        with_(lora=lora, adapters=[{"family": "BitFit", "target_pattern": "bias$"}])
+        with_(adapter=adapter, adapters=[{"family": "BitFit", "target_pattern": "bias$"}])
     )
     assert recipe.validate(made.model_dump(mode="json")) == made
     assert set(ADAPTER_SECTIONS) == {config.__name__ for config in ADAPTER_CONFIGS}
 
 
 @pytest.mark.parametrize(("name", "stacked"), [("llama", True), ("qwen3_moe_some", False)])
-def test_layers_are_stacked_where_they_are_alike(name: str, stacked: bool) -> None:
+def test_scan_layers_null_depends_on_layers(name: str, stacked: bool) -> None:
     folder = pathlib.Path(__file__).parent.parent / "models/data/decoders" / name
     open_ended = recipe.validate(with_(model={"path": str(folder)}))
     assert open_ended.model.scan_layers is None
     model = model_from_recipe(open_ended, folder)
-    assert (model.scan_layers, model.stackable) == (stacked, stacked)
+    assert (model.scan_layers, model.can_scan_layers) == (stacked, stacked)

@@ -1,7 +1,8 @@
-"""Data of fine-tuning: rows to batches, on the host alone.
+"""Fine-tuning data on the host: reading, tokenization, packing and batches.
 
-`rows` reads them, a format of `FORMATS` makes a `Corpus` of them with a `Tokenizer`, a `Stream`
-makes batches of corpora, and `prefetch` makes them ahead.
+`load_rows` reads a table, a function of `FORMATS` tokenizes it with a `Tokenizer` into a
+`TokenizedDataset`, a `BatchStream` builds batches of datasets, and `prefetch` builds them ahead in
+a thread.
 """
 
 from __future__ import annotations

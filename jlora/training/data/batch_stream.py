@@ -1,4 +1,8 @@
-"""The arrays of a batch, filled from the examples that were planned for its rows."""
+"""An infinite, resumable stream of batches.
+
+Batch i depends only on the data, the options, the seed and its position, so that a resumed run
+continues exactly.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,11 @@ DatasetKind = Literal["language", "preference", "classification"]
 
 
 class StreamPosition(NamedTuple):
-    """How far a stream went: all that a checkpoint has to keep of it.
+    """Position in a stream; all that a checkpoint has to store of it.
 
     Attributes:
-        epoch: Which it is in, from 0.
-        batch: The number of its next batch in it.
+        epoch: Epoch, from 0.
+        batch: Number of the next batch in that epoch, from 0.
     """
 
     epoch: int = 0
@@ -39,12 +43,12 @@ STREAM_START = StreamPosition()
 
 
 class StreamBatch(NamedTuple):
-    """The rows of one step, of one process.
+    """Batch of one training step, as filled by one process.
 
     Attributes:
-        arrays: With the leading axes (accumulate, rows).
-        example_ids: For every row, in the same order, the source and number of its examples. They tell
-            where a bad loss came from, and are not for devices.
+        arrays: Arrays with the leading axes (gradient accumulation steps, batch).
+        example_ids: Source and number of the examples of every row, in the order of the rows. They
+            trace a bad loss to its examples, and stay on the host.
     """
 
     arrays: LMBatch | ClassificationBatch
@@ -52,14 +56,29 @@ class StreamBatch(NamedTuple):
 
 
 class BatchStream:
-    """Batches without end, each a function of the data, the options, the seed and its position.
+    """Infinite batches, each a function of the data, the options, the seed and its position.
 
-    A stream that starts at any position gives what one that came there gives. Every process makes
-    the same plan and fills its own rows of it.
+    A stream that starts at a position yields the same batches as one that arrived there. Every
+    process builds the same plan and fills its own slice of the batch.
 
     Attributes:
-        fingerprint: Of everything that batches depend on, the number of processes aside. A run
-            that goes on with another one would see some examples twice and others never.
+        config: Shape of batches.
+        local_slice: Rows of each batch that this process fills.
+        fingerprint: Hash of everything that batches depend on, except the number of processes. A
+            run that resumes with another one would see some examples twice and others never.
+
+    Example:
+        >>> from jlora.training import data
+        >>> from jlora.training.data import tokenized_dataset
+        >>> tokenize = data.TokenizeConfig(max_seq_length=4)
+        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(tokenize)
+        >>> for row in range(3):
+        ...     builder.add(row, tokenized_dataset.TokenSequence([5, 6 + row, 2], True))
+        >>> config = data.BatchConfig(batch_size=2, seq_length=4, packing=False)
+        >>> stream = data.BatchStream([builder.build()], config, seed=0)
+        >>> position, batch = next(stream.batches())
+        >>> position, batch.arrays.tokens.shape
+        (StreamPosition(epoch=0, batch=1), (1, 2, 4))
     """
 
     def __init__(
@@ -74,84 +93,86 @@ class BatchStream:
         pad_token_id: int = 0,
         local_slice: slice = slice(None),
     ) -> None:
-        """Looks at the data and plans the first epoch.
+        """Checks the data and plans the first epoch.
 
         Args:
-            datasets: The sources, all of one kind.
-            config: The shape of batches.
-            kind: What is learnt: to write, to prefer, or to tell labels.
-            seed: Of all shuffles.
-            weights: How often each source is gone through in an epoch; once when left out.
-            shuffle: Whether to. Evaluation goes without.
-            pad_token_id: The token of places without one.
-            local_slice: Which of the rows this process fills; all when left out.
+            datasets: Sources, all of one kind.
+            config: Shape of batches.
+            kind: Task: "language" for next tokens, "preference" for pairs, "classification" for
+                labels.
+            seed: Random seed of all shuffles.
+            weights: Passes through each source in an epoch; None: one.
+            shuffle: True to shuffle; evaluation uses False.
+            pad_token_id: Token id of padding.
+            local_slice: Rows of each batch that this process fills; all by default.
 
         Raises:
-            ValueError: The data is not of that kind, an example is longer than a row, the weights
-                leave no example for an epoch.
+            ValueError: If the data is not of that kind, an example is longer than a row, or the
+                weights leave the first epoch without examples.
         """
         _check_dataset_kind(datasets, kind)
         if kind != "language":
             config = dataclasses.replace(config, packing=False)
-        exact = weights_as_fractions(weights, len(datasets))
-        sizes = [corpus.num_examples for corpus in datasets]
-        # Where no source has an example for the first epoch, that has no batch; where one has, it
-        # has one for every epoch.
-        if all(weight * size < 1 for weight, size in zip(exact, sizes, strict=True)):
+        fractions = weights_as_fractions(weights, len(datasets))
+        sizes = [dataset.num_examples for dataset in datasets]
+        # A source with an example for the first epoch has one for every epoch.
+        if all(weight * size < 1 for weight, size in zip(fractions, sizes, strict=True)):
             raise ValueError(
-                f"The sources' weights={list(weights or ())} take none of their {sizes} examples "
-                f"in the first epoch, which has no batch then. Give one source a greater weight: "
-                f"times its examples it has to be 1 or more."
+                f"weights={list(weights or ())} take none of the {sizes} examples of the sources "
+                f"in the first epoch, which would have no batch. Increase one weight until weight "
+                f"times examples is at least 1."
             )
         self.config = config
         self._datasets = datasets
         self._kind = kind
         self._pad_token_id = pad_token_id
         self.local_slice = local_slice
-        lengths = [corpus.example_lengths() for corpus in datasets]
-        # An epoch is planned ahead while the one before is still asked for.
+        lengths = [dataset.example_lengths() for dataset in datasets]
+        # Two epochs: the next one is planned while batches of the previous one are still requested.
         self._cached_epoch_plan = functools.lru_cache(maxsize=2)(
             lambda epoch: plan_epoch(
                 lengths, config, seed=seed, epoch=epoch, weights=weights, shuffle=shuffle
             )
         )
-        what = [
+        identity = [
             kind,
             config,
             seed,
-            exact,
+            fractions,
             shuffle,
             pad_token_id,
-            *(c.fingerprint for c in datasets),
+            *(dataset.fingerprint for dataset in datasets),
         ]
-        self.fingerprint = hashlib.sha256(repr(what).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         self._cached_epoch_plan(0)
 
     def epoch_plan(self, epoch: int) -> EpochPlan:
-        """Which examples make which batch of an epoch."""
+        """Returns the assignment of examples to the batches of an epoch."""
         return self._cached_epoch_plan(epoch)
 
     def num_batches(self, epochs: int) -> int:
-        """How many batches so many epochs have."""
+        """Returns the number of batches of the first `epochs` epochs."""
         return sum(len(self._cached_epoch_plan(epoch)) for epoch in range(epochs))
 
     def batches(
         self, position: StreamPosition = STREAM_START, *, epochs: int | None = None
     ) -> Iterator[tuple[StreamPosition, StreamBatch]]:
-        """The batches from a position on, each with the position after it.
+        """Yields the batches from a position on, each with the position after it.
 
         Args:
-            position: Where to go on.
-            epochs: Where to stop: after so many epochs from the first; never when None.
+            position: Position of the first batch.
+            epochs: Number of epochs, counted from the first one, after which the iterator ends;
+                None: infinite.
 
         Raises:
-            ValueError: There is no such position.
+            ValueError: If the position is outside its epoch.
         """
         epoch, first = position
         if epoch < 0 or not 0 <= first <= len(self._cached_epoch_plan(epoch)):
+            num_batches = len(self._cached_epoch_plan(max(epoch, 0)))
             raise ValueError(
-                f"{position} is none of this data: its epoch has {len(self._cached_epoch_plan(max(epoch, 0)))} "
-                f"batches. Go on with the data and options that it comes from."
+                f"{position} is outside of this data: its epoch has {num_batches} batches. Resume "
+                f"with the data and options that the position comes from."
             )
         return self._iterate_from(epoch, first, epochs)
 
@@ -167,7 +188,7 @@ class BatchStream:
             epoch, first_batch = epoch + 1, 0
 
     def _build_batch(self, planned_batch: PlannedBatch) -> StreamBatch:
-        """The batch planned, in so far as it is this process's."""
+        """Returns this process's slice of a planned batch."""
         size = self.config.batch_size
         ids = tuple(
             row
@@ -175,43 +196,41 @@ class BatchStream:
             for row in planned_batch.example_ids[start : start + size][self.local_slice]
         )
         fill = build_classification_batch if self._kind == "classification" else build_lm_batch
-        made = fill(self._datasets, planned_batch.seq_length, ids, self._pad_token_id)
+        flat = fill(self._datasets, planned_batch.seq_length, ids, self._pad_token_id)
         shape = (self.config.gradient_accumulation_steps, -1)
-        return StreamBatch(type(made)(*(a.reshape(*shape, *a.shape[1:]) for a in made)), ids)
+        return StreamBatch(type(flat)(*(a.reshape(*shape, *a.shape[1:]) for a in flat)), ids)
 
 
 def _check_dataset_kind(datasets: Sequence[TokenizedDataset], kind: DatasetKind) -> None:
     if kind not in get_args(DatasetKind):
-        raise ValueError(
-            f"kind={kind!r} is none of {', '.join(get_args(DatasetKind))}. Choose one."
-        )
-    for number, corpus in enumerate(datasets):
-        found = "preference" if corpus.sequences_per_example == 2 else "language"
-        found = "classification" if corpus.labels is not None else found
-        if found != kind:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(get_args(DatasetKind))}.")
+    for number, dataset in enumerate(datasets):
+        actual = "preference" if dataset.sequences_per_example == 2 else "language"
+        actual = "classification" if dataset.labels is not None else actual
+        if actual != kind:
             raise ValueError(
-                f"kind={kind!r}, and source {number} is for {found}. Read it in another format, or "
-                f"say kind={found!r}."
+                f"kind={kind!r} must be the kind of all sources, but source {number} is for "
+                f"{actual}. Tokenize it with another format, or use kind={actual!r}."
             )
-    names = {corpus.label_names for corpus in datasets}
+    names = {dataset.label_names for dataset in datasets}
     if len(names) > 1:
         raise ValueError(
-            f"The sources call their labels differently: {sorted(names, key=repr)}. Name them for "
-            f"all: label_names, in a recipe classification.labels."
+            f"The sources have different label names: {sorted(names, key=repr)}. Give all of them "
+            f"the same label_names (classification.labels of a recipe)."
         )
 
 
 class LMBatch(NamedTuple):
-    """What a language model learns from, each (..., rows, length), or (..., rows, 2, length).
+    """Batch for a language model: arrays of (..., batch, length), or (..., batch, 2, length).
 
-    The axis of 2 is there for preferences: the chosen, then the rejected.
+    Preference data has the axis of 2: the chosen answer, then the rejected one.
 
     Attributes:
-        tokens: int32, 0 (or the pad token) where there is none.
-        targets: int32, the next token of the same example; 0 where there is none.
-        loss_mask: float32, 1 where the loss counts how well the target is predicted.
-        segment_ids: int32, which of the row's examples a token is of, from 1; 0 for padding.
-        positions: int32, from 0 in every example.
+        tokens: int32 token ids; the pad token in padding.
+        targets: int32 ids of the next token of the same example; 0 if there is none.
+        loss_mask: float32, 1 where the target counts for the loss.
+        segment_ids: int32 number of a token's example within its row, from 1; 0 for padding.
+        positions: int32 positions, from 0 in every example.
     """
 
     tokens: np.ndarray
@@ -222,14 +241,14 @@ class LMBatch(NamedTuple):
 
 
 class ClassificationBatch(NamedTuple):
-    """What a classifier learns from.
+    """Batch for a classifier.
 
     Attributes:
-        tokens: int32 (..., rows, length).
-        attention_mask: int32 (..., rows, length), 0 for padding.
-        token_type_ids: int32 (..., rows, length), 1 in the second of a pair of texts.
-        labels: int32 (..., rows).
-        example_mask: float32 (..., rows), 0 for rows that fill the batch up.
+        tokens: int32 (..., batch, length) token ids.
+        attention_mask: int32 (..., batch, length), 0 for padding.
+        token_type_ids: int32 (..., batch, length), 1 in the second of a pair of texts.
+        labels: int32 (..., batch) class ids.
+        example_mask: float32 (..., batch), 0 for empty rows that complete the batch.
     """
 
     tokens: np.ndarray
@@ -245,41 +264,43 @@ def build_lm_batch(
     example_ids: Sequence[Sequence[ExampleId]],
     pad_token_id: int,
 ) -> LMBatch:
-    """The arrays of rows of examples, (rows, length), or (rows, 2, length) for preferences.
+    """Returns packed rows as arrays (batch, length), or (batch, 2, length) for preferences.
 
     Args:
-        datasets: The sources.
-        seq_length: Of every row.
-        example_ids: The source and number of the examples of each.
-        pad_token_id: The token of places without one.
+        datasets: Sources.
+        seq_length: Tokens of every row.
+        example_ids: Source and number of the examples of each row.
+        pad_token_id: Token id of padding.
     """
     pair = datasets[0].sequences_per_example
-    made = LMBatch(
-        tokens=np.full((len(example_ids) * pair, seq_length), pad_token_id, np.int32),
-        targets=np.zeros((len(example_ids) * pair, seq_length), np.int32),
-        loss_mask=np.zeros((len(example_ids) * pair, seq_length), np.float32),
-        segment_ids=np.zeros((len(example_ids) * pair, seq_length), np.int32),
-        positions=np.zeros((len(example_ids) * pair, seq_length), np.int32),
+    shape = (len(example_ids) * pair, seq_length)  # (batch * sequences, length)
+    batch = LMBatch(
+        tokens=np.full(shape, pad_token_id, np.int32),
+        targets=np.zeros(shape, np.int32),
+        loss_mask=np.zeros(shape, np.float32),
+        segment_ids=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
     )
-    counted = np.arange(seq_length, dtype=np.int32)
+    positions = np.arange(seq_length, dtype=np.int32)
     for number, examples in enumerate(example_ids):
         for half in range(pair):
-            row = LMBatch(*(array[number * pair + half] for array in made))
+            row = LMBatch(*(array[number * pair + half] for array in batch))
             sequences = [datasets[source].get_sequence(i * pair + half) for source, i in examples]
-            _write_packed_examples(row, sequences, counted)
+            _write_packed_examples(row, sequences, positions)
     shape = (len(example_ids), seq_length) if pair == 1 else (len(example_ids), pair, seq_length)
-    return LMBatch(*(array.reshape(shape) for array in made))
+    return LMBatch(*(array.reshape(shape) for array in batch))
 
 
 def _write_packed_examples(
     out: LMBatch, sequences: Sequence[tuple[np.ndarray, np.ndarray]], positions: np.ndarray
 ) -> None:
+    """Writes the sequences one after another into a row of (length,) arrays."""
     start = 0
-    for segment, (tokens, learn) in enumerate(sequences, start=1):
+    for segment, (tokens, loss_mask) in enumerate(sequences, start=1):
         end = start + len(tokens)
         out.tokens[start:end] = tokens
         out.targets[start : end - 1] = tokens[1:]
-        out.loss_mask[start : end - 1] = learn[1:]
+        out.loss_mask[start : end - 1] = loss_mask[1:]
         out.segment_ids[start:end] = segment
         out.positions[start:end] = positions[: len(tokens)]
         start = end
@@ -291,26 +312,26 @@ def build_classification_batch(
     example_ids: Sequence[Sequence[ExampleId]],
     pad_token_id: int,
 ) -> ClassificationBatch:
-    """The arrays of rows of one labelled example each. Arguments as of `build_lm_batch`."""
-    made = ClassificationBatch(
-        tokens=np.full((len(example_ids), seq_length), pad_token_id, np.int32),
-        attention_mask=np.zeros((len(example_ids), seq_length), np.int32),
-        token_type_ids=np.zeros((len(example_ids), seq_length), np.int32),
+    """Returns arrays of one labeled example per row. Arguments as in `build_lm_batch`."""
+    shape = (len(example_ids), seq_length)
+    batch = ClassificationBatch(
+        tokens=np.full(shape, pad_token_id, np.int32),
+        attention_mask=np.zeros(shape, np.int32),
+        token_type_ids=np.zeros(shape, np.int32),
         labels=np.zeros(len(example_ids), np.int32),
         example_mask=np.zeros(len(example_ids), np.float32),
     )
     for row, examples in enumerate(example_ids):
         for source, example in examples:
-            corpus = datasets[source]
-            tokens, _ = corpus.get_sequence(example)
-            made.tokens[row, : len(tokens)] = tokens
-            made.attention_mask[row, : len(tokens)] = 1
-            if corpus.token_type_ids is not None:
-                start = corpus.offsets[example]
-                made.token_type_ids[row, : len(tokens)] = corpus.token_type_ids[
-                    start : start + len(tokens)
-                ]
-            if corpus.labels is not None:
-                made.labels[row] = corpus.labels[example]
-            made.example_mask[row] = 1
-    return made
+            dataset = datasets[source]
+            tokens, _ = dataset.get_sequence(example)
+            size = len(tokens)
+            batch.tokens[row, :size] = tokens
+            batch.attention_mask[row, :size] = 1
+            if dataset.token_type_ids is not None:
+                start = dataset.offsets[example]
+                batch.token_type_ids[row, :size] = dataset.token_type_ids[start : start + size]
+            if dataset.labels is not None:
+                batch.labels[row] = dataset.labels[example]
+            batch.example_mask[row] = 1
+    return batch

@@ -1,4 +1,4 @@
-"""The messages of a chat, looked at before a template sees them."""
+"""Chat templates: checked messages, rendered as transformers renders them, with loss spans."""
 
 from __future__ import annotations
 
@@ -24,23 +24,36 @@ Message = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
-# A template's marks around what is generated. They are no characters, so no text holds them.
+# Markers around generated text. They are Unicode noncharacters, so that no text contains them.
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
 
 GENERATION_MARKERS = re.compile(f"[{GENERATION_START}{GENERATION_END}]")
 
+# Start and end of a part of a text, in characters.
+CharSpan = tuple[int, int]
+
+TrainOn = Literal["assistant", "last", "all"]
+
+SPECIAL_TOKEN_KEYS = tuple(
+    f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+
+_JINJA_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
 
 def validate_messages(messages: Any, location: str) -> list[dict[str, Any]]:
-    """The messages as a template takes them: plain dicts, without the fields that are null.
+    """Returns the messages for a template: plain dicts, without null fields.
 
-    Tables give every message all fields that one of them has.
+    Tables fill every message with nulls for the fields that only others have.
 
     Raises:
-        ValueError: A message has no role of `ROLES`, or content that is no string.
+        ValueError: If a message has no role of `ROLES`, or content that is not a string.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(
-            f"{location} is {_abbreviate_repr(messages)}, no list of messages. Give "
+            f"{location} must be a list of messages, got {_abbreviate_repr(messages)}. Use "
             f'[{{"role": "user", "content": "..."}}, ...].'
         )
     for number, message in enumerate(messages):
@@ -51,30 +64,30 @@ def validate_messages(messages: Any, location: str) -> list[dict[str, Any]]:
 def _check_message(message: Any, location: str) -> None:
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(
-            f"{location} is {_abbreviate_repr(message)} and has no role. Give it the fields role and content."
+            f"{location} must have the fields role and content, got {_abbreviate_repr(message)}."
         )
     if message["role"] not in ROLES:
         raise ValueError(
-            f"{location}: role={message['role']!r} is none of {', '.join(ROLES)}. Rename it."
+            f"{location}: role={message['role']!r} must be one of {', '.join(ROLES)}. Rename it."
         )
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(
-            f"{location}: content={_abbreviate_repr(content)} is no string. Give text; only a message with "
-            f"tool_calls may go without."
+            f"{location}: content={_abbreviate_repr(content)} must be a string; only a message "
+            f"with tool_calls may omit it."
         )
 
 
 def drop_null_fields(value: Any, location: str) -> Any:
-    """The same of dicts, lists and what they hold, without what is null.
+    """Returns nested dicts and lists without null entries.
 
     Raises:
-        ValueError: A string holds a mark.
+        ValueError: If a string contains a generation marker.
     """
     if isinstance(value, str):
         if GENERATION_MARKERS.search(value):
             raise ValueError(
-                f"{location} holds U+FDD0 or U+FDD1, which stand for no character. Remove them."
+                f"{location} contains U+FDD0 or U+FDD1, which are not characters. Remove them."
             )
         return value
     if isinstance(value, Mapping):
@@ -91,31 +104,29 @@ def _abbreviate_repr(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-CharSpan = tuple[int, int]
-
-TrainOn = Literal["assistant", "last", "all"]
-
-SPECIAL_TOKEN_KEYS = tuple(
-    f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
-
-_JINJA_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template of transformers' kind, which runs in a sandbox.
+    r"""Chat template in the dialect of transformers, run in a sandbox.
 
     Attributes:
-        text: The template, in Jinja.
-        variables: What it may use besides the messages: bos_token and others, `enable_thinking`.
-        now: What `strftime_now` tells; the clock when None. Set it if the template is `depends_on_date` and
-            the run may be resumed on another day, when the texts would be others.
+        text: Template, in Jinja.
+        variables: Variables besides the messages, such as bos_token or enable_thinking.
+        now: Date and time for `strftime_now`; None: the clock. Set it if the template
+            `depends_on_date` and the run may be resumed on another day, when the texts would
+            change.
 
     References:
-        transformers' `apply_chat_template`, whose renderings these are.
+        `apply_chat_template` of transformers, whose renderings are reproduced.
+
+    Example:
+        >>> template = ChatTemplate(
+        ...     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        ...     "{% if add_generation_prompt %}assistant: {% endif %}"
+        ... )
+        >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        >>> text, spans = template.render_with_spans(chat)
+        >>> [text[start:end] for start, end in spans]
+        ['Hello\n']
     """
 
     text: str
@@ -130,24 +141,24 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         now: datetime.datetime | None = None,
     ) -> ChatTemplate:
-        """The template of a checkpoint's folder: chat_template.jinja or in tokenizer_config.json.
+        """Returns a checkpoint folder's template, of chat_template.jinja or tokenizer_config.json.
 
         Args:
-            folder: With the tokenizer's files.
-            text: Another template, which goes with the folder's special tokens.
-            variables: More of them, or others.
-            now: What `strftime_now` tells; the clock when None.
+            folder: Folder with the tokenizer's files.
+            text: Template to use with the folder's special tokens; None: the folder's own.
+            variables: Variables to add to the special tokens, or to replace them.
+            now: Date and time for `strftime_now`; None: the clock.
 
         Raises:
-            ValueError: The folder has no template.
+            ValueError: If the folder has no template.
         """
         folder = Path(folder)
-        given = {**load_special_tokens(folder), **(variables or {})}
-        return cls(_load_template_text(folder) if text is None else text, given, now)
+        variables = {**load_special_tokens(folder), **(variables or {})}
+        return cls(_load_template_text(folder) if text is None else text, variables, now)
 
     @property
     def depends_on_date(self) -> bool:
-        """Whether the template asks for the date, so that its texts depend on `now`."""
+        """True if the template calls `strftime_now`, so that its texts depend on `now`."""
         return "strftime_now" in _JINJA_COMMENT.sub("", self.text)
 
     def render(
@@ -158,16 +169,16 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         location: str = "messages",
     ) -> str:
-        """The text of a chat.
+        """Returns the text of a chat.
 
         Args:
-            messages: Each with a role and content.
+            messages: Messages, each with a role and content.
             tools: JSON schemas of functions that the assistant may call.
-            add_generation_prompt: Whether the text ends where the assistant begins to speak.
-            location: What errors call the messages.
+            add_generation_prompt: True to end the text with the start of an assistant turn.
+            location: Name of the messages in errors.
 
         Raises:
-            ValueError: A message is wrong, or the template refuses them.
+            ValueError: If a message is invalid, or the template raises.
         """
         marked = self._render_marked(
             validate_messages(messages, location), tools, add_generation_prompt, location
@@ -182,26 +193,27 @@ class ChatTemplate:
         train_on: TrainOn = "assistant",
         location: str = "messages",
     ) -> tuple[str, list[CharSpan]]:
-        """The text of a chat, and from where to where in it the assistant speaks.
+        """Returns the text of a chat and the character spans of the assistant's turns.
 
-        The token that ends a turn belongs to what the assistant says, the blank or line break that
-        a template puts after it does not. A template with `{% generation %}` says itself what is
-        generated. For others the text up to an answer is rendered without and with it.
+        The token that ends a turn belongs to its span; the blank or line break that a template
+        writes after that token does not. In a template with `{% generation %}` tags, the tags
+        define the spans. For other templates, the text up to an answer is rendered without and
+        with it.
 
         Args:
-            messages: Each with a role and content.
+            messages: Messages, each with a role and content.
             tools: JSON schemas of functions that the assistant may call.
-            train_on: "assistant" for all that the assistant says; "last" for its last message, and
-                messages after that are left out; "all" for the whole text.
-            location: What errors call the messages.
+            train_on: "assistant" for all assistant turns; "last" for the last one, with messages
+                after it dropped; "all" for the complete text.
+            location: Name of the messages in errors.
 
         Raises:
-            ValueError: A message is wrong, the template refuses them, or writes earlier turns in
-                another way once more follow.
+            ValueError: If a message is invalid, the template raises, or it renders an earlier turn
+                differently once more messages follow.
         """
         if train_on not in get_args(TrainOn):
             raise ValueError(
-                f"train_on={train_on!r} is none of {', '.join(get_args(TrainOn))}. Choose one."
+                f"train_on={train_on!r} must be one of {', '.join(get_args(TrainOn))}."
             )
         messages = validate_messages(messages, location)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -227,7 +239,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None,
         location: str,
     ) -> list[CharSpan]:
-        """What the template marked, of the messages from the first wanted on."""
+        """Returns the spans that the template's tags mark, from `first_message` on."""
         spans = _find_marked_spans(marked_text)
         if not first_message:
             return spans
@@ -242,7 +254,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None,
         location: str,
     ) -> CharSpan:
-        """Where one answer is in the text of all messages."""
+        """Returns the span of one assistant turn in the text of all messages."""
         before = self._render_marked(messages[:turn_index], tools, True, location)
         last = turn_index == len(messages) - 1
         through = (
@@ -252,16 +264,16 @@ class ChatTemplate:
         )
         if not through.startswith(before) or not text.startswith(through):
             raise ValueError(
-                f"{location}: the chat template writes message {turn_index} in one way where the chat ends "
-                f"and in another where it goes on, so what the assistant says cannot be told "
-                f"apart. Use data.train_on=last, or a template with {{% generation %}} tags."
+                f"{location}: the chat template renders message {turn_index} differently at the "
+                f"end of a chat and before further messages, so the assistant's span is ambiguous. "
+                f"Use data.train_on=last, or a template with {{% generation %}} tags."
             )
-        said = through[len(before) :]
-        ended, content = said.rstrip(), messages[turn_index].get("content", "").rstrip()
-        # Where no token ends a turn, the line break does, and has to be learnt.
-        if ended == content or (content and ended.endswith(content)):
-            ended = said
-        return len(before), len(before) + len(ended)
+        turn = through[len(before) :]
+        stripped, content = turn.rstrip(), messages[turn_index].get("content", "").rstrip()
+        # Without an end-of-turn token, the line break ends a turn and has to be learned.
+        if stripped == content or (content and stripped.endswith(content)):
+            stripped = turn
+        return len(before), len(before) + len(stripped)
 
     def _render_marked(
         self,
@@ -270,7 +282,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         location: str,
     ) -> str:
-        """The text with marks around what the template's tags say is generated."""
+        """Returns the text with markers around the parts in `{% generation %}` tags."""
         try:
             return self._compiled.render(
                 {
@@ -285,8 +297,8 @@ class ChatTemplate:
             )
         except Exception as error:  # A template can raise anything.
             raise ValueError(
-                f"{location}: the chat template refuses the messages ({error}). Write them as it "
-                f"expects, or give another template."
+                f"{location}: the chat template rejects the messages ({error}). Change them to its "
+                f"format, or use another template."
             ) from error
 
     @functools.cached_property
@@ -303,8 +315,8 @@ class ChatTemplate:
             return environment.from_string(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
-                f"The chat template's line {error.lineno} is no Jinja ({error}). Mend it, or give "
-                f"another template."
+                f"The chat template's line {error.lineno} is not valid Jinja ({error}). Correct "
+                f"it, or use another template."
             ) from error
 
     def _strftime_now(self, date_format: str) -> str:
@@ -312,12 +324,12 @@ class ChatTemplate:
 
 
 class _GenerationExtension(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, which puts marks around what it holds."""
+    """`{% generation %}...{% endgeneration %}`, which puts markers around its body."""
 
     tags = {"generation"}  # noqa: RUF012 -- Jinja declares it so.
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block as a call of what marks it."""
+        """Returns the block as a call of `_mark`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_mark")
@@ -328,12 +340,12 @@ class _GenerationExtension(jinja2.ext.Extension):
 
 
 def _find_marked_spans(marked_text: str) -> list[CharSpan]:
-    """Where marked parts are in the text without the marks."""
-    places = [
+    """Returns the marked spans, counted in the text without markers."""
+    bounds = [
         match.start() - count
         for count, match in enumerate(GENERATION_MARKERS.finditer(marked_text))
     ]
-    return list(zip(places[::2], places[1::2], strict=True))
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
 def _tojson(
@@ -343,7 +355,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter writes for web pages: `<` as an escape.
+    # Jinja's own filter escapes `<` for web pages.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -354,8 +366,8 @@ def _raise_exception(message: str) -> None:
 
 
 def load_special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens of a tokenizer's folder: bos_token and the like, as far as it has them."""
-    found: dict[str, str] = {}
+    """Returns the special tokens of a tokenizer's folder, such as bos_token, by their key."""
+    tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -364,8 +376,8 @@ def load_special_tokens(folder: Path) -> dict[str, str]:
             token = content.get(key)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
-                found[key] = token
-    return found
+                tokens[key] = token
+    return tokens
 
 
 def _load_template_text(folder: Path) -> str:
@@ -373,27 +385,27 @@ def _load_template_text(folder: Path) -> str:
     if text is None:
         raise ValueError(
             f"{folder} has no chat template: no chat_template.jinja, and no chat_template in "
-            f"tokenizer_config.json. Take the folder of a model tuned to chat, or give a template."
+            f"tokenizer_config.json. Use the folder of a chat model, or give a template."
         )
     return text
 
 
 def find_chat_template(folder: Path) -> str | None:
-    """The text of a folder's chat template, if it has one.
+    """Returns the text of a folder's chat template, or None.
 
     Raises:
-        ValueError: It has several of which none is named default.
+        ValueError: If the folder has several templates and none is named default.
     """
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = read_json(config).get("chat_template") if config.is_file() else None
-    if not isinstance(found, list):
-        return found
-    named = {entry["name"]: entry["template"] for entry in found}
-    if "default" not in named:
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if not isinstance(template, list):
+        return template
+    by_name = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in by_name:
         raise ValueError(
-            f"{config} has the chat templates {format_names(sorted(named))} and none named default. Give "
-            f"the text of one."
+            f"{config} has the chat templates {format_names(sorted(by_name))} and none named "
+            f"default. Give the text of one."
         )
-    return named["default"]
+    return by_name["default"]

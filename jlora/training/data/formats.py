@@ -1,4 +1,4 @@
-"""Rows of five formats as tokenised examples."""
+"""Tokenization of the five data formats: chat, completion, text, preference, classification."""
 
 from __future__ import annotations
 
@@ -27,19 +27,27 @@ from jlora.training.data.tokenized_dataset import (
 )
 from jlora.training.data.tokenizer import Tokenizer
 
-# A higher number is no label but an id that came into the wrong column.
+if TYPE_CHECKING:
+    import datasets
+
+    Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+# Rows tokenized at a time, over the machine's cores.
+_TOKENIZE_BATCH_SIZE = 1000
+
+# A higher number is an id in the wrong column, not a label.
 MAX_LABELS = 100_000
 
 _NUMBER_PATTERN = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*")
 
 
 class LabelEncoder(NamedTuple):
-    """Names of labels to their numbers.
+    """Mapping from label names to class ids.
 
     Attributes:
-        names: In the order of the model's outputs.
-        label2id: Of each name.
-        data_name: What errors call the data.
+        names: Label names, in the order of the model's outputs.
+        label2id: Class id of each name.
+        data_name: Name of the data in errors.
     """
 
     names: tuple[str, ...]
@@ -48,49 +56,49 @@ class LabelEncoder(NamedTuple):
 
     @classmethod
     def from_names(cls, names: Sequence[str], data_name: str) -> LabelEncoder:
-        """The labels of those names.
+        """Returns the encoder of these names.
 
         Raises:
-            ValueError: They are not two or more that differ.
+            ValueError: If there are fewer than two names, or duplicates.
         """
-        numbers = {name: number for number, name in enumerate(names)}
-        if len(numbers) != len(names) or len(names) < 2:
+        label2id = {name: number for number, name in enumerate(names)}
+        if len(label2id) != len(names) or len(names) < 2:
             raise ValueError(
-                f"{data_name}: label_names={list(names)} are not two or more names that differ. Give "
-                f"every label its own, in the order of the model's outputs."
+                f"{data_name}: label_names={list(names)} must be at least two distinct names, in "
+                f"the order of the model's outputs."
             )
-        return cls(tuple(names), numbers, data_name)
+        return cls(tuple(names), label2id, data_name)
 
     def encode(self, label: Any, row_index: int) -> int:
-        """The number of a row's label, which is a name or a number.
+        """Returns the class id of a row's label, which is a name or an id.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: If the label is neither.
         """
         if isinstance(label, str) and label in self.label2id:
             return self.label2id[label]
         if type(label) is int and 0 <= label < len(self.names):
             return label
         raise ValueError(
-            f"{self.data_name}, row {row_index}: label={label!r} is none of {format_names(list(self.names), 20)}, "
-            f"nor a number below {len(self.names)}. Mend the row, or name all labels: "
-            f"label_names, in a recipe classification.labels."
+            f"{self.data_name}, row {row_index}: label={label!r} must be one of "
+            f"{format_names(list(self.names), 20)}, or an int below {len(self.names)}. Correct the "
+            f"row, or list all labels in label_names (classification.labels of a recipe)."
         )
 
 
 def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
-    """The names that labels have: strings in their order; of numbers, all up to the highest.
+    """Returns the sorted label names; for int labels, all numbers up to the highest.
 
     Raises:
-        ValueError: They are neither all strings, none of them empty, nor all numbers from 0.
+        ValueError: If the labels are neither all nonempty strings nor all ints from 0.
     """
     kind = str if labels and isinstance(labels[0], str) else int
     for row, label in enumerate(labels):
         number = type(label) is int and 0 <= label < MAX_LABELS
         if type(label) is not kind or not (number if kind is int else label):
             raise ValueError(
-                f"{data_name}, row {row}: label={label!r}, where labels have to be all strings, none "
-                f"empty, or all numbers from 0 and below {MAX_LABELS}. Mend the row."
+                f"{data_name}, row {row}: label={label!r}, but labels must be all nonempty "
+                f"strings, or all ints from 0 to {MAX_LABELS - 1}. Correct the row."
             )
     if kind is str:
         return sorted(set(labels))
@@ -98,57 +106,63 @@ def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
 
 
 def parse_numeric_labels(labels: Sequence[str], label_names: Sequence[str] | None) -> Sequence[Any]:
-    """The labels of a table without types: as numbers if all are, unless names say otherwise.
+    """Returns the labels of an untyped table: numbers if all are numeric, otherwise strings.
 
-    Empty ones stay as they are, to be told with their row.
+    Strings also remain where `label_names` assigns a numeric name to another class id. Empty labels
+    remain, so that a later error names their row.
     """
-    given = {label for label in labels if label}
-    if not all(_NUMBER_PATTERN.fullmatch(label) for label in given):
+    texts = {label for label in labels if label}
+    if not all(_NUMBER_PATTERN.fullmatch(label) for label in texts):
         return labels
-    numbers = {label: float(label) if "." in label else int(label) for label in given}
-    places = {name: place for place, name in enumerate(label_names or ())}
-    if any(places.get(label, number) != number for label, number in numbers.items()):
+    numbers = {label: float(label) if "." in label else int(label) for label in texts}
+    class_ids = {name: class_id for class_id, name in enumerate(label_names or ())}
+    if any(class_ids.get(label, number) != number for label, number in numbers.items()):
         return labels
     return [numbers.get(label, label) for label in labels]
-
-
-if TYPE_CHECKING:
-    import datasets
-
-    Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
-
-# Rows are tokenised so many at a time, over the machine's cores.
-_TOKENIZE_BATCH_SIZE = 1000
 
 
 def tokenize_chats(
     rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig, *, train_on: TrainOn = "assistant"
 ) -> TokenizedDataset:
-    """Chats, of which is learnt what the assistant says.
+    """Tokenizes chats, with a loss on the assistant's turns.
 
     Args:
-        rows: With a column `messages`, and `tools` if there are any: a list, or one as JSON.
-        tokenizer: With a chat template, which writes all special tokens.
-        config: Lengths, and what the columns are called.
-        train_on: "assistant", the "last" one alone, or "all" that the template writes.
+        rows: Rows with a column `messages`, and optionally `tools`, a list or its JSON text.
+        tokenizer: Tokenizer with a chat template, which writes all special tokens.
+        config: Lengths and column names.
+        train_on: "assistant" for all assistant turns, "last" for the last one, or "all" for the
+            complete text.
 
     Raises:
-        ValueError: A message is wrong, or the template cannot tell who says what.
+        ValueError: If a message is invalid, or the template does not separate the turns.
+
+    Example:
+        >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> turns = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, ChatTemplate(turns), "")
+        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> chat = [{"role": "user", "content": "low"}, {"role": "assistant", "content": "rank"}]
+        >>> dataset = tokenize_chats([{"messages": chat}], tokenizer, config)
+        >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
+        ([1, 2], [False, True])
     """
     _reject_split_truncation(config)
     template = _require_chat_template(tokenizer, config)
     builder = TokenizedDatasetBuilder(config)
     for start, columns in _iter_column_batches(rows, config, ("messages",), ("tools",)):
-        spoken: list[tuple[str, list[CharSpan]]] = []
+        rendered: list[tuple[str, list[CharSpan]]] = []
         for number, messages in enumerate(columns["messages"]):
-            where = f"{config.data_name}, row {start + number}"
-            tools = _parse_tools(columns["tools"][number], where) if "tools" in columns else None
-            spans = template.render_with_spans(
-                messages, tools=tools, train_on=train_on, location=where
+            location = f"{config.data_name}, row {start + number}"
+            tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
+            rendered.append(
+                template.render_with_spans(
+                    messages, tools=tools, train_on=train_on, location=location
+                )
             )
-            spoken.append(spans)
-        for number, part in enumerate(_tokenize_rendered_chats(tokenizer, spoken)):
-            builder.add(start + number, part)
+        for number, sequence in enumerate(_tokenize_rendered_chats(tokenizer, rendered)):
+            builder.add(start + number, sequence)
     return builder.build()
 
 
@@ -159,21 +173,32 @@ def tokenize_completions(
     *,
     train_on: Literal["completion", "all"] = "completion",
 ) -> TokenizedDataset:
-    """Prompts and what follows them, which is learnt with the end of the text.
+    """Tokenizes prompts and completions, with a loss on the completion and its eos token.
 
-    Prompt and completion are tokenised apart, so that no token lies in both.
+    Prompt and completion are tokenized separately, so that no token spans both.
 
     Args:
-        rows: With columns `prompt` and `tokenize_completions`.
-        tokenizer: With an eos token.
-        config: Lengths, and what the columns are called.
-        train_on: "completion", or "all" to learn the prompt as well.
+        rows: Rows with columns `prompt` and `completion`.
+        tokenizer: Tokenizer with an eos token.
+        config: Lengths and column names.
+        train_on: "completion", or "all" to train on the prompt as well.
 
     Raises:
-        ValueError: A row holds no string, or the tokenizer has no eos token.
+        ValueError: If a cell is not a string, or the tokenizer has no eos token.
+
+    Example:
+        >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> rows = [{"prompt": "low", "completion": "rank"}]
+        >>> dataset = tokenize_completions(rows, tokenizer, config)
+        >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
+        ([1, 2, 0], [False, True, True])
     """
     if train_on not in ("completion", "all"):
-        raise ValueError(f"train_on={train_on!r} is neither completion nor all. Choose one.")
+        raise ValueError(f"train_on={train_on!r} must be completion or all.")
     _reject_split_truncation(config)
     end = _require_eos_token_id(tokenizer)
     builder = TokenizedDatasetBuilder(config)
@@ -183,23 +208,33 @@ def tokenize_completions(
             for name in ("prompt", "completion")
         )
         for number, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
-            head = [*tokenizer.prefix_ids, *prompt]
+            prefix = [*tokenizer.prefix_ids, *prompt]
             builder.add(
-                start + number, _join_prompt_and_completion(head, [*ids, end], train_on == "all")
+                start + number, _join_prompt_and_completion(prefix, [*ids, end], train_on == "all")
             )
     return builder.build()
 
 
 def tokenize_texts(rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig) -> TokenizedDataset:
-    """Texts, of which all tokens are learnt, the one that ends them too.
+    """Tokenizes plain texts, with a loss on all tokens and the eos token.
 
     Args:
-        rows: With a column `tokenize_texts`.
-        tokenizer: With an eos token.
-        config: Lengths, and what the column is called.
+        rows: Rows with a column `text`.
+        tokenizer: Tokenizer with an eos token.
+        config: Lengths and column names.
 
     Raises:
-        ValueError: A row holds no string, or the tokenizer has no eos token.
+        ValueError: If a cell is not a string, or the tokenizer has no eos token.
+
+    Example:
+        >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> dataset = tokenize_texts([{"text": "low rank"}], tokenizer, config)
+        >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
+        ([1, 2, 0], [False, True, True])
     """
     end = _require_eos_token_id(tokenizer)
     builder = TokenizedDatasetBuilder(config)
@@ -215,24 +250,35 @@ def tokenize_texts(rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig) -> 
 def tokenize_preferences(
     rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig
 ) -> TokenizedDataset:
-    """Pairs of a chosen and a rejected answer to one prompt, of which the answers are learnt.
+    """Tokenizes pairs of a chosen and a rejected answer to one prompt, with a loss on the answers.
 
     Args:
-        rows: With columns `prompt`, `chosen` and `rejected`: strings, taken as they are; or lists
-            of messages for the chat template, where the answers may repeat the prompt.
-        tokenizer: With an eos token, or with a chat template.
-        config: Lengths, and what the columns are called.
+        rows: Rows with columns `prompt`, `chosen` and `rejected`: strings, used unchanged; or
+            lists of messages for the chat template, where the answers may repeat the prompt.
+        tokenizer: Tokenizer with an eos token for strings, with a chat template for messages.
+        config: Lengths and column names.
 
     Raises:
-        ValueError: A row holds neither, or an answer is no single message of the assistant.
+        ValueError: If a cell is neither, or an answer is not a single assistant message.
+
+    Example:
+        >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> rows = [{"prompt": "rank", "chosen": "low", "rejected": "high"}]
+        >>> dataset = tokenize_preferences(rows, tokenizer, config)
+        >>> dataset.tokens.tolist(), dataset.sequences_per_example
+        ([2, 1, 0, 2, 3, 0], 2)
     """
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     for start, columns in _iter_column_batches(rows, config, ("prompt", "chosen", "rejected")):
-        chats = not isinstance(columns["chosen"][0], str)
-        read = _tokenize_chat_answers if chats else _tokenize_text_answers
+        is_chat = not isinstance(columns["chosen"][0], str)
+        tokenize = _tokenize_chat_answers if is_chat else _tokenize_text_answers
         chosen, rejected = (
-            read(columns, name, start, tokenizer, config) for name in ("chosen", "rejected")
+            tokenize(columns, name, start, tokenizer, config) for name in ("chosen", "rejected")
         )
         for number, pair in enumerate(zip(chosen, rejected, strict=True)):
             builder.add(start + number, *pair)
@@ -246,34 +292,47 @@ def tokenize_classification(
     *,
     label_names: Sequence[str] | None = None,
 ) -> TokenizedDataset:
-    """Texts, or pairs of them, and what each is labelled, with all tokens that the model expects.
+    """Tokenizes labeled texts or pairs of texts, with the special tokens of the model.
 
     Args:
-        rows: With columns `tokenize_texts` and `label`, and `text_pair` if there are pairs. Labels are
-            strings, or numbers from 0, which those of a .csv file are if all are digits.
-        tokenizer: Of the model.
-        config: Lengths, and what the columns are called.
-        label_names: What the labels are called, in their order. When left out: what the table
-            says, or the strings sorted, or the numbers. Give those of the training data
-            (`corpus.label_names`) for all other data.
+        rows: Rows with columns `text` and `label`, and `text_pair` for pairs. Labels are strings,
+            or ints from 0; numeric labels of a .csv file count as ints.
+        tokenizer: Tokenizer of the model.
+        config: Lengths and column names.
+        label_names: Label names in the order of the class ids; None: those of the table's
+            features, or the sorted strings, or the numbers. Give those of the training data
+            (`dataset.label_names`) for validation and test data.
 
     Raises:
-        ValueError: A row holds no string, or a label that is none of the names.
+        ValueError: If a text is not a string, or a label is not one of the names.
+
+    Example:
+        >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> rows = [{"text": "low", "label": "no"}, {"text": "high", "label": "yes"}]
+        >>> dataset = tokenize_classification(rows, tokenizer, config)
+        >>> dataset.labels.tolist(), dataset.label_names
+        ([0, 1], ('no', 'yes'))
     """
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     labels = LabelEncoder.from_names(label_names or get_label_names(rows, config), config.data_name)
-    found = _read_label_column(rows, config, label_names)
+    label_column = _read_label_column(rows, config, label_names)
     encoder = _make_truncating_tokenizer(tokenizer, config)
     for start, columns in _iter_column_batches(rows, config, ("text", "label"), ("text_pair",)):
         inputs: list[Any] = _get_string_column(columns, "text", start, config)
         if "text_pair" in columns:
             pairs = _get_string_column(columns, "text_pair", start, config)
             inputs = list(zip(inputs, pairs, strict=True))
-        for number, made in enumerate(encoder.encode_batch_fast(inputs)):
-            label = labels.encode(found[start + number], start + number)
-            part = TokenSequence(made.ids, False, made.type_ids)
-            builder.add_labeled(start + number, part, label, truncated=bool(made.overflowing))
+        for number, encoding in enumerate(encoder.encode_batch_fast(inputs)):
+            label = labels.encode(label_column[start + number], start + number)
+            sequence = TokenSequence(encoding.ids, False, encoding.type_ids)
+            builder.add_labeled(
+                start + number, sequence, label, truncated=bool(encoding.overflowing)
+            )
     return builder.build(label_names=labels.names)
 
 
@@ -289,25 +348,25 @@ FORMATS: dict[str, Callable[..., TokenizedDataset]] = {
 def _iter_column_batches(
     rows: Rows, config: TokenizeConfig, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """The first row's number and the format's columns, for some rows at a time."""
-    there = list(getattr(rows, "column_names", None) or dict.fromkeys(k for r in rows for k in r))
+    """Yields the number of the first row and the format's columns, for some rows at a time."""
+    present = list(getattr(rows, "column_names", None) or dict.fromkeys(k for r in rows for k in r))
     unknown = sorted(set(config.columns) - {*required, *optional})
     if unknown:
         raise ValueError(
-            f"columns of {config.data_name} names {format_names(unknown)}, which the format does not read. "
-            f"It reads {format_names([*required, *optional])}."
+            f"columns of {config.data_name} contains {format_names(unknown)}, which the format "
+            f"does not have. Expected names of {format_names([*required, *optional])}."
         )
     names = {name: config.columns.get(name, name) for name in (*required, *optional)}
-    wanted = dict.fromkeys((*required, *config.columns))
-    missing = {name: names[name] for name in wanted if names[name] not in there}
+    expected = dict.fromkeys((*required, *config.columns))
+    missing = {name: names[name] for name in expected if names[name] not in present}
     if missing:
-        other = next((name for name in there if name not in names.values()), "its name there")
+        other = next((name for name in present if name not in names.values()), "NAME")
         raise ValueError(
-            f"{config.data_name} has no column {format_names(list(missing.values()))}. It has "
-            f"{format_names(there, 20)}: say which is which with the source's columns, such as "
+            f"{config.data_name} has no column {format_names(list(missing.values()))}, only "
+            f"{format_names(present, 20)}. Map the names with the source's columns, such as "
             f"`columns: {{{next(iter(missing))}: {other}}}`."
         )
-    names = {name: column for name, column in names.items() if column in there}
+    names = {name: column for name, column in names.items() if column in present}
     for start in range(0, len(rows), _TOKENIZE_BATCH_SIZE):
         part: Any = rows[start : start + _TOKENIZE_BATCH_SIZE]
         if isinstance(part, Mapping):
@@ -322,29 +381,29 @@ def _get_string_column(
     for number, value in enumerate(columns[column_name]):
         if not isinstance(value, str):
             raise ValueError(
-                f"{config.data_name}, row {first_row + number}: {column_name}={value!r} is no string. Mend or "
-                f"remove the row."
+                f"{config.data_name}, row {first_row + number}: {column_name}={value!r} must be a "
+                f"string. Correct or remove the row."
             )
     return columns[column_name]
 
 
 def _parse_tools(tools: Any, location: str) -> Any:
-    """Schemas of functions, which tables often hold as text: their fields differ too much."""
+    """Returns the tool schemas; tables often store them as JSON text, as their fields differ."""
     if not isinstance(tools, str):
         return tools or None
     try:
         return json.loads(tools) or None
     except ValueError as error:
         raise ValueError(
-            f"{location}: tools is no JSON ({error}). Give a list of schemas, or one as JSON."
+            f"{location}: tools is not valid JSON ({error}). Use a list of schemas, or its JSON."
         ) from error
 
 
 def _require_chat_template(tokenizer: Tokenizer, config: TokenizeConfig) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{config.data_name} holds chats, and the tokenizer's folder no chat template. Give one "
-            f"(data.chat_template of a recipe), or data of prompts and completions."
+            f"{config.data_name} contains chats, but the tokenizer's folder has no chat template. "
+            f"Give one (data.chat_template of a recipe), or use prompts and completions."
         )
     return tokenizer.chat_template
 
@@ -352,14 +411,14 @@ def _require_chat_template(tokenizer: Tokenizer, config: TokenizeConfig) -> Chat
 def _require_eos_token_id(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "The tokenizer names no eos token, so a model would not learn where a text ends. Give "
-            "tokenizer_config.json an eos_token."
+            "The tokenizer has no eos token, so a model would not learn where a text ends. Add an "
+            "eos_token to tokenizer_config.json."
         )
     return tokenizer.eos_token_id
 
 
 def get_label_names(rows: Rows, config: TokenizeConfig) -> Sequence[str]:
-    """What the table says that labels are called, or else the labels that there are."""
+    """Returns the label names of the table's features, or else those of its labels."""
     column = config.columns.get("label", "label")
     names = getattr(getattr(rows, "features", {}).get(column), "names", None)
     return (
@@ -372,18 +431,19 @@ def get_label_names(rows: Rows, config: TokenizeConfig) -> Sequence[str]:
 def _read_label_column(
     rows: Rows, config: TokenizeConfig, label_names: Sequence[str] | None = None
 ) -> Sequence[Any]:
-    """The labels of all rows, to be looked up among the names if those are known."""
-    alone = dataclasses.replace(config, columns={"label": config.columns.get("label", "label")})
-    found = [x for _, part in _iter_column_batches(rows, alone, ("label",)) for x in part["label"]]
+    """Returns the labels of all rows; those of an untyped table as numbers if all are numeric."""
+    config = dataclasses.replace(config, columns={"label": config.columns.get("label", "label")})
+    batches = _iter_column_batches(rows, config, ("label",))
+    labels = [label for _, columns in batches for label in columns["label"]]
     untyped = getattr(getattr(rows, "info", None), "builder_name", None) == "csv"
-    strings = untyped and all(isinstance(label, str) for label in found)
-    return parse_numeric_labels(found, label_names) if strings else found
+    strings = untyped and all(isinstance(label, str) for label in labels)
+    return parse_numeric_labels(labels, label_names) if strings else labels
 
 
 def _make_truncating_tokenizer(
     tokenizer: Tokenizer, config: TokenizeConfig
 ) -> tokenizers.Tokenizer:
-    """The tokenizer, which cuts the text and leaves the tokens around it if that is asked for."""
+    """Returns the tokenizer, which truncates texts, not special tokens, if the config asks it."""
     if config.truncation != "truncate":
         return tokenizer.with_special_tokens
     encoder = tokenizers.Tokenizer.from_str(tokenizer.with_special_tokens.to_str())
@@ -394,32 +454,31 @@ def _make_truncating_tokenizer(
 def _reject_split_truncation(config: TokenizeConfig) -> None:
     if config.truncation == "split":
         raise ValueError(
-            "data.truncation=split makes several examples of one, which only plain texts bear. Use "
-            "truncate, drop or error."
+            "data.truncation=split makes several examples of a row, which is possible only for "
+            "plain text. Use truncate, drop or error."
         )
 
 
 def _tokenize_rendered_chats(
     tokenizer: Tokenizer, rendered_chats: Sequence[tuple[str, list[CharSpan]]]
 ) -> Iterator[TokenSequence]:
-    """The tokens of texts, learnt where a character of theirs is in a span."""
-    for made, (_, spans) in zip(
-        tokenizer.without_special_tokens.encode_batch([text for text, _ in rendered_chats]),
-        rendered_chats,
-        strict=True,
-    ):
-        yield TokenSequence(made.ids, tokens_in_spans(np.array(made.offsets).reshape(-1, 2), spans))
+    """Yields the tokens of texts, with a loss on those that overlap a span."""
+    texts = [text for text, _ in rendered_chats]
+    encodings = tokenizer.without_special_tokens.encode_batch(texts)
+    for encoding, (_, spans) in zip(encodings, rendered_chats, strict=True):
+        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        yield TokenSequence(encoding.ids, tokens_in_spans(offsets, spans))
 
 
 def tokens_in_spans(offsets: np.ndarray, spans: Sequence[CharSpan]) -> np.ndarray:
-    """Which tokens share a character with a span.
+    """Returns a mask of the tokens that share a character with a span.
 
     Args:
-        offsets: (tokens, 2), the first character of each and the one after its last.
-        spans: From where to where, one after another.
+        offsets: (tokens, 2), first character of each token and the one after its last.
+        spans: Spans in increasing order, without overlap.
     """
     starts, ends = np.array(spans, np.int64).reshape(-1, 2).T
-    # The first span that ends after the token starts is the only one that has to be looked at.
+    # Only the first span that ends after the token's start can overlap it.
     nearest = np.searchsorted(ends, offsets[:, 0], side="right")
     return np.append(starts, np.iinfo(np.int64).max)[nearest] < offsets[:, 1]
 
@@ -427,9 +486,9 @@ def tokens_in_spans(offsets: np.ndarray, spans: Sequence[CharSpan]) -> np.ndarra
 def _join_prompt_and_completion(
     prompt_ids: list[int], completion_ids: list[int], train_on_prompt: bool = False
 ) -> TokenSequence:
-    learn = np.ones(len(prompt_ids) + len(completion_ids), np.bool_)
-    learn[: len(prompt_ids)] = train_on_prompt
-    return TokenSequence([*prompt_ids, *completion_ids], learn)
+    loss_mask = np.ones(len(prompt_ids) + len(completion_ids), np.bool_)
+    loss_mask[: len(prompt_ids)] = train_on_prompt
+    return TokenSequence([*prompt_ids, *completion_ids], loss_mask)
 
 
 def _tokenize_text_answers(
@@ -439,7 +498,7 @@ def _tokenize_text_answers(
     tokenizer: Tokenizer,
     config: TokenizeConfig,
 ) -> Iterator[TokenSequence]:
-    """Prompts with an answer each, tokenised apart."""
+    """Yields prompts with an answer each, tokenized separately."""
     end = _require_eos_token_id(tokenizer)
     prompts = tokenizer.encode(_get_string_column(columns, "prompt", first_row, config))
     answers = tokenizer.encode(_get_string_column(columns, column_name, first_row, config))
@@ -454,31 +513,32 @@ def _tokenize_chat_answers(
     tokenizer: Tokenizer,
     config: TokenizeConfig,
 ) -> Iterator[TokenSequence]:
-    """Chats with an answer each, which is the last thing said."""
+    """Returns chats with an answer each as the last message."""
     template = _require_chat_template(tokenizer, config)
-    spoken = []
+    rendered = []
     for number, (prompt, answer) in enumerate(
         zip(columns["prompt"], columns[column_name], strict=True)
     ):
-        where = f"{config.data_name}, row {first_row + number}"
-        messages = _join_prompt_and_answer(prompt, answer, column_name, where)
-        spoken.append(template.render_with_spans(messages, train_on="last", location=where))
-    return _tokenize_rendered_chats(tokenizer, spoken)
+        location = f"{config.data_name}, row {first_row + number}"
+        messages = _join_prompt_and_answer(prompt, answer, column_name, location)
+        rendered.append(template.render_with_spans(messages, train_on="last", location=location))
+    return _tokenize_rendered_chats(tokenizer, rendered)
 
 
 def _join_prompt_and_answer(
     prompt: Any, answer: Any, column_name: str, location: str
 ) -> list[Message]:
-    """The messages of a prompt and of one answer, which may repeat them."""
+    """Returns the messages of a prompt and of one answer, which may repeat the prompt."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    asked = validate_messages(prompt, f"{location}, prompt")
-    said = validate_messages(answer, f"{location}, {column_name}")
-    if said[: len(asked)] == asked:
-        said = said[len(asked) :]
-    if [message["role"] for message in said] != ["assistant"]:
+    prompt = validate_messages(prompt, f"{location}, prompt")
+    answer = validate_messages(answer, f"{location}, {column_name}")
+    if answer[: len(prompt)] == prompt:
+        answer = answer[len(prompt) :]
+    roles = [message["role"] for message in answer]
+    if roles != ["assistant"]:
         raise ValueError(
-            f"{location}: {column_name} has to be one message of the assistant, after the prompt, and is of "
-            f"{[message['role'] for message in said]}. Move what comes before it to the prompt."
+            f"{location}: {column_name} must be one assistant message after the prompt, got roles "
+            f"{roles}. Move earlier messages to the prompt."
         )
-    return [*asked, *said]
+    return [*prompt, *answer]

@@ -1,4 +1,4 @@
-"""Batches made ahead, in a thread, while a device works on those before."""
+"""Prefetching: a thread builds the next batches while the devices compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MappedItem = TypeVar("MappedItem")
 
 
 class _QueueItem(NamedTuple):
-    """What the thread hands over: something made, what went wrong, or neither at the end."""
+    """Message of the thread: a value, an error, or the end."""
 
     value: Any = None
     error: BaseException | None = None
@@ -20,10 +20,10 @@ class _QueueItem(NamedTuple):
 
 
 class PrefetchIterator(Generic[MappedItem]):
-    """An iterator over what a thread makes ahead; close it, or use it in a `with`.
+    """Iterator over values that a thread computes ahead; close it, or use it in a `with`.
 
     Attributes:
-        data_wait_s: How long the caller waited for what was not there yet, in all.
+        data_wait_s: Total seconds that the caller waited for values.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class PrefetchIterator(Generic[MappedItem]):
     ) -> None:
         """Starts the thread. Arguments as of `prefetch`."""
         if buffer_size < 1:
-            raise ValueError(f"depth={buffer_size} makes nothing ahead. Give 1 or more.")
+            raise ValueError(f"buffer_size={buffer_size} must be at least 1.")
         self.data_wait_s = 0.0
         self._queue: queue.Queue[_QueueItem] = queue.Queue(buffer_size)
         self._closed = threading.Event()
@@ -47,11 +47,11 @@ class PrefetchIterator(Generic[MappedItem]):
                 if not self._put(_QueueItem(map_fn(item))):
                     return
             self._put(_QueueItem(is_last=True))
-        except BaseException as error:  # It is raised where the caller asks for the next.
+        except BaseException as error:  # `__next__` raises it in the caller's thread.
             self._put(_QueueItem(error=error))
 
     def _put(self, item: _QueueItem) -> bool:
-        """Whether it was taken: not after the closing."""
+        """Puts an item into the queue; returns False if the iterator was closed instead."""
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -64,11 +64,11 @@ class PrefetchIterator(Generic[MappedItem]):
         return self
 
     def __next__(self) -> MappedItem:
-        """The next one made.
+        """Returns the next value.
 
         Raises:
-            StopIteration: There are no more, or this was closed.
-            BaseException: What was raised in making it.
+            StopIteration: If there are no more values, or the iterator was closed.
+            BaseException: The error that `map_fn` or the iterator raised.
         """
         if self._done:
             raise StopIteration
@@ -84,7 +84,7 @@ class PrefetchIterator(Generic[MappedItem]):
         return item.value
 
     def close(self) -> None:
-        """Ends the thread, and lets go of what it made. A second time does nothing."""
+        """Ends the thread and drops its values. A second call does nothing."""
         self._done = True
         self._closed.set()
         self._thread.join()
@@ -101,11 +101,19 @@ class PrefetchIterator(Generic[MappedItem]):
 def prefetch(
     iterator: Iterable[Any], map_fn: Callable[[Any], MappedItem], buffer_size: int = 2
 ) -> PrefetchIterator[MappedItem]:
-    """What `map_fn` makes of every item, made ahead in a thread.
+    """Returns an iterator over `map_fn(item)`, computed ahead in a thread.
 
     Args:
-        iterator: Of batches; only the thread takes from it.
-        map_fn: From an item to what the caller wants, such as one with its arrays on devices.
-        buffer_size: How many wait ready at most. One more is in the making.
+        iterator: Items, such as batches; only the thread iterates over it.
+        map_fn: Function of an item, for example one that puts its arrays on devices.
+        buffer_size: Maximum number of values that wait; the thread works on one more.
+
+    Raises:
+        ValueError: If `buffer_size` is below 1.
+
+    Example:
+        >>> with prefetch(range(3), lambda x: x * x) as squares:
+        ...     list(squares)
+        [0, 1, 4]
     """
     return PrefetchIterator(iterator, map_fn, buffer_size)

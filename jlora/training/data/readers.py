@@ -1,7 +1,8 @@
-"""Files of CSV as a table of text, every fault of which is told with its line.
+"""Readers of CSV and JSON files into Arrow tables, whose errors name the file and line.
 
-Other readers guess types from the values: an answer `4,5` becomes 45, `NA` nothing, and labels
-numbers with a point once one is missing. Here every cell is the text that the file holds.
+CSV readers of other libraries guess types from the values: an answer `4,5` becomes 45, `NA`
+becomes null, and integer labels become floats once one is missing. Here every cell is the text of
+the file. JSON columns have one type each, which all rows must share.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import pyarrow as pa
 
 from jlora.checkpoints.safetensors_io import format_names
 
-# The characters of a cell that the csv module takes, which is 131,072 unless told.
+# Limit of the csv module for the characters of a cell; its default is 131,072.
 _MAX_CELL_CHARS = 2**31 - 1
 
-# Rows that become Arrow's at a time.
-_CSV_ROWS_PER_CHUNK = 10_000
+# Rows converted to Arrow at a time.
+_ROWS_PER_CHUNK = 10_000
 
 
 def read_csv_table(files: Sequence[Path]) -> pa.Table:
-    """The rows of files that begin with the names of the same columns. Blank lines are no rows.
+    """Returns the rows of CSV files with a header line of the same columns; skips blank lines.
 
     Raises:
-        ValueError: A line has more or fewer cells than there are columns, or is no CSV in UTF-8.
+        ValueError: If the number of cells in a line is not that of the columns, or a file is not
+            CSV in UTF-8.
     """
     before = csv.field_size_limit(_MAX_CELL_CHARS)
     try:
@@ -46,42 +48,41 @@ def _read_csv_files(files: Sequence[Path]) -> pa.Table:
         header = _read_csv_header(file)
         if set(header) != set(columns):
             raise ValueError(
-                f"{file} has the columns {format_names(header, 20)}, and {files[0]} has "
-                f"{format_names(columns, 20)}. Give files of the same columns."
+                f"{file} has the columns {format_names(header, 20)}, but {files[0]} has "
+                f"{format_names(columns, 20)}. Use files with the same columns."
             )
         rows = _iter_csv_rows(file, len(header))
-        while part := list(itertools.islice(rows, _CSV_ROWS_PER_CHUNK)):
+        while part := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
             cells = dict(zip(header, zip(*part, strict=True), strict=True))
             tables.append(pa.table(cells, schema=schema))
     return pa.concat_tables(tables)
 
 
 def _read_csv_header(file: Path) -> list[str]:
-    """The names of a file's columns."""
+    """Returns the names of a file's columns."""
     _, names = next(_iter_csv_lines(file), (0, []))
     if not names:
-        raise ValueError(f"{file} is empty. Give a file with at least one row.")
+        raise ValueError(f"{file} is empty. Use a file with at least one row.")
     if len(set(names)) != len(names):
         raise ValueError(
-            f"{file}: the first line names columns twice: {format_names(names, 20)}. Give every column "
-            f"a name of its own."
+            f"{file}: the first line names columns twice: {format_names(names, 20)}. Rename them."
         )
     return names
 
 
 def _iter_csv_rows(file: Path, num_columns: int) -> Iterator[list[str]]:
-    """The cells of every row."""
+    """Yields the cells of every row after the header."""
     for number, cells in itertools.islice(_iter_csv_lines(file), 1, None):
         if len(cells) != num_columns:
             raise ValueError(
-                f"{file}:{number} has {len(cells)} cells, and the first line names {num_columns} "
-                f"columns. Mend or remove the row; text with commas in it needs quotes around it."
+                f"{file}:{number} has {len(cells)} cells, but the first line names {num_columns} "
+                f"columns. Correct or remove the row; quote text that contains commas."
             )
         yield cells
 
 
 def _iter_csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """The cells of every row that is not blank, and the number of its last line."""
+    """Yields the number of the last line and the cells of every row that is not blank."""
     with file.open(encoding="utf-8-sig", newline="") as content:
         reader = csv.reader(content, strict=True)
         try:
@@ -90,92 +91,89 @@ def _iter_csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
                     yield reader.line_num, cells
         except csv.Error as error:
             raise ValueError(
-                f"{file}:{reader.line_num} is no CSV ({error}). Mend that line, or write the file "
-                f"anew."
+                f"{file}:{reader.line_num} is not valid CSV ({error}). Correct that line."
             ) from error
-        except UnicodeDecodeError as error:  # Of a block, so the line is not known.
-            raise ValueError(f"{file} is no UTF-8 ({error}). Save it anew in UTF-8.") from error
+        except UnicodeDecodeError as error:  # Decoding works on blocks: the line is unknown.
+            raise ValueError(f"{file} is not UTF-8 ({error}). Save it in UTF-8.") from error
 
 
-_KIND_BY_PYTHON_TYPE = {str: "text", bool: "true or false", int: "whole numbers", float: "numbers"}
+_KIND_BY_PYTHON_TYPE = {str: "text", bool: "booleans", int: "integers", float: "floats"}
 
-_NESTED_KIND, _NULL_KIND = "lists or objects", "nothing"
+_NESTED_KIND, _NULL_KIND = "lists or objects", "nulls"
 
 _ARROW_TYPE_BY_KIND = {
     "text": pa.string(),
-    "true or false": pa.bool_(),
-    "whole numbers": pa.int64(),
-    "numbers": pa.float64(),
+    "booleans": pa.bool_(),
+    "integers": pa.int64(),
+    "floats": pa.float64(),
     _NESTED_KIND: pa.json_(),
     _NULL_KIND: pa.null(),
 }
 
-# Rows that become Arrow's at a time.
-_JSON_ROWS_PER_CHUNK = 10_000
-
 
 def read_json_table(files: Sequence[Path]) -> pa.Table:
-    """The rows of files with one JSON object per line, or of .json files with one array of them.
+    """Returns the rows of files with one JSON object per line, or of .json files with one array.
 
-    Columns that a row lacks are null in it. Blank lines are no rows.
+    Columns missing from a row are null. Blank lines are skipped.
 
     Raises:
-        ValueError: A line is no object, or a column has values of two kinds.
+        ValueError: If a line is not an object, or a column has values of two types.
     """
     kinds: dict[str, str] = {}
-    for where, row in _iter_json_rows(files):
+    for location, row in _iter_json_rows(files):
         for column, value in row.items():
             kinds[column] = _update_column_kind(
-                value, kinds.get(column, _NULL_KIND), f"{where}, column {column!r}"
+                value, kinds.get(column, _NULL_KIND), f"{location}, column {column!r}"
             )
     schema = pa.schema({column: _ARROW_TYPE_BY_KIND[kind] for column, kind in kinds.items()})
     nested = [column for column, kind in kinds.items() if kind == _NESTED_KIND]
     rows = (_encode_nested_columns(row, nested) for _, row in _iter_json_rows(files))
     tables = [schema.empty_table()]
-    while part := list(itertools.islice(rows, _JSON_ROWS_PER_CHUNK)):
+    while part := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
         tables.append(pa.Table.from_pylist(part, schema=schema))
     return pa.concat_tables(tables)
 
 
 def _update_column_kind(value: Any, known_kind: str, location: str) -> str:
-    """What a column holds, given another value of it."""
+    """Returns the type of a column after one more value."""
     if value is None:
         return known_kind
     kind = _KIND_BY_PYTHON_TYPE.get(type(value), _NESTED_KIND)
     if type(value) is int and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{location}: {value} has more than 64 bits. Write it as text.")
-    if {kind, known_kind} == {"whole numbers", "numbers"}:
-        return "numbers"
+        raise ValueError(f"{location}: {value} exceeds 64 bits. Write it as text.")
+    if {kind, known_kind} == {"integers", "floats"}:
+        return "floats"
     if known_kind not in (kind, _NULL_KIND):
         raise ValueError(
-            f"{location} holds {kind}, and in earlier rows {known_kind}. Give every column one kind."
+            f"{location} contains {kind}, but {known_kind} in earlier rows. Use one "
+            f"type per column."
         )
     return kind
 
 
 def _encode_nested_columns(row: dict[str, Any], nested_columns: Sequence[str]) -> dict[str, Any]:
-    given = [column for column in nested_columns if row.get(column) is not None]
-    return row | {column: json.dumps(row[column], ensure_ascii=False) for column in given}
+    present = [column for column in nested_columns if row.get(column) is not None]
+    return row | {column: json.dumps(row[column], ensure_ascii=False) for column in present}
 
 
 def _iter_json_rows(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row, and what errors call its place."""
+    """Yields every row with its location for errors."""
     for file in files:
         entries = _iter_json_array(file) if _is_json_array(file) else _iter_json_lines(file)
-        for where, entry in entries:
+        for location, entry in entries:
             if not isinstance(entry, dict):
                 raise ValueError(
-                    f"{where} is a JSON {type(entry).__name__}, no object. Write each row as "
-                    f'{{"column": value, ...}}.'
+                    f"{location} must be a JSON object, got {type(entry).__name__}. Write each "
+                    f'row as {{"column": value, ...}}.'
                 )
-            yield where, entry
+            yield location, entry
 
 
 def _is_json_array(file: Path) -> bool:
     with _open_after_bom(file) as lines:
         first = next((line.lstrip()[:1] for line in lines if line.strip()), b"")
     if not first:
-        raise ValueError(f"{file} is empty. Give a file with at least one row.")
+        raise ValueError(f"{file} is empty. Use a file with at least one row.")
     return first == b"[" and file.suffix == ".json"
 
 
@@ -194,7 +192,7 @@ def _iter_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _open_after_bom(file: Path) -> BinaryIO:
-    """The file, from behind the byte order mark on that some editors write."""
+    """Returns the open file, positioned after the byte order mark that some editors write."""
     content = file.open("rb")
     if content.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
         content.seek(0)
@@ -203,16 +201,18 @@ def _open_after_bom(file: Path) -> BinaryIO:
 
 def _parse_json(content: bytes, location: str) -> Any:
     try:
-        found = json.loads(content.decode("utf-8"), parse_constant=_reject_json_constant)
+        value = json.loads(content.decode("utf-8"), parse_constant=_reject_json_constant)
         if b"\\ud" in content or b"\\uD" in content:
-            # Half of a pair of escapes is no character; this raises.
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+            # Raises for a lone surrogate, which is not a character.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.lineno > 1:
             location = f"{location}:{error.lineno}"
-        raise ValueError(f"{location} is not JSON ({error}). Mend or remove that line.") from error
-    return found
+        raise ValueError(
+            f"{location} is not JSON ({error}). Correct or remove that line."
+        ) from error
+    return value
 
 
 def _reject_json_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")

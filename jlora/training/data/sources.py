@@ -1,4 +1,4 @@
-"""Rows of examples, from files here or from the Hugging Face Hub."""
+"""Data sources: local files, folders and patterns, and datasets on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jlora.training.data.readers import read_csv_table, read_json_table
 if TYPE_CHECKING:
     import datasets
 
-# What datasets calls the reader of each kind of file.
+# Builder of the `datasets` library for each kind of file.
 _READER_BY_SUFFIX = {
     ".jsonl": "json",
     ".json": "json",
@@ -27,7 +27,7 @@ _READER_BY_SUFFIX = {
 
 _HUB_NAME_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
-# Words in a file's name that say which split it holds.
+# Words in a file's name that identify its split.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -43,44 +43,50 @@ def load_rows(
     revision: str | None = None,
     max_examples: int | None = None,
 ) -> datasets.Dataset:
-    """The rows of a file, of a folder's files, or of a data set on the Hub.
+    r"""Returns the rows of a file, of a folder's files, or of a dataset on the Hub.
 
-    Lines of JSON are checked before they are read, blank ones left out. Every cell of a .csv file
-    is text, as it stands there. A line of a .txt file is a row with the column `text`.
+    Lines of JSON are validated, and blank ones skipped. Every cell of a .csv file is its text. A
+    line of a .txt file is a row with the column `text`.
 
     Args:
-        path: A .jsonl, .json, .parquet, .csv or .txt file, a pattern with `*` that finds some, a
-            folder of them, or `owner/name` on the Hub. Of a folder whose files are named after
-            splits, such as train.jsonl or train-00000-of-00002.parquet, those of the split are
-            taken, and a warning counts the files of none; of another folder all for "train".
-        split: "train", "validation", "test" or another of the Hub's; a slice such as
-            "train[:95%]" takes a part.
-        name: Which configuration of the Hub's data set.
-        revision: Of the Hub's: a branch, tag or commit.
-        max_examples: How many rows are taken at most, the first ones.
+        path: A .jsonl, .json, .parquet, .csv or .txt file, a pattern with `*`, a folder of such
+            files, or `owner/name` on the Hub. In a folder whose file names contain splits, such
+            as train.jsonl or train-00000-of-00002.parquet, the files of the split are read, and a
+            warning lists files without one; in other folders, all files are "train".
+        split: "train", "validation", "test" or another split of the Hub's dataset; a slice such
+            as "train[:95%]" selects a part.
+        name: Configuration of the Hub's dataset.
+        revision: Branch, tag or commit on the Hub.
+        max_examples: Maximum number of rows, the first ones; None: all.
 
     Raises:
-        FileNotFoundError: There is no such file, folder or data set.
-        OSError: The Hub cannot be reached.
-        ValueError: A line is no JSON object, files are of several kinds, there is no such split,
-            or there are no rows.
+        FileNotFoundError: If there is no such file, folder or dataset.
+        OSError: If the Hub cannot be reached.
+        ValueError: If a line is not a JSON object, files are of several kinds, there is no such
+            split, or there are no rows.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "train.csv"
+        ...     _ = file.write_text("text,label\nyes,1\nno,0\n")
+        ...     load_rows(file, max_examples=1).to_list()
+        [{'text': 'yes', 'label': '1'}]
     """
     if max_examples is not None and max_examples < 1:
-        raise ValueError(
-            f"limit={max_examples} leaves no rows. Give a positive count, or None for all."
-        )
+        raise ValueError(f"max_examples={max_examples} must be at least 1, or None for all rows.")
     if not _is_local_path(path) and _HUB_NAME_PATTERN.fullmatch(str(path)):
-        found = _load_hub_dataset(str(path), split, name, revision)
+        rows = _load_hub_dataset(str(path), split, name, revision)
     else:
         if name is not None or revision is not None:
             raise ValueError(
-                f"name={name!r} and revision={revision!r} choose among the Hub's versions of a "
-                f"data set, and {str(path)!r} is here. Leave them out."
+                f"name={name!r} and revision={revision!r} apply to datasets on the Hub, but "
+                f"{str(path)!r} is local. Leave them out."
             )
-        found = _load_data_files(_find_data_files(path, split), split)
-    if not len(found):
-        raise ValueError(f"{path}, split={split!r}, holds no rows. Give data with at least one.")
-    return found if max_examples is None else found.select(range(min(max_examples, len(found))))
+        rows = _load_data_files(_find_data_files(path, split), split)
+    if not len(rows):
+        raise ValueError(f"{path}, split={split!r}, has no rows. Use data with at least one row.")
+    return rows if max_examples is None else rows.select(range(min(max_examples, len(rows))))
 
 
 def _is_local_path(path: str | os.PathLike[str]) -> bool:
@@ -90,57 +96,59 @@ def _is_local_path(path: str | os.PathLike[str]) -> bool:
 
 
 def _find_data_files(path: str | os.PathLike[str], split: str) -> list[Path]:
-    """The data files meant, in the order of their names."""
+    """Returns the data files of a path, sorted by name."""
     if glob.has_magic(str(path)) and not os.path.exists(path):
         files = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
         if not files:
-            raise FileNotFoundError(f"path={str(path)!r} finds no file. Check the pattern.")
+            raise FileNotFoundError(f"path={str(path)!r} matches no file. Check the pattern.")
         return files
     path = Path(path)
     if path.is_dir():
         return _select_split_files(path, split)
     if not path.is_file():
         raise FileNotFoundError(
-            f"path={str(path)!r} is no file or folder here, and no `owner/name` of a data set on "
-            f"the Hub. Check the name."
+            f"path={str(path)!r} is neither a local file or folder nor an `owner/name` on the Hub. "
+            f"Check the name."
         )
     return [path]
 
 
 def _select_split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that hold the split, by their names."""
+    """Returns the files of a folder whose names belong to the split."""
     files = sorted(file for file in folder.iterdir() if file.suffix in _READER_BY_SUFFIX)
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no {', '.join(_READER_BY_SUFFIX)} file. Give the folder that does."
+            f"{folder} contains no {', '.join(_READER_BY_SUFFIX)} file. Use the folder with the "
+            f"data."
         )
     base = split.split("[")[0]
-    words = _split_words_in_names(files, base)
-    if base == "train" and not any(words):
+    words_by_file = _split_words_in_names(files, base)
+    if base == "train" and not any(words_by_file):
         return files
-    wanted = {*_SPLIT_WORDS.get(base, ()), base}
-    chosen = [file for file, named in zip(files, words, strict=True) if named & wanted]
+    split_words = {*_SPLIT_WORDS.get(base, ()), base}
+    pairs = list(zip(files, words_by_file, strict=True))
+    chosen = [file for file, words in pairs if words & split_words]
     if not chosen:
         raise ValueError(
-            f"split={split!r}: none of {format_names([file.name for file in files])} in {folder} carries "
-            f"that name. Give one of the files."
+            f"split={split!r}: none of {format_names([file.name for file in files])} in {folder} "
+            f"has that split in its name. Use the path of one of the files."
         )
-    others = [file.name for file, named in zip(files, words, strict=True) if not named]
+    others = [file.name for file, words in pairs if not words]
     if others:
         warnings.warn(
-            f"{folder}: split={split!r} takes {format_names([file.name for file in chosen])}, and "
-            f"{len(others)} of {len(files)} files are of no split and not read: {format_names(others)}. "
-            f"Give the pattern {str(folder / '*')!r} to read them all.",
+            f"{folder}: split={split!r} reads {format_names([file.name for file in chosen])}; "
+            f"{len(others)} of {len(files)} files have no split in their names and are skipped: "
+            f"{format_names(others)}. Use the pattern {str(folder / '*')!r} to read all files.",
             stacklevel=4,
         )
     return chosen
 
 
 def _split_words_in_names(files: list[Path], split_name: str) -> list[set[str]]:
-    """Of each file the words that say which split it holds; none where a folder has no such names.
+    """Returns the split words in each file's name.
 
-    The first word of a name tells, as in train-00000-of-00002. Other words do where all files have
-    one, as in small_train and small_test: night-train beside other files is a name like theirs.
+    Only the first word of a name counts, as in train-00000-of-00002. Later words count if every
+    file has one, as in small_train and small_test: night-train beside other files is not a split.
     """
     known = {word for words in _SPLIT_WORDS.values() for word in words} | {split_name}
     parts = [re.split(r"[-_.]", file.stem.lower()) for file in files]
@@ -158,21 +166,21 @@ def _load_data_files(files: list[Path], split: str) -> datasets.Dataset:
     if len(readers) > 1 or None in readers:
         raise ValueError(
             f"The files end in {', '.join(kind or 'no suffix' for kind in kinds)}: "
-            f"{format_names([str(file) for file in files])}. Give files of one kind, of "
+            f"{format_names([str(file) for file in files])}. Use files of one kind, of "
             f"{', '.join(_READER_BY_SUFFIX)}."
         )
     (reader,) = readers
     for file in files:
         if not file.stat().st_size:
-            raise ValueError(f"{file} is empty. Give a file with at least one row.")
+            raise ValueError(f"{file} is empty. Use a file with at least one row.")
     base = split.split("[")[0]
     if reader == "json":
         return _slice_split(datasets.Dataset(read_json_table(files)), base, split)
     if reader == "csv":
-        # What the info says is how labels that are numbers are told from text.
+        # The builder's name marks tables without types, whose numeric labels are parsed.
         info = datasets.DatasetInfo(builder_name="csv")
         return _slice_split(datasets.Dataset(read_csv_table(files), info=info), base, split)
-    # Some editors begin a text with a byte order mark, which is no part of it.
+    # Some editors begin a text with a byte order mark, which does not belong to it.
     options: dict[str, Any] = {"encoding": "utf-8-sig"} if reader == "text" else {}
     try:
         return datasets.load_dataset(
@@ -181,13 +189,13 @@ def _load_data_files(files: list[Path], split: str) -> datasets.Dataset:
     except (ValueError, StopIteration, exceptions.DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(
-            f"{format_names([str(file) for file in files])}, split={split!r}, gives no rows as {reader} "
-            f"({reason}). Give rows of the same columns, and every column one type."
+            f"{format_names([str(file) for file in files])}, split={split!r}, cannot be read as "
+            f"{reader} ({reason}). Use rows with the same columns, and one type per column."
         ) from error
 
 
 def _slice_split(dataset: datasets.Dataset, split_name: str, split: str) -> datasets.Dataset:
-    """The rows that a split such as "train[:95%]" means."""
+    """Returns the rows of a split such as "train[:95%]"."""
     from datasets import ReadInstruction
 
     if split == split_name:
@@ -196,7 +204,8 @@ def _slice_split(dataset: datasets.Dataset, split_name: str, split: str) -> data
         parts = ReadInstruction.from_spec(split).to_absolute({split_name: len(dataset)})
     except ValueError as error:
         raise ValueError(
-            f"split={split!r} is no part of {split_name!r} ({error}). Write one such as '{split_name}[:95%]'."
+            f"split={split!r} is not a slice of {split_name!r} ({error}). Use one such as "
+            f"'{split_name}[:95%]'."
         ) from error
     chosen = [range(len(dataset))[part.from_ : part.to] for part in parts]
     return dataset.select(itertools.chain(*chosen))
@@ -212,12 +221,12 @@ def _load_hub_dataset(
         return datasets.load_dataset(path, name=name, split=split, revision=revision)
     except exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"{path!r} is no file or folder here, and the Hub has no data set of that name that "
+            f"{path!r} is not a local file or folder, and the Hub has no dataset of that name that "
             f"you may read. Check the name, or log in with `hf auth login`."
         ) from error
     except OSError as error:
         raise OSError(
-            f"{path!r} is no file or folder here and not in the Hub's cache, and the Hub cannot be "
-            f"reached ({type(error).__name__}). Fetch it where there is a network, and give its "
-            f"folder."
+            f"{path!r} is not a local file or folder and not in the Hub's cache, and the Hub "
+            f"cannot be reached ({type(error).__name__}). Download it on a machine with network "
+            f"access, and use its folder."
         ) from error

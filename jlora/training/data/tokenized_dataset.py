@@ -1,4 +1,4 @@
-"""Tokenised examples in flat arrays, and what happens to those that are too long."""
+"""Tokenized examples in flat arrays, and the truncation of those that are too long."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TRUNCATION_POLICIES: tuple[str, ...] = get_args(TruncationPolicy)
 
 
 class TokenSequence(NamedTuple):
-    """One sequence of an example.
+    """Token sequence of an example.
 
     Attributes:
-        ids: Of its tokens.
-        loss_mask: For each, or for all, whether the loss counts how well it is predicted.
-        token_type_ids: For each whether it is of the second of a pair of texts.
+        ids: Token ids, (tokens,).
+        loss_mask: True for tokens that count for the loss, (tokens,), or one value for all.
+        token_type_ids: 1 for tokens of the second of a pair of texts, (tokens,); None: all 0.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -30,7 +30,7 @@ class TokenSequence(NamedTuple):
 
 
 class _SequenceArrays(NamedTuple):
-    """A part whose tokens were looked at."""
+    """Validated `TokenSequence` as arrays."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -38,18 +38,18 @@ class _SequenceArrays(NamedTuple):
 
 
 class TokenizeStats(NamedTuple):
-    """What became of the rows.
+    """Counts of rows and examples during tokenization.
 
     Attributes:
-        rows: How many there were.
-        examples: How many there are now.
-        dropped: Rows that were too long.
-        truncated_to_nothing: Rows of which nothing was left to learn once they were cut.
-        without_loss_tokens: Rows that had nothing to learn at all.
-        truncated: Rows that were cut.
-        split: Rows that became several examples.
-        tokens: Of all examples.
-        loss_tokens: Tokens that the loss counts.
+        rows: Rows of the data.
+        examples: Examples of the tokenized dataset.
+        dropped: Rows dropped because they were too long.
+        truncated_to_nothing: Rows dropped because truncation removed all of their loss tokens.
+        without_loss_tokens: Rows dropped because they had no loss tokens.
+        truncated: Rows truncated.
+        split: Rows split into several examples.
+        tokens: Tokens of all examples.
+        loss_tokens: Tokens that count for the loss.
     """
 
     rows: int = 0
@@ -64,19 +64,19 @@ class TokenizeStats(NamedTuple):
 
 
 class TokenizedDataset(NamedTuple):
-    """Examples, of one sequence of tokens each, or of two: the chosen and the rejected.
+    """Tokenized examples of one sequence each, or of two: the chosen and the rejected answer.
 
     Attributes:
-        tokens: int32 (tokens,), sequence after sequence.
-        loss_mask: bool (tokens,), whether the loss counts a token. Never the first of a sequence,
-            which nothing predicts.
-        offsets: int64 (sequences + 1,), where each sequence starts.
-        sequences_per_example: Of an example: 1, or 2 for preferences.
-        labels: int32 (examples,), for classification.
-        label_names: What the labels are called.
-        token_type_ids: int8 (tokens,), 1 in the second of a pair of texts; None unless there are pairs.
-        stats: What became of the rows.
-        fingerprint: Of the arrays.
+        tokens: int32 (tokens,) ids, sequence after sequence.
+        loss_mask: bool (tokens,), True for tokens that count for the loss; False for the first of
+            a sequence, which has no prediction.
+        offsets: int64 (sequences + 1,), start of each sequence.
+        sequences_per_example: 1, or 2 for preferences.
+        labels: int32 (examples,) class ids for classification, otherwise None.
+        label_names: Names of the labels, in the order of the class ids, or None.
+        token_type_ids: int8 (tokens,), 1 in the second of a pair of texts; None without pairs.
+        stats: Counts of the tokenization.
+        fingerprint: Hash of the arrays.
     """
 
     tokens: np.ndarray
@@ -91,33 +91,35 @@ class TokenizedDataset(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return (len(self.offsets) - 1) // self.sequences_per_example
 
     def example_lengths(self) -> np.ndarray:
-        """The tokens of each example, of the longer of its sequences if they are two."""
+        """Returns the tokens of each example, (examples,); of two sequences, the longer one."""
         return np.diff(self.offsets).reshape(-1, self.sequences_per_example).max(axis=1)
 
     def get_sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of one sequence, and which of them are learnt."""
+        """Returns the token ids and the loss mask of one sequence."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.loss_mask[part]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """How rows become examples.
+    """Configuration of tokenization.
 
     Attributes:
-        max_seq_length: How many tokens an example has at most.
-        truncation: What happens to longer ones: "error" names the row; "drop" leaves it out;
-            "truncate" keeps its beginning, and leaves it out if nothing to learn is left; "split",
-            for text alone, makes consecutive examples of it,
-            each of which begins with the last token of the one before, so that every token is
-            learnt once.
-        vocab_size: Of the model; ids beyond it are refused. None looks for negative ones alone.
-        columns: What the format calls a column to what the data calls it.
-        data_name: What errors call the data.
+        max_seq_length: Maximum number of tokens of an example.
+        truncation: Treatment of longer rows: "error" raises with the number of the row; "drop"
+            drops it; "truncate" keeps its beginning, or drops it if no loss tokens remain;
+            "split", for plain text only, makes consecutive examples, each of which begins with
+            the last token of the previous one, so that every token counts for the loss once.
+        vocab_size: Vocabulary size of the model, which token ids must be below; None: no limit.
+        columns: Column names of the data, by the names of the format.
+        data_name: Name of the data in errors.
+
+    Raises:
+        ValueError: If max_seq_length is not an int of at least 2, or truncation is unknown.
     """
 
     max_seq_length: int
@@ -129,17 +131,18 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         if type(self.max_seq_length) is not int or self.max_seq_length < 2:
             raise ValueError(
-                f"Reading.length={self.max_seq_length}, in a recipe data.max_seq_length, holds no token and the "
-                f"next. Give 2 or more."
+                f"TokenizeConfig.max_seq_length={self.max_seq_length} (data.max_seq_length of a "
+                f"recipe) must be an int of at least 2: a token and the next one."
             )
         if self.truncation not in TRUNCATION_POLICIES:
             raise ValueError(
-                f"Reading.truncation={self.truncation!r} is none of {', '.join(TRUNCATION_POLICIES)}. Choose one."
+                f"TokenizeConfig.truncation={self.truncation!r} must be one of "
+                f"{', '.join(TRUNCATION_POLICIES)}."
             )
 
 
 class TokenizedDatasetBuilder:
-    """Collects examples in arrays that grow, under the rules of a `TokenizeConfig`."""
+    """Collects examples in growing arrays, and truncates them as a `TokenizeConfig` sets."""
 
     def __init__(self, config: TokenizeConfig) -> None:
         self.config = config
@@ -151,10 +154,10 @@ class TokenizedDatasetBuilder:
         self._labels = array.array("i")
 
     def add(self, row_index: int, *token_sequences: TokenSequence) -> None:
-        """A row to learn to write: its sequences, which are kept or left out together.
+        """Adds a row of one or two sequences, which are kept or dropped together.
 
         Raises:
-            ValueError: A token is none of the model's, or the row is too long.
+            ValueError: If a token is outside the vocabulary, or the row is too long.
         """
         self._counts["rows"] += 1
         sequences = [self._validate_sequence(row_index, part) for part in token_sequences]
@@ -168,10 +171,10 @@ class TokenizedDatasetBuilder:
     def add_labeled(
         self, row_index: int, token_sequence: TokenSequence, label: int, *, truncated: bool
     ) -> None:
-        """A row to tell the label of, which the tokenizer has cut already if that was asked for.
+        """Adds a row with a label, which the tokenizer has already truncated where requested.
 
         Raises:
-            ValueError: A token is none of the model's, or the row is too long.
+            ValueError: If a token is outside the vocabulary, or the row is too long.
         """
         self._counts["rows"] += 1
         sequence = self._validate_sequence(row_index, token_sequence)
@@ -185,59 +188,59 @@ class TokenizedDatasetBuilder:
     def build(
         self, *, sequences_per_example: int = 1, label_names: Sequence[str] | None = None
     ) -> TokenizedDataset:
-        """The examples collected.
+        """Returns the collected examples.
 
         Args:
-            sequences_per_example: Of each.
-            label_names: Of labelled ones.
+            sequences_per_example: Sequences of each example: 1, or 2 for preferences.
+            label_names: Names of the labels, if the rows have labels.
 
         Raises:
-            ValueError: There are none.
+            ValueError: If there are no examples.
         """
-        labelled = label_names is not None
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self._lengths, np.int64))])
-        learn = np.frombuffer(self._loss_mask, np.bool_)
+        loss_mask = np.frombuffer(self._loss_mask, np.bool_)
         types = np.frombuffer(self._token_type_ids, np.int8)
-        counts = self._counts | {"examples": (len(offsets) - 1) // sequences_per_example}
-        report = TokenizeStats(**counts | {"tokens": len(learn), "loss_tokens": int(learn.sum())})
-        if not report.examples:
+        counts = self._counts | {
+            "examples": (len(offsets) - 1) // sequences_per_example,
+            "tokens": len(loss_mask),
+            "loss_tokens": int(loss_mask.sum()),
+        }
+        stats = TokenizeStats(**counts)
+        if not stats.examples:
             raise ValueError(
-                f"{self.config.data_name} leaves nothing to learn: of {report.rows} rows "
-                f"{report.dropped} are longer than data.max_seq_length={self.config.max_seq_length}, "
-                f"{report.truncated_to_nothing} have nothing to learn before that, and {report.without_loss_tokens} nothing "
-                f"at all. Give a greater length, or look at the rows."
+                f"{self.config.data_name} has no examples to train on: of {stats.rows} rows, "
+                f"{stats.dropped} are longer than "
+                f"data.max_seq_length={self.config.max_seq_length}, {stats.truncated_to_nothing} "
+                f"have no loss tokens within it, and {stats.without_loss_tokens} have none at all. "
+                f"Increase data.max_seq_length, or check the rows."
             )
-        corpus = TokenizedDataset(
+        dataset = TokenizedDataset(
             tokens=np.frombuffer(self._tokens, np.int32),
-            loss_mask=learn,
+            loss_mask=loss_mask,
             offsets=offsets.astype(np.int64),
             sequences_per_example=sequences_per_example,
-            labels=np.frombuffer(self._labels, np.int32) if labelled else None,
+            labels=None if label_names is None else np.frombuffer(self._labels, np.int32),
             label_names=None if label_names is None else tuple(label_names),
             token_type_ids=types if types.any() else None,
-            stats=report,
+            stats=stats,
             fingerprint="",
         )
-        return corpus._replace(fingerprint=_fingerprint_dataset(corpus))
+        return dataset._replace(fingerprint=_fingerprint_dataset(dataset))
 
     def _validate_sequence(self, row_index: int, token_sequence: TokenSequence) -> _SequenceArrays:
-        """The part in arrays. Nothing predicts its first token, so that is never learnt."""
+        """Returns the sequence as arrays, without its first token in the loss mask."""
         ids = np.array(token_sequence.ids, np.int32)
-        below = self.config.vocab_size or np.inf
-        if ids.size and (ids.min() < 0 or ids.max() >= below):
+        vocab_size = self.config.vocab_size or np.inf
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+            token = ids[(ids < 0) | (ids >= vocab_size)][0]
             raise ValueError(
-                f"{self.config.data_name}, row {row_index}: token {ids[(ids < 0) | (ids >= below)][0]} is "
-                f"none of the model's {below}. Take the tokenizer of the model's own checkpoint."
+                f"{self.config.data_name}, row {row_index}: token {token} is outside of the "
+                f"model's vocabulary of {vocab_size}. Use the tokenizer of the model's checkpoint."
             )
-        learn = np.array(np.broadcast_to(token_sequence.loss_mask, ids.shape), np.bool_)
-        learn[:1] = False
-        return _SequenceArrays(
-            ids,
-            learn,
-            bytes(
-                len(ids) if token_sequence.token_type_ids is None else token_sequence.token_type_ids
-            ),
-        )
+        loss_mask = np.array(np.broadcast_to(token_sequence.loss_mask, ids.shape), np.bool_)
+        loss_mask[:1] = False
+        types = token_sequence.token_type_ids
+        return _SequenceArrays(ids, loss_mask, bytes(len(ids) if types is None else types))
 
     def _add_too_long(self, row_index: int, sequences: list[_SequenceArrays]) -> None:
         length, policy = self.config.max_seq_length, self.config.truncation
@@ -257,23 +260,23 @@ class TokenizedDatasetBuilder:
         if self.config.truncation != "drop":
             raise ValueError(
                 f"{self.config.data_name}, row {row_index}: {num_tokens} tokens are more than "
-                f"data.max_seq_length={self.config.max_seq_length}. Give a greater one, or data.truncation=truncate "
-                f"or drop."
+                f"data.max_seq_length={self.config.max_seq_length}. Increase it, or use "
+                f"data.truncation=truncate or drop."
             )
         self._counts["dropped"] += 1
 
     def _append_chunks(self, sequence: _SequenceArrays) -> None:
-        # A piece begins with the token that the one before ends with, to predict the next from.
+        # A chunk begins with the last token of the previous one, which predicts its next token.
         length = self.config.max_seq_length
         for start in range(0, len(sequence.ids) - 1, length - 1):
-            piece = _slice_sequence(sequence, slice(start, start + length))
-            piece.loss_mask[0] = False
-            self._append_sequences([piece])
+            chunk = _slice_sequence(sequence, slice(start, start + length))
+            chunk.loss_mask[0] = False
+            self._append_sequences([chunk])
 
     def _append_sequences(self, sequences: Sequence[_SequenceArrays]) -> None:
-        for ids, learn, types in sequences:
+        for ids, loss_mask, types in sequences:
             self._tokens.frombytes(ids.tobytes())
-            self._loss_mask.extend(learn.tobytes())
+            self._loss_mask.extend(loss_mask.tobytes())
             self._token_type_ids.extend(types)
             self._lengths.append(len(ids))
 

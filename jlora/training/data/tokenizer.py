@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, without the cutting and padding that its file may ask for."""
+"""Tokenizer of a checkpoint folder, without the truncation and padding that its file may set."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from jlora.training.data.chat_template import ChatTemplate, find_chat_template, 
 
 
 class Tokenizer(NamedTuple):
-    """Text to token ids, as a checkpoint's folder says.
+    """Tokenizer of a checkpoint folder.
 
     Attributes:
-        without_special_tokens: Encodes text alone: it adds no token, and its offsets cover every character.
-        with_special_tokens: Adds what the model expects around a text, or a pair of texts.
-        prefix_ids: The tokens that the model expects before a text, such as the bos token.
-        bos_token_id: The id of the token that begins a text, if there is one.
-        eos_token_id: Of the token that ends one.
-        pad_token_id: Of what fills up a batch; 0 where the folder names none, as nothing looks at it.
-        chat_template: Of chats, if the folder has one.
-        fingerprint: Of all of that; equal ones make equal tokens.
+        without_special_tokens: Tokenizer that adds no special tokens, and whose offsets cover
+            every character.
+        with_special_tokens: Tokenizer that adds the special tokens of the model around a text or
+            a pair of texts.
+        prefix_ids: Ids of the tokens that the model expects before a text, such as bos.
+        bos_token_id: Id of the token that begins a text, or None.
+        eos_token_id: Id of the token that ends a text, or None.
+        pad_token_id: Id of the padding token; 0 if the folder defines none, as padding is masked.
+        chat_template: Chat template, or None.
+        fingerprint: Hash of all of these; equal ones give equal tokens.
     """
 
     without_special_tokens: tokenizers.Tokenizer
@@ -47,58 +49,69 @@ class Tokenizer(NamedTuple):
         *,
         now: datetime.datetime | None = None,
     ) -> Tokenizer:
-        """The tokenizer of a folder with a tokenizer.json.
+        """Loads the tokenizer of a folder with a tokenizer.json.
 
         Args:
-            folder: A checkpoint's.
-            chat_template: Of chats; the folder's when left out.
-            now: What the template's `strftime_now` tells; what it has itself, or the clock, when
-                None. Of a template that is not `dated` nothing depends on it.
+            folder: Checkpoint folder.
+            chat_template: Chat template; None: the folder's.
+            now: Date and time for the template's `strftime_now`; None: the template's own, or the
+                clock. Without effect on templates that do not `depends_on_date`.
 
         Raises:
-            FileNotFoundError: There is no tokenizer.json.
-            ValueError: It is damaged.
+            FileNotFoundError: If there is no tokenizer.json.
+            ValueError: If it is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> vocab = {"<s>": 0, "low": 1, "rank": 2}
+            >>> made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
+            >>> made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     made.save(f"{folder}/tokenizer.json")
+            ...     tokenizer = Tokenizer.from_folder(folder)
+            >>> tokenizer.encode(["low rank"])
+            [[1, 2]]
         """
         folder = Path(folder)
-        whole, plain = _load_tokenizer_json(folder), _load_tokenizer_json(folder)
-        # What is left of it without special tokens is the trimming of blanks from offsets.
+        full, plain = _load_tokenizer_json(folder), _load_tokenizer_json(folder)
+        # Without special tokens, post-processing only trims blanks from offsets.
         plain.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
         config = _read_optional_json(folder, "tokenizer_config.json")
         bos, eos, pad = (
-            _find_special_token_id(folder, whole, kind) for kind in ("bos", "eos", "pad")
+            _find_special_token_id(folder, full, kind) for kind in ("bos", "eos", "pad")
         )
-        before = _find_prefix_ids(whole)
+        prefix = _find_prefix_ids(full)
         if config.get("add_bos_token") is False:
-            before = ()
+            prefix = ()
         elif config.get("add_bos_token") and bos is not None:
-            before = (bos,)
+            prefix = (bos,)
         if chat_template is None and find_chat_template(folder) is not None:
             chat_template = ChatTemplate.from_folder(folder)
         if chat_template is not None and now is not None:
             chat_template = dataclasses.replace(chat_template, now=now)
         digest = hashlib.sha256((folder / "tokenizer.json").read_bytes())
-        digest.update(repr((before, bos, eos)).encode())
+        digest.update(repr((prefix, bos, eos)).encode())
         if chat_template is not None:
             digest.update(
                 repr((chat_template.text, sorted(chat_template.variables.items()))).encode()
             )
             if chat_template.depends_on_date and chat_template.now is not None:
                 digest.update(chat_template.now.isoformat().encode())
-        return cls(plain, whole, before, bos, eos, pad or 0, chat_template, digest.hexdigest())
+        return cls(plain, full, prefix, bos, eos, pad or 0, chat_template, digest.hexdigest())
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id of a token."""
+        """Highest token id plus one."""
         return max(self.with_special_tokens.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without any token that is not of it."""
+        """Returns the token ids of each text, without special tokens around it."""
         return [
             encoding.ids for encoding in self.without_special_tokens.encode_batch_fast(list(texts))
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special ones included."""
+        """Returns the text of token ids, special tokens included."""
         return self.with_special_tokens.decode(list(ids), skip_special_tokens=False)
 
 
@@ -106,16 +119,16 @@ def _load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing. Give the folder of a checkpoint with its tokenizer; "
-            f"transformers' `save_pretrained` of a fast tokenizer writes the file."
+            f"{file} is missing. Use the folder of a checkpoint with its tokenizer; "
+            f"`save_pretrained` of a fast tokenizer of transformers writes the file."
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing more special.
+    except Exception as error:  # The library raises nothing more specific.
         raise ValueError(
-            f"{file} is no tokenizer ({error}). Copy it anew from its source."
+            f"{file} is not a valid tokenizer ({error}). Copy it again from its source."
         ) from error
-    # A file can ask to cut texts at the length that a model was trained with.
+    # A file can request truncation at the length of the model's training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -128,25 +141,25 @@ def _read_optional_json(folder: Path, file_name: str) -> Mapping[str, Any]:
 def _find_special_token_id(
     folder: Path, tokenizer: tokenizers.Tokenizer, token_kind: str
 ) -> int | None:
-    """The id of a special token: by its text, or as a model's config names it."""
+    """Returns the id of a special token, by its text or from a config of the model."""
     text = load_special_tokens(folder).get(f"{token_kind}_token")
-    found = None if text is None else tokenizer.token_to_id(text)
-    if text is not None and found is None:
+    token_id = None if text is None else tokenizer.token_to_id(text)
+    if text is not None and token_id is None:
         raise ValueError(
-            f"{folder}: {token_kind}_token={text!r} is none of tokenizer.json's tokens. Take both files "
-            f"from one checkpoint."
+            f"{folder}: {token_kind}_token={text!r} is not a token of tokenizer.json. Use both "
+            f"files of one checkpoint."
         )
     for name in ("generation_config.json", "config.json"):
-        if found is None:
-            found = _read_optional_json(folder, name).get(f"{token_kind}_token_id")
-            found = found[0] if isinstance(found, list) and found else found
-    return found if isinstance(found, int) else None
+        if token_id is None:
+            token_id = _read_optional_json(folder, name).get(f"{token_kind}_token_id")
+            token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+    return token_id if isinstance(token_id, int) else None
 
 
 def _find_prefix_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer puts before every text."""
-    alone = tokenizer.encode("a", add_special_tokens=False).ids
-    within = tokenizer.encode("a").ids
-    starts = range(len(within) - len(alone) + 1)
-    start = next((i for i in starts if within[i : i + len(alone)] == alone), 0)
-    return tuple(within[:start])
+    """Returns the ids that the tokenizer adds before every text."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a").ids
+    starts = range(len(full) - len(plain) + 1)
+    start = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
+    return tuple(full[:start])

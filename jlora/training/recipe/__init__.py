@@ -1,4 +1,4 @@
-"""Recipes: a training run described in one typed file."""
+"""Recipes: the typed configuration of a training run, read from one YAML file."""
 
 from __future__ import annotations
 

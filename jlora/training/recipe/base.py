@@ -1,4 +1,4 @@
-"""Fields that hold one of several sections: which one, a field of the section itself says."""
+"""Base classes of recipe sections, and unions of sections that a tag field discriminates."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 
-# What the order of the data can count with, `jlora.training.data.order.exact_weights`.
+# The range of `jlora.training.data.packing.weights_as_fractions`.
 SourceWeight = Annotated[float, Field(ge=1e-4, lt=1e4, allow_inf_nan=False)]
 
 
 class Section(pydantic.BaseModel):
-    """A part of a recipe. What its docstring says of an attribute is shown wherever it is named."""
+    """A part of a recipe.
+
+    The texts under "Attributes:" of its docstring describe the fields in errors, in the JSON schema
+    and in the recipe of `jlora init`.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @classmethod
     def field_descriptions(cls) -> dict[str, str]:
-        """What each field means."""
+        """Returns the description of each field."""
         texts = parse_attribute_docs(cls)
         return {name: texts[name] for name in cls.model_fields}
 
@@ -48,16 +52,17 @@ class Section(pydantic.BaseModel):
         return schema
 
 
-UNKNOWN_TAG = "unknown"  # The name of what stands for a kind that there is not.
+# Tag of the stand-in for unknown tags.
+UNKNOWN_TAG = "unknown"
 
 
 class TaggedSection(Section):
-    """One of several sections, each made from a config of the library.
+    """One of several sections of a union, each built from a config class of the library.
 
     Attributes:
-        tag_field: The field that says which section it is.
-        default_tag: What that field says when it is left out.
-        config_fields: The fields of the config.
+        tag_field: Name of the field that selects the section.
+        default_tag: Value of that field when it is omitted.
+        config_fields: Names of the config's fields.
     """
 
     tag_field: ClassVar[str]
@@ -65,48 +70,59 @@ class TaggedSection(Section):
     config_fields: ClassVar[tuple[str, ...]] = ()
 
     def config_values(self) -> dict[str, Any]:
-        """The config's own fields."""
+        """Returns the values of the config's fields."""
         return {name: getattr(self, name) for name in self.config_fields}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
         schema = super().__get_pydantic_json_schema__(core_schema, handler)
         if cls.model_fields[cls.tag_field].default != cls.default_tag:
-            # Without its tag a section is the usual one, and no other in the schema's oneOf.
+            # A section without a tag is the default one and matches no other in the schema's oneOf.
             schema["required"] = [cls.tag_field, *schema.get("required", [])]
         return schema
 
 
 def tagged_union(sections: Mapping[str, type[TaggedSection]]) -> Any:
-    """The type of such a field; a kind that there is not is refused with the nearest.
+    """Returns the type of a field that holds one of several sections.
+
+    An unknown tag is rejected with the nearest known ones.
 
     Args:
-        sections: The sections by what their tag says.
+        sections: Section classes by their tag.
     """
     first = next(iter(sections.values()))
-    tag, usual = first.tag_field, first.default_tag
+    tag_field, default = first.tag_field, first.default_tag
 
-    def said(value: Any) -> Any:
-        return value.get(tag, usual) if isinstance(value, Mapping) else getattr(value, tag, None)
+    def get_tag(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return value.get(tag_field, default)
+        return getattr(value, tag_field, None)
 
-    def kind_of(value: Any) -> str:
-        found = said(value)
-        return found if isinstance(found, str) and found in sections else UNKNOWN_TAG
+    def discriminate(value: Any) -> str:
+        tag = get_tag(value)
+        return tag if isinstance(tag, str) and tag in sections else UNKNOWN_TAG
 
     class _Unknown(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(extra="allow")
 
         @pydantic.model_validator(mode="before")
         @classmethod
-        def _refuse(cls, value: Any) -> Any:
+        def _reject(cls, value: Any) -> Any:
             if not isinstance(value, Mapping):
-                raise ValueError(f"That is no section. Give one, such as {{{tag}: {usual}}}")
-            lower = {name.lower(): name for name in sections}
-            near = difflib.get_close_matches(str(said(value)).lower(), lower, n=3, cutoff=0.3)
-            hint = f"; the nearest are {[lower[name] for name in near]}" if near else ""
-            raise ValueError(f"{tag}={said(value)!r} is none of {sorted(sections)}{hint}.")
+                raise ValueError(
+                    f"Expected a mapping such as {{{tag_field}: {default}}}, got "
+                    f"{type(value).__name__}"
+                )
+            by_lower = {name.lower(): name for name in sections}
+            tag = get_tag(value)
+            near = difflib.get_close_matches(str(tag).lower(), by_lower, n=3, cutoff=0.3)
+            names = " or ".join(repr(by_lower[name]) for name in near)
+            hint = f" Did you mean {names}?" if near else ""
+            raise ValueError(
+                f"{tag_field}={tag!r} must be one of {', '.join(sorted(sections))}.{hint}"
+            )
 
-    # To the schema a kind that there is not is simply wrong.
+    # The JSON schema has no entry for unknown tags.
     members = (*sections.items(), (UNKNOWN_TAG, SkipJsonSchema[_Unknown]))
-    tagged = tuple(Annotated[kind, pydantic.Tag(name)] for name, kind in members)
-    return Annotated[typing.Union[tagged], pydantic.Discriminator(kind_of)]  # noqa: UP007
+    tagged = tuple(Annotated[section, pydantic.Tag(tag)] for tag, section in members)
+    return Annotated[typing.Union[tagged], pydantic.Discriminator(discriminate)]  # noqa: UP007

@@ -1,4 +1,4 @@
-"""The adapter families as sections of a recipe, made from their configs."""
+"""Recipe sections of adapters and quantization, built from the configs of their families."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ADAPTER_INITS: dict[str, initializers.FactorInit] = {
     "olora": initializers.olora(),
 }
 
-# Where a family leaves a number to its user, a recipe has one that is often good.
+# Defaults of a recipe for fields without a default in the configs.
 _ADAPTER_DEFAULTS: dict[str, Any] = {
     "rank": 16,
     "alpha": 32.0,
@@ -42,12 +42,12 @@ _ADAPTER_FIELD_TYPES: dict[str, Any] = {
 
 
 class AdapterSection(TaggedSection):
-    """A family of adapters, its hyperparameters, and the weights that it is for.
+    """Adapter family, its hyperparameters and its target modules.
 
     Attributes:
-        family: One of FAMILIES.
-        target_pattern: A regular expression, searched in the paths of weights: those are adapted. The
-            products inside the model's layers when null.
+        family: Adapter family: FAMILIES.
+        target_pattern: Regular expression of the weights to adapt, searched in their paths. null:
+            the projections inside the model's layers.
     """
 
     tag_field: ClassVar[str] = "family"
@@ -56,7 +56,7 @@ class AdapterSection(TaggedSection):
     target_pattern: NonEmptyStr | None = None
 
     def to_config(self) -> AdapterConfig:
-        """What goes into the rules of `jlora.lora_transform`."""
+        """Returns the adapter config for the rules of `jlora.lora_transform`."""
         values = self.config_values()
         if "init" in values:
             values["init"] = _ADAPTER_INITS[values["init"]]
@@ -79,12 +79,12 @@ _ADAPTER_CONFIGS: dict[str, type[AdapterConfig]] = {
 
 
 def _make_adapter_section(config: type[AdapterConfig]) -> type[AdapterSection]:
-    """The section of one family: its config's fields."""
+    """Returns the section class of one family, with the fields of its config."""
     hints = typing.get_type_hints(config)
     fields: dict[str, Any] = {}
-    of_config: Any = config  # Each is a dataclass.
-    for field in dataclasses.fields(of_config):
-        kind = _ADAPTER_FIELD_TYPES.get(field.name, hints[field.name])
+    dataclass: Any = config
+    for field in dataclasses.fields(dataclass):
+        field_type = _ADAPTER_FIELD_TYPES.get(field.name, hints[field.name])
         default: Any = field.default
         if field.name == "init":
             default = "kaiming_uniform"
@@ -92,24 +92,24 @@ def _make_adapter_section(config: type[AdapterConfig]) -> type[AdapterSection]:
             default = "float32"
         elif default is dataclasses.MISSING:
             default = _ADAPTER_DEFAULTS.get(field.name, ...)
-        if field.name == "token_indices":  # YAML has lists and no tuples.
+        if field.name == "token_indices":  # YAML has lists, not tuples.
             default = Field(default=..., strict=False, examples=[[0]])
         if field.name != "share":
-            fields[field.name] = (kind, default)
-    made = pydantic.create_model(
+            fields[field.name] = (field_type, default)
+    section = pydantic.create_model(
         config.__name__,
         __base__=AdapterSection,
         __doc__=(inspect.getdoc(config) or "").partition("\n")[0],
         family=(Literal[config.__name__], config.__name__),  # type: ignore[valid-type]
         **fields,
     )
-    made.config_fields = tuple(fields)
+    section.config_fields = tuple(fields)
     texts = {**parse_attribute_docs(AdapterSection), **parse_attribute_docs(config)}
-    texts["init"] = f"How the factors start: {', '.join(_ADAPTER_INITS)}."
+    texts["init"] = f"Initialization of the factors: {', '.join(_ADAPTER_INITS)}."
     texts["family"] = texts["family"].replace("FAMILIES", ", ".join(_ADAPTER_CONFIGS))
-    kept = {name: texts[name] for name in ("family", *fields, "target_pattern")}
-    made.field_descriptions = classmethod(lambda cls: kept)  # type: ignore[method-assign]
-    return made
+    descriptions = {name: texts[name] for name in ("family", *fields, "target_pattern")}
+    section.field_descriptions = classmethod(lambda cls: descriptions)  # type: ignore[method-assign]
+    return section
 
 
 ADAPTER_SECTIONS = {
@@ -123,12 +123,12 @@ else:
 
 
 class QuantizationSection(TaggedSection):
-    """How weights of the base are held in fewer bits, and which.
+    """Quantization of the frozen base (QLoRA).
 
     Attributes:
-        scheme: One of SCHEMES.
-        target_pattern: A regular expression, searched in the paths of weights: those are quantised. The
-            matrices of the model's layers when null.
+        scheme: Quantization scheme: SCHEMES.
+        target_pattern: Regular expression of the weights to quantize, searched in their paths.
+            null: the matrices of the model's layers.
     """
 
     tag_field: ClassVar[str] = "scheme"
@@ -137,7 +137,7 @@ class QuantizationSection(TaggedSection):
     target_pattern: NonEmptyStr | None = None
 
     def to_scheme(self) -> QuantizationScheme:
-        """What goes into the rules of `jlora.quantize`."""
+        """Returns the scheme for the rules of `jlora.quantize`."""
         return SCHEMES[self.scheme](**self.config_values())
 
     @pydantic.model_validator(mode="after")
@@ -147,24 +147,24 @@ class QuantizationSection(TaggedSection):
 
 
 def _make_quantization_section(config: type[QuantizationScheme]) -> type[QuantizationSection]:
-    """The section of one scheme: its config's fields."""
+    """Returns the section class of one scheme, with the fields of its config."""
     hints = typing.get_type_hints(config)
     fields: dict[str, Any] = {
         field.name: (hints[field.name], field.default) for field in dataclasses.fields(config)
     }
-    made = pydantic.create_model(
+    section = pydantic.create_model(
         config.__name__,
         __base__=QuantizationSection,
         __doc__=(inspect.getdoc(config) or "").partition("\n")[0],
         scheme=(Literal[config.name], config.name),  # type: ignore[valid-type]
         **fields,
     )
-    made.config_fields = tuple(fields)
+    section.config_fields = tuple(fields)
     texts = {**parse_attribute_docs(QuantizationSection), **parse_attribute_docs(config)}
     texts["scheme"] = texts["scheme"].replace("SCHEMES", ", ".join(SCHEMES))
-    kept = {name: texts[name] for name in ("scheme", *fields, "target_pattern")}
-    made.field_descriptions = classmethod(lambda cls: kept)  # type: ignore[method-assign]
-    return made
+    descriptions = {name: texts[name] for name in ("scheme", *fields, "target_pattern")}
+    section.field_descriptions = classmethod(lambda cls: descriptions)  # type: ignore[method-assign]
+    return section
 
 
 QUANTIZATION_SECTIONS = {

@@ -1,4 +1,4 @@
-"""Field names of PEFT, transformers, TRL and torchtune, and the recipe fields that correspond."""
+"""Fields of PEFT, transformers, TRL and torchtune, and the corresponding recipe fields."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class ForeignField(NamedTuple):
-    """A field that users of another library look for.
+    """Field of another library and the corresponding recipe field.
 
     Attributes:
-        library: Library whose field it is.
-        field: Dotted recipe field, or command-line flag, that takes its place.
-        note: How values translate; empty where they are the same.
+        library: Name of the other library.
+        field: Dotted recipe field, or command-line flag.
+        note: Translation of the value; empty if it is the same.
     """
 
     library: str

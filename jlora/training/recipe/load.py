@@ -1,4 +1,4 @@
-"""Recipes from YAML files and the command line, and what is wrong with those that are none."""
+"""Loads recipes from YAML files and command-line overrides, and formats validation errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from jlora.training.recipe.base import UNKNOWN_TAG, Section
+from jlora.training.recipe.base import UNKNOWN_TAG, Section, TaggedSection
 from jlora.training.recipe.config_sections import ADAPTER_SECTIONS, QUANTIZATION_SECTIONS
 from jlora.training.recipe.foreign_fields import FOREIGN_FIELDS
 from jlora.training.recipe.schema import find_nested_section
@@ -23,14 +23,14 @@ from jlora.training.recipe.sections import Recipe
 
 
 class _RecipeYamlLoader(yaml.SafeLoader):
-    """YAML, with 1e-4 as a number, 2026-01-31 as the text that it is, and no key given twice."""
+    """YAML loader with 1e-4 as a float, 2026-01-31 as text, and an error for duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
+        duplicates = {str(key) for key in keys if keys.count(key) > 1}
+        if duplicates:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{sorted(twice)} stands there twice", node.start_mark
+                None, None, f"duplicate keys {sorted(duplicates)}", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -46,74 +46,96 @@ _RecipeYamlLoader.yaml_implicit_resolvers = {
     for first, resolvers in _RecipeYamlLoader.yaml_implicit_resolvers.items()
 }
 
-# The sections of which a field holds one, by the name that says which.
-_TAGGED_SECTIONS: dict[str, type[Section]] = {**ADAPTER_SECTIONS, **QUANTIZATION_SECTIONS}
+# Sections of tagged unions, by their tag.
+_TAGGED_SECTIONS: dict[str, type[TaggedSection]] = {**ADAPTER_SECTIONS, **QUANTIZATION_SECTIONS}
 
-# Each says how long a run is, so that the command line's stands in the place of the file's other.
+# Both set the length of a run, so that an override of one replaces the other.
 _EXCLUSIVE_FIELDS = {"training.steps": "epochs", "training.epochs": "steps"}
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file.
+    """Loads a recipe from a YAML file.
 
     Args:
-        path: The file.
-        overrides: What the command line says otherwise: `["--lora.rank", "32"]`.
+        path: YAML file.
+        overrides: Command-line overrides of fields, such as `["--adapter.rank", "32"]`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no YAML, or no recipe; each fault is named with its field and value.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not valid YAML, or not a valid recipe; the message lists every
+            invalid field with its value.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "recipe.yaml"
+        ...     _ = file.write_text(
+        ...         "{output: run, model: {path: base},"
+        ...         " data: {train: [{path: train.jsonl, format: chat}]}}"
+        ...     )
+        ...     load(file, ["--adapter.rank", "32"]).adapter.rank
+        32
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file. `jlora init > {path}` writes one to change.")
+        raise FileNotFoundError(f"{path} is not a file. Create one with `jlora init > {path}`.")
     raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__} instead of a mapping of sections.")
+        raise ValueError(f"{path} must be a mapping of sections, got {type(raw).__name__}.")
     return validate(apply_overrides(raw, overrides), str(path))
 
 
 def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
-    """The recipe that a mapping describes.
+    """Returns the recipe of a nested mapping.
+
+    Args:
+        raw: Sections and their fields.
+        source: Name of the recipe in errors.
 
     Raises:
-        ValueError: It is none; each fault is named with its field and value.
+        ValueError: If the recipe is invalid; the message lists every invalid field with its value.
+
+    Example:
+        >>> source = {"path": "train.jsonl", "format": "chat"}
+        >>> raw = {"output": "run", "model": {"path": "base"}, "data": {"train": [source]}}
+        >>> validate(raw).optimizer.schedule
+        'cosine'
     """
     try:
         return Recipe.model_validate(raw)
     except pydantic.ValidationError as error:
-        faults = "\n".join(f"  {_format_validation_error(fault)}" for fault in error.errors())
-        raise ValueError(f"{source} is no recipe that can be run:\n{faults}") from None
+        lines = "\n".join(f"  {_format_validation_error(details)}" for details in error.errors())
+        raise ValueError(f"{source} is not a valid recipe:\n{lines}") from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A recipe's mapping with what `--section.field value` says.
+    """Returns a recipe's mapping with overrides of the form `--section.field value`.
 
-    Values are read as YAML, but those of text fields are the text. Numbers step into lists:
-    `--data.train.0.path other.jsonl`. Epochs take the place of the mapping's steps, and steps that
-    of its epochs.
+    Values are parsed as YAML, except those of text fields. Numbers index into lists:
+    `--data.train.0.path other.jsonl`. An override of epochs removes the mapping's steps, and the
+    reverse.
 
     Raises:
-        ValueError: For an argument that is no such pair.
+        ValueError: If an argument does not have this form, or its path does not exist.
     """
     result = _copy_mapping_tree(raw)
     pending = list(overrides)
-    given: set[str] = set()
+    overridden: set[str] = set()
     while pending:
         flag = pending.pop(0)
         if not flag.startswith("--"):
-            raise ValueError(f"{flag!r} is no override. Write --section.field value.")
+            raise ValueError(f"{flag!r} is not an override. Use --section.field value.")
         name, equals, text = flag[2:].partition("=")
         if not equals:
             if not pending or pending[0].startswith("--"):
-                raise ValueError(f"{flag} has no value. Write {flag} value.")
+                raise ValueError(f"{flag} has no value. Use {flag} value.")
             text = pending.pop(0)
         name = name.replace("-", "_")
         value = _parse_override_value(name.split("."), text, flag)
         _set_recipe_field(result, name.split("."), value, flag)
         if name in _EXCLUSIVE_FIELDS and value is not None:
-            given.add(name)
-            if f"training.{_EXCLUSIVE_FIELDS[name]}" not in given:
+            overridden.add(name)
+            if f"training.{_EXCLUSIVE_FIELDS[name]}" not in overridden:
                 result["training"].pop(_EXCLUSIVE_FIELDS[name], None)
     return result
 
@@ -125,7 +147,7 @@ def _copy_mapping_tree(value: Any) -> Any:
 
 
 def _set_recipe_field(tree: Any, keys: list[str], value: Any, flag: str) -> None:
-    """Sets one place of nested mappings and lists; mappings that are missing are made."""
+    """Sets one entry of nested mappings and lists, and creates missing mappings."""
     for key in keys[:-1]:
         tree = (
             tree[_parse_list_index(tree, key, flag)]
@@ -133,7 +155,7 @@ def _set_recipe_field(tree: Any, keys: list[str], value: Any, flag: str) -> None
             else _get_or_create_mapping(tree, key)
         )
         if not isinstance(tree, dict | list):
-            raise ValueError(f"{flag}: {key} holds {tree!r}, and nothing is inside that.")
+            raise ValueError(f"{flag}: {key}={tree!r} is not a section or list.")
     if isinstance(tree, list):
         tree[_parse_list_index(tree, keys[-1], flag)] = value
     else:
@@ -148,23 +170,25 @@ def _get_or_create_mapping(tree: dict[str, Any], key: str) -> Any:
 
 def _parse_list_index(tree: list[Any], key: str, flag: str) -> int:
     if not key.isdigit() or int(key) >= len(tree):
-        raise ValueError(f"{flag}: {key} is no entry of a list of {len(tree)}; the first is 0.")
+        raise ValueError(
+            f"{flag}: {key} is not an index of a list of length {len(tree)}; the first index is 0."
+        )
     return int(key)
 
 
 def _parse_override_value(keys: Sequence[str], text: str, flag: str) -> Any:
-    """What a text means for the field that it is given to."""
-    found: set[Any] = {Recipe}
+    """Returns the value of a text for the field at `keys`."""
+    field_types: set[Any] = {Recipe}
     for key in keys:
-        found = {part for kind in found for part in _field_types(kind, key)}
-    others = {kind for kind in found if typing.get_origin(kind) is not Literal} - {str}
-    if not found or others - {types.NoneType}:
+        field_types = {inner for outer in field_types for inner in _field_types(outer, key)}
+    not_text = {cls for cls in field_types if typing.get_origin(cls) is not Literal} - {str}
+    if not field_types or not_text - {types.NoneType}:
         return _parse_yaml(text, flag)
-    return None if others and text in ("", "~", "null") else text
+    return None if not_text and text in ("", "~", "null") else text
 
 
 def _field_types(container_type: Any, key: str) -> set[Any]:
-    """The types of what a section, list or mapping holds there."""
+    """Returns the types of a section's field, or of the entries of a list or mapping."""
     if inspect.isclass(container_type) and issubclass(container_type, Section):
         return (
             _flatten_annotation(container_type.model_fields[key].annotation)
@@ -179,11 +203,11 @@ def _field_types(container_type: Any, key: str) -> set[Any]:
 
 
 def _flatten_annotation(annotation: Any) -> set[Any]:
-    """The types of which a value may be one."""
+    """Returns the members of a union, or the type itself."""
     if typing.get_origin(annotation) is Annotated:
         return _flatten_annotation(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return {kind for part in typing.get_args(annotation) for kind in _flatten_annotation(part)}
+        return {cls for part in typing.get_args(annotation) for cls in _flatten_annotation(part)}
     return {annotation}
 
 
@@ -191,47 +215,62 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _RecipeYamlLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is no YAML: {error}") from None
+        raise ValueError(f"{source} is not valid YAML: {error}") from None
 
 
 def _format_validation_error(details: Any) -> str:
-    """One fault: the field, its value, what is wrong, and what the field means."""
+    """Returns a line with the field, its value, the error, and the field's description."""
     loc, kind = details["loc"], details["type"]
-    # The names of families and schemes are steps to pydantic, and none in the file.
+    # The tags of families and schemes are part of pydantic's path, but not of the file's.
     path = ".".join(str(part) for part in loc if part not in (*_TAGGED_SECTIONS, UNKNOWN_TAG))
     message = details["msg"].removeprefix("Value error, ")
     section = _find_section(loc[:-1])
     if kind == "extra_forbidden":
         return _format_unknown_field(path, str(loc[-1]), section)
     text = section.field_descriptions().get(str(loc[-1])) if loc else None
-    meaning = f" {loc[-1]}: {text}" if text else ""
+    description = f" {loc[-1]}: {text}" if text else ""
     if kind == "missing":
-        return f"{path} is missing.{meaning}"
+        return f"{path} is missing.{description}"
     if kind == "value_error" and isinstance(details["input"], Mapping | Section):
         return f"{path}: {message}" if path else message
-    return f"{path}={details['input']!r}: {message.rstrip('.')}.{meaning}"
+    return f"{path}={details['input']!r}: {message.rstrip('.')}.{description}"
 
 
 def _format_unknown_field(path: str, name: str, section: type[Section]) -> str:
-    """An unknown field: the field of another library, of another section, or a misspelling."""
+    """Returns the error for a field of another library, of another section, or a misspelling."""
     foreign = FOREIGN_FIELDS.get(name)
     if foreign is not None:
         note = f" ({foreign.note})" if foreign.note else ""
         return (
-            f"Unknown field {path!r}. What {foreign.library} calls {name} is {foreign.field} "
-            f"here{note}."
+            f"Unknown field {path!r}. Use {foreign.field}{note}, which corresponds to {name} of "
+            f"{foreign.library}."
+        )
+    names = sorted(section.model_fields)
+    if issubclass(section, TaggedSection) and _is_field_of_other_tag(section, name):
+        tag = section.model_fields[section.tag_field].default
+        return (
+            f"Unknown field {path!r} for {section.tag_field}={tag}. Expected one of "
+            f"{', '.join(names)}."
         )
     elsewhere = [other for other in _field_paths(Recipe) if other.rpartition(".")[2] == name]
     if elsewhere:
         return f"Unknown field {path!r}. Did you mean {' or '.join(map(repr, elsewhere))}?"
-    names = sorted(section.model_fields)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     return f"Unknown field {path!r}. {hint}Expected one of {', '.join(names)}."
 
 
+def _is_field_of_other_tag(section: type[TaggedSection], name: str) -> bool:
+    """Returns True if another section of the same union has the field."""
+    return any(
+        name in other.model_fields
+        for other in _TAGGED_SECTIONS.values()
+        if other.tag_field == section.tag_field
+    )
+
+
 def _field_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted paths of all fields outside lists."""
+    """Yields the dotted paths of all fields outside lists."""
     for name, field in section.model_fields.items():
         yield prefix + name
         nested = find_nested_section(field.annotation)
@@ -240,11 +279,11 @@ def _field_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def _find_section(loc: Sequence[str | int]) -> type[Section]:
-    """The section that a fault is in."""
-    found: type[Section] = Recipe
+    """Returns the section at pydantic's path of an error."""
+    section: type[Section] = Recipe
     for part in loc:
         if part in _TAGGED_SECTIONS:
-            found = _TAGGED_SECTIONS[str(part)]
-        elif part in found.model_fields:
-            found = find_nested_section(found.model_fields[str(part)].annotation) or found
-    return found
+            section = _TAGGED_SECTIONS[str(part)]
+        elif part in section.model_fields:
+            section = find_nested_section(section.model_fields[str(part)].annotation) or section
+    return section

@@ -1,4 +1,4 @@
-"""What a recipe may say: a commented one with every default, and a schema for editors."""
+"""The recipe of `jlora init`, with comments and every default, and the JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ from jlora.training.recipe.sections import Recipe
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of recipes for editors, as JSON Schema."""
+    """Returns the JSON Schema of recipes, for editors.
+
+    Example:
+        >>> json_schema()["required"]
+        ['output', 'model', 'data']
+    """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 def default_recipe_yaml() -> str:
-    """A recipe with every field at its default and what it means; it loads as it is."""
-    start = "# A recipe for `jlora train`. Every field but those marked has the value shown here.\n"
-    return start + "\n".join(_render_section_lines(Recipe, 0)) + "\n"
+    """Returns a recipe with a comment for every field and its default value; it is valid as is.
+
+    Example:
+        >>> print(default_recipe_yaml().splitlines()[2])
+        output: run
+    """
+    header = (
+        "# Recipe for `jlora train`. Fields have their default values, except those marked "
+        '"Required".\n'
+    )
+    return header + "\n".join(_render_section_lines(Recipe, 0)) + "\n"
 
 
 def _render_section_lines(section: type[Section], depth: int) -> list[str]:
@@ -29,27 +42,27 @@ def _render_section_lines(section: type[Section], depth: int) -> list[str]:
     indent = "  " * depth
     for name, field in section.model_fields.items():
         text = section.field_descriptions()[name]
-        inner = find_nested_section(field.annotation)
-        many = typing.get_origin(field.annotation) is list
+        nested = find_nested_section(field.annotation)
+        is_list = typing.get_origin(field.annotation) is list
         default = (
             field.examples[0] if field.examples else field.get_default(call_default_factory=True)
         )
-        if inner is None or default in ([], None):
-            needed = "Needed. " if field.is_required() else ""
+        if nested is None or default in ([], None):
+            required = "Required. " if field.is_required() else ""
             lines += [
-                *_format_yaml_comment(needed + text, indent),
+                *_format_yaml_comment(required + text, indent),
                 f"{indent}{name}: {_dump_inline_yaml(default)}",
             ]
             continue
-        space = [""] if depth == 0 else []
-        lines += [*space, *_format_yaml_comment(text, indent), f"{indent}{name}:"]
-        body = _render_section_lines(inner, depth + 1)
-        lines += _indent_as_list_entry(body) if many else body
+        blank = [""] if depth == 0 else []
+        lines += [*blank, *_format_yaml_comment(text, indent), f"{indent}{name}:"]
+        body = _render_section_lines(nested, depth + 1)
+        lines += _indent_as_list_entry(body) if is_list else body
     return lines
 
 
 def _indent_as_list_entry(body: list[str]) -> list[str]:
-    """The lines of a mapping as those of the one entry of a list."""
+    """Returns the lines of a mapping as the single entry of a list."""
     first = next(number for number, line in enumerate(body) if not line.lstrip().startswith("#"))
     indent = len(body[first]) - len(body[first].lstrip())
     marked = f"{body[first][:indent]}- {body[first][indent:]}"
@@ -57,24 +70,25 @@ def _indent_as_list_entry(body: list[str]) -> list[str]:
 
 
 def find_nested_section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, or may hold, once or in a list; of several the usual one."""
+    """Returns the section class in a field's type, of a union the default one, or None."""
     members = _annotation_members(annotation)
-    found = [kind for kind in members if inspect.isclass(kind) and issubclass(kind, Section)]
-    usual = [
-        kind for kind in found if not issubclass(kind, TaggedSection) or _is_default_section(kind)
+    sections = [cls for cls in members if inspect.isclass(cls) and issubclass(cls, Section)]
+    defaults = [
+        cls for cls in sections if not issubclass(cls, TaggedSection) or _is_default_section(cls)
     ]
-    return usual[0] if usual else None
+    return defaults[0] if defaults else None
 
 
-def _is_default_section(kind: type[TaggedSection]) -> bool:
-    return kind.model_fields[kind.tag_field].default == kind.default_tag
+def _is_default_section(section: type[TaggedSection]) -> bool:
+    return section.model_fields[section.tag_field].default == section.default_tag
 
 
 def _annotation_members(annotation: Any) -> set[Any]:
-    found = {annotation}
+    """Returns the annotation and the types nested in it."""
+    members = {annotation}
     for part in typing.get_args(annotation):
-        found |= _annotation_members(part) if typing.get_args(part) else {part}
-    return found
+        members |= _annotation_members(part) if typing.get_args(part) else {part}
+    return members
 
 
 def _format_yaml_comment(text: str, indent: str) -> list[str]:

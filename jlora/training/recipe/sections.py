@@ -1,4 +1,4 @@
-"""The parts of a recipe, and the whole."""
+"""The sections of a recipe, their defaults and their validation."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ _TASK_BY_FORMAT: dict[str, TaskName] = {
 
 
 class ModelSection(Section):
-    """The base that is adapted.
+    """Base model.
 
     Attributes:
-        path: A Hugging Face folder, or owner/name on the Hub.
-        revision: A branch, tag or commit on the Hub.
-        dtype: Of the frozen weights; that of the files when null.
-        compute_dtype: Of the computation; that of the weights when null.
-        scan_layers: Whether a decoder's layers are one program over stacked weights, which compiles in
-            the time of one layer. When null they are, but where layers differ in kind and on a
-            single GPU, where a step is faster with layers apart.
-        remat_policy: What a decoder's backward pass computes again instead of keeping it: none, all but
-            the projections (save_projections), or all of a layer (full).
-        attention_implementation: xla, cudnn or splash; the best for the device when null.
+        path: Hugging Face folder of the base, or owner/name on the Hub.
+        revision: Branch, tag or commit on the Hub. null: the default branch.
+        dtype: Type of the frozen weights. null: that of the files.
+        compute_dtype: Type of activations and products. null: that of the weights.
+        scan_layers: Stacking of a decoder's layers for a scan, which compiles in the time of one
+            layer. null: true, except where layers differ in kind, and on a single GPU, where a
+            step is faster with separate layers.
+        remat_policy: Activations that a decoder's backward pass recomputes to save memory: none;
+            save_projections, all but the outputs of projections; full, all of a layer.
+        attention_implementation: xla, cudnn or splash. null: the best one for the device.
     """
 
     path: NonEmptyStr = Field(examples=["base"])
@@ -62,21 +62,22 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    """Examples from one place.
+    """Source of examples.
 
     Attributes:
-        path: A file (JSONL, Parquet, CSV, text), a pattern or a folder of such, or owner/name on
+        path: File (JSONL, Parquet, CSV, text), pattern or folder of such files, or owner/name on
             the Hub.
-        name: Of a configuration on the Hub.
-        split: Which part of a dataset with several.
-        revision: A branch, tag or commit on the Hub.
-        format: chat has a column messages; completion has prompt and completion; text has text;
-            preference has prompt, chosen and rejected; classification has text and label, and
-            text_pair if there are two texts.
-        columns: From those names to the dataset's own.
-        weight: How often the source is gone through in an epoch; 0.1 takes a tenth of it in each,
-            another one every time. Of training sources alone.
-        max_examples: At most so many rows, the first ones; all when null.
+        name: Configuration of the dataset on the Hub. null: its default.
+        split: Split of the dataset, or a slice such as train[:95%].
+        revision: Branch, tag or commit on the Hub. null: the default branch.
+        format: Format, and its columns: chat (messages), completion (prompt, completion), text
+            (text), preference (prompt, chosen, rejected), classification (text, label, and
+            text_pair for pairs of texts).
+        columns: Names of the dataset's columns, by the names of the format, such as {messages:
+            conversation}.
+        weight: Passes through the source in an epoch; 0.1 is a tenth of it in each epoch, a
+            different one every time. Training sources only.
+        max_examples: Maximum number of rows, the first ones. null: all.
     """
 
     path: NonEmptyStr = Field(examples=["train.jsonl"])
@@ -92,26 +93,25 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
-    """What is learned from, and what it is measured on.
+    """Training, validation and test data.
 
     Attributes:
-        train: One or more sources, mixed by their weights.
-        validation: Sources that are evaluated on as the run goes; the best evaluation's adapter is
-            kept.
-        test: Sources that are evaluated on twice, before the first step and with the adapter that
-            is kept. Nothing depends on them.
-        max_seq_length: The most tokens of a row.
-        packing: Whether several examples share a row, none seeing another. Preferences and
-            classification are never packed.
-        buckets: Without packing, the lengths that rows are padded to; powers of two up to the
-            longest when null.
-        truncation: What happens to an example of more tokens: error, drop it, truncate its end, or
-            split it (text alone). All are counted.
-        train_on: Which tokens of a chat or completion are learned: the assistant's, all, or a chat's
-            last response.
-        chat_template: A file with a template in the place of the tokenizer's own.
-        chat_template_date: The day that a chat template which writes the date shows, such as "2026-01-31"; that
-            on which the run began when null, which a resumed run keeps.
+        train: Training sources, mixed by their weights.
+        validation: Sources evaluated during training; the adapter of the best evaluation is kept.
+        test: Sources evaluated twice, before the first step and with the best adapter. They
+            influence nothing.
+        max_seq_length: Maximum number of tokens of a row.
+        packing: Packing of several examples into each row, without attention between them.
+            Preference and classification data is never packed.
+        buckets: Lengths that rows are padded to without packing. null: powers of two up to the
+            longest.
+        truncation: Treatment of examples longer than max_seq_length: error; drop; truncate their
+            end; split (text only). The report counts them.
+        train_on: Tokens of chats and completions in the loss: assistant, those of the assistant;
+            all; last, those of the last assistant turn of a chat.
+        chat_template: File with a chat template. null: the tokenizer's.
+        chat_template_date: Day for chat templates that contain the date, such as "2026-01-31".
+            null: the day on which the run began, also after a resume.
     """
 
     train: Annotated[list[SourceSection], Field(min_length=1)]
@@ -127,26 +127,26 @@ class DataSection(Section):
 
     @property
     def formats(self) -> list[str]:
-        """Those of all sources, sorted."""
+        """Formats of all sources, sorted."""
         return sorted({s.format for s in (*self.train, *self.validation, *self.test)})
 
     @pydantic.field_validator("chat_template")
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
         if value is not None and not os.path.isfile(value):
-            raise ValueError("There is no such file. Give one that is there, or null")
+            raise ValueError("There is no such file. Use an existing file, or null")
         return value
 
     @pydantic.field_validator("chat_template_date")
     @classmethod
     def _check_date(cls, value: str | None) -> str | None:
         try:
-            # Python also reads weeks and days without dashes, which no template writes.
-            good = value is None or datetime.date.fromisoformat(value).isoformat() == value
+            # Python also parses weeks and days without dashes, which no template writes.
+            valid = value is None or datetime.date.fromisoformat(value).isoformat() == value
         except ValueError:
-            good = False
-        if not good:
-            raise ValueError("That is no day. Write year, month and day, such as 2026-01-31")
+            valid = False
+        if not valid:
+            raise ValueError("Expected a date such as 2026-01-31")
         return value
 
     @pydantic.model_validator(mode="after")
@@ -154,57 +154,59 @@ class DataSection(Section):
         formats = self.formats
         if len({_TASK_BY_FORMAT[name] for name in formats}) > 1:
             raise ValueError(
-                f"The formats {formats} are of different tasks, and a run has one. Leave some out."
+                f"The formats {formats} belong to different tasks, but a run has one task. Leave "
+                f"some sources out."
             )
         if self.truncation == "split" and formats != ["text"]:
             raise ValueError(
-                f"truncation=split cuts plain text alone, and the sources are of the formats "
-                f"{formats}. Use truncate or drop."
+                f"truncation=split applies only to the format text, but the sources have the "
+                f"formats {formats}. Use truncate or drop."
             )
         for bucket in self.buckets or ():
             if bucket > self.max_seq_length:
                 raise ValueError(
-                    f"The bucket {bucket} exceeds max_seq_length={self.max_seq_length}. Leave it out."
+                    f"The bucket {bucket} exceeds max_seq_length={self.max_seq_length}. Leave it "
+                    f"out."
                 )
         return self
 
     @pydantic.model_validator(mode="after")
     def _check_unused_fields(self) -> DataSection:
-        """Refuses what would do nothing."""
+        """Rejects fields that would have no effect."""
         if (
             self.buckets is not None
             and self.packing
             and _TASK_BY_FORMAT[self.train[0].format] == "language"
         ):
             raise ValueError(
-                f"buckets={self.buckets} are lengths of rows of one example, and packing=true "
-                f"fills rows of max_seq_length={self.max_seq_length} with several. Use packing: false, or leave "
-                f"buckets out."
+                f"buckets={self.buckets} apply to rows of one example, but packing=true fills rows "
+                f"of max_seq_length={self.max_seq_length} with several. Use packing: false, or "
+                f"leave buckets out."
             )
         for part in ("validation", "test"):
             for number, source in enumerate(getattr(self, part)):
                 if source.weight != 1:
                     raise ValueError(
-                        f"{part}.{number}.weight={source.weight} mixes training sources, and "
-                        f"this one is gone through whole. Leave it out; max_examples takes less of it."
+                        f"{part}.{number}.weight={source.weight} applies only to training sources. "
+                        f"Leave it out; max_examples limits a source."
                     )
-        users = {"all": ["chat", "completion"], "last": ["chat"]}.get(self.train_on, self.formats)
-        if not set(users) & set(self.formats):
+        allowed = {"all": ["chat", "completion"], "last": ["chat"]}.get(self.train_on, self.formats)
+        if not set(allowed) & set(self.formats):
             raise ValueError(
-                f"train_on={self.train_on} is for {' and '.join(users)}, and the sources are of the "
-                f"formats {self.formats}. Leave it out."
+                f"train_on={self.train_on} applies only to {' and '.join(allowed)}, but the "
+                f"sources have the formats {self.formats}. Leave it out."
             )
         return self
 
 
 class BatchSection(Section):
-    """How much a step takes.
+    """Batch sizes.
 
     Attributes:
-        size: In each forward pass, over all devices.
-        gradient_accumulation_steps: Forward and backward passes in a step. Its loss is the mean over all their
-            tokens, as if they were one.
-        eval_batch_size: In each pass over validation or test sources; as many as rows when null.
+        size: Rows of each forward pass, over all devices.
+        gradient_accumulation_steps: Forward and backward passes of a training step, whose loss is
+            the mean over all of their tokens.
+        eval_batch_size: Rows of each forward pass on validation and test sources. null: size.
     """
 
     size: PositiveInt = 8
@@ -213,13 +215,13 @@ class BatchSection(Section):
 
 
 class RankBudgetSection(Section):
-    """AdaLoRA's budget: how many directions stay.
+    """Rank budget of AdaLoRA.
 
     Attributes:
-        target_rank: Of a matrix, on average.
-        warmup_ratio: The share of all steps before the first direction goes.
-        final_ratio: The share of all steps, at the end, in which the choice is fixed.
-        interval: Steps between two choices.
+        target_rank: Average rank of an adapted weight after pruning.
+        warmup_ratio: Fraction of all steps before the first pruning.
+        final_ratio: Fraction of all steps at the end, with fixed ranks.
+        interval: Steps between two prunings.
     """
 
     target_rank: PositiveFloat
@@ -231,31 +233,33 @@ class RankBudgetSection(Section):
     def _check(self) -> RankBudgetSection:
         if self.warmup_ratio + self.final_ratio >= 1:
             raise ValueError(
-                f"warmup_ratio={self.warmup_ratio} and final_ratio={self.final_ratio} leave no "
-                f"step to choose in. Make them smaller."
+                f"warmup_ratio={self.warmup_ratio} and final_ratio={self.final_ratio} must be less "
+                f"than 1 together, to leave steps for pruning."
             )
         return self
 
 
 class OptimizerSection(Section):
-    """AdamW and its learning rate.
+    """AdamW and its learning rate schedule.
 
     Attributes:
-        learning_rate: The highest.
-        schedule: How it falls after the warm-up: as a cosine, in a line, or not at all.
-        warmup_ratio: The share of all steps in which it rises from zero.
-        min_lr_ratio: What is left of it at the end.
-        beta1: Decay of the mean of gradients.
-        beta2: Decay of the mean of their squares.
-        epsilon: Added to its root.
-        weight_decay: On factors; magnitudes, gates, biases and heads have none.
-        max_grad_norm: Gradients of a larger norm are scaled down to it; null never does.
-        offload: Whether its state lies in the host's memory between steps, and not on the devices.
-        lr_multipliers: Multiples of the learning rate by label: {b: 16} is LoRA+, {full: 10} is for heads.
-        budget: AdaLoRA's; of that family alone, which needs one.
-        orth_reg_weight: How strongly AdaLoRA's factors are kept orthogonal.
-        l1_gate: How strongly SoRA's gates are pulled to zero.
-        aux_loss_coef: How strongly the experts of a mixture are kept in equal use.
+        learning_rate: Peak learning rate, reached after warm-up.
+        schedule: Decay after warm-up: cosine, linear, or constant for none.
+        warmup_ratio: Fraction of all steps in which the learning rate rises from zero.
+        min_lr_ratio: Final learning rate, as a fraction of the peak.
+        beta1: Decay rate of the mean of gradients.
+        beta2: Decay rate of the mean of squared gradients.
+        epsilon: Constant added to the root of the mean of squared gradients.
+        weight_decay: Weight decay of the factors; magnitudes, gates, biases and heads have none.
+        max_grad_norm: Maximum norm of the gradients; larger ones are scaled down to it. null: no
+            clipping.
+        offload: Offloading of the optimizer state to host memory between steps.
+        lr_multipliers: Multipliers of the learning rate by parameter label: {b: 16} is LoRA+,
+            {full: 10} is for heads.
+        budget: Rank budget; required with AdaLoRA, not allowed with other families. null: none.
+        orth_reg_weight: Weight of the orthogonality loss of AdaLoRA.
+        l1_gate: Weight of the L1 penalty on SoRA's gates.
+        aux_loss_coef: Weight of the load-balancing loss of LoRA-MoE.
     """
 
     learning_rate: PositiveFloat = 2e-4
@@ -276,20 +280,23 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """How long a run goes on, and what is kept of it.
+    """Length of the run, evaluation and checkpoints.
 
     Attributes:
-        epochs: How often the training sources are gone through; stays at 1 where steps decide.
-        steps: How many steps are made, however many epochs that takes; epochs decide when null.
-        eval_steps: Steps between evaluations; at the end of every epoch when null.
-        save_steps: Steps between checkpoints; null leaves it to save_interval_minutes.
-        save_interval_minutes: Minutes between checkpoints; null leaves it to save_steps.
-        save_total_limit: How many checkpoints stay, beside the best one.
-        metric: What says which evaluation is best: the least loss, or the highest accuracy.
-        early_stopping_patience: Evaluations without a better one after which the run ends; null never ends it.
-        on_nonfinite_loss: What happens when a loss or gradient is NaN or infinite: raise an error, or skip the step.
-        max_consecutive_skips: So many steps in a row may be skipped; one more stops.
-        on_save_error: What happens when a checkpoint cannot be written: raise an error, or warn and go on.
+        epochs: Passes through the training sources; to be left at 1 if steps is set.
+        steps: Training steps, over as many epochs as they take. null: epochs sets the length.
+        eval_steps: Steps between evaluations. null: one evaluation at the end of every epoch.
+        save_steps: Steps between checkpoints. null: only save_interval_minutes applies.
+        save_interval_minutes: Minutes between checkpoints. null: only save_steps applies.
+        save_total_limit: Number of checkpoints kept, besides the best one.
+        metric: Criterion of the best evaluation: lowest loss, or highest accuracy.
+        early_stopping_patience: Evaluations without improvement after which the run ends. null: no
+            early stopping.
+        on_nonfinite_loss: Reaction to a NaN or infinite loss or gradient: raise an error, or skip
+            the step.
+        max_consecutive_skips: Maximum number of steps skipped in a row; one more ends the run.
+        on_save_error: Reaction to a checkpoint that cannot be written: raise an error, or warn and
+            continue.
     """
 
     epochs: PositiveInt = 1
@@ -306,23 +313,23 @@ class TrainingSection(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainingSection:
-        # The default stands beside steps in every recipe that a run writes, and says nothing.
+        # Recipes written by a run contain the default of epochs besides steps.
         if self.steps is not None and self.epochs != TrainingSection.model_fields["epochs"].default:
             raise ValueError(
-                f"epochs={self.epochs} and steps={self.steps} each say how long the run is. Leave "
-                f"one out."
+                f"epochs={self.epochs} and steps={self.steps} both set the length of the run. "
+                f"Leave one out."
             )
         return self
 
 
 class MeshSection(Section):
-    """Over how many devices each part of the work is spread; their product is that of all devices.
+    """Device mesh; the product of its axes is the number of devices.
 
     Attributes:
-        data: Copies of the weights, each with its own rows; what is left when null.
-        fsdp: Parts that weights are kept in, and gathered from layer by layer; each has its own
-            rows.
-        tensor: Parts of every product.
+        data: Replicas of the weights, each with its own part of the batch. null: all remaining
+            devices.
+        fsdp: Shards of the weights, gathered layer by layer, each with its own part of the batch.
+        tensor: Shards of every matrix product (tensor parallelism).
     """
 
     data: PositiveInt | None = None
@@ -331,14 +338,14 @@ class MeshSection(Section):
 
 
 class DistributedSection(Section):
-    """Several processes, each of which is started with the same recipe.
+    """Training with several processes, each started with the same recipe.
 
     Attributes:
-        coordinator_address: host:port of the first process; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-            and JAX_PROCESS_ID say it when null.
-        num_processes: How many there are.
-        process_id: The number of this one.
-        auto: Whether to ask the surroundings: Cloud TPU metadata, Slurm, or Open MPI.
+        coordinator_address: host:port of the first process. null: the environment variables
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, if set.
+        num_processes: Number of processes. null: as for coordinator_address.
+        process_id: Number of this process, from 0. null: as for coordinator_address.
+        auto: Detection of the processes from Cloud TPU metadata, Slurm or Open MPI.
     """
 
     coordinator_address: NonEmptyStr | None = None
@@ -348,10 +355,11 @@ class DistributedSection(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DistributedSection:
-        given = [self.coordinator_address, self.num_processes, self.process_id]
-        if any(v is not None for v in given) and None in given:
+        values = [self.coordinator_address, self.num_processes, self.process_id]
+        if any(value is not None for value in values) and None in values:
             raise ValueError(
-                "coordinator_address, num_processes and process_id belong together. Give all three, or none."
+                "coordinator_address, num_processes and process_id must be given together. Give "
+                "all three, or none."
             )
         if (
             self.process_id is not None
@@ -359,17 +367,18 @@ class DistributedSection(Section):
             and self.process_id >= self.num_processes
         ):
             raise ValueError(
-                f"process_id={self.process_id} is none of num_processes={self.num_processes}; the first is 0."
+                f"process_id={self.process_id} must be below num_processes={self.num_processes}; "
+                f"the first is 0."
             )
         return self
 
 
 class DPOSection(Section):
-    """Direct preference optimisation, with the base as its own reference.
+    """Direct preference optimization, with the base as the reference model.
 
     Attributes:
-        beta: How strongly the reference holds.
-        label_smoothing: The probability that a preference is the wrong way about.
+        beta: Strength of the pull towards the reference model.
+        label_smoothing: Assumed probability that a preference is reversed.
     """
 
     beta: PositiveFloat = 0.1
@@ -377,14 +386,14 @@ class DPOSection(Section):
 
 
 class ClassificationSection(Section):
-    """A label for every text.
+    """Classification of texts.
 
     Attributes:
-        labels: Their names in order; those of the training sources, sorted, when null.
-        pooling: What the new head sees of a model that comes without one: the mean of a text's
-            hidden states, that of its first token, or of its last; the mean for encoders and the
-            last for decoders when null.
-        label_smoothing: The probability that the targets spread over all labels.
+        labels: Label names, in the order of the model's outputs. null: those of the training
+            sources, sorted.
+        pooling: Hidden state for the new head of a model without one: mean over a text's tokens,
+            first token, or last token. null: mean for encoders, last for decoders.
+        label_smoothing: Probability of the targets that is spread over all labels.
     """
 
     labels: list[NonEmptyStr] | None = None
@@ -393,16 +402,16 @@ class ClassificationSection(Section):
 
 
 class ExportSection(Section):
-    """What is written beside adapter.safetensors when a run ends.
+    """Exports at the end of the run, besides adapter.safetensors.
 
     Attributes:
-        merged: Whether to write the merged checkpoint, as a Hugging Face folder.
-        merged_dtype: Of that; that of the base's files when null.
-        merge_into: What the change is added to where the base was quantised: the dequantized
-            weights, which the adapter was trained on, so that the checkpoint computes what the run
-            measured; or the original ones, on which nothing was measured.
-        peft: Whether to write a folder of PEFT's.
-        vllm: Whether to write what vLLM serves.
+        merged: Export of the merged checkpoint as a Hugging Face folder.
+        merged_dtype: Type of the merged checkpoint. null: that of the base's files.
+        merge_into: Weights that the update is added to if the base was quantized: dequantized,
+            which the adapter was trained and evaluated on; or original, on which nothing was
+            evaluated.
+        peft: Export as a PEFT folder.
+        vllm: Export as a folder for vLLM.
     """
 
     merged: bool = False
@@ -413,13 +422,14 @@ class ExportSection(Section):
 
 
 class ReportSection(Section):
-    """What a run tells of itself, in metrics.jsonl and report.html.
+    """Contents of metrics.jsonl and report.html.
 
     Attributes:
-        tensorboard: Whether to write TensorBoard's files too.
-        sample_prompts: Texts that a decoder continues before and after.
-        max_new_tokens: How far.
-        peak_tflops: Of one device, for the share of it that is used; known for common ones.
+        tensorboard: TensorBoard files, besides metrics.jsonl.
+        sample_prompts: Texts that a decoder continues before and after training.
+        max_new_tokens: Maximum number of tokens of each continuation.
+        peak_tflops: Peak TFLOP/s of one device, for the utilization. null: the known value of a
+            common device.
     """
 
     tensorboard: bool = False
@@ -429,26 +439,28 @@ class ReportSection(Section):
 
 
 class Recipe(Section):
-    """A training run.
+    """Configuration of a training run.
 
     Attributes:
-        output: The folder that everything is written to.
-        seed: Of every draw: factors, dropout, the order of examples.
-        model: The base that is adapted.
-        quantize: In how few bits it is held (QLoRA), such as {scheme: nf4}; as it is when null.
-        adapter: What is trained.
-        adapters: Further rules, which come before it; each with its own targets.
-        frozen_modules: Regular expressions of weights that stay as they are, whatever the rules say.
-        data: What is learned from.
-        batch: How much a step takes.
-        optimizer: AdamW and its learning rate.
-        training: How long it goes on, and what is kept.
-        mesh: How the work is spread over devices.
-        distributed: How several processes find each other.
-        dpo: Of preference data.
-        classification: Of labelled texts.
-        export: What is written at the end.
-        report: What the run tells of itself.
+        output: Folder of all outputs.
+        seed: Random seed of adapter initialization, dropout and data order.
+        model: Base model.
+        quantize: Quantization of the frozen base (QLoRA), such as {scheme: nf4}. null: no
+            quantization.
+        adapter: Adapter to train.
+        adapters: Further adapters, each with its own target_pattern; they take precedence over
+            adapter.
+        frozen_modules: Regular expressions of weights that no adapter adapts.
+        data: Training, validation and test data.
+        batch: Batch sizes.
+        optimizer: AdamW and its learning rate schedule.
+        training: Length of the run, evaluation and checkpoints.
+        mesh: Device mesh.
+        distributed: Training with several processes.
+        dpo: Direct preference optimization, for preference data.
+        classification: Classification, for labeled texts.
+        export: Exports at the end of the run.
+        report: Contents of metrics.jsonl and report.html.
     """
 
     output: NonEmptyStr = Field(examples=["run"])
@@ -471,7 +483,7 @@ class Recipe(Section):
 
     @property
     def task(self) -> TaskName:
-        """What the formats of the data ask for."""
+        """Task of the data's formats."""
         return _TASK_BY_FORMAT[self.data.train[0].format]
 
     @pydantic.model_validator(mode="after")
@@ -479,7 +491,7 @@ class Recipe(Section):
         for number, rule in enumerate(self.adapters):
             if rule.target_pattern is None:
                 raise ValueError(
-                    f"adapters.{number} has no target_pattern. Say which weights it is for."
+                    f"adapters.{number} has no target_pattern. Give the pattern of its weights."
                 )
         quantized = None if self.quantize is None else self.quantize.target_pattern
         targets = (rule.target_pattern for rule in (self.adapter, *self.adapters))
@@ -487,61 +499,63 @@ class Recipe(Section):
             try:
                 re.compile(pattern or "")
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+                raise ValueError(
+                    f"{pattern!r} is not a valid regular expression: {error}."
+                ) from error
         adalora = "AdaLoRA" in {rule.family for rule in (self.adapter, *self.adapters)}
         if adalora != (self.optimizer.budget is not None):
             raise ValueError(
-                "optimizer.budget and the family AdaLoRA need each other. Give both, such as "
-                "budget: {target_rank: 8} for a rank of 12, or neither."
+                "optimizer.budget and the family AdaLoRA require each other. Give both, such as "
+                "budget: {target_rank: 8} with a rank of 12, or neither."
             )
         if self.training.metric == "accuracy" and self.task == "language":
             raise ValueError(
-                "training.metric=accuracy, and text is measured by its loss. Use metric: loss."
+                "training.metric=accuracy is not available for language modeling. Use metric: loss."
             )
         return self
 
     @pydantic.model_validator(mode="after")
     def _check_quantized_init(self) -> Recipe:
-        """Refuses what would have to be taken out of quantised weights."""
+        """Rejects initializations that change the base, if the base is quantized."""
         rules = {
             "adapter": self.adapter,
             **{f"adapters.{n}": rule for n, rule in enumerate(self.adapters)},
         }
-        for place, rule in rules.items() if self.quantize is not None else ():
+        for path, rule in rules.items() if self.quantize is not None else ():
             init = getattr(rule.to_config(), "init", None)
             if init is not None and init.residual:
                 raise ValueError(
-                    f"{place}.init={init.name} takes its start out of the weights, and quantize "
-                    f"keeps them as codes, which nothing can be taken out of. Use init: kaiming_uniform, "
-                    f"gaussian or orthogonal, or leave quantize out."
+                    f"{path}.init={init.name} subtracts the initial update from the weights, which "
+                    f"is impossible for quantized weights. Use init: kaiming_uniform, gaussian or "
+                    f"orthogonal, or leave quantize out."
                 )
         return self
 
     @pydantic.model_validator(mode="after")
     def _check_unused_fields(self) -> Recipe:
-        """Refuses what would do nothing."""
+        """Rejects fields that would have no effect."""
         if not self.data.validation:
             for name in ("early_stopping_patience", "eval_steps", "metric"):
                 value = getattr(self.training, name)
                 if value != TrainingSection.model_fields[name].default:
                     raise ValueError(
-                        f"training.{name}={value} is about evaluations as the run goes, and "
+                        f"training.{name}={value} applies to evaluations during training, but "
                         f"data.validation is empty. Give validation sources, or leave it out."
                     )
         if self.batch.eval_batch_size and not (self.data.validation or self.data.test):
             raise ValueError(
-                f"batch.eval_batch_size={self.batch.eval_batch_size} is about evaluations, and "
+                f"batch.eval_batch_size={self.batch.eval_batch_size} applies to evaluations, but "
                 f"data.validation and data.test are empty. Give such sources, or leave it out."
             )
         merge_into = self.export.merge_into
         if merge_into != "dequantized" and not (self.quantize and self.export.merged):
             raise ValueError(
-                f"export.merge_into={merge_into} is about merging on a quantised base, which "
-                f"needs quantize and export.merged: true. Give both, or leave it out."
+                f"export.merge_into={merge_into} applies to merging into a quantized base, which "
+                f"requires quantize and export.merged: true. Give both, or leave it out."
             )
         if self.report.sample_prompts and self.task == "classification":
             raise ValueError(
-                f"report.sample_prompts={self.report.sample_prompts} are continued by models that write, and "
-                f"classification trains one that chooses labels. Leave them out."
+                f"report.sample_prompts={self.report.sample_prompts} require a model that "
+                f"generates text, but classification trains a classifier. Leave them out."
             )
         return self

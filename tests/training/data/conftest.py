@@ -1,4 +1,4 @@
-"""What the tests of data share: no cache outside of the test, and no progress bars."""
+"""Fixtures of the data tests: a cache within the test, and no progress bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora of made-up tokens, whose examples can be told apart by their tokens."""
+"""Datasets of synthetic tokens, whose examples differ in their tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jlora.training.data.tokenized_dataset import (
 def made(
     sizes: Sequence[int], *, first: int = 10, sequences: int = 1, labelled: bool = False
 ) -> TokenizedDataset:
-    """Examples of those sizes. Token k is first + k; two of three, and the last, are learnt."""
+    """Examples of these sizes; token k is first + k, two of three and the last are loss tokens."""
     builder = TokenizedDatasetBuilder(TokenizeConfig(max_seq_length=10_000))
     token = first
     for row, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""From a file of chats to batches, as a trainer reads them."""
+"""From a file of chats to batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jlora.training import data
 HERE = pathlib.Path(__file__).parent
 
 
-def test_what_batches_learn_is_what_the_file_says(tmp_path: pathlib.Path) -> None:
+def test_pipeline_loss_tokens_are_the_answers(tmp_path: pathlib.Path) -> None:
     answers = [f"Größe {number}, 🙂" * (1 + number % 4) for number in range(23)]
     lines = []
     for number, answer in enumerate(answers):

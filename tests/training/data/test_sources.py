@@ -1,4 +1,4 @@
-"""Rows out of files, and what is said of files that hold none."""
+"""Rows from files and the Hub, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(path: pathlib.Path, rows: list[dict] = ROWS) -> pathlib.Path:
     return path
 
 
-def test_every_kind_of_file_gives_its_rows(tmp_path: pathlib.Path) -> None:
+def test_load_rows_every_file_kind(tmp_path: pathlib.Path) -> None:
     table = datasets.Dataset.from_list(ROWS)
     table.to_parquet(str(tmp_path / "a.parquet"))
     table.to_csv(str(tmp_path / "a.csv"))
@@ -33,13 +33,13 @@ def test_every_kind_of_file_gives_its_rows(tmp_path: pathlib.Path) -> None:
     assert sources.load_rows(tmp_path / "a.txt")["text"][:] == ["one", "two"]
 
 
-def test_blank_lines_are_no_rows(tmp_path: pathlib.Path) -> None:
+def test_load_rows_skips_blank_lines(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('\n{"text": "one"}\n\n  \n{"text": "two"}')
     assert sources.load_rows(file)["text"][:] == ["one", "two"]
 
 
-def test_values_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
+def test_load_rows_json_values_unchanged(tmp_path: pathlib.Path) -> None:
     """Arrow's reader would make dates of the first, and fill the fields of the last."""
     rows = [
         {"text": "2024-05-01", "n": 1, "x": 1, "messages": [{"role": "user"}], "none": None},
@@ -55,7 +55,7 @@ def test_values_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
     assert sources.load_rows(file, split="train[:34%]+train[-1:]").to_list() == [want[0], want[2]]
 
 
-def test_cells_of_csv_are_the_text_of_the_file(tmp_path: pathlib.Path) -> None:
+def test_load_rows_csv_cells_are_text(tmp_path: pathlib.Path) -> None:
     values = ["4,5", "7", "007", "1e5", "null", "NA", "None", "True", "", " x ", "a\nb", '"', "é"]
     values.append("long " * 50_000)
     for name, part in (("a-1.csv", values[:5]), ("a-2.csv", values[5:])):
@@ -70,11 +70,11 @@ def test_cells_of_csv_are_the_text_of_the_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a-2.csv").write_text("completion,prompt\n\nb,a\n")  # By name, without blank lines.
     assert sources.load_rows(tmp_path).to_list()[-1] == {"prompt": "a", "completion": "b"}
     (tmp_path / "a-2.csv").write_text("prompt,answer\na,b\n")
-    with pytest.raises(ValueError, match=r"a-2\.csv has the columns prompt, answer, and .*a-1"):
+    with pytest.raises(ValueError, match=r"a-2\.csv has the columns prompt, answer, but .*a-1"):
         sources.load_rows(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: pathlib.Path) -> None:
+def test_load_rows_drops_byte_order_mark(tmp_path: pathlib.Path) -> None:
     texts = {
         "a.txt": "one\ntwo\n",
         "a.jsonl": '{"text": "one"}\n{"text": "two"}\n',
@@ -88,7 +88,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: pathlib.Path) -> None:
         )
 
 
-def test_a_file_with_train_in_its_name_hides_no_others(tmp_path: pathlib.Path) -> None:
+def test_load_rows_train_in_a_file_name(tmp_path: pathlib.Path) -> None:
     for number, name in enumerate(("a", "b", "night-train")):
         write(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
     assert sources.load_rows(tmp_path).to_list() == ROWS[:3]
@@ -96,14 +96,14 @@ def test_a_file_with_train_in_its_name_hides_no_others(tmp_path: pathlib.Path) -
         sources.load_rows(tmp_path, split="test")
 
 
-def test_names_that_all_tell_a_split_are_taken_by_it(tmp_path: pathlib.Path) -> None:
+def test_load_rows_split_words_in_all_names(tmp_path: pathlib.Path) -> None:
     for number, name in enumerate(("small_test", "small_train-1", "small_train-2")):
         write(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
     assert sources.load_rows(tmp_path).to_list() == ROWS[1:3]
     assert sources.load_rows(tmp_path, split="test").to_list() == ROWS[:1]
 
 
-def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
+def test_load_rows_patterns_folders_and_slices(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "b-2.jsonl", ROWS[4:])
     write(tmp_path / "b-1.jsonl", ROWS[:4])
     assert sources.load_rows(tmp_path).to_list() == ROWS
@@ -113,16 +113,16 @@ def test_patterns_folders_parts_and_limits(tmp_path: pathlib.Path) -> None:
     assert sources.load_rows(tmp_path, split="train[:2]").to_list() == ROWS[:2]
     write(tmp_path / "test-1.jsonl", ROWS[:1])
     write(tmp_path / "train.jsonl", ROWS[1:3])
-    with pytest.warns(UserWarning, match=r"2 of 4 files are of no split .* b-1.jsonl, b-2"):
+    with pytest.warns(UserWarning, match=r"2 of 4 files have no split .* b-1.jsonl, b-2"):
         assert sources.load_rows(tmp_path).to_list() == ROWS[1:3]
-    with pytest.warns(UserWarning, match=r"split='test' takes test-1.jsonl, and 2 of 4"):
+    with pytest.warns(UserWarning, match=r"split='test' reads test-1.jsonl; 2 of 4"):
         assert sources.load_rows(tmp_path, split="test").to_list() == ROWS[:1]
     for name in ("b-1", "b-2"):
         (tmp_path / f"{name}.jsonl").unlink()
     assert sources.load_rows(tmp_path).to_list() == ROWS[1:3]
 
 
-def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
+def test_load_rows_changed_file_is_reread(tmp_path: pathlib.Path) -> None:
     file = write(tmp_path / "a.jsonl")
     assert len(sources.load_rows(file)) == 7
     write(file, ROWS[:3])
@@ -132,35 +132,43 @@ def test_a_changed_file_is_read_anew(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": 2\n', r"a\.jsonl:2 is not JSON .*Mend or remove"),
-        ("a.jsonl", b'{"a": 1}\n\n[1]\n', r"a\.jsonl:3 is a JSON list, no object"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2\n', r"a\.jsonl:2 is not JSON .*Correct or remove"),
+        ("a.jsonl", b'{"a": 1}\n\n[1]\n', r"a\.jsonl:3 must be a JSON object, got list"),
         ("a.jsonl", b'{"a": NaN}\n', r"a\.jsonl:1 is not JSON \(NaN"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2 is not JSON .*utf-8"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
         ("a.json", b'[{"a": 1},\n{"a": }]', r"a\.json:2 is not JSON"),
-        ("a.json", b'[{"a": 1},\n3]', r"a\.json: entry 1 is a JSON int, no object"),
-        ("a.json", b"[]", r"holds no rows"),
+        ("a.json", b'[{"a": 1},\n3]', r"a\.json: entry 1 must be a JSON object, got int"),
+        ("a.json", b"[]", r"has no rows"),
         ("a.jsonl", b'{"a": "\\ud83d"}', r"a\.jsonl:1 is not JSON .*surrogates"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "1"}', r"a\.jsonl:2, column 'a' holds text, and in earlier"),
-        ("a.jsonl", b'{"a": [1]}\n{"a": "1"}', r"holds text, and in earlier rows lists or objects"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "1"}',
+            r"a\.jsonl:2, column 'a' contains text, but integers in earlier",
+        ),
+        (
+            "a.jsonl",
+            b'{"a": [1]}\n{"a": "1"}',
+            r"contains text, but lists or objects in earlier rows",
+        ),
         ("a.jsonl", b'{"a": 9223372036854775808}', r"a\.jsonl:1, column 'a': 92.* 64 bits"),
         ("a.jsonl", b"", r"a\.jsonl is empty"),
         ("a.jsonl", b"\n \n", r"a\.jsonl is empty"),
         ("a.csv", b"", r"a\.csv is empty"),
         ("a.csv", b"\n\n", r"a\.csv is empty"),
-        ("a.csv", b"a,b\n", r"holds no rows"),
-        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3 has 1 cells, and the first line names 2 columns"),
-        ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2 has 3 cells, .* text with commas in it needs quotes"),
+        ("a.csv", b"a,b\n", r"has no rows"),
+        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3 has 1 cells, but the first line names 2 columns"),
+        ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2 has 3 cells, .* quote text that contains commas"),
         ("a.csv", b"a,a\n1,2\n", r"a\.csv: the first line names columns twice: a, a"),
-        ("a.csv", b'a\n"1\n', r"a\.csv:2 is no CSV \(unexpected end of data\)"),
-        ("a.csv", b"a\n\xff\n", r"a\.csv is no UTF-8"),
-        ("a.txt", b"\xef\xbb\xbf", r"a\.txt.*gives no rows as text"),
-        ("a.parquet", b"PAR1 nothing", r"a\.parquet, split='train', gives no rows as parquet"),
-        ("a.tsv", b"a", r"end in \.tsv.*Give files of one kind"),
+        ("a.csv", b'a\n"1\n', r"a\.csv:2 is not valid CSV \(unexpected end of data\)"),
+        ("a.csv", b"a\n\xff\n", r"a\.csv is not UTF-8"),
+        ("a.txt", b"\xef\xbb\xbf", r"a\.txt.*cannot be read as text"),
+        ("a.parquet", b"PAR1 nothing", r"a\.parquet, split='train', cannot be read as parquet"),
+        ("a.tsv", b"a", r"end in \.tsv.*Use files of one kind"),
         ("a", b"a", r"end in no suffix"),
     ],
 )
-def test_bad_files_are_told_with_the_line(
+def test_load_rows_invalid_file_names_line(
     name: str, content: bytes, message: str, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -168,23 +176,25 @@ def test_bad_files_are_told_with_the_line(
         sources.load_rows(tmp_path / name)
 
 
-def test_names_that_find_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_rows_missing_path_raises(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path, message in (
-        (tmp_path / "a.jsonl", "no file or folder here"),
-        ("data/a.jsonl", "no file or folder here"),
-        (tmp_path / "*.jsonl", "finds no file"),
-        (tmp_path, "holds no .jsonl"),
+        (tmp_path / "a.jsonl", "neither a local file or folder"),
+        ("data/a.jsonl", "neither a local file or folder"),
+        (tmp_path / "*.jsonl", "matches no file"),
+        (tmp_path, "contains no .jsonl"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
             sources.load_rows(path)
     write(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"split='test': none of a\.jsonl"):
         sources.load_rows(tmp_path, split="test")
-    with pytest.raises(ValueError, match=r"split='train\[:x\]' is no part of 'train'"):
+    with pytest.raises(ValueError, match=r"split='train\[:x\]' is not a slice of 'train'"):
         sources.load_rows(tmp_path, split="train[:x]")
-    with pytest.raises(ValueError, match="revision='main' choose among the Hub's"):
+    with pytest.raises(ValueError, match="revision='main' apply to datasets on the Hub"):
         sources.load_rows(tmp_path, revision="main")
-    with pytest.raises(ValueError, match="limit=0 leaves no rows"):
+    with pytest.raises(ValueError, match="max_examples=0 must be at least 1"):
         sources.load_rows(tmp_path, max_examples=0)
     write(tmp_path / "a.jsonl")
     (tmp_path / "a.txt").write_text("a")
@@ -192,7 +202,7 @@ def test_names_that_find_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
         sources.load_rows(tmp_path)
 
 
-def test_data_of_the_hub_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_rows_hub_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
@@ -210,11 +220,11 @@ def test_data_of_the_hub_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("raised", "expected", "message"),
     [
-        (datasets.exceptions.DatasetNotFoundError("x"), FileNotFoundError, "no data set of that"),
+        (datasets.exceptions.DatasetNotFoundError("x"), FileNotFoundError, "no dataset of that"),
         (ConnectionError("x"), OSError, r"cannot be reached \(ConnectionError\)"),
     ],
 )
-def test_a_hub_out_of_reach(
+def test_load_rows_hub_unreachable_raises(
     raised: Exception, expected: type, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load_dataset(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Batches made ahead: the same ones, and their errors where they are asked for."""
+"""Prefetching: values in order, and errors raised in the caller's thread."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from jlora.training.data.prefetch import prefetch
 
 
-def test_what_is_made_ahead_is_the_same_in_its_order() -> None:
+def test_prefetch_keeps_values_and_order() -> None:
     with prefetch(range(20), lambda item: item * 2) as made:
         assert list(made) == [item * 2 for item in range(20)]
         assert made.data_wait_s > 0
         assert list(made) == []
 
 
-def test_no_more_is_made_ahead_than_asked_for() -> None:
+def test_prefetch_buffer_size_is_the_limit() -> None:
     taken: list[int] = []
     enough = threading.Event()
 
@@ -30,13 +30,13 @@ def test_no_more_is_made_ahead_than_asked_for() -> None:
 
     with prefetch(items(), lambda item: item, buffer_size=3) as made:
         assert enough.wait(10)
-        # Three are ready, and one was made that finds no place.
+        # Three values wait in the buffer, and one more finds no place.
         made._closed.wait(0.3)
         assert len(taken) == 4
         assert next(made) == 0
 
 
-def test_errors_are_raised_after_what_came_before() -> None:
+def test_prefetch_error_raised_in_order() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise KeyError("row 7")
@@ -52,7 +52,7 @@ def test_errors_are_raised_after_what_came_before() -> None:
         next(made)
 
 
-def test_closing_ends_the_thread() -> None:
+def test_prefetch_close_ends_thread() -> None:
     made = prefetch(iter(int, 1), lambda item: item)
     assert next(made) == 0
     made.close()
@@ -61,6 +61,6 @@ def test_closing_ends_the_thread() -> None:
     assert list(made) == []
 
 
-def test_nothing_ahead_is_refused() -> None:
-    with pytest.raises(ValueError, match="depth=0 makes nothing ahead"):
+def test_prefetch_buffer_size_zero_raises() -> None:
+    with pytest.raises(ValueError, match="buffer_size=0 must be at least 1"):
         prefetch([], lambda item: item, buffer_size=0)

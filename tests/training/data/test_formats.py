@@ -1,4 +1,4 @@
-"""Rows as tokens: which of them are learnt, and what is said of rows that make none."""
+"""Tokenization of rows: tokens, loss masks, labels, and errors for invalid rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def said(*texts: str) -> list[dict[str, str]]:
 # Tokenizers
 
 
-def test_files_that_cut_and_pad_are_not_obeyed(tmp_path: pathlib.Path) -> None:
+def test_tokenizer_ignores_truncation_of_file(tmp_path: pathlib.Path) -> None:
     shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
     cutting = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     cutting.enable_truncation(3)
@@ -63,7 +63,7 @@ def test_files_that_cut_and_pad_are_not_obeyed(tmp_path: pathlib.Path) -> None:
         assert made.with_special_tokens.encode(text).ids == [BOS, *ids(text)]
 
 
-def test_special_tokens_are_those_of_the_folder(tmp_path: pathlib.Path) -> None:
+def test_tokenizer_special_tokens_of_folder(tmp_path: pathlib.Path) -> None:
     assert (TINY.prefix_ids, TINY.bos_token_id, TINY.eos_token_id, TINY.pad_token_id) == (
         (BOS,),
         BOS,
@@ -86,17 +86,17 @@ def test_special_tokens_are_those_of_the_folder(tmp_path: pathlib.Path) -> None:
     ) == ((), 0, 7, 0, None)
     assert made.fingerprint != TINY.fingerprint
     config.write_text('{"eos_token": "<nothing>"}')
-    with pytest.raises(ValueError, match="eos_token='<nothing>' is none of tokenizer.json's"):
+    with pytest.raises(ValueError, match="eos_token='<nothing>' is not a token of tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a valid tokenizer"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
+def test_tokenizer_fingerprint_covers_template() -> None:
     made = [
         TINY,
         Tokenizer.from_folder(HERE / "tiny"),
@@ -108,7 +108,7 @@ def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
     assert len(set(prints)) == 3
 
 
-def test_the_date_is_part_of_a_fingerprint_only_where_a_template_tells_it(
+def test_tokenizer_fingerprint_dated_template(
     tmp_path: pathlib.Path,
 ) -> None:
     shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
@@ -134,7 +134,7 @@ def test_the_date_is_part_of_a_fingerprint_only_where_a_template_tells_it(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["template"])
-def test_tokens_and_masks_of_chats_are_those_of_transformers(case: dict[str, Any]) -> None:
+def test_tokenize_chats_match_transformers(case: dict[str, Any]) -> None:
     row = {"messages": case["messages"], "tools": json.dumps(case["tools"])}
     corpus = formats.tokenize_chats([row], with_template(case["template"]), READING)
     tokens, learn = corpus.get_sequence(0)
@@ -144,8 +144,8 @@ def test_tokens_and_masks_of_chats_are_those_of_transformers(case: dict[str, Any
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["template"])
-def test_law_a_token_is_learnt_if_a_character_of_it_is_said(case: dict[str, Any]) -> None:
-    """Against a search through all characters, with bytes that are half of one."""
+def test_tokenize_chats_mask_matches_characters(case: dict[str, Any]) -> None:
+    """Compares with a search through all characters, with tokens of partial characters."""
     tokenizer = with_template(case["template"])
     assert tokenizer.chat_template is not None
     text, spans = tokenizer.chat_template.render_with_spans(case["messages"], tools=case["tools"])
@@ -159,15 +159,15 @@ def test_law_a_token_is_learnt_if_a_character_of_it_is_said(case: dict[str, Any]
     assert any(want)
 
 
-def test_blanks_within_an_answer_are_learnt() -> None:
-    # Byte-level tokenizers leave blanks out of a token's offsets unless told not to.
+def test_tokenize_chats_blanks_are_in_loss() -> None:
+    # Byte-level tokenizers trim blanks from offsets by default.
     rows = [{"messages": said("Hi", "if:\n        x =    1  ")}]
     _, learnt = pieces(formats.tokenize_chats(rows, with_template("chatml"), READING), 0)
     assert TINY.decode(learnt) == "if:\n        x =    1  <|im_end|>"
 
 
-@pytest.mark.parametrize(("train_on", "learnt"), [("responses", "bd"), ("last", "d")])
-def test_what_is_learnt_of_a_chat(train_on: Any, learnt: str) -> None:
+@pytest.mark.parametrize(("train_on", "learnt"), [("assistant", "bd"), ("last", "d")])
+def test_tokenize_chats_train_on_selects_turns(train_on: Any, learnt: str) -> None:
     rows = [{"messages": said("a", "b", "c", "d")}]
     for name in ("chatml", "generation"):
         corpus = formats.tokenize_chats(rows, with_template(name), READING, train_on=train_on)
@@ -178,7 +178,7 @@ def test_what_is_learnt_of_a_chat(train_on: Any, learnt: str) -> None:
     )
 
 
-def test_spans_are_found_by_bisection() -> None:
+def test_tokens_in_spans_match_brute_force() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         cuts = np.sort(rng.choice(40, 8, replace=False))
@@ -193,7 +193,7 @@ def test_spans_are_found_by_bisection() -> None:
 # The other formats
 
 
-def test_completions_begin_and_end_as_the_model_expects() -> None:
+def test_tokenize_completions_bos_and_eos() -> None:
     rows = [{"prompt": text, "completion": f"{text}!"} for text in TEXTS]
     corpus = formats.tokenize_completions(rows, TINY, READING)
     for number, text in enumerate(TEXTS):
@@ -203,14 +203,14 @@ def test_completions_begin_and_end_as_the_model_expects() -> None:
     assert everything.loss_mask.sum() == len(everything.tokens) - len(TEXTS)
 
 
-def test_no_token_lies_in_prompt_and_completion() -> None:
+def test_tokenize_completions_split_at_prompt() -> None:
     rows = [{"prompt": "ans", "completion": "wers"}]
     whole = ids("answers")
     tokens, _ = pieces(formats.tokenize_completions(rows, TINY, READING), 0)
     assert tokens == [BOS, *ids("ans"), *ids("wers"), EOS] != [BOS, *whole, EOS]
 
 
-def test_texts_are_learnt_whole() -> None:
+def test_tokenize_texts_all_tokens_in_loss() -> None:
     corpus = formats.tokenize_texts([{"text": text} for text in [*TEXTS, ""]], TINY, READING)
     for number, text in enumerate(TEXTS):
         assert pieces(corpus, number) == ([BOS, *ids(text), EOS], [*ids(text), EOS])
@@ -218,7 +218,7 @@ def test_texts_are_learnt_whole() -> None:
     assert corpus.stats.without_loss_tokens == 1
 
 
-def test_preferences_share_their_prompt() -> None:
+def test_tokenize_preferences_share_prompt() -> None:
     chats = [
         {"prompt": said("a"), "chosen": said("a", "yes"), "rejected": said("", "no!")[1:]},
         {"prompt": said("a", "b", "c"), "chosen": said("", "d")[1:], "rejected": said("", "")[1:]},
@@ -255,7 +255,7 @@ def encoder(folder: pathlib.Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def test_classified_texts_have_all_tokens_of_the_model(tmp_path: pathlib.Path) -> None:
+def test_tokenize_classification_special_tokens(tmp_path: pathlib.Path) -> None:
     tokenizer = encoder(tmp_path)
     rows = [{"text": "a b", "label": "good"}, {"text": "c", "label": "bad"}]
     corpus = formats.tokenize_classification(rows, tokenizer, READING)
@@ -275,7 +275,7 @@ def test_classified_texts_have_all_tokens_of_the_model(tmp_path: pathlib.Path) -
     assert corpus.token_type_ids[:8].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_cut_texts_keep_the_tokens_around_them(tmp_path: pathlib.Path) -> None:
+def test_tokenize_classification_truncates_text(tmp_path: pathlib.Path) -> None:
     rows = [{"text": "a b c d e", "label": 0}, {"text": "a b", "label": 2}]
     reading = TokenizeConfig(max_seq_length=4, truncation="truncate")
     corpus = formats.tokenize_classification(rows, encoder(tmp_path), reading)
@@ -289,7 +289,7 @@ def test_cut_texts_keep_the_tokens_around_them(tmp_path: pathlib.Path) -> None:
     assert (dropped.labels.tolist(), dropped.stats.dropped) == ([2], 1)
 
 
-def test_labels_are_called_as_the_table_says(tmp_path: pathlib.Path) -> None:
+def test_label_names_of_table_features(tmp_path: pathlib.Path) -> None:
     table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}).cast_column(
         "label", datasets.ClassLabel(names=["zero", "one", "two"])
     )
@@ -302,21 +302,29 @@ def test_labels_are_called_as_the_table_says(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
-        (["a", "b", "c"], ["a", "b"], r"train.jsonl, row 2: label='c' is none of a, b, nor a"),
-        (["a", 1], None, "row 1: label=1, where labels have to be all strings"),
-        ([0, -1], None, "row 1: label=-1, where labels"),
-        ([0, 10**9], None, "row 1: label=1000000000, where labels"),
-        ([0, True], None, "row 1: label=True, where labels"),
-        ([0, None], None, "row 1: label=None, where labels"),
-        ([0.5], None, r"row 0: label=0\.5, where labels"),
-        (["a", ""], None, "row 1: label='', where labels have to be all strings, none empty"),
-        (["a", "b"], ["a", "c"], "name all labels: label_names, in a recipe classification.labels"),
-        ([0, 2], ["a", "b"], "row 1: label=2 is none of a, b, nor a number below 2"),
-        (["a", "a"], None, r"label_names=\['a'\] are not two or more names"),
-        (["a", "b"], ["a", "b", "a"], "are not two or more names that differ"),
+        (
+            ["a", "b", "c"],
+            ["a", "b"],
+            r"train.jsonl, row 2: label='c' must be one of a, b, or an int",
+        ),
+        (["a", 1], None, "row 1: label=1, but labels must be all nonempty strings"),
+        ([0, -1], None, "row 1: label=-1, but labels"),
+        ([0, 10**9], None, "row 1: label=1000000000, but labels"),
+        ([0, True], None, "row 1: label=True, but labels"),
+        ([0, None], None, "row 1: label=None, but labels"),
+        ([0.5], None, r"row 0: label=0\.5, but labels"),
+        (["a", ""], None, "row 1: label='', but labels must be all nonempty strings"),
+        (
+            ["a", "b"],
+            ["a", "c"],
+            "list all labels in label_names .classification.labels of a recipe",
+        ),
+        ([0, 2], ["a", "b"], "row 1: label=2 must be one of a, b, or an int below 2"),
+        (["a", "a"], None, r"label_names=\['a'\] must be at least two distinct names"),
+        (["a", "b"], ["a", "b", "a"], "must be at least two distinct names"),
     ],
 )
-def test_labels_that_are_none(
+def test_labels_invalid_raise(
     labels: list[Any], names: Any, message: str, tmp_path: pathlib.Path
 ) -> None:
     rows = [{"text": "a", "label": label} for label in labels]
@@ -324,7 +332,7 @@ def test_labels_that_are_none(
         formats.tokenize_classification(rows, encoder(tmp_path), READING, label_names=names)
 
 
-def test_labels_of_csv_are_text_unless_all_are_numbers(tmp_path: pathlib.Path) -> None:
+def test_csv_labels_numeric_become_ints(tmp_path: pathlib.Path) -> None:
     tokenizer = encoder(tmp_path)
     tables = {
         # Of numbers all up to the highest, in their own order.
@@ -352,15 +360,13 @@ def test_labels_of_csv_are_text_unless_all_are_numbers(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (["1", "", "0"], "row 1: label='', where labels"),
-        (["", "1", "0"], "row 0: label='', where labels"),
-        (["0", "-1"], "row 1: label=-1, where labels"),
-        (["0.0", "1.5"], r"row 0: label=0\.0, where labels"),
+        (["1", "", "0"], "row 1: label='', but labels"),
+        (["", "1", "0"], "row 0: label='', but labels"),
+        (["0", "-1"], "row 1: label=-1, but labels"),
+        (["0.0", "1.5"], r"row 0: label=0\.0, but labels"),
     ],
 )
-def test_labels_of_csv_that_are_none(
-    cells: list[str], message: str, tmp_path: pathlib.Path
-) -> None:
+def test_csv_labels_invalid_raise(cells: list[str], message: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells))
     with pytest.raises(ValueError, match=message):
         formats.tokenize_classification(
@@ -368,10 +374,10 @@ def test_labels_of_csv_that_are_none(
         )
 
 
-def test_numbers_of_csv_are_names_where_those_say_so(tmp_path: pathlib.Path) -> None:
+def test_csv_labels_numeric_names_stay_text(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1\na,9\n")
     reading = TokenizeConfig(max_seq_length=400, data_name="a.csv")
-    with pytest.raises(ValueError, match="a.csv, row 1: label='9' is none of 1, 2, b"):
+    with pytest.raises(ValueError, match="a.csv, row 1: label='9' must be one of 1, 2, b"):
         formats.tokenize_classification(
             sources.load_rows(tmp_path / "a.csv"),
             encoder(tmp_path),
@@ -380,7 +386,7 @@ def test_numbers_of_csv_are_names_where_those_say_so(tmp_path: pathlib.Path) -> 
         )
 
 
-def test_digits_as_strings_of_json_stay_names(tmp_path: pathlib.Path) -> None:
+def test_json_labels_of_digits_stay_text(tmp_path: pathlib.Path) -> None:
     lines = [json.dumps({"text": "a", "label": label}) for label in ("2", "1")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus = formats.tokenize_classification(
@@ -392,10 +398,10 @@ def test_digits_as_strings_of_json_stay_names(tmp_path: pathlib.Path) -> None:
 # Rows and columns
 
 
-def test_tables_and_lists_make_the_same_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenize_table_equals_list(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": text, "completion": text, "more": 1} for text in TEXTS * 3]
     want = formats.tokenize_completions(rows, TINY, READING)
-    monkeypatch.setattr(formats, "_AT_ONCE", 5)
+    monkeypatch.setattr(formats, "_TOKENIZE_BATCH_SIZE", 5)
     table = datasets.Dataset.from_list(rows)
     for given in (rows, table):
         assert formats.tokenize_completions(given, TINY, READING).fingerprint == want.fingerprint
@@ -406,7 +412,7 @@ def test_tables_and_lists_make_the_same_corpus(monkeypatch: pytest.MonkeyPatch) 
     assert formats.tokenize_completions(renamed, TINY, reading).fingerprint == want.fingerprint
 
 
-def test_chats_of_tables_are_those_of_lists() -> None:
+def test_tokenize_chats_table_equals_list() -> None:
     calls = [{"function": {"name": "f", "arguments": {"city": "Zürich"}}}]
     other = [{"function": {"name": "f", "arguments": {"degrees": 3}}}]
     rows = [
@@ -422,18 +428,28 @@ def test_chats_of_tables_are_those_of_lists() -> None:
 @pytest.mark.parametrize(
     ("form", "row", "columns", "message"),
     [
-        ("completion", {"prompt": "a", "answer": "b"}, {}, "has no column completion. It has prom"),
-        ("completion", {"prompt": "a"}, {"completion": "out"}, "has no column out. It has prompt:"),
+        ("completion", {"prompt": "a", "answer": "b"}, {}, "has no column completion, only prom"),
+        (
+            "completion",
+            {"prompt": "a"},
+            {"completion": "out"},
+            "has no column out, only prompt. Map",
+        ),
         ("completion", {"prompt": "a", "answer": "b"}, {}, "`columns: {completion: answer}`"),
-        ("text", {"text": "a"}, {"txt": "a"}, "names txt, which the format does not read"),
-        ("text", {"text": None}, {}, r"train.jsonl, row 1: text=None is no string"),
-        ("completion", {"prompt": "a", "completion": 3}, {}, "row 1: completion=3 is no string"),
-        ("chat", {"messages": "a"}, {}, "train.jsonl, row 1 is 'a', no list of messages"),
-        ("chat", {"messages": said("a"), "tools": "{"}, {}, "row 1: tools is no JSON"),
-        ("preference", {"prompt": "a", "chosen": 1, "rejected": ""}, {}, "row 1: chosen=1 is no"),
+        ("text", {"text": "a"}, {"txt": "a"}, "contains txt, which the format does not have"),
+        ("text", {"text": None}, {}, r"train.jsonl, row 1: text=None must be a string"),
+        (
+            "completion",
+            {"prompt": "a", "completion": 3},
+            {},
+            "row 1: completion=3 must be a string",
+        ),
+        ("chat", {"messages": "a"}, {}, "train.jsonl, row 1 must be a list of messages, got 'a'"),
+        ("chat", {"messages": said("a"), "tools": "{"}, {}, "row 1: tools is not valid JSON"),
+        ("preference", {"prompt": "a", "chosen": 1, "rejected": ""}, {}, "row 1: chosen=1 must be"),
     ],
 )
-def test_rows_that_are_wrong(
+def test_tokenize_invalid_rows_raise(
     form: str, row: dict[str, Any], columns: dict[str, str], message: str
 ) -> None:
     good: dict[str, Any] = {
@@ -452,26 +468,26 @@ def test_rows_that_are_wrong(
         formats.FORMATS[form]([first, row], TINY, reading)
 
 
-def test_answers_have_to_be_single_messages() -> None:
+def test_preferences_two_answer_messages_raise() -> None:
     row = {"prompt": said("a"), "chosen": said("b", "c"), "rejected": said("a", "d")}
-    message = r"row 0: chosen has to be one message of the assistant, .* \['user', 'assistant'\]"
+    message = r"row 0: chosen must be one assistant message .* \['user', 'assistant'\]"
     with pytest.raises(ValueError, match=message):
         formats.tokenize_preferences([row], TINY, READING)
 
 
-def test_tokenizers_that_lack_what_a_format_needs() -> None:
+def test_tokenize_missing_eos_or_template_raises() -> None:
     without = TINY._replace(eos_token_id=None, chat_template=None)
-    with pytest.raises(ValueError, match="names no eos token"):
+    with pytest.raises(ValueError, match="has no eos token"):
         formats.tokenize_texts([{"text": "a"}], without, READING)
-    with pytest.raises(ValueError, match="folder no chat template"):
+    with pytest.raises(ValueError, match="folder has no chat template"):
         formats.tokenize_chats([{"messages": said("a", "b")}], without, READING)
 
 
-def test_tokens_beyond_the_model_are_refused() -> None:
+def test_tokenize_outside_vocabulary_raises() -> None:
     highest = max(ids(TEXTS[0]))
     rows = [{"text": "a"}, {"text": TEXTS[0]}]
     reading = TokenizeConfig(max_seq_length=400, vocab_size=highest, data_name="train.jsonl")
-    with pytest.raises(ValueError, match=f"row 1: token {highest} is none of the model's"):
+    with pytest.raises(ValueError, match=f"row 1: token {highest} is outside of the model's"):
         formats.tokenize_texts(rows, TINY, reading)
     formats.tokenize_texts(rows, TINY, TokenizeConfig(max_seq_length=400, vocab_size=highest + 1))
 
@@ -481,7 +497,7 @@ def test_tokens_beyond_the_model_are_refused() -> None:
 LONG = "a" + " answers" * 9
 
 
-def test_long_rows_are_told_or_left_out() -> None:
+def test_truncation_error_and_drop() -> None:
     rows = [{"text": "a"}, {"text": LONG}]
     size = len(ids(LONG)) + 2
     with pytest.raises(ValueError, match=rf"train.jsonl, row 1: {size} tokens are more"):
@@ -495,7 +511,7 @@ def test_long_rows_are_told_or_left_out() -> None:
     assert (corpus.num_examples, corpus.stats.dropped, corpus.stats.rows) == (1, 1, 2)
 
 
-def test_cut_rows_keep_their_beginning() -> None:
+def test_truncation_truncate_keeps_beginning() -> None:
     rows = [
         {"prompt": "a", "completion": LONG},
         {"prompt": LONG, "completion": "a"},
@@ -522,7 +538,7 @@ def test_cut_rows_keep_their_beginning() -> None:
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 200])
-def test_law_split_texts_learn_every_token_once(length: int) -> None:
+def test_truncation_split_counts_tokens_once(length: int) -> None:
     rows = [{"text": text} for text in ("a", LONG, "b")]
     whole = formats.tokenize_texts(rows, TINY, READING)
     corpus = formats.tokenize_texts(
@@ -531,44 +547,48 @@ def test_law_split_texts_learn_every_token_once(length: int) -> None:
     assert corpus.tokens[corpus.loss_mask].tolist() == whole.tokens[whole.loss_mask].tolist()
     assert corpus.example_lengths().max() <= length
     assert corpus.example_lengths().min() >= 2
-    # What a piece begins with is what the one before it ended with, or the start of a text.
+    # A chunk begins with the last token of the previous one, or with the start of a text.
     for number in range(1, corpus.num_examples):
         first, before = corpus.get_sequence(number)[0][0], corpus.get_sequence(number - 1)[0][-1]
         assert first == (BOS if before == EOS else before)
 
 
-def test_rows_with_nothing_to_learn_are_counted() -> None:
+def test_stats_count_rows_without_loss_tokens() -> None:
     rows = [{"messages": said("a")}, {"messages": said("a", "b")}]
     corpus = formats.tokenize_chats(rows, TINY, READING)
     assert (corpus.num_examples, corpus.stats.without_loss_tokens) == (1, 1)
-    with pytest.raises(ValueError, match=r"leaves nothing to learn: of 1 rows 0 .* 1 nothing"):
+    with pytest.raises(
+        ValueError, match=r"has no examples to train on: of 1 rows, 0 .* 1 have none at all"
+    ):
         formats.tokenize_chats(rows[:1], TINY, READING)
 
 
-def test_options_that_make_no_sense() -> None:
+def test_tokenize_invalid_options_raise() -> None:
     with pytest.raises(
         ValueError,
-        match=r"Reading.length=1, in a recipe data.max_seq_length, holds no token and the next",
+        match=r"TokenizeConfig.max_seq_length=1 .data.max_seq_length of a recipe. must be",
     ):
         TokenizeConfig(max_seq_length=1)
     wrong: Any = "cut"
-    with pytest.raises(ValueError, match=r"Reading.truncation='cut' is none of error, drop"):
+    with pytest.raises(
+        ValueError, match=r"TokenizeConfig.truncation='cut' must be one of error, drop"
+    ):
         TokenizeConfig(max_seq_length=4, truncation=wrong)
     chats, train_on = [{"messages": said("a", "b")}], wrong
-    with pytest.raises(ValueError, match="train_on='cut' is none of responses, last, all"):
+    with pytest.raises(ValueError, match="train_on='cut' must be one of assistant, last, all"):
         formats.tokenize_chats(chats, TINY, READING, train_on=train_on)
     texts = [{"prompt": "a", "completion": "b"}]
-    with pytest.raises(ValueError, match="train_on='cut' is neither completion nor all"):
+    with pytest.raises(ValueError, match="train_on='cut' must be completion or all"):
         formats.tokenize_completions(texts, TINY, READING, train_on=train_on)
 
 
 @pytest.mark.parametrize("form", sorted(formats.FORMATS.keys() - {"text"}))
-def test_only_texts_are_split(form: str) -> None:
+def test_truncation_split_of_other_formats_raises(form: str) -> None:
     with pytest.raises(ValueError, match="data.truncation=split makes several examples of"):
         formats.FORMATS[form]([], TINY, TokenizeConfig(max_seq_length=4, truncation="split"))
 
 
-def test_counts_are_of_what_is_there() -> None:
+def test_stats_and_dtypes_of_completions() -> None:
     rows = [{"prompt": text, "completion": text} for text in TEXTS]
     corpus = formats.tokenize_completions(rows, TINY, READING)
     assert corpus.stats == (4, 4, 0, 0, 0, 0, 0, len(corpus.tokens), corpus.loss_mask.sum())

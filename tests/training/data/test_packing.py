@@ -1,4 +1,4 @@
-"""Plans of epochs: every example, in rows that are full, in an order that can be had again."""
+"""Plans of epochs: every example once, in full rows, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def seen(plan: EpochPlan) -> list[tuple[int, int]]:
     ],
     ids=["packed", "accumulated", "alone", "buckets"],
 )
-def test_law_every_example_comes_once_an_epoch(batching: BatchConfig, shuffle: bool) -> None:
+def test_plan_epoch_has_every_example_once(batching: BatchConfig, shuffle: bool) -> None:
     lengths = [SIZES, SIZES[:5]]
     want = [(source, i) for source, of in enumerate(lengths) for i in range(len(of))]
     for epoch in range(3):
@@ -52,7 +52,7 @@ def test_law_every_example_comes_once_an_epoch(batching: BatchConfig, shuffle: b
                 assert batching.packing or len(row) <= 1
 
 
-def test_examples_go_to_the_smallest_bucket_that_holds_them() -> None:
+def test_plan_epoch_buckets_smallest_that_fits() -> None:
     batching = BatchConfig(batch_size=2, seq_length=12, packing=False, buckets=(4, 8, 12))
     for shuffle in (True, False):
         plan = plan_epoch([SIZES], batching, seed=0, epoch=0, shuffle=shuffle)
@@ -69,7 +69,7 @@ def test_examples_go_to_the_smallest_bucket_that_holds_them() -> None:
 
 
 @pytest.mark.parametrize(("length", "least"), [(1024, 0.99), (4096, 0.99), (512, 0.95)])
-def test_packed_rows_are_full(length: int, least: float) -> None:
+def test_plan_epoch_packed_rows_are_full(length: int, least: float) -> None:
     sizes = realistic(20_000, length)
     plan = plan_epoch([sizes], BatchConfig(batch_size=1, seq_length=length), seed=0, epoch=0)
     assert sizes.sum() / (len(plan) * length) > least
@@ -77,7 +77,7 @@ def test_packed_rows_are_full(length: int, least: float) -> None:
     assert sorted(plan.examples) == list(range(len(sizes)))
 
 
-def test_best_fit_is_that_of_a_search_through_all_rows() -> None:
+def test_best_fit_decreasing_matches_brute_force() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         sizes = rng.integers(1, 40, 60)
@@ -93,7 +93,7 @@ def test_best_fit_is_that_of_a_search_through_all_rows() -> None:
         assert sorted(40 - sizes[row].sum() for row in rows) == sorted(rooms)
 
 
-def test_plans_depend_on_nothing_but_their_arguments() -> None:
+def test_plan_epoch_is_deterministic() -> None:
     batching = BatchConfig(batch_size=2, seq_length=12)
     plans = [
         seen(plan_epoch([SIZES, SIZES], batching, seed=seed, epoch=epoch))
@@ -101,12 +101,12 @@ def test_plans_depend_on_nothing_but_their_arguments() -> None:
     ]
     assert plans[0] == plans[1]
     assert len({tuple(plan) for plan in plans}) == 4
-    # These numbers hold for every release of numpy, or runs could not go on after an update.
+    # The same for every release of NumPy: otherwise, runs could not resume after an update.
     assert packing.seeded_permutation(6, 3, 1, 2, 5).tolist() == [1, 2, 5, 4, 3, 0]
     assert sorted(packing.seeded_permutation(1000, 0, 0, 0)) == list(range(1000))
 
 
-def test_sources_of_one_seed_are_shuffled_differently() -> None:
+def test_plan_epoch_sources_shuffle_differently() -> None:
     drawn = [
         packing._sample_source_examples(50, packing.Fraction(1), 0, source, 0, True).tolist()
         for source in (0, 1)
@@ -115,7 +115,7 @@ def test_sources_of_one_seed_are_shuffled_differently() -> None:
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_law_weights_are_exact_over_epochs(shuffle: bool) -> None:
+def test_plan_epoch_weights_exact_over_epochs(shuffle: bool) -> None:
     lengths = [SIZES, SIZES[:7], SIZES[:10], SIZES[:3]]
     weights = [1.0, 2.0, 0.1, 1 / 3]
     batching = BatchConfig(batch_size=2, seq_length=12)
@@ -138,7 +138,7 @@ def test_law_weights_are_exact_over_epochs(shuffle: bool) -> None:
     assert (tenths[:10] == tenths[10:20]) == (not shuffle)
 
 
-def test_a_weight_between_passes_shuffles_each_anew() -> None:
+def test_plan_epoch_each_pass_reshuffles() -> None:
     batching = BatchConfig(batch_size=2, seq_length=12)
     plans = [
         Counter(seen(plan_epoch([SIZES], batching, seed=0, epoch=e, weights=[1.5])))
@@ -149,7 +149,7 @@ def test_a_weight_between_passes_shuffles_each_anew() -> None:
     assert set((plans[0] + plans[1]).values()) == {3}
 
 
-def test_sources_are_mixed() -> None:
+def test_plan_epoch_mixes_sources() -> None:
     sizes = np.full(400, 5)
     plan = plan_epoch([sizes, sizes], BatchConfig(batch_size=4, seq_length=20), seed=0, epoch=0)
     shares = [np.mean([source for row in batch.example_ids for source, _ in row]) for batch in plan]
@@ -160,38 +160,41 @@ def test_sources_are_mixed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "Batching.rows=0 is no count"),
-        ({"rows": 2.0}, r"Batching.rows=2\.0 is no count"),
-        ({"length": -1}, "Batching.length=-1 is no count"),
-        ({"accumulate": True}, "Batching.accumulate=True is no count"),
-        ({"buckets": (4, 12)}, "packing=True fills rows with several. Leave out one"),
-        ({"packing": False, "buckets": (4, 8)}, r"buckets=\(4, 8\) do not grow up to length=12"),
-        ({"packing": False, "buckets": (8, 4, 12)}, "do not grow"),
-        ({"packing": False, "buckets": (0, 12)}, "do not grow"),
-        ({"packing": False, "buckets": ()}, "do not grow"),
+        ({"batch_size": 0}, "BatchConfig.batch_size=0 must be an int of at least 1"),
+        ({"batch_size": 2.0}, r"BatchConfig.batch_size=2\.0 must be an int"),
+        ({"seq_length": -1}, "BatchConfig.seq_length=-1 must be an int"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps=True must be an int"),
+        ({"buckets": (4, 12)}, "packing=True fills rows with several. Leave one of them out"),
+        (
+            {"packing": False, "buckets": (4, 8)},
+            r"buckets=\(4, 8\) must increase and end in seq_length=12",
+        ),
+        ({"packing": False, "buckets": (8, 4, 12)}, "must increase and end in"),
+        ({"packing": False, "buckets": (0, 12)}, "must increase and end in"),
+        ({"packing": False, "buckets": ()}, "must increase and end in"),
     ],
 )
-def test_batches_of_no_shape(options: dict[str, Any], message: str) -> None:
+def test_batch_config_invalid_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BatchConfig(**{"rows": 2, "length": 12, **options})
+        BatchConfig(**{"batch_size": 2, "seq_length": 12, **options})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seed": -1}, "seed=-1 is no seed"),
-        ({"weights": [1.0]}, "are 1 for 2 sources"),
-        ({"weights": [1.0, 0.0]}, r"weights\[1\]=0.0 is no number of passes"),
-        ({"weights": [float("nan"), 1.0]}, r"weights\[0\]=nan is no number"),
+        ({"seed": -1}, "seed=-1 must be an int from 0"),
+        ({"weights": [1.0]}, "got 1 for 2 sources"),
+        ({"weights": [1.0, 0.0]}, r"weights\[1\]=0.0 must be from 0.0001 to 10000 passes"),
+        ({"weights": [float("nan"), 1.0]}, r"weights\[0\]=nan must be from"),
         (
-            {"batching": BatchConfig(batch_size=2, seq_length=11)},
+            {"config": BatchConfig(batch_size=2, seq_length=11)},
             "Example 4 of source 0 has 12 tokens, more",
         ),
     ],
 )
-def test_plans_that_cannot_be_made(given: dict[str, Any], message: str) -> None:
+def test_plan_epoch_invalid_arguments_raise(given: dict[str, Any], message: str) -> None:
     options: dict[str, Any] = {
-        "batching": BatchConfig(batch_size=2, seq_length=12),
+        "config": BatchConfig(batch_size=2, seq_length=12),
         "seed": 0,
         "epoch": 0,
     }

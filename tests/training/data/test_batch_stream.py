@@ -1,4 +1,4 @@
-"""Batches: what is in their arrays, and streams that go on where they were left."""
+"""Batches: their arrays, and streams that resume at any position."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def digest(batch: StreamBatch) -> str:
 
 
 @pytest.mark.parametrize("batching", [PACKED, ALONE], ids=["packed", "alone"])
-def test_law_packing_leaks_nothing_and_loses_nothing(batching: BatchConfig) -> None:
-    """Every row against its examples, one token after the other."""
+def test_batches_rows_equal_their_examples(batching: BatchConfig) -> None:
+    """Compares every row with its examples, token by token."""
     sources = corpora()
     found = []
-    for batch in epoch(stream(batching=batching, pad=9)):
+    for batch in epoch(stream(batching=batching, pad_token_id=9)):
         got = batch.arrays
         assert isinstance(got, batch_stream.LMBatch)
         assert got.tokens.shape[:2] == (batching.gradient_accumulation_steps, batching.batch_size)
@@ -64,7 +64,7 @@ def test_law_packing_leaks_nothing_and_loses_nothing(batching: BatchConfig) -> N
     assert [array.dtype for array in got] == [np.int32, np.int32, np.float32, np.int32, np.int32]
 
 
-def test_law_targets_never_cross_segments() -> None:
+def test_batches_targets_stay_in_segments() -> None:
     for batch in epoch(stream()):
         got = batch.arrays
         assert isinstance(got, batch_stream.LMBatch)
@@ -79,14 +79,14 @@ def test_law_targets_never_cross_segments() -> None:
         assert (got.targets[..., :-1] == got.tokens[..., 1:])[inside & kept].all()
 
 
-def test_every_learnt_token_counts_once_in_an_epoch() -> None:
+def test_batches_loss_tokens_count_once_per_epoch() -> None:
     for kind in ("language", "preference"):
         batching = PACKED if kind == "language" else ALONE
         total = sum(batch.arrays.loss_mask.sum() for batch in epoch(stream(kind, batching)))
         assert total == sum(corpus.stats.loss_tokens for corpus in corpora(kind))
 
 
-def test_preferences_come_in_pairs() -> None:
+def test_batches_preferences_are_pairs() -> None:
     sources = corpora("preference")
     found = []
     for batch in epoch(
@@ -112,7 +112,7 @@ def test_preferences_come_in_pairs() -> None:
     assert sorted(found) == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
 
 
-def test_classified_texts_come_with_their_labels() -> None:
+def test_batches_classification_have_labels() -> None:
     sources = corpora("classification")
     real = 0
     for batch in epoch(stream("classification", ALONE)):
@@ -146,7 +146,7 @@ def test_classified_texts_come_with_their_labels() -> None:
         ("classification", ALONE, None),
     ],
 )
-def test_law_a_stream_goes_on_as_if_it_never_stopped(
+def test_batches_resumed_equal_uninterrupted(
     kind: Any, batching: BatchConfig, weights: Any
 ) -> None:
     whole = list(stream(kind, batching, weights=weights).batches(epochs=3))
@@ -178,11 +178,11 @@ def share_of(rows: int, process: int, processes: int) -> slice:
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["language", "preference", "classification"])
-def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int) -> None:
+def test_local_slices_concatenate_to_full_batch(kind: Any, processes: int) -> None:
     batching = BatchConfig(batch_size=4, seq_length=14, gradient_accumulation_steps=2)
     whole = epoch(stream(kind, batching))
     parts = [
-        epoch(stream(kind, batching, mine=share_of(4, process, processes)))
+        epoch(stream(kind, batching, local_slice=share_of(4, process, processes)))
         for process in range(processes)
     ]
     for number, batch in enumerate(whole):
@@ -197,18 +197,20 @@ def test_law_slices_of_processes_make_the_whole_batch(kind: Any, processes: int)
             for part in parts
         ]
         assert sum(ids, ()) == batch.example_ids
-    prints = {stream(kind, mine=share_of(4, p, processes)).fingerprint for p in range(processes)}
+    prints = {
+        stream(kind, local_slice=share_of(4, p, processes)).fingerprint for p in range(processes)
+    }
     assert prints == {stream(kind).fingerprint}
 
 
-def test_evaluation_goes_through_the_data_in_its_order() -> None:
+def test_batches_unshuffled_keep_order() -> None:
     of = stream(batching=BatchConfig(batch_size=2, seq_length=13, packing=False), shuffle=False)
     found = [pair for batch in epoch(of) for row in batch.example_ids for pair in row]
     assert found == [(0, i) for i in range(13)] + [(1, i) for i in range(5)]
     assert [digest(batch) for batch in epoch(of, 1)] == [digest(batch) for batch in epoch(of)]
 
 
-def test_fingerprints_tell_what_batches_depend_on() -> None:
+def test_fingerprint_covers_all_options() -> None:
     options: list[dict[str, Any]] = [
         {},
         {"seed": 4},
@@ -226,43 +228,43 @@ def test_fingerprints_tell_what_batches_depend_on() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "preferences"}, "kind='preferences' is none of language, preference"),
-        ({"kind": "preference"}, "kind='preference', and source 0 is for language"),
-        ({"weights": [0.01, 0.01]}, r"weights=\[0.01, 0.01\] take none of their \[13, 5\] exam"),
-        ({"weights": [0.07, 0.19]}, "in the first epoch, which has no batch then. Give one source"),
-        ({"seed": -3}, "seed=-3 is no seed"),
+        ({"kind": "preferences"}, "kind='preferences' must be one of language, preference"),
+        ({"kind": "preference"}, "kind='preference' must be .* but source 0 is for language"),
+        ({"weights": [0.01, 0.01]}, r"weights=\[0.01, 0.01\] take none of the \[13, 5\] exam"),
+        ({"weights": [0.07, 0.19]}, "in the first epoch, which would have no batch. Increase one"),
+        ({"seed": -3}, "seed=-3 must be an int from 0"),
         (
-            {"batching": BatchConfig(batch_size=4, seq_length=8)},
+            {"config": BatchConfig(batch_size=4, seq_length=8)},
             "Example 4 of source 0 has 12 tokens",
         ),
     ],
 )
-def test_streams_that_cannot_be(given: dict[str, Any], message: str) -> None:
-    options = {"batching": PACKED, "kind": "language", **given}
+def test_stream_invalid_options_raise(given: dict[str, Any], message: str) -> None:
+    options = {"config": PACKED, "kind": "language", **given}
     with pytest.raises(ValueError, match=message):
         BatchStream(corpora(), **options)
 
 
-def test_law_a_stream_that_can_be_has_a_batch_in_every_epoch() -> None:
+def test_epoch_plan_every_epoch_has_a_batch() -> None:
     pair = [made([4]), made([5, 6], first=50)]
     for weights in ([1.0, 0.1], [0.3, 0.5], [0.01, 1.7]):
         of = BatchStream(pair, PACKED, weights=weights)
         assert all(len(of.epoch_plan(number)) for number in range(20))
-    # Together they have one example an epoch, but none is whole before the second.
-    with pytest.raises(ValueError, match=r"weights=\[0.5, 0.5\] take none of their \[1, 1\]"):
+    # Together they have one example per epoch, but neither completes one in the first epoch.
+    with pytest.raises(ValueError, match=r"weights=\[0.5, 0.5\] take none of the \[1, 1\]"):
         BatchStream([made([4]), made([5], first=50)], PACKED, weights=[0.5, 0.5])
 
 
-def test_labels_of_sources_have_to_agree() -> None:
+def test_stream_label_name_mismatch_raises() -> None:
     first, second = corpora("classification")
     second = second._replace(label_names=("c", "b", "a"))
-    with pytest.raises(ValueError, match="call their labels differently"):
+    with pytest.raises(ValueError, match="have different label names"):
         BatchStream([first, second], ALONE, kind="classification")
 
 
 @pytest.mark.parametrize(
     "position", [StreamPosition(0, 99), StreamPosition(-1, 0), StreamPosition(0, -1)]
 )
-def test_positions_of_other_data_are_refused(position: StreamPosition) -> None:
-    with pytest.raises(ValueError, match=r"is none of this data: its epoch has \d+ batches"):
+def test_batches_invalid_position_raises(position: StreamPosition) -> None:
+    with pytest.raises(ValueError, match=r"is outside of this data: its epoch has \d+ batches"):
         stream().batches(position)

@@ -1,4 +1,4 @@
-"""Chats as text: as transformers renders them, and where in it the assistant speaks."""
+"""Chat templates: texts as transformers renders them, and the spans of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def name_of(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_texts_are_those_of_transformers(case: dict[str, Any]) -> None:
+def test_render_matches_transformers(case: dict[str, Any]) -> None:
     chat, tools = template(case["template"]), case["tools"]
     assert chat.render(case["messages"], tools=tools) == case["text"]
     prompt = chat.render(case["messages"], tools=tools, add_generation_prompt=True)
@@ -55,7 +55,7 @@ def answer(message: dict[str, Any], name: str) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_law_spans_hold_what_the_assistant_says(case: dict[str, Any]) -> None:
+def test_spans_contain_assistant_turns(case: dict[str, Any]) -> None:
     name, messages, tools = case["template"], case["messages"], case["tools"]
     text, spans = template(name).render_with_spans(messages, tools=tools)
     answers = [answer(m, name) for m in messages if m["role"] == "assistant"]
@@ -74,10 +74,10 @@ def test_law_spans_hold_what_the_assistant_says(case: dict[str, Any]) -> None:
     assert (text, everything) == (case["text"], [(0, len(text))])
 
 
-def test_a_template_that_rewrites_earlier_turns_learns_the_last_alone() -> None:
+def test_spans_rewriting_template_only_last() -> None:
     chat = template("rewriting")
     thinking = said("A", "<think>a</think>\nB", "C", "<think>c</think>\nD")
-    with pytest.raises(ValueError, match=r"row 3: the chat template writes message 1 in one way"):
+    with pytest.raises(ValueError, match=r"row 3: the chat template renders message 1 differently"):
         chat.render_with_spans(thinking, location="row 3")
     with pytest.raises(
         ValueError, match=r"Use data.train_on=last, or a template with {% generation"
@@ -88,7 +88,7 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last_alone() -> None:
     assert [text[start:end] for start, end in spans] == ["<think>c</think>\nD<|im_end|>"]
 
 
-def test_the_last_answer_of_a_template_with_tags_is_all_that_it_says() -> None:
+def test_spans_last_turn_with_several_tags() -> None:
     parts = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<{% endgeneration"
     parts += " %}--{% generation %}{{ m.content }}>{% endgeneration %}{% else %}{{ m.content }}"
     chat = ChatTemplate(parts + "{% endif %}{% endfor %}")
@@ -97,14 +97,14 @@ def test_the_last_answer_of_a_template_with_tags_is_all_that_it_says() -> None:
     assert [text[start:end] for start, end in spans] == ["<", "d>"]
 
 
-def test_a_chat_without_an_answer_has_no_spans() -> None:
-    for train_on in ("responses", "last"):
+def test_spans_without_answer_are_empty() -> None:
+    for train_on in ("assistant", "last"):
         for name in ("chatml", "generation"):
             text, spans = template(name).render_with_spans(said("Hi"), train_on=train_on)
             assert (text, spans) == ("<|im_start|>user\nHi<|im_end|>\n", [])
 
 
-def test_the_template_is_found_in_the_folder(tmp_path: pathlib.Path) -> None:
+def test_from_folder_finds_template(tmp_path: pathlib.Path) -> None:
     shutil.copytree(HERE / "tiny", tmp_path, dirs_exist_ok=True)
     named = ChatTemplate.from_folder(tmp_path)
     assert named.text == (HERE / "templates" / "chatml.jinja").read_text()
@@ -127,7 +127,7 @@ def test_the_template_is_found_in_the_folder(tmp_path: pathlib.Path) -> None:
         ChatTemplate.from_folder(tmp_path)
 
 
-def test_the_date_can_be_held() -> None:
+def test_render_with_fixed_date() -> None:
     text = "{{ strftime_now('%d %b %Y') }}"
     held = ChatTemplate(text, now=datetime.datetime(2026, 2, 1))
     assert held.render(said("Hi")) == "01 Feb 2026"
@@ -143,17 +143,17 @@ def test_the_date_can_be_held() -> None:
         ("{# Without\nstrftime_now. #}{{ messages[0].content }}", False),
     ],
 )
-def test_a_template_says_whether_it_asks_for_the_date(text: str, dated: bool) -> None:
+def test_depends_on_date_of_templates(text: str, dated: bool) -> None:
     assert ChatTemplate(text).depends_on_date == dated
 
 
-def test_the_date_of_a_folders_template_can_be_held(tmp_path: pathlib.Path) -> None:
+def test_from_folder_with_fixed_date(tmp_path: pathlib.Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
     held = ChatTemplate.from_folder(tmp_path, now=datetime.datetime(2026, 2, 1))
     assert held.render(said("Hi")) == "01 Feb 2026"
 
 
-def test_fields_that_are_null_are_left_out() -> None:
+def test_render_drops_null_fields() -> None:
     messages = [{**said("Hi")[0], "tool_calls": None}]
     text = "{{ messages[0].tool_calls is defined }}"
     assert ChatTemplate(text).render(messages) == "False"
@@ -162,16 +162,16 @@ def test_fields_that_are_null_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{{ messages.__class__.__mro__ }}", "refuses the messages"),
-        ("{% set _ = messages.append(1) %}", "refuses the messages"),
-        ("{{ raise_exception('no system') }}", r"row 3: the chat template refuses .*no system"),
-        ("{{ messages[0].content + 1 }}", "refuses the messages"),
-        ("{{ 1 // 0 }}", r"refuses the messages \(integer division"),
-        ("{{ messages[7].content.x }}", "refuses the messages"),
-        ("a\n{% if %}", "line 2 is no Jinja"),
+        ("{{ messages.__class__.__mro__ }}", "rejects the messages"),
+        ("{% set _ = messages.append(1) %}", "rejects the messages"),
+        ("{{ raise_exception('no system') }}", r"row 3: the chat template rejects .*no system"),
+        ("{{ messages[0].content + 1 }}", "rejects the messages"),
+        ("{{ 1 // 0 }}", r"rejects the messages \(integer division"),
+        ("{{ messages[7].content.x }}", "rejects the messages"),
+        ("a\n{% if %}", "line 2 is not valid Jinja"),
     ],
 )
-def test_templates_that_do_not_work(text: str, message: str) -> None:
+def test_render_invalid_template_raises(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatTemplate(text).render(said("Hi"), location="row 3")
 
@@ -179,16 +179,16 @@ def test_templates_that_do_not_work(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("Hi", "row 3 is 'Hi', no list of messages"),
-        ([], r"row 3 is \[\], no list of messages"),
-        (["Hi"], "row 3, message 0 is 'Hi' and has no role"),
-        ([{"from": "human", "value": "Hi"}], "message 0 is .* and has no role"),
-        ([{"role": "human", "content": "Hi"}], "role='human' is none of system, .* Rename it"),
-        ([*said("Hi"), {"role": "assistant"}], "row 3, message 1: content=None is no string"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "content=.* is no string"),
-        (said("Hi \ufdd0"), r"holds U\+FDD0"),
+        ("Hi", "row 3 must be a list of messages, got 'Hi'"),
+        ([], r"row 3 must be a list of messages, got \[\]"),
+        (["Hi"], "row 3, message 0 must have the fields role and content, got 'Hi'"),
+        ([{"from": "human", "value": "Hi"}], "message 0 must have the fields role and content"),
+        ([{"role": "human", "content": "Hi"}], "role='human' must be one of system, .* Rename it"),
+        ([*said("Hi"), {"role": "assistant"}], "row 3, message 1: content=None must be a string"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content=.* must be a string"),
+        (said("Hi \ufdd0"), r"contains U\+FDD0"),
     ],
 )
-def test_messages_that_are_wrong(messages: Any, message: str) -> None:
+def test_render_invalid_messages_raise(messages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         template("chatml").render_with_spans(messages, location="row 3")
