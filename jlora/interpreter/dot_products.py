@@ -105,10 +105,10 @@ class DotProduct(WeightProduct):
     def multiply_fused(self, x: Any, weight: FactoredArray) -> Any:
         """Returns `x W + (x A) B` from one kernel, where the device has one for it."""
         layout = self._matrix_layout(len(weight.axis_groups))
-        if layout is None or self._needs_general_path(x, weight):
+        term = self._single_term(x, weight)
+        if layout is None or term is None:
             return None
         outputs, transpose_rhs = layout
-        (term,) = weight.terms
         input_axes = [a for place in self.contracting for a in weight.axis_groups[place]]
         output_axes = [a for place in outputs for a in weight.axis_groups[place]]
         rank = _find_rank_axis(term, input_axes, output_axes)
@@ -157,16 +157,14 @@ class DotProduct(WeightProduct):
             return outputs, False
         return (outputs, True) if outputs + self.contracting == tuple(range(ndim)) else None
 
-    def _needs_general_path(self, x: Any, weight: FactoredArray) -> bool:
-        """Whether it is more than one product of two matrices in their own type, and one update."""
-        return (
-            len(weight.terms) != 1
-            or type(weight.terms[0]) is not ProductTerm
-            or self.precision is not None
-            or self.eqn.outvars[0].aval.dtype != x.dtype
-            or bool(_compat.get_varying_axes(x))
-            or _compat.has_explicit_sharding(x)
-        )
+    def _single_term(self, x: Any, weight: FactoredArray) -> ProductTerm | None:
+        """Returns the weight's one term, where a product of matrices in their own type suffices."""
+        if len(weight.terms) != 1 or type(weight.terms[0]) is not ProductTerm:
+            return None
+        has_own_type = self.eqn.outvars[0].aval.dtype == x.dtype and self.precision is None
+        if not has_own_type or _compat.get_varying_axes(x) or _compat.has_explicit_sharding(x):
+            return None
+        return weight.terms[0]
 
 
 def _find_rank_axis(

@@ -176,10 +176,11 @@ def _contract_pair(
     if [*batch, *free[1], *free[0]] == list(left):  # Saves a transpose of the result.
         sides, free = sides[::-1], free[::-1]
     (lhs, lhs_axes), (rhs, rhs_axes) = sides
-    numbers = tuple(
+    contracted, batched = (
         (tuple(lhs_axes.index(x) for x in axes), tuple(rhs_axes.index(x) for x in axes))
         for axes in (contracting, batch)
     )
+    numbers = (contracted, batched)
     product = lax.dot_general(
         lhs, rhs, numbers, precision=precision, preferred_element_type=dtype or common
     )
