@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
+from jlora._delta import svd_from_expression
 from jlora.adapters.base import ExpressionInputs
 from jlora.initializers import randomized_svd
 from jlora.interpreter.weight import weight_to_matrices
@@ -34,7 +35,7 @@ def started(init: Any, rank: int = 2, alpha: float = 3.0) -> tuple[Any, Any]:
     return lora, lora.init(jax.random.key(0), PARAMS, X)
 
 
-def test_gaussian_has_the_deviation_asked_for() -> None:
+def test_gaussian_has_requested_std() -> None:
     params = {"w": jnp.ones((200, 100))}
     for std, expected in ((None, 1 / 50), (0.3, 0.3)):
         config = jlora.LoRA(rank=50, alpha=1, init=jlora.initializers.gaussian(std))
@@ -46,7 +47,7 @@ def test_gaussian_has_the_deviation_asked_for() -> None:
         np.testing.assert_array_equal(adapter["w"].b, 0)
 
 
-def test_orthogonal_factors_are_off_zero_and_their_product_is_not() -> None:
+def test_orthogonal_nonzero_factors_zero_product() -> None:
     lora, adapter = started(jlora.initializers.orthogonal(), rank=4)
     a, b = np.asarray(adapter["w"].a), np.asarray(adapter["w"].b)
     assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 2
@@ -65,7 +66,7 @@ def test_orthogonal_factors_are_off_zero_and_their_product_is_not() -> None:
     ],
     ids=["pissa", "fast pissa", "milora"],
 )
-def test_the_part_taken_out_is_that_of_the_singular_values(init: Any, part: slice) -> None:
+def test_svd_inits_take_singular_triplets(init: Any, part: slice) -> None:
     lora, adapter = started(init)
     u, s, vt = np.linalg.svd(np.float64(W))
     taken = (u[:, : len(s)][:, part] * s[part]) @ vt[part]
@@ -80,7 +81,7 @@ def test_the_part_taken_out_is_that_of_the_singular_values(init: Any, part: slic
     np.testing.assert_allclose(lora.apply(base, adapter, X), X @ W, **FLOAT32)
 
 
-def test_a_randomized_decomposition_nears_the_exact_one_as_it_iterates() -> None:
+def test_randomized_svd_converges_to_exact() -> None:
     matrix = jax.device_put((RNG.normal(size=(60, 40)) * 0.9 ** np.arange(40)).astype(np.float32))
     exact = np.linalg.svd(matrix, compute_uv=False)[:4]
     errors = []
@@ -106,7 +107,7 @@ KINDS = ["dense_general", "kv_einsum", "linen_scan_axis_one", "conv_2d", "conv_g
 
 @pytest.mark.parametrize("layer", [*KINDS, "experts"])
 @pytest.mark.parametrize("name", STARTS)
-def test_every_start_is_at_the_base_on_every_kind_of_layer(name: str, layer: str) -> None:
+def test_inits_start_at_base_on_all_layers(name: str, layer: str) -> None:
     made = BY_NAME[layer]
     fn, params, inputs = made.make(jnp.float32)
     config = jlora.LoRA(rank=2, alpha=3, init=STARTS[name])
@@ -132,7 +133,7 @@ def test_every_start_is_at_the_base_on_every_kind_of_layer(name: str, layer: str
     )
 
 
-def test_lora_ga_moves_as_full_fine_tuning_would() -> None:
+def test_lora_ga_first_step_matches_full_tuning() -> None:
     target = X @ RNG.normal(size=(8, 7)).astype(np.float32)
     loss = lambda params: jnp.mean((product(params, X) - target) ** 2)
     gradient = jax.grad(loss)(PARAMS)
@@ -172,7 +173,7 @@ def written_out(*met: np.ndarray) -> tuple[Any, ...]:
     )
 
 
-def test_moments_are_those_of_what_a_weight_meets() -> None:
+def test_input_moments_match_inputs() -> None:
     x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
     for got, expected in zip(moments_of(product, PARAMS, x), written_out(x), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -184,7 +185,7 @@ def test_moments_are_those_of_what_a_weight_meets() -> None:
         np.testing.assert_allclose(got, one, rtol=1e-4)
 
 
-def test_moments_of_a_scanned_stack_are_those_of_each_layer() -> None:
+def test_input_moments_scan_is_per_layer() -> None:
     stack = jax.device_put(RNG.normal(size=(3, 6, 6)).astype(np.float32))
     x = RNG.normal(size=(4, 6)).astype(np.float32)
 
@@ -200,7 +201,7 @@ def test_moments_of_a_scanned_stack_are_those_of_each_layer() -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_moments_inside_a_shard_map_are_those_of_all_shards() -> None:
+def test_input_moments_shard_map_sums_shards() -> None:
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(
         product,
@@ -212,7 +213,7 @@ def test_moments_inside_a_shard_map_are_those_of_all_shards() -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_evas_directions_are_those_of_largest_variance() -> None:
+def test_eva_directions_have_largest_variance() -> None:
     moments = jlora.input_moments(product, jlora.LoRA(rank=1, alpha=1), PARAMS, X)
     doubled = jax.tree.map(jnp.add, moments, moments)
     for center, shifted in ((True, X - X.mean(0)), (False, X)):
@@ -227,9 +228,9 @@ def test_evas_directions_are_those_of_largest_variance() -> None:
         started(jlora.initializers.eva({}))
 
 
-def test_what_meets_no_input_is_refused() -> None:
+def test_input_moments_without_input_raises() -> None:
     hidden = lambda p, x: lax.stop_gradient(x @ p["w"]).sum() + x.sum()
-    with pytest.raises(ValueError, match="'w' met no input"):
+    with pytest.raises(ValueError, match="'w' has no input"):
         jlora.input_moments(hidden, {"w": jlora.LoRA(rank=1, alpha=1)}, PARAMS, X)
     fn, params, inputs = BY_NAME["conv_2d"].make(jnp.float32)
     with pytest.raises(ValueError, match="convolution, and Moments of the inputs is defined for"):
@@ -260,7 +261,7 @@ CONVERTED = {
 
 @pytest.mark.parametrize("family", CONVERTED)
 @pytest.mark.parametrize("layer", ["kv_einsum", "linen_scan"])
-def test_to_lora_of_full_rank_loses_nothing_and_of_a_lower_one_is_the_nearest(
+def test_to_lora_is_best_approximation(
     family: str, layer: str
 ) -> None:
     one = case(layer, "float32", family)
@@ -282,27 +283,27 @@ def test_to_lora_of_full_rank_loses_nothing_and_of_a_lower_one_is_the_nearest(
         np.testing.assert_allclose(left, np.sqrt(squares[:, 1:].sum()), rtol=1e-3, atol=1e-4)
 
 
-def test_a_conversion_of_thin_factors_forms_nothing_of_the_weights_size() -> None:
+def test_svd_from_factors_avoids_weight_size() -> None:
     params = {"w": jax.ShapeDtypeStruct((300, 200), jnp.float32)}
     lora = jlora.lora_transform(product, jlora.AdaLoRA(rank=4, alpha=4))
     adapter = lora.init(jax.random.key(0), params, jax.ShapeDtypeStruct((2, 300), jnp.float32))
     leaf = adapter["w"]
 
     def convert(base: Any) -> Any:
-        return jlora.deltas.decomposed("w", leaf, base, leaf.expression(ExpressionInputs(base)))
+        return svd_from_expression("w", leaf, base, leaf.expression(ExpressionInputs(base)))
 
     text = str(jax.make_jaxpr(convert)(jnp.zeros((300, 200))))
     assert "200,4" in text
     assert text.count("300,200") == 1, "only the base itself, which is not used"
 
 
-def test_conversions_refuse_what_they_cannot_do() -> None:
+def test_conversions_unsupported_raise() -> None:
     one = case("attention", "float32")
     lora = jlora.lora_transform(one.fn, jlora.BitFit())
     biases = lora.init(jax.random.key(0), one.params, *one.inputs)
     with pytest.raises(ValueError, match=r"has no low rank. Merge that part first"):
         jlora.to_lora(biases, one.params, 2)
-    with pytest.raises(TypeError, match=r"a rank is a count"):
+    with pytest.raises(TypeError, match=r"must be a positive integer, got float"):
         jlora.to_lora(one.adapter, one.params, 2.5)
     with pytest.raises(ValueError, match=r"no AdaLoRA or SoRA leaf"):
         jlora.prune_ranks(one.adapter)
@@ -314,11 +315,11 @@ def test_conversions_refuse_what_they_cannot_do() -> None:
         with pytest.raises(TypeError, match="not what init returns"):
             convert(None)
     mixture = case("dense_general", "float32", "mixture")
-    with pytest.raises(ValueError, match="weighs its experts by the input"):
+    with pytest.raises(ValueError, match="routes by the input"):
         jlora.to_lora(mixture.adapter, mixture.params, 2)
 
 
-def test_pruned_and_converted_adapters_still_know_their_base() -> None:
+def test_rebase_after_prune_and_to_lora_is_exact() -> None:
     config = jlora.SoRA(rank=3, alpha=3, init=jlora.initializers.pissa())
     lora = jlora.lora_transform(product, config)
     fresh = lora.init(jax.random.key(0), PARAMS, X)
@@ -339,7 +340,7 @@ def test_pruned_and_converted_adapters_still_know_their_base() -> None:
         jlora.rebase_to_original(zero, zero)
 
 
-def test_full_differences_train_in_float32_on_a_bfloat16_base() -> None:
+def test_full_delta_float32_on_bfloat16_base() -> None:
     params = {"w": PARAMS["w"].astype(jnp.bfloat16)}
     lora = jlora.lora_transform(product, {"w": jlora.FullDelta()})
     adapter = lora.init(jax.random.key(0), params, X)

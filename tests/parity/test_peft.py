@@ -201,7 +201,7 @@ ONE_LAYER = [
 
 
 @pytest.mark.parametrize("name", ONE_LAYER)
-def test_outputs_and_merged_weights_are_pefts(name: str) -> None:
+def test_apply_and_merge_match_peft(name: str) -> None:
     tensors, fields = load(name)
     kind = next((kind for kind in FORWARD if kind in name), "linear")
     fn, layout = FORWARD[kind]
@@ -236,7 +236,7 @@ def two(tensors: Arrays) -> dict[str, Any]:
     return params | biases
 
 
-def test_vera_with_two_layers_that_share_is_pefts() -> None:
+def test_vera_shared_layers_match_peft() -> None:
     tensors, fields = load("vera")
     params = two(tensors)
     config = jlora.VeRA(rank=fields["r"], d_initial=fields["d_initial"])
@@ -250,7 +250,7 @@ def test_vera_with_two_layers_that_share_is_pefts() -> None:
     compare(vera, params, adapter, tensors)
 
 
-def test_vb_lora_with_two_layers_that_share_is_pefts() -> None:
+def test_vb_lora_shared_layers_match_peft() -> None:
     tensors, fields = load("vblora")
     params = two(tensors)
     config = jlora.VBLoRA(
@@ -278,7 +278,7 @@ def compare(lora_: Any, params: Any, adapter: Any, tensors: Arrays) -> None:
         np.testing.assert_allclose(merged[name], expected, **FLOAT32)
 
 
-def test_fourierft_is_pefts() -> None:
+def test_fourierft_matches_peft() -> None:
     tensors, fields = load("fourierft")
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     spectrum = tensors["adapter/fourierft_spectrum"]
@@ -296,7 +296,7 @@ def test_fourierft_is_pefts() -> None:
     merged = ft.merge(params, {"w": leaf})["w"]
     np.testing.assert_allclose(merged, tensors["merged/weight"].T, **FLOAT32)
     # So many entries are transformed; few would be computed as waves, to the same update.
-    waves = build_tensor_network("w", leaf.shape, **leaf._waves()._asdict())
+    waves = build_tensor_network("w", leaf.shape, **leaf._low_rank_expression()._asdict())
     dense = FactoredArray(jnp.zeros(leaf.shape), waves).materialize()
     expected = tensors["merged/weight"].T - tensors["base/weight"].T
     np.testing.assert_allclose(dense, expected, **FLOAT32)
@@ -310,7 +310,7 @@ def test_fourierft_is_pefts() -> None:
         ("olora", jlora.initializers.olora()),
     ],
 )
-def test_initialisations_that_change_the_base_are_pefts(name: str, init: Any) -> None:
+def test_residual_inits_match_peft(name: str, init: Any) -> None:
     tensors, fields = load(name)
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     config = jlora.LoRA(rank=fields["r"], alpha=fields["lora_alpha"], init=init)
@@ -328,7 +328,7 @@ def test_initialisations_that_change_the_base_are_pefts(name: str, init: Any) ->
     np.testing.assert_allclose(lora_.apply(base, adapter, x), tensors["output"], **FLOAT32)
 
 
-def test_evas_directions_are_pefts() -> None:
+def test_eva_directions_match_peft() -> None:
     tensors, fields = load("eva")
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     x = tensors["input"]
@@ -342,7 +342,7 @@ def test_evas_directions_are_pefts() -> None:
     np.testing.assert_array_equal(adapter["w"].b, 0)
 
 
-def test_lora_ga_has_pefts_directions_and_the_papers_lengths() -> None:
+def test_lora_ga_matches_peft_and_paper() -> None:
     tensors, fields = load("lora_ga")
     rank = fields["r"]
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
@@ -365,11 +365,11 @@ def test_lora_ga_has_pefts_directions_and_the_papers_lengths() -> None:
     ("size", "factor", "first"),
     [(12, 4, 4), (6, 6, 6), (24, 8, 8), (12, -1, 3), (22, 3, 2), (10, 4, 2), (13, -1, 1)],
 )
-def test_lokr_splits_as_peft_does(size: int, factor: int, first: int) -> None:
+def test_factorization_matches_peft(size: int, factor: int, first: int) -> None:
     assert factorization(size, factor) == first
 
 
-def test_every_case_is_tested() -> None:
+def test_data_every_case_is_tested() -> None:
     others = {"vera", "vblora", "fourierft", "pissa", "pissa_niter", "olora", "eva", "lora_ga"}
     # A bias that PEFT scales with the outputs, and an initialisation that is random: test_inits.
     others |= {"ia3_bias", "orthogonal"}

@@ -230,7 +230,7 @@ def test_vmap_adapters_share_quantized_base() -> None:
 def test_merge_into_quantized_raises() -> None:
     one = case("dense", "float32")
     packed = quantized(one)
-    message = r"1 quantised weights, such as '.*'.*Merge into the weights that were quantised"
+    message = r"1 quantized weights, such as '.*'.*Merge into the weights before quantization"
     for merge in (jlora.merge, one.lora.merge, jlora.merge_to_dtype):
         with pytest.raises(ValueError, match=message):
             merge(packed, one.adapter)
@@ -249,7 +249,7 @@ def test_residual_base_quantized_raises() -> None:
     )
     x = jnp.ones((1, 16))
     packed = jlora.quantize(weight, {"w": jlora.NF4(block_size=16)})
-    with pytest.raises(ValueError, match="residual_base cannot take the factors out of 'w', whi"):
+    with pytest.raises(ValueError, match="residual_base cannot subtract the factors from 'w'"):
         jlora.residual_base(packed, lora.init(jax.random.key(0), packed, x))
     # In the right order the weight is nearer than without the factors.
     adapter = lora.init(jax.random.key(0), weight, x)
