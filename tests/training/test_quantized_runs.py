@@ -208,10 +208,10 @@ def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path
     )
     told = jlora.lora_transform(model.apply, {"q/kernel": None}).explain(params, TOKENS)
     # A byte for each number, and 32 bits for every two.
-    assert "3 of 12 weights quantised, in 24.00 bits a number." in str(told)
+    assert "3 of 12 weights quantized, 24.00 bits per parameter." in str(told)
     assert {row.bits_per_param for row in told.rows if row.quantization == "int8"} == {24.0}
     wide = models.abstract_params(model, "bfloat16")
-    assert "quantised" not in str(
+    assert "quantized" not in str(
         jlora.lora_transform(model.apply, {"q/kernel": None}).explain(wide, TOKENS)
     )
 
@@ -251,7 +251,7 @@ def test_the_command_line_tells_what_an_adapter_was_trained_on(
     ("quantize", "message"),
     [
         ({"target_pattern": "/layers/atention/"}, "'/layers/atention/' matches none of .* nearest paths"),
-        ({"block_size": 4, "axis": -3, "target_pattern": "norm/scale"}, "runs along axis -3"),
+        ({"block_size": 4, "axis": -3, "target_pattern": "norm/scale"}, "axis=-3 of NF4.*must be an axis of the weight"),
     ],
 )
 def test_weights_that_cannot_be_quantised_are_refused(
