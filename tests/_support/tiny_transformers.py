@@ -1,4 +1,4 @@
-"""One 4-layer transformer in Linen, in Linen scanned and in NNX, split at its embedded tokens."""
+"""A 4-layer transformer in Linen, scanned Linen and NNX, also callable on embedded tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ TOKENS = jax.device_put(np.arange(2 * 24, dtype=np.int32).reshape(2, 24))
 
 
 class Transformer(NamedTuple):
-    """A forward function of tokens, the same from embedded tokens on, and its parameters."""
+    """A transformer.
+
+    Attributes:
+        forward: Function of parameters and tokens.
+        body: Function of parameters and embedded tokens.
+        params: Parameters.
+        adapted: Pattern of every kernel and the embedding, so that gradients reach the bottom.
+    """
 
     forward: Callable[..., jax.Array]
     body: Callable[..., jax.Array]
     params: Any
-    adapted: str  # Every kernel and the embedding, so that gradients reach the bottom.
+    adapted: str
 
 
 class Block(nn.Module):

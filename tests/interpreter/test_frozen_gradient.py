@@ -1,4 +1,4 @@
-"""What the gradient of a whole model costs, by the compiler's own count."""
+"""FLOPs and arrays of the gradient of a complete model, as counted by the compiler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def loss(output: jax.Array) -> jax.Array:
 
 @functools.cache
 def compiled(kind: str) -> tuple[Any, Any, Any]:
-    """The adapter, its compiled gradient, and the floor: forward and gradient of activations."""
+    """Adapter, its compiled gradient, and the floor: forward pass and activation gradients."""
     model = make(kind)
     config = jlora.LoRA(rank=RANK, alpha=RANK)
     lora = jlora.lora_transform(model.forward, {model.adapted: config})
@@ -45,8 +45,11 @@ def flops(program: Any) -> float:
 
 
 def adapter_flops(adapter: Any) -> float:
-    """Of the products with A and B, forward (2), and for the gradients of both factors and of the
-    activation (4), per token and entry of a factor."""
+    """FLOPs of the products with A and B.
+
+    Per token and entry of a factor: 2 in the forward pass, and 4 for the gradients of factor and
+    activation.
+    """
     total = 0
     for path, leaf in adapter.items():
         # The compiler counts the body of a scan once.
@@ -58,13 +61,13 @@ def adapter_flops(adapter: Any) -> float:
 
 
 @pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
-def test_the_gradient_costs_forward_activation_gradient_and_adapter(kind: str) -> None:
+def test_gradient_flops_have_no_frozen_part(kind: str) -> None:
     adapter, step, floor = compiled(kind)
     np.testing.assert_allclose(flops(step), flops(floor) + adapter_flops(adapter), rtol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
-def test_no_product_has_the_shape_of_a_frozen_weight(kind: str) -> None:
+def test_gradient_has_no_weight_shaped_product(kind: str) -> None:
     adapter, step, _ = compiled(kind)
     shapes = {leaf.shape for leaf in adapter.values()}
     assert len(shapes) == 5
@@ -72,8 +75,8 @@ def test_no_product_has_the_shape_of_a_frozen_weight(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
-def test_full_fine_tuning_fails_both_checks(kind: str) -> None:
-    """Or the checks would say nothing."""
+def test_checks_full_fine_tuning_fails_both(kind: str) -> None:
+    """Without this, the checks could be void."""
     adapter, step, floor = compiled(kind)
     model = make(kind)
     full = jax.jit(jax.grad(lambda p: loss(model.forward(p, TOKENS)), allow_int=True))
@@ -83,7 +86,7 @@ def test_full_fine_tuning_fails_both_checks(kind: str) -> None:
     assert weight_shaped_products(program.as_text(), {leaf.shape for leaf in adapter.values()})
 
 
-def test_the_optimizer_has_no_array_for_a_frozen_leaf() -> None:
+def test_optimizer_has_no_frozen_moments() -> None:
     adapter, _, _ = compiled("scanned")
     state = jlora.lora_optimizer(optax.adam(1e-3)).init(adapter)
     entries = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
