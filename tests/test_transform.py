@@ -1,4 +1,4 @@
-"""Rules, initialisation, pass-through of arguments, dropout, and what is refused."""
+"""Rules, initialization, pass-through of arguments, dropout, NNX modules, and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jlora._tree import flatten_with_paths
 
 
 class Model(nn.Module):
-    """An encoder with everything a rule can name."""
+    """An encoder with every kind of weight that a rule can match."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False, mode: str | None = None) -> Any:
@@ -230,7 +230,7 @@ def test_init_a_is_uniform_in_fan_in_bound() -> None:
     bound = 1 / math.sqrt(100)
     assert a.shape == (5, 20, 40)
     assert np.abs(a).max() <= bound
-    # 4000 uniform draws: their deviation is bound / sqrt(3) to within 3 standard errors (2 %).
+    # The std of 4000 uniform draws is bound / sqrt(3) to within 3 standard errors (2 %).
     np.testing.assert_allclose(a.std(), bound / math.sqrt(3), rtol=0.02)
     assert np.abs(a).max() > 0.99 * bound
     np.testing.assert_array_equal(adapter["w"].b, 0)
@@ -245,7 +245,7 @@ def test_init_embedding_has_zero_a_normal_b() -> None:
             jax.random.key(0), {"table": jnp.ones((9, 100))}, jnp.arange(3)
         ).values()
     np.testing.assert_array_equal(leaf.a, 0)
-    # 4000 draws of deviation one: within 3 standard errors.
+    # 4000 draws of standard deviation one: within 3 standard errors.
     np.testing.assert_allclose(np.std(leaf.b), 1, rtol=0.04)
 
 
@@ -414,7 +414,7 @@ def test_merge_rounds_once_keeps_dtype_and_boxes() -> None:
     assert got.names == kernel.names
     assert got.value.dtype == jnp.bfloat16
     nearest = exact.astype(np.float32).astype(jnp.bfloat16)
-    # A float32 sum next to a tie may round the other way: never by more than one spacing.
+    # A float32 sum next to a tie may round the other way, by at most one spacing.
     np.testing.assert_allclose(np.float64(got.value), np.float64(nearest), rtol=2**-8)
     assert (np.asarray(got.value) == nearest).mean() > 0.9
 
@@ -440,10 +440,10 @@ def test_dropout_acts_on_input_of_a() -> None:
     params = {"w": jnp.zeros((500, 4))}
     x = jnp.ones((40, 500))
     adapter = lora.init(jax.random.key(0), params, x)
-    # With A = 1 and B the identity, the output counts what was kept.
+    # With A = 1 and B the identity, the output counts the inputs that were not dropped.
     counting = {"w": dataclasses.replace(adapter["w"], a=jnp.ones((500, 4)), b=jnp.eye(4))}
     kept = np.asarray(lora.apply(params, counting, x, dropout_key=jax.random.key(5))) / 500
-    # Each entry is a mean of 500 draws of 0 or 4/3: deviation 0.026, the mean of 40 rows 0.004.
+    # Each entry is a mean of 500 draws of 0 or 4/3: std 0.026, and 0.004 of a mean of 40 rows.
     np.testing.assert_allclose(kept.mean(), 1, atol=0.015)
     assert 0.01 < kept[:, 0].std() < 0.05
     base = lora.apply(
@@ -497,7 +497,7 @@ def test_dropout_gathered_experts_by_row() -> None:
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=1, alpha=1, dropout=0.5))
     adapter = jax.tree.map(jnp.ones_like, lora.init(jax.random.key(0), params, x))
     kept = lora.apply(params, adapter, x, dropout_key=jax.random.key(1))[:, 0] / 2
-    # Sums of fifty draws of 0 or 1 (after the rescaling by two): 25 with a deviation of 3.5.
+    # Sums of fifty draws of 0 or 1 (after the rescaling by two): mean 25, std 3.5.
     np.testing.assert_array_less(np.abs(kept - 25), 5 * 3.5)
     assert len(set(np.asarray(kept).tolist())) > 1
 
@@ -516,7 +516,8 @@ def test_dropout_gradient_matches_differences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("weight_norm", "not only used by products"), ("in_custom_vjp", "custom_vjp")]
+    ("name", "reason"),
+    [("weight_norm", "not only used by products"), ("in_custom_vjp", "custom_vjp")],
 )
 def test_dropout_without_known_input_raises(name: str, reason: str) -> None:
     one = case(name, "float32")

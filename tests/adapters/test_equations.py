@@ -1,5 +1,4 @@
-"""Families without an oracle, and those with more than a formula, against the papers' equations in
-NumPy."""
+"""Adapter methods against the equations of their papers, written in NumPy."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ import jlora
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(6, 5)).astype(np.float32)
 X = RNG.normal(size=(4, 6)).astype(np.float32)
-# float32 against float64: sums of at most 30 products of numbers near one.
+# float32 against float64: sums of at most 30 products of values near one.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def made(config: Any, w: np.ndarray = W, x: np.ndarray = X) -> tuple[Any, Any, Any]:
-    """A transform of one product, its parameters, and an adapter off zero."""
+def build(config: Any, w: np.ndarray = W, x: np.ndarray = X) -> tuple[Any, Any, Any]:
+    """A transform of one product, its parameters, and an adapter moved off zero."""
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], {"w": config})
     params = {"w": jax.device_put(w)}
     return lora, params, moved(lora.init(jax.random.key(0), params, x))
@@ -41,7 +40,7 @@ def float64(*arrays: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.adamw(0.1, weight_decay=0.3)])
 def test_lora_optimizer_lr_multiplier_scales_b(inner: Any) -> None:
-    _, _, adapter = made(jlora.LoRA(rank=2, alpha=3))
+    _, _, adapter = build(jlora.LoRA(rank=2, alpha=3))
     gradient = jax.tree.map(jnp.sin, adapter)
     plain, plus = jlora.lora_optimizer(inner), jlora.lora_optimizer(inner, lr_multipliers={"b": 16})
     expected, _ = plain.update(gradient, plain.init(adapter), adapter)
@@ -51,7 +50,7 @@ def test_lora_optimizer_lr_multiplier_scales_b(inner: Any) -> None:
 
 
 def test_lora_optimizer_invalid_multiplier_raises() -> None:
-    _, _, adapter = made(jlora.LoRA(rank=2, alpha=3))
+    _, _, adapter = build(jlora.LoRA(rank=2, alpha=3))
     with pytest.raises(ValueError, match=r"lr_multipliers must.*\['a', 'b'\], got \['magnitude'\]"):
         jlora.lora_optimizer(optax.sgd(0.1), lr_multipliers={"magnitude": 2}).init(adapter)
     with pytest.raises(ValueError, match=r"lr_multipliers\['b'\] must be positive, got 0"):
@@ -68,23 +67,23 @@ def test_lora_fa_backward_saves_no_layer_input() -> None:
 
     def model(params: Any, x: jax.Array) -> jax.Array:
         for w in params:
-            # A step function has no derivative to keep x for, so only the adapter would.
+            # A step function has no derivative, so only the adapter can need x.
             x = x @ w + lax.stop_gradient(jnp.sign(x))
         return x
 
     params = [jnp.ones((width, width)) for _ in range(depth)]
     x = jnp.ones((tokens, width))
 
-    def kept(config: Any) -> list[tuple[int, ...]]:
-        """The shapes of what the backward pass keeps of the tokens."""
+    def saved_arrays(config: Any) -> list[tuple[int, ...]]:
+        """The shapes of the arrays with a token axis that the backward pass saves."""
         lora = jlora.lora_transform(model, config)
         adapter = lora.init(jax.random.key(0), params, x)
         _, pull_back = jax.vjp(lambda adapter: lora.apply(params, adapter, x), adapter)
         return sorted(leaf.shape for leaf in jax.tree.leaves(pull_back) if tokens in leaf.shape)
 
     ranks = [(tokens, rank)] * depth
-    assert kept(jlora.LoRA(rank=rank, alpha=4)) == ranks + [(tokens, width)] * depth
-    assert kept(jlora.LoRAFA(rank=rank, alpha=4)) == ranks
+    assert saved_arrays(jlora.LoRA(rank=rank, alpha=4)) == ranks + [(tokens, width)] * depth
+    assert saved_arrays(jlora.LoRAFA(rank=rank, alpha=4)) == ranks
 
 
 def test_lora_fa_embedding_has_random_a() -> None:
@@ -100,7 +99,7 @@ def test_lora_fa_embedding_has_random_a() -> None:
 @pytest.mark.parametrize("through", [False, True])
 def test_dora_gradients_match_paper(through: bool) -> None:
     config = jlora.DoRA(rank=2, alpha=3, through_norm=through)
-    lora, params, adapter = made(config)
+    lora, params, adapter = build(config)
 
     def reference(arrays: Any) -> jax.Array:
         a, b, m = arrays
@@ -124,12 +123,14 @@ def test_dora_weight_norm_matches_materialized(dtype: str) -> None:
     a, b = float64(leaf.a, leaf.b)
     expected = np.linalg.norm(np.float64(w) + 1.5 * a @ b, axis=0)
     # In bfloat16 A is split in two parts of 8 bits.
-    np.testing.assert_allclose(leaf.weight_norm(w)[0], expected, rtol=1e-6 if dtype == "float32" else 1e-4)
+    np.testing.assert_allclose(
+        leaf.weight_norm(w)[0], expected, rtol=1e-6 if dtype == "float32" else 1e-4
+    )
 
 
 def test_law_dora_gradients_exact_near_zero_gain() -> None:
-    """The gain's gradient is taken from the result, which a gain of zero makes zero."""
-    lora, params, adapter = made(jlora.DoRA(rank=2, alpha=3))
+    """The gain's gradient is computed from the result, which is zero for a gain of zero."""
+    lora, params, adapter = build(jlora.DoRA(rank=2, alpha=3))
     magnitude = np.array(adapter["w"].magnitude)
     magnitude[[0, 1, 3]] = 0.0, 1e-30, -0.4
     adapter = {"w": dataclasses.replace(adapter["w"], magnitude=magnitude)}
@@ -151,7 +152,7 @@ def test_law_dora_gradients_exact_near_zero_gain() -> None:
 
 
 def test_law_dora_saves_no_extra_residuals() -> None:
-    """In a scan, where what is kept is what the program says and no compiler mends it."""
+    """Tested in a scan, where the compiler cannot remove saved arrays."""
     layers, rows, width = 3, 64, 32
     x = jax.device_put(np.ones((rows, width), jnp.bfloat16))
     drawn = np.random.default_rng(0).normal(size=(layers, width, width))
@@ -160,7 +161,7 @@ def test_law_dora_saves_no_extra_residuals() -> None:
     def forward(params: Any, x: jax.Array) -> jax.Array:
         return lax.scan(lambda x, w: (jax.nn.silu(x @ w), None), x, params["w"])[0]
 
-    def kept(config: Any) -> list[tuple[tuple[int, ...], str]]:
+    def saved_arrays(config: Any) -> list[tuple[tuple[int, ...], str]]:
         lora = jlora.lora_transform(forward, {"w": config})
         adapter = lora.init(jax.random.key(1), params, x)
         _, backward = jax.vjp(lambda adapter: lora.apply(params, adapter, x), adapter)
@@ -169,7 +170,7 @@ def test_law_dora_saves_no_extra_residuals() -> None:
         ]
         return sorted((array.shape, str(array.dtype)) for array in arrays)
 
-    assert kept(jlora.DoRA(rank=2, alpha=2)) == kept(jlora.LoRA(rank=2, alpha=2))
+    assert saved_arrays(jlora.DoRA(rank=2, alpha=2)) == saved_arrays(jlora.LoRA(rank=2, alpha=2))
 
 
 def test_dora_pissa_on_residual_base_is_base() -> None:
@@ -186,7 +187,7 @@ def test_dora_pissa_on_residual_base_is_base() -> None:
 
 def test_dylora_step_equals_truncated_rank() -> None:
     config = jlora.DyLoRA(rank=4, alpha=3, min_rank=2)
-    lora, params, adapter = made(config)
+    lora, params, adapter = build(config)
     a, b, w, x = float64(adapter["w"].a, adapter["w"].b, W, X)
     truncated = {n: x @ (w + 3 / n * a[:, :n] @ b[:n]) for n in (2, 3, 4)}
     seen = set()
@@ -218,7 +219,7 @@ def test_dylora_layers_share_step_rank() -> None:
 
 
 def test_dylora_last_only_trains_last_rank() -> None:
-    lora, params, adapter = made(jlora.DyLoRA(rank=4, alpha=3, last_only=True))
+    lora, params, adapter = build(jlora.DyLoRA(rank=4, alpha=3, last_only=True))
     for seed in range(4):
         key = jax.random.key(seed)
         loss = lambda a, key=key: total(lora.apply(params, a, X, dropout_key=key))
@@ -228,10 +229,10 @@ def test_dylora_last_only_trains_last_rank() -> None:
 
 
 def test_truncate_rank_untrained_raises() -> None:
-    _, _, adapter = made(jlora.DyLoRA(rank=4, alpha=3, min_rank=2))
+    _, _, adapter = build(jlora.DyLoRA(rank=4, alpha=3, min_rank=2))
     with pytest.raises(ValueError, match=r"rank=1 was not trained on 'w': its ranks are 2 to 4"):
         jlora.truncate_rank(adapter, 1)
-    _, _, plain = made(jlora.LoRA(rank=4, alpha=3))
+    _, _, plain = build(jlora.LoRA(rank=4, alpha=3))
     with pytest.raises(ValueError, match=r"no DyLoRA leaf.*jlora.to_lora"):
         jlora.truncate_rank(plain, 2)
 
@@ -240,7 +241,7 @@ def test_truncate_rank_untrained_raises() -> None:
 
 
 def test_soft_threshold_matches_paper() -> None:
-    _, _, adapter = made(jlora.SoRA(rank=3, alpha=3))
+    _, _, adapter = build(jlora.SoRA(rank=3, alpha=3))
     gradient = jax.tree.map(jnp.cos, adapter)
     rate, strength = 0.1, 4.0
     optimizer = optax.chain(optax.sgd(rate), jlora.soft_threshold(rate * strength))
@@ -255,14 +256,14 @@ def test_soft_threshold_matches_paper() -> None:
 
 
 def test_soft_threshold_schedule_and_errors() -> None:
-    _, _, adapter = made(jlora.SoRA(rank=3, alpha=3))
+    _, _, adapter = build(jlora.SoRA(rank=3, alpha=3))
     shrink = jlora.soft_threshold(lambda step: jnp.where(step == 0, 0.0, 100.0))
     zero = jax.tree.map(jnp.zeros_like, adapter)
     first, state = shrink.update(zero, shrink.init(adapter), adapter)
     np.testing.assert_array_equal(first["w"].gate, 0)
     second, _ = shrink.update(zero, state, adapter)
     np.testing.assert_array_equal(second["w"].gate, -adapter["w"].gate)
-    _, _, plain = made(jlora.LoRA(rank=3, alpha=3))
+    _, _, plain = build(jlora.LoRA(rank=3, alpha=3))
     with pytest.raises(ValueError, match=r"label='gate' must be.*got \['a', 'b'\]"):
         jlora.soft_threshold(0.1).init(plain)
     with pytest.raises(ValueError, match=r"threshold must be 0.0 or more, got -1"):
@@ -353,7 +354,7 @@ def test_adalora_rank_allocator_matches_paper() -> None:
             scores[path] = s["s"] + s["a"].mean(-2) + s["b"].mean(-1)
             for n in "asb":
                 ours[path][n] = ours[path][n] - rate * np.float64(getattr(gradient[path], n))
-        # Equation 12 and the choice.
+        # Equation 12, and the selection of the ranks.
         left = (1 - (step - 3) / (12 - 3 - 2)) ** 3 if 3 <= step <= 10 else float(step < 3)
         budget = round(last_count + (total_count - last_count) * left)
         if 3 < step <= 10 and (step % 2 == 0 or step == 10):
@@ -392,27 +393,29 @@ def test_adalora_rank_allocator_invalid_raises(changes: Any, message: str) -> No
         jlora.adalora_rank_allocator(optax.sgd(0.1), **{**fits, **changes})
     optimizer = jlora.adalora_rank_allocator(optax.sgd(0.1), **fits)
     with pytest.raises(ValueError, match=r"needs an AdaLoRA leaf.*jlora.AdaLoRA"):
-        optimizer.init(made(jlora.LoRA(rank=2, alpha=1))[2])
-    with pytest.raises(ValueError, match=r"target_rank=9 must be at most the adapter's rank, got 2"):
+        optimizer.init(build(jlora.LoRA(rank=2, alpha=1))[2])
+    with pytest.raises(
+        ValueError, match=r"target_rank=9 must be at most the adapter's rank, got 2"
+    ):
         jlora.adalora_rank_allocator(optax.sgd(0.1), **{**fits, "target_rank": 9}).init(
-            made(jlora.AdaLoRA(rank=2, alpha=1))[2]
+            build(jlora.AdaLoRA(rank=2, alpha=1))[2]
         )
 
 
 def test_orthogonal_regularizer_matches_paper() -> None:
-    _, _, adapter = made(jlora.AdaLoRA(rank=3, alpha=3))
+    _, _, adapter = build(jlora.AdaLoRA(rank=3, alpha=3))
     a, b = float64(adapter["w"].a, adapter["w"].b)
     expected = ((a.T @ a - np.eye(3)) ** 2).sum() + ((b @ b.T - np.eye(3)) ** 2).sum()
     np.testing.assert_allclose(
         jlora.orthogonal_regularizer({"adapter": adapter}), expected, rtol=1e-5
     )
     with pytest.raises(ValueError, match="needs an AdaLoRA leaf"):
-        jlora.orthogonal_regularizer(made(jlora.LoRA(rank=2, alpha=1))[2])
+        jlora.orthogonal_regularizer(build(jlora.LoRA(rank=2, alpha=1))[2])
 
 
 def test_subspace_overlap_matches_inputs() -> None:
-    _, _, one = made(jlora.LoRA(rank=3, alpha=3))
-    other = moved(made(jlora.LoRA(rank=2, alpha=3))[2], 7)
+    _, _, one = build(jlora.LoRA(rank=3, alpha=3))
+    other = moved(build(jlora.LoRA(rank=2, alpha=3))[2], 7)
     a, b = float64(one["w"].a, other["w"].a)
     np.testing.assert_allclose(
         jlora.subspace_overlap(one, other), ((a.T @ b) ** 2).sum(), rtol=1e-5
@@ -427,7 +430,7 @@ def test_subspace_overlap_matches_inputs() -> None:
 
 
 def test_weight_decay_mask_selects_factors() -> None:
-    _, _, adapter = made(jlora.DoRA(rank=2, alpha=3))
+    _, _, adapter = build(jlora.DoRA(rank=2, alpha=3))
     mask = jlora.weight_decay_mask(adapter)["w"]
     assert (mask.a, mask.b, mask.magnitude) == (True, True, False)
     zero = jax.tree.map(jnp.zeros_like, adapter)
@@ -438,11 +441,11 @@ def test_weight_decay_mask_selects_factors() -> None:
         np.testing.assert_array_equal(updates["w"].magnitude, 0)
 
 
-# --- the mixture ---------------------------------------------------------------------------------
+# --- LoRAMoE -------------------------------------------------------------------------------------
 
 
 def gates(x: np.ndarray, router: np.ndarray, top_k: int) -> tuple[np.ndarray, float]:
-    """Mixtral's gate and Switch's loss, written out."""
+    """Mixtral's gate and the load-balancing loss of Switch Transformers, in NumPy."""
     scores = x @ router
     weights = np.zeros_like(scores)
     for row, score in enumerate(scores):
@@ -455,7 +458,7 @@ def gates(x: np.ndarray, router: np.ndarray, top_k: int) -> tuple[np.ndarray, fl
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_lora_moe_matches_equation_and_aux_loss(top_k: int) -> None:
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=2, alpha=3, top_k=top_k))
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=2, alpha=3, top_k=top_k))
     a, b, router, w, x = float64(adapter["w"].a, adapter["w"].b, adapter["w"].router, W, X)
     weights, balance = gates(x, router, top_k)
     updates = np.einsum("ti,eir,ero->teo", x, a, b)
@@ -468,7 +471,7 @@ def test_lora_moe_matches_equation_and_aux_loss(top_k: int) -> None:
 
 def test_aux_loss_is_one_when_balanced() -> None:
     x = np.eye(6, dtype=np.float32)
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=1, alpha=1, top_k=1), x=x)
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=1, alpha=1, top_k=1), x=x)
     router = np.tile(np.eye(3, dtype=np.float32), (2, 1))
     alike = {"w": dataclasses.replace(adapter["w"], router=router)}
     run = jax.jit(jax.value_and_grad(lambda a: lora.apply_with_aux_loss(params, a, x)[1]))
@@ -477,19 +480,21 @@ def test_aux_loss_is_one_when_balanced() -> None:
     worse, gradient = run({"w": dataclasses.replace(adapter["w"], router=further)})
     assert worse > 1.5
     gradient = gradient["w"]
-    assert (gradient.router[:, 0] > 0).all()  # Less of the expert that everyone uses.
+    assert (
+        gradient.router[:, 0] > 0
+    ).all()  # Decreases the score of the expert that all inputs use.
     np.testing.assert_array_equal(gradient.a, 0)
 
 
 def test_lora_moe_ties_use_only_top_k() -> None:
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
     leaf = dataclasses.replace(adapter["w"], router=np.zeros((6, 3), np.float32))
     updates = np.einsum("ti,eir,ero->teo", X, leaf.a, leaf.b)
     output = lora.apply(params, {"w": leaf}, X)
     np.testing.assert_allclose(output, X @ W + (updates[:, 0] + updates[:, 1]) / 2, **FLOAT32)
 
 
-def balance_of(fn: Any, params: Any, x: Any) -> float:
+def aux_loss_of(fn: Any, params: Any, x: Any) -> float:
     lora = jlora.lora_transform(fn, {"w": jlora.LoRAMoE(num_experts=3, rank=2, alpha=3)})
     adapter = moved(lora.init(jax.random.key(0), params, x))
 
@@ -531,10 +536,10 @@ def test_aux_loss_same_in_all_control_flow() -> None:
         )  # fmt: skip
         return run(p, x)
 
-    expected = balance_of(unrolled, {"w": layers}, x)
+    expected = aux_loss_of(unrolled, {"w": layers}, x)
     assert expected > 2  # Three mixtures, each near one.
     for fn in (scanned, in_cond, mapped, jax.jit(unrolled)):
-        np.testing.assert_allclose(balance_of(fn, {"w": layers}, x), expected, rtol=1e-5)
+        np.testing.assert_allclose(aux_loss_of(fn, {"w": layers}, x), expected, rtol=1e-5)
 
 
 def test_aux_loss_without_moe_is_zero() -> None:
@@ -579,7 +584,7 @@ def test_lora_moe_without_known_input_raises() -> None:
 @pytest.mark.filterwarnings("ignore:.*exceeds the weight's own rank")
 def test_dropout_acts_on_update_input(config: Any) -> None:
     x = np.eye(6, dtype=np.float32)
-    lora, params, adapter = made(config, x=x)
+    lora, params, adapter = build(config, x=x)
     apply = jax.jit(lora.apply)
     whole = apply(params, adapter, x)
     plain = {p: dataclasses.replace(v) for p, v in adapter.items()}
@@ -587,7 +592,7 @@ def test_dropout_acts_on_update_input(config: Any) -> None:
     drop = jax.jit(lambda key: lora.apply(params, adapter, x, dropout_key=key))
     outputs = np.stack([drop(jax.random.key(seed)) for seed in range(300)])
     assert not np.array_equal(outputs[0], outputs[1])
-    # Each row of the update is there doubled or not at all, so the mean is the whole: within 4
+    # Each row of the update is either doubled or zero, so the mean is the full update: within 4
     # standard errors of a coin's mean, 4 / sqrt(300).
     update = np.asarray(whole) - base_output(adapter, params, x)
     seen = outputs - base_output(adapter, params, x)
@@ -598,7 +603,7 @@ def test_dropout_acts_on_update_input(config: Any) -> None:
 
 
 def base_output(adapter: Any, params: Any, x: np.ndarray) -> np.ndarray:
-    """What the base alone gives, with DoRA's gains on it."""
+    """The output of the base alone, with DoRA's gains on it."""
     leaf = adapter["w"]
     product = x @ np.asarray(params["w"])
     if hasattr(leaf, "magnitude"):
@@ -618,13 +623,13 @@ def test_contraction_intermediates_stay_small(family: str) -> None:
         "lokr": jlora.LoKr(rank=1, alpha=1),
         "vera": jlora.VeRA(rank=3),
     }
-    lora, params, adapter = made(
+    lora, params, adapter = build(
         configs[family], np.ones((fan_in, fan_out), np.float32), np.ones((tokens, fan_in))
     )
     run = lambda a, x: lora.apply(params, a, x)
     jaxpr = jax.make_jaxpr(run)(adapter, jnp.ones((tokens, fan_in)))
     largest = max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
-    # One operand after the other would leave tokens x rank x outputs, or inputs x rank x outputs.
+    # In operand order the largest array has tokens x rank x outputs, or inputs x rank x outputs.
     assert largest <= tokens * fan_in
 
 
@@ -637,7 +642,7 @@ def test_dora_bfloat16_small_gain_is_kept() -> None:
     # Half of bfloat16's spacing at one is 0.0039, so a gain in that type would still be one.
     moved = dataclasses.replace(leaf, magnitude=1.003 * leaf.magnitude)
     before, after = (np.float64(lora.apply({"w": w}, {"w": one}, x)) for one in (leaf, moved))
-    # Outputs move by a whole spacing or not at all; 4,000 of them by 0.003 on average.
+    # Outputs change by one spacing or not at all; 4,000 of them by 0.003 on average.
     ratio = (before * after).sum() / (before**2).sum()
     np.testing.assert_allclose(ratio, 1.003, atol=1e-3)
 
@@ -649,7 +654,7 @@ def test_gain_on_mixed_axes_matches_merge(config: Any) -> None:
 
     def fn(p: Any, x: Any) -> Any:
         batched = jnp.einsum("etd,edf->etf", x, p["w"])
-        return batched + jnp.einsum("ed,edf->f", x[:, 0], p["w"])  # Where e is summed over.
+        return batched + jnp.einsum("ed,edf->f", x[:, 0], p["w"])  # Here e is contracted.
 
     lora = jlora.lora_transform(fn, {"w": config})
     adapter = moved(lora.init(jax.random.key(0), params, x))
@@ -682,12 +687,12 @@ def test_aux_loss_stack_sums_each_layer() -> None:
     router[0, :, 0] = router[1, :, 1] = 5
     leaf = dataclasses.replace(adapter["w"], router=router)
     _, loss = lora.apply_with_aux_loss(params, {"w": leaf}, x)
-    # Each sends everything to one of its two experts: two for each, and not one for both.
+    # Each layer routes all inputs to one of its two experts: a loss of two per layer.
     np.testing.assert_allclose(loss, 4, rtol=1e-5)
 
 
 def test_lora_moe_ties_below_best_keep_best() -> None:
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
     router = np.tile(np.array([1, 1, 2], np.float32), (6, 1))
     x = np.ones((1, 6), np.float32)
     leaf = dataclasses.replace(adapter["w"], router=router)

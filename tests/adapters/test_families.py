@@ -1,4 +1,4 @@
-"""The laws, for every family on every kind of layer that it is defined for."""
+"""The laws, for every adapter method on every kind of layer that it supports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from jlora.adapters.base import count_trainable_elements, get_adapter_leaves
 from jlora.interpreter.factored_array import record_materialized
 
 OTHERS = sorted(set(DIFFERENTIABLE) - set(LAYERS))
-REST = sorted(set(FAMILIES) - {"lora"})  # LoRA itself has all of test_laws.py.
+REST = sorted(set(FAMILIES) - {"lora"})  # test_laws.py covers LoRA.
 EMBEDDINGS = {"embed", "tied_embedding", "look_up_with_a_filling", "looked_up_rows_joined"}
 
 
@@ -43,14 +43,14 @@ def kinds(layer: str) -> set[str]:
     return {"convolution"} if "conv" in layer else {"linear"}
 
 
-# What a family takes but the laws cannot be seen on.
+# Supported pairs on which the laws cannot be observed.
 UNTESTABLE = {
-    ("ia3", "weight_norm"),  # The norm takes a gain on the outputs out again.
-    # Uses that meet a part of an input, which a mixture's router would have to see whole.
+    ("ia3", "weight_norm"),  # The norm cancels a gain on the outputs.
+    # Uses of a part of the input, but LoRAMoE's router needs the full input.
     ("mixture", "concatenated_inputs"),
     ("mixture", "used_twice"),
     ("mixture", "strided_slices"),
-    # A mixture is no function of a weight, which a rule of the model's own could differentiate.
+    # LoRAMoE is not a function of a weight, which a custom derivative could differentiate.
     ("mixture", "in_custom_vjp"),
     ("mixture", "in_custom_vjp_true"),
     ("mixture", "in_custom_jvp"),
@@ -63,9 +63,9 @@ def grid(layers: list[str]) -> list[Any]:
     return [pytest.param(*pair, id="-".join(pair)) for pair in pairs if pair not in UNTESTABLE]
 
 
-# Families whose terms are made alike. On the other layers they take turns in the slow group, where
-# each way to make a term so meets every layer; the group named grid has the rest.
-KIN = [
+# Methods with the same kind of terms. On the other layers they alternate in the slow group, so that
+# each kind of term is tested on every layer; the group named grid has the rest.
+RELATED = [
     ["lora_fa", "adalora", "vera"],
     ["dylora", "sora", "vb_lora"],
     ["dora", "dora_through_norm"],
@@ -74,13 +74,13 @@ KIN = [
     ["fourierft", "fourierft_whole"],
     ["ia3", "ia3_inputs"],
 ]
-TURNS = {family: (number, len(kin)) for kin in KIN for number, family in enumerate(kin)}
+TURNS = {family: (number, len(group)) for group in RELATED for number, family in enumerate(group)}
 
 
 def group_of(family: str, layer: str) -> Any:
     number, count = TURNS.get(family, (0, 1))
-    has_its_turn = OTHERS.index(layer) % count == number
-    return pytest.mark.slow if has_its_turn else pytest.mark.grid
+    is_turn = OTHERS.index(layer) % count == number
+    return pytest.mark.slow if is_turn else pytest.mark.grid
 
 
 GRID = grid(LAYERS) + [
@@ -88,8 +88,8 @@ GRID = grid(LAYERS) + [
 ]
 
 
-def built(family: str, layer: str, dtype: str = "float32") -> Case:
-    """The case, or a skip after the family has refused the layer by name."""
+def case_or_skip(family: str, layer: str, dtype: str = "float32") -> Case:
+    """The case; skips when the method rejects the layer with an error that names it."""
     config = FAMILIES[family].config
     try:
         return case(layer, dtype, family)
@@ -102,7 +102,7 @@ def built(family: str, layer: str, dtype: str = "float32") -> Case:
         if family == "fourierft_whole":
             refused |= "entries" in text
         assert refused, text
-        pytest.skip("refused by name")
+        pytest.skip("the method rejects this layer")
 
 
 def ones(*shape: int) -> jax.Array:
@@ -110,15 +110,15 @@ def ones(*shape: int) -> jax.Array:
 
 
 def close(values: Any, truth: Any, relative: float = 3e-5) -> None:
-    """Float32 sums of at most 60 products, in another order."""
+    """Checks float32 sums of at most 60 products, in another order."""
     for error, size in errors(values, truth):
         assert error <= relative * (1 + size), (error, size)
 
 
 @pytest.mark.parametrize(("family", "layer"), GRID)
 def test_laws_hold(family: str, layer: str) -> None:
-    """One test for a family and a layer, because what they compile is shared."""
-    one = built(family, layer)
+    """One test per method and layer, because the laws share compiled programs."""
+    one = case_or_skip(family, layer)
     law_apply_equals_merge_with_gradients(one, family)
     law_fresh_adapter_is_base(one, family)
     law_gradient_forms_no_frozen_weight_shape(one, family)
@@ -155,9 +155,9 @@ def law_fresh_adapter_is_base(one: Case, family: str) -> None:
     assert max(error for error, _ in errors(one.output, base)) > 1e-4, "nothing was adapted"
 
 
-# Where an update cannot follow what the model does with the weight, its sum is formed: a Kronecker
-# factor's axis cannot be cut or joined, and a gain along one part says nothing of the others.
-SUMMED = {
+# Layers whose operations on the weight an update cannot follow, so that the weight is materialized:
+# a Kronecker factor's axis cannot be sliced or joined, nor a gain extended beyond its part.
+MATERIALIZED = {
     "fused_qkv": {"lokr", "lokr_pairs"},
     "concatenated_inputs": {
         *("lokr", "lokr_tucker", "lokr_pairs"),
@@ -173,16 +173,18 @@ def law_gradient_forms_no_frozen_weight_shape(one: Case, family: str) -> None:
     sized = any("full-size" in row.adapter for row in rows)
     name = one.layer.name
     if one.layer in [BY_NAME[layer] for layer in LAYERS]:
-        assert summed == (one.layer.dense or family == "full" or family in SUMMED.get(name, ()))
+        assert summed == (
+            one.layer.dense or family == "full" or family in MATERIALIZED.get(name, ())
+        )
     assert sized == (family in WEIGHT_SIZED - {"full"}) or family.startswith("fourierft")
     shapes = {row.shape for row in rows}
-    for row in rows:  # And of each of a stack.
+    for row in rows:  # And those of one entry of a stack.
         batch = row.axes.batch if row.axes else ()
         shapes.add(tuple(n for axis, n in enumerate(row.shape) if axis not in batch))
     found = weight_shaped_products(one.program.as_text(), shapes, with_slices=False)
     if name.startswith("in_custom"):
-        # A rule of the model's own hands back the weight's gradient; Hadamard products and gains
-        # need it whole.
+        # A custom derivative returns the weight's gradient, which Hadamard products and gains need
+        # at full size.
         return
     assert summed or sized or not found, found
 
@@ -221,7 +223,7 @@ def test_lora_optimizer_skips_frozen_arrays(
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat", "conv_groups", "embed"])
 def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
-    one = built(family, layer)
+    one = case_or_skip(family, layer)
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]
     apart = [one.compiled(one.params, adapter, *one.inputs) for adapter in adapters]
     stack = lambda trees: jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *trees)
@@ -232,11 +234,11 @@ def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat"])
 def test_apply_sharded_equals_unsharded(family: str, layer: str) -> None:
-    one = built(family, layer)
+    one = case_or_skip(family, layer)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     def place(array: jax.Array) -> jax.Array:
-        # Whatever axis four devices can share, and an input's first axis over two.
+        # The first axis of even size, over two devices.
         spec = [None] * array.ndim
         for axis, size in enumerate(array.shape):
             if size % 2 == 0:
@@ -265,7 +267,7 @@ def test_apply_second_adapter_does_not_recompile(family: str) -> None:
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["attention", "linen_scan", "conv_2d"])
 def test_save_load_is_bitwise_equal(family: str, layer: str, tmp_path: Any) -> None:
-    one = built(family, layer)
+    one = case_or_skip(family, layer)
     path = tmp_path / "adapter.safetensors"
     jlora.save_adapter(path, one.adapter, one.params)
     loaded = jlora.load_adapter(path, one.params)
@@ -274,7 +276,7 @@ def test_save_load_is_bitwise_equal(family: str, layer: str, tmp_path: Any) -> N
 
 
 def formula_num_params(family: str) -> Any:
-    """What the formula of the table gives for a weight (6, 10), and the config."""
+    """The number of parameters by the table's formula, for a weight (6, 10)."""
     config = FAMILIES[family].config
     names = {"d": 6, "k": 10, "r": getattr(config, "rank", None), "n": 0, "e": 0, "h": 0, "b": 1}
     names |= {"n": getattr(config, "num_frequencies", 0), "e": getattr(config, "num_experts", 0)}
@@ -303,7 +305,7 @@ def test_readme_methods_table_is_current() -> None:
     assert format_families_table() in readme
 
 
-# --- what is shared ------------------------------------------------------------------------------
+# --- shared arrays -------------------------------------------------------------------------------
 
 
 def test_vera_shared_pair_is_stored_once() -> None:
@@ -338,7 +340,7 @@ def test_apply_missing_shared_arrays_raises() -> None:
         one.lora.apply(one.params, part, *one.inputs)
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,10 @@ def test_apply_missing_shared_arrays_raises() -> None:
         ),
         (lambda: jlora.HiRA(rank=2, init=jlora.initializers.olora()), "starts at zero"),
         (lambda: jlora.FourierFT(num_frequencies=0), "frequencies=0 must be a positive integer"),
-        (lambda: jlora.FourierFT(num_frequencies=2, std=-1.0), "std=-1.0 must be a standard deviation"),
+        (
+            lambda: jlora.FourierFT(num_frequencies=2, std=-1.0),
+            "std=-1.0 must be a standard deviation",
+        ),
         (lambda: jlora.IA3(apply_to="values"), "apply_to='values' must be"),
         (lambda: jlora.VBLoRA(num_vectors=2, top_k=3), "top_k=3 exceeds num_vectors=2"),
         (lambda: jlora.LoRAMoE(num_experts=2, rank=2, alpha=1, top_k=3), "exceeds num_experts=2"),
@@ -377,14 +382,16 @@ def test_init_shapes_only_raises_if_values_needed() -> None:
         lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
         with pytest.raises(TypeError, match=r"numbers of 'w'.*loaded parameters"):
             lora.init(jax.random.key(0), shapes, x)
-        assert lora.explain(shapes, x).trainable_params  # Which needs none.
+        assert lora.explain(shapes, x).trainable_params  # explain needs no values.
 
 
 def test_vb_lora_indivisible_length_raises() -> None:
     lora = jlora.lora_transform(
         lambda p, x: x @ p["w"], {"w": jlora.VBLoRA(rank=2, num_vectors=4, vector_length=4)}
     )
-    with pytest.raises(ValueError, match=r"vector_length=4 does not divide its 6 inputs and 8 outputs"):
+    with pytest.raises(
+        ValueError, match=r"vector_length=4 does not divide its 6 inputs and 8 outputs"
+    ):
         lora.init(jax.random.key(0), {"w": ones(6, 8)}, ones(2, 6))
 
 

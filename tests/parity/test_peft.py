@@ -1,4 +1,4 @@
-"""Every family against what PEFT computed: data/ was written by make_peft_data.py."""
+"""Every adapter method against PEFT's results, in data/, which make_peft_data.py writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
 
 DATA = pathlib.Path(__file__).parent / "data"
 Arrays = dict[str, np.ndarray]
-# float32 sums of at most 60 products of numbers near one; outputs and weights are below 20.
+# float32 sums of at most 60 products of values near one; outputs and weights are below 20.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -136,7 +136,7 @@ def ia3(t: Mapping[str, np.ndarray], kind: str) -> Any:
 
 
 def config_of(name: str, case: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """jlora's config for a case, and what converts its arrays."""
+    """jlora's config for a case, and the function that converts its arrays."""
     rank, alpha = case.get("r"), case.get("lora_alpha", case.get("alpha"))
     tucker = bool(case.get("use_effective_conv2d"))
     configs = {
@@ -167,7 +167,7 @@ def config_of(name: str, case: dict[str, Any]) -> tuple[Any, Callable[..., Any]]
 
 
 def filled(adapter: dict[str, Any], path: str, arrays: Arrays) -> dict[str, Any]:
-    """The adapter with one leaf's arrays replaced by others of the same shapes."""
+    """The adapter with the arrays of one leaf replaced by others of the same shapes."""
     leaf = adapter[path]
     shapes = {name: shape for name, shape in leaf.shapes().items() if name in arrays}
     assert {name: array.shape for name, array in arrays.items()} == shapes
@@ -288,14 +288,14 @@ def test_fourierft_matches_peft() -> None:
     ft = jlora.lora_transform(linear, {"w": config})
     x = tensors["input"]
     adapter = ft.init(jax.random.key(0), params, x)
-    # PEFT's are those of (out, in), whose transpose ours is.
+    # PEFT's indices are those of (out, in), the transpose of ours.
     ours = sample_frequency_indices(len(spectrum), fields["random_loc_seed"], *params["w"].shape)
     np.testing.assert_array_equal(ours, tensors["indices"][::-1])
     leaf = dataclasses.replace(adapter["w"], spectrum=jnp.asarray(spectrum))
     np.testing.assert_allclose(ft.apply(params, {"w": leaf}, x), tensors["output"], **FLOAT32)
     merged = ft.merge(params, {"w": leaf})["w"]
     np.testing.assert_allclose(merged, tensors["merged/weight"].T, **FLOAT32)
-    # So many entries are transformed; few would be computed as waves, to the same update.
+    # So many entries use the inverse transform; the low-rank form gives the same update.
     waves = build_tensor_network("w", leaf.shape, **leaf._low_rank_expression()._asdict())
     dense = FactoredArray(jnp.zeros(leaf.shape), waves).materialize()
     expected = tensors["merged/weight"].T - tensors["base/weight"].T
@@ -318,7 +318,7 @@ def test_residual_inits_match_peft(name: str, init: Any) -> None:
     x = tensors["input"]
     adapter = lora_.init(jax.random.key(0), params, x)
     base = jlora.residual_base(params, adapter)
-    # Singular vectors have signs of their own; the product has not.
+    # The signs of singular vectors are arbitrary; those of their product are not.
     np.testing.assert_allclose(base["w"], tensors["residual/weight"].T, **FLOAT32)
     theirs = tensors["adapter/lora_B.weight"] @ tensors["adapter/lora_A.weight"]
     np.testing.assert_allclose(adapter["w"].a @ adapter["w"].b, theirs.T, **FLOAT32)
@@ -371,7 +371,7 @@ def test_factorization_matches_peft(size: int, factor: int, first: int) -> None:
 
 def test_data_every_case_is_tested() -> None:
     others = {"vera", "vblora", "fourierft", "pissa", "pissa_niter", "olora", "eva", "lora_ga"}
-    # A bias that PEFT scales with the outputs, and an initialisation that is random: test_inits.
+    # A bias that PEFT scales with the outputs, and a random initialization.
     others |= {"ia3_bias", "orthogonal"}
     assert {path.stem for path in DATA.glob("*.safetensors")} == others | set(ONE_LAYER)
     assert all(path.stat().st_size < 50_000 for path in DATA.glob("*.safetensors"))
