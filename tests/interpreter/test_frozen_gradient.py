@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from _support.cases import moved
 from _support.hlo import weight_shaped_products
 from _support.tiny_transformers import TOKENS, WIDTH, make
 
@@ -24,20 +23,27 @@ def loss(output: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def compiled(kind: str) -> tuple[Any, Any, Any]:
+def compile_programs(kind: str) -> tuple[Any, Any, Any]:
     """Adapter, its compiled gradient, and the floor: forward pass and activation gradients."""
     model = make(kind)
     config = jlora.LoRA(rank=RANK, alpha=RANK)
     lora = jlora.lora_transform(model.forward, {model.adapted: config})
-    adapter = moved(lora.init(jax.random.key(1), model.params, TOKENS))
+    adapter = jax.eval_shape(lora.init, jax.random.key(1), model.params, TOKENS)
     step = jax.jit(jax.grad(lambda a, p: loss(lora.apply(p, a, TOKENS))))
-    rows = jnp.ones((*TOKENS.shape, WIDTH))
+    embedded = jax.ShapeDtypeStruct((*TOKENS.shape, WIDTH), jnp.float32)
     floor = jax.jit(jax.grad(lambda x, p: loss(model.body(p, x))))
     return (
         adapter,
         step.lower(adapter, model.params).compile(),
-        floor.lower(rows, model.params).compile(),
+        floor.lower(embedded, model.params).compile(),
     )
+
+
+@pytest.fixture(params=["linen", "scanned", "nnx"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Kind of the transformer, whose programs are compiled before the test."""
+    compile_programs(request.param)
+    return request.param
 
 
 def flops(program: Any) -> float:
@@ -60,24 +66,21 @@ def adapter_flops(adapter: Any) -> float:
     return total
 
 
-@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
 def test_gradient_flops_have_no_frozen_part(kind: str) -> None:
-    adapter, step, floor = compiled(kind)
+    adapter, step, floor = compile_programs(kind)
     np.testing.assert_allclose(flops(step), flops(floor) + adapter_flops(adapter), rtol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
 def test_gradient_has_no_weight_shaped_product(kind: str) -> None:
-    adapter, step, _ = compiled(kind)
+    adapter, step, _ = compile_programs(kind)
     shapes = {leaf.shape for leaf in adapter.values()}
     assert len(shapes) == 5
     assert not weight_shaped_products(step.as_text(), shapes)
 
 
-@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
 def test_checks_full_fine_tuning_fails_both(kind: str) -> None:
     """Without this, the checks could be void."""
-    adapter, step, floor = compiled(kind)
+    adapter, step, floor = compile_programs(kind)
     model = make(kind)
     full = jax.jit(jax.grad(lambda p: loss(model.forward(p, TOKENS)), allow_int=True))
     program = full.lower(model.params).compile()
@@ -87,7 +90,7 @@ def test_checks_full_fine_tuning_fails_both(kind: str) -> None:
 
 
 def test_optimizer_has_no_frozen_moments() -> None:
-    adapter, _, _ = compiled("scanned")
-    state = jlora.lora_optimizer(optax.adam(1e-3)).init(adapter)
+    adapter, _, _ = compile_programs("scanned")
+    state = jax.eval_shape(jlora.lora_optimizer(optax.adam(1e-3)).init, adapter)
     entries = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert entries == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapter))
