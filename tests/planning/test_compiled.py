@@ -155,12 +155,12 @@ def check(of: Plan, tolerance: float) -> None:
     assert of.measured.flops * of.chips == pytest.approx(arithmetic(of), rel=tolerance)
 
 
-def test_law_a_plan_agrees_with_arithmetic() -> None:
+def test_step_cost_agrees_with_arithmetic() -> None:
     # Three hundredths: what of LoRA's own products the compiler makes in which order.
     check(small(), 0.03)
 
 
-def test_the_kernel_of_the_target_is_in_the_program() -> None:
+def test_lowered_step_has_the_tpu_kernel() -> None:
     assert jax.default_backend() == "cpu"
     assert "tpu_custom_call" in small().lowered.as_text()
     names = {
@@ -172,7 +172,7 @@ def test_the_kernel_of_the_target_is_in_the_program() -> None:
     assert any(name.startswith("splash_mha_fwd") for name in names)
 
 
-def test_xla_counts_the_same_products_when_each_loop_is_counted_once() -> None:
+def test_count_flops_agrees_with_xla() -> None:
     of = small()
     runs = hlo_cost.iter_executed_instructions(
         hlo_cost.parse_hlo(of.compiled.as_text()), count_trips=False
@@ -184,7 +184,7 @@ def test_xla_counts_the_same_products_when_each_loop_is_counted_once() -> None:
     assert 0.95 * xla < products < xla
 
 
-def test_chips_exchange_at_least_the_weights_that_they_lack() -> None:
+def test_ici_bytes_cover_gathered_weights() -> None:
     of = small()
     split = of.measured.memory.arguments["weights"]
     # Each gathers half of what fsdp splits, forward and backward.
@@ -192,7 +192,7 @@ def test_chips_exchange_at_least_the_weights_that_they_lack() -> None:
     assert {"all-gather", "all-reduce"} <= {c.kind for c in of.measured.collectives}
 
 
-def test_an_estimate_is_between_its_terms() -> None:
+def test_estimate_step_time_bounds() -> None:
     of = small()
     found = roofline.estimate_step_time(
         of.measured, of.topology.chip, tokens=of.rows * of.length, chips=of.chips
@@ -201,7 +201,7 @@ def test_an_estimate_is_between_its_terms() -> None:
     assert found.compute_s == of.measured.flops / 197e12
 
 
-def test_what_is_held_at_once_is_told_from_what_is_given_and_returned() -> None:
+def test_step_memory_separates_its_parts() -> None:
     mesh = sharding.make_mesh({"fsdp": 4}, tpu_topology.get_tpu_topology("v5e:2x2").devices)
     n = 2**14
     spec = NamedSharding(mesh, PartitionSpec("fsdp"))
@@ -222,7 +222,7 @@ def test_what_is_held_at_once_is_told_from_what_is_given_and_returned() -> None:
     assert held.temporaries < 0.9 * compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_a_step_that_does_not_fit_is_refused_with_what_it_needs() -> None:
+def test_compile_step_too_large_raises() -> None:
     mesh = sharding.make_mesh({"fsdp": 4}, tpu_topology.get_tpu_topology("v5e:2x2").devices)
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
     n = 2**17
@@ -262,7 +262,5 @@ GRID = [
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
-def test_law_a_plan_of_a_users_size_agrees_with_arithmetic(
-    size: Any, name: str, sizes: Any, options: Any
-) -> None:
+def test_step_cost_of_large_models(size: Any, name: str, sizes: Any, options: Any) -> None:
     check(plan(size, name, sizes, length=4096, **options), 0.03)

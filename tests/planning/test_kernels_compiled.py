@@ -47,7 +47,7 @@ def texts() -> dict[str, str]:
     return found
 
 
-def test_law_both_products_and_their_gradients_are_the_kernel(texts: dict[str, str]) -> None:
+def test_products_and_gradients_use_the_kernel(texts: dict[str, str]) -> None:
     # Forward the first alone: the second's result is summed, and nothing needs it.
     assert texts["tpu"].count('custom_call_target="tpu_custom_call"') == 3
     assert "tpu_custom_call" not in texts["plain"]

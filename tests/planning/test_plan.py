@@ -47,7 +47,7 @@ def raw(tmp_path: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> None:
+def test_plan_is_of_the_training_step(raw: dict[str, Any]) -> None:
     found = plan(recipe.validate(raw), "v5e:2x2")
     assert found.fits
     assert found.mesh_shape == {"data": 1, "fsdp": 4, "tensor": 1}
@@ -71,12 +71,18 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
     # And factors, attention, and the head's products, which a chunked loss makes again.
     assert 1.0 < found.cost.flops / arithmetic < 1.35
     text = str(found)
-    for part in ("4 chips of 16.00 GiB", "weights", "fits", "all-gather", "tokens/s without overlap"):
+    for part in (
+        "4 chips of 16.00 GiB",
+        "weights",
+        "fits",
+        "all-gather",
+        "tokens/s without overlap",
+    ):
         assert part in text
 
 
 @pytest.mark.slow
-def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[str, Any]) -> None:
+def test_plan_offload_frees_the_chip(raw: dict[str, Any]) -> None:
     raw = {**raw, "adapter": {"rank": 256}}
     here = plan(recipe.validate(raw), "v5e:2x2")
     there = plan(recipe.validate({**raw, "optimizer": {"offload": True}}), "v5e:2x2")
@@ -101,7 +107,7 @@ def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[
         pytest.param({"scheme": "int8", "block_size": 32}, 8 + 32 / 32, marks=pytest.mark.slow),
     ],
 )
-def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
+def test_plan_quantized_has_the_schemes_bits(
     raw: dict[str, Any], quantize: dict[str, Any], bits: float
 ) -> None:
     found = plan(recipe.validate({**raw, "quantize": quantize}), "v5e:2x2")
@@ -119,14 +125,12 @@ def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
     assert f"quantized: 7 of 12 weights as {quantize['scheme']}: {bits:.2f} bits" in str(found)
 
 
-def test_what_does_not_fit_says_what_would(
+def test_cli_plan_too_large_suggests_changes(
     raw: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({**raw, "mesh": {}, "batch": {"size": 16384}}))
-    status = cli.main(
-        ["plan", str(path), "--topology", "v5e:2x2", "--model.remat_policy", "none"]
-    )
+    status = cli.main(["plan", str(path), "--topology", "v5e:2x2", "--model.remat_policy", "none"])
     out = capsys.readouterr().out
     assert status == 1
     for part in ("does not fit", "suggested changes", "sufficient", "a batch size of"):
@@ -143,7 +147,7 @@ def test_what_does_not_fit_says_what_would(
         ("v5e:2x2", {"model": {"path": "nowhere"}}, "nowhere"),
     ],
 )
-def test_plans_that_cannot_be_are_refused(
+def test_plan_invalid_raises(
     raw: dict[str, Any], topology: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -22,7 +22,7 @@ from jlora.training.metrics import (
 STEP = {"train/loss": 2.5, "num_targets": 9.0, "seconds": 0.5}
 
 
-def test_jsonl_logger_resumed_drops_later_steps(tmp_path: pathlib.Path) -> None:
+def test_jsonl_logger_resume_drops_later_steps(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonlMetricsLogger(path)
     for step in (1, 2, 3):
@@ -36,7 +36,7 @@ def test_jsonl_logger_resumed_drops_later_steps(tmp_path: pathlib.Path) -> None:
     assert [line["train/loss"] for line in lines] == [2.5, 2.5, 1.5]
 
 
-def test_read_metrics_of_a_cut_file_drops_the_rest(tmp_path: pathlib.Path) -> None:
+def test_read_metrics_drops_an_incomplete_line(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
     path.write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "tra')
@@ -52,7 +52,7 @@ def test_nan_is_written_as_text_and_read_as_nan(tmp_path: pathlib.Path) -> None:
     assert math.isnan(read_metrics(path)[0]["train/loss"])
 
 
-def test_lines_are_told_apart_by_their_prefix() -> None:
+def test_lines_are_classified_by_prefix() -> None:
     evaluation = {"step": 2, "eval/loss": 0.5, "eval/accuracy": 0.75}
     assert (is_train_line(STEP), is_eval_line(STEP)) == (True, False)
     assert (is_train_line(evaluation), is_eval_line(evaluation)) == (False, True)
@@ -60,7 +60,7 @@ def test_lines_are_told_apart_by_their_prefix() -> None:
     assert eval_values(STEP) == {}
 
 
-def test_tensorboard_has_the_names_of_metrics_jsonl(tmp_path: pathlib.Path) -> None:
+def test_tensorboard_has_the_same_names(tmp_path: pathlib.Path) -> None:
     loggers = make_metrics_loggers(tmp_path, tensorboard=True, resume_step=0)
     for logger in loggers:
         logger.log(1, STEP)

@@ -52,11 +52,11 @@ def test_trainable_params_line_is_that_of_peft() -> None:
     )
 
 
-def test_compilation_line_without_metrics_has_no_time() -> None:
+def test_compilation_line_without_metrics() -> None:
     assert progress.compilation_line([]) == "compiling the training step (once)"
 
 
-def test_compilation_line_has_the_first_steps_time() -> None:
+def test_compilation_line_has_first_step_time() -> None:
     steps = [{"step": n, **METRICS, "seconds": 41.8 if n == 1 else 0.5} for n in (1, 2, 3)]
     found = progress.compilation_line([{"step": 0, "eval/loss": 2.0}, *steps])
     assert found == "compiling the training step (once; 42 s last time)"
@@ -96,7 +96,7 @@ def test_quiet_console_prints_nothing(lines: Any) -> None:
     assert lines() == []
 
 
-def test_progress_bar_on_a_terminal_shows_the_step(
+def test_progress_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: Any
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

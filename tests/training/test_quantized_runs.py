@@ -40,12 +40,12 @@ def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
 # --- what a run leaves ----------------------------------------------------------------------------
 
 
-def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
-    recipe_of: Make, monkeypatch: Any
-) -> None:
+def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) -> None:
     made: list[Any] = []
     original = train.build_setup
-    monkeypatch.setattr(train, "build_setup", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        train, "build_setup", lambda *a, **k: made.append(original(*a, **k)) or made[-1]
+    )
     raw = recipe_of(
         quantize=NF4,
         training={"steps": 24},
@@ -101,9 +101,7 @@ def packed(params: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_resume_quantized_is_bit_exact(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     saving = {"save_steps": 2, "save_interval_minutes": None, "save_total_limit": 9}
     whole = recipe_of(quantize=NF4, training={"steps": 4, **saving})
     run(whole)
@@ -111,7 +109,10 @@ def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
     with pytest.raises(TrainingInterrupted):
         run(raw, metrics_loggers=[After(2, stop)])
     for other, message in (
-        ({"scheme": "int8", "block_size": 4}, r"recipe \(quantize: \{'scheme': 'nf4', .* in the checkpoint, "),
+        (
+            {"scheme": "int8", "block_size": 4},
+            r"recipe \(quantize: \{'scheme': 'nf4', .* in the checkpoint, ",
+        ),
         ({**NF4, "target_pattern": "/mlp/"}, "target_pattern.*: '/mlp/'"),
         (None, r"recipe \(quantize: .* in the checkpoint, None now\); base"),
     ):
@@ -124,9 +125,7 @@ def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_mesh_keeps_quantized_losses(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     losses, adapters = [], []
     for number, (devices, sizes) in enumerate(((1, {}), (8, {"fsdp": 4, "tensor": 2}))):
         raw = recipe_of(
@@ -156,7 +155,7 @@ def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
         pytest.param(True, {"scheme": "int4", "block_size": 2, "axis": -1}, marks=pytest.mark.slow),
     ],
 )
-def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
+def test_build_setup_abstract_has_the_shapes(
     recipe_of: Make, scanned: bool, quantize: dict[str, Any]
 ) -> None:
     sizes = {"fsdp": 4, "tensor": 2}
@@ -181,7 +180,7 @@ def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
     assert {str(leaf.dtype) for leaf in found.values()} == {"float32"}
 
 
-def test_law_an_encoders_shapes_are_its_arrays(encoder: pathlib.Path) -> None:
+def test_abstract_params_of_an_encoder(encoder: pathlib.Path) -> None:
     rules = {"layer.*kernel$": jlora.NF4(block_size=4)}
     model, params = models.load(encoder, dtype="float32", quantize=rules)
     found = models.abstract_params(model, "float32", quantize=rules)
@@ -190,7 +189,7 @@ def test_law_an_encoders_shapes_are_its_arrays(encoder: pathlib.Path) -> None:
     )
 
 
-def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_abstract_params_blocks_skip_the_stack(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = json.loads((base / "config.json").read_text())
     # More layers than any other axis is long, and as many as a block.
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 64}))
@@ -201,7 +200,7 @@ def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Pa
         assert leaf.codes.shape[0] == 64
 
 
-def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path) -> None:
+def test_explain_reports_quantization(base: pathlib.Path) -> None:
     model = models.model_from_config(base, scan_layers=True)
     params = models.abstract_params(
         model, "bfloat16", quantize={"mlp.*kernel$": jlora.Int8(block_size=2)}
@@ -216,7 +215,7 @@ def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path
     )
 
 
-def test_text_is_written_with_a_cache_of_the_weights_type(base: pathlib.Path) -> None:
+def test_generate_cache_has_the_weights_dtype(base: pathlib.Path) -> None:
     model, params = models.load(base, dtype="bfloat16", scan_layers=True)
     held = jlora.quantize(params, {"layers.*kernel|embed|head": jlora.NF4(block_size=2)})
     lora, kinds = jlora.lora_transform(model.apply), set()
@@ -229,7 +228,7 @@ def test_text_is_written_with_a_cache_of_the_weights_type(base: pathlib.Path) ->
     assert kinds == {jnp.dtype("bfloat16")}  # Not that of the scales, which are float32.
 
 
-def test_the_command_line_tells_what_an_adapter_was_trained_on(
+def test_cli_export_reports_quantized_base(
     base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, wide = models.load(base)
@@ -250,11 +249,17 @@ def test_the_command_line_tells_what_an_adapter_was_trained_on(
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ({"target_pattern": "/layers/atention/"}, "'/layers/atention/' matches none of .* nearest paths"),
-        ({"block_size": 4, "axis": -3, "target_pattern": "norm/scale"}, "axis=-3 of NF4.*must be an axis of the weight"),
+        (
+            {"target_pattern": "/layers/atention/"},
+            "'/layers/atention/' matches none of .* nearest paths",
+        ),
+        (
+            {"block_size": 4, "axis": -3, "target_pattern": "norm/scale"},
+            "axis=-3 of NF4.*must be an axis of the weight",
+        ),
     ],
 )
-def test_weights_that_cannot_be_quantised_are_refused(
+def test_build_setup_unquantizable_raises(
     recipe_of: Make, quantize: dict[str, Any], message: str
 ) -> None:
     made, mesh = recipe.validate(recipe_of(quantize=quantize)), make_mesh({}, jax.devices()[:1])
@@ -266,9 +271,7 @@ def test_weights_that_cannot_be_quantised_are_refused(
 # --- other tasks and families ---------------------------------------------------------------------
 
 
-def test_preferences_have_the_quantised_base_as_their_reference(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_train_dpo_quantized_reference(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"the {a} is", "chosen": " good.", "rejected": " bad!"} for a in ANIMALS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -293,7 +296,7 @@ def test_preferences_have_the_quantised_base_as_their_reference(
         pytest.param({"family": "IA3"}, marks=pytest.mark.slow),
     ],
 )
-def test_labels_are_learned_on_a_quantised_encoder(
+def test_train_classification_quantized(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, lora: dict[str, Any]
 ) -> None:
     path = tmp_path / "labels.jsonl"

@@ -123,7 +123,7 @@ def draw(figure: Any) -> Any:
     return canvas.get_renderer()
 
 
-def test_evaluation_curves_are_beside_the_training_loss() -> None:
+def test_training_curves_evaluation_beside_loss() -> None:
     metrics = run_lines(9, 3, "loss", "accuracy")
     figure = report._plot_training_curves(metrics, best_step=6)
     assert figure is not None
@@ -138,7 +138,7 @@ def test_evaluation_curves_are_beside_the_training_loss() -> None:
     np.testing.assert_allclose(best.get_xydata(), [[6, 1 / 6]])
 
 
-def test_a_run_without_evaluations_has_four_panels() -> None:
+def test_training_curves_without_evaluations() -> None:
     figure = report._plot_training_curves(run_lines(9, 99))
     assert figure is not None
     assert len(figure.axes) == 4
@@ -146,7 +146,7 @@ def test_a_run_without_evaluations_has_four_panels() -> None:
 
 
 @pytest.mark.parametrize("names", [(), ("loss", "accuracy")])
-def test_panels_and_their_texts_do_not_overlap(names: tuple[str, ...]) -> None:
+def test_training_curves_do_not_overlap(names: tuple[str, ...]) -> None:
     figure = report._plot_training_curves(run_lines(120, 7, *names), best_step=14)
     assert figure is not None
     renderer = draw(figure)
@@ -161,7 +161,7 @@ def test_panels_and_their_texts_do_not_overlap(names: tuple[str, ...]) -> None:
         assert box.y1 <= figure.bbox.y1
 
 
-def test_labels_of_update_norms_are_in_the_figure() -> None:
+def test_update_norms_labels_are_in_the_figure() -> None:
     figure = report._plot_update_norms(NORMS)
     renderer = draw(figure)
     labels = figure.axes[0].get_yticklabels()
@@ -177,7 +177,7 @@ def test_labels_of_update_norms_are_in_the_figure() -> None:
 # --- summary --------------------------------------------------------------------------------------
 
 
-def test_summary_has_the_best_evaluation_and_skips() -> None:
+def test_run_summary_counts_and_best_evaluation() -> None:
     metrics = run_lines(4, 2, "loss", "accuracy")
     metrics[0]["train/gradient_norm"] = float("inf")
     summary = report.RunSummary("max_steps", 2, 4, 0.0, [], metrics)
