@@ -380,7 +380,9 @@ def test_init_shapes_only_raises_if_values_needed() -> None:
         jlora.LoRA(rank=2, alpha=1, init=jlora.initializers.pissa()),
     ):
         lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
-        with pytest.raises(TypeError, match=r"numbers of 'w'.*loaded parameters"):
+        with pytest.raises(
+            TypeError, match=r"values of 'w', got only its shape.*loaded parameters"
+        ):
             lora.init(jax.random.key(0), shapes, x)
         assert lora.explain(shapes, x).trainable_params  # explain needs no values.
 
