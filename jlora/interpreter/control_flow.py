@@ -367,15 +367,17 @@ def _eval_cond(eqn: Any, values: Sequence[Any], evaluate: EvalProgramFn) -> list
         return None
     index, *operands = values
 
-    def branch(held: _compat.TracedProgram) -> Callable[[], Any]:
-        def run() -> tuple[list[Any], Any]:
-            outputs, losses = call_with_aux_losses(lambda: evaluate(held, operands))
+    def make_branch(program: _compat.TracedProgram) -> Callable[[], Any]:
+        def branch() -> tuple[list[Any], Any]:
+            outputs, losses = call_with_aux_losses(lambda: evaluate(program, operands))
             # One loss per branch, because branches may contain different numbers of routers.
             return [materialize_value(output) for output in outputs], sum_aux_losses(losses)
 
-        return run
+        return branch
 
-    outputs, loss = lax.switch(index, [branch(body.program) for body in _get_cond_subprograms(eqn)])
+    outputs, loss = lax.switch(
+        index, [make_branch(body.program) for body in _get_cond_subprograms(eqn)]
+    )
     record_aux_losses([loss])
     return outputs
 

@@ -70,14 +70,25 @@ class _ConvolutionTerms:
     """
 
     def __init__(self, eqn: Any, network: TensorNetwork) -> None:
-        numbers = eqn.params["dimension_numbers"]
+        dimension_numbers = eqn.params["dimension_numbers"]
         self._eqn, self._network = eqn, network
         self._precision = eqn.params["precision"]
-        self._out_axis, self._in_axis, *window_axes = numbers.rhs_spec
+        self._out_axis, self._in_axis, *window_axes = dimension_numbers.rhs_spec
         # Axes of the image and of the result as (batch, *window, features).
-        self._image_axes = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        self._result_axes = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-        self.channel_axis, self.feature_axis = numbers.lhs_spec[1], numbers.out_spec[1]
+        self._image_axes = (
+            dimension_numbers.lhs_spec[0],
+            *dimension_numbers.lhs_spec[2:],
+            dimension_numbers.lhs_spec[1],
+        )
+        self._result_axes = (
+            dimension_numbers.out_spec[0],
+            *dimension_numbers.out_spec[2:],
+            dimension_numbers.out_spec[1],
+        )
+        self.channel_axis, self.feature_axis = (
+            dimension_numbers.lhs_spec[1],
+            dimension_numbers.out_spec[1],
+        )
         self.feature_groups = eqn.params["feature_group_count"]
         self.input_axes = network.axis_groups[self._in_axis]
         self.output_axes = network.axis_groups[self._out_axis]

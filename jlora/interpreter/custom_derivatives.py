@@ -281,10 +281,10 @@ def _build_cotangent_network(chain: _ProductChain, values: Sequence[Any]) -> Ten
                 network, scaling.factor_fn(scalar), base_is_scaled=True
             )
             continue
-        moved = data_movement.DATA_MOVEMENT_RULES[eqn.primitive.name](eqn, [network], [None])
-        if not moved:
+        out_networks = data_movement.DATA_MOVEMENT_RULES[eqn.primitive.name](eqn, [network], [None])
+        if not out_networks:
             return None
-        (network,) = moved
+        (network,) = out_networks
     return network
 
 

@@ -231,12 +231,12 @@ _GROUPED_DIMENSION_NUMBERS = ((((1,), (1,)), ((), ())), (0,), (0,))
 
 
 def _ragged_axis_roles(eqn: Any, side: int, network: TensorNetwork) -> AxisRoles | DenseReason:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contracting, batch) = numbers.dot_dimension_numbers
+    dimension_numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracting, batch) = dimension_numbers.dot_dimension_numbers
     dimension_form = (
         (tuple(map(tuple, contracting)), tuple(map(tuple, batch))),
-        tuple(numbers.lhs_ragged_dimensions),
-        tuple(numbers.rhs_group_dimensions),
+        tuple(dimension_numbers.lhs_ragged_dimensions),
+        tuple(dimension_numbers.rhs_group_dimensions),
     )
     if (
         side != 1

@@ -138,12 +138,14 @@ class UsageInterpreter:
         followed: list[list[_TracedWeight]] = [[] for _ in eqn.outvars]
         for side, value in enumerate(values):
             for weight in _get_traced_weights(value):
-                moved = self._follow_movement(eqn, side, weight, values)
-                if moved is None and name in products.PRODUCT_RULES:
+                moved_weights = self._follow_movement(eqn, side, weight, values)
+                if moved_weights is None and name in products.PRODUCT_RULES:
                     self._record_product(eqn, side, weight, values)
-                elif moved is None:
-                    moved = self._follow_arithmetic(eqn, side, weight, default)
-                for followed_output, network in zip(followed, moved or [], strict=bool(moved)):
+                elif moved_weights is None:
+                    moved_weights = self._follow_arithmetic(eqn, side, weight, default)
+                for followed_output, network in zip(
+                    followed, moved_weights or [], strict=bool(moved_weights)
+                ):
                     followed_output.append(network)
         return [tuple(followed_output) or default for followed_output in followed]
 
@@ -226,14 +228,14 @@ class UsageInterpreter:
         if name == "concatenate" and any(_is_data_value(value) for value in values):
             return None  # The result is an activation (a class token before patches).
         networks = [weight.network if i == side else None for i in range(len(values))]
-        moved = data_movement.DATA_MOVEMENT_RULES[name](eqn, networks, values)
-        if moved is None or (moved[0].is_gathered and weight.dense_reason):
+        moved_networks = data_movement.DATA_MOVEMENT_RULES[name](eqn, networks, values)
+        if moved_networks is None or (moved_networks[0].is_gathered and weight.dense_reason):
             return None
-        if moved[0].is_gathered and not weight.network.is_gathered:
+        if moved_networks[0].is_gathered and not weight.network.is_gathered:
             self._record_use(
-                weight, WeightUse(name, None, self._get_lookup_roles(weight, moved[0]))
+                weight, WeightUse(name, None, self._get_lookup_roles(weight, moved_networks[0]))
             )
-        return [_TracedWeight(network, weight.dense_reason) for network in moved]
+        return [_TracedWeight(network, weight.dense_reason) for network in moved_networks]
 
     def _record_product(
         self, eqn: Any, side: int, weight: _TracedWeight, values: Sequence[AbstractValue]
