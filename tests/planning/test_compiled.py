@@ -18,7 +18,7 @@ from jlora.training import sharding
 
 pytest.importorskip("libtpu")
 
-# Lengths of which a TPU's tiles are no more than the array.
+# Multiples of the TPU's tiles, so that there is no padding.
 SMALL = {
     "vocab_size": 2048,
     "hidden_size": 512,
@@ -47,7 +47,7 @@ RANK = 16
 
 
 class Plan(NamedTuple):
-    """A step for a slice: what it is, and what it was compiled to."""
+    """A step for a slice, and its compiled program."""
 
     size: dict[str, int]
     rows: int
@@ -117,7 +117,7 @@ def arithmetic(of: Plan) -> float:
         passes += numbers - math.prod(matrices["down"])
     # x A and its product with B forward and twice backward, and forward again.
     lora = 4 * RANK * sum(sum(shape) for shape in matrices.values())
-    # A frozen head's logits, and what they do to the hidden states.
+    # Logits of a frozen head, and the gradient for the hidden states.
     head = 2 * of.size["hidden_size"] * of.size["vocab_size"]
     # Half of all pairs: two products forward, again those in the backward pass, and seven there.
     attention = (2 + 2 + 7) * of.length / 2 * of.size["num_heads"] * of.size["head_dim"]
@@ -125,7 +125,7 @@ def arithmetic(of: Plan) -> float:
 
 
 def weights_per_chip(of: Plan, width: int = 2) -> int:
-    """Bytes: matrices split over all chips of fsdp and tensor, norms whole."""
+    """Bytes: matrices split over all chips of fsdp and tensor, norms replicated."""
     flat = _tree.flatten_with_paths(of.step.weights)
     split = of.compiled.input_shardings[0][0]
     parts = math.prod(jax.tree.leaves(split)[0].mesh.shape[a] for a in ("fsdp", "tensor"))
@@ -156,7 +156,7 @@ def check(of: Plan, tolerance: float) -> None:
 
 
 def test_step_cost_agrees_with_arithmetic() -> None:
-    # Three hundredths: what of LoRA's own products the compiler makes in which order.
+    # 3%: the compiler chooses the order of LoRA's own products.
     check(small(), 0.03)
 
 
@@ -180,14 +180,14 @@ def test_count_flops_agrees_with_xla() -> None:
     products = sum(
         run.executions * hlo_cost.count_flops(run) for run in runs if "custom" not in run[0].opcode
     )
-    xla = of.compiled.cost_analysis()["flops"]  # Which also counts what is no product.
+    xla = of.compiled.cost_analysis()["flops"]  # It also counts other operations.
     assert 0.95 * xla < products < xla
 
 
 def test_ici_bytes_cover_gathered_weights() -> None:
     of = small()
     split = of.measured.memory.arguments["weights"]
-    # Each gathers half of what fsdp splits, forward and backward.
+    # Each chip gathers half of the weights, forward and backward.
     assert of.measured.ici_bytes > 2 * split * 0.9
     assert {"all-gather", "all-reduce"} <= {c.kind for c in of.measured.collectives}
 

@@ -1,4 +1,4 @@
-"""What is counted in the text of a program, against what XLA counts and against arithmetic."""
+"""Costs counted in the text of a program, against XLA's counts and arithmetic."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_trip_count_unknown_is_none() -> None:
     assert flops(found) == 2 * 4**3
 
 
-# What a TPU's compiler writes: no trip count, and a product as a convolution.
+# A TPU program: without trip counts, and with products as convolutions.
 TPU = """
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -152,7 +152,7 @@ def test_tpu_program_costs() -> None:
         for run in hlo_cost.iter_executed_instructions(found)
     }
     assert traffic["near"] == one  # Read from HBM, and written near the core.
-    # A layer's slice of the stack each time; and nothing for what is near.
+    # A layer's slice of the stack each time; memory of the core does not count.
     assert traffic["y.1"] == 5 * (8 * 8 * 2 + 4)
     assert traffic["one"] == 0  # Inside a fusion.
 
@@ -209,7 +209,7 @@ def test_parse_hlo_other_text_raises() -> None:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        # The weight (16, 24) is gathered from 8; a sum over 8 is made of what it gives.
+        # The weight (16, 24) is gathered from 8 shards; the result is reduced over 8.
         ({"fsdp": 8}, {"all-gather": 16 * 24 * 4 * 7 // 8, "all-reduce": 4 * 2 * 7 // 8}),
         ({"data": 8}, {"all-reduce": 4 * 2 * 7 // 8}),
     ],

@@ -41,7 +41,7 @@ def texts() -> dict[str, str]:
     found = {}
     for name, context in (("tpu", lora_matmul.tpu_products), ("plain", lora_matmul.plain_products)):
         with context():
-            # A function of its own, since JAX keeps what it has traced before.
+            # A new function, because JAX caches the traces of earlier ones.
             gradient = jax.grad(lambda a, p, x: loss(a, p, x), argnums=(0, 2))
             found[name] = jax.jit(gradient).lower(adapter, params, x).compile().as_text()
     return found

@@ -15,7 +15,7 @@ from jlora.training import recipe
 
 pytest.importorskip("libtpu")
 
-# Lengths of which a TPU's tiles are no more than the array.
+# Multiples of the TPU's tiles, so that there is no padding.
 CONFIG = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -56,7 +56,7 @@ def test_plan_is_of_the_training_step(raw: dict[str, Any]) -> None:
     weights = 3 * layer + 2 * 2048 * width
     norms = 7 * width
     held = found.memory.arguments
-    # bfloat16, a quarter on each chip; norms whole.
+    # bfloat16, a quarter on each chip; norms are replicated.
     assert held["weights"] == (weights // 4 + norms) * 2
     ranks = 8 * 3 * (2 * 2 * width + 2 * (width + kv) + 3 * (width + inner))
     # In float32; an adapter's axes of the width are split, those of the others are not.
@@ -116,11 +116,11 @@ def test_plan_quantized_has_the_schemes_bits(
     # Embedding, head and norms stay in bfloat16; all but norms is split over four chips.
     rest = (2 * 2048 * width // 4 + 7 * width) * 2
     quantised = found.memory.arguments["weights"] - rest
-    # Scales of scales have too few entries for four chips, and lie whole on each.
+    # Scales of scales have too few entries for four chips and are replicated.
     np.testing.assert_allclose(quantised, 3 * layer * bits / 8 / 4, rtol=5e-3)
     assert found.quantization is not None
     assert found.quantization.bits_per_param == pytest.approx(bits, rel=1e-3)
-    # What the weights take is what the step is called with, and it is not unpacked all at once.
+    # The arguments are the quantized weights, which are not dequantized all at once.
     assert found.memory.padding < 0.1 * quantised
     assert f"quantized: 7 of 12 weights as {quantize['scheme']}: {bits:.2f} bits" in str(found)
 

@@ -89,7 +89,7 @@ def test_suggest_plan_changes_batch_size_fits() -> None:
         for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **PLAN)
         if "a batch size of" in c.description
     )
-    # 7.25 of 20 GiB are left for temporaries: 23 of 64 rows, of which 16 are a multiple of 8.
+    # 7.25 of 20 GiB are left for temporaries: 23 of 64 rows, and 16 is a multiple of 8.
     assert rows.description.startswith(
         "a batch size of 16 instead of 64, with 4 accumulation steps"
     )

@@ -1,4 +1,4 @@
-"""Slices by name, and what is said of names that are none."""
+"""TPU slices by name, and errors of invalid names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked number by number, and refused when they do not fit."""
+"""Checkpoints: atomic, verified by hash, and refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def refused_or_right(folder: pathlib.Path) -> bool:
     return True
 
 
-# Reading what is damaged leaves tasks of Orbax's behind, which complain when they are collected.
+# After reading damaged files Orbax leaves tasks, which complain when they are collected.
 damage = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 

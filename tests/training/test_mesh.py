@@ -1,4 +1,4 @@
-"""What lies where on a mesh, and that a step computes the same wherever that is."""
+"""Sharding on meshes, and equal results on every mesh."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_adapter_specs_follow_the_weights(family: str) -> None:
             for name in leaf.shapes():
                 expected = [None if a is None else f"axis{a}" for a in axes.get(name, ())]
                 assert getattr(split[path], name) == PartitionSpec(*expected), (layer, name)
-        for name in set(adapter) - set(leaves):  # What weights share.
+        for name in set(adapter) - set(leaves):  # Arrays that weights share.
             assert set(jax.tree.leaves(split[name], is_leaf=is_spec)) == {PartitionSpec()}
 
 
@@ -289,7 +289,7 @@ def test_opt_state_specs_follow_the_parameters(optimizer: str) -> None:
 
 
 class Tiny(NamedTuple):
-    """A tiny decoder with an adapter moved off zero, and what one device makes of it."""
+    """A tiny decoder with an adapter moved off zero, and its gradient function."""
 
     params: Any
     adapter: Any
@@ -318,7 +318,7 @@ def alone(model: Decoder) -> Any:
 
 
 def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
-    """The lowered gradient, and what it is called with, on a mesh."""
+    """The lowered gradient function and its arguments on a mesh."""
     one = tiny(model)
     specs = sharding.weight_specs(model, TOKEN)
     arguments = (

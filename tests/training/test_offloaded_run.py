@@ -1,4 +1,4 @@
-"""Runs whose optimizer's state lies in the host's memory."""
+"""Runs with the optimizer state in host memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_offload(raw: dict[str, Any], offload: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Where the one run without offload is kept, once it was made."""
+    """Folder of the one run without offload, which several tests share."""
     return {"folder": tmp_path_factory.mktemp("plain")}
 
 

@@ -1,4 +1,4 @@
-"""Runs that pause and go on, and what runs of one process share."""
+"""Paused and resumed runs, and programs that runs of one process share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(raw: dict[str, Any], **options: Any) -> train_module.TrainResult:
 
 
 def left_by(raw: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a run wrote down, without what a clock says."""
+    """All outputs of a run without the times."""
     folder = pathlib.Path(raw["output"])
     lines = read_metrics(folder / "metrics.jsonl")
     last = lines[-1]["step"]
@@ -79,7 +79,7 @@ def test_train_paused_is_bit_exact(
     assert [outcome.step for outcome in outcomes] == [5, 6, 6, 7]
     assert left_by(paused) == left_by(raw)
 
-    # What a pause measures is what an evaluation at that step does.
+    # The metrics at a pause are those of an evaluation at that step.
     held = {
         line["step"]: line["eval/loss"] for line in left_by(raw)["lines"] if "eval/loss" in line
     }
@@ -99,7 +99,7 @@ def test_train_paused_is_bit_exact(
 
 
 def fake(name: str) -> Setup:
-    """A setup of which the step alone is looked at."""
+    """A setup with steps and without arrays."""
     mesh = make_mesh({}, jax.devices()[:1])
     blank = Setup(*[None] * len(Setup._fields))  # type: ignore[arg-type]
     return blank._replace(

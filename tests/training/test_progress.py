@@ -69,8 +69,8 @@ def test_show_step_prints_every_30_s_and_the_last(clock: Any, lines: Any) -> Non
         assert lines() == []
         clock.now += 29
         bar.show_step(120, METRICS)
-        # 378 steps are left, of 15.5 s each.
-        assert lines() == ["step 120/498  loss 0.906  1,340 tok/s  1.2 GiB  ETA 1:37:39"]
+        # 378 steps are left, of 29 s each; the first step of the process does not count.
+        assert lines() == ["step 120/498  loss 0.906  1,340 tok/s  1.2 GiB  ETA 3:02:42"]
         bar.show_step(121, METRICS)
         assert lines() == []
         bar.show_step(498, METRICS)
@@ -101,12 +101,16 @@ def test_progress_bar_on_a_terminal(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Console(False).progress_bar(4, 0, Throughput()) as bar:  # type: ignore[arg-type]
-        clock.now += 1
+        clock.now += 60
         bar.show_step(1, METRICS)
+        bar._bar.refresh()
+        clock.now += 1
+        bar.show_step(2, METRICS)
         bar._bar.refresh()
     out, error = capsys.readouterr()
     assert out == ""
-    assert "step 1/4  loss 0.906  1,340 tok/s  1.2 GiB  ETA 0:00:03" in error
+    assert "step 1/4  loss 0.906  1,340 tok/s  1.2 GiB" in error
+    assert "step 2/4  loss 0.906  1,340 tok/s  1.2 GiB  ETA 0:00:02" in error
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,9 @@ def test_format_step_averages_over_20_steps(monkeypatch: pytest.MonkeyPatch) -> 
         data=types.SimpleNamespace(max_seq_length=64),
     )
     meter = ThroughputMeter(recipe, fake_setup(2, (3, 4)))
+    meter.format_step({**METRICS, "seconds": 1000.0})
+    # The first step includes the compilation and does not count.
+    assert "1,340 tok/s" in meter.format_step(METRICS)
     meter.format_step({**METRICS, "seconds": 1000.0})
     for _ in range(19):
         assert "1,340 tok/s" not in meter.format_step(METRICS)

@@ -1,4 +1,4 @@
-"""Runs on a quantised base: QLoRA as a section of a recipe."""
+"""Runs on a quantized base: QLoRA as a section of a recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NF4 = {"scheme": "nf4", "block_size": 4}
 TOKENS = jnp.array([[3, 9, 17, 30]])
 
 
-def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+def on_quantized(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, the base as the run has it, and the adapter that it wrote."""
     schemes = schemes_from_recipe(recipe.validate(raw))
     base = raw["model"]["path"]
@@ -37,7 +37,7 @@ def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     return model, params, jlora.load_adapter(output(raw) / "adapter.safetensors", params)
 
 
-# --- what a run leaves ----------------------------------------------------------------------------
+# --- outputs --------------------------------------------------------------------------------------
 
 
 def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) -> None:
@@ -57,11 +57,11 @@ def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) 
     assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.5
 
     # The base is the same after as before, and nothing of its size is trained.
-    model, params, adapter = on_quantised(raw)
+    model, params, adapter = on_quantized(raw)
     assert {str(leaf) for leaf in packed(params).values()} == {"nf4"}
     jax.tree.map(np.testing.assert_array_equal, made[0].frozen["base"], params)
 
-    # What is exported computes what was trained, with what rounding float32 takes.
+    # The exports compute the trained model, up to rounding in float32.
     adapted = jlora.lora_transform(model.apply).apply(params, adapter, TOKENS)
     _, merged = models.load(output(raw) / "merged", dtype="float32", scan_layers=True)
     np.testing.assert_allclose(model.apply(merged, TOKENS), adapted, atol=2e-5)
@@ -69,7 +69,7 @@ def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) 
     out = jlora.lora_transform(model.apply).apply(*loaded, TOKENS)
     np.testing.assert_allclose(out, adapted, atol=2e-5)
 
-    # It is told, to people and to programs.
+    # The report and result.json contain it.
     page = (output(raw) / "report.html").read_text()
     assert "7 of 12 weights as nf4: " in page
     assert "into the dequantized weights: the model that was trained" in page
@@ -81,7 +81,7 @@ def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) 
     assert told["quantized"]["bits_per_param"] == pytest.approx(bits)
     assert (told["quantized"]["num_quantized"], told["quantized"]["schemes"]) == (7, ["nf4"])
 
-    # The run that is over exports onto the original weights when it is told to.
+    # The finished run can also export onto the original weights.
     raw["export"] |= {"merge_into": "original"}
     run(raw, resume=True)
     _, wide = models.load(raw["model"]["path"], dtype="float32", scan_layers=True)
@@ -94,7 +94,7 @@ def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) 
 
 
 def packed(params: Any) -> dict[str, Any]:
-    """The quantised weights, by path."""
+    """The quantized weights by path."""
     flat = _tree.flatten_with_paths(params)
     pairs = zip(flat.paths, flat.leaves, strict=True)
     return {path: leaf for path, leaf in pairs if hasattr(leaf, "bits")}
@@ -137,7 +137,7 @@ def test_mesh_keeps_quantized_losses(recipe_of: Make, tmp_path: pathlib.Path) ->
         )
         run(raw, devices=devices)
         losses.append([line["train/loss"] for line in measured(raw)])
-        adapters.append(on_quantised(raw)[2])  # Which refuses another base.
+        adapters.append(on_quantized(raw)[2])  # It refuses another base.
     # Sums in another order, in float32, over three steps that each build on the last.
     np.testing.assert_allclose(*losses, rtol=2e-5)
 
@@ -172,7 +172,7 @@ def test_build_setup_abstract_has_the_shapes(
     for array, shape in zip(*flat, strict=True):
         assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
         assert array.sharding.is_equivalent_to(shape.sharding, array.ndim)
-    # Weights are quantised, split over both axes, and computed with in their own type.
+    # Weights are quantized, split over both axes, and have the dtype of the computation.
     found = packed(shapes.frozen["base"])
     assert found
     split = {entry for leaf in found.values() for entry in leaf.codes.sharding.spec}
@@ -243,7 +243,7 @@ def test_cli_export_reports_quantized_base(
         assert (told in capsys.readouterr().out) == (name == "quantised")
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

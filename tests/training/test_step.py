@@ -1,4 +1,4 @@
-"""The training step: what it sums, normalises, clips and refuses to apply."""
+"""The training step: accumulation, normalization, clipping and skipped steps."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def adapter_of(given: Setting) -> Any:
     return jlora.combine(given.state.trainable["adapter"], given.frozen["adapter"])
 
 
-# --- what is measured -----------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def cross_entropies(batch: Text, logits: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def test_eval_step_equals_train_loss() -> None:
     np.testing.assert_allclose(sums.loss / sums.num_targets, measured.loss, rtol=1e-6)
 
 
-# --- what is applied ------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 def test_train_step_clips_the_gradient() -> None:
