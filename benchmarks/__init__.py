@@ -1,1 +1,1 @@
-"""Measurements behind the README's figures; each file runs by itself."""
+"""Measurements of jlora; run each as a module, such as `python -m benchmarks.speed.train_step`."""

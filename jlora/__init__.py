@@ -15,7 +15,7 @@ __version__ = importlib.metadata.version("jlora")
 
 
 def __getattr__(name: str) -> Any:
-    # Names are imported at their first use, so that `jlora --help` does not wait for JAX.
+    # Names are imported on first use, so that `jlora --help` does not import JAX.
     if importlib.util.find_spec(f"jlora.{name}") is not None:
         return importlib.import_module(f"jlora.{name}")
     if name.startswith("__") and name != "__all__":

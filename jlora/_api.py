@@ -1,4 +1,4 @@
-"""Everything that `import jlora` offers: the names of this module are those of the package."""
+"""The public names of the package `jlora`, which `jlora.__getattr__` imports on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter changes in one weight: dense, as thin factors, and by its singular values."""
+"""The update of one weight by an adapter: materialized, as low-rank factors, and its SVD."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def _multiply_operands(operands: Sequence[Operand], out_axes: Sequence[Axis]) ->
 
 
 class WeightDelta(NamedTuple):
-    """The change of one weight, as a stack of matrices: either factors or the dense change.
+    """The update of one weight as a stack of matrices, either factored or materialized.
 
     Attributes:
-        a: (batch, fan_in, m).
-        b: (batch, m, fan_out).
-        dense: (batch, fan_in, fan_out).
+        a: (batch, fan_in, m); None for a materialized update.
+        b: (batch, m, fan_out); None for a materialized update.
+        dense: (batch, fan_in, fan_out); None for a factored update.
     """
 
     a: jax.Array | None = None
@@ -116,15 +116,15 @@ class WeightDelta(NamedTuple):
 
 
 def get_weight_delta(adapter: Mapping[str, Any], path: str, base: Any) -> WeightDelta:
-    """The change of the weight at a path.
+    """Returns the update of the weight at a path.
 
-    Factors of LoRA stay factors whatever their rank. A weight that is no matrix (a bias, a
-    norm) is one column, (batch, size, 1).
+    Factors of LoRA stay factored at any rank. A weight that is not a matrix (a bias, a norm) is one
+    column, (batch, size, 1).
 
     Args:
-        adapter: One that `check_adapter` has passed.
-        path: Of one of its weights.
-        base: The weight; None where it is not at hand and `depends_on_base` says no.
+        adapter: Adapter that `check_adapter` has validated.
+        path: Path of one of its weights.
+        base: The weight. None: not available, which requires that `depends_on_base` is False.
     """
     leaf: AdapterLeaf = adapter[path]
     weight = adapt_weight(adapter, path, None if base is None else promote_to_float32(base))
@@ -134,17 +134,17 @@ def get_weight_delta(adapter: Mapping[str, Any], path: str, base: Any) -> Weight
     if base is None:
         arrays = jax.tree.leaves(weight.terms)
         weight = weight.with_base(jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, *arrays)))
-    change = compute_dense_delta(weight)
-    return WeightDelta(dense=weight_to_matrices(change, matrix_axes(leaf)))
+    update = compute_dense_delta(weight)
+    return WeightDelta(dense=weight_to_matrices(update, matrix_axes(leaf)))
 
 
 def is_matrix(axes: WeightAxes) -> bool:
-    """Whether a weight takes inputs to outputs, so that low rank means something."""
+    """Whether a weight maps inputs to outputs, so that a low rank is defined."""
     return bool(axes.inputs and axes.outputs)
 
 
 def matrix_axes(leaf: AdapterLeaf) -> WeightAxes:
-    """The axes of the weight, or all of them as inputs where it is no matrix."""
+    """Returns the axes of a matrix; for other weights, all but the batch axes are inputs."""
     if is_matrix(leaf.axes):
         return leaf.axes
     batch = leaf.axes.batch
@@ -153,12 +153,12 @@ def matrix_axes(leaf: AdapterLeaf) -> WeightAxes:
 
 
 def reshape_to_weight(matrices: jax.Array, leaf: AdapterLeaf) -> jax.Array:
-    """A dense change, (batch, fan_in, fan_out), laid out like the leaf's weight."""
+    """Reshapes a materialized update, (batch, fan_in, fan_out), to the leaf's weight."""
     return matrices_to_weight(matrices, leaf.shape, matrix_axes(leaf))
 
 
 def materialize_delta(delta: WeightDelta) -> jax.Array:
-    """The dense change, of a stack or of one of its matrices."""
+    """Returns the materialized update, of a stack or of one of its matrices."""
     if delta.dense is not None:
         return delta.dense
     assert delta.a is not None
@@ -167,41 +167,42 @@ def materialize_delta(delta: WeightDelta) -> jax.Array:
 
 
 def svd(delta: WeightDelta) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The singular vectors and values, of a stack or of one of its matrices.
+    """Returns the singular vectors and values, of a stack or of one of its matrices.
 
-    From factors by their QR decompositions: nothing of the weight's size is formed.
+    For factors it uses their QR decompositions: no array of the weight's size is formed.
     """
     if delta.dense is not None:
         u, s, vt = jnp.linalg.svd(delta.dense, full_matrices=False)
         return u, s, vt
     assert delta.a is not None
     assert delta.b is not None
-    left, inner_a = jnp.linalg.qr(delta.a)
-    right, inner_b = jnp.linalg.qr(jnp.swapaxes(delta.b, -1, -2))
-    core = jnp.matmul(inner_a, jnp.swapaxes(inner_b, -1, -2), precision=_HIGHEST_PRECISION)
+    q_a, r_a = jnp.linalg.qr(delta.a)
+    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(delta.b, -1, -2))
+    core = jnp.matmul(r_a, jnp.swapaxes(r_b, -1, -2), precision=_HIGHEST_PRECISION)  # (batch, m, m)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    vt = jnp.matmul(vt, jnp.swapaxes(right, -1, -2), precision=_HIGHEST_PRECISION)
-    return jnp.matmul(left, u, precision=_HIGHEST_PRECISION), s, vt
+    vt = jnp.matmul(vt, jnp.swapaxes(q_b, -1, -2), precision=_HIGHEST_PRECISION)
+    return jnp.matmul(q_a, u, precision=_HIGHEST_PRECISION), s, vt
 
 
 class _MissingBaseError(Exception):
-    """Something asked for the numbers of a base that is not there."""
+    """An attribute of a missing base was read."""
 
 
 class _MissingBase:
-    """Stands where the base would be."""
+    """Placeholder of a base, which fails when it is read."""
 
     def __getattr__(self, name: str) -> Any:
         raise _MissingBaseError(name)
 
 
 def depends_on_base(adapter: Mapping[str, Any], path: str) -> bool:
-    """Whether the change of the weight at a path depends on the weight, as DoRA's, HiRA's and IA3's
-    do.
+    """Whether the update of the weight at a path depends on the weight.
+
+    Those of DoRA, HiRA and IA3 do.
     """
-    absent = _MissingBase()
+    missing_base = _MissingBase()
     try:
-        weight = adapt_weight(adapter, path, absent)
+        weight = adapt_weight(adapter, path, missing_base)
     except _MissingBaseError:
         return True
     return bool(weight.gains)

@@ -1,4 +1,4 @@
-"""The table that `explain` returns."""
+"""The table of `LoraTransform.explain`: every weight, its adapter and how it is computed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from jlora.rules import Adapter, Rules, abstract_adapter, match_rules
 
 
 class ExplanationRow(NamedTuple):
-    """One weight.
+    """The row of one weight.
 
     Attributes:
-        axes: What its axes do; None when it takes part in no product or look-up.
-        adapter: The family and rank that a rule gives it, or "frozen".
-        trainable_params: How many numbers the adapter trains for it.
-        base_params: How many the weight has.
-        factored_uses: The primitives that use it without its dense sum.
-        dense_reasons: Why, elsewhere, the dense sum is formed.
-        quantization: How the weight is quantised; empty where it is an array.
-        bits_per_param: That a number of it then takes, scales and padding counted.
+        path: Path of the weight in the parameter tree.
+        shape: Shape of the weight.
+        dtype: Data type of the weight.
+        axes: Roles of its axes; None when it takes part in no product or look-up.
+        adapter: Method and rank from the matching rule, or "frozen".
+        trainable_params: Number of trainable parameters of its adapter.
+        base_params: Number of parameters of the weight.
+        factored_uses: Primitives that use it without materializing the adapted weight.
+        dense_reasons: Reasons for which other uses materialize the adapted weight.
+        quantization: Quantization of the weight; empty for an array.
+        bits_per_param: Bits per parameter of a quantized weight, with scales and padding.
     """
 
     path: str
@@ -47,12 +50,21 @@ class ExplanationRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Every weight of a model and how it is computed; `print` shows it as a table.
+    """Every weight of a model and how it is computed; `print` formats it as a table.
 
     Attributes:
-        rows: One for each weight, in the order of the tree.
-        errors: Why `init` would refuse the rules, or `apply` the adapter; often empty.
-        shared: For what several weights share, by name, how many numbers of it are trained.
+        rows: One row per weight, in the order of the tree.
+        errors: Errors that `init` raises for the rules, or `apply` for the adapter; often empty.
+        shared: Number of trainable parameters of the arrays that weights share, by name.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=4))
+        >>> explanation = lora.explain({"w": jnp.ones((6, 5))}, jnp.ones((4, 6)))
+        >>> explanation.trainable_params, explanation.rows[0].factored_uses
+        (22, ('dot_general',))
+        >>> print(str(explanation).splitlines()[-1])
+        1 of 1 weights adapted, 22 parameters, 73.33% of the base's.
     """
 
     rows: tuple[ExplanationRow, ...]
@@ -61,12 +73,12 @@ class Explanation:
 
     @property
     def trainable_params(self) -> int:
-        """How many numbers of the adapter are trained in all."""
+        """Number of trainable parameters of the adapter."""
         return sum(row.trainable_params for row in self.rows) + sum(self.shared.values())
 
     @property
     def trainable_fraction(self) -> float:
-        """The adapter's numbers over the base's."""
+        """Trainable parameters divided by the parameters of the base."""
         return self.trainable_params / max(1, sum(row.base_params for row in self.rows))
 
     def __str__(self) -> str:
@@ -75,7 +87,7 @@ class Explanation:
         widths = [max(len(row[column]) for row in cells) for column in range(len(header) - 1)]
         lines = [
             "  ".join(
-                [*(c.ljust(w) for c, w in zip(row[:-1], widths, strict=True)), row[-1]]
+                [*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]]
             ).rstrip()
             for row in cells
         ]
@@ -86,14 +98,15 @@ class Explanation:
             f"{adapted} of {len(self.rows)} weights adapted, {self.trainable_params:,} parameters, "
             f"{self.trainable_fraction:.2%} of the base's."
         )
-        packed = [row for row in self.rows if row.quantization]
-        if packed:
-            numbers = sum(row.base_params for row in packed)
-            bits = sum(row.bits_per_param * row.base_params for row in packed) / numbers
+        quantized = [row for row in self.rows if row.quantization]
+        if quantized:
+            num_params = sum(row.base_params for row in quantized)
+            bits = sum(row.bits_per_param * row.base_params for row in quantized) / num_params
             lines.append(
-                f"{len(packed)} of {len(self.rows)} weights quantised, in {bits:.2f} bits a number."
+                f"{len(quantized)} of {len(self.rows)} weights quantized, {bits:.2f} bits per "
+                f"parameter."
             )
-        lines.extend(f"refused: {problem}" for problem in self.errors)
+        lines.extend(f"refused: {error}" for error in self.errors)
         return "\n".join(lines)
 
 
@@ -104,8 +117,8 @@ def _format_explanation_row(row: ExplanationRow) -> tuple[str, ...]:
         roles = " ".join(f"{name} {','.join(map(str, axes))}" for name, axes in names if axes)
     used = ", ".join((*row.factored_uses, *row.dense_reasons)) or "unused"
     if row.adapter != "frozen":
-        ways = (("factored: ", row.factored_uses), ("dense: ", row.dense_reasons))
-        used = "; ".join(way + ", ".join(by) for way, by in ways if by)
+        uses = (("factored: ", row.factored_uses), ("dense: ", row.dense_reasons))
+        used = "; ".join(prefix + ", ".join(names) for prefix, names in uses if names)
     return (
         row.path,
         f"{'x'.join(map(str, row.shape)) or 'scalar'} {row.quantization}".rstrip(),
@@ -119,59 +132,62 @@ def _format_explanation_row(row: ExplanationRow) -> tuple[str, ...]:
 def build_explanation(
     rules: Rules, traced: TracedCall, find_materialized: Callable[[TracedCall, Adapter], set[str]]
 ) -> Explanation:
-    """Returns the table of how a model uses its weights.
+    """Returns the table for a traced call of the model.
 
     Args:
         rules: Rules of the transform.
-        traced: Call of the model.
-        find_materialized: Function to the paths of the weights that an adapter's evaluation
+        traced: Traced call of the model.
+        find_materialized: Function from an adapter to the paths of the weights that its evaluation
             materializes.
     """
     plan = match_rules(rules, traced)
     configs = {weight.path: config for weight, config in plan.adapted}
-    # What happens to a weight can depend on which others are adapted: of a product of two weights
-    # only one can stay factored.
+    # Whether a weight stays factored can depend on which others are adapted: only one of two
+    # multiplied weights can.
     weights = {
-        index: (traced.flat_params.paths[place], tuple(traced.flat_params.leaves[place].shape))
-        for place, index in traced.param_index.items()
-        if traced.flat_params.paths[place] in configs
+        index: (traced.flat_params.paths[leaf], tuple(traced.flat_params.leaves[leaf].shape))
+        for leaf, index in traced.param_index.items()
+        if traced.flat_params.paths[leaf] in configs
     }
     uses = plan.uses | usage.find_weight_uses(traced.program, weights)
     adapter = abstract_adapter(plan)
     try:
-        summed = find_materialized(traced, adapter)
-    except ValueError as error:  # A mixture where no input is known.
+        materialized = find_materialized(traced, adapter)
+    except ValueError as error:  # LoRAMoE on a weight without a known input.
         plan.errors.append(error)
-        summed = set()
+        materialized = set()
     rows = []
-    for place in traced.param_index:
-        path, leaf = traced.flat_params.paths[place], traced.flat_params.leaves[place]
-        made = adapter.get(path)
-        dense = tuple(dict.fromkeys(use.dense_reason for use in uses[path] if use.dense_reason))
-        if made is not None:
-            because = "trained whole" if made.is_full else "cut across the update's own axes"
-            dense = (dense if not made.is_full and dense else (because,)) if path in summed else ()
-        elif is_quantized(leaf) and path in summed:
-            dense = dense or ("cut across its blocks",)
-        whole = made is not None and made.is_full
-        factored = [use.primitive for use in uses[path] if use.dense_reason is None and not whole]
+    for index in traced.param_index:
+        path, weight = traced.flat_params.paths[index], traced.flat_params.leaves[index]
+        leaf = adapter.get(path)
+        reasons = tuple(dict.fromkeys(use.dense_reason for use in uses[path] if use.dense_reason))
+        is_full = leaf is not None and leaf.is_full
+        if leaf is not None and path not in materialized:
+            reasons = ()
+        elif is_full:
+            reasons = ("fully trained",)
+        elif leaf is not None:
+            reasons = reasons or ("sliced across the update's axes",)
+        elif is_quantized(weight) and path in materialized:
+            reasons = reasons or ("sliced across its quantization blocks",)
+        factored = [use.primitive for use in uses[path] if use.dense_reason is None and not is_full]
         rows.append(
             ExplanationRow(
                 path=path,
-                shape=tuple(leaf.shape),
-                dtype=str(leaf.dtype),
+                shape=tuple(weight.shape),
+                dtype=str(weight.dtype),
                 axes=plan.axes[path],
-                adapter="frozen" if made is None else _describe_adapter(configs[path], made),
-                trainable_params=0 if made is None else count_trainable_elements(made),
-                base_params=leaf.size,
+                adapter="frozen" if leaf is None else _describe_adapter(configs[path], leaf),
+                trainable_params=0 if leaf is None else count_trainable_elements(leaf),
+                base_params=weight.size,
                 factored_uses=tuple(dict.fromkeys(factored)),
-                dense_reasons=dense,
-                quantization=str(leaf) if is_quantized(leaf) else "",
-                bits_per_param=leaf.bits if is_quantized(leaf) else 0.0,
+                dense_reasons=reasons,
+                quantization=str(weight) if is_quantized(weight) else "",
+                bits_per_param=weight.bits if is_quantized(weight) else 0.0,
             )
         )
     shared = {name: count_trainable_elements(adapter[name]) for name in plan.shared}
-    return Explanation(tuple(rows), tuple(str(problem) for problem in plan.errors), shared)
+    return Explanation(tuple(rows), tuple(map(str, plan.errors)), shared)
 
 
 def _describe_adapter(config: AdapterConfig, leaf: AdapterLeaf) -> str:

@@ -1,4 +1,4 @@
-"""Which weights rules adapt, from how a model uses them."""
+"""Matches rules to the weights of a model, from the model's uses of each weight."""
 
 from __future__ import annotations
 
@@ -15,16 +15,27 @@ from jlora.interpreter import usage
 from jlora.interpreter.eval_jaxpr import TracedCall, trace_call
 from jlora.interpreter.weight import AdaptableWeight, WeightKind
 
+# One leaf for each adapted weight by the weight's `/`-joined path, and the arrays that several
+# weights share by their name.
 Adapter = dict[str, Any]
 
-"""One leaf for each adapted weight, keyed by the weight's `/`-joined path; and what several weights
-share, under its name."""
-
+# One config for all selected weights, or regular expressions to configs; None: frozen.
 Rules = AdapterConfig | Mapping[str, AdapterConfig | None]
+
+# The use that a config with these supported kinds needs, for the error when no weight has it.
+_EXPECTED_USE = {frozenset({"bias"}): "is a bias"}
 
 
 class AdaptationPlan(NamedTuple):
-    """Which weights a rule adapts, and what is wrong with the rules."""
+    """The weights that rules adapt, and the errors of the rules.
+
+    Attributes:
+        adapted: Adapted weights with their configs, in the order of the tree.
+        shared: By name of shared arrays, the config and the weights that share them.
+        uses: Uses of every weight, by path.
+        axes: Roles of every weight's axes, by path; None for a weight without products.
+        errors: Errors in the order of the rules; empty when the rules are valid.
+    """
 
     adapted: list[tuple[AdaptableWeight, AdapterConfig]]
     shared: dict[str, tuple[AdapterConfig, list[AdaptableWeight]]]
@@ -36,18 +47,18 @@ class AdaptationPlan(NamedTuple):
 def _collect_params_and_uses(
     traced: TracedCall,
 ) -> tuple[dict[str, Any], dict[str, list[usage.WeightUse]]]:
-    """The parameters that are arrays, by path, and what uses each."""
+    """Returns the parameters that are arrays, by path, and the uses of each."""
     flat = traced.flat_params
-    leaves = {flat.paths[place]: flat.leaves[place] for place in traced.param_index}
+    leaves = {flat.paths[leaf]: flat.leaves[leaf] for leaf in traced.param_index}
     shapes = {
-        index: (flat.paths[place], tuple(flat.leaves[place].shape))
-        for place, index in traced.param_index.items()
+        index: (flat.paths[leaf], tuple(flat.leaves[leaf].shape))
+        for leaf, index in traced.param_index.items()
     }
     return leaves, usage.find_weight_uses(traced.program, shapes)
 
 
 def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
-    """Which of a program's weights the rules adapt; what cannot be is among the plan's problems."""
+    """Returns which of a program's weights the rules adapt, with the errors of invalid rules."""
     leaves, uses = _collect_params_and_uses(traced)
     axes = {
         path: usage.infer_weight_axes(uses[path], len(leaf.shape)) for path, leaf in leaves.items()
@@ -60,19 +71,19 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
     def adapt(weight: AdaptableWeight, config: AdapterConfig) -> None:
         plan.adapted.append((weight, config))
         if config.share is not None:
-            sharing, weights = plan.shared.setdefault(config.share, (config, []))
+            first_config, weights = plan.shared.setdefault(config.share, (config, []))
             weights.append(weight)
-            if sharing != config or config.share in leaves:
-                other = "a weight of that path" if sharing == config else repr(sharing)
+            if first_config != config or config.share in leaves:
+                other = "a weight of that path" if first_config == config else repr(first_config)
                 plan.errors.append(
                     ValueError(
                         f"{config!r} shares arrays under the name {config.share!r}, which {other} "
-                        f"has too. Give it another name with share=..."
+                        f"has too. Set another name with share=..."
                     )
                 )
 
     if not isinstance(rules, Mapping):
-        refused: list[str] = []
+        refusals: list[str] = []
         for path in leaves:
             weight = weight_at(path)
             if not rules.selects(weight):
@@ -81,23 +92,23 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
             if refusal is None:
                 adapt(weight, rules)
             else:
-                refused.append(f"{path!r} cannot be: {refusal}.")
+                refusals.append(f"{path!r} cannot be adapted: {refusal}.")
         if not plan.adapted:
-            wanted = _EXPECTED_USE.get(
+            expected = _EXPECTED_USE.get(
                 rules.supported_kinds, "feeds a matrix product or convolution"
             )
-            why = refused[0] if refused else f"None of the {len(leaves)} weights {wanted}."
+            reason = refusals[0] if refusals else f"None of the {len(leaves)} weights {expected}."
             plan.errors.append(
                 ValueError(
-                    f"rules={rules!r} adapts nothing. {why} lora.explain(params, ...) lists how "
-                    f"each weight is used; a mapping can name an embedding."
+                    f"rules={rules!r} adapts nothing. {reason} lora.explain(params, ...) lists the "
+                    f"uses of each weight; a mapping can name an embedding."
                 )
             )
         return plan
-    assigned = _tree.match_patterns(rules, list(leaves))
-    plan.errors.extend(ValueError(problem) for problem in assigned.errors)
+    matches = _tree.match_patterns(rules, list(leaves))
+    plan.errors.extend(ValueError(error) for error in matches.errors)
     for path in leaves:
-        pattern, config = assigned.rule_by_path.get(path, ("", None))
+        pattern, config = matches.rule_by_path.get(path, ("", None))
         if config is None:
             continue
         weight = weight_at(path)
@@ -105,9 +116,9 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
         if refusal is None:
             adapt(weight, config)
         else:
-            kind = TypeError if not _is_float_weight(weight) else ValueError
+            error_type = ValueError if _is_float_weight(weight) else TypeError
             plan.errors.append(
-                kind(
+                error_type(
                     f"The rule {pattern!r} matches {path!r}, which cannot be adapted by "
                     f"{type(config).__name__}: {refusal}. Narrow the pattern, or put "
                     f"{_suggest_pattern(path)!r}: None before it."
@@ -117,16 +128,16 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
 
 
 def make_weight(path: str, value: Any, uses: Sequence[usage.WeightUse]) -> AdaptableWeight:
-    """A weight, as what uses it tells."""
-    known = [use for use in uses if use.axis_roles is not None]
-    by = tuple(dict.fromkeys(use.primitive for use in uses))
+    """Returns a weight with the roles and kind that its uses imply."""
+    classified = [use for use in uses if use.axis_roles is not None]
+    primitives = tuple(dict.fromkeys(use.primitive for use in uses))
     return AdaptableWeight(
         path=path,
         value=value,
         axes=usage.infer_weight_axes(uses, len(value.shape)) or usage.WeightAxes((), (), ()),
-        kind=_infer_weight_kind(known, by),
-        multiplies_activations=any(use.has_data_operand for use in known),
-        primitives=by,
+        kind=_infer_weight_kind(classified, primitives),
+        multiplies_activations=any(use.has_data_operand for use in classified),
+        primitives=primitives,
         window=usage.infer_window_axes(uses),
         dense_reasons=tuple(dict.fromkeys(use.dense_reason for use in uses if use.dense_reason)),
     )
@@ -135,18 +146,15 @@ def make_weight(path: str, value: Any, uses: Sequence[usage.WeightUse]) -> Adapt
 def trace_weights(
     fn: Callable[..., Any], params: PyTree, *inputs: Any
 ) -> dict[str, AdaptableWeight]:
-    """Every array of `params` by its path, with how `fn(params, *inputs)` uses it."""
+    """Returns every array of `params` by path, with its uses in `fn(params, *inputs)`."""
     leaves, uses = _collect_params_and_uses(trace_call(fn, params, inputs, {}))
     return {path: make_weight(path, leaf, uses[path]) for path, leaf in leaves.items()}
-
-
-_EXPECTED_USE = {frozenset({"bias"}): "is a bias"}
 
 
 def _infer_weight_kind(
     classified_uses: Sequence[usage.WeightUse], primitives: Sequence[str]
 ) -> WeightKind:
-    """What a weight is, by its uses in products and look-ups and by the names of all its uses."""
+    """Returns the kind of a weight from its uses in products and look-ups, and all primitives."""
     if not classified_uses:
         return "bias" if primitives and set(primitives) <= {"add", "sub", "add_any"} else "other"
     if any(
@@ -154,8 +162,8 @@ def _infer_weight_kind(
         for use in classified_uses
     ):
         return "embedding"
-    convolved = any(use.primitive == "conv_general_dilated" for use in classified_uses)
-    return "convolution" if convolved else "linear"
+    is_convolved = any(use.primitive == "conv_general_dilated" for use in classified_uses)
+    return "convolution" if is_convolved else "linear"
 
 
 def _is_float_weight(weight: AdaptableWeight) -> bool:
@@ -169,20 +177,20 @@ def _get_refusal(weight: AdaptableWeight, config: AdapterConfig) -> str | None:
 
 
 def _suggest_pattern(path: str) -> str:
-    """The shortest pattern that names leaves like this one: its last key."""
+    """Returns the shortest pattern for leaves like this one: its last key."""
     return path.rsplit("/", 1)[-1] + "$"
 
 
 def abstract_adapter(plan: AdaptationPlan) -> Adapter:
-    """The adapter that init would make, as shapes."""
+    """Returns the shapes of the adapter that `init` would return."""
 
-    def make(values: dict[str, Any]) -> Adapter:
+    def init(values: dict[str, Any]) -> Adapter:
         key = jax.random.key(0)
-        placed = lambda weight: weight._replace(value=values[weight.path])  # noqa: E731
-        made: Adapter = {w.path: config.init_leaf(key, placed(w)) for w, config in plan.adapted}
+        traced = lambda weight: weight._replace(value=values[weight.path])  # noqa: E731
+        adapter: Adapter = {w.path: config.init_leaf(key, traced(w)) for w, config in plan.adapted}
         for name, (config, weights) in plan.shared.items():
-            made[name] = config.init_shared(key, [placed(weight) for weight in weights])
-        return made
+            adapter[name] = config.init_shared(key, [traced(weight) for weight in weights])
+        return adapter
 
     values = {weight.path: weight.value for weight, _ in plan.adapted}
-    return jax.eval_shape(make, values)
+    return jax.eval_shape(init, values)

@@ -1,4 +1,4 @@
-"""`lora_transform`: adapters around a function of a parameter tree, as pure functions."""
+"""`lora_transform`: adapters for a function of a parameter tree, as pure functions."""
 
 from __future__ import annotations
 
@@ -66,22 +66,33 @@ class ExplainFn(Protocol):
 
 
 class LoraTransform(NamedTuple):
-    """LoRA around one function, as pure functions of parameter trees.
+    """Pure functions of parameter trees that adapt one function with LoRA.
 
     For every adapter and input, `apply(params, adapter, x) == fn(merge(params, adapter), x)`.
     Train through `apply`, whose gradient never forms an array of a frozen weight's shape; deploy
-    what `merge` returns.
+    the result of `merge`.
 
     Attributes:
         init: `(key, params, *inputs)` to a fresh adapter. Arrays may be `jax.ShapeDtypeStruct`s.
-        apply: `(params, adapter, *inputs, dropout_key=None)` to what `fn` returns. Run it under
-            `jax.jit`: it traces `fn` at every call. The key drops inputs and draws the ranks of a
-            step; without it nothing is random.
-        apply_with_aux_loss: As `apply`, to `(what fn returns, load-balancing loss)`: a float32, the
-            sum over all mixtures of experts, each one where its experts are used alike; zero where
-            there are none. Mixtures inside a `while_loop` are not counted.
-        merge: `(params, adapter, dequantize=False)` to parameters that `fn` itself takes.
+        apply: `(params, adapter, *inputs, dropout_key=None)` to the outputs of `fn`. It traces `fn`
+            at every call, so call it under `jax.jit`. The key is that of dropout and of randomly
+            drawn ranks; without it nothing is random.
+        apply_with_aux_loss: Like `apply`, to `(outputs, load-balancing loss)`. The loss is a
+            float32: the sum over all LoRA mixtures of experts, each of which contributes one where
+            its experts are used equally; zero without mixtures. Mixtures inside a `while_loop` are
+            not counted.
+        merge: `(params, adapter, dequantize=False)` to merged parameters for `fn`.
         explain: `(params, *inputs)` to a printable table of every weight and how it is computed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((4, 6))
+        >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> output = jax.jit(lora.apply)(params, adapter, x)
+        >>> bool(jnp.allclose(output, fn(lora.merge(params, adapter), x)))
+        True
     """
 
     init: InitFn
@@ -94,29 +105,45 @@ class LoraTransform(NamedTuple):
 def lora_transform(
     fn: Callable[..., Any], rules: Rules | None = None, *, allow_materialize: bool = True
 ) -> LoraTransform:
-    """Adapters around `fn`, which is neither changed nor copied.
+    """Returns pure functions that initialize, apply, merge and explain adapters of `fn`.
+
+    `fn` itself is neither changed nor copied.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs)`: `model.apply` of a Linen module, the function of
-            `jlora.from_nnx`, or any traceable function whose first argument is the parameter tree.
-            Inputs that are not arrays (`train=False`, strings, None) are static, and outputs that
-            are not arrays pass through.
+        fn: Function `fn(params, *inputs, **kwargs)`: `model.apply` of a Linen module, the function
+            of `jlora.from_nnx`, or any traceable function whose first argument is the parameter
+            tree. Inputs that are not arrays (`train=False`, strings, None) are static, and outputs
+            that are not arrays pass through.
         rules: One adapter config, for every weight that feeds a matrix product or convolution and
-            is no embedding table; or an ordered mapping from regular expressions, searched in the
-            weight's path, to a config or None (frozen). The first match wins; what matches nothing
-            is frozen. Left out where adapters are only applied, such as loaded ones.
+            is not an embedding table; or an ordered mapping from regular expressions, searched in
+            the weight's path, to a config or None (frozen). The first match wins; weights without a
+            match are frozen. None: adapters are only applied, such as loaded ones.
         allow_materialize: Whether an adapted weight may be materialized where a use of it cannot
-            stay factored. If not, `init` and `apply` raise an error that names the weight and the
-            use. Weights of `FullDelta`, whose update has full size anyway, are exempt.
+            stay factored. If False, `init` and `apply` raise a ValueError that names the weight and
+            the use. Weights of `FullDelta`, whose update has full size anyway, are exempt.
 
     Raises:
-        TypeError: For rules of another type.
-        ValueError: For a pattern that does not compile.
+        TypeError: `fn` is not callable, or the rules are of another type.
+        ValueError: A pattern is not a regular expression.
+
+    References:
+        Hu et al., LoRA, arXiv:2106.09685, section 4.1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+        >>> rules = {"up": jlora.LoRA(rank=2, alpha=4)}
+        >>> adapter = jlora.lora_transform(fn, rules).init(
+        ...     jax.random.key(0), params, jnp.ones((3, 4))
+        ... )
+        >>> list(adapter)
+        ['up']
     """
     if not callable(fn):
         raise TypeError(
-            f"fn={fn!r} cannot be called. Give a function whose first argument is the parameter "
-            f"tree, such as model.apply."
+            f"fn={fn!r} must be a function whose first argument is the parameter tree, such as "
+            f"model.apply."
         )
     if rules is not None:
         _tree.check_rules(rules, lambda node: isinstance(node, AdapterConfig))
@@ -125,13 +152,13 @@ def lora_transform(
         _check_prng_key("key", key)
         if rules is None:
             raise ValueError(
-                "lora_transform was given no rules, so init does not know what to adapt. Give it a "
-                "config, or patterns with configs."
+                "init needs rules, but lora_transform was given no rules. Pass a config, or a "
+                "mapping from patterns to configs, to lora_transform."
             )
         traced = trace_call(fn, params, inputs, kwargs)
         plan = match_rules(rules, traced)
-        for problem in plan.errors:
-            raise problem
+        if plan.errors:
+            raise plan.errors[0]
         adapter: Adapter = {
             weight.path: config.init_leaf(key_for_path(key, weight.path), weight)
             for weight, config in plan.adapted
@@ -188,42 +215,56 @@ def lora_transform(
 
 
 def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTree:
-    """A new parameter tree with the adapter's updates added: same shapes and types.
+    """Returns a new parameter tree with the adapter's updates added, of the same shapes and types.
 
-    The sum is made in float32 (or wider) and rounded once to the weight's type.
+    The sum is computed in float32 (or wider) and rounded once to the weight's type.
 
     Args:
         params: The base; it is not changed.
-        adapter: What `init` returned, trained.
-        dequantize: Whether all quantised weights become arrays, adapted or not. They are never
-            quantised anew, which would round the update away.
+        adapter: Trained adapter.
+        dequantize: Whether all quantized weights become arrays, adapted or not. They are never
+            quantized again, which would round the update away.
 
     Raises:
-        ValueError: When the adapter does not fit the parameters, or some of them are quantised and
-            `dequantize` is off.
+        TypeError: `adapter` is not an adapter.
+        ValueError: The adapter does not fit the parameters, or some of them are quantized and
+            `dequantize` is False.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((4, 6))
+        >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=4))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> jlora.merge(params, adapter)["w"].shape
+        (6, 5)
     """
     flat = _tree.flatten_with_paths(params)
-    where = weight_indices(flat, adapter)
+    indices = weight_indices(flat, adapter)
     leaves = materialize_leaves(flat, dequantize)
-    for path, place in where.items():
-        leaves[place] = adapt_weight(adapter, path, jnp.asarray(leaves[place])).materialize()
+    for path, index in indices.items():
+        leaves[index] = adapt_weight(adapter, path, jnp.asarray(leaves[index])).materialize()
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
 def materialize_leaves(flat: _tree.FlatTree, dequantize: bool) -> list[Any]:
-    """The leaves of parameters that an adapter is to be merged into, as arrays.
+    """Returns the leaves of parameters as arrays, to merge an adapter into them.
+
+    Args:
+        flat: Flattened parameters.
+        dequantize: Whether quantized leaves are dequantized.
 
     Raises:
-        ValueError: Some are quantised, and `dequantize` is off.
+        ValueError: Some leaves are quantized, and `dequantize` is False.
     """
-    packed = [
+    quantized = [
         path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_quantized(leaf)
     ]
-    if packed and not dequantize:
+    if quantized and not dequantize:
         raise ValueError(
-            f"params holds {len(packed)} quantised weights, such as {packed[0]!r}, and an update "
-            f"cannot be added to their codes. Merge into the weights that were quantised, or with "
-            f"dequantize=True into arrays of what they stand for."
+            f"params has {len(quantized)} quantized weights, such as {quantized[0]!r}, and an "
+            f"update cannot be added to quantized codes. Merge into the weights before "
+            f"quantization, or pass dequantize=True to merge into dequantized arrays."
         )
     return [maybe_dequantize(leaf) for leaf in flat.leaves]
 
@@ -286,5 +327,6 @@ def find_materialized(
 def _check_prng_key(name: str, key: Any) -> None:
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(
-            f"{name}={key!r} is a {type(key).__name__}, not a random key. Give jax.random.key(0)."
+            f"{name}={key!r} must be a random key, such as jax.random.key(0), got "
+            f"{type(key).__name__}."
         )

@@ -1,4 +1,4 @@
-"""Eight devices on one CPU, quick compilation, and no program compiled twice, before JAX looks."""
+"""Settings before JAX starts: eight CPU devices, fast compilation, and a compilation cache."""
 
 import importlib.metadata
 import itertools
@@ -6,17 +6,17 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Level 0 leaves out the optimisation of machine code, which is most of the tests' time. What the
-# laws look at, the compiler's own program of products and fusions, is the same.
+# Level 0 omits the optimization of machine code, which would be most of the time of the tests. The
+# HLO of products and fusions, which the laws inspect, is the same.
 _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Half the time of a compilation; later releases have one way alone, and an unknown flag ends
-    # the process.
+    # Halves the compilation time. Later releases have no choice of emitters, and an unknown flag
+    # ends the process.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
-# Both workers and later runs find what one has compiled; the programs' text, the flags and the
-# versions are the key. Most of what a test waits for is one of many thousand small programs.
+# Workers and later runs share compiled programs, by text of the program, flags and versions. The
+# compilation of many thousand small programs is most of the time of the tests.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"),
@@ -27,20 +27,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 pytest_plugins = ["_support.training_fixtures"]
 
 _MAPS = pathlib.Path("/proc/self/maps")
-_MANY = 30_000
-_ended = itertools.count(1)
+_MAX_MAPS = 30_000
+_test_count = itertools.count(1)
 
 
 def pytest_runtest_teardown() -> None:
-    """Lets go of compiled programs before they fill the table of memory maps.
+    """Clears compiled programs before they fill the table of memory maps.
 
-    A program takes about 25 maps, and a process may have 65,530 by Linux's default; the next
-    compilation beyond that ends it with a segmentation fault.
+    A program takes about 25 maps, and a process may have 65,530 by Linux's default. A
+    compilation beyond this limit ends it with a segmentation fault.
     """
-    if next(_ended) % 25 or not _MAPS.exists():
+    if next(_test_count) % 25 or not _MAPS.exists():
         return
     with _MAPS.open() as maps:
-        if sum(1 for _ in maps) > _MANY:
+        if sum(1 for _ in maps) > _MAX_MAPS:
             import jax
 
             jax.clear_caches()

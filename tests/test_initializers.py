@@ -1,4 +1,4 @@
-"""How factors start: PEFT's own values are in tests/parity."""
+"""Initializations, input moments and conversions. PEFT's values are in tests/parity."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
+from jlora._delta import svd_from_expression
 from jlora.adapters.base import ExpressionInputs
 from jlora.initializers import randomized_svd
 from jlora.interpreter.weight import weight_to_matrices
@@ -22,19 +23,19 @@ RNG = np.random.default_rng(0)
 W = (RNG.normal(size=(8, 7)) * 0.7 ** np.arange(7)).astype(np.float32)
 X = RNG.normal(size=(20, 8)).astype(np.float32)
 PARAMS = {"w": jax.device_put(W)}
-FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}  # Decompositions of numbers near one.
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}  # Decompositions of values near one.
 
 
 def product(params: Any, x: Any) -> Any:
     return x @ params["w"]
 
 
-def started(init: Any, rank: int = 2, alpha: float = 3.0) -> tuple[Any, Any]:
+def init_product(init: Any, rank: int = 2, alpha: float = 3.0) -> tuple[Any, Any]:
     lora = jlora.lora_transform(product, jlora.LoRA(rank=rank, alpha=alpha, init=init))
     return lora, lora.init(jax.random.key(0), PARAMS, X)
 
 
-def test_gaussian_has_the_deviation_asked_for() -> None:
+def test_gaussian_has_requested_std() -> None:
     params = {"w": jnp.ones((200, 100))}
     for std, expected in ((None, 1 / 50), (0.3, 0.3)):
         config = jlora.LoRA(rank=50, alpha=1, init=jlora.initializers.gaussian(std))
@@ -46,14 +47,14 @@ def test_gaussian_has_the_deviation_asked_for() -> None:
         np.testing.assert_array_equal(adapter["w"].b, 0)
 
 
-def test_orthogonal_factors_are_off_zero_and_their_product_is_not() -> None:
-    lora, adapter = started(jlora.initializers.orthogonal(), rank=4)
+def test_orthogonal_nonzero_factors_zero_product() -> None:
+    lora, adapter = init_product(jlora.initializers.orthogonal(), rank=4)
     a, b = np.asarray(adapter["w"].a), np.asarray(adapter["w"].b)
     assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 2
     np.testing.assert_allclose(a @ b, 0, atol=1e-7)
     np.testing.assert_allclose(lora.apply(PARAMS, adapter, X), X @ W, **FLOAT32)
     with pytest.raises(ValueError, match=r"rank=3 on 'w' is odd"):
-        started(jlora.initializers.orthogonal(), rank=3)
+        init_product(jlora.initializers.orthogonal(), rank=3)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,8 @@ def test_orthogonal_factors_are_off_zero_and_their_product_is_not() -> None:
     ],
     ids=["pissa", "fast pissa", "milora"],
 )
-def test_the_part_taken_out_is_that_of_the_singular_values(init: Any, part: slice) -> None:
-    lora, adapter = started(init)
+def test_svd_inits_take_singular_triplets(init: Any, part: slice) -> None:
+    lora, adapter = init_product(init)
     u, s, vt = np.linalg.svd(np.float64(W))
     taken = (u[:, : len(s)][:, part] * s[part]) @ vt[part]
     leaf = adapter["w"]
@@ -80,7 +81,7 @@ def test_the_part_taken_out_is_that_of_the_singular_values(init: Any, part: slic
     np.testing.assert_allclose(lora.apply(base, adapter, X), X @ W, **FLOAT32)
 
 
-def test_a_randomized_decomposition_nears_the_exact_one_as_it_iterates() -> None:
+def test_randomized_svd_converges_to_exact() -> None:
     matrix = jax.device_put((RNG.normal(size=(60, 40)) * 0.9 ** np.arange(40)).astype(np.float32))
     exact = np.linalg.svd(matrix, compute_uv=False)[:4]
     errors = []
@@ -106,7 +107,7 @@ KINDS = ["dense_general", "kv_einsum", "linen_scan_axis_one", "conv_2d", "conv_g
 
 @pytest.mark.parametrize("layer", [*KINDS, "experts"])
 @pytest.mark.parametrize("name", STARTS)
-def test_every_start_is_at_the_base_on_every_kind_of_layer(name: str, layer: str) -> None:
+def test_inits_start_at_base_on_all_layers(name: str, layer: str) -> None:
     made = BY_NAME[layer]
     fn, params, inputs = made.make(jnp.float32)
     config = jlora.LoRA(rank=2, alpha=3, init=STARTS[name])
@@ -120,7 +121,7 @@ def test_every_start_is_at_the_base_on_every_kind_of_layer(name: str, layer: str
         with pytest.raises(ValueError, match="its base is params"):
             jlora.residual_base(params, adapter)
         return
-    # Trained, it is one plain LoRA of twice the rank on the original base.
+    # After training it is a plain LoRA of twice the rank on the original base.
     trained = moved(adapter)
     plain = jlora.rebase_to_original(trained, adapter)
     assert {leaf.rank for leaf in plain.values()} == {4}
@@ -132,39 +133,39 @@ def test_every_start_is_at_the_base_on_every_kind_of_layer(name: str, layer: str
     )
 
 
-def test_lora_ga_moves_as_full_fine_tuning_would() -> None:
+def test_lora_ga_first_step_matches_full_tuning() -> None:
     target = X @ RNG.normal(size=(8, 7)).astype(np.float32)
     loss = lambda params: jnp.mean((product(params, X) - target) ** 2)
     gradient = jax.grad(loss)(PARAMS)
-    lora, adapter = started(jlora.initializers.lora_ga(gradient), rank=2, alpha=2)
+    lora, adapter = init_product(jlora.initializers.lora_ga(gradient), rank=2, alpha=2)
     base = jlora.residual_base(PARAMS, adapter)
     np.testing.assert_allclose(lora.apply(base, adapter, X), X @ W, **FLOAT32)
     ours = lambda a: jnp.mean((lora.apply(base, a, X) - target) ** 2)
     step = jax.grad(ours)(adapter)["w"]
     leaf = adapter["w"]
-    # What one small step of both factors changes, against the gradient of the full weight.
+    # The change by one small step of both factors, against the gradient of the full weight.
     change = np.asarray(leaf.a @ step.b + step.a @ leaf.b)
     full = np.asarray(gradient["w"])
     cosine = (change * full).sum() / np.linalg.norm(change) / np.linalg.norm(full)
     s = np.linalg.svd(full, compute_uv=False)
-    best = np.sqrt((s[:4] ** 2).sum() / (s**2).sum())  # Of any change of twice the rank.
+    best = np.sqrt((s[:4] ** 2).sum() / (s**2).sum())  # Best of all changes of twice the rank.
     np.testing.assert_allclose(cosine, best, rtol=1e-3)
     with pytest.raises(ValueError, match=r"no gradient of 'w' with shape \(8, 7\)"):
-        started(jlora.initializers.lora_ga({"v": gradient["w"]}))
+        init_product(jlora.initializers.lora_ga({"v": gradient["w"]}))
 
 
 # --- moments -------------------------------------------------------------------------------------
 
 
-def moments_of(fn: Any, params: Any, *inputs: Any) -> Any:
+def single_moments(fn: Any, params: Any, *inputs: Any) -> Any:
     (moments,) = jlora.input_moments(
         fn, {"w$": jlora.LoRA(rank=1, alpha=1)}, params, *inputs
     ).values()
     return moments
 
 
-def written_out(*met: np.ndarray) -> tuple[Any, ...]:
-    rows = [np.float64(one).reshape(-1, one.shape[-1]) for one in met]
+def expected_moments(*inputs: np.ndarray) -> tuple[Any, ...]:
+    rows = [np.float64(array).reshape(-1, array.shape[-1]) for array in inputs]
     return (
         np.array([len(one) for one in rows]),
         np.stack([one.sum(0) for one in rows]),
@@ -172,19 +173,19 @@ def written_out(*met: np.ndarray) -> tuple[Any, ...]:
     )
 
 
-def test_moments_are_those_of_what_a_weight_meets() -> None:
+def test_input_moments_match_inputs() -> None:
     x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
-    for got, expected in zip(moments_of(product, PARAMS, x), written_out(x), strict=True):
+    for got, expected in zip(single_moments(product, PARAMS, x), expected_moments(x), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
     twice = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] @ p["w"]
     params = {**PARAMS, "v": jax.device_put(RNG.normal(size=(7, 8)).astype(np.float32))}
     second = np.tanh(x @ W) @ np.asarray(params["v"])
-    expected = written_out(np.concatenate([x, second]))
-    for got, one in zip(moments_of(twice, params, x), expected, strict=True):
+    expected = expected_moments(np.concatenate([x, second]))
+    for got, one in zip(single_moments(twice, params, x), expected, strict=True):
         np.testing.assert_allclose(got, one, rtol=1e-4)
 
 
-def test_moments_of_a_scanned_stack_are_those_of_each_layer() -> None:
+def test_input_moments_scan_is_per_layer() -> None:
     stack = jax.device_put(RNG.normal(size=(3, 6, 6)).astype(np.float32))
     x = RNG.normal(size=(4, 6)).astype(np.float32)
 
@@ -195,12 +196,14 @@ def test_moments_of_a_scanned_stack_are_those_of_each_layer() -> None:
     met = [x]
     for w in stack[:-1]:
         met.append(np.tanh(met[-1] @ np.asarray(w)))
-    for got, expected in zip(moments_of(scanned, {"w": stack}, x), written_out(*met), strict=True):
-        # Sums of four numbers below one in float32, which may cancel.
+    for got, expected in zip(
+        single_moments(scanned, {"w": stack}, x), expected_moments(*met), strict=True
+    ):
+        # Sums of four values below one in float32, which may cancel.
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_moments_inside_a_shard_map_are_those_of_all_shards() -> None:
+def test_input_moments_shard_map_sums_shards() -> None:
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(
         product,
@@ -208,28 +211,28 @@ def test_moments_inside_a_shard_map_are_those_of_all_shards() -> None:
         in_specs=(PartitionSpec(), PartitionSpec("data")),
         out_specs=PartitionSpec("data"),
     )
-    for got, expected in zip(moments_of(run, PARAMS, X), written_out(X), strict=True):
+    for got, expected in zip(single_moments(run, PARAMS, X), expected_moments(X), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_evas_directions_are_those_of_largest_variance() -> None:
+def test_eva_directions_have_largest_variance() -> None:
     moments = jlora.input_moments(product, jlora.LoRA(rank=1, alpha=1), PARAMS, X)
     doubled = jax.tree.map(jnp.add, moments, moments)
     for center, shifted in ((True, X - X.mean(0)), (False, X)):
         _, s, vt = np.linalg.svd(np.float64(shifted))
-        _, adapter = started(jlora.initializers.eva(moments, center=center), rank=3)
+        _, adapter = init_product(jlora.initializers.eva(moments, center=center), rank=3)
         variance = np.linalg.norm(shifted @ np.asarray(adapter["w"].a), axis=0)
         np.testing.assert_allclose(variance, s[:3], rtol=1e-4)
         np.testing.assert_allclose(np.abs(adapter["w"].a.T @ vt[:3].T), np.eye(3), atol=1e-3)
-        _, again = started(jlora.initializers.eva(doubled, center=center), rank=3)
+        _, again = init_product(jlora.initializers.eva(doubled, center=center), rank=3)
         np.testing.assert_allclose(again["w"].a, adapter["w"].a, atol=1e-3)
     with pytest.raises(ValueError, match=r"no moments of the inputs of 'w'"):
-        started(jlora.initializers.eva({}))
+        init_product(jlora.initializers.eva({}))
 
 
-def test_what_meets_no_input_is_refused() -> None:
+def test_input_moments_without_input_raises() -> None:
     hidden = lambda p, x: lax.stop_gradient(x @ p["w"]).sum() + x.sum()
-    with pytest.raises(ValueError, match="'w' met no input"):
+    with pytest.raises(ValueError, match="'w' has no input"):
         jlora.input_moments(hidden, {"w": jlora.LoRA(rank=1, alpha=1)}, PARAMS, X)
     fn, params, inputs = BY_NAME["conv_2d"].make(jnp.float32)
     with pytest.raises(ValueError, match="convolution, and Moments of the inputs is defined for"):
@@ -260,9 +263,7 @@ CONVERTED = {
 
 @pytest.mark.parametrize("family", CONVERTED)
 @pytest.mark.parametrize("layer", ["kv_einsum", "linen_scan"])
-def test_to_lora_of_full_rank_loses_nothing_and_of_a_lower_one_is_the_nearest(
-    family: str, layer: str
-) -> None:
+def test_to_lora_is_best_approximation(family: str, layer: str) -> None:
     one = case(layer, "float32", family)
     changes = jlora.delta(one.params, one.adapter)
     whole = jlora.to_lora(one.adapter, one.params, CONVERTED[family] or 6)
@@ -276,33 +277,33 @@ def test_to_lora_of_full_rank_loses_nothing_and_of_a_lower_one_is_the_nearest(
         np.testing.assert_allclose(whole.energy[path], 1, rtol=1e-5)
         squares = s**2
         np.testing.assert_allclose(low.energy[path], squares[:, 0].sum() / squares.sum(), rtol=1e-4)
-        # No matrix of rank one is nearer than the other singular values are long.
+        # The error of the best matrix of rank one is the norm of the other singular values.
         ours = jlora.delta(one.params, {path: low.adapter[path]})[path]
         left = np.linalg.norm(np.asarray(ours - change).ravel())
         np.testing.assert_allclose(left, np.sqrt(squares[:, 1:].sum()), rtol=1e-3, atol=1e-4)
 
 
-def test_a_conversion_of_thin_factors_forms_nothing_of_the_weights_size() -> None:
+def test_svd_from_factors_avoids_weight_size() -> None:
     params = {"w": jax.ShapeDtypeStruct((300, 200), jnp.float32)}
     lora = jlora.lora_transform(product, jlora.AdaLoRA(rank=4, alpha=4))
     adapter = lora.init(jax.random.key(0), params, jax.ShapeDtypeStruct((2, 300), jnp.float32))
     leaf = adapter["w"]
 
     def convert(base: Any) -> Any:
-        return jlora.deltas.decomposed("w", leaf, base, leaf.expression(ExpressionInputs(base)))
+        return svd_from_expression("w", leaf, base, leaf.expression(ExpressionInputs(base)))
 
     text = str(jax.make_jaxpr(convert)(jnp.zeros((300, 200))))
     assert "200,4" in text
     assert text.count("300,200") == 1, "only the base itself, which is not used"
 
 
-def test_conversions_refuse_what_they_cannot_do() -> None:
+def test_conversions_unsupported_raise() -> None:
     one = case("attention", "float32")
     lora = jlora.lora_transform(one.fn, jlora.BitFit())
     biases = lora.init(jax.random.key(0), one.params, *one.inputs)
     with pytest.raises(ValueError, match=r"has no low rank. Merge that part first"):
         jlora.to_lora(biases, one.params, 2)
-    with pytest.raises(TypeError, match=r"a rank is a count"):
+    with pytest.raises(TypeError, match=r"must be a positive integer, got float"):
         jlora.to_lora(one.adapter, one.params, 2.5)
     with pytest.raises(ValueError, match=r"no AdaLoRA or SoRA leaf"):
         jlora.prune_ranks(one.adapter)
@@ -314,11 +315,11 @@ def test_conversions_refuse_what_they_cannot_do() -> None:
         with pytest.raises(TypeError, match="not what init returns"):
             convert(None)
     mixture = case("dense_general", "float32", "mixture")
-    with pytest.raises(ValueError, match="weighs its experts by the input"):
+    with pytest.raises(ValueError, match="routes by the input"):
         jlora.to_lora(mixture.adapter, mixture.params, 2)
 
 
-def test_pruned_and_converted_adapters_still_know_their_base() -> None:
+def test_rebase_after_prune_and_to_lora_is_exact() -> None:
     config = jlora.SoRA(rank=3, alpha=3, init=jlora.initializers.pissa())
     lora = jlora.lora_transform(product, config)
     fresh = lora.init(jax.random.key(0), PARAMS, X)
@@ -334,12 +335,12 @@ def test_pruned_and_converted_adapters_still_know_their_base() -> None:
     np.testing.assert_allclose(
         lora.apply(PARAMS, empty, X), X @ np.asarray(base["w"]), rtol=1e-3, atol=1e-3
     )
-    _, zero = started(jlora.initializers.kaiming_uniform)
+    _, zero = init_product(jlora.initializers.kaiming_uniform)
     with pytest.raises(ValueError, match="its base is the original one already"):
         jlora.rebase_to_original(zero, zero)
 
 
-def test_full_differences_train_in_float32_on_a_bfloat16_base() -> None:
+def test_full_delta_float32_on_bfloat16_base() -> None:
     params = {"w": PARAMS["w"].astype(jnp.bfloat16)}
     lora = jlora.lora_transform(product, {"w": jlora.FullDelta()})
     adapter = lora.init(jax.random.key(0), params, X)

@@ -1,0 +1,1 @@
+"""Speed and memory: one process per measurement, results as JSON."""

@@ -38,6 +38,11 @@ class LeafContext(NamedTuple):
     Attributes:
         shared: The arrays that are shared under the leaf's `share`; None without any.
         key: The random key of the step, the same for every weight; None outside training.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> ExpressionInputs(jnp.ones((6, 5))).key is None
+        True
     """
 
     shared: Any = None
@@ -54,6 +59,11 @@ class MethodInfo(NamedTuple):
             Python.
         recommended_for: Use for which the method is recommended.
         paper: Source of the method.
+
+    Example:
+        >>> import jlora
+        >>> jlora.LoRA.info.num_params_formula
+        'r * (d + k)'
     """
 
     name: str
@@ -74,6 +84,38 @@ class AdapterConfig(abc.ABC):
         supported_kinds: Kinds of weights that the method can adapt.
         share: Name in the adapter of the arrays that several weights share; None: nothing is
             shared.
+
+    Example:
+        A new method is a config and a leaf:
+
+        >>> import dataclasses, jax, jax.numpy as jnp, jlora
+        >>> from jlora.adapters import AdapterConfig, AdapterLeaf, Expression, MethodInfo
+        >>> from jlora.adapters import array_field, register_family
+        >>> @register_family("output_scale")
+        ... @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class OutputScaleLeaf(AdapterLeaf):
+        ...     gain: jax.Array = array_field("gain")
+        ...     shape: tuple
+        ...     axes: tuple
+        ...
+        ...     def expression(self, context):
+        ...         return Expression(gains=[(self.gain, self.axes.outputs)])
+        ...
+        ...     def shapes(self):
+        ...         return {"gain": self.axis_sizes.outputs}
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class OutputScale(AdapterConfig):
+        ...     info = MethodInfo("Output scale", "W diag(g)", "k", "examples", "none")
+        ...
+        ...     def init_leaf(self, key, weight):
+        ...         gain = jnp.ones(weight.axis_sizes.outputs)
+        ...         return OutputScaleLeaf(gain=gain, shape=weight.shape, axes=weight.axes)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], OutputScale())
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> scaled = jax.tree.map(lambda gain: 2 * gain, adapter)
+        >>> print(lora.apply(params, scaled, x))
+        [[6. 6.]]
     """
 
     info: ClassVar[MethodInfo]
@@ -146,11 +188,19 @@ class AdapterArrays(abc.ABC):
 
 
 class SharedArrays(AdapterArrays):
-    """Arrays that several weights share, stored once in the adapter under their name."""
+    """Arrays that several weights share, stored once in the adapter under their name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.VeRA(rank=4))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
+        >>> isinstance(adapter["vera"], SharedArrays)
+        True
+    """
 
 
 class AdapterLeaf(AdapterArrays):
-    """The arrays of one adapted weight.
+    """The arrays of one adapted weight. `AdapterConfig` has an example of a new method.
 
     Attributes:
         shape: Shape of the weight.
@@ -158,6 +208,13 @@ class AdapterLeaf(AdapterArrays):
         dropout: Probability of dropping an entry of the update's input while training.
         share: Name of the arrays that are shared with other weights; None: nothing is shared.
         is_full: Whether every use of the weight reads the materialized weight.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
+        >>> isinstance(adapter["w"], AdapterLeaf), adapter["w"].axis_sizes.inputs
+        (True, (6,))
     """
 
     shape: tuple[int, ...]
@@ -247,8 +304,7 @@ def register_family(name: str) -> Callable[[ArraysT], ArraysT]:
         name: Name of the class in adapter files.
 
     Example:
-        >>> from jlora.adapters import LoRA
-        >>> from jlora.adapters.lora import LoRALeaf  # Is under @register_family("lora").
+        >>> from jlora.adapters.lora import LoRALeaf  # Decorated with @register_family("lora").
         >>> LoRALeaf.family, LoRALeaf.array_labels()
         ('lora', {'a': 'a', 'b': 'b'})
     """

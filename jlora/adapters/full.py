@@ -43,7 +43,7 @@ class FullDelta(AdapterConfig):
     """
 
     info = MethodInfo(
-        name="Full",
+        name="Full delta",
         formula="W + delta",
         num_params_formula="d * k",
         recommended_for="heads, norms, resized embeddings, beside another method",

@@ -236,8 +236,8 @@ class RoutedTerm(Term):
     ) -> tuple[Any, Sequence[jax.Array]]:
         if product.routing_error is not None:
             raise ValueError(
-                f"The mixture on {product.path!r} cannot be used {product.routing_error}. Leave "
-                f"this weight out of the rule."
+                f"LoRAMoE on {product.path!r} cannot be used {product.routing_error}. Exclude this "
+                f"weight from the adapter rules."
             )
         weights, loss = self._route(split_axes(x, product.x_groups), product)
         dropped = x if self.dropout is None else self.dropout(x)
@@ -260,10 +260,10 @@ class RoutedTerm(Term):
         unseen = set(self.router.axes) - set(x.axes) - {self.expert_axis}
         if unseen or flat_size(seen) != self.fan_in:
             raise ValueError(
-                f"The mixture on {product.path!r} sees {flat_size(seen)} of the {self.fan_in} "
-                f"entries of an input at one of its uses (of a part of the weight, its transpose, "
-                f"or a shard), and its router has to see all of them. Leave this weight out of "
-                f"the rule."
+                f"LoRAMoE on {product.path!r} gets {flat_size(seen)} of the {self.fan_in} input "
+                f"features at one of its uses (of a slice, a shard or the transpose of the "
+                f"weight). Its router needs all of them. Exclude this weight from the adapter "
+                f"rules."
             )
         wide_x, router = (o.map(lambda array: array.astype(jnp.float32)) for o in (x, self.router))
         # (tokens, inputs) (inputs, experts) -> (tokens, experts)
@@ -281,9 +281,9 @@ class RoutedTerm(Term):
 
     def add_materialized(self, total: Any, weight: Any) -> Any:
         raise ValueError(
-            f"The mixture on {weight.path!r} weights its experts by the input, so no single weight "
-            f"computes the same, and none can be merged or used outside a product (lora.explain "
-            f"shows each use). Keep it apart and call apply, or leave this weight out of the rule."
+            f"LoRAMoE on {weight.path!r} routes by the input, so it cannot be merged into one "
+            f"weight or used outside a product (lora.explain lists the uses of each weight). Call "
+            f"apply with the separate adapter, or exclude this weight from the adapter rules."
         )
 
     def scale(self, factor: Any) -> RoutedTerm:
@@ -298,9 +298,9 @@ class RoutedTerm(Term):
 
     def to_product(self, weight: Any, used_by: str) -> ProductTerm | None:
         raise ValueError(
-            f"The mixture on {weight.path!r} cannot be used inside a function with a derivative of "
-            f"its own ({used_by}): its rule would choose experts by the gradient. Leave this "
-            f"weight out of the rule."
+            f"LoRAMoE on {weight.path!r} cannot be used inside a function with a custom derivative "
+            f"({used_by}), whose rule would route by the gradient. Exclude this weight from the "
+            f"adapter rules."
         )
 
     def with_dropout(self, dropout: Dropout) -> RoutedTerm:

@@ -51,7 +51,14 @@ def format_families_table() -> str:
         >>> print(format_families_table().splitlines()[2].split("|")[1].strip())
         `LoRA`
     """
-    header = ("`jlora.`", "the weight becomes", "trained for (d, k)", "on", "good for", "paper")
+    header = (
+        "`jlora.`",
+        "adapted weight",
+        "trainable parameters of (d, k)",
+        "kinds of weights",
+        "recommended for",
+        "paper",
+    )
     rows = [
         (
             f"`{config.__name__}`",

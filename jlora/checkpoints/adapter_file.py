@@ -1,4 +1,4 @@
-"""An adapter as one safetensors file that says what it is and whose."""
+"""Adapter files: one safetensors file with the adapter, its base's fingerprints and its lineage."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from jlora.checkpoints.safetensors_io import serialize_safetensors
 from jlora.interpreter.usage import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
 
-FORMAT_VERSION = 1  # Raised when a reader of the old number would misread a file of the new.
+FORMAT_VERSION = 1  # Incremented when an older reader would misread a newer file.
 
-_FINGERPRINT_SAMPLES = 64  # Entries of a weight that its fingerprint reads.
+_FINGERPRINT_SAMPLES = 64  # Entries of a weight that its fingerprint covers.
 
 
 def save_adapter(
@@ -47,21 +47,34 @@ def save_adapter(
     params: PyTree,
     lineage: Lineage | None = None,
 ) -> None:
-    """Writes an adapter to one safetensors file, which replaces a file of that name at once.
+    """Saves an adapter to one safetensors file, atomically replacing a file of that name.
 
-    The file's metadata has the families, axes, ranks and scales, a fingerprint of every weight of
-    the base that is adapted, so that loading it onto another base can be refused, the content hash,
-    and where the adapter comes from.
+    The metadata of the file contains the families, axes, ranks and scales; a fingerprint of every
+    adapted weight of the base, so that `load_adapter` detects another base; the content hash; and
+    the lineage.
 
     Args:
-        path: Where to; its folder must exist.
-        adapter: What `init` returned, trained.
-        params: The base it was trained on.
-        lineage: How it was made, if that is known.
+        path: File to write; its folder must exist.
+        adapter: Adapter, as `init` returns it or trained.
+        params: Base parameters that it was trained on.
+        lineage: Origin of the adapter. None: unknown.
 
     Raises:
-        TypeError: When `adapter` is not an adapter, or `lineage` no lineage.
-        ValueError: When it does not fit `params`, or holds an array that is not finite.
+        TypeError: `adapter` is not an adapter, or `lineage` is not a `Lineage`.
+        ValueError: `adapter` does not fit `params`, or contains an array that is not finite.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "adapter.safetensors"
+        >>> jlora.save_adapter(path, adapter, params)
+        >>> jlora.load_adapter(path, params)["w"].rank
+        1
     """
     weights = _adapted_weights(params, adapter)
     write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights}, lineage)
@@ -73,22 +86,25 @@ def write_adapter(
     fingerprints: Mapping[str, str],
     lineage: Lineage | None = None,
 ) -> None:
-    """As `save_adapter`, where the base is not at hand but its weights' fingerprints are.
+    """Saves an adapter like `save_adapter`, given fingerprints instead of the base.
 
     Args:
-        path: Where to; its folder must exist.
-        adapter: Its arrays are all here.
-        fingerprints: Of the weights that it adapts, by path.
-        lineage: How it was made, if that is known.
+        path: File to write; its folder must exist.
+        adapter: Adapter, with all its arrays on this host.
+        fingerprints: Fingerprints of the adapted weights, by path.
+        lineage: Origin of the adapter. None: unknown.
 
     Raises:
-        TypeError: When `adapter` is not an adapter, or `lineage` no lineage.
-        ValueError: When it holds an array that is not finite.
+        TypeError: `adapter` is not an adapter, or `lineage` is not a `Lineage`.
+        ValueError: `adapter` contains an array that is not finite.
     """
     check_adapter(adapter)
     lineage = Lineage() if lineage is None else lineage
     if not isinstance(lineage, Lineage):
-        raise TypeError(f"lineage={lineage!r} is no Lineage, of jlora.checkpoints.lineage.")
+        raise TypeError(
+            f"lineage={lineage!r} must be a jlora.checkpoints.Lineage, got "
+            f"{type(lineage).__name__}."
+        )
     tensors = adapter_arrays(adapter)
     for name, value in tensors.items():
         _check_adapter_tensor_finite(name, value)
@@ -106,47 +122,82 @@ def write_adapter(
 def load_adapter(
     path: str | os.PathLike[str], params: PyTree, *, allow_other_base: bool = False
 ) -> dict[str, Any]:
-    """The adapter that `save_adapter` wrote.
+    """Loads an adapter that `save_adapter` wrote.
 
     Args:
-        path: The file.
-        params: The base that it will be used with.
-        allow_other_base: Accept a base with the same paths and shapes but other numbers.
+        path: Adapter file.
+        params: Base parameters that it will be used with.
+        allow_other_base: Accepts a base with the same paths and shapes but other values.
+
+    Returns:
+        The adapter, as `init` returns it.
 
     Raises:
-        FileNotFoundError: When there is no such file.
-        ValueError: When it is no such file, damaged, of a newer format, or of another base.
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not an adapter file, is damaged, has a newer format, or belongs to
+            another base.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "adapter.safetensors"
+        >>> jlora.save_adapter(path, adapter, params)
+        >>> jlora.load_adapter(path, {"w": 2 * params["w"]}, allow_other_base=True)["w"].a.shape
+        (3, 1)
     """
     path = pathlib.Path(path)
     metadata, tensors = _read_adapter_file(path)
     description = _read_json_metadata(path, metadata, "adapter")
     content = compute_content_hash(description, tensors)
-    leaves = {
-        weight_path: _build_leaf_from_description(path, weight_path, facts, tensors)
-        for weight_path, facts in description.items()
+    adapter = {
+        weight_path: _build_leaf_from_description(path, weight_path, leaf_description, tensors)
+        for weight_path, leaf_description in description.items()
     }
     if tensors:
         raise ValueError(
-            f"{path} holds tensors that its description does not name: {sorted(tensors)[:3]}. It "
-            f"was changed after jlora wrote it; save the adapter again."
+            f"{path} contains tensors that its description does not name: {sorted(tensors)[:3]}. "
+            f"It was changed after jlora wrote it; save the adapter again."
         )
-    weights = _adapted_weights(params, leaves)
-    if metadata.get("content", content) != content:  # Files of an older jlora have none.
+    weights = _adapted_weights(params, adapter)
+    if metadata.get("content", content) != content:  # Files of an older jlora have no hash.
         raise ValueError(
-            f"{path} holds other numbers or facts than jlora wrote to it. Copy it again; if it was "
-            f"changed on purpose, save the adapter anew."
+            f"{path} does not have the content that jlora wrote to it. Copy it again; if it was "
+            f"changed on purpose, save the adapter again."
         )
     if not allow_other_base:
-        _check_base_fingerprints(path, _read_json_metadata(path, metadata, "base"), weights, leaves)
-    return leaves
+        fingerprints = _read_json_metadata(path, metadata, "base")
+        _check_base_fingerprints(path, fingerprints, weights, adapter)
+    return adapter
 
 
 def adapted_weight_paths(path: str | os.PathLike[str]) -> list[str]:
-    """The paths of the weights that an adapter file is for.
+    """Returns the paths of the weights that an adapter file adapts, sorted.
+
+    Args:
+        path: Adapter file.
 
     Raises:
-        FileNotFoundError: When there is no such file.
-        ValueError: When it is no such file, damaged, or of a newer format.
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not an adapter file, is damaged, or has a newer format.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora.checkpoints import adapted_weight_paths
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "adapter.safetensors"
+        >>> jlora.save_adapter(path, adapter, params)
+        >>> adapted_weight_paths(path)
+        ['w']
     """
     path = pathlib.Path(path)
     metadata, _ = _read_adapter_file(path)
@@ -154,11 +205,28 @@ def adapted_weight_paths(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_lineage(path: str | os.PathLike[str]) -> Lineage:
-    """How the adapter in a file was made; an empty lineage where the file does not say.
+    """Returns the lineage of the adapter in a file; an empty one if the file has none.
+
+    Args:
+        path: Adapter file.
 
     Raises:
-        FileNotFoundError: When there is no such file.
-        ValueError: When it is no such file, damaged, or of a newer format.
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not an adapter file, is damaged, or has a newer format.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora.checkpoints import Lineage, read_lineage
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "adapter.safetensors"
+        >>> jlora.save_adapter(path, adapter, params, Lineage(method="trained"))
+        >>> read_lineage(path).method
+        'trained'
     """
     path = pathlib.Path(path)
     metadata, _ = _read_adapter_file(path)
@@ -166,10 +234,10 @@ def read_lineage(path: str | os.PathLike[str]) -> Lineage:
 
 
 def lineage_from_metadata(path: pathlib.Path, metadata: Mapping[str, str]) -> Lineage:
-    """The lineage in a file's metadata.
+    """Returns the lineage in the metadata of a file; an empty one if there is none.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The lineage is damaged.
     """
     if "lineage" not in metadata:
         return Lineage()
@@ -180,27 +248,46 @@ def lineage_from_metadata(path: pathlib.Path, metadata: Mapping[str, str]) -> Li
 
 
 def read_quantization_schemes(path: str | os.PathLike[str]) -> list[str]:
-    """The schemes of the quantised weights that an adapter was trained on; none of arrays.
+    """Returns the quantization schemes of the base that an adapter was trained on, sorted.
+
+    Args:
+        path: Adapter file.
+
+    Returns:
+        Names of the schemes of adapted weights that were quantized; empty if none was.
 
     Raises:
-        FileNotFoundError: When there is no such file.
-        ValueError: When it is no such file, damaged, or of a newer format.
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not an adapter file, is damaged, or has a newer format.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora.checkpoints import read_quantization_schemes
+        >>> params = jlora.quantize({"w": np.ones((32, 2), np.float32)}, {"w": jlora.Int8()})
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 32), np.float32))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "adapter.safetensors"
+        >>> jlora.save_adapter(path, adapter, params)
+        >>> read_quantization_schemes(path)
+        ['int8']
     """
     path = pathlib.Path(path)
     metadata, _ = _read_adapter_file(path)
-    texts = (
-        str(held).rpartition(" ")[0]
-        for held in _read_json_metadata(path, metadata, "base").values()
-    )
-    found = {json.loads(text).get("scheme") for text in texts if text}
-    return sorted(map(str, found))
+    fingerprints = _read_json_metadata(path, metadata, "base").values()
+    descriptions = map(_quantization_description, fingerprints)
+    schemes = {json.loads(text).get("scheme") for text in descriptions if text}
+    return sorted(map(str, schemes))
 
 
 def fingerprint(weight: Any) -> str:
-    """A hash of a weight's shape and of entries spread over it.
+    """Returns a hash of a weight's shape and of entries spread over it.
 
-    Entries are rounded to bfloat16 first, so the same checkpoint loaded in float32 and in bfloat16
-    has one fingerprint. That of a quantised weight says how it was quantised, and is of its codes.
+    Entries are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16
+    has the same fingerprint. The fingerprint of a quantized weight hashes its codes, and begins
+    with a description of its quantization.
     """
     if not isinstance(weight, QArray):
         return _hash_arrays(
@@ -213,12 +300,12 @@ def fingerprint(weight: Any) -> str:
 def _sample_weight_entries(array: Any) -> np.ndarray:
     if not array.ndim:
         return fetch_global(array.reshape(1))
-    chosen = (
+    indices = (
         np.arange(array.size)
         if array.size <= _FINGERPRINT_SAMPLES
         else _draw_sample_indices(array.size)
     )
-    return fetch_global(array[np.unravel_index(chosen, array.shape)])
+    return fetch_global(array[np.unravel_index(indices, array.shape)])
 
 
 def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
@@ -227,31 +314,31 @@ def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
 
 
 def _draw_sample_indices(size: int) -> np.ndarray:
-    """Places drawn once and for all for a size: the same in every release and process."""
-    state, places = size, []
+    """Returns pseudorandom indices below `size`, the same in every release and process."""
+    state, indices = size, []
     for _ in range(_FINGERPRINT_SAMPLES):
-        # Knuth's MMIX generator; Python's integers keep it exact.
+        # Knuth's MMIX generator, exact in Python's integers.
         state = (6364136223846793005 * state + 1442695040888963407) % 2**64
-        places.append((state >> 11) % size)
-    return np.array(sorted(places))
+        indices.append((state >> 11) % size)
+    return np.array(sorted(indices))
 
 
 def _check_adapter_tensor_finite(name: str, value: np.ndarray) -> None:
     if not np.isfinite(value.astype(np.float32)).all():
         raise ValueError(
-            f"{name!r} holds NaN or infinity, so every output would. Go back to a checkpoint from "
+            f"{name!r} holds NaN or Inf, and so would every output. Use a checkpoint from "
             f"before the training diverged."
         )
 
 
 def _adapted_weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapted weights by path, after checking that the adapter fits them."""
+    """Returns the adapted weights by path, after checking that the adapter fits them."""
     flat = _tree.flatten_with_paths(params)
-    return {path: flat.leaves[place] for path, place in weight_indices(flat, adapter).items()}
+    return {path: flat.leaves[index] for path, index in weight_indices(flat, adapter).items()}
 
 
 def _replace_file_atomically(path: pathlib.Path, content: bytes) -> None:
-    # A reader sees the old file or the new one, also after a crash in the middle.
+    # Readers see the old file or the new one, even after a crash in the middle.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -274,7 +361,8 @@ def _read_adapter_file(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is no readable safetensors file: {error}. It may be cut short; copy it again."
+            f"{path} is not a readable safetensors file: {error}. It may be truncated; copy it "
+            f"again."
         ) from error
     if metadata.get("format") != "jlora":
         raise ValueError(
@@ -284,8 +372,8 @@ def _read_adapter_file(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np
     version = metadata.get("version", "")
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise ValueError(
-            f"{path} was made by format {version!r}, this jlora reads up to {FORMAT_VERSION}. Use a newer "
-            f"jlora."
+            f"{path} has format version {version!r}, but this jlora reads versions up to "
+            f"{FORMAT_VERSION}. Use a newer jlora."
         )
     return metadata, tensors
 
@@ -296,26 +384,31 @@ def _read_json_metadata(
     try:
         value = json.loads(metadata[key])
     except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no readable {key!r} in its metadata: {error!r}.") from error
+        raise ValueError(
+            f"{path} has no readable {key!r} in its metadata: {error!r}. Copy it again."
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} has {type(value).__name__} as {key!r} in its metadata.")
+        raise ValueError(
+            f"{path}: {key!r} in its metadata must be a JSON object, got {type(value).__name__}. "
+            f"Save the adapter again."
+        )
     return value
 
 
 def _build_leaf_from_description(
     path: pathlib.Path, weight_path: str, description: Any, tensors: dict[str, np.ndarray]
 ) -> Any:
-    """One adapter from its description; the tensors it takes are removed from `tensors`."""
+    """Builds one leaf of an adapter from its description, and removes its arrays from `tensors`."""
     description = dict(description) if isinstance(description, dict) else {}
-    name = description.pop("family", None)
-    if name not in FAMILIES:
+    family = description.pop("family", None)
+    if family not in FAMILIES:
         raise ValueError(
-            f"{path} adapts {weight_path!r} by the family {name!r}, which this jlora does not have "
-            f"(it has {sorted(FAMILIES)}). Use the jlora that wrote it."
+            f"{path} adapts {weight_path!r} with the family {family!r}, which this jlora does not "
+            f"have (it has {sorted(FAMILIES)}). Use the jlora that wrote it."
         )
-    cls = FAMILIES[name]
+    leaf_class = FAMILIES[family]
     arrays = {}
-    for field in get_array_fields(cls):
+    for field in get_array_fields(leaf_class):
         key = f"{weight_path}/{field.name}"
         if key not in tensors and field.default is None:
             continue
@@ -323,20 +416,27 @@ def _build_leaf_from_description(
             raise ValueError(f"{path} lacks the tensor {key!r}. Save the adapter again.")
         value = tensors.pop(key)
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{path} holds {key!r} as {value.dtype}, not as floats.")
+            raise ValueError(
+                f"{path}: {key!r} must be floating point, got {value.dtype}. Save the adapter "
+                f"again."
+            )
         _check_adapter_tensor_finite(key, value)
         arrays[field.name] = jnp.asarray(value)
     try:
-        description = {
-            key: tuple(f) if isinstance(f, list) else f for key, f in description.items()
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in description.items()
         }
-        if issubclass(cls, AdapterLeaf):
-            description["axes"] = WeightAxes(*(tuple(group) for group in description["axes"]))
-        leaf = cls(**arrays, **description)
+        if issubclass(leaf_class, AdapterLeaf):
+            fields["axes"] = WeightAxes(*(tuple(axes) for axes in fields["axes"]))
+        leaf = leaf_class(**arrays, **fields)
         leaf.validate()
         return leaf
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} describes {weight_path!r} wrongly: {error}.") from error
+        raise ValueError(
+            f"{path} has an invalid description of {weight_path!r}: {error}. Save the "
+            f"adapter again."
+        ) from error
 
 
 def _check_base_fingerprints(
@@ -351,58 +451,59 @@ def _check_base_fingerprints(
             f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
-    other = [name for name in expected if not _matches_fingerprint(weights[name], expected[name])]
-    bound = [
+    residual = [
         name
         for name in expected
         if _requires_quantized_base(leaves[name], weights[name], expected[name])
     ]
-    if bound:
+    if residual:
         raise ValueError(
-            f"{path} belongs on {bound[0]!r} ({len(bound)} of {len(expected)} adapted weights) as "
-            f"it was quantised with this adapter and on nothing else: its factors started as a "
-            f"part of the weight. Load it with the parameters that jlora.loftq (or jlora.quantize "
-            f"of jlora.residual_base) made. For the weights as they were, save what "
-            f"jlora.rebase_to_original makes of it."
+            f"{path} needs {residual[0]!r} ({len(residual)} of {len(expected)} adapted weights) in "
+            f"the form that was quantized together with this adapter, because its factors started "
+            f"as a part of the weight. Load it with the parameters that jlora.loftq (or "
+            f"jlora.quantize of jlora.residual_base) returned. For the original weights, save the "
+            f"result of jlora.rebase_to_original."
         )
+    other = [name for name in expected if not _matches_fingerprint(weights[name], expected[name])]
     if other and isinstance(weights[other[0]], QArray):
         raise ValueError(
             f"{path} was not trained on {other[0]!r} ({len(other)} of {len(expected)} adapted "
-            f"weights) as it is quantised in params: {weights[other[0]]}. If the weights were "
-            f"those before, pass allow_other_base=True: what the adapter computes then differs by "
-            f"what the quantisation took."
+            f"weights) as it is quantized in params: {weights[other[0]]}. If these are the same "
+            f"weights before quantization, pass allow_other_base=True: the outputs then differ by "
+            f"the quantization error."
         )
     if other:
         raise ValueError(
             f"{path} was trained on another base: {other[0]!r} ({len(other)} of {len(expected)} "
-            f"adapted weights) has other numbers in params. Load the base it was trained on, or "
+            f"adapted weights) has other values in params. Load the base it was trained on, or "
             f"pass allow_other_base=True."
         )
 
 
 def _quantization_description(expected_fingerprint: Any) -> str:
-    """How the weight of a fingerprint was quantised, as JSON; empty where it was not."""
+    """Returns the quantization of the weight of a fingerprint, as JSON; empty if it has none."""
     return str(expected_fingerprint).rpartition(" ")[0]
 
 
 def _requires_quantized_base(leaf: Any, weight: Any, expected_fingerprint: Any) -> bool:
-    """Whether a leaf belongs on a quantised weight that this is not: one that was made with it, so
-    that it cannot be told from the weight as it was before.
+    """Whether a leaf needs another, quantized weight, which contains the original minus the leaf.
+
+    Such a weight was quantized together with the leaf, so that the original weight cannot be
+    recognized by its fingerprint.
     """
-    residual = getattr(leaf, "residual", False)
     return (
-        residual
+        getattr(leaf, "residual", False)
         and bool(_quantization_description(expected_fingerprint))
         and fingerprint(weight) != expected_fingerprint
     )
 
 
 def _matches_fingerprint(weight: Any, expected_fingerprint: Any) -> bool:
-    """Whether a fingerprint is that of a weight, or of what the weight is once it is quantised."""
+    """Whether a fingerprint is that of a weight, or of the weight after quantization."""
     if fingerprint(weight) == expected_fingerprint:
         return True
     description = _quantization_description(expected_fingerprint)
     if isinstance(weight, QArray) or not description:
         return False
-    quantised = quantize_like(weight, json.loads(description))
-    return quantised is not None and fingerprint(quantised) == expected_fingerprint
+    quantized = quantize_like(weight, json.loads(description))
+    return quantized is not None and fingerprint(quantized) == expected_fingerprint

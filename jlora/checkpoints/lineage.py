@@ -1,4 +1,4 @@
-"""Where an adapter comes from, and which adapter it is, whatever its file is called."""
+"""Lineage and content hash of adapters, which identify an adapter independently of its file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ from jlora.adapters.base import check_adapter, get_array_fields, static_field_va
 
 @dataclasses.dataclass(frozen=True)
 class ParentAdapter:
-    """An adapter that another was made of.
+    """An adapter that another one was merged from.
 
     Attributes:
-        name: What it was called then, such as its file's name.
+        name: Name at the time of the merge, such as the name of its file.
         content: Its `content_hash`.
-        weight: What its change was multiplied by.
+        weight: Factor on its weight update.
 
     Raises:
-        ValueError: For a weight that is not finite, or a content that is no such hash.
-        TypeError: For a field of another type.
+        ValueError: The weight is not finite, or the content is not a content hash.
+        TypeError: A field has another type.
+
+    Example:
+        >>> from jlora.checkpoints import ParentAdapter
+        >>> ParentAdapter(name="math.safetensors", content="0" * 64, weight=0.5).weight
+        0.5
     """
 
     name: str
@@ -35,24 +40,33 @@ class ParentAdapter:
     weight: float
 
     def __post_init__(self) -> None:
-        _validation.check_nonempty_string("Parent.name", self.name)
-        check_content_hash("Parent.content", self.content)
+        _validation.check_nonempty_string("ParentAdapter.name", self.name)
+        check_content_hash("ParentAdapter.content", self.content)
         if not _validation.is_real_number(self.weight) or not math.isfinite(self.weight):
-            raise ValueError(f"Parent.weight={self.weight!r} is no finite number.")
+            raise ValueError(
+                f"ParentAdapter.weight={self.weight!r} must be a finite number, the factor on the "
+                f"weight update."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """How an adapter was made.
+    """Origin of an adapter.
 
     Attributes:
-        parents: The adapters it was made of; none where it was trained.
-        method: What made it, as a text; empty where that is unknown.
-        recipe: The training run's recipe, of values that JSON can hold; None where there was none.
+        parents: Adapters that it was merged from; empty for a trained adapter.
+        method: Method that produced it; empty if unknown.
+        recipe: Recipe of the training run, of JSON values. None: there was no recipe.
 
     Raises:
-        TypeError: For a field of another type.
-        ValueError: For a recipe that JSON cannot hold.
+        TypeError: A field has another type.
+        ValueError: The recipe has values that JSON cannot represent.
+
+    Example:
+        >>> from jlora.checkpoints import Lineage
+        >>> lineage = Lineage(method="trained", recipe={"seed": 0})
+        >>> Lineage.from_json(lineage.to_json()) == lineage
+        True
     """
 
     parents: tuple[ParentAdapter, ...] = ()
@@ -63,55 +77,75 @@ class Lineage:
         if not isinstance(self.parents, tuple) or not all(
             isinstance(parent, ParentAdapter) for parent in self.parents
         ):
-            raise TypeError(f"Lineage.parents={self.parents!r} is no tuple of Parent.")
+            raise TypeError(
+                f"Lineage.parents={self.parents!r} must be a tuple of ParentAdapter, or () if "
+                f"there are none."
+            )
         if not isinstance(self.method, str):
-            raise TypeError(f"Lineage.method={self.method!r} is no text.")
+            raise TypeError(f"Lineage.method={self.method!r} must be a str, '' if it is unknown.")
         if self.recipe is not None and not isinstance(self.recipe, dict):
-            raise TypeError(f"Lineage.recipe={self.recipe!r} is neither a dict nor None.")
+            raise TypeError(f"Lineage.recipe={self.recipe!r} must be a dict or None.")
         try:
             json.dumps(self.recipe, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"Lineage.recipe holds what JSON does not: {error}. Give what "
-                f'recipe.model_dump(mode="json") makes.'
+                f"Lineage.recipe must contain only JSON values: {error}. Use "
+                f'recipe.model_dump(mode="json").'
             ) from error
 
     def to_json(self) -> str:
-        """The lineage as a text that `from_json` reads."""
+        """Returns the lineage as JSON, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Lineage:
-        """The lineage of such a text, which anybody may have written.
+        """Returns the lineage in a JSON text from an untrusted file.
+
+        Args:
+            text: JSON, as `to_json` returns it.
 
         Raises:
-            ValueError: When it is none.
+            ValueError: The text is not a lineage.
         """
         try:
-            held = dict(json.loads(text))
-            parents = tuple(ParentAdapter(**parent) for parent in held.pop("parents", ()))
-            return cls(parents=parents, **held)
+            fields = dict(json.loads(text))
+            parents = tuple(ParentAdapter(**parent) for parent in fields.pop("parents", ()))
+            return cls(parents=parents, **fields)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"the lineage is damaged: {error}") from error
 
 
 def content_hash(adapter: Mapping[str, Any]) -> str:
-    """A hash of all that an adapter is: its families, their facts, and every number.
+    """Returns a hash of an adapter's content: its families, their static fields and all arrays.
 
     It does not depend on the order of the dict, and is the same after saving and loading.
 
     Args:
-        adapter: What `init` returned, trained.
+        adapter: Adapter, as `init` returns it or trained.
+
+    Returns:
+        64 hexadecimal digits.
 
     Raises:
-        TypeError: When it is no adapter.
+        TypeError: `adapter` is not an adapter.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora.checkpoints import content_hash
+        >>> params = {"w": np.ones((3, 2), np.float32)}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+        >>> len(content_hash(adapter))
+        64
     """
     check_adapter(adapter)
     return compute_content_hash(describe_adapter(adapter), adapter_arrays(adapter))
 
 
 def adapter_arrays(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of an adapter, by the path of the weight and their own name."""
+    """Returns the arrays of an adapter by `path/field`, on this host."""
     return {
         f"{path}/{field.name}": np.asarray(jax.device_get(getattr(node, field.name)), order="C")
         for path, node in adapter.items()
@@ -121,14 +155,14 @@ def adapter_arrays(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """The family and the facts of every part of an adapter, by path, as JSON can hold them."""
+    """Returns the family and the static fields of every leaf of an adapter, by path, for JSON."""
     return {
         path: {"family": node.family, **static_field_values(node)} for path, node in adapter.items()
     }
 
 
 def compute_content_hash(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """The content hash, of a description and the arrays by name."""
+    """Returns the content hash of a description and of arrays by name."""
     content = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -138,11 +172,14 @@ def compute_content_hash(description: Mapping[str, Any], arrays: Mapping[str, np
 
 
 def check_content_hash(name: str, value: Any) -> None:
-    """Refuses what is no content hash.
+    """Raises an error unless a value is a content hash.
 
     Raises:
-        ValueError: It is another text, or no text.
+        ValueError: The value is not a string of 64 hexadecimal digits.
     """
-    hexadecimal = isinstance(value, str) and set(value) <= set("0123456789abcdef")
-    if not hexadecimal or len(value) != hashlib.sha256().digest_size * 2:
-        raise ValueError(f"{name}={value!r} is no content hash. Give what content_hash returns.")
+    is_hexadecimal = isinstance(value, str) and set(value) <= set("0123456789abcdef")
+    if not is_hexadecimal or len(value) != hashlib.sha256().digest_size * 2:
+        raise ValueError(
+            f"{name}={value!r} must be a content hash of 64 hexadecimal digits. Use the result of "
+            f"content_hash."
+        )

@@ -1,4 +1,4 @@
-"""The tensors of a folder of safetensors files, read one at a time and written a file at a time."""
+"""Safetensors checkpoints: reading one tensor at a time, writing one file at a time, atomically."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT_DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
 }
 
-# Of the types of all safetensors files, in bytes; weights are of those above.
+# Bytes per element of all safetensors dtypes; weights have the dtypes above.
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -47,12 +47,12 @@ _UNSUPPORTED_FILE_PATTERNS = (
 
 
 class TensorHeader(NamedTuple):
-    """What a file's header says of one tensor.
+    """Header of one tensor.
 
     Attributes:
-        file: The file's name.
-        dtype: As safetensors names it.
-        shape: Of the tensor as stored.
+        file: Name of the file.
+        dtype: dtype in the notation of safetensors, such as "F32".
+        shape: Shape of the stored tensor.
     """
 
     file: str
@@ -61,12 +61,12 @@ class TensorHeader(NamedTuple):
 
 
 class CheckpointReader:
-    """The tensors of one folder, of which the headers alone were read.
+    """Lazy reader of the tensors in one folder; at first it reads only the headers.
 
     Attributes:
-        headers: What is known of each, by name.
-        metadata: Of the first file.
-        folder: The folder, for errors.
+        headers: Header of each tensor, by name.
+        metadata: Metadata of the first file that has any.
+        folder: Folder of the files, for error messages.
     """
 
     def __init__(self, files: Mapping[str, Any], folder: Path) -> None:
@@ -76,17 +76,24 @@ class CheckpointReader:
         self.metadata: dict[str, str] = {}
         for name, file in files.items():
             self.metadata = self.metadata or dict(file.metadata() or {})
-            for key in file.keys():  # noqa: SIM118 -- it is no mapping
+            for key in file.keys():  # noqa: SIM118 -- it is not a mapping
                 if key in self.headers:
                     raise ValueError(
-                        f"{folder}: {key} is in {self.headers[key].file} and in {name}. Keep the "
-                        f"files that one program wrote."
+                        f"{folder}: {key} is in {self.headers[key].file} and in {name}. Keep only "
+                        f"the files of one save."
                     )
-                part = file.get_slice(key)
-                self.headers[key] = TensorHeader(name, part.get_dtype(), tuple(part.get_shape()))
+                tensor = file.get_slice(key)
+                self.headers[key] = TensorHeader(
+                    name, tensor.get_dtype(), tuple(tensor.get_shape())
+                )
 
     def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A tensor, or a region of it, as stored. Nothing else is read."""
+        """Reads a tensor, or only a slice of it.
+
+        Args:
+            key: Name of the tensor.
+            index: Slice along each axis. None: the complete tensor.
+        """
         file = self._files[self.headers[key].file]
         if index is None or not index:
             return file.get_tensor(key)
@@ -95,54 +102,65 @@ class CheckpointReader:
 
 @contextlib.contextmanager
 def open_checkpoint(folder: str | os.PathLike[str]) -> Iterator[CheckpointReader]:
-    """The tensors of a folder's model.safetensors, or of the shards that its index names.
+    """Opens a folder's model.safetensors, or the shards in its index.
+
+    Yields:
+        A reader of the tensors.
 
     Raises:
-        FileNotFoundError: There are no such files.
-        ValueError: One is damaged, or the index and the files disagree.
+        FileNotFoundError: The folder or a file is missing.
+        ValueError: A file is damaged, or the index and the files disagree.
     """
     folder = Path(folder)
-    names, expected = _checkpoint_file_names(folder)
+    file_names, weight_map = _checkpoint_file_names(folder)
     with contextlib.ExitStack() as stack:
-        files: dict[str, Any] = {}
-        for name in names:
-            files[name] = stack.enter_context(open_safetensors(folder / name))
-        tensors = CheckpointReader(files, folder)
-        if expected is not None:
-            found = {key: header.file for key, header in tensors.headers.items()}
-            wrong = sorted(set(found.items()) ^ set(expected.items()))
-            if wrong:
+        files = {n: stack.enter_context(open_safetensors(folder / n)) for n in file_names}
+        reader = CheckpointReader(files, folder)
+        if weight_map is not None:
+            actual = {key: header.file for key, header in reader.headers.items()}
+            different = sorted(set(actual.items()) ^ set(weight_map.items()))
+            if different:
                 raise ValueError(
-                    f"{folder / SAFE_WEIGHTS_INDEX_NAME} and the files that it names disagree about "
-                    f"{format_names([key for key, _ in wrong])}. Copy the folder anew from its source."
+                    f"{folder / SAFE_WEIGHTS_INDEX_NAME} and its files disagree about "
+                    f"{format_names([key for key, _ in different])}. Copy the folder again from "
+                    f"its source."
                 )
-        yield tensors
+        yield reader
 
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """One safetensors file behind its lazy reader.
+    """Opens one safetensors file for lazy reading.
+
+    Yields:
+        The file as `safetensors.safe_open` returns it.
 
     Raises:
-        FileNotFoundError: There is no regular file of that name.
+        FileNotFoundError: The file is missing or not a regular file.
         ValueError: The file is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, or no regular file.")
+        raise FileNotFoundError(f"{path} is missing or not a regular file.")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Copy it anew from its source.") from error
+        raise ValueError(f"{path} is damaged ({error}). Copy it again from its source.") from error
 
 
 def read_finite_tensor(
     file: Any, key: str, path: Path, dtypes: Collection[str] = tuple(FLOAT_DTYPES)
 ) -> np.ndarray:
-    """One tensor of an adapter, out of a file that `open_safetensors` opened.
+    """Reads one tensor of an adapter.
+
+    Args:
+        file: File that `open_safetensors` opened.
+        key: Name of the tensor.
+        path: Path of the file, for error messages.
+        dtypes: Accepted dtypes, in the notation of safetensors.
 
     Raises:
-        ValueError: It has a dtype that is none of those, or holds what is not finite.
+        ValueError: The tensor has another dtype, or contains NaN or Inf.
     """
     dtype = file.get_slice(key).get_dtype()
     if dtype not in dtypes:
@@ -153,61 +171,64 @@ def read_finite_tensor(
     tensor = file.get_tensor(key)
     if not np.isfinite(tensor.astype(np.float32)).all():
         raise ValueError(
-            f"{path}: {key} holds NaN or Inf. Take an earlier checkpoint of the adapter."
+            f"{path}: {key} holds NaN or Inf. Use an earlier checkpoint of the adapter."
         )
     return tensor
 
 
 def _checkpoint_file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files of a folder, and which key is where if an index says so."""
+    """Returns the weight files of a folder, and the file of each tensor if there is an index."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [SAFE_WEIGHTS_NAME], None
     if not index.is_file():
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder} is no folder. Give that of a checkpoint, or its owner/name on the Hub."
+                f"{folder} is not a folder. Pass the folder of a checkpoint, or its owner/name on "
+                f"the Hub."
             )
-        others = sorted(
+        unsupported = sorted(
             p.name for pattern in _UNSUPPORTED_FILE_PATTERNS for p in folder.glob(pattern)
         )
-        raise FileNotFoundError(
-            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. "
-            + (
-                f"{format_names(others)} are not opened, since such files can run code: write "
-                f"safetensors with `save_pretrained`."
-                if others
-                else "Give the folder that holds them."
-            )
+        advice = (
+            f"{format_names(unsupported)} are not opened, because such files can run code: write "
+            f"safetensors with `save_pretrained`."
+            if unsupported
+            else "Pass the folder that contains one of them."
         )
-    content = read_json(index)
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not all(
+        raise FileNotFoundError(
+            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {advice}"
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-        for name in places.values()
+        for name in weight_map.values()
     ):
         raise ValueError(
-            f"{index}: weight_map must say for every tensor which .safetensors file beside the "
-            f"index holds it. Copy it anew from its source."
+            f"{index}: weight_map must map every tensor to a .safetensors file next to the index. "
+            f"Copy it again from its source."
         )
-    return sorted(set(places.values())), places
+    return sorted(set(weight_map.values())), weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Reads a JSON file that contains an object.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds something else.
+        FileNotFoundError: The file is missing or not a regular file.
+        ValueError: The file is not JSON, or not an object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, or no regular file.")
+        raise FileNotFoundError(f"{path} is missing or not a regular file.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}). Copy it anew from its source.") from error
+        raise ValueError(f"{path} is not JSON ({error}). Copy it again from its source.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object. Copy it anew from its source.")
+        raise ValueError(
+            f"{path} must contain a JSON object, got {type(content).__name__}. Copy it again from "
+            f"its source."
+        )
     return content
 
 
@@ -219,25 +240,25 @@ def write_shards(
     metadata: Mapping[str, str],
     max_shard_size: int,
 ) -> None:
-    """Writes tensors to as many files as it takes, with an index if they are several.
+    """Writes tensors to one file, or to several with an index.
 
     Args:
-        folder: An existing one.
-        tensor_bytes: Of each tensor, in bytes.
-        get_tensor: A tensor's name to the tensor. It is asked for once per name; no more than a file's
-            tensors are held at a time.
-        metadata: Of every file.
-        max_shard_size: No file is larger, unless one tensor alone is.
+        folder: Existing folder.
+        tensor_bytes: Size of each tensor in bytes, by name.
+        get_tensor: Function from the name of a tensor to the tensor, called once per name. Only
+            the tensors of one file are in memory at a time.
+        metadata: Metadata of every file.
+        max_shard_size: Maximum size of a file, in bytes. A single larger tensor has a larger file.
     """
     shards: list[list[str]] = [[]]
-    filled = 0
+    shard_size = 0
     for key, size in tensor_bytes.items():
-        if shards[-1] and filled + size > max_shard_size:
+        if shards[-1] and shard_size + size > max_shard_size:
             shards.append([])
-            filled = 0
+            shard_size = 0
         shards[-1].append(key)
-        filled += size
-    places: dict[str, str] = {}
+        shard_size += size
+    weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
         name = (
             f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -246,33 +267,36 @@ def write_shards(
         )
         tensors = {key: np.ascontiguousarray(get_tensor(key)) for key in keys}
         safetensors.numpy.save_file(tensors, folder / name, metadata=dict(metadata))
-        places.update(dict.fromkeys(keys, name))
+        weight_map.update(dict.fromkeys(keys, name))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor_bytes.values())}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(tensor_bytes.values())}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
             json.dumps(index, indent=2, sort_keys=True) + "\n"
         )
 
 
 def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file; equal tensors and metadata make equal bytes.
+    """Returns the bytes of a safetensors file; equal tensors and metadata give equal bytes.
 
-    The library writes metadata in an order that differs from run to run.
+    The safetensors library does not guarantee this: its order of the metadata differs between runs.
     """
-    made = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()})
-    size = int.from_bytes(made[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(made[8 : 8 + size])}
+    content = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()})
+    size = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + size])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # Tensors begin at multiples of 8.
-    return len(text).to_bytes(8, "little") + text + made[8 + size :]
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 @contextlib.contextmanager
 def create_folder_atomically(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that appears whole, under its name, when the block ends, and not at all if it fails.
+    """Creates a folder atomically: it appears when the block ends, and not at all if it fails.
+
+    Yields:
+        A temporary folder, which is renamed when the block ends.
 
     Raises:
-        FileExistsError: There is something of that name; it is left as it was.
+        FileExistsError: A file or folder of that name exists; it remains unchanged.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -283,11 +307,11 @@ def create_folder_atomically(folder: str | os.PathLike[str]) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in (file for file in partial.rglob("*") if file.is_file()):
-            # safetensors makes its files readable by their owner alone.
-            file.chmod(0o666 & ~_get_umask())
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        for path in (path for path in partial.rglob("*") if path.is_file()):
+            # The safetensors library creates files that only their owner can read.
+            path.chmod(0o666 & ~_get_umask())
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -297,10 +321,10 @@ def create_folder_atomically(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def write_new_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """One safetensors file, which appears whole or not at all.
+    """Writes one safetensors file atomically: it appears complete or not at all.
 
     Raises:
-        FileExistsError: There is something of that name; it is left as it was.
+        FileExistsError: A file or folder of that name exists; it remains unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -308,9 +332,9 @@ def write_new_safetensors(
     try:
         safetensors.numpy.save_file(dict(tensors), partial, metadata=dict(metadata))
         partial.chmod(0o666 & ~_get_umask())
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        # A link, unlike a renaming, replaces nothing that came in between.
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        # A link, unlike a rename, does not replace a file that was created in the meantime.
         os.link(partial, path)
     except FileExistsError as error:
         raise FileExistsError(
@@ -321,13 +345,13 @@ def write_new_safetensors(
 
 
 def _get_umask() -> int:
-    # There is no way to read it but to set it.
+    # The only way to read it is to set it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def format_names(names: list[str], max_names: int = 6) -> str:
-    """The first names, and how many are left."""
-    more = [f"and {len(names) - max_names} more"] if len(names) > max_names else []
-    return ", ".join([*names[:max_names], *more])
+    """Returns the first names, and the number of the others."""
+    others = [f"and {len(names) - max_names} more"] if len(names) > max_names else []
+    return ", ".join([*names[:max_names], *others])

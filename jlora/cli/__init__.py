@@ -1,4 +1,4 @@
-"""The command line: training, merging, what files hold, checkpoints in other formats, text."""
+"""Command line of jlora: training, planning, search, inspection, merging, export, generation."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ from jlora.peft.load import KEY_PREFIX, SAFETENSORS_WEIGHTS_NAME
 
 
 class InspectResult(NamedTuple):
-    """What is there.
+    """Contents of a checkpoint or adapter; prints as a table.
 
     Attributes:
         kind: "model", "PEFT adapter" or "jlora adapter".
-        details: What is known of it, by name, as texts.
+        details: Properties as texts, by name.
     """
 
     kind: str
@@ -40,13 +40,13 @@ class InspectResult(NamedTuple):
 
 
 def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
-    """What a checkpoint's folder, a folder of PEFT's, or an adapter file of jlora's holds.
+    """Returns the contents of a checkpoint folder, a PEFT folder, or a jlora adapter file.
 
-    No tensor is read.
+    Only headers are read, no tensors.
 
     Raises:
-        FileNotFoundError: There is nothing of that name, or nothing in it that jlora knows.
-        ValueError: A file is damaged.
+        FileNotFoundError: If there is no such file or folder, or it is none of these.
+        ValueError: If a file is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -56,30 +56,31 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
     if (path / "config.json").is_file():
         return _inspect_model_folder(path)
     raise FileNotFoundError(
-        f"{path} is no adapter file, and as a folder it has neither {CONFIG_NAME} nor config.json."
+        f"{path} is neither an adapter file nor a folder with {CONFIG_NAME} or config.json."
     )
 
 
 def _summarize_tensors(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Iterable[str]
 ) -> dict[str, str]:
-    """How many numbers and bytes there are, and of which types."""
+    """Returns the number of parameters and bytes, and the types of the tensors."""
     sizes = [math.prod(shape) for shape in shapes.values()]
-    kinds = list(dtypes)
-    total = sum(size * ITEM_BYTES.get(kind, 1) for size, kind in zip(sizes, kinds, strict=True))
-    of_each = collections.Counter(kinds)
+    dtypes = list(dtypes)
+    total = sum(size * ITEM_BYTES.get(dtype, 1) for size, dtype in zip(sizes, dtypes, strict=True))
+    counts = collections.Counter(dtypes)
     return {
         "parameters": f"{sum(sizes):,}",
         "bytes": f"{total:,} ({total / 2**20:.1f} MiB)",
-        "types": ", ".join(f"{kind} ({count} tensors)" for kind, count in of_each.most_common()),
+        "types": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in counts.most_common()),
     }
 
 
 def _read_tensor_headers(file: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns the shapes by key, and the types in the order of the keys."""
     keys = sorted(file.keys())
-    parts = [file.get_slice(key) for key in keys]
-    shapes = {key: tuple(part.get_shape()) for key, part in zip(keys, parts, strict=True)}
-    return shapes, [part.get_dtype() for part in parts]
+    slices = [file.get_slice(key) for key in keys]
+    shapes = {key: tuple(header.get_shape()) for key, header in zip(keys, slices, strict=True)}
+    return shapes, [header.get_dtype() for header in slices]
 
 
 def _inspect_adapter_file(path: Path) -> InspectResult:
@@ -88,69 +89,64 @@ def _inspect_adapter_file(path: Path) -> InspectResult:
         shapes, dtypes = _read_tensor_headers(file)
     if metadata.get("format") != "jlora":
         raise ValueError(
-            f"{path} is no adapter that jlora.save_adapter wrote (its format is "
-            f"{metadata.get('format')!r}). Give the folder, if it belongs to one."
+            f"{path} is not an adapter written by jlora.save_adapter (its format is "
+            f"{metadata.get('format')!r}). If it belongs to a folder, inspect the folder."
         )
     try:
-        parts: dict[str, dict[str, Any]] = json.loads(metadata["adapter"])
-        families = collections.Counter(str(facts["family"]) for facts in parts.values())
+        weights: dict[str, dict[str, Any]] = json.loads(metadata["adapter"])
+        families = collections.Counter(str(weight["family"]) for weight in weights.values())
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}). Copy it anew.") from error
-    ranks = collections.Counter(facts.get("rank") for facts in parts.values())
-    lineage = lineage_from_metadata(path, metadata)
+        raise ValueError(f"{path} is damaged ({error!r}). Copy it again.") from error
+    ranks = collections.Counter(
+        weight["rank"] for weight in weights.values() if weight.get("rank") is not None
+    )
+    targets = collections.Counter(_mask_layer_numbers(weight_path, "/") for weight_path in weights)
     content = {"content": metadata["content"]} if "content" in metadata else {}
-    facts = {
+    details = {
         "families": _format_value_counts(families),
-        "ranks": _format_value_counts(
-            collections.Counter({r: n for r, n in ranks.items() if r is not None})
-        ),
-        "adapted weights": str(len(parts)),
-        "targets": _format_value_counts(
-            collections.Counter(_mask_layer_numbers(p, "/") for p in parts)
-        ),
+        "ranks": _format_value_counts(ranks),
+        "adapted weights": str(len(weights)),
+        "targets": _format_value_counts(targets),
         **_summarize_tensors(shapes, dtypes),
         **content,
-        **_describe_lineage(lineage),
+        **_describe_lineage(lineage_from_metadata(path, metadata)),
     }
-    return InspectResult("jlora adapter", facts)
+    return InspectResult("jlora adapter", details)
 
 
 def _describe_lineage(lineage: Lineage) -> dict[str, str]:
-    """What is known of how an adapter was made."""
-    known: dict[str, str] = {}
+    """Returns the known origins of an adapter."""
+    details: dict[str, str] = {}
     if lineage.method:
-        known["made by"] = lineage.method
+        details["method"] = lineage.method
     for number, parent in enumerate(lineage.parents, start=1):
-        known[f"parent {number}"] = f"{parent.weight:g} x {parent.name} ({parent.content[:12]})"
+        details[f"parent {number}"] = f"{parent.weight:g} x {parent.name} ({parent.content[:12]})"
     if lineage.recipe is not None:
-        known["recipe"] = (
-            ", ".join(_describe_lineage_recipe(lineage.recipe)) or "told in its metadata"
-        )
-    return known
+        details["recipe"] = ", ".join(_describe_lineage_recipe(lineage.recipe)) or "in the metadata"
+    return details
 
 
 def _describe_lineage_recipe(recipe: Mapping[str, Any]) -> list[str]:
-    """The base, the data and the output of a recipe, as far as it names them."""
+    """Returns the base, the data and the output of a recipe, if present."""
     base, data = recipe.get("model"), recipe.get("data")
     train = data.get("train") if isinstance(data, dict) else None
-    listed = train if isinstance(train, list) else []
-    sources = [one.get("path") for one in listed if isinstance(one, dict)]
-    named = {
+    sources = train if isinstance(train, list) else []
+    values = {
         "base": base.get("path") if isinstance(base, dict) else None,
-        "data": " and ".join(map(str, sources)),
+        "data": " and ".join(str(s.get("path")) for s in sources if isinstance(s, dict)),
         "output": recipe.get("output"),
     }
-    return [f"{name} {value}" for name, value in named.items() if value]
+    return [f"{name} {value}" for name, value in values.items() if value]
 
 
 def _inspect_peft_folder(path: Path) -> InspectResult:
     raw = read_json(path / CONFIG_NAME)
     try:
-        fields, form = read_peft_config(path)
-        read = "yes, with the model it was made for"
-        suffixes = form.suffixes
+        fields, method = read_peft_config(path)
+        loadable = "yes, with its base model"
+        suffixes = method.suffixes
     except ValueError as error:
-        fields, read, suffixes = raw, f"no: {error}", ()
+        fields, loadable, suffixes = raw, f"no: {error}", ()
     with open_safetensors(path / SAFETENSORS_WEIGHTS_NAME) as file:
         shapes, dtypes = _read_tensor_headers(file)
     modules = {
@@ -160,25 +156,23 @@ def _inspect_peft_folder(path: Path) -> InspectResult:
         if key.endswith(f".{suffix}")
     }
     ranks = collections.Counter(shape[0] for shape in modules.values() if len(shape) > 1)
+    targets = collections.Counter(_mask_layer_numbers(module, ".") for module in modules)
     names = ("use_rslora", "use_dora", "bias", "modules_to_save", "trainable_token_indices")
-    special = {n: fields[n] for n in names if fields.get(n) not in (None, False, "none", [])}
-    facts = {
+    options = {n: fields[n] for n in names if fields.get(n) not in (None, False, "none", [])}
+    details = {
         "method": str(raw.get("peft_type")),
         "base model": str(raw.get("base_model_name_or_path")),
         "ranks": _format_value_counts(ranks) or str(fields.get("r")),
-        "targets": _format_value_counts(
-            collections.Counter(_mask_layer_numbers(m, ".") for m in modules)
-        )
-        or str(fields.get("target_modules")),
-        "beside": ", ".join(f"{n}={v}" for n, v in special.items()) or "nothing",
+        "targets": _format_value_counts(targets) or str(fields.get("target_modules")),
+        "options": ", ".join(f"{n}={v}" for n, v in options.items()) or "none",
         **_summarize_tensors(shapes, dtypes),
-        "jlora reads it": read,
+        "loads in jlora": loadable,
     }
-    return InspectResult("PEFT adapter", facts)
+    return InspectResult("PEFT adapter", details)
 
 
 def _inspect_model_folder(path: Path) -> InspectResult:
-    # Loaded here: models bring in Flax's layers, which adapters alone do not need.
+    # A late import: models import Flax's layers, which adapters do not need.
     from jlora.models.hf import load
 
     raw = read_json(path / "config.json")
@@ -188,23 +182,23 @@ def _inspect_model_folder(path: Path) -> InspectResult:
         files = {header.file for header in tensors.headers.values()}
     try:
         load.check_loadable(path)
-        read = "yes"
+        loadable = "yes"
     except ValueError as error:
-        read = f"no: {error}"
-    facts = {
+        loadable = f"no: {error}"
+    details = {
         "model type": str(raw.get("model_type")),
         "architectures": ", ".join(raw.get("architectures") or []),
         "layers": str(raw.get("num_hidden_layers", raw.get("n_layers"))),
         "width": str(raw.get("hidden_size", raw.get("dim"))),
         **_summarize_tensors(shapes, dtypes),
         "files": str(len(files)),
-        "jlora reads it": read,
+        "loads in jlora": loadable,
     }
-    return InspectResult("model", facts)
+    return InspectResult("model", details)
 
 
 def _mask_layer_numbers(name: str, separator: str) -> str:
-    """A weight's name with a star for each number, so that layers count as one."""
+    """Returns a weight's name with a star for each number, so that all layers have one name."""
     return re.sub(rf"(^|[{separator}_])\d+(?=[{separator}]|$)", r"\1*", name)
 
 

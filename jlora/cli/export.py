@@ -1,4 +1,4 @@
-"""What a file holds, and checkpoints in other formats."""
+"""`jlora export`: adapters in other formats, or merged into their base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple[Any, Any, Any]:
-    """The model, its weights, and the adapter of either format."""
+    """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder."""
     from jlora import models, peft
     from jlora.checkpoints.adapter_file import load_adapter
 
@@ -20,50 +20,48 @@ def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple
 
 
 def infer_layer_layout(path: Path) -> dict[str, Any]:
-    """How the layers lie in the base that an adapter is for: in one stack, or each apart."""
+    """Returns the options of `models.load` for the layer layout that an adapter was trained on."""
     from jlora.checkpoints.adapter_file import adapted_weight_paths
 
     if path.is_dir():
         return {}
-    stacked = any("/layers/" in weight for weight in adapted_weight_paths(path))
+    stacked = any("/layers/" in weight_path for weight_path in adapted_weight_paths(path))
     return {"scan_layers": True} if stacked else {}
 
 
 def check_output_is_new(out: Path) -> None:
-    """Refuses to write where something is, before the work begins."""
+    """Raises before the work begins if an output exists or has no parent folder."""
     if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists and is left as it was. Choose another name.")
+        raise FileExistsError(f"{out} already exists and is not overwritten. Use another name.")
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"{out.parent} is no folder that {out.name} could be put in. Make it."
-        )
+        raise FileNotFoundError(f"{out.parent} is not a folder. Create it to write {out.name}.")
 
 
 FORMATS = ("hf", "peft", "vllm", "jlora")
-# The formats that each of these options is for.
+# Formats of options that not every format has.
 _FORMATS_BY_OPTION = {
     "dtype": ("hf",),
     "shard_gb": ("hf",),
     "task": ("peft", "vllm"),
     "base_name": ("peft", "vllm"),
 }
-_SHARD_GB = 5.0
+_DEFAULT_SHARD_GB = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write an adapter in another format, or merged into its base.
+    """Export an adapter to another format, or merged into its base.
 
     Attributes:
         base: Folder of the base model, or its name on the Hub.
         adapter: Adapter file of jlora, or PEFT folder.
-        out: New folder, or new file for jlora.
-        format: hf: merged Hugging Face checkpoint; peft: PEFT folder; vllm: PEFT folder with what
-            vLLM loads; jlora: adapter file.
-        dtype: hf: dtype of the weights; that of the base by default.
-        shard_gb: hf: maximum size of a file in 10^9 bytes; 5 by default.
-        task: peft, vllm: PEFT task type, such as CAUSAL_LM.
-        base_name: peft, vllm: name of the base in the config; its path by default.
+        out: New folder; a new file with --format jlora.
+        format: hf (merged Hugging Face checkpoint), peft (PEFT folder), vllm (PEFT folder that
+            vLLM loads) or jlora (adapter file).
+        dtype: Type of the merged weights, for hf; that of the base by default.
+        shard_gb: Maximum size of a file in 10^9 bytes, for hf; 5 by default.
+        task: PEFT task type, such as CAUSAL_LM, for peft and vllm.
+        base_name: Name of the base in the config, for peft and vllm; its path by default.
     """
 
     base: str
@@ -78,23 +76,32 @@ class ExportOptions:
 
 
 def run_export(options: ExportOptions) -> None:
-    """Writes the adapter, or the merged checkpoint, in the format asked for."""
+    """Writes the adapter, or the merged checkpoint, in the requested format.
+
+    Raises:
+        ValueError: If the format is unknown, or an option does not apply to it.
+        FileExistsError: If the output exists.
+    """
     if options.format not in FORMATS:
         raise ValueError(f"format={options.format!r} must be one of {', '.join(FORMATS)}.")
     for name, formats in _FORMATS_BY_OPTION.items():
         if getattr(options, name) is not None and options.format not in formats:
             raise ValueError(
-                f"--{name.replace('_', '-')} applies to --format {' and '.join(formats)}, got "
+                f"--{name.replace('_', '-')} applies only to --format {' and '.join(formats)}, got "
                 f"--format {options.format}. Leave it out."
             )
     check_output_is_new(options.out)
-    {"hf": _export_hf, "peft": _export_peft, "vllm": _export_peft, "jlora": _export_jlora}[
-        options.format
-    ](options)
+    if options.format == "hf":
+        _export_hf(options)
+    elif options.format == "jlora":
+        _export_jlora(options)
+    else:
+        _export_peft(options)
+    print(f"Wrote {options.out}.")
 
 
 def _export_hf(options: ExportOptions) -> None:
-    """Writes the merged checkpoint and prints what rounding leaves of each change."""
+    """Writes the merged checkpoint, and prints how much of each update remains after rounding."""
     from jlora import models
     from jlora.checkpoints.adapter_file import read_quantization_schemes
     from jlora.merging.merge_to import merge_to_dtype
@@ -106,22 +113,21 @@ def _export_hf(options: ExportOptions) -> None:
         merged.params,
         options.base,
         dtype=options.dtype,
-        max_shard_size=int((options.shard_gb or _SHARD_GB) * 1e9),
+        max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
         **infer_layer_layout(options.adapter),
     )
     print(merged)
     schemes = [] if options.adapter.is_dir() else read_quantization_schemes(options.adapter)
     if schemes:
         print(
-            f"The adapter was trained on weights quantised as {', '.join(schemes)}, and is merged "
-            f"into the original ones, which it was not measured on. The export of its recipe "
-            f"merges into the dequantized ones: --export.merged true --resume."
+            f"The adapter was trained on weights quantized as {', '.join(schemes)}, but is merged "
+            f"into the original weights, on which it was not evaluated. To merge into the "
+            f"dequantized weights, use its recipe: jlora train --export.merged true --resume."
         )
-    print(f"Wrote {options.out}.")
 
 
 def _export_peft(options: ExportOptions) -> None:
-    """Writes the folder."""
+    """Writes the PEFT folder."""
     from jlora import peft
 
     model, params, adapter = load_base_and_adapter(options.base, options.adapter)
@@ -134,23 +140,31 @@ def _export_peft(options: ExportOptions) -> None:
         task_type=options.task,
         file_format="vllm" if options.format == "vllm" else "peft",
     )
-    print(f"Wrote {options.out}.")
 
 
 def _export_jlora(options: ExportOptions) -> None:
-    """Writes the file."""
-    import jax
-
+    """Writes the adapter file."""
     from jlora import models, peft
     from jlora.checkpoints.adapter_file import save_adapter
 
+    if not options.adapter.is_dir():
+        raise ValueError(
+            f"{options.adapter} must be a PEFT folder for --format jlora. An adapter file of jlora "
+            f"can be exported to hf, peft or vllm."
+        )
     model, params = models.load(options.base)
     loaded = peft.load(options.adapter, model, params)
-    same = jax.tree.map(lambda one, two: one is two, loaded.params, params)
-    if not jax.tree.all(same):
+    if replaces_base_weights(loaded.params, params):
         raise ValueError(
-            f"{options.adapter} also replaces weights of the base, which an adapter file has no "
-            f"room for. Use --format hf."
+            f"{options.adapter} also replaces weights of the base, which an adapter file cannot "
+            f"contain. Use --format hf."
         )
     save_adapter(options.out, loaded.adapter, params)
-    print(f"Wrote {options.out}.")
+
+
+def replaces_base_weights(loaded_params: Any, params: Any) -> bool:
+    """Returns True if `peft.load` replaced parameters of the base, as with modules_to_save."""
+    import jax
+
+    same = jax.tree.map(lambda loaded, original: loaded is original, loaded_params, params)
+    return not jax.tree.all(same)

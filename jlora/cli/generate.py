@@ -1,4 +1,4 @@
-"""What a model writes."""
+"""`jlora generate`: the continuation of a prompt."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jlora.cli.export import load_base_and_adapter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Write what follows a prompt.
+    """Generate the continuation of a prompt.
 
     Attributes:
         model: Folder of a decoder with its tokenizer.json, or its name on the Hub.
-        prompt: The text that is continued.
-        adapter: File of jlora.save_adapter, or folder of PEFT's.
-        max_new_tokens: How many tokens are written at most.
-        temperature: 0 takes the likeliest token every time.
-        top_k: How many of the likeliest tokens are drawn from.
-        top_p: The least share of probability that is drawn from.
-        seed: Of the draws.
-        dtype: Of the weights; that of the files when left out.
+        prompt: Text to continue.
+        adapter: Adapter file of jlora, or PEFT folder; none by default.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_k: Number of most likely tokens to sample from; all by default.
+        top_p: Minimum total probability of the tokens to sample from.
+        seed: Random seed of sampling.
+        dtype: Type of the weights; that of the files by default.
     """
 
     model: str
@@ -39,7 +39,12 @@ class GenerateOptions:
 
 
 def run_generate(options: GenerateOptions) -> None:
-    """Prints the text."""
+    """Prints the prompt and its continuation.
+
+    Raises:
+        FileNotFoundError: If the model has no tokenizer.
+        ValueError: If the model is not a decoder.
+    """
     import jax
     import numpy as np
     from tokenizers import Tokenizer
@@ -51,19 +56,19 @@ def run_generate(options: GenerateOptions) -> None:
     folder = resolve_checkpoint_folder(options.model)
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: jlora generate needs the tokenizer.")
+        raise FileNotFoundError(f"{file} is missing. `jlora generate` requires the tokenizer.")
     tokenizer = Tokenizer.from_file(str(file))
-    given: Any = None
+    params: Any = None
     apply: Callable[..., Any] | None = None
     if options.adapter is None:
-        model, given = models.load(folder, dtype=options.dtype)
+        model, params = models.load(folder, dtype=options.dtype)
     else:
-        model, *given = load_base_and_adapter(folder, options.adapter, dtype=options.dtype)
+        model, *params = load_base_and_adapter(folder, options.adapter, dtype=options.dtype)
     if not isinstance(model, models.Decoder):
-        raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text.")
+        raise ValueError(f"{folder} must be a decoder, got {type(model).__name__}.")
     if options.adapter is not None:
         lora = lora_transform(model.apply)
-        apply = lambda both, *args: lora.apply(both[0], both[1], *args)  # noqa: E731
+        apply = lambda pair, *args: lora.apply(pair[0], pair[1], *args)  # noqa: E731
     sampling = models.SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -71,13 +76,14 @@ def run_generate(options: GenerateOptions) -> None:
         eos_token_ids=models.eos_token_ids(folder),
     )
     ids = tokenizer.encode(options.prompt).ids
-    written = models.generate(
+    generated = models.generate(
         model,
-        given,
+        params,
         np.array([ids]),
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         key=jax.random.key(options.seed),
         apply=apply,
     )
-    print(tokenizer.decode([*ids, *np.asarray(written.tokens[0, : int(written.lengths[0])])]))
+    new_ids = np.asarray(generated.tokens[0, : int(generated.lengths[0])])
+    print(tokenizer.decode([*ids, *new_ids]))

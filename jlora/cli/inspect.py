@@ -1,4 +1,4 @@
-"""How much each weight of a checkpoint or recipe matters."""
+"""`jlora inspect`: contents of checkpoints and adapters, and the importance of weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """What a checkpoint's folder, a folder of PEFT's or an adapter file holds.
+    """Show the contents of a checkpoint, PEFT adapter or jlora adapter.
 
     Attributes:
-        path: The folder or file; a recipe, with --importance.
-        importance: Print how much each weight matters instead: gradient_norm, fisher, sensitivity
-            or activation on a recipe's data; condition or stable_rank of a recipe's base or a
-            checkpoint's folder.
-        batches: On how many of a recipe's batches that is measured; 8 when left out.
-        budget: Print the recipe's rules too, with ranks that train at most so many numbers.
-        overrides: What is said otherwise than the recipe, as `--section.field value`.
+        path: Folder or file; with --importance also a recipe.
+        importance: Importance measure to print for each weight instead: gradient_norm, fisher,
+            sensitivity or activation on a recipe's data; condition or stable_rank of a recipe's
+            base or a checkpoint folder.
+        batches: Number of a recipe's batches to measure on; 8 by default.
+        budget: Maximum number of trainable parameters; prints sections for the recipe with ranks
+            allocated within it.
+        overrides: Overrides of recipe fields, as `--section.field value`.
     """
 
     path: Path
@@ -30,10 +31,14 @@ class InspectOptions:
 
 
 def run_inspect(options: InspectOptions) -> None:
-    """Prints what is there, or how much each weight matters."""
-    rest = {"--batches": options.batches, "--budget": options.budget}
+    """Prints the contents, or the importance of each weight.
+
+    Raises:
+        ValueError: If an option has no effect, or the importance measure is unknown.
+    """
     if options.importance is None:
-        reject_without_importance({**rest, " ".join(options.overrides): options.overrides})
+        flags = {"--batches": options.batches, "--budget": options.budget}
+        reject_without_importance({**flags, " ".join(options.overrides): options.overrides})
         from jlora.cli.checkpoint_contents import inspect_path
 
         print(inspect_path(options.path))
@@ -47,7 +52,8 @@ def run_inspect(options: InspectOptions) -> None:
     )
 
 
-_DEFAULT_NUM_BATCHES = 8  # As many as usually tell the weights apart.
+# Usually enough to separate the weights.
+_DEFAULT_NUM_BATCHES = 8
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -55,59 +61,57 @@ _RECIPE_SUFFIXES = (".yaml", ".yml")
 def print_importance(
     path: Path, method: str, batches: int | None, budget: int | None, overrides: Sequence[str]
 ) -> None:
-    """Prints the table, and the recipe's rules for a budget.
+    """Prints the importance of each weight, and a recipe's sections for a budget.
 
     Args:
-        path: A recipe, or a checkpoint's folder for methods that need no data.
-        method: The name of one.
-        batches: How many, of a recipe; 8 when None.
-        budget: How many numbers the rules may train; none are printed when None.
-        overrides: What is said otherwise than the recipe.
+        path: Recipe, or checkpoint folder for methods without data.
+        method: Name of the importance measure.
+        batches: Number of a recipe's batches; None: 8.
+        budget: Maximum number of trainable parameters; None: no sections are printed.
+        overrides: Overrides of recipe fields.
 
     Raises:
-        ValueError: For a method that there is not, or what would do nothing.
+        ValueError: If the method is unknown, or an option has no effect.
     """
     from jlora import importance
     from jlora.importance import from_recipe
 
-    methods = {one.name: one for one in importance.METHODS}
+    methods = {cls.name: cls for cls in importance.METHODS}
     if method not in methods:
-        raise ValueError(f"--importance {method} is none of {', '.join(methods)}.")
-    chosen = methods[method]
-    needs_data = chosen not in importance.DATA_FREE_METHODS
+        raise ValueError(f"--importance {method} must be one of {', '.join(methods)}.")
+    measure = methods[method]
+    needs_data = measure not in importance.DATA_FREE_METHODS
     if not needs_data and batches is not None:
-        raise ValueError(f"--batches: {method} looks at the weights alone. Leave it out.")
+        raise ValueError(f"--batches: {method} uses only the weights. Leave it out.")
     if path.suffix not in _RECIPE_SUFFIXES:
         _check_importance_folder(
             path, method, needs_data, {"--budget": budget, "overrides": overrides}
         )
-        print(from_recipe.measure_checkpoint_importance(str(path), chosen()))
+        print(from_recipe.measure_checkpoint_importance(str(path), measure()))
         return
     import yaml
 
     from jlora.training import recipe
 
-    read = recipe.load(path, overrides)
-    count = 1 if not needs_data else _DEFAULT_NUM_BATCHES if batches is None else batches
-    measured = from_recipe.measure_recipe_importance(read, chosen(), num_batches=count)
-    print(measured)
+    loaded = recipe.load(path, overrides)
+    num_batches = 1 if not needs_data else _DEFAULT_NUM_BATCHES if batches is None else batches
+    result = from_recipe.measure_recipe_importance(loaded, measure(), num_batches=num_batches)
+    print(result)
     if budget is not None:
-        sections = from_recipe.allocate_recipe_ranks(read, measured, budget)
-        print(f"\n# {budget:,} trained numbers, in place of the recipe's own sections:")
+        sections = from_recipe.allocate_recipe_ranks(loaded, result, budget)
+        print(f"\n# Sections for the recipe, with at most {budget:,} trainable parameters:")
         print(yaml.safe_dump(sections, sort_keys=False), end="")
 
 
 def reject_without_importance(flags: dict[str, object]) -> None:
-    """Refuses what does nothing without --importance.
+    """Rejects flags that have no effect without --importance.
 
     Raises:
-        ValueError: When something is given.
+        ValueError: If one of them is set.
     """
     for name, value in flags.items():
         if value not in (None, ()):
-            raise ValueError(
-                f"{name} is about --importance METHOD. Give that too, or leave it out."
-            )
+            raise ValueError(f"{name} requires --importance METHOD. Add that, or leave it out.")
 
 
 def _check_importance_folder(
@@ -115,9 +119,11 @@ def _check_importance_folder(
 ) -> None:
     if needs_data:
         raise ValueError(
-            f"--importance {method} is measured on data, and {path} has none. Give a recipe "
-            f"(.yaml), or a method that needs none: condition, stable_rank."
+            f"--importance {method} is measured on data, but {path} is not a recipe. Give a recipe "
+            f"(.yaml), or use a method without data: condition, stable_rank."
         )
     for name, value in recipe_options.items():
         if value not in (None, ()):
-            raise ValueError(f"{name}: {value} is for a recipe, and {path} is none. Leave it out.")
+            raise ValueError(
+                f"{name}: {value} applies only to recipes, but {path} is not one. Leave it out."
+            )

@@ -1,4 +1,4 @@
-"""The commands, their parser, and how one is run."""
+"""Entry point of the command line: the commands, their parser, and how one is run."""
 
 from __future__ import annotations
 
@@ -31,108 +31,128 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands, made from their dataclasses."""
-    top = argparse.ArgumentParser(prog="jlora", description=(cli.__doc__ or "").strip())
+    """Returns the parser of all commands, built from their option dataclasses."""
+    parser = argparse.ArgumentParser(prog="jlora", description=(cli.__doc__ or "").strip())
     version = f"jlora {importlib.metadata.version('jlora')}"
-    top.add_argument("--version", action="version", version=version)
-    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=version)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (options, run) in COMMANDS.items():
-        first = (options.__doc__ or "").partition("\n")[0]
-        one = subparsers.add_parser(
+        description = (options.__doc__ or "").partition("\n")[0]
+        subparser = subparsers.add_parser(
             name,
-            help=first,
-            description=first,
+            help=description,
+            description=description,
             epilog=f"example: {options.example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_DefaultsHelpFormatter,
         )
-        _add_option_arguments(one, options)
-        one.set_defaults(options=options, run=run)
-    return top
+        _add_option_arguments(subparser, options)
+        subparser.set_defaults(options=options, run=run)
+    return parser
+
+
+class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults to help texts, except None and False, which the texts describe."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _add_option_arguments(subparser: argparse.ArgumentParser, options: type) -> None:
-    """An argument for each field: those without a default by their place."""
+    """Adds an argument for each field; fields without a default are positional."""
     texts = parse_attribute_docs(options)
     for field in dataclasses.fields(options):
         if field.name == "overrides":
             continue
-        kind = str(field.type).removesuffix(" | None")
-        several = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", kind)
-        kind = several[1] if several else kind
-        type_of = {"Path": Path, "int": int, "float": float}.get(kind, str)
-        many: dict[str, Any] = {"nargs": "+"} if several else {}
-        choices = _CHOICES.get(field.name)
+        type_name = str(field.type).removesuffix(" | None")
+        sequence = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", type_name)
+        type_name = sequence[1] if sequence else type_name
+        field_type = {"Path": Path, "int": int, "float": float}.get(type_name, str)
+        nargs: dict[str, Any] = {"nargs": "+"} if sequence else {}
         flag = flag_from_name(field.name)
-        if kind == "bool":
+        if type_name == "bool":
             subparser.add_argument(flag, action="store_true", help=texts[field.name])
         elif field.default is dataclasses.MISSING:
-            subparser.add_argument(field.name, type=type_of, help=texts[field.name], **many)
+            subparser.add_argument(field.name, type=field_type, help=texts[field.name], **nargs)
         else:
             subparser.add_argument(
                 flag,
                 dest=field.name,
-                type=type_of,
+                type=field_type,
                 default=field.default,
-                choices=choices,
+                choices=_CHOICES.get(field.name),
                 help=texts[field.name],
-                **many,
+                **nargs,
             )
 
 
-# Fields of every recipe, which no flag is shortened to: --seed is not --seeds.
-_RECIPE_FLAGS = ("--seed", "--output")
-
-
 def flag_from_name(name: str) -> str:
+    """Returns the flag of a field, such as --top-k for top_k."""
     return "--" + name.replace("_", "-")
 
 
+# Top-level recipe fields, which are not abbreviations of flags: --seed is not --seeds.
+_RECIPE_FLAGS = ("--seed", "--output")
+
+
 def split_overrides(options: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own arguments, and those that say otherwise than its recipe, in any order."""
+    """Separates a command's arguments from overrides of its recipe, in any order."""
     flags = ["--help", *(flag_from_name(field.name) for field in dataclasses.fields(options))]
-    own: list[str] = []
+    command_arguments: list[str] = []
     overrides: list[str] = []
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
         name, equals, _ = argument.partition("=")
-        # The parser takes its flags shortened too, and "--" is one of its own.
-        is_own = name not in _RECIPE_FLAGS and any(flag.startswith(name) for flag in flags)
-        if not name.startswith("--") or is_own:
-            own.append(argument)
+        # argparse also accepts abbreviated flags, and "--".
+        is_flag = name not in _RECIPE_FLAGS and any(flag.startswith(name) for flag in flags)
+        if not name.startswith("--") or is_flag:
+            command_arguments.append(argument)
             continue
         overrides.append(argument)
         if not equals and pending and not pending[0].startswith("--"):
             overrides.append(pending.pop(0))
-    return own, overrides
+    return command_arguments, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    The exit status is 1 for an error that it tells of, 2 for a command that there is not, 143 or
-    130 for a training run that SIGTERM or SIGINT ended, after it was saved, and 130 for anything
-    else that SIGINT ended.
+    Args:
+        argv: Command and its arguments; None: those of the process.
+
+    Returns:
+        Exit status: 0 for success; 1 for an error, whose message is printed; 143 or 130 for a
+        training run that SIGTERM or SIGINT ended after it was saved; 130 for other commands that
+        SIGINT ended.
+
+    Raises:
+        SystemExit: With status 2 for an unknown command or argument, 0 for --help and --version.
+
+    Example:
+        >>> main(["inspect", "missing/"])
+        1
     """
-    made = build_parser()
-    own = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    arguments = list(sys.argv[1:] if argv is None else argv)
     overrides: list[str] = []
-    command = COMMANDS.get(own[0] if own else "", (object, None))[0]
-    overridable = hasattr(command, "overrides")
-    if overridable:
-        own[1:], overrides = split_overrides(command, own[1:])
-    parsed, rest = made.parse_known_args(own)
-    given = vars(parsed)
-    options, run = given.pop("options"), given.pop("run")
-    if overridable:
-        given["overrides"] = (*overrides, *rest)
-    elif rest:
-        made.error(f"unrecognized arguments: {' '.join(rest)}")
+    command = COMMANDS.get(arguments[0] if arguments else "", (object, None))[0]
+    has_overrides = hasattr(command, "overrides")
+    if has_overrides:
+        arguments[1:], overrides = split_overrides(command, arguments[1:])
+    namespace, unknown = parser.parse_known_args(arguments)
+    values = vars(namespace)
+    options, run = values.pop("options"), values.pop("run")
+    if has_overrides:
+        values["overrides"] = (*overrides, *unknown)
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            return run(options(**given)) or 0
+            return run(options(**values)) or 0
         except (
             OSError,
             ValueError,

@@ -1,4 +1,4 @@
-"""Several adapters as one."""
+"""`jlora merge`: a combination of several adapters of one base."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from jlora.cli.export import check_output_is_new, infer_layer_layout
+from jlora.cli.export import check_output_is_new, infer_layer_layout, replaces_base_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Combine adapters of one base into one, by what they change.
+    """Combine the weight updates of several adapters of one base into one adapter.
 
     Attributes:
         base: Folder of the base model, or its name on the Hub.
-        out: The new adapter file.
-        adapters: Files of jlora.save_adapter, or folders of PEFT's.
-        weights: A number for each adapter, in their order; ones when left out.
+        out: New adapter file.
+        adapters: Adapter files of jlora, or PEFT folders.
+        weights: Weight of each adapter, in their order; 1 by default.
         method: linear, magnitude, ties, dare, dare-ties, della or della-linear.
-        density: Share of the entries that are kept; for all methods but linear.
-        epsilon: How far the probabilities of della are from the density.
-        rank: Of the result; the sum of the ranks, or the whole change, when left out.
-        energy: In place of a rank: the share of each change's squared norm that is kept.
-        seed: Of the draws of dare and della; 0 when left out.
-        heat_map: A new PNG with how much the adapters are in each other's way.
+        density: Fraction of the entries that are kept, for all methods except linear.
+        epsilon: Range of the keep probabilities around the density, for della.
+        rank: Maximum rank of the result; not reduced by default.
+        energy: Fraction of each update's squared norm to keep, instead of a rank.
+        seed: Random seed of dare and della; 0 by default.
+        heat_map: New PNG file with the interference between the adapters.
     """
 
     base: str
@@ -43,7 +43,13 @@ class MergeOptions:
 
 
 def run_merge(options: MergeOptions) -> None:
-    """Writes the adapter, and prints what it keeps and how the adapters meet."""
+    """Writes the combined adapter, and prints its fidelity and the adapters' interference.
+
+    Raises:
+        ValueError: If options are invalid, or an adapter cannot be combined.
+        FileExistsError: If an output exists.
+        ModuleNotFoundError: If a heat map is requested without matplotlib.
+    """
     import jax
 
     from jlora import merging, models
@@ -62,7 +68,7 @@ def run_merge(options: MergeOptions) -> None:
         params=params,
         rank=options.rank,
         energy=options.energy,
-        key=jax.random.key(options.seed or 0) if method.random else None,
+        key=jax.random.key(options.seed or 0) if method.is_random else None,
     )
     parents = tuple(
         ParentAdapter(str(path), content_hash(adapter), weight)
@@ -72,38 +78,32 @@ def run_merge(options: MergeOptions) -> None:
     save_adapter(options.out, combined.adapter, params, lineage)
     print(combined)
     if len(adapters) > 1:
-        found = merging.measure_interference(
+        interference = merging.measure_interference(
             _name_adapters_by_path(options.adapters, adapters), params
         )
-        print(f"\n{found}\n")
+        print(f"\n{interference}\n")
         if options.heat_map is not None:
-            merging.save_heatmap(found, options.heat_map)
+            merging.save_heatmap(interference, options.heat_map)
             print(f"Wrote {options.heat_map}.")
-    schemes = sorted(
-        {
-            s
-            for path in options.adapters
-            if not path.is_dir()
-            for s in read_quantization_schemes(path)
-        }
-    )
+    files = [path for path in options.adapters if not path.is_dir()]
+    schemes = sorted({scheme for file in files for scheme in read_quantization_schemes(file)})
     if schemes:
         print(
-            f"Some were trained on weights quantised as {', '.join(schemes)}; the new adapter is "
-            f"for the original ones, which those were not measured on."
+            f"Some adapters were trained on weights quantized as {', '.join(schemes)}; the new "
+            f"adapter is for the original weights, on which those were not evaluated."
         )
     print(f"Wrote {options.out}.")
 
 
 def _build_merge_method(options: MergeOptions) -> Any:
-    """The method that is asked for.
+    """Returns the merging method of the options.
 
     Raises:
-        ValueError: There is none of that name, it lacks an option, or has no use for one.
+        ValueError: If the method is unknown, requires another option, or does not use one.
     """
     from jlora import merging
 
-    # Of each, its class, what is fixed in it, and the options that it takes.
+    # Class, fixed arguments and options of each method.
     methods: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
         "linear": (merging.Linear, {}, ()),
         "magnitude": (merging.Magnitude, {}, ("density",)),
@@ -114,83 +114,84 @@ def _build_merge_method(options: MergeOptions) -> Any:
         "della-linear": (merging.DELLA, {"elect_signs": False}, ("density", "epsilon")),
     }
     if options.method not in methods:
-        raise ValueError(f"--method {options.method} is none of {', '.join(methods)}.")
-    made, fixed, taken = methods[options.method]
-    given = {name: getattr(options, name) for name in ("density", "epsilon")}
-    for name, value in given.items():
-        if (value is None) == (name in taken):
-            says = "needs" if value is None else "has no use for"
-            mend = "Give it, such as 0.2." if value is None else "Leave it out."
-            raise ValueError(f"--method {options.method} {says} --{name}. {mend}")
-    if options.seed is not None and not made.random:
-        raise ValueError(f"--method {options.method} draws nothing, so --seed does nothing there.")
-    return made(**fixed, **{name: given[name] for name in taken})
+        raise ValueError(f"--method {options.method} must be one of {', '.join(methods)}.")
+    method, fixed, option_names = methods[options.method]
+    values = {name: getattr(options, name) for name in ("density", "epsilon")}
+    for name, value in values.items():
+        if value is None and name in option_names:
+            raise ValueError(f"--method {options.method} requires --{name}. Give it, such as 0.2.")
+        if value is not None and name not in option_names:
+            raise ValueError(f"--method {options.method} does not use --{name}. Leave it out.")
+    if options.seed is not None and not method.is_random:
+        raise ValueError(f"--method {options.method} is not random. Leave --seed out.")
+    return method(**fixed, **{name: values[name] for name in option_names})
 
 
 def _check_merge_options(options: MergeOptions) -> None:
-    """Refuses what cannot be, before the base is loaded."""
+    """Rejects invalid outputs and weights before the base is loaded."""
     check_output_is_new(options.out)
     if options.heat_map is not None:
         check_output_is_new(options.heat_map)
         if options.heat_map.absolute() == options.out.absolute():
-            raise ValueError(f"--heat-map {options.heat_map} is the new adapter's own file, too.")
+            raise ValueError(
+                f"--heat-map {options.heat_map} is also the file of the new adapter. Use another "
+                f"name."
+            )
         if len(options.adapters) < 2:
-            raise ValueError("--heat-map compares adapters, and only one is given. Leave it out.")
+            raise ValueError("--heat-map compares adapters, but there is only one. Leave it out.")
         if importlib.util.find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
-                "--heat-map draws with matplotlib, which is missing. Use "
+                "--heat-map requires matplotlib, which is not installed. Use "
                 "pip install 'jlora[train]', or leave it out."
             )
     if options.weights is not None and len(options.weights) != len(options.adapters):
         raise ValueError(
-            f"--weights has {len(options.weights)} numbers for {len(options.adapters)} adapters. "
-            f"Give one for each, in their order."
+            f"--weights must have one number for each of the {len(options.adapters)} adapters, got "
+            f"{len(options.weights)}."
         )
 
 
 def _common_layer_layout(paths: tuple[Path, ...]) -> dict[str, Any]:
-    """How the layers lie in the base that all adapters are for; PEFT's folders fit either way.
+    """Returns the layer layout of all adapter files; PEFT folders fit any.
 
     Raises:
-        ValueError: Files differ in it.
+        ValueError: If the layouts differ.
     """
     layouts = {path: infer_layer_layout(path) for path in paths if not path.is_dir()}
     first = next(iter(layouts.values()), {})
     for path, layout in layouts.items():
         if layout != first:
-            stacked, apart = (path, next(iter(layouts))) if layout else (next(iter(layouts)), path)
+            other = next(iter(layouts))
+            stacked, separate = (path, other) if layout else (other, path)
             raise ValueError(
-                f"{stacked} is for layers in one stack, and {apart} for layers apart. Export one "
-                f"of them with jlora export peft, whose folder fits either."
+                f"{stacked} is for stacked layers, but {separate} for separate layers. Export one "
+                f"of them with jlora export --format peft, whose folder fits both."
             )
     return first
 
 
 def _load_adapter_of_any_format(path: Path, model: Any, params: Any) -> Any:
-    """The adapter of either format.
+    """Returns the adapter of a jlora file or a PEFT folder.
 
     Raises:
-        ValueError: A folder of PEFT's replaces weights of the base, or a file is of another base.
+        ValueError: If a PEFT folder replaces weights of the base, or a file is for another base.
     """
-    import jax
-
     from jlora import peft
     from jlora.checkpoints.adapter_file import load_adapter
 
     if not path.is_dir():
         return load_adapter(path, params)
     loaded = peft.load(path, model, params)
-    same = jax.tree.map(lambda one, two: one is two, loaded.params, params)
-    if not jax.tree.all(same):
+    if replaces_base_weights(loaded.params, params):
         raise ValueError(
-            f"{path} also replaces weights of the base, which cannot be added up with changes. "
-            f"Use jlora export hf."
+            f"{path} also replaces weights of the base, which cannot be combined with updates. "
+            f"Use jlora export --format hf."
         )
     return loaded.adapter
 
 
 def _name_adapters_by_path(paths: tuple[Path, ...], adapters: list[Any]) -> dict[str, Any]:
-    """The adapters by the shortest ends of their paths that differ."""
+    """Returns the adapters by the shortest distinct ends of their paths."""
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]).removesuffix(".safetensors") for path in paths]
         if len(set(names)) == len(names):
@@ -202,9 +203,9 @@ def _name_adapters_by_path(paths: tuple[Path, ...], adapters: list[Any]) -> dict
 
 
 def _describe_merge(options: MergeOptions, method: Any) -> str:
-    """The method and what else made the result, as a text."""
-    more = {name: getattr(options, name) for name in ("rank", "energy")}
-    if method.random:
-        more["seed"] = options.seed or 0
-    said = [f"{name}={value}" for name, value in more.items() if value is not None]
-    return ", ".join([f"jlora merge: {method}", *said])
+    """Returns the method and options of the merge as a text."""
+    values = {name: getattr(options, name) for name in ("rank", "energy")}
+    if method.is_random:
+        values["seed"] = options.seed or 0
+    texts = [f"{name}={value}" for name, value in values.items() if value is not None]
+    return ", ".join([f"jlora merge: {method}", *texts])

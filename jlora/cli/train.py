@@ -1,4 +1,4 @@
-"""Training, its recipe, and what it needs."""
+"""`jlora train`, `jlora plan` and `jlora init`: runs, plans and creates recipes."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train what a recipe describes. `--section.field value` says otherwise than the recipe.
+    """Train from a recipe. Override any field with `--section.field value`.
 
     Attributes:
-        recipe: The YAML file; `jlora init` writes one to change.
-        resume: Go on from the last checkpoint.
-        allow_changes: Go on though data, base or hyperparameters are others than they were.
-        overrides: What is said otherwise.
+        recipe: YAML file of the recipe; `jlora init` prints one with all fields.
+        resume: Resume from the last checkpoint.
+        allow_changes: Resume even if data, base model or hyperparameters changed.
+        overrides: Overrides of recipe fields, as `--section.field value`.
     """
 
     recipe: Path
     resume: bool = False
     allow_changes: bool = False
     overrides: tuple[str, ...] = ()
-    example = "jlora train recipe.yaml --lora.rank 32 --output run-32"
+    example = "jlora train recipe.yaml --adapter.rank 32 --output run-32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Compile a recipe's step for a TPU that is not here, and tell what it needs on each chip.
+    """Compile the step for a TPU topology, without a TPU; report memory and FLOPs per chip.
 
     Attributes:
-        recipe: The YAML file.
-        topology: A chip and the sides of a slice: v5e:4x4, v5p:4x4x4, v6e:8x8.
-        overrides: What is said otherwise than the recipe, as `--section.field value`.
+        recipe: YAML file of the recipe.
+        topology: Chip and sides of a slice, such as v5e:4x4, v5p:4x4x4 or v6e:8x8.
+        overrides: Overrides of recipe fields, as `--section.field value`.
     """
 
     recipe: Path
@@ -43,7 +43,7 @@ class PlanOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitOptions:
-    """Print a recipe with every field, its default and what it means.
+    """Print a recipe with every field, its default and its description.
 
     Attributes:
         schema: Print the JSON schema for editors instead.
@@ -54,32 +54,32 @@ class InitOptions:
 
 
 def run_train(options: TrainOptions) -> int:
-    """Trains; the exit status says whether a signal ended it."""
+    """Trains; returns 0, or the exit status of the signal that ended the run."""
     from jlora.training import recipe
     from jlora.training.distributed import TrainingInterrupted
     from jlora.training.train import train
 
-    read = recipe.load(options.recipe, options.overrides)
+    loaded = recipe.load(options.recipe, options.overrides)
     try:
-        train(read, resume=options.resume, allow_changes=options.allow_changes)
-    except TrainingInterrupted as ended:
-        print(ended, file=sys.stderr)
-        return ended.exit_status
+        train(loaded, resume=options.resume, allow_changes=options.allow_changes)
+    except TrainingInterrupted as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
     return 0
 
 
 def run_plan(options: PlanOptions) -> int:
-    """Prints the plan; the exit status is 1 where it does not fit."""
+    """Prints the plan; returns 1 if the step does not fit in memory, otherwise 0."""
     from jlora.planning.plan import plan
     from jlora.training import recipe
 
-    made = plan(recipe.load(options.recipe, options.overrides), options.topology)
-    print(made)
-    return 0 if made.fits else 1
+    result = plan(recipe.load(options.recipe, options.overrides), options.topology)
+    print(result)
+    return 0 if result.fits else 1
 
 
 def run_init(options: InitOptions) -> None:
-    """Prints it."""
+    """Prints the recipe or the schema."""
     import json
 
     from jlora.training import recipe

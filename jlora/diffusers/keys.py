@@ -1,4 +1,4 @@
-"""What the keys of these files mean: which module's factor or alpha each one is."""
+"""Parses the keys of LoRA files: the module, and the role of its tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from jlora import _tree
 
-# What kohya's keys of a model begin with. Those of Stable Diffusion XL have numbers.
+# Prefixes of kohya's keys by model. Those of Stable Diffusion XL have numbers.
 KOHYA_PREFIXES = {
     "unet": ("lora_unet",),
     "text_encoder": ("lora_te", "lora_te1"),
@@ -33,7 +33,7 @@ _KOHYA_SUFFIXES: dict[str, TensorRole] = {
     "alpha": "alpha",
 }
 
-# The oldest keys belong to an attention's processor, and call its projections as the UNet does.
+# The oldest keys belong to an attention processor and use the UNet's names of its projections.
 _ATTN_PROCESSOR_KEY = re.compile(r"(.+?)\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight")
 
 _UNSUPPORTED_METHODS = {
@@ -43,18 +43,18 @@ _UNSUPPORTED_METHODS = {
     "lokr_": "LoKr",
     "lora_mid": "LoRA with a core between its factors",
     "oft_": "OFT",
-    "diff": "a whole difference",
+    "diff": "a full update",
 }
 
 _ORIGINAL_SD_KEY = re.compile(r"(input_blocks|middle_block|output_blocks)_\d")
 
 
 class ParsedKey(NamedTuple):
-    """What a key names.
+    """A parsed key.
 
     Attributes:
-        module: As the model has it.
-        role: Which of its tensors.
+        module: Name of the module in the model.
+        role: Role of the tensor: "down", "up" or "alpha".
     """
 
     module: str
@@ -62,25 +62,25 @@ class ParsedKey(NamedTuple):
 
 
 def to_kohya_name(module: str) -> str:
-    """A module's name as kohya writes it."""
+    """Returns the name of a module in kohya's keys."""
     return module.replace(".", "_")
 
 
 def group_by_kohya_name(modules: Iterable[str]) -> dict[str, list[str]]:
-    """The modules that each of kohya's names may mean."""
-    found: dict[str, list[str]] = {}
+    """Groups modules by their name in kohya's keys, which may be ambiguous."""
+    groups: dict[str, list[str]] = {}
     for module in modules:
-        found.setdefault(to_kohya_name(module), []).append(module)
-    return found
+        groups.setdefault(to_kohya_name(module), []).append(module)
+    return groups
 
 
 class KeyParser:
-    """The names of one model in a file.
+    """Parser of the keys of one model.
 
     Args:
-        prefix: The model's.
-        modules: Those that it has.
-        make_error: What is wrong, to the error that says so.
+        prefix: Prefix of the model.
+        modules: Names of the model's modules.
+        make_error: Function from a reason to the error to raise.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class KeyParser:
         self.make_error = make_error
 
     def matches(self, key: str) -> bool:
-        """Whether a key is of this model."""
+        """Returns True for a key of this model."""
         return key.startswith((self.diffusers_prefix, *self.kohya_prefixes))
 
     def parse(self, key: str) -> ParsedKey:
-        """What one of the model's keys names.
+        """Parses a key of the model.
 
         Raises:
-            ValueError: It is not LoRA's, or the model has no such module.
+            ValueError: The key is not a key of LoRA, or the model does not have its module.
         """
         if key.startswith(self.diffusers_prefix):
             return self._parse_diffusers_key(key, key.removeprefix(self.diffusers_prefix))
@@ -108,12 +108,12 @@ class KeyParser:
         return self._parse_kohya_key(key, key.removeprefix(head))
 
     def _parse_diffusers_key(self, key: str, name: str) -> ParsedKey:
-        old = _ATTN_PROCESSOR_KEY.fullmatch(name)
-        if old:
-            parent, letter, role = old.groups()
-            last = "to_out.0" if letter == "out" else f"to_{letter}"
-            both = [f"{parent}.{last}", f"{parent}.{letter}_proj"]
-            module = next((one for one in both if one in self.modules), both[0])
+        match = _ATTN_PROCESSOR_KEY.fullmatch(name)
+        if match:
+            attention, projection, role = match.groups()
+            unet_name = "to_out.0" if projection == "out" else f"to_{projection}"
+            candidates = [f"{attention}.{unet_name}", f"{attention}.{projection}_proj"]
+            module = next((m for m in candidates if m in self.modules), candidates[0])
             return ParsedKey(self._require_module(key, module), "down" if role == "down" else "up")
         for suffix, role in _DIFFUSERS_SUFFIXES.items():
             if name.endswith(f".{suffix}"):
@@ -124,33 +124,33 @@ class KeyParser:
         if module in self.modules:
             return module
         raise self.make_error(
-            f"{key} belongs to a module {module!r} that the model has not. The nearest are "
-            f"{_tree.closest_matches(module, self.modules)}."
+            f"{key} belongs to the module {module!r}, which the model does not have. The nearest "
+            f"are {_tree.closest_matches(module, self.modules)}."
         )
 
     def _parse_kohya_key(self, key: str, name: str) -> ParsedKey:
         name, _, suffix = name.partition(".")
         if suffix not in _KOHYA_SUFFIXES:
             raise self._unsupported_key_error(key)
-        found = self.by_kohya_name.get(name, [])
-        if len(found) > 1:
-            raise self.make_error(f"{key} may be any of {found}, which kohya's names do not tell.")
-        if not found:
+        modules = self.by_kohya_name.get(name, [])
+        if len(modules) > 1:
+            raise self.make_error(f"{key} is ambiguous: it may be any of {modules}.")
+        if not modules:
             hint = (
-                " It has the names of the original Stable Diffusion: convert it to those of "
+                "It has the names of the original Stable Diffusion: convert it to those of "
                 "diffusers first."
                 if _ORIGINAL_SD_KEY.match(name)
-                else f" The nearest are {_tree.closest_matches(name, tuple(self.by_kohya_name))}."
+                else f"The nearest are {_tree.closest_matches(name, tuple(self.by_kohya_name))}."
             )
-            raise self.make_error(f"{key} belongs to no module of the model.{hint}")
-        return ParsedKey(found[0], _KOHYA_SUFFIXES[suffix])
+            raise self.make_error(f"{key} belongs to a module that the model does not have. {hint}")
+        return ParsedKey(modules[0], _KOHYA_SUFFIXES[suffix])
 
     def _unsupported_key_error(self, key: str) -> ValueError:
         parts = key.split(".")
         for start, method in _UNSUPPORTED_METHODS.items():
             if any(part.startswith(start) for part in parts[1:]):
                 return self.make_error(
-                    f"{key} is of {method}, and LoRA alone is read from these files. Merge it in "
-                    f"the program that wrote it."
+                    f"{key} is of {method}, and only LoRA is supported in these files. Merge it "
+                    f"with the program that wrote it."
                 )
-        return self.make_error(f"{key} is neither a factor of LoRA nor its alpha.")
+        return self.make_error(f"{key} must be a factor or the alpha of LoRA.")

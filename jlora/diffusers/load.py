@@ -1,4 +1,4 @@
-"""A file of diffusers or kohya as an adapter."""
+"""Loads a LoRA file of diffusers or kohya as an adapter."""
 
 from __future__ import annotations
 
@@ -19,80 +19,91 @@ from jlora.checkpoints.safetensors_io import (
 )
 from jlora.diffusers.keys import KeyParser, TensorRole
 from jlora.interpreter.weight import AdaptableWeight
-from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
-from jlora.peft import config as configs
+from jlora.models.hf.weight_mapping import CheckpointWeight
+from jlora.peft import config
 from jlora.peft.leaf_conversion import ErrorFactory, ModuleTensors, leaf_from_modules
 from jlora.peft.methods import PEFT_METHODS
 from jlora.peft.tensor_layouts import ModuleParameter, list_module_parameters
 
-LORA_ADAPTER_METADATA_KEY = (
-    "lora_adapter_metadata"  # diffusers' name for the fields of PEFT's config.
-)
+# Key of the fields of PEFT's config in the metadata of diffusers.
+LORA_ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Where the alpha was a whole number in torch, some converters write it as one.
+# Some converters write an integer alpha as an integer tensor.
 _ALPHA_DTYPES = (*FLOAT_DTYPES, "F64", "I64", "I32")
 
 
 def load_lora_file(
     path: str | os.PathLike[str],
     weights: Mapping[str, AdaptableWeight],
-    checkpoint_mapping: Mapping[str, Stored],
+    checkpoint_mapping: Mapping[str, CheckpointWeight],
     prefix: str,
 ) -> dict[str, Any]:
-    """See `jlora.diffusers.load`."""
+    """Implements `jlora.diffusers.load`.
+
+    Args:
+        path: Path of the file.
+        weights: Weights of the base, with their kind and axes in the model.
+        checkpoint_mapping: Checkpoint tensors of the weights, by path.
+        prefix: Prefix of the model in the file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged or does not fit the model.
+    """
     path = Path(path)
 
-    def problem(what: str) -> ValueError:
-        return ValueError(
-            f"{path}: {what} Use a file that was made for this model, as it was written."
-        )
+    def make_error(reason: str) -> ValueError:
+        return ValueError(f"{path}: {reason} Use an unmodified file for this model.")
 
-    sites = list_adaptable_modules(weights, checkpoint_mapping)
-    names = KeyParser(prefix, sites, problem)
-    found, fields = _read_lora_modules(path, names, prefix, problem)
-    parts: dict[str, list[ModuleTensors]] = {}
-    for module, tensors in found.items():
-        site = sites[module]
-        reason = unsupported_reason(weights[site.path], site)
+    parameters = list_adaptable_modules(weights, checkpoint_mapping)
+    key_parser = KeyParser(prefix, parameters, make_error)
+    module_tensors, fields = _read_lora_modules(path, key_parser, prefix, make_error)
+    by_path: dict[str, list[ModuleTensors]] = {}
+    for module, tensors in module_tensors.items():
+        parameter = parameters[module]
+        weight = weights[parameter.path]
+        reason = unsupported_reason(weight, parameter)
         if reason:
-            raise problem(f"{module} cannot be adapted: {reason}.")
-        part = _make_module_tensors(site, weights[site.path], tensors, fields, problem)
-        parts.setdefault(site.path, []).append(part)
+            raise make_error(f"{module} cannot be adapted: {reason}.")
+        by_path.setdefault(parameter.path, []).append(
+            _make_module_tensors(parameter, weight, tensors, fields, make_error)
+        )
     if fields:
-        configs.check_rank_patterns(fields, found)
-    form = PEFT_METHODS["LORA"]
+        config.check_rank_patterns(fields, module_tensors)
+    method = PEFT_METHODS["LORA"]
     return {
-        path: leaf_from_modules(form, weights[path], some, problem) for path, some in parts.items()
+        path: leaf_from_modules(method, weights[path], modules, make_error)
+        for path, modules in by_path.items()
     }
 
 
 def list_adaptable_modules(
-    weights: Mapping[str, AdaptableWeight], checkpoint_mapping: Mapping[str, Stored]
+    weights: Mapping[str, AdaptableWeight], checkpoint_mapping: Mapping[str, CheckpointWeight]
 ) -> dict[str, ModuleParameter]:
-    """The modules with a weight of their own, by name.
+    """Returns the weight parameter of each module that is one tensor, by module.
 
     Raises:
-        ValueError: `checkpoint_mapping` has a path that params has not.
+        ValueError: `checkpoint_mapping` has a path that is not in the parameters.
     """
-    strange = [path for path in checkpoint_mapping if path not in weights]
-    if strange:
+    unknown = [path for path in checkpoint_mapping if path not in weights]
+    if unknown:
         raise ValueError(
-            f"stored has {format_names(strange)}, which params has not. Leave them out."
+            f"checkpoint_mapping has {format_names(unknown)}, which params does not have. Leave "
+            f"them out."
         )
-    found = [
-        site
-        for site in list_module_parameters(checkpoint_mapping)
-        if site.name == "weight" and site.tensor_slice
-    ]
-    return {site.module: site for site in found}
+    return {
+        parameter.module: parameter
+        for parameter in list_module_parameters(checkpoint_mapping)
+        if parameter.name == "weight" and parameter.tensor_slice
+    }
 
 
 def unsupported_reason(weight: AdaptableWeight, parameter: ModuleParameter) -> str | None:
-    """Why these files have no LoRA for a weight; None when they have."""
+    """Returns the reason that these files do not support LoRA on a weight; None if they do."""
     if weight.kind not in ("linear", "convolution"):
-        return f"it is of the kind {weight.kind}, and these files know linear and convolution"
+        return f"its kind is {weight.kind}, and these files support linear and convolution"
     if len(weight.axes.batch) > len(parameter.stack_index):
         return f"its tensor is a batch of weights along the axes {weight.axes.batch}"
     return None
@@ -101,42 +112,42 @@ def unsupported_reason(weight: AdaptableWeight, parameter: ModuleParameter) -> s
 def _read_lora_modules(
     path: Path, key_parser: KeyParser, prefix: str, make_error: ErrorFactory
 ) -> tuple[dict[str, dict[TensorRole, np.ndarray]], dict[str, Any] | None]:
-    """The tensors of each module, and what the metadata says of all."""
+    """Returns the tensors of each module, and the config fields of the metadata, if any."""
     if path.suffix in _PICKLE_SUFFIXES:
         raise ValueError(
             f"{path} is not opened, since files that end in {path.suffix} can run code. Load it in "
             f"the program that wrote it and save it as safetensors."
         )
-    found: dict[str, dict[TensorRole, np.ndarray]] = {}
+    module_tensors: dict[str, dict[TensorRole, np.ndarray]] = {}
     with open_safetensors(path) as file:
         keys = list(file.keys())
-        own = [key for key in keys if key_parser.matches(key)]
-        if not own:
+        model_keys = [key for key in keys if key_parser.matches(key)]
+        if not model_keys:
             others = sorted({key.partition(".")[0] for key in keys})
             raise make_error(
-                f"it has no tensor for prefix={prefix!r}; its keys begin with "
-                f"{format_names(others) or 'nothing'}."
+                f"it has no tensor for prefix={prefix!r}; the prefixes of its keys are "
+                f"{format_names(others) or 'none'}."
             )
-        for key in own:
+        for key in model_keys:
             module, role = key_parser.parse(key)
-            tensors = found.setdefault(module, {})
+            tensors = module_tensors.setdefault(module, {})
             if role in tensors:
-                raise make_error(f"{key} is not the only tensor that is {role} of {module}.")
+                raise make_error(f"{key} must be the only tensor for {role} of {module}.")
             dtypes = _ALPHA_DTYPES if role == "alpha" else tuple(FLOAT_DTYPES)
             tensors[role] = read_finite_tensor(file, key, path, dtypes)
         metadata = dict(file.metadata() or {})
     fields = _parse_adapter_metadata(
         path, metadata.get(LORA_ADAPTER_METADATA_KEY), prefix, make_error
     )
-    if fields and any("alpha" in tensors for tensors in found.values()):
-        raise make_error("it says alpha in its metadata and in tensors too.")
-    return found, fields
+    if fields and any("alpha" in tensors for tensors in module_tensors.values()):
+        raise make_error("it must have alpha in its metadata or in tensors, got both.")
+    return module_tensors, fields
 
 
 def _parse_adapter_metadata(
     path: Path, metadata: str | None, prefix: str, make_error: ErrorFactory
 ) -> dict[str, Any] | None:
-    """The fields of PEFT's config that the metadata has for this model."""
+    """Returns the fields of PEFT's config for this model; None if the metadata has none."""
     if metadata is None:
         return None
     try:
@@ -146,16 +157,17 @@ def _parse_adapter_metadata(
             f"its metadata {LORA_ADAPTER_METADATA_KEY} is not JSON ({error})."
         ) from error
     if not isinstance(content, dict):
-        raise make_error(f"its metadata {LORA_ADAPTER_METADATA_KEY} holds no JSON object.")
+        raise make_error(f"its metadata {LORA_ADAPTER_METADATA_KEY} must contain a JSON object.")
     start = f"{prefix}."
-    own = {k.removeprefix(start): value for k, value in content.items() if k.startswith(start)}
-    if not own:
+    raw = {k.removeprefix(start): value for k, value in content.items() if k.startswith(start)}
+    if not raw:
         return None
-    fields, form = configs.validate_config(path, {"peft_type": "LORA", **own})
-    if form is not PEFT_METHODS["LORA"] or fields["use_dora"]:
+    fields, method = config.validate_config(path, {"peft_type": "LORA", **raw})
+    if method is not PEFT_METHODS["LORA"] or fields["use_dora"]:
         raise make_error(
-            f"its metadata speak of {'DoRA' if fields.get('use_dora') else own['peft_type']}, and "
-            f"LoRA alone is read from these files."
+            f"the method in its metadata is "
+            f"{'DoRA' if fields.get('use_dora') else raw['peft_type']}, and only LoRA is supported "
+            f"in these files."
         )
     return fields
 
@@ -167,12 +179,12 @@ def _make_module_tensors(
     fields: Mapping[str, Any] | None,
     make_error: ErrorFactory,
 ) -> ModuleTensors:
-    """One module's factors with its rank and alpha, after checking them against the weight."""
+    """Checks one module's factors against its weight, and adds its rank and alpha."""
     missing = [role for role in ("down", "up") if role not in tensors]
     if missing:
         raise make_error(f"{parameter.module} lacks {' and '.join(missing)}.")
     down, up = tensors["down"], tensors["up"]
-    form = PEFT_METHODS["LORA"]
+    method = PEFT_METHODS["LORA"]
     inputs, window, outputs = _torch_weight_sizes(weight)
     _check_factor_shape(
         f"down of {parameter.module}", down.shape, (None, inputs, *window), make_error
@@ -182,24 +194,27 @@ def _make_module_tensors(
     )
     rank = down.shape[0]
     if rank < 1 or up.shape[1] != rank:
-        raise make_error(f"{parameter.module} has ranks {rank} in down and {up.shape[1]} in up.")
+        raise make_error(
+            f"{parameter.module} must have one rank, got ranks {rank} in down and {up.shape[1]} in "
+            f"up."
+        )
     if fields is None:
-        own = {
-            **form.defaults,
+        module_fields = {
+            **method.defaults,
             "lora_alpha": _parse_alpha(parameter.module, tensors.get("alpha"), rank, make_error),
         }
     else:
-        own = configs.fields_for_module(fields, form, parameter.module)
-        if own["r"] != rank:
+        module_fields = config.fields_for_module(fields, method, parameter.module)
+        if module_fields["r"] != rank:
             raise make_error(
-                f"{parameter.module} has rank {rank}, and by the metadata r={own['r']}."
+                f"{parameter.module} has rank {rank}, and the metadata has r={module_fields['r']}."
             )
-    own["r"] = rank
-    return ModuleTensors(parameter, own, {"lora_A.weight": down, "lora_B.weight": up})
+    module_fields["r"] = rank
+    return ModuleTensors(parameter, module_fields, {"lora_A.weight": down, "lora_B.weight": up})
 
 
 def _torch_weight_sizes(weight: AdaptableWeight) -> tuple[int, list[int], int]:
-    """The inputs, the window and the outputs of the weight's tensor in torch."""
+    """Returns the input size, the window and the output size of the weight's torch tensor."""
     window = [weight.shape[axis] for axis in weight.window]
     return math.prod(weight.shape[axis] for axis in weight.channel_axes), window, weight.fan_out
 
@@ -207,27 +222,27 @@ def _torch_weight_sizes(weight: AdaptableWeight) -> tuple[int, list[int], int]:
 def _check_factor_shape(
     name: str, shape: tuple[int, ...], expected: tuple[int | None, ...], make_error: ErrorFactory
 ) -> None:
-    """Refuses a shape that is not the expected one, in which None is the rank."""
+    """Checks that a shape is the expected one, in which None is the rank."""
 
     def fits(sizes: tuple[int, ...]) -> bool:
         pairs = zip(sizes, expected, strict=False)
         return len(sizes) == len(expected) and all(b in (a, None) for a, b in pairs)
 
     if not fits(shape):
-        wanted = tuple("rank" if size is None else size for size in expected)
+        expected_shape = tuple("rank" if size is None else size for size in expected)
         hint = " It looks transposed." if fits(shape[::-1]) else ""
-        raise make_error(f"{name} has shape {shape} instead of {wanted}.{hint}")
+        raise make_error(f"{name} has shape {shape} instead of {expected_shape}.{hint}")
 
 
 def _parse_alpha(
     module: str, tensor: np.ndarray | None, rank: int, make_error: ErrorFactory
 ) -> float:
-    """A module's alpha, which is the rank where the file has none."""
+    """Returns a module's alpha; the rank if the file has no alpha."""
     if tensor is None:
         return float(rank)
     if tensor.size != 1:
-        raise make_error(f"alpha of {module} has shape {tensor.shape}, and is one number.")
+        raise make_error(f"alpha of {module} must be one number, got shape {tensor.shape}.")
     alpha = float(tensor.reshape(()))
     if alpha <= 0:
-        raise make_error(f"alpha of {module} is {alpha}, which is not positive.")
+        raise make_error(f"alpha of {module} must be positive, got {alpha}.")
     return alpha

@@ -1,4 +1,4 @@
-"""Adapters as a file of diffusers or kohya."""
+"""Saves adapters as a LoRA file of diffusers or kohya."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jlora.diffusers.load import (
     list_adaptable_modules,
     unsupported_reason,
 )
-from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
+from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.modules_to_save import PeftModule
 from jlora.peft.save import convert_to_peft
 from jlora.rules import trace_weights
@@ -28,44 +28,51 @@ _DOWN_SUFFIX, _UP_SUFFIX = "lora_A.weight", "lora_B.weight"
 
 
 class ModelAdapter(NamedTuple):
-    """One model's part of a file.
+    """The adapter of one model of a pipeline, with its model.
 
     Attributes:
-        adapter: What is written.
-        fn: A function of params and inputs.
+        adapter: Adapter to save.
+        fn: Function of params and inputs.
         params: The base that the adapter belongs on.
         inputs: Example inputs, arrays or shapes.
-        checkpoint_mapping: Which tensors of diffusers' checkpoint the weights are.
+        checkpoint_mapping: Tensors of the diffusers checkpoint that each weight consists of, by
+            the weight's path.
+
+    Example:
+        >>> model_adapter = ModelAdapter({}, lambda params, x: x, {}, (np.ones(2),), {})
+        >>> model_adapter.adapter
+        {}
     """
 
     adapter: Mapping[str, Any]
     fn: Callable[..., Any]
     params: PyTree
     inputs: tuple[Any, ...]
-    checkpoint_mapping: Mapping[str, Stored]
+    checkpoint_mapping: Mapping[str, CheckpointWeight]
 
 
 def check_model_prefix(prefix: str) -> None:
-    """Refuses what no key can begin with.
+    """Checks that keys can start with a prefix.
 
     Raises:
-        ValueError: Names it.
+        ValueError: The prefix is not an identifier.
     """
     if not prefix.isidentifier():
-        raise ValueError(f"prefix={prefix!r} is no name of a model, such as 'unet'. Give one.")
+        raise ValueError(f"prefix={prefix!r} must be the name of a model, such as 'unet'.")
 
 
 def write_lora_file(
     path: str | os.PathLike[str], model_adapters: Mapping[str, ModelAdapter], file_format: str
 ) -> None:
-    """See `jlora.diffusers.save_parts`."""
+    """Implements `jlora.diffusers.save_pipeline`."""
     tensors: dict[str, np.ndarray] = {}
     fields: dict[str, Any] = {}
-    for prefix, part in model_adapters.items():
+    for prefix, model_adapter in model_adapters.items():
         check_model_prefix(prefix)
-        modules, known = _convert_lora_modules(part)
+        modules, module_names = _convert_lora_modules(model_adapter)
         if file_format == "kohya":
-            tensors |= _kohya_tensors(_kohya_key_prefix(prefix, model_adapters), modules, known)
+            key_prefix = _kohya_key_prefix(prefix, model_adapters)
+            tensors |= _kohya_tensors(key_prefix, modules, module_names)
         else:
             tensors |= _diffusers_tensors(prefix, modules)
             fields |= {
@@ -73,54 +80,61 @@ def write_lora_file(
                 for name, value in _diffusers_config_fields(modules).items()
             }
     if not tensors:
-        raise ValueError("There is no adapter to write. Give one, by its prefix.")
+        raise ValueError("model_adapters={} must have at least one adapter, by its prefix.")
     for key, value in tensors.items():
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(
-                f"{key} holds NaN or Inf; nothing was written. Save an earlier adapter."
+                f"{key} has NaN or infinite entries, so nothing was written. Save an earlier "
+                f"adapter."
             )
     metadata = {"format": "pt"}
     if fields:
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(fields, indent=2)
-    # Unlike NumPy's `ascontiguousarray` this makes no axis for a number that has none.
+    # NumPy's `ascontiguousarray` would add an axis to a scalar.
     contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}
     write_new_safetensors(path, contiguous, metadata)
 
 
 def _convert_lora_modules(model_adapter: ModelAdapter) -> tuple[list[PeftModule], Sequence[str]]:
-    """The modules that an adapter has, and all that its model has."""
+    """Returns the modules that an adapter has factors on, and the names of all modules."""
     leaves = check_adapter(model_adapter.adapter)
-    others = {path: leaf.family for path, leaf in leaves.items()}
-    others = {p: name for p, name in others.items() if name not in ("lora", "lora_fa", "dylora")}
-    if others or not leaves:
-        what = format_names([f"{name!r} on {path!r}" for path, name in others.items()]) or "nothing"
+    if not leaves:
+        raise ValueError("The adapter must have LoRA on at least one weight, got no weights.")
+    others = [
+        f"{leaf.family!r} on {path!r}"
+        for path, leaf in leaves.items()
+        if leaf.family not in ("lora", "lora_fa", "dylora")
+    ]
+    if others:
         raise ValueError(
-            f"These files hold LoRA alone, and the adapter has {what}. Convert it with "
-            f"jlora.to_lora, or merge it."
+            f"Only LoRA is supported in these files, and the adapter has {format_names(others)}. "
+            f"Convert it with jlora.to_lora, or merge it."
         )
-    used = trace_weights(model_adapter.fn, model_adapter.params, *model_adapter.inputs)
-    sites = list_adaptable_modules(used, model_adapter.checkpoint_mapping)
-    whole = convert_to_peft(
+    weights = trace_weights(model_adapter.fn, model_adapter.params, *model_adapter.inputs)
+    parameters = list_adaptable_modules(weights, model_adapter.checkpoint_mapping)
+    peft_adapter = convert_to_peft(
         model_adapter.adapter,
         model_adapter.params,
-        used,
+        weights,
         model_adapter.checkpoint_mapping,
         save_embedding_layers=False,
     )
-    for module in whole.modules:
-        reason = unsupported_reason(used[module.parameter.path], module.parameter)
-        if reason or module.parameter.module not in sites:
+    for module in peft_adapter.modules:
+        reason = unsupported_reason(weights[module.parameter.path], module.parameter)
+        if reason is None and module.parameter.module not in parameters:
+            reason = "it is not the weight of a module"
+        if reason:
             raise ValueError(
-                f"{module.parameter.path} cannot be written: {reason or 'it is no weight of a module'}. "
-                f"Leave it out of the adapter, or merge it."
+                f"{module.parameter.path} cannot be written: {reason}. Leave it out of the "
+                f"adapter, or merge it."
             )
-    if not whole.modules:
-        raise ValueError("The adapter is zero everywhere, and nothing of it is left to write.")
-    return whole.modules, tuple(sites)
+    if not peft_adapter.modules:
+        raise ValueError("The adapter must have a nonzero factor, got zeros on all weights.")
+    return peft_adapter.modules, tuple(parameters)
 
 
 def _effective_alpha(module: PeftModule) -> float:
-    """The alpha that makes `alpha / rank` the scale."""
+    """Returns the alpha for which the scale is `alpha / rank`."""
     alpha, rank = module.fields["lora_alpha"], module.fields["r"]
     return alpha * rank**0.5 if module.fields["use_rslora"] else alpha
 
@@ -134,7 +148,7 @@ def _diffusers_tensors(prefix: str, modules: Sequence[PeftModule]) -> dict[str, 
 
 
 def _diffusers_config_fields(modules: Sequence[PeftModule]) -> dict[str, Any]:
-    """What diffusers makes PEFT's config of."""
+    """Returns the fields from which diffusers builds PEFT's config."""
     names = [module.parameter.module for module in modules]
     ranks = {module.parameter.module: module.fields["r"] for module in modules}
     alphas = {module.parameter.module: _effective_alpha(module) for module in modules}
@@ -144,7 +158,7 @@ def _diffusers_config_fields(modules: Sequence[PeftModule]) -> dict[str, Any]:
         "lora_alpha": _most_common_value(alphas),
         "rank_pattern": _build_module_pattern(ranks),
         "alpha_pattern": _build_module_pattern(alphas),
-        # Whole names: the model may have more modules than were described here.
+        # Full names, since the model may have modules that the checkpoint mapping lacks.
         "target_modules": names,
         "use_rslora": False,
         "use_dora": False,
@@ -158,9 +172,9 @@ def _most_common_value(values: Mapping[str, float]) -> float:
 
 
 def _build_module_pattern(values: Mapping[str, float]) -> dict[str, float]:
-    """Every module's value, unless all have one.
+    """Returns a pattern for each module; an empty dict if all modules have the same value.
 
-    PEFT takes the first pattern that is a name's ending, so longer ones come first.
+    PEFT uses the first pattern that a name ends in, so longer ones come first.
     """
     if len(set(values.values())) == 1:
         return {}
@@ -168,27 +182,27 @@ def _build_module_pattern(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _kohya_key_prefix(prefix: str, model_adapters: Mapping[str, ModelAdapter]) -> str:
-    """What kohya's keys of a model begin with."""
+    """Returns the prefix of a model in kohya's keys."""
     if prefix not in KOHYA_PREFIXES:
         raise ValueError(
-            f"prefix={prefix!r} has no name in style='kohya', which knows {sorted(KOHYA_PREFIXES)}. Use "
-            f"style='diffusers'."
+            f"prefix={prefix!r} must be one of {sorted(KOHYA_PREFIXES)} with file_format='kohya'. "
+            f"Use file_format='diffusers'."
         )
-    several = "text_encoder_2" in model_adapters
-    return KOHYA_PREFIXES[prefix][-1 if several else 0]
+    has_two_encoders = "text_encoder_2" in model_adapters
+    return KOHYA_PREFIXES[prefix][-1 if has_two_encoders else 0]
 
 
 def _kohya_tensors(
     key_prefix: str, modules: Sequence[PeftModule], module_names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    meant = group_by_kohya_name(module_names)
+    by_kohya_name = group_by_kohya_name(module_names)
     tensors = {}
     for module in modules:
         name = to_kohya_name(module.parameter.module)
-        if len(meant[name]) > 1:
+        if len(by_kohya_name[name]) > 1:
             raise ValueError(
-                f"In style='kohya' {meant[name]} have one name, {key_prefix}_{name}. Use "
-                f"style='diffusers'."
+                f"With file_format='kohya', the modules {by_kohya_name[name]} have the same name, "
+                f"{key_prefix}_{name}. Use file_format='diffusers'."
             )
         down, up = module.tensors[_DOWN_SUFFIX], module.tensors[_UP_SUFFIX]
         tensors[f"{key_prefix}_{name}.lora_down.weight"] = down

@@ -195,8 +195,8 @@ class _MomentsTerm(Term):
         inputs = [a for a in self.input_sum.axes if a in labeled.axes and a not in out_axes]
         if flat_size(inputs) ** 2 * self.num_inputs.array.size != self.outer_product_sum.array.size:
             raise ValueError(
-                f"The moments of the inputs of {product.path!r} cannot be taken: one of its uses "
-                f"sees a part of them, or others (its transpose). Leave it out of the rules."
+                f"Input moments of {product.path!r} cannot be computed: one of its uses has only "
+                f"part of the inputs, or other inputs (its transpose). Exclude it from the rules."
             )
         matrices = [a for a in self.input_sum.axes if a in labeled.axes and a not in inputs]
         tokens = [axis for axis in labeled.axes if axis not in (*matrices, *inputs)]

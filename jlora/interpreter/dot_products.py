@@ -215,7 +215,7 @@ def _ragged_axis_roles(eqn: Any, side: int, weight: FactoredArray) -> AxisRoles 
 class RaggedProduct(WeightProduct):
     """Rows sorted by group, (rows, k), times the matrix of each row's group, (groups, k, n)."""
 
-    routing_error = "by lax.ragged_dot, whose rows have experts already"
+    routing_error = "by lax.ragged_dot, whose rows are already assigned to experts"
 
     def __init__(self, eqn: Any, weight: FactoredArray, num_rows: int, group_sizes: Any) -> None:
         self._eqn, self.path = eqn, weight.path

@@ -456,13 +456,6 @@ class Dropout:
         """
         return dataclasses.replace(self, keys=Operand(self.keys.array.reshape(-1)[0], ()))
 
-    def refuse(self, path: str, reason: str) -> None:
-        """Raises the error of a use where the input is not known."""
-        raise ValueError(
-            f"The dropout of the adapter on {path!r} cannot be applied: {reason}. Give its rule "
-            f"dropout=0.0, or leave out dropout_key."
-        )
-
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["term", "dropout"], meta_fields=[]
@@ -485,8 +478,11 @@ class DropoutTerm(Term):
     def add_materialized(self, total: Any, weight: Any) -> Any:
         # As in the reference, a look-up has no input to drop.
         if not weight.is_gathered:
-            reason = "this weight is used by more than products (lora.explain shows by what)"
-            self.dropout.refuse(weight.path, f"{reason}, so its input is unknown")
+            raise ValueError(
+                f"Dropout of the adapter on {weight.path!r} cannot be applied: this weight is not "
+                f"only used by products (lora.explain lists its uses), so it has no input to drop. "
+                f"Set dropout=0.0 in its config, or omit dropout_key."
+            )
         return self.term.add_materialized(total, weight)
 
     def scale(self, factor: Any) -> DropoutTerm:
@@ -499,12 +495,11 @@ class DropoutTerm(Term):
         return self.term.can_pad(axis) and axis not in self.dropout.keys.axes
 
     def to_product(self, weight: Any, used_by: str) -> ProductTerm | None:
-        self.dropout.refuse(
-            weight.path,
-            f"it is used inside a function with a derivative of its own ({used_by}), whose rule "
-            f"would see the input that was not dropped",
+        raise ValueError(
+            f"Dropout of the adapter on {weight.path!r} cannot be applied inside a function with a "
+            f"custom derivative ({used_by}), whose rule would use the input without dropout. Set "
+            f"dropout=0.0 in the config of this weight."
         )
-        return None
 
     def prepare_input(self, x: Any, product: WeightProduct) -> Any:
         return self.term.prepare_input(x, product)

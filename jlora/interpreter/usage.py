@@ -1,8 +1,9 @@
-"""How a model uses each of its weights, found by following them through the traced program.
+"""Finds out how a model uses each weight, by abstract interpretation of the traced program.
 
-The walk is symbolic: nothing is computed. Values are `DATA` (depends on the model's inputs), or the
-weights that a weight-only value came from (none for a constant). A weight is followed through moves
-and through arithmetic among weights (a weight norm, say) until it meets data.
+Nothing is computed. An abstract value is `DATA` (it depends on the inputs of the model), or the
+weights from which the value is computed (none for a constant). A weight is followed through data
+movement and through arithmetic with other weights (such as weight normalization) up to its use
+with data.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from jlora.interpreter.terms import Axis
 
 
 class WeightAxes(NamedTuple):
-    """The axes of a weight by what they do: numbers of its axes, in increasing order.
+    """Axes of a weight by role: indices of its axes, in increasing order.
 
     Attributes:
-        batch: One matrix for each index: layers of a scan, experts.
-        inputs: Contracted with the activation (for an embedding, the axis that is looked up).
-        outputs: Appear in the result.
+        batch: Axes with one matrix per index, such as the layers of a scan, or experts.
+        inputs: Axes contracted with the activation; for an embedding, the axis that is indexed.
+        outputs: Axes that appear in the result.
     """
 
     batch: tuple[int, ...]
@@ -47,12 +48,13 @@ class WeightAxes(NamedTuple):
 
 
 class WeightUse(NamedTuple):
-    """One place where a weight is consumed.
+    """One use of a weight.
 
     Attributes:
-        primitive: The primitive.
-        dense_reason: Why the dense sum is formed there; None where the use is factored.
-        axis_roles: What each axis of the weight does, for products and look-ups.
+        primitive: Name of the primitive.
+        dense_reason: Reason for which the weight is materialized. None: the use is factored.
+        axis_roles: Roles of the weight axes in a product or look-up. None: any other use.
+        has_data_operand: Whether the other operands depend on the inputs of the model.
     """
 
     primitive: str
@@ -63,13 +65,20 @@ class WeightUse(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _TracedWeight:
-    """A weight on its way: its network, and what forced it to be dense, if anything did."""
+    """A weight at a point of the program.
+
+    Attributes:
+        array: Its axes, as a factored array without a base.
+        dense_reason: Reason for which it has been materialized. None: it is factored.
+    """
 
     array: FactoredArray
     dense_reason: str | None = None
 
 
 class _DataValue:
+    """A value that depends on the inputs of the model."""
+
     def __repr__(self) -> str:
         return "DATA"
 
@@ -82,24 +91,31 @@ AbstractValue = _DataValue | tuple[_TracedWeight, ...]
 def find_weight_uses(
     program: _compat.TracedProgram, weights: dict[int, tuple[str, tuple[int, ...]]]
 ) -> dict[str, list[WeightUse]]:
-    """The uses of each weight, by its path, in the order of the program.
+    """Returns the uses of each weight by path, in the order of the program.
 
     Args:
-        program: The traced model.
-        weights: For inputs of the program that are weights, path and shape. Every other input is
+        program: Traced model.
+        weights: Path and shape of each weight, by input index of the program. All other inputs are
             data.
     """
-    found: dict[str, list[WeightUse]] = {path: [] for path, _ in weights.values()}
+    uses: dict[str, list[WeightUse]] = {path: [] for path, _ in weights.values()}
     inputs: list[AbstractValue] = [
         (_TracedWeight(FactoredArray.from_weight(None, *weights[i])),) if i in weights else DATA
         for i in range(len(program.inputs))
     ]
-    walk = UsageInterpreter(found, dict(weights.values()))
-    walk.interpret(program, inputs)
-    return found
+    interpreter = UsageInterpreter(uses, dict(weights.values()))
+    interpreter.interpret(program, inputs)
+    return uses
 
 
 class UsageInterpreter:
+    """Interprets a program on abstract values and records the uses of weights.
+
+    Args:
+        uses: Lists by path to which uses are appended.
+        weight_shapes: Shapes of the weights by path.
+    """
+
     def __init__(
         self, uses: dict[str, list[WeightUse]], weight_shapes: dict[str, tuple[int, ...]]
     ) -> None:
@@ -123,68 +139,74 @@ class UsageInterpreter:
     def _interpret_equation(
         self, eqn: Any, values: Sequence[AbstractValue]
     ) -> Sequence[AbstractValue]:
-        rest: AbstractValue = DATA if any(_is_data_value(value) for value in values) else ()
+        default: AbstractValue = DATA if any(_is_data_value(value) for value in values) else ()
         if not any(_get_traced_weights(value) for value in values):
-            return [rest] * len(eqn.outvars)
+            return [default] * len(eqn.outvars)
         rule = RULES.get(eqn.primitive.name)
         if isinstance(rule, SubProgramRule):
-            return self._interpret_subprograms(rule, eqn, values, rest)
+            return self._interpret_subprograms(rule, eqn, values, default)
         if eqn.primitive.name == "optimization_barrier":
             return values
         followed: list[list[_TracedWeight]] = [[] for _ in eqn.outvars]
         for side, value in enumerate(values):
             for weight in _get_traced_weights(value):
-                moved = self._follow_movement(eqn, side, weight, values)
-                if moved is None and isinstance(rule, ProductRule):
+                moved_weights = self._follow_movement(eqn, side, weight, values)
+                if moved_weights is None and isinstance(rule, ProductRule):
                     self._record_product(rule, eqn, side, weight, values)
-                elif moved is None:
-                    moved = self._follow_arithmetic(eqn, side, weight, rest)
-                for output, traced in zip(followed, moved or [], strict=bool(moved)):
-                    output.append(traced)
-        return [tuple(output) or rest for output in followed]
+                elif moved_weights is None:
+                    moved_weights = self._follow_arithmetic(eqn, side, weight, default)
+                for followed_output, traced in zip(
+                    followed, moved_weights or [], strict=bool(moved_weights)
+                ):
+                    followed_output.append(traced)
+        return [tuple(followed_output) or default for followed_output in followed]
 
     def _interpret_subprograms(
         self,
         rule: SubProgramRule,
         eqn: Any,
         values: Sequence[AbstractValue],
-        rest: AbstractValue,
+        default: AbstractValue,
     ) -> Sequence[AbstractValue]:
         name = eqn.primitive.name
-        outputs: list[AbstractValue] = [rest] * len(eqn.outvars)
-        for body in rule.get_subprograms(eqn):
+        outputs: list[AbstractValue] = [default] * len(eqn.outvars)
+        for subprogram in rule.get_subprograms(eqn):
             inputs = [
-                self._convert_subprogram_input(eqn, values[source], place, source, body)
-                for place, source in enumerate(body.eqn_inputs)
+                self._convert_subprogram_input(
+                    eqn, values[eqn_input], input_index, eqn_input, subprogram
+                )
+                for input_index, eqn_input in enumerate(subprogram.eqn_inputs)
             ]
-            inner = self.interpret(body.program, inputs)
+            inner_outputs = self.interpret(subprogram.program, inputs)
             if name == "shard_map":
                 continue
-            if body.returns_outputs:
-                return inner
-            first = min(body.carry_unchanged, default=0)
-            for i, value in enumerate(inner[: len(outputs)]):
-                if body.carry_unchanged.get(first + i) and i < len(body.carry_unchanged):
-                    outputs[i] = inputs[first + i]
+            if subprogram.returns_outputs:
+                return inner_outputs
+            first_carry = min(subprogram.carry_unchanged, default=0)
+            for i, value in enumerate(inner_outputs[: len(outputs)]):
+                if subprogram.carry_unchanged.get(first_carry + i) and i < len(
+                    subprogram.carry_unchanged
+                ):
+                    outputs[i] = inputs[first_carry + i]
                     continue
                 for weight in _get_traced_weights(value):
                     self._record_dense(weight, f"returned by {name}")
                 if name == "cond" and _get_traced_weights(value):
-                    picked = tuple(
+                    selected = tuple(
                         _add_dense_reason(weight, name) for weight in _get_traced_weights(value)
                     )
-                    outputs[i] = (*_get_traced_weights(outputs[i]), *picked)
+                    outputs[i] = (*_get_traced_weights(outputs[i]), *selected)
         return outputs
 
     def _convert_subprogram_input(
         self, eqn: Any, value: AbstractValue, input_index: int, eqn_input: int, subprogram: Any
     ) -> AbstractValue:
-        """What a value of the equation is inside a program that it holds."""
+        """Converts an input of an equation to the input of its inner program."""
         name = eqn.primitive.name
         if isinstance(value, _DataValue):
             return value
         if input_index in subprogram.carry_unchanged and not value:
-            return DATA  # Constant at first, but not for long.
+            return DATA  # The carry is constant in the first iteration alone.
         if (
             eqn_input in subprogram.materialized_inputs
             or subprogram.carry_unchanged.get(input_index) is False
@@ -212,7 +234,7 @@ class UsageInterpreter:
     def _follow_movement(
         self, eqn: Any, side: int, weight: _TracedWeight, values: Sequence[AbstractValue]
     ) -> list[_TracedWeight] | None:
-        """The weight behind an equation that only moves entries; None where it is not one."""
+        """Follows a weight through data movement; returns None for any other equation."""
         name = eqn.primitive.name
         scaling = match_scalar_scaling(eqn)
         if scaling is not None and scaling.array_side == side:
@@ -221,16 +243,16 @@ class UsageInterpreter:
         if not isinstance(rule, MovementRule):
             return None
         if name == "concatenate" and any(_is_data_value(value) for value in values):
-            return None  # The result is an activation (a class token before its patches).
+            return None  # The result is an activation (a class token before patches).
         arrays = [weight.array if i == side else None for i in range(len(values))]
-        moved = rule.move(eqn, arrays, values)
-        if not moved or moved[0] is None or (moved[0].is_gathered and weight.dense_reason):
+        moved = [array for array in rule.move(eqn, arrays, values) or () if array is not None]
+        if not moved or (moved[0].is_gathered and weight.dense_reason):
             return None
         if moved[0].is_gathered and not weight.array.is_gathered:
             self._record_use(
                 weight, WeightUse(name, None, self._get_lookup_roles(weight, moved[0]))
             )
-        return [_TracedWeight(array, weight.dense_reason) for array in moved if array is not None]
+        return [_TracedWeight(array, weight.dense_reason) for array in moved]
 
     def _record_product(
         self,
@@ -241,10 +263,10 @@ class UsageInterpreter:
         values: Sequence[AbstractValue],
     ) -> None:
         name = eqn.primitive.name
-        # What was computed from weights (learned queries behind a norm) is an activation too; a
-        # weight itself (the vector of a power iteration) is not.
+        # A value computed from weights (learned queries after a norm) is an activation too; an
+        # unchanged weight (the vector of a power iteration) is not.
         others = [value for i, value in enumerate(values) if i != side]
-        meets_data = not any(
+        has_data_operand = not any(
             weight.dense_reason is None and not weight.array.is_gathered
             for value in others
             for weight in _get_traced_weights(value)
@@ -252,49 +274,50 @@ class UsageInterpreter:
         roles = rule.axis_roles(eqn, side, weight.array)
         if isinstance(roles, DenseReason):
             if not weight.array.is_gathered:
-                self._record_use(weight, WeightUse(name, str(roles), None, meets_data))
+                self._record_use(weight, WeightUse(name, str(roles), None, has_data_operand))
             return
-        by_root = self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
-        between = weight.dense_reason
-        if side > 0 and not meets_data:
-            between = between or "product of two weights"
-        self._record_use(weight, WeightUse(name, between, by_root, meets_data))
+        axis_roles = self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
+        dense_reason = weight.dense_reason
+        if side > 0 and not has_data_operand:
+            dense_reason = dense_reason or "product of two weights"
+        self._record_use(weight, WeightUse(name, dense_reason, axis_roles, has_data_operand))
 
     def _get_lookup_roles(
-        self, weight: _TracedWeight, looked_up: FactoredArray
+        self, weight: _TracedWeight, gathered: FactoredArray
     ) -> dict[int, AxisRole]:
-        """Roles at a look-up: the rows are inputs, what they hold are outputs."""
-        atoms = looked_up.axes
+        """Returns the roles in a look-up: indexed axes are inputs, the others outputs."""
+        axes = gathered.axes
         return self._fill_batch_roles(
             weight,
             _roles_by_weight_axis(
-                {a: AxisRole.INPUT if a.is_gathered else AxisRole.OUTPUT for a in atoms}
+                {a: AxisRole.INPUT if a.is_gathered else AxisRole.OUTPUT for a in axes}
             ),
         )
 
     def _fill_batch_roles(
-        self, weight: _TracedWeight, by_root: dict[int, AxisRole]
+        self, weight: _TracedWeight, axis_roles: dict[int, AxisRole]
     ) -> dict[int, AxisRole]:
-        # An axis that is no longer there was taken one index at a time: by a scan or a slice.
+        # A missing axis was removed by a scan or a slice, one index at a time.
         axes = range(len(self._weight_shapes[weight.array.path]))
-        return {axis: by_root.get(axis, AxisRole.BATCH) for axis in axes}
+        return {axis: axis_roles.get(axis, AxisRole.BATCH) for axis in axes}
 
     def _follow_arithmetic(
         self, eqn: Any, side: int, weight: _TracedWeight, rest: AbstractValue
     ) -> list[_TracedWeight] | None:
-        """The weight behind arithmetic with other weights, entry by entry; None when that is not
-        what the equation does. Either way its dense sum is formed here.
+        """Follows a weight, which is materialized here, through entrywise arithmetic with weights.
+
+        Returns None for any other equation.
         """
         if weight.array.is_gathered:
-            return None  # Looked-up rows are summed as rows; no weight is made dense.
+            return None  # Only the gathered rows are materialized, not the weight.
         reason = eqn.primitive.name
         if weight.dense_reason is None:
             self._record_use(
                 weight, WeightUse(eqn.primitive.name, reason, None, _is_data_value(rest))
             )
         shape = tuple(eqn.invars[side].aval.shape)
-        alike = [tuple(out.aval.shape) == shape for out in eqn.outvars]
-        if _is_data_value(rest) or alike != [True]:
+        same_shape = [tuple(out.aval.shape) == shape for out in eqn.outvars]
+        if _is_data_value(rest) or same_shape != [True]:
             return None
         return [_TracedWeight(weight.array, weight.dense_reason or reason)]
 
@@ -307,19 +330,19 @@ def _add_dense_reason(weight: _TracedWeight, reason: str) -> _TracedWeight:
 
 
 def _shards_merged_axis(array: FactoredArray, spec: Any) -> bool:
-    """Returns whether a sharding splits a dimension of several axes."""
+    """Whether an array axis formed by several axes is sharded, which operands do not support."""
     entries = zip(spec, array.axis_groups, strict=False)
     return any(entry is not None and len(group) != 1 for entry, group in entries)
 
 
 def _roles_by_weight_axis(roles: dict[Axis, AxisRole]) -> dict[int, AxisRole]:
-    """Roles by axis of the original weight, of which reshapes may have made several atoms."""
-    by_root: dict[int, AxisRole] = {}
-    for root in {atom.weight_axis for atom in roles if atom.weight_axis is not None}:
-        parts = {atom: role for atom, role in roles.items() if atom.weight_axis == root}
-        longer = {role for atom, role in parts.items() if atom.size > 1} or set(parts.values())
-        by_root[root] = next(role for role in _ROLE_PRIORITY if role in longer)
-    return by_root
+    """Returns the roles by axis of the original weight, which reshapes may have split."""
+    axis_roles: dict[int, AxisRole] = {}
+    for weight_axis in {axis.weight_axis for axis in roles if axis.weight_axis is not None}:
+        parts = {axis: role for axis, role in roles.items() if axis.weight_axis == weight_axis}
+        part_roles = {role for axis, role in parts.items() if axis.size > 1} or set(parts.values())
+        axis_roles[weight_axis] = next(role for role in _ROLE_PRIORITY if role in part_roles)
+    return axis_roles
 
 
 _ROLE_PRIORITY = (AxisRole.INPUT, AxisRole.WINDOW, AxisRole.OUTPUT, AxisRole.BATCH)
@@ -348,23 +371,28 @@ def _drop_leading_axis(value: AbstractValue) -> AbstractValue:
 
 
 def _to_shard_shapes(value: AbstractValue, var: Any) -> AbstractValue:
-    """Inside shard_map axes are as long as a shard."""
+    """Replaces axes by those of a shard, as inside a shard_map."""
     if isinstance(value, _DataValue):
         return value
     followed = []
     for weight in value:
-        axes = []
+        groups = []
         for group, length in zip(weight.array.axis_groups, var.aval.shape, strict=True):
-            whole = weight.array.with_axis_groups((group,)).shape[0] == length
-            axes.append(group if whole else (Axis(length, group[0].weight_axis),))
-        followed.append(_TracedWeight(weight.array.with_axis_groups(axes), weight.dense_reason))
+            unsharded = weight.array.with_axis_groups((group,)).shape[0] == length
+            groups.append(group if unsharded else (Axis(length, group[0].weight_axis),))
+        followed.append(_TracedWeight(weight.array.with_axis_groups(groups), weight.dense_reason))
     return tuple(followed)
 
 
 def infer_weight_axes(uses: Iterable[WeightUse], ndim: int) -> WeightAxes | None:
-    """The axes of a weight by the use that decides; None when no use is a product or look-up.
+    """Returns the axes of a weight by role, or None if no use is a product or look-up.
 
-    A look-up decides first (a tied embedding is an embedding), then a product with data.
+    The roles are those of one use: preferably of an embedding look-up (a tied embedding is an
+    embedding), then of a product with data.
+
+    Args:
+        uses: Uses of the weight.
+        ndim: Number of axes of the weight.
     """
     roles = _select_decisive_roles(uses)
     if roles is None:
@@ -377,25 +405,29 @@ def infer_weight_axes(uses: Iterable[WeightUse], ndim: int) -> WeightAxes | None
 
 
 def infer_window_axes(uses: Iterable[WeightUse]) -> tuple[int, ...]:
-    """Those of a weight's input axes that a convolution slides over."""
+    """Returns the input axes of a weight that are the window of a convolution."""
     roles = _select_decisive_roles(uses) or {}
     return tuple(sorted(axis for axis, role in roles.items() if role is AxisRole.WINDOW))
 
 
 def _select_decisive_roles(uses: Iterable[WeightUse]) -> dict[int, AxisRole] | None:
-    known = [use for use in uses if use.axis_roles is not None]
-    return min(known, key=lambda use: _use_priority(use, known)).axis_roles if known else None
+    uses_with_roles = [use for use in uses if use.axis_roles is not None]
+    return (
+        min(uses_with_roles, key=lambda use: _use_priority(use, uses_with_roles)).axis_roles
+        if uses_with_roles
+        else None
+    )
 
 
 def _use_priority(use: WeightUse, known: Sequence[WeightUse]) -> tuple[int, bool]:
     if is_embedding_lookup(use, known):
         return 0, False
-    # Rows looked up only to be multiplied with (one expert per token) leave it to the product.
+    # Rows gathered for a product (one expert per token) leave the roles to the product.
     return (2 if use.primitive == "gather" else 1), not use.has_data_operand
 
 
 def is_embedding_lookup(use: WeightUse, known: Sequence[WeightUse]) -> bool:
-    """Whether a use is an embedding's: rows looked up that do not then multiply as matrices."""
+    """Whether a use looks up embeddings: rows that are not matrices of a later product."""
     return use.primitive == "gather" and not any(
         other.primitive != "gather" and _get_use_batch_axes(other) >= _get_use_input_axes(use)
         for other in known

@@ -1,4 +1,4 @@
-"""Causal attention over packed or padded texts, with the kernel of the device where it has one."""
+"""Causal attention over packed or padded texts, with the device's fused kernel where it has one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 
-_SPLASH_BLOCK_SIZE = 128  # Lengths that the splash kernel takes are multiples of it.
+_SPLASH_BLOCK_SIZE = 128  # The splash kernel takes lengths that are multiples of it.
 
 
 def attend(
@@ -31,60 +31,63 @@ def attend(
     softcap: float | None = None,
     implementation: AttentionImplementation | None = None,
 ) -> jax.Array:
-    """What every query gathers, (batch, queries, heads, dim).
+    """Computes attention outputs (batch, queries, heads, dim), like the queries.
 
-    A query sees the keys of its own segment that stand no later than itself and, with a window,
-    fewer than `window` slots before it. What a query of segment 0 (padding) gathers is finite and
-    means nothing.
+    A query attends to the keys of its own segment that are no later than itself and, with a
+    window, fewer than `window` slots before it. The output of a query in segment 0 (padding) is
+    finite and has no meaning.
 
     Args:
         query: (batch, queries, heads, dim).
         key: (batch, keys, kv_heads, dim); every group of `heads / kv_heads` queries shares one.
-        value: As `key`.
-        scale: What scores are multiplied with.
-        query_slots: (batch or 1, queries), where among the keys each query stands; its own number
-            when left out, which needs as many keys as queries.
-        query_segment_ids: (batch, queries), which text each token belongs to; 0 for padding. All are
-            one text when left out.
-        key_segment_ids: (batch, keys), those of the keys when they are not the queries' own.
-        causal: Whether later keys are hidden.
-        window: How many keys back a query sees, itself included.
-        softcap: Scores are squashed into plus and minus this by a tanh.
-        implementation: "xla" forms the scores of all pairs; "cudnn" does not, on NVIDIA GPUs, in
-            half precision and without softcap, unless there are segments; "splash" does not, on
-            TPUs. The fastest that applies when left out, on the devices of `jax.set_mesh`, which
-            may be of another kind than those here, or on JAX's own.
+        value: (batch, keys, kv_heads, dim).
+        scale: Factor on the attention scores.
+        query_slots: (batch or 1, queries), the index among the keys of each query. None: query `i`
+            is at key `i`, which needs as many keys as queries.
+        query_segment_ids: (batch, queries), the text of each token; 0 for padding. None: all
+            tokens are one text.
+        key_segment_ids: (batch, keys), the text of each key. None: those of the queries.
+        causal: Hides later keys.
+        window: Number of keys that a query attends to, itself included. None: all of them.
+        softcap: Bound on the scores, applied by a tanh. None: no bound.
+        implementation: "xla" forms the scores of all pairs. "cudnn" and "splash" do not: "cudnn"
+            runs on NVIDIA GPUs, in half precision and without softcap, and "splash" on TPUs. None:
+            the fastest that applies (cuDNN only without segments) to the devices of
+            `jax.set_mesh`, which may be of another kind than the local ones, or to JAX's default
+            devices.
 
     Raises:
-        ValueError: The implementation does not do what is asked.
+        ValueError: The inputs do not fit together, or the implementation does not support them.
     """
-    own = query_slots is None
-    if own and query.shape[1] != key.shape[1]:
+    is_full_sequence = query_slots is None
+    if is_full_sequence and query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"{query.shape[1]} queries and {key.shape[1]} keys need query_slots: which key each "
-            f"query stands at."
+            f"{query.shape[1]} queries and {key.shape[1]} keys need query_slots: the index among "
+            f"the keys of each query."
         )
     if key_segment_ids is not None and query_segment_ids is None:
         raise ValueError(
-            "key_segment_ids without query_segment_ids say nothing. Give both, or neither."
+            "key_segment_ids without query_segment_ids have no effect. Pass both, or neither."
         )
     if implementation is None:
         implementation = _select_attention_kernel(
-            query, is_full_sequence=own, has_segments=query_segment_ids is not None, softcap=softcap
+            query,
+            is_full_sequence=is_full_sequence,
+            has_segments=query_segment_ids is not None,
+            softcap=softcap,
         )
     if implementation == "splash":
-        if not own or not causal:
+        if not is_full_sequence or not causal:
             raise ValueError(
-                "implementation='splash' is causal attention of a whole text to itself. Use 'xla' "
-                "with a cache or without causality."
+                "implementation='splash' supports only causal self-attention over a full sequence. "
+                "Use 'xla' with a cache or with causal=False."
             )
         return _splash_attention(query, key, value, query_segment_ids, scale, window, softcap)
     if implementation == "cudnn" and softcap is not None:
         raise ValueError(
-            f"implementation='cudnn' has no softcap={softcap}. Use 'xla', or leave it to jlora."
+            f"implementation='cudnn' does not support softcap={softcap}. Use 'xla', or None."
         )
-    plain = own and query_segment_ids is None
-    if softcap is None and plain:
+    if softcap is None and is_full_sequence and query_segment_ids is None:
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -95,38 +98,41 @@ def attend(
             implementation=implementation,
         )
     slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
-    seen = _make_causal_mask(slots, key.shape[1], causal, window)
+    mask = _make_causal_mask(slots, key.shape[1], causal, window)
     if query_segment_ids is not None:
-        keys = query_segment_ids if key_segment_ids is None else key_segment_ids
-        seen &= (query_segment_ids[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
+        key_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
+        same_segment = (
+            query_segment_ids[:, :, None] == key_ids[:, None, :]
+        )  # (batch, queries, keys)
+        mask &= same_segment & (key_ids[:, None, :] != 0)
     if softcap is None:
         return jax.nn.dot_product_attention(
-            query, key, value, scale=scale, mask=seen[:, None], implementation=implementation
+            query, key, value, scale=scale, mask=mask[:, None], implementation=implementation
         )
-    return _softcapped_attention(query, key, value, seen, scale, softcap)
+    return _softcapped_attention(query, key, value, mask, scale, softcap)
 
 
 def _make_causal_mask(
     query_slots: jax.Array, num_keys: int, causal: bool, window: int | None
 ) -> jax.Array:
-    """Which keys a query may see from its slot, (batch or 1, queries, keys)."""
+    """Returns (batch or 1, queries, keys), True where a query may attend to a key."""
     distance = query_slots[:, :, None] - jnp.arange(num_keys)
-    seen = distance >= 0 if causal else jnp.ones_like(distance, bool)
-    return seen if window is None else seen & (abs(distance) < window)
+    mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    return mask if window is None else mask & (abs(distance) < window)
 
 
 def _select_attention_kernel(
     query: jax.Array, *, is_full_sequence: bool, has_segments: bool, softcap: float | None
 ) -> AttentionImplementation:
-    """The fastest implementation for the devices that JAX computes on, or compiles for."""
+    """Returns the fastest implementation for the devices that JAX computes on, or compiles for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     _, length, _, dim = query.shape
     if platform == "tpu" and is_full_sequence and length % _SPLASH_BLOCK_SIZE == 0:
         return "splash"
-    halved = query.dtype in (jnp.bfloat16, jnp.float16)
-    fits = is_full_sequence and not has_segments and dim % 8 == 0 and dim <= 128
-    if platform == "gpu" and halved and fits and softcap is None:
+    is_half = query.dtype in (jnp.bfloat16, jnp.float16)
+    is_supported = is_full_sequence and not has_segments and dim % 8 == 0 and dim <= 128
+    if platform == "gpu" and is_half and is_supported and softcap is None:
         return "cudnn"
     return "xla"
 
@@ -139,10 +145,11 @@ def _softcapped_attention(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Attention whose scores go through a tanh, which `jax.nn` has not."""
+    """Attention with a tanh on its scores, which `jax.nn` does not offer."""
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    # (batch, kv_heads, group, queries, keys)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
     scores = softcap * jnp.tanh(scores * scale / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -161,41 +168,42 @@ def _splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPUs, on every device's own texts and heads.
+    """Runs JAX's Pallas kernel for TPUs on every device's own texts and heads.
 
-    The compiler cannot split a kernel. Where the models' names of axes are bound to a mesh, each
-    device runs it on its part; heads are whole where they cannot be shared out.
+    The compiler cannot partition a kernel. If the models' logical axis names are bound to a mesh,
+    each device runs the kernel on its shard; heads are replicated where the mesh does not divide
+    them.
     """
     if query.shape[1] % _SPLASH_BLOCK_SIZE:
         raise ValueError(
-            f"implementation='splash' takes lengths that are multiples of {_SPLASH_BLOCK_SIZE}, not "
-            f"{query.shape[1]}. Pad the texts, or use 'xla'."
+            f"implementation='splash' takes lengths that are multiples of {_SPLASH_BLOCK_SIZE}, "
+            f"got {query.shape[1]}. Pad the texts, or use 'xla'."
         )
     kernel = functools.partial(
         _run_splash_kernel, scale=scale, window=window, softcap=softcap, interpret=interpret
     )
     mesh = jax.sharding.get_abstract_mesh()
-    bound = spmd.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
-    if mesh.empty or bound is None or not get_logical_axis_rules():
+    mesh_axes = spmd.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
+    if mesh.empty or mesh_axes is None or not get_logical_axis_rules():
         return kernel(query, key, value, segment_ids)
-    texts = _mesh_axes_if_divisible(mesh, bound[0], query.shape[0])
-    heads = _mesh_axes_if_divisible(mesh, bound[2], query.shape[2], key.shape[2])
-    split = PartitionSpec(texts, None, heads, None)
+    batch = _mesh_axes_if_divisible(mesh, mesh_axes[0], query.shape[0])
+    heads = _mesh_axes_if_divisible(mesh, mesh_axes[2], query.shape[2], key.shape[2])
+    spec = PartitionSpec(batch, None, heads, None)
     return jax.shard_map(
         kernel,
-        in_specs=(split, split, split, None if segment_ids is None else PartitionSpec(texts)),
-        out_specs=split,
-        check_vma=False,  # What a kernel returns does not say over which axes it varies.
+        in_specs=(spec, spec, spec, None if segment_ids is None else PartitionSpec(batch)),
+        out_specs=spec,
+        check_vma=False,  # A kernel does not declare the axes over which its result varies.
     )(query, key, value, segment_ids)
 
 
 def _mesh_axes_if_divisible(mesh: Any, axis_names: Any, *dim_sizes: int) -> Any:
-    """The mesh's axes, if they divide axes of these lengths; else None."""
-    listed = (
+    """Returns the mesh axes if they divide dimensions of these sizes, else None."""
+    names = (
         () if axis_names is None else (axis_names,) if isinstance(axis_names, str) else axis_names
     )
-    parts = math.prod(mesh.shape[name] for name in listed)
-    return None if any(length % parts for length in dim_sizes) else axis_names
+    num_shards = math.prod(mesh.shape[name] for name in names)
+    return None if any(size % num_shards for size in dim_sizes) else axis_names
 
 
 def _run_splash_kernel(
@@ -209,10 +217,10 @@ def _run_splash_kernel(
     softcap: float | None,
     interpret: bool,
 ) -> jax.Array:
-    """The kernel on one device, which forms no array of all pairs."""
-    # Loaded here: Pallas takes a second to import, and only TPUs need it.
+    """Runs the kernel on one device; it forms no array of all pairs."""
+    # Imported here: Pallas takes a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
+        splash_attention_kernel as splash,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
@@ -221,19 +229,20 @@ def _run_splash_kernel(
     _, length, heads, dim = query.shape
     shape = (length, length)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    attention = kernel.make_splash_mha_single_device(
+    attention = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
     # The lanes of a TPU are 128 wide; dimensions of zeros change no score.
-    padded = math.ceil(dim / 128) * 128
-    widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded - dim)))
-    query, key, value = (jnp.swapaxes(widen(x), 1, 2) for x in (query * scale, key, value))
+    padded_dim = math.ceil(dim / 128) * 128
+    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded_dim - dim)))
+    # (batch, heads, length, padded_dim)
+    query, key, value = (jnp.swapaxes(pad(x), 1, 2) for x in (query * scale, key, value))
     result: Any
     if segment_ids is None:
         result = jax.vmap(attention)(query, key, value)
     else:
-        ids = kernel.SegmentIds(segment_ids, segment_ids)
+        ids = splash.SegmentIds(segment_ids, segment_ids)
         result = jax.vmap(attention)(query, key, value, segment_ids=ids)
     return jnp.swapaxes(result, 1, 2)[..., :dim].astype(value.dtype)

@@ -1,11 +1,11 @@
-"""A decoder in Flax Linen for the checkpoints of Llama and its many relatives.
+"""A decoder-only language model in Flax Linen for the checkpoints of the Llama family.
 
-What differs between them is data in `DecoderConfig`; `jlora.models.architectures` makes one from a
-checkpoint's config.json. Dense kernels are laid out (in, out).
+`DecoderConfig` holds the differences between architectures; `jlora.models.hf.decoder_configs` reads
+one from a checkpoint's config.json. Dense kernels are laid out (in, out).
 
 References:
     Touvron et al., LLaMA, arXiv:2302.13971, section 2. The order of operations is that of the
-    models in transformers, rounding included, but that rotary positions are applied in float32.
+    models in transformers, rounding included, except that rotary positions are applied in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from jlora.kernels.lora_matmul import products_saveable
-from jlora.models import attention as attending
+from jlora.models.attention import AttentionImplementation, attend
 from jlora.models.decoder_config import DecoderConfig
 from jlora.models.layers import ACTIVATIONS, mark_invalid_ids, partitioned_init, remat_elementwise
 from jlora.models.losses import chunked_cross_entropy, compute_logits
@@ -31,7 +31,7 @@ from jlora.models.rope import apply_rope
 
 RematPolicy = Literal["none", "save_projections", "full"]
 
-_REMAT_POLICIES: dict[str, Any] = {  # But "none".
+_REMAT_POLICIES: dict[str, Any] = {  # All except "none".
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_projections": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, products_saveable
@@ -40,13 +40,34 @@ _REMAT_POLICIES: dict[str, Any] = {  # But "none".
 
 
 class KVCache(NamedTuple):
-    """The keys and values that a decoder has seen.
+    """Keys and values of the tokens that a decoder has processed.
 
     Attributes:
-        keys: One per layer, (batch, kv_heads, capacity, head_dim); one stacked array if scanned.
-        values: Likewise.
-        segment_ids: (batch, capacity), 0 where there is no token.
-        length: How many slots are taken, the same for every text.
+        keys: One array per layer, (batch, kv_heads, capacity, head_dim). With `scan_layers`, one
+            array with a leading axis of layers.
+        values: Same layout as `keys`.
+        segment_ids: (batch, capacity), 0 in slots without a token.
+        length: Number of slots in use, the same for every text.
+
+    Example:
+        A prefill of three tokens, then one step:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> model = models.Decoder(config)
+        >>> prompt = jnp.array([[3, 5, 2]])
+        >>> params = model.init(jax.random.key(0), prompt)
+        >>> cache = models.init_cache(model, batch_size=1, capacity=8)
+        >>> logits, cache = model.apply(params, prompt, None, jnp.array([[0, 1, 2]]), cache)
+        >>> logits, cache = model.apply(params, jnp.array([[7]]), None, jnp.array([[3]]), cache)
+        >>> int(cache.length)
+        4
     """
 
     keys: Any
@@ -56,13 +77,13 @@ class KVCache(NamedTuple):
 
 
 class _AttentionContext(NamedTuple):
-    """What all layers share."""
+    """Inputs of the attention that all layers share."""
 
-    rope_tables: tuple[tuple[jax.Array, jax.Array] | None, ...]  # One per kind.
-    query_slots: jax.Array | None  # (1, length), with a cache
+    rope_tables: tuple[tuple[jax.Array, jax.Array] | None, ...]  # One per kind of layer.
+    query_slots: jax.Array | None  # (1, length); None without a cache
     segment_ids: jax.Array | None  # (batch, length)
-    key_segment_ids: jax.Array | None  # (batch, capacity), with a cache
-    cache_length: jax.Array | None  # Of what the cache holds
+    key_segment_ids: jax.Array | None  # (batch, capacity); None without a cache
+    cache_length: jax.Array | None  # Slots in use before this call; None without a cache
 
 
 class RMSNorm(nn.Module):
@@ -74,18 +95,17 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.offset else nn.initializers.ones
-        named = spmd.with_logical_partitioning(init, ("norm",))
-        scale: Any = self.param("scale", named, (x.shape[-1],))
+        scale: Any = self.param("scale", partitioned_init("norm", init=init), (x.shape[-1],))
         return _rms_normalize(x, scale, self.eps, self.offset)
 
 
 @remat_elementwise
 def _rms_normalize(x: jax.Array, scale: jax.Array, eps: float, offset: bool) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    wide *= lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    normed = x.astype(jnp.float32)
+    normed *= lax.rsqrt(jnp.mean(normed**2, axis=-1, keepdims=True) + eps)
     if offset:
-        return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
-    return wide.astype(x.dtype) * scale.astype(x.dtype)
+        return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 @remat_elementwise
@@ -98,7 +118,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     dtype: Any
-    attention_implementation: attending.AttentionImplementation | None
+    attention_implementation: AttentionImplementation | None
 
     @nn.compact
     def __call__(
@@ -109,31 +129,32 @@ class Attention(nn.Module):
         kv: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
-        wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=c.qkv_bias)
         if c.fused_projections:
             init = partitioned_init("embed", "qkv")
-            qkv = dense(wide + 2 * narrow, name="qkv", kernel_init=init)(x)
-            parts = jnp.split(qkv, (wide, wide + narrow), axis=-1)
+            qkv = dense(q_size + 2 * kv_size, name="qkv", kernel_init=init)(x)
+            projections = jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)
         else:
-            parts = (
-                dense(wide, name="q", kernel_init=partitioned_init("embed", "heads"))(x),
-                dense(narrow, name="k", kernel_init=partitioned_init("embed", "kv_heads"))(x),
-                dense(narrow, name="v", kernel_init=partitioned_init("embed", "kv_heads"))(x),
+            projections = (
+                dense(q_size, name="q", kernel_init=partitioned_init("embed", "heads"))(x),
+                dense(kv_size, name="k", kernel_init=partitioned_init("embed", "kv_heads"))(x),
+                dense(kv_size, name="v", kernel_init=partitioned_init("embed", "kv_heads"))(x),
             )
-        query, key, value = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts)
+        # (batch, length, heads, head_dim)
+        query, key, value = (h.reshape(*x.shape[:2], -1, c.head_dim) for h in projections)
         if c.qk_norm:
             query = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(query)
             key = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(key)
-        named = ("batch", "length", "heads", "head_dim")
-        query, key, value = (spmd.with_logical_constraint(h, named) for h in (query, key, value))
-        branches = [functools.partial(self._attend, number) for number in range(len(c.layer_kinds))]
+        axes = ("batch", "length", "heads", "head_dim")
+        query, key, value = (spmd.with_logical_constraint(h, axes) for h in (query, key, value))
+        branches = [functools.partial(self._attend, index) for index in range(len(c.layer_kinds))]
         if len(branches) == 1 or isinstance(kind, int):
-            number = kind if isinstance(kind, int) else 0
-            out, kv = branches[number](query, key, value, context, kv)
-        else:  # Under a scan, where the layers' kinds are data.
+            index = kind if isinstance(kind, int) else 0
+            out, kv = branches[index](query, key, value, context, kv)
+        else:  # Under a scan, the layers' kinds are data.
             out, kv = lax.switch(kind, branches, query, key, value, context, kv)
-        out = out.reshape(*x.shape[:2], wide)
+        out = out.reshape(*x.shape[:2], q_size)
         init = partitioned_init("heads", "embed")
         dense = nn.Dense(c.hidden_size, c.output_bias, self.dtype, kernel_init=init, name="o")
         return dense(out), kv
@@ -147,7 +168,7 @@ class Attention(nn.Module):
         context: _AttentionContext,
         kv: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """What the queries gather, and the cache with the new keys and values."""
+        """Returns the attention outputs, and the layer's cache with the new keys and values."""
         table = context.rope_tables[kind]
         if table is not None:
             query, key = apply_rope(query, table), apply_rope(key, table)
@@ -155,12 +176,12 @@ class Attention(nn.Module):
             assert context.cache_length is not None
             start = (0, 0, context.cache_length, 0)
             keys, values = (
-                lax.dynamic_update_slice(held, jnp.swapaxes(new, 1, 2).astype(held.dtype), start)
-                for held, new in zip(kv, (key, value), strict=True)
+                lax.dynamic_update_slice(cached, jnp.swapaxes(x, 1, 2).astype(cached.dtype), start)
+                for cached, x in zip(kv, (key, value), strict=True)
             )
             kv = keys, values
-            key, value = (jnp.swapaxes(held, 1, 2).astype(query.dtype) for held in kv)
-        out = attending.attend(
+            key, value = (jnp.swapaxes(cached, 1, 2).astype(query.dtype) for cached in kv)
+        out = attend(
             query,
             key,
             value,
@@ -170,14 +191,14 @@ class Attention(nn.Module):
             key_segment_ids=context.key_segment_ids,
             window=self.config.layer_kinds[kind].window,
             softcap=self.config.attention_softcap,
-            # Whatever makes weights may do so with a text of one token, which no kernel takes.
+            # Initialization may use a text of one token, which no fused kernel takes.
             implementation=None if self.is_initializing() else self.attention_implementation,
         )
         return out, kv
 
 
 class Mlp(nn.Module):
-    """The gated feed-forward."""
+    """Gated feed-forward."""
 
     config: DecoderConfig
     dtype: Any
@@ -188,20 +209,19 @@ class Mlp(nn.Module):
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=c.mlp_bias)
         init = partitioned_init("embed", "mlp")
         if c.fused_projections:
-            both = dense(2 * c.intermediate_size, name="gate_up", kernel_init=init)(x)
-            gate, up = jnp.split(both, 2, axis=-1)
+            gate_up = dense(2 * c.intermediate_size, name="gate_up", kernel_init=init)(x)
+            gate, up = jnp.split(gate_up, 2, axis=-1)
         else:
             gate = dense(c.intermediate_size, name="gate", kernel_init=init)(x)
             up = dense(c.intermediate_size, name="up", kernel_init=init)(x)
         inner = _gated_activation(gate, up, c.activation)
         inner = spmd.with_logical_constraint(inner, ("batch", "length", "mlp"))
-        return dense(c.hidden_size, name="down", kernel_init=partitioned_init("mlp", "embed"))(
-            inner
-        )
+        down_init = partitioned_init("mlp", "embed")
+        return dense(c.hidden_size, name="down", kernel_init=down_init)(inner)
 
 
 class MixtureOfExperts(nn.Module):
-    """Every token through the feed-forwards that a router chooses for it.
+    """Feed-forward experts, of which a router chooses a few for each token.
 
     References:
         Shazeer et al., arXiv:1701.06538, section 2, without noise: the router's softmax is over all
@@ -223,34 +243,33 @@ class MixtureOfExperts(nn.Module):
             kernel_init=partitioned_init("embed", "experts"),
         )
         tokens = x.reshape(-1, c.hidden_size)
-        chances = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
-        weights, chosen = lax.top_k(chances, e.num_experts_per_tok)  # (tokens, chosen)
+        probabilities = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
+        weights, experts = lax.top_k(probabilities, e.num_experts_per_tok)  # (tokens, top_k)
         if e.norm_topk_prob:
             weights /= weights.sum(axis=-1, keepdims=True)
-        # Rows in the order of their experts, so that one product takes all rows of an expert.
-        order = jnp.argsort(chosen.reshape(-1))
+        # Tokens sorted by expert, so that one ragged product takes all tokens of an expert.
+        order = jnp.argsort(experts.reshape(-1))  # (tokens * top_k,)
         rows = tokens[order // e.num_experts_per_tok]
-        sizes = jnp.bincount(chosen.reshape(-1), length=e.num_experts).astype(jnp.int32)
-        wide = (e.num_experts, c.hidden_size, 2 * e.intermediate_size)
-        narrow = (e.num_experts, e.intermediate_size, c.hidden_size)
-        init = nn.initializers.lecun_normal(batch_axis=0)
-        in_axes, out_axes = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-        gate_up = self.param("gate_up", spmd.with_logical_partitioning(init, in_axes), wide)
-        down = self.param("down", spmd.with_logical_partitioning(init, out_axes), narrow)
+        group_sizes = jnp.bincount(experts.reshape(-1), length=e.num_experts).astype(jnp.int32)
+        init = functools.partial(partitioned_init, init=nn.initializers.lecun_normal(batch_axis=0))
+        in_shape = (e.num_experts, c.hidden_size, 2 * e.intermediate_size)
+        out_shape = (e.num_experts, e.intermediate_size, c.hidden_size)
+        gate_up: Any = self.param("gate_up", init("experts", "embed", "mlp"), in_shape)
+        down: Any = self.param("down", init("experts", "mlp", "embed"), out_shape)
         rows, gate_up, down = promote_dtype(rows, gate_up, down, dtype=self.dtype)
-        gate, up = jnp.split(lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-        out = lax.ragged_dot(_gated_activation(gate, up, c.activation), down, sizes)
+        gate, up = jnp.split(lax.ragged_dot(rows, gate_up, group_sizes), 2, axis=-1)
+        out = lax.ragged_dot(_gated_activation(gate, up, c.activation), down, group_sizes)
         out *= weights.reshape(-1)[order][:, None].astype(out.dtype)
         return jnp.zeros_like(tokens).at[order // e.num_experts_per_tok].add(out).reshape(x.shape)
 
 
 class Block(nn.Module):
-    """One layer."""
+    """A layer: attention and feed-forward, each with its residual connection."""
 
     config: DecoderConfig
     is_moe: bool
     dtype: Any
-    attention_implementation: attending.AttentionImplementation | None
+    attention_implementation: AttentionImplementation | None
 
     @nn.compact
     def __call__(
@@ -275,23 +294,39 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder; `model.apply(params, input_ids)` gives its logits.
+    """A decoder-only language model; `model.apply(params, input_ids)` returns logits.
 
     Attributes:
-        config: Its shape.
-        scan_layers: Whether layers are one program over stacked weights, which compiles in the time of
-            one layer; else each has weights of its own.
-        remat_policy: What the backward pass computes again: "none"; all but the outputs of
-            the projections ("save_projections"); all inside a layer ("full").
-        dtype: Of the computation; that of the weights when None.
-        attention_implementation: Of attention, see `attention.attend`.
+        config: Sizes and architecture.
+        scan_layers: Scans one layer over stacked weights, which compiles in the time of one layer.
+            False: each layer has separate weights.
+        remat_policy: Activations that the backward pass recomputes: "none"; all inside a layer
+            except the outputs of the projections ("save_projections"); all inside a layer ("full").
+        dtype: dtype of the computation. None: that of the weights.
+        attention_implementation: Kernel of the attention, see `jlora.models.attention.attend`.
+            None: the fastest that applies.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> model = models.Decoder(config)
+        >>> input_ids = jnp.array([[3, 5, 2]])
+        >>> params = model.init(jax.random.key(0), input_ids)
+        >>> model.apply(params, input_ids).shape
+        (1, 3, 32)
     """
 
     config: DecoderConfig
     scan_layers: bool = False
     remat_policy: RematPolicy = "none"
     dtype: Any = None
-    attention_implementation: attending.AttentionImplementation | None = None
+    attention_implementation: AttentionImplementation | None = None
 
     @property
     def can_scan_layers(self) -> bool:
@@ -300,9 +335,8 @@ class Decoder(nn.Module):
 
     @property
     def _is_moe_layer(self) -> list[bool]:
-        return [
-            number in self.config.moe_layers for number in range(len(self.config.layer_kind_ids))
-        ]
+        num_layers = len(self.config.layer_kind_ids)
+        return [index in self.config.moe_layers for index in range(num_layers)]
 
     def setup(self) -> None:
         c = self.config
@@ -310,7 +344,8 @@ class Decoder(nn.Module):
         if self.remat_policy != "none":
             if self.remat_policy not in _REMAT_POLICIES:
                 raise ValueError(
-                    f"remat_policy={self.remat_policy!r} must be one of {['none', *_REMAT_POLICIES]}."
+                    f"remat_policy={self.remat_policy!r} must be one of "
+                    f"{['none', *_REMAT_POLICIES]}."
                 )
             # A scan needs no barrier against undoing the recomputation.
             static = () if self.scan_layers else (2,)
@@ -320,15 +355,15 @@ class Decoder(nn.Module):
                 prevent_cse=not self.scan_layers,
                 static_argnums=static,
             )
-        sparse = self._is_moe_layer
-        rest = {"dtype": self.dtype, "attention_implementation": self.attention_implementation}
+        is_moe = self._is_moe_layer
+        options = {"dtype": self.dtype, "attention_implementation": self.attention_implementation}
         if self.scan_layers:
             if not self.can_scan_layers:
                 raise ValueError(
-                    "scan_layers=True stacks the weights of all layers, and some of these are mixtures "
-                    "of experts while others are not. Use scan_layers=False."
+                    "scan_layers=True stacks the weights of all layers, but some layers are "
+                    "mixtures of experts and others are not. Use scan_layers=False."
                 )
-            axes: Any = (0, nn.broadcast, 0)  # Of the layer's kind, what all share, and its cache.
+            axes: Any = (0, nn.broadcast, 0)  # For kind, context and kv.
             scan = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -337,16 +372,14 @@ class Decoder(nn.Module):
                 length=len(c.layer_kind_ids),
                 metadata_params={PARTITION_NAME: "layers"},
             )
-            self.layers: Any = scan(c, sparse[0], **rest)
+            self.layers: Any = scan(c, is_moe[0], **options)
         else:
-            self.layers = [block(c, is_sparse, **rest) for is_sparse in sparse]
+            self.layers = [block(c, layer_is_moe, **options) for layer_is_moe in is_moe]
         self.embed = nn.Embed(
             c.vocab_size,
             c.hidden_size,
             dtype=self.dtype,
-            embedding_init=spmd.with_logical_partitioning(
-                nn.initializers.normal(0.02), ("vocab", "embed")
-            ),
+            embedding_init=partitioned_init("vocab", "embed", init=nn.initializers.normal(0.02)),
         )
         self.norm = RMSNorm(c.norm_eps, c.norm_offset)
         if not c.tie_word_embeddings:
@@ -360,16 +393,19 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> Any:
-        """Logits (batch, length, vocabulary) in float32, and with a cache the cache grown.
+        """Returns logits (batch, length, vocabulary) in float32; with a cache, also the new cache.
 
         Args:
-            input_ids: (batch, length) token numbers; one that is no token makes its text NaN.
-            attention_mask: (batch, length), 0 or False for padding. Several texts packed into a row have
-                numbers 1, 2, ..., and none sees another.
-            positions: (batch, length), where in its text each token stands; counted from the first
-                token of every text when left out.
-            cache: What `init_cache` or a call before returned. Texts must be aligned in it: all
-                rows take the same slots, padding included.
+            input_ids: (batch, length) token ids. An id outside the vocabulary makes its text NaN.
+            attention_mask: (batch, length), 0 or False for padding. Texts packed into one row have
+                ids 1, 2, ..., and do not attend to each other. None: no padding.
+            positions: (batch, length), the position of each token in its text. None: counted from
+                the first token of every text.
+            cache: The result of `init_cache` or of an earlier call. All texts use the same slots,
+                padding included. A call that runs past its capacity returns NaN. None: no cache.
+
+        Raises:
+            ValueError: The shapes do not fit together, or a cache comes without positions.
         """
         hidden, cache = self._forward(input_ids, attention_mask, positions, cache)
         logits = compute_logits(hidden, self._lm_head_kernel(), self.config.logit_softcap)
@@ -382,7 +418,13 @@ class Decoder(nn.Module):
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The normalised hidden states (batch, length, width), before the head."""
+        """Returns the normalized hidden states (batch, length, width), before the head.
+
+        Args:
+            input_ids: As in a call.
+            attention_mask: As in a call.
+            positions: As in a call.
+        """
         return self._forward(input_ids, attention_mask, positions, None)[0]
 
     def losses(
@@ -394,17 +436,18 @@ class Decoder(nn.Module):
         *,
         chunks: int = 8,
     ) -> jax.Array:
-        """Cross entropies (batch, length) of the targets, in nats and float32.
+        """Returns the cross entropies (batch, length) of the targets, in nats and float32.
 
-        The logits of all tokens are never held: they are computed for a part of every text at a
-        time.
+        The logits of all tokens are never in memory at once: they are computed for one chunk of
+        every text at a time.
 
         Args:
             input_ids: As in a call.
-            targets: (batch, length), the token that each position should predict.
+            targets: (batch, length), the token that each position should predict. One outside the
+                vocabulary has the loss NaN.
             attention_mask: As in a call.
             positions: As in a call.
-            chunks: Into how many parts texts are cut.
+            chunks: Number of chunks that texts are split into.
         """
         hidden = self.hidden_states(input_ids, attention_mask, positions)
         return chunked_cross_entropy(
@@ -416,7 +459,7 @@ class Decoder(nn.Module):
         )
 
     def _lm_head_kernel(self) -> jax.Array:
-        """The head's kernel (width, vocabulary)."""
+        """Returns the kernel of the head (width, vocabulary)."""
         return self.embed.embedding.T if self.config.tie_word_embeddings else self.head
 
     def _forward(
@@ -429,87 +472,101 @@ class Decoder(nn.Module):
         c = self.config
         if input_ids.ndim != 2:
             raise ValueError(
-                f"input_ids has shape {input_ids.shape} instead of (batch, length). Give one text "
-                f"as input_ids[None]."
+                f"input_ids must have shape (batch, length), got {input_ids.shape}. Pass a single "
+                f"text as input_ids[None]."
             )
-        for name, given in (("attention_mask", attention_mask), ("positions", positions)):
-            if given is not None and given.shape != input_ids.shape:
+        for name, array in (("attention_mask", attention_mask), ("positions", positions)):
+            if array is not None and array.shape != input_ids.shape:
                 raise ValueError(
-                    f"{name} has shape {given.shape}, input_ids {input_ids.shape}. Give one entry "
+                    f"{name} has shape {array.shape}, input_ids {input_ids.shape}. Pass one entry "
                     f"per token."
                 )
         batch, length = input_ids.shape
-        segments = None if attention_mask is None else attention_mask.astype(jnp.int32)
+        segment_ids = None if attention_mask is None else attention_mask.astype(jnp.int32)
         if positions is None:
             if cache is not None:
                 raise ValueError("A cache needs positions: (batch, length), one per token.")
-            positions = _segment_positions(segments, input_ids.shape)
-        tables = tuple(
+            positions = _segment_positions(segment_ids, input_ids.shape)
+        rope_tables = tuple(
             kind.rope.cos_sin(positions) if kind.rope else None for kind in c.layer_kinds
         )
-        context = _AttentionContext(tables, None, segments, None, None)
+        context = _AttentionContext(rope_tables, None, segment_ids, None, None)
         if cache is not None:
-            if length > cache.segment_ids.shape[1]:
+            capacity = cache.segment_ids.shape[1]
+            if length > capacity:
                 raise ValueError(
-                    f"{length} tokens do not fit into a cache for {cache.segment_ids.shape[1]}. Make "
-                    f"it with a larger capacity."
+                    f"{length} tokens do not fit into a cache of capacity {capacity}. Build it "
+                    f"with a larger capacity."
                 )
-            segments = jnp.ones((batch, length), jnp.int32) if segments is None else segments
-            held = lax.dynamic_update_slice(cache.segment_ids, segments, (0, cache.length))
+            if segment_ids is None:
+                segment_ids = jnp.ones((batch, length), jnp.int32)
+            key_ids = lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
             slots = cache.length + jnp.arange(length)[None]
-            context = _AttentionContext(tables, slots, segments, held, cache.length)
-            # JAX would write over the last slots and go on; an id that is none makes NaN.
-            input_ids = jnp.where(cache.length + length > held.shape[1], -1, input_ids)
-            cache = cache._replace(segment_ids=held, length=cache.length + length)
+            context = _AttentionContext(rope_tables, slots, segment_ids, key_ids, cache.length)
+            # JAX would overwrite the last slots and continue; an invalid id makes NaN.
+            input_ids = jnp.where(cache.length + length > capacity, -1, input_ids)
+            cache = cache._replace(segment_ids=key_ids, length=cache.length + length)
         x = self.embed(mark_invalid_ids(input_ids, c.vocab_size))
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
         if self.scan_layers:
-            stacked = None if cache is None else (cache.keys, cache.values)
-            x, stacked = self.layers(x, jnp.array(c.layer_kind_ids), context, stacked)
+            kv = None if cache is None else (cache.keys, cache.values)
+            x, kv = self.layers(x, jnp.array(c.layer_kind_ids), context, kv)
         else:
-            pairs: list[Any] = []
-            for number, (layer, kind) in enumerate(zip(self.layers, c.layer_kind_ids, strict=True)):
-                pair = None if cache is None else (cache.keys[number], cache.values[number])
-                x, pair = layer(x, kind, context, pair)
-                pairs.append(pair)
-            stacked = None if cache is None else tuple(zip(*pairs, strict=True))
+            layer_kvs: list[Any] = []
+            for index, (layer, kind) in enumerate(zip(self.layers, c.layer_kind_ids, strict=True)):
+                layer_kv = None if cache is None else (cache.keys[index], cache.values[index])
+                x, layer_kv = layer(x, kind, context, layer_kv)
+                layer_kvs.append(layer_kv)
+            kv = None if cache is None else tuple(zip(*layer_kvs, strict=True))
         if cache is not None:
-            assert stacked is not None
-            cache = cache._replace(keys=stacked[0], values=stacked[1])
+            assert kv is not None
+            cache = cache._replace(keys=kv[0], values=kv[1])
         return self.norm(x), cache
 
 
 def init_cache(
     model: Decoder, batch_size: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> KVCache:
-    """A cache without tokens.
+    """Returns an empty cache of keys and values.
 
     Args:
-        model: The decoder that it is for.
-        batch_size: How many texts.
-        capacity: How many slots each has; a call that runs past them returns NaN.
-        dtype: Of the keys and values held.
+        model: The decoder that will use the cache.
+        batch_size: Number of texts.
+        capacity: Number of slots per text, one for each token of prompt and continuation. A call
+            that runs past them returns NaN.
+        dtype: dtype of the cached keys and values.
+
+    Example:
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> cache = models.init_cache(models.Decoder(config), batch_size=2, capacity=8)
+        >>> len(cache.keys), cache.keys[0].shape, int(cache.length)
+        (2, (2, 2, 8, 4), 0)
     """
     c = model.config
-    # A head's keys lie together: a step reads them as they lie, and copies none.
+    # The keys of a head are contiguous, so that a step reads them without a copy.
     shape = (batch_size, c.num_kv_heads, capacity, c.head_dim)
-    count = len(c.layer_kind_ids)
+    num_layers = len(c.layer_kind_ids)
 
-    def empty() -> Any:
+    def zeros() -> Any:
         if model.scan_layers:
-            return jnp.zeros((count, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(count))
+            return jnp.zeros((num_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
 
-    segments = jnp.zeros((batch_size, capacity), jnp.int32)
-    return KVCache(empty(), empty(), segments, jnp.zeros((), jnp.int32))
+    segment_ids = jnp.zeros((batch_size, capacity), jnp.int32)
+    return KVCache(zeros(), zeros(), segment_ids, jnp.zeros((), jnp.int32))
 
 
 def _segment_positions(segment_ids: jax.Array | None, shape: Sequence[int]) -> jax.Array:
-    """Of every token (batch, length), how many of its own segment stand before it in a row."""
+    """Returns (batch, length), the number of tokens before each one in its run of one segment."""
     slots = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     if segment_ids is None:
         return slots
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return slots - lax.cummax(jnp.where(segment_ids != before, slots, 0), axis=1)
+    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return slots - lax.cummax(jnp.where(segment_ids != previous, slots, 0), axis=1)

@@ -1,4 +1,4 @@
-"""jlora.models.decoder_config."""
+"""Configuration of decoder-only language models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jlora.models.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """How a layer attends.
+    """Attention pattern and positions of a layer.
 
     Attributes:
-        window: How many tokens back it sees, itself included; all when None.
-        rope: Its rotary positions; it has none when None.
+        window: Number of tokens that a token attends to, itself included. None: all.
+        rope: Rotary positions. None: the layer has no positions (NoPE).
     """
 
     window: int | None = None
@@ -22,13 +22,13 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts in the feed-forward's place.
+    """Configuration of the mixture of experts that replaces the feed-forward.
 
     Attributes:
-        num_experts: How many experts.
-        num_experts_per_tok: How many each token goes through.
+        num_experts: Number of experts per layer.
+        num_experts_per_tok: Number of experts that process each token.
         intermediate_size: Width inside one expert.
-        norm_topk_prob: Whether the weights of those chosen sum to one.
+        norm_topk_prob: Normalizes the weights of the chosen experts to a sum of one.
     """
 
     num_experts: int
@@ -39,34 +39,54 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of one decoder.
+    """Configuration of a `Decoder`.
+
+    `jlora.models.hf.decoder_configs` reads one from a checkpoint's config.json.
 
     Attributes:
-        vocab_size: How many tokens.
+        vocab_size: Number of tokens in the vocabulary.
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the feed-forward.
-        num_heads: Of the queries; a multiple of `num_kv_heads`.
-        num_kv_heads: Of the keys and values.
+        num_heads: Number of query heads; a multiple of `num_kv_heads`.
+        num_kv_heads: Number of key and value heads.
         head_dim: Width of one head.
-        layer_kinds: The ways in which layers attend.
-        layer_kind_ids: Of each layer, which of `layer_kinds` it is.
-        moe_layers: The numbers of the layers that are mixtures of experts.
-        moe: Those mixtures.
-        max_seq_length: How many tokens a checkpoint was made for.
-        activation: Inside the feed-forward, one of `ACTIVATIONS`.
-        norm_eps: Added to the mean square.
-        norm_offset: Whether norms multiply with one plus their scale, in float32 (Gemma).
-        qkv_bias: Whether the query, key and value products have biases.
-        output_bias: Whether the attention's output product has one.
-        mlp_bias: Whether those of the feed-forward have.
-        fused_projections: Whether query, key and value are one product, and gate and up another (Phi-3).
-        qk_norm: Whether each head's queries and keys are normalised.
-        post_norms: Whether what attention and feed-forward return is normalised (Gemma 2 and 3).
-        embed_scale: Factor on the embedded tokens.
+        layer_kinds: The distinct kinds of layers.
+        layer_kind_ids: The index into `layer_kinds` of each layer.
+        max_seq_length: Number of tokens that the checkpoint was trained for.
         query_scale: Factor on the attention scores.
-        attention_softcap: Bound that a tanh puts on the attention scores.
-        logit_softcap: Bound that a tanh puts on the logits.
-        tie_word_embeddings: Whether the head is the embedding.
+        moe_layers: Indices of the layers that are mixtures of experts.
+        moe: Configuration of these mixtures. None: there are none.
+        activation: Activation of the feed-forward, a key of `jlora.models.layers.ACTIVATIONS`.
+        norm_eps: Epsilon that norms add to the mean square.
+        norm_offset: Norms multiply by one plus their scale, in float32 (Gemma).
+        qkv_bias: The query, key and value projections have biases.
+        output_bias: The output projection of the attention has a bias.
+        mlp_bias: The projections of the feed-forward have biases.
+        fused_projections: Query, key and value are one projection, gate and up another (Phi-3).
+        qk_norm: The queries and keys of each head are normalized.
+        post_norms: The outputs of attention and feed-forward are normalized (Gemma 2 and 3).
+        embed_scale: Factor on the embedded tokens. None: no factor.
+        attention_softcap: Bound on the attention scores, applied by a tanh. None: no bound.
+        logit_softcap: Bound on the logits, applied by a tanh. None: no bound.
+        tie_word_embeddings: The head shares the weight of the embedding.
+
+    Example:
+        >>> from jlora import models
+        >>> from jlora.models.decoder_config import LayerKind
+        >>> config = models.DecoderConfig(
+        ...     vocab_size=32,
+        ...     hidden_size=8,
+        ...     intermediate_size=16,
+        ...     num_heads=2,
+        ...     num_kv_heads=1,
+        ...     head_dim=4,
+        ...     layer_kinds=(LayerKind(), LayerKind(window=4)),
+        ...     layer_kind_ids=(0, 1, 1),
+        ...     max_seq_length=16,
+        ...     query_scale=0.5,
+        ... )
+        >>> len(config.layer_kind_ids)
+        3
     """
 
     vocab_size: int

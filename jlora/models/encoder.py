@@ -1,12 +1,12 @@
-"""An encoder of texts in Flax Linen for the checkpoints of BERT, RoBERTa and DistilBERT.
+"""A text encoder in Flax Linen for the checkpoints of BERT, RoBERTa and DistilBERT.
 
-What differs between them, and the head if there is one, is data in `EncoderConfig`;
-`jlora.models.encoder_architectures` makes one from a checkpoint's config.json. Dense kernels are
-laid out (in, out).
+`EncoderConfig` holds the differences between architectures, and the head if there is one;
+`jlora.models.hf.encoder_configs` reads one from a checkpoint's config.json. Dense kernels are laid
+out (in, out).
 
 References:
     Devlin et al., BERT, arXiv:1810.04805, section 3. The order of operations is that of the models
-    in transformers, but that embeddings of positions are added before those of types.
+    in transformers, except that position embeddings are added before token type embeddings.
 """
 
 from __future__ import annotations
@@ -31,29 +31,46 @@ from jlora.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """The shape of one encoder of texts.
+    """Configuration of an `Encoder`.
+
+    `jlora.models.hf.encoder_configs` reads one from a checkpoint's config.json.
 
     Attributes:
-        model_type: Whose names the tensors of its checkpoints have.
-        vocab_size: How many tokens.
+        model_type: `model_type` of transformers, which decides the tensor names of checkpoints.
+        vocab_size: Number of tokens in the vocabulary.
         hidden_size: Width of the residual stream; a multiple of `num_heads`.
         intermediate_size: Width inside the feed-forward.
-        num_layers: How many blocks.
-        num_heads: Of attention.
-        max_position_embeddings: How many the table has.
-        type_vocab_size: How many token types there are; 0 for none.
-        pad_token_id: The token that takes no position (RoBERTa): others count from the number after
-            its own. Where it is None, each token counts, from 0.
-        activation: Inside the feed-forward, one of `ACTIVATIONS`.
-        norm_eps: Added to the variance.
-        dropout: After the embeddings and each feed-forward.
-        attention_dropout: Of the attention weights.
-        output_dropout: Of what attention returns.
-        pooler_activation: The activation after a dense layer on the first token; there is none when None.
-        pooler_dropout: Before that layer.
-        num_labels: How many the head chooses between; there is no head when None.
-        is_token_classifier: Whether each token is labelled, rather than the text by what the pooler returns.
-        classifier_dropout: Before the head.
+        num_layers: Number of layers.
+        num_heads: Number of attention heads.
+        max_position_embeddings: Number of rows in the table of positions.
+        type_vocab_size: Number of token types; 0 for none.
+        pad_token_id: Token that takes no position (RoBERTa); positions of the other tokens start
+            at `pad_token_id + 1`. None: every token takes a position, from 0.
+        activation: Activation of the feed-forward, a key of `jlora.models.layers.ACTIVATIONS`.
+        norm_eps: Epsilon that layer norms add to the variance.
+        dropout: Dropout rate after the embeddings and each feed-forward.
+        attention_dropout: Dropout rate of the attention weights.
+        output_dropout: Dropout rate of the attention outputs.
+        pooler_activation: Activation after a dense layer on the first token. None: no pooler.
+        pooler_dropout: Dropout rate before the pooler.
+        num_labels: Number of classes of the head. None: no head.
+        is_token_classifier: The head classifies each token. False: it classifies the text, from
+            the output of the pooler.
+        classifier_dropout: Dropout rate before the head.
+
+    Example:
+        >>> from jlora import models
+        >>> config = models.EncoderConfig(
+        ...     model_type="bert",
+        ...     vocab_size=32,
+        ...     hidden_size=8,
+        ...     intermediate_size=16,
+        ...     num_layers=1,
+        ...     num_heads=2,
+        ...     max_position_embeddings=16,
+        ... )
+        >>> config.max_seq_length
+        16
     """
 
     model_type: str
@@ -78,14 +95,13 @@ class EncoderConfig:
 
     @property
     def max_seq_length(self) -> int:
-        """How many tokens a text may have."""
-        return self.max_position_embeddings - (
-            0 if self.pad_token_id is None else self.pad_token_id + 1
-        )
+        """Maximum number of tokens in a text."""
+        first_position = 0 if self.pad_token_id is None else self.pad_token_id + 1
+        return self.max_position_embeddings - first_position
 
 
 class Embeddings(nn.Module):
-    """Token ids to the first hidden states: word + position + type, normalised."""
+    """Embeddings of token ids: word + position + token type, normalized."""
 
     config: EncoderConfig
     dtype: Any
@@ -104,7 +120,7 @@ class Embeddings(nn.Module):
         if c.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             hidden += self._make_embed(c.type_vocab_size, "type", "types")(types)
-            if c.type_vocab_size == 1:  # Flax looks nothing up in a table of one row.
+            if c.type_vocab_size == 1:  # Flax does no look-up in a table of one row.
                 hidden = jnp.where(types[..., None] == 0, hidden, jnp.nan)
         hidden = layer_norm(c.norm_eps, self.dtype, "norm")(hidden)
         return nn.Dropout(c.dropout)(hidden, deterministic)
@@ -115,16 +131,16 @@ class Embeddings(nn.Module):
         return nn.Embed(num_embeddings, width, dtype=self.dtype, embedding_init=init, name=name)
 
     def _position_ids(self, input_ids: jax.Array) -> jax.Array:
-        """The rows of the table that the tokens take: (length,), or (batch, length)."""
-        pad = self.config.pad_token_id
-        if pad is None:
+        """Returns the positions of the tokens: (length,), or (batch, length)."""
+        pad_token_id = self.config.pad_token_id
+        if pad_token_id is None:
             return jnp.arange(input_ids.shape[1])
-        real = (input_ids != pad).astype(jnp.int32)
-        return jnp.cumsum(real, axis=1) * real + pad
+        is_token = (input_ids != pad_token_id).astype(jnp.int32)
+        return jnp.cumsum(is_token, axis=1) * is_token + pad_token_id
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with its residual sum and norm."""
+    """Multi-head self-attention with its residual connection and norm."""
 
     config: EncoderConfig
     dtype: Any
@@ -146,7 +162,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The feed-forward with its residual sum and norm."""
+    """Feed-forward with its residual connection and norm."""
 
     config: EncoderConfig
     dtype: Any = None
@@ -162,7 +178,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer."""
+    """A post-norm layer: attention, then feed-forward."""
 
     config: EncoderConfig
     dtype: Any
@@ -177,11 +193,32 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder; `model.apply(params, input_ids, attention_mask)` gives what its head does.
+    """A text encoder; `model.apply(params, input_ids, attention_mask)` returns its outputs.
+
+    The outputs are logits with a head, and hidden states without one.
 
     Attributes:
-        config: Its shape.
-        dtype: Of the computation; that of the weights when None.
+        config: Sizes and architecture.
+        dtype: dtype of the computation. None: that of the weights.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> config = models.EncoderConfig(
+        ...     model_type="bert",
+        ...     vocab_size=32,
+        ...     hidden_size=8,
+        ...     intermediate_size=16,
+        ...     num_layers=1,
+        ...     num_heads=2,
+        ...     max_position_embeddings=16,
+        ... )
+        >>> model = models.Encoder(config)
+        >>> input_ids, mask = jnp.array([[3, 5, 2, 0]]), jnp.array([[1, 1, 1, 0]])
+        >>> params = model.init(jax.random.key(0), input_ids, mask)
+        >>> model.apply(params, input_ids, mask).shape
+        (1, 4, 8)
     """
 
     config: EncoderConfig
@@ -207,25 +244,27 @@ class Encoder(nn.Module):
         token_type_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Hidden states (batch, length, width); with a head, logits (batch, labels).
+        """Returns hidden states (batch, length, width); with a head, logits (batch, labels).
 
-        A head that labels each token gives (batch, length, labels).
+        The logits of a token classifier are (batch, length, labels).
 
         Args:
-            input_ids: (batch, length) token numbers; one that is no token makes its text NaN.
-            attention_mask: (batch, length), 1 or True for tokens, 0 or False for padding. Padding
-                is not seen by the other positions, but gets a hidden state of its own.
-            token_type_ids: (batch, length) segment numbers; all 0 when left out. One that the model
-                has not makes its text NaN.
+            input_ids: (batch, length) token ids. An id outside the vocabulary makes its text NaN.
+            attention_mask: (batch, length), 1 or True for tokens, 0 or False for padding. Tokens do
+                not attend to padding; padding has hidden states too.
+            token_type_ids: (batch, length) segment ids. An id outside the table makes its text NaN.
+                None: all 0.
             deterministic: False turns dropout on and needs `rngs={"dropout": key}`.
+
+        Raises:
+            ValueError: The shapes do not fit together or the texts are too long.
         """
         c = self.config
         hidden = self.hidden_states(input_ids, attention_mask, token_type_ids, deterministic)
         if c.num_labels is None:
             if c.pooler_activation is not None and self.is_initializing():
-                self._apply_pooler(
-                    hidden, deterministic
-                )  # It has weights, though they do nothing here.
+                # Initializes the pooler's weights, which are not used here.
+                self._apply_pooler(hidden, deterministic)
             return hidden
         features = hidden if c.is_token_classifier else self._apply_pooler(hidden, deterministic)
         return self.classifier(self.classifier_dropout(features, deterministic))
@@ -237,7 +276,7 @@ class Encoder(nn.Module):
         token_type_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Hidden states (batch, length, width), whatever the head; arguments as in a call."""
+        """Returns hidden states (batch, length, width), also with a head; arguments as above."""
         self._check_inputs(input_ids, attention_mask, token_type_ids)
         mask = attention_mask.astype(bool)[:, None, None, :]  # (batch, heads, query, key)
         hidden = self.embeddings(input_ids, token_type_ids, deterministic)
@@ -252,15 +291,15 @@ class Encoder(nn.Module):
         token_type_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """What the pooler makes of the first token, (batch, width); arguments as in a call.
+        """Returns the pooler's output of the first token (batch, width); arguments as in a call.
 
         Raises:
-            ValueError: There is no pooler.
+            ValueError: The model has no pooler.
         """
         if self.config.pooler_activation is None:
             raise ValueError(
-                "This encoder has no pooler: its checkpoint came without one. Use `mean_pool` on "
-                "the hidden states, or a checkpoint that has one."
+                "This encoder has no pooler, because its checkpoint has none. Use `mean_pool` on "
+                "the hidden states, or a checkpoint with a pooler."
             )
         hidden = self.hidden_states(input_ids, attention_mask, token_type_ids, deterministic)
         return self._apply_pooler(hidden, deterministic)
@@ -271,42 +310,54 @@ class Encoder(nn.Module):
         return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
 
     def _check_inputs(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> None:
-        """Refuses inputs that are not of one shape, or that the tables have no rows for."""
+        """Raises an error unless the inputs have one shape and fit the tables of embeddings."""
         c, shape = self.config, input_ids.shape
         if len(shape) != 2:
             raise ValueError(
-                f"input_ids has shape {shape} instead of (batch, length). Give one text as "
+                f"input_ids must have shape (batch, length), got {shape}. Pass a single text as "
                 f"input_ids[None]."
             )
         if attention_mask.shape != shape:
             raise ValueError(
-                f"attention_mask has shape {attention_mask.shape}, input_ids {shape}. Give one "
+                f"attention_mask has shape {attention_mask.shape}, input_ids {shape}. Pass one "
                 f"mask entry per token."
             )
         if token_type_ids is not None and not c.type_vocab_size:
             raise ValueError(
-                "token_type_ids is given, and this encoder has no token types. Leave it out."
+                "token_type_ids must be None: this encoder has no token types. Leave it out."
             )
         if token_type_ids is not None and token_type_ids.shape != shape:
             raise ValueError(
-                f"token_type_ids has shape {token_type_ids.shape}, input_ids {shape}. Give one "
+                f"token_type_ids has shape {token_type_ids.shape}, input_ids {shape}. Pass one "
                 f"type per token."
             )
-        # JAX would clamp a position past the table and go on with the last one.
+        # JAX would clamp a position past the table to the last one.
         if shape[1] > c.max_seq_length:
             raise ValueError(
-                f"input_ids of length {shape[1]} run past the {c.max_seq_length} tokens that this "
-                f"encoder has positions for. Truncate the texts when tokenising."
+                f"input_ids must have at most {c.max_seq_length} tokens per text, the positions of "
+                f"this encoder, got length {shape[1]}. Truncate the texts when tokenizing."
             )
 
 
 def mean_pool(hidden_states: jax.Array, attention_mask: jax.typing.ArrayLike) -> jax.Array:
-    """The mean hidden state of each text's tokens, (batch, width); zeros where all is padding.
+    """Returns the mean hidden state of each text's tokens (batch, width), in float32.
+
+    A text of padding alone has a mean of zeros.
 
     Args:
         hidden_states: (batch, length, width).
         attention_mask: (batch, length), 1 or True for tokens, 0 or False for padding.
+
+    References:
+        Reimers and Gurevych, Sentence-BERT, arXiv:1908.10084, section 3 (mean pooling).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> hidden = jnp.array([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> models.mean_pool(hidden, jnp.array([[1, 1, 0]])).tolist()
+        [[2.0, 3.0]]
     """
-    weight = jnp.asarray(attention_mask, jnp.float32)  # A narrower type does not count past 256.
-    total = jnp.einsum("blw,bl->bw", hidden_states, weight)
-    return total / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
+    weights = jnp.asarray(attention_mask, jnp.float32)  # bfloat16 cannot count past 256.
+    total = jnp.einsum("blw,bl->bw", hidden_states, weights)  # (batch, width)
+    return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)

@@ -1,4 +1,4 @@
-"""Text from a decoder: a prefill, then a compiled loop with a cache of keys and values."""
+"""Text generation: a prefill, then a compiled decoding loop with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ ModelApplyFn = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen.
+    """Configuration of how the next token is sampled.
 
     Attributes:
-        temperature: What logits are divided by; 0 takes the likeliest token, without a draw.
-        top_k: How many of the likeliest tokens are drawn from; all when None.
-        top_p: The least share of probability that is drawn from, the likeliest tokens first.
-        eos_token_ids: Those that end a text. They are part of it.
-        pad_token_id: What follows the end.
+        temperature: Divisor of the logits. 0: greedy decoding, without a draw.
+        top_k: Number of the most likely tokens to draw from. None: all of them.
+        top_p: Probability mass to draw from: the smallest set of most likely tokens that reaches
+            it, above 0 and up to 1.
+        eos_token_ids: Tokens that end a text; they are part of it.
+        pad_token_id: Token that fills the output after the end of a text.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    Example:
+        >>> from jlora import models
+        >>> models.SamplingParams(temperature=0.7, top_p=0.9, eos_token_ids=(2,)).top_k is None
+        True
     """
 
     temperature: float = 0.0
@@ -38,26 +47,35 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"SamplingParams.temperature={self.temperature} is no temperature. Give 0 for the "
-                f"likeliest token, or a positive number."
+                f"SamplingParams.temperature={self.temperature} must be finite and at least 0. Use "
+                f"0 for greedy decoding."
             )
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(
-                f"SamplingParams.top_k={self.top_k} leaves no token to draw. Give a positive count, or "
-                f"None for all."
+                f"SamplingParams.top_k={self.top_k} must be a positive int, or None for all tokens."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(
-                f"SamplingParams.top_p={self.top_p} is no share. Give one above 0, up to 1."
+                f"SamplingParams.top_p={self.top_p} must be above 0 and at most 1. Use 1 for all "
+                f"tokens."
             )
 
 
 class GenerateOutput(NamedTuple):
-    """What followed the prompts.
+    """Continuations of the prompts.
 
     Attributes:
-        tokens: (batch, max_new_tokens); the pad token after a text's end.
-        lengths: (batch,), how many of them are text, the stop token included.
+        tokens: (batch, max_new_tokens) token ids; the pad token after the end of a text.
+        lengths: (batch,), number of tokens in each text, the end-of-sequence token included.
+
+    Example:
+        The texts without padding:
+
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> output = models.GenerateOutput(jnp.array([[5, 2, 0]]), jnp.array([2]))
+        >>> [text[:n].tolist() for text, n in zip(output.tokens, output.lengths)]
+        [[5, 2]]
     """
 
     tokens: jax.Array
@@ -65,15 +83,15 @@ class GenerateOutput(NamedTuple):
 
 
 class _DecodeState(NamedTuple):
-    """What a step of the loop replaces."""
+    """State of the decoding loop."""
 
     step: jax.Array
     cache: KVCache
     last_tokens: jax.Array  # (batch,)
-    positions: jax.Array  # (batch,), of `last`
+    positions: jax.Array  # (batch,), of `last_tokens`
     done: jax.Array  # (batch,)
-    tokens: jax.Array
-    lengths: jax.Array
+    tokens: jax.Array  # (batch, max_new_tokens)
+    lengths: jax.Array  # (batch,)
 
 
 def generate(
@@ -88,65 +106,97 @@ def generate(
     apply: ModelApplyFn | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> GenerateOutput:
-    """What the model writes after every prompt.
+    """Generates a continuation of every prompt.
 
-    It is compiled once for each shape of prompts, number of tokens and way of sampling.
+    It compiles once for each shape of the prompts, `max_new_tokens` and `sampling`.
 
     Args:
         model: The decoder.
-        params: What `apply` takes first.
-        input_ids: (batch, length) prompts.
-        attention_mask: (batch, length), 0 for padding, on the left or on the right of every text.
-        max_new_tokens: How many tokens are written at most.
-        sampling: How they are chosen.
-        key: Of the draws; needed at a temperature above 0.
-        apply: `model.apply` when left out; `lora.apply` with its adapter as
-            `lambda p, *args, **kwargs: lora.apply(p["base"], p["adapter"], *args, **kwargs)`. A
-            function of the same identity is compiled once.
-        cache_dtype: Of the keys and values held; that of `params` when left out.
+        params: First argument of `apply`.
+        input_ids: (batch, length) token ids of the prompts.
+        attention_mask: (batch, length), 0 for padding, on the left or on the right of every prompt.
+            None: no padding.
+        max_new_tokens: Maximum number of tokens per continuation.
+        sampling: How tokens are sampled; greedily by default.
+        key: Random key of the draws, required at a temperature above 0.
+        apply: Replacement for `model.apply`. For `lora.apply` with an adapter, use
+            `lambda p, *args, **kwargs: lora.apply(p["base"], p["adapter"], *args, **kwargs)`, and
+            pass the same function object to each call to avoid recompilation. None: `model.apply`.
+        cache_dtype: dtype of the cached keys and values. None: that of the model, or else of most
+            weights.
+
+    Returns:
+        The tokens after the prompts, and their number.
 
     Raises:
-        ValueError: No prompt, no key to draw with, no room for the tokens, or a prompt without a
-            token.
+        ValueError: There is no prompt, a prompt has no token, the tokens do not fit into the
+            model's context, or the key is missing.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> model = models.Decoder(config)
+        >>> prompts = jnp.array([[3, 5, 2], [0, 4, 9]])
+        >>> mask = jnp.array([[1, 1, 1], [0, 1, 1]])
+        >>> params = model.init(jax.random.key(0), prompts)
+        >>> output = models.generate(model, params, prompts, mask, max_new_tokens=4)
+        >>> output.tokens.shape, output.lengths.tolist()
+        ((2, 4), [4, 4])
     """
-    ids = jnp.asarray(input_ids, jnp.int32)
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(f"input_ids of shape {ids.shape} are no prompts. Give (batch, length).")
-    seen = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
-    if seen.shape != ids.shape:
+    input_ids = jnp.asarray(input_ids, jnp.int32)
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {seen.shape}, input_ids {ids.shape}. Give one entry per token."
+            f"input_ids must have shape (batch, length) with at least one token, got "
+            f"{input_ids.shape}. Pass a single prompt as input_ids[None]."
         )
-    empty = [row for row, count in enumerate(jax.device_get(seen.sum(axis=1))) if not count]
-    if empty:
-        raise ValueError(f"The prompts {empty} have no token. Begin each with one, say the first.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} asks for nothing. Give 1 or more.")
-    longest = ids.shape[1] + max_new_tokens
-    if longest > model.config.max_seq_length:
+    mask = (
+        jnp.ones_like(input_ids)
+        if attention_mask is None
+        else jnp.asarray(attention_mask, jnp.int32)
+    )
+    if mask.shape != input_ids.shape:
         raise ValueError(
-            f"Prompts of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} run past the "
-            f"{model.config.max_seq_length} that the model was made for. Shorten one of them."
+            f"attention_mask has shape {mask.shape}, input_ids {input_ids.shape}. Pass one entry "
+            f"per token."
+        )
+    empty = [row for row, count in enumerate(jax.device_get(mask.sum(axis=1))) if not count]
+    if empty:
+        raise ValueError(
+            f"The prompts {empty} have no tokens. Begin each one with the beginning-of-sequence "
+            f"token."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if input_ids.shape[1] + max_new_tokens > model.config.max_seq_length:
+        raise ValueError(
+            f"Prompts of {input_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed "
+            f"the model's max_seq_length={model.config.max_seq_length}. Shorten one of them."
         )
     if sampling.temperature and key is None:
         raise ValueError(
-            f"SamplingParams.temperature={sampling.temperature} draws tokens. Give a key, "
-            f"`jax.random.key(0)` say."
+            f"SamplingParams.temperature={sampling.temperature} needs a random key. Pass "
+            f"key=jax.random.key(0), or use temperature=0."
         )
     if cache_dtype is None:
         weights = jax.tree.leaves(params, is_leaf=is_quantized)
-        leaves = [leaf.dtype for leaf in weights if leaf.ndim > 1]
-        cache_dtype = model.dtype or max(leaves, key=leaves.count)
+        dtypes = [leaf.dtype for leaf in weights if leaf.ndim > 1]
+        cache_dtype = model.dtype or max(dtypes, key=dtypes.count)
     key = jax.random.key(0) if key is None else key
-    same: Any = model  # A frozen dataclass, which hashes by its fields.
-    own = _cached_model_apply(same) if apply is None else apply
-    made = _compile_generate(same, own, max_new_tokens, sampling, jnp.dtype(cache_dtype))
-    return made(params, ids, seen, key)
+    hashable: Any = model  # A frozen dataclass, which hashes by its fields.
+    apply = _cached_model_apply(hashable) if apply is None else apply
+    run = _compile_generate(hashable, apply, max_new_tokens, sampling, jnp.dtype(cache_dtype))
+    return run(params, input_ids, mask, key)
 
 
 @functools.cache
 def _cached_model_apply(model: Decoder) -> ModelApplyFn:
-    """`model.apply`, the same object for equal models."""
+    """Returns `model.apply`, the same object for equal models."""
     return model.apply
 
 
@@ -172,7 +222,8 @@ def _generate_tokens(
 ) -> GenerateOutput:
     batch, length = input_ids.shape
     attention_mask = (attention_mask != 0).astype(jnp.int32)
-    # Padding to the left: what a window reaches back over is text, and all texts end in one slot.
+    # Padding moves to the left: a window then reaches back over text alone, and all texts end in
+    # the same slot.
     order = jnp.argsort(attention_mask, axis=1, stable=True)
     input_ids, attention_mask = (
         jnp.take_along_axis(array, order, axis=1) for array in (input_ids, attention_mask)
@@ -181,33 +232,33 @@ def _generate_tokens(
     cache = init_cache(model, batch, length + max_new_tokens, dtype)
     logits, cache = apply(params, input_ids, attention_mask, positions, cache)
 
-    def chosen(logits: jax.Array, step: jax.Array, state: _DecodeState | None) -> Any:
-        """The next tokens, the pad token for texts that ended."""
+    def next_tokens(logits: jax.Array, step: jax.Array, state: _DecodeState | None) -> Any:
+        """Returns the next tokens, the pad token for texts that are done, and which are done."""
         tokens = sample_tokens(logits, jax.random.fold_in(key, step), sampling)
         if state is None:
             return tokens, jnp.zeros(batch, bool)
         return jnp.where(state.done, sampling.pad_token_id, tokens), state.done
 
-    def after(tokens: jax.Array, done: jax.Array) -> jax.Array:
-        stops = jnp.array(sampling.eos_token_ids, jnp.int32)
-        return done | (tokens[:, None] == stops).any(axis=1)
+    def is_done(tokens: jax.Array, done: jax.Array) -> jax.Array:
+        eos = jnp.array(sampling.eos_token_ids, jnp.int32)
+        return done | (tokens[:, None] == eos).any(axis=1)
 
-    first, done = chosen(logits[:, -1], jnp.zeros((), jnp.int32), None)
-    written = jnp.full((batch, max_new_tokens), sampling.pad_token_id, jnp.int32)
+    first, done = next_tokens(logits[:, -1], jnp.zeros((), jnp.int32), None)
+    padding = jnp.full((batch, max_new_tokens), sampling.pad_token_id, jnp.int32)
     state = _DecodeState(
         step=jnp.ones((), jnp.int32),
         cache=cache,
         last_tokens=first,
         positions=positions[:, -1] + 1,
-        done=after(first, done),
-        tokens=written.at[:, 0].set(first),
+        done=is_done(first, done),
+        tokens=padding.at[:, 0].set(first),
         lengths=jnp.ones(batch, jnp.int32),
     )
 
-    def goes_on(state: _DecodeState) -> jax.Array:
+    def should_continue(state: _DecodeState) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
 
-    def step(state: _DecodeState) -> _DecodeState:
+    def decode_step(state: _DecodeState) -> _DecodeState:
         logits, cache = apply(
             params,
             state.last_tokens[:, None],
@@ -215,23 +266,23 @@ def _generate_tokens(
             state.positions[:, None],
             state.cache,
         )
-        tokens, done = chosen(logits[:, 0], state.step, state)
+        tokens, done = next_tokens(logits[:, 0], state.step, state)
         return _DecodeState(
             step=state.step + 1,
             cache=cache,
             last_tokens=tokens,
             positions=state.positions + 1,
-            done=after(tokens, done),
+            done=is_done(tokens, done),
             tokens=state.tokens.at[:, state.step].set(tokens),
             lengths=state.lengths + ~done,
         )
 
-    state = lax.while_loop(goes_on, step, state)
+    state = lax.while_loop(should_continue, decode_step, state)
     return GenerateOutput(state.tokens, state.lengths)
 
 
 def sample_tokens(logits: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """The next token of every row (batch,) of logits (batch, vocabulary).
+    """Samples the next tokens (batch,) from logits (batch, vocabulary).
 
     References:
         Holtzman et al., arXiv:1904.09751, section 3.1 (top-p).
@@ -240,13 +291,15 @@ def sample_tokens(logits: jax.Array, key: jax.Array, sampling: SamplingParams) -
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        threshold = lax.top_k(logits, sampling.top_k)[0][:, -1:]  # (batch, 1)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
     if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        chances = jax.nn.softmax(ordered, axis=-1)
-        # A token stays while those before it have less than the share; the first one always does.
-        kept = (jnp.cumsum(chances, axis=-1) - chances < sampling.top_p).sum(axis=-1, keepdims=True)
-        least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        # A token is a candidate while those before it have less mass than top_p; the most likely
+        # one always is.
+        mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        num_candidates = (mass_before < sampling.top_p).sum(axis=-1, keepdims=True)
+        threshold = jnp.take_along_axis(descending, num_candidates - 1, axis=-1)  # (batch, 1)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

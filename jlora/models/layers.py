@@ -1,4 +1,4 @@
-"""What several models are made of."""
+"""Layers, activations and initializers that several models share."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def remat_elementwise(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Element-wise work, of which nothing but its array arguments is kept for its gradient.
+    """Rematerializes an element-wise function: its gradient stores only the array arguments.
 
-    What it does in float32 inside would be kept in float32 otherwise, at twice the size, wherever
-    the compiler cannot make it anew: between the two passes of a scan.
+    Intermediate values in float32 would otherwise be stored in float32, at twice the size, wherever
+    the compiler cannot recompute them: between the two passes of a scan.
 
     Args:
-        fn: Arguments that are no arrays are static.
+        fn: Element-wise function. Arguments that are not arrays are static.
     """
 
     @functools.wraps(fn)
     def run(*args: Any) -> jax.Array:
-        static = [n for n, arg in enumerate(args) if not hasattr(arg, "dtype")]
-        again: Any = jax.checkpoint(fn, prevent_cse=False, static_argnums=tuple(static))
-        return again(*args)
+        static = [index for index, arg in enumerate(args) if not hasattr(arg, "dtype")]
+        remat: Any = jax.checkpoint(fn, prevent_cse=False, static_argnums=tuple(static))
+        return remat(*args)
 
     return run
 
 
 def partitioned_init(*axis_names: str | None, init: Callable[..., Any] | None = None) -> Any:
-    """An initialiser whose array's axes have logical names; that of a kernel when left out."""
+    """Returns an initializer with logical axis names; `init=None` is that of a kernel."""
     return spmd.with_logical_partitioning(init or nn.initializers.lecun_normal(), axis_names)
 
 
 def mark_invalid_ids(ids: jax.Array, num_embeddings: int) -> jax.Array:
-    """The rows of a table that ids take: a negative one takes none, as one past the last does.
+    """Replaces negative ids by one past the end of the table.
 
-    Looking up what has no row gives NaN; JAX would count a negative number from the end.
+    A look-up past the end returns NaN; JAX would count a negative id from the end.
     """
     return jnp.where(ids < 0, num_embeddings, ids)
 
 
 def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """A layer norm over the last axis, in float32."""
-    # E[x^2] - E[x]^2 loses the digits of a small variance; an epsilon of 1e-12 does not hide it.
+    """Returns a layer norm over the last axis, computed in float32."""
+    # E[x^2] - E[x]^2 loses the digits of a small variance, which an epsilon of 1e-12 does not hide.
     return nn.LayerNorm(
         epsilon=eps,
         dtype=dtype,
@@ -76,29 +76,30 @@ def self_attention(
     deterministic: bool,
     dtype: Any,
 ) -> jax.Array:
-    """What every position gathers from all, (batch, length, width), inside a module's own call.
+    """Computes multi-head self-attention outputs (batch, length, width) inside a module's call.
 
-    The module gets `query`, `key`, `value` and `output`.
+    The module gets the submodules `query`, `key`, `value` and `output`.
 
     Args:
         hidden: (batch, length, width).
-        mask: Broadcast to (batch, heads, queries, keys), False where a key is hidden.
-        num_heads: How many; they divide the width.
-        use_bias: Whether query, key and value have biases.
-        dropout: The share of the weights that is left out.
-        deterministic: Whether none is.
-        dtype: Of the computation; that of the weights when None.
+        mask: Broadcast to (batch, heads, queries, keys), False where a key is hidden. None: no key
+            is hidden.
+        num_heads: Number of heads, which must divide the width.
+        use_bias: The query, key and value projections have biases.
+        dropout: Dropout rate of the attention weights.
+        deterministic: Turns dropout off.
+        dtype: dtype of the computation. None: that of the weights.
     """
-    width, by_head = hidden.shape[-1], (*hidden.shape[:-1], num_heads, -1)
+    width, head_shape = hidden.shape[-1], (*hidden.shape[:-1], num_heads, -1)
+    init = partitioned_init("embed", "heads")
     query, key, value = (
-        nn.Dense(width, use_bias, dtype, name=name, kernel_init=partitioned_init("embed", "heads"))(
-            hidden
-        )
+        nn.Dense(width, use_bias, dtype, name=name, kernel_init=init)(hidden)
         for name in ("query", "key", "value")
     )
-    query, key, value = (x.reshape(by_head) for x in (query, key, value))
+    query, key, value = (x.reshape(head_shape) for x in (query, key, value))
+    # (batch, heads, queries, keys)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
-    # The softmax sums in float32, whatever the dtype of the hidden states.
+    # The softmax sums in float32 for every dtype of the hidden states.
     scores = scores.astype(jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
@@ -112,22 +113,19 @@ def self_attention(
 def feed_forward(
     hidden: jax.Array, *, intermediate_size: int, activation: str, dtype: Any
 ) -> jax.Array:
-    """Two dense layers and an activation between them, inside a module's own call.
+    """Computes two dense layers with an activation between them inside a module's call.
 
-    The module gets `up` and `down`.
+    The module gets the submodules `up` and `down`.
 
     Args:
         hidden: (batch, length, width).
-        intermediate_size: The width inside.
-        activation: One of `ACTIVATIONS`.
-        dtype: Of the computation; that of the weights when None.
+        intermediate_size: Width between the two layers.
+        activation: Key of `ACTIVATIONS`.
+        dtype: dtype of the computation. None: that of the weights.
     """
-    inner = nn.Dense(
-        intermediate_size, dtype=dtype, name="up", kernel_init=partitioned_init("embed", "mlp")
-    )(hidden)
+    init = partitioned_init("embed", "mlp")
+    inner = nn.Dense(intermediate_size, dtype=dtype, name="up", kernel_init=init)(hidden)
     inner = ACTIVATIONS[activation](inner)
     inner = spmd.with_logical_constraint(inner, ("batch", "length", "mlp"))
-    width = hidden.shape[-1]
-    return nn.Dense(width, dtype=dtype, name="down", kernel_init=partitioned_init("mlp", "embed"))(
-        inner
-    )
+    init = partitioned_init("mlp", "embed")
+    return nn.Dense(hidden.shape[-1], dtype=dtype, name="down", kernel_init=init)(inner)

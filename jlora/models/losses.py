@@ -1,4 +1,4 @@
-"""The cross entropy of a language model's head, whose logits are never held all at once."""
+"""Chunked cross entropy of a language-model head: all logits are never in memory at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from jlora.interpreter.custom_derivatives import mark_derivative_of_body
 
 
 def compute_logits(hidden: jax.Array, head: jax.Array, softcap: float | None) -> jax.Array:
-    """The logits (batch, length, vocabulary), in float32, of hidden states (batch, length, width)
-    and a head (width, vocabulary).
+    """Computes logits (batch, length, vocabulary), in float32.
+
+    Args:
+        hidden: (batch, length, width).
+        head: (width, vocabulary).
+        softcap: Bound on the logits, applied by a tanh. None: no bound.
     """
     head = head.astype(hidden.dtype)
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
@@ -31,31 +35,32 @@ def chunked_cross_entropy(
     chunks: int,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Cross entropies (batch, length), in nats and float32, without ever holding all logits.
+    """Computes cross entropies (batch, length), in nats and float32, chunk by chunk.
 
-    With a frozen head the gradient of a part's hidden states is made from the part's logits while
-    they are there; what waits for the backward pass is as large as the hidden states. With one that
-    is trained the logits are made again.
+    With a frozen head, the gradient of a chunk's hidden states is computed together with its loss,
+    from the same logits; the residuals of the backward pass are as large as the hidden states. With
+    a trainable head, the backward pass recomputes the logits.
 
     Args:
         hidden: (batch, length, width).
         head: (width, vocabulary).
-        targets: (batch, length) token numbers. One that is no token gives NaN.
-        chunks: Into how many parts texts are cut, or as many as they have tokens.
-        softcap: Bound that a tanh puts on the logits.
+        targets: (batch, length) token ids. One outside the vocabulary has the loss NaN.
+        chunks: Number of chunks that texts are split into; at most one per token.
+        softcap: Bound on the logits, applied by a tanh. None: no bound.
 
     References:
-        Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2, on the gradient made beside the
-        loss. Here losses stay apart, so that each keeps a factor of its own.
+        Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2, on the gradient computed with the
+        loss. Losses are not reduced here, so that each token keeps a separate factor.
     """
-    size = max(1, -(-hidden.shape[1] // chunks))
-    losses = _chunked_losses(hidden, head, targets, size, softcap)
+    chunk_size = max(1, -(-hidden.shape[1] // chunks))
+    losses = _chunked_losses(hidden, head, targets, chunk_size, softcap)
     return jnp.where((targets >= 0) & (targets < head.shape[1]), losses, jnp.nan)
 
 
 def _cross_entropy_from_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    found = jnp.take_along_axis(logits, _clip_targets(logits, targets)[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - found
+    indices = _clip_targets(logits, targets)[..., None]
+    target_logits = jnp.take_along_axis(logits, indices, axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
 
 def _clip_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -68,24 +73,25 @@ def _map_chunks(
     targets: jax.Array,
     chunk_size: int,
 ) -> Any:
-    """What `fn` makes of `chunk_size` tokens of every text at a time."""
+    """Applies `fn` to `chunk_size` tokens of every text at a time, and joins the results."""
     batch, length = targets.shape
-    whole = length - length % chunk_size
+    num_chunks = length // chunk_size
+    even_length = num_chunks * chunk_size  # The tokens of chunks of full size.
 
-    def cut(array: jax.Array) -> jax.Array:
-        parts = array[:, :whole].reshape(batch, whole // chunk_size, chunk_size, *array.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
+    def split(array: jax.Array) -> jax.Array:  # (chunks, batch, chunk_size, ...)
+        chunks = array[:, :even_length].reshape(batch, num_chunks, chunk_size, *array.shape[2:])
+        return jnp.moveaxis(chunks, 1, 0)
 
-    def joined(parts: jax.Array) -> jax.Array:
-        return jnp.moveaxis(parts, 0, 1).reshape(batch, whole, *parts.shape[3:])
+    def join(chunks: jax.Array) -> jax.Array:  # (batch, even_length, ...)
+        return jnp.moveaxis(chunks, 0, 1).reshape(batch, even_length, *chunks.shape[3:])
 
-    # A loop: of parts that it may make in any order, a compiler holds several at once.
-    out = lax.map(lambda part: fn(*part), (cut(hidden), cut(targets)))
-    out = jax.tree.map(joined, out)
-    if whole == length:
+    # A loop, because a compiler that may reorder the chunks keeps several in memory at once.
+    out = lax.map(lambda chunk: fn(*chunk), (split(hidden), split(targets)))
+    out = jax.tree.map(join, out)
+    if even_length == length:
         return out
-    last = fn(hidden[:, whole:], targets[:, whole:])
-    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), out, last)
+    rest = fn(hidden[:, even_length:], targets[:, even_length:])
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), out, rest)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -100,7 +106,7 @@ def _chunked_losses(
 def _rematerialized_losses(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk_size: int, softcap: float | None
 ) -> jax.Array:
-    """The cross entropies, whose derivative makes the logits again."""
+    """Computes the cross entropies; their derivative recomputes the logits."""
 
     @jax.checkpoint
     def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
@@ -114,30 +120,29 @@ def _chunked_losses_jvp(
     chunk_size: int, softcap: float | None, primals: Any, tangents: Any
 ) -> tuple[jax.Array, Any]:
     hidden, head, targets = primals
-    moved, turned, _ = tangents
-    if isinstance(moved, SymbolicZero):
-        moved = jnp.zeros_like(hidden)
-    if not isinstance(turned, SymbolicZero):
-        run = functools.partial(
+    hidden_tangent, head_tangent, _ = tangents
+    if isinstance(hidden_tangent, SymbolicZero):
+        hidden_tangent = jnp.zeros_like(hidden)
+    if not isinstance(head_tangent, SymbolicZero):
+        losses = functools.partial(
             _rematerialized_losses, targets=targets, chunk_size=chunk_size, softcap=softcap
         )
-        return jax.jvp(run, (hidden, head), (moved, turned))
+        return jax.jvp(losses, (hidden, head), (hidden_tangent, head_tangent))
     head = head.astype(hidden.dtype)
 
-    def with_slope(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def losses_and_gradients(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = compute_logits(hidden, head, softcap)
-        slope = jax.nn.softmax(logits) - jax.nn.one_hot(
-            _clip_targets(logits, targets), head.shape[1]
-        )
+        one_hot = jax.nn.one_hot(_clip_targets(logits, targets), head.shape[1])
+        gradient = jax.nn.softmax(logits) - one_hot  # (batch, chunk_size, vocabulary)
         if softcap is not None:
-            slope *= 1 - (logits / softcap) ** 2
-        return _cross_entropy_from_logits(logits, targets), slope.astype(hidden.dtype) @ head.T
+            gradient *= 1 - (logits / softcap) ** 2
+        return _cross_entropy_from_logits(logits, targets), gradient.astype(hidden.dtype) @ head.T
 
-    losses, slope = _map_chunks(with_slope, hidden, targets, chunk_size)
-    return losses, _contract_with_tangent(slope, moved)
+    losses, gradients = _map_chunks(losses_and_gradients, hidden, targets, chunk_size)
+    return losses, _contract_with_tangent(gradients, hidden_tangent)
 
 
-# What waits for the backward pass is the slope in its own type, and not in float32.
+# Rematerialized, so that the backward pass stores the gradient in its dtype and not in float32.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _contract_with_tangent(gradient: jax.Array, tangent: jax.Array) -> jax.Array:
     return (gradient.astype(jnp.float32) * tangent.astype(jnp.float32)).sum(axis=-1)

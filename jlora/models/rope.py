@@ -1,4 +1,4 @@
-"""Rotary positions, and the ways in which checkpoints stretch them."""
+"""Rotary position embeddings (RoPE), and the scalings that checkpoints use for long contexts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The frequencies of one rotary embedding.
+    """Frequencies of one rotary embedding.
 
     Attributes:
-        frequencies: Radians per token, one for each pair of rotated dimensions. A head's dimensions
-            past the pairs are not rotated.
-        long_frequencies: Those that replace them once a sequence is longer than `switch_length`.
-        switch_length: In tokens.
-        attention_scaling: A factor on the rotated queries and keys.
+        frequencies: Radians per token, one for each pair of rotated dimensions. Dimensions of a
+            head past the pairs are not rotated.
+        long_frequencies: Frequencies for sequences longer than `switch_length`. None: `frequencies`
+            apply at every length.
+        switch_length: Maximum length, in tokens, of sequences that use `frequencies`. Unused
+            without `long_frequencies`.
+        attention_scaling: Factor on the rotated queries and keys.
 
     References:
         Su et al., RoFormer, arXiv:2104.09864, section 3.2.
@@ -33,7 +35,7 @@ class Rope:
     attention_scaling: float = 1.0
 
     def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The cosines and sines (batch, length, pairs) of positions (batch, length), in float32."""
+        """Returns cosines and sines (batch, length, pairs) of positions (batch, length)."""
         frequencies = jnp.array(self.frequencies, jnp.float32)
         if self.long_frequencies is not None:
             long = jnp.array(self.long_frequencies, jnp.float32)
@@ -44,59 +46,64 @@ class Rope:
 
 
 def apply_rope(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Heads (batch, length, heads, dim) turned by a table; dimension `i` pairs with `i + pairs`."""
-    cos, sin = (one[:, :, None] for one in cos_sin)
+    """Rotates heads (batch, length, heads, dim); dimension `i` is paired with `i + pairs`.
+
+    Args:
+        x: Queries or keys.
+        cos_sin: Result of `Rope.cos_sin`, each (batch, length, pairs).
+    """
+    cos, sin = (table[:, :, None] for table in cos_sin)
     pairs = cos.shape[-1]
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
 def rope_from_config(
     parameters: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int
 ) -> Rope:
-    """What a config.json describes.
+    """Returns the rotary embedding that a config.json describes.
 
     Args:
-        parameters: `rope_theta`, `rope_type` (or `type`), `partial_rotary_factor`, and what the
-            type needs, under the names of transformers.
+        parameters: `rope_theta`, `rope_type` (or `type`), `partial_rotary_factor`, and the
+            parameters of the type, under the names of transformers.
         head_dim: Width of one head.
-        max_position_embeddings: The checkpoint's `max_position_embeddings`.
+        max_position_embeddings: The field `max_position_embeddings` of the config.json.
 
     Raises:
-        ValueError: For a type or a parameter that is not implemented, or one that is missing.
+        ValueError: The type or a parameter is not implemented, or a parameter is missing.
     """
     parameters = {name: value for name, value in parameters.items() if value is not None}
-    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+    rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
     theta = parameters.pop("rope_theta")
     dim = int(head_dim * parameters.pop("partial_rotary_factor", 1.0))
-    if kind not in _ROPE_TYPES:
+    if rope_type not in _ROPE_TYPES:
         raise ValueError(
-            f"rope_type={kind!r} is not implemented; {sorted(_ROPE_TYPES)} are. A model computed with "
-            f"other rotary frequencies would be silently wrong."
+            f"rope_type={rope_type!r} is not implemented, must be one of {sorted(_ROPE_TYPES)}. "
+            f"With other rotary frequencies the model's outputs would be silently wrong."
         )
-    make, needed, optional = _ROPE_TYPES[kind]
-    missing = [name for name in needed if name not in parameters]
-    # Other types' parameters say nothing here: transformers ignores them as well.
-    every = {name for _, *groups in _ROPE_TYPES.values() for group in groups for name in group}
-    unknown = [name for name in parameters if name not in every]
+    compute, required, optional = _ROPE_TYPES[rope_type]
+    missing = [name for name in required if name not in parameters]
+    # Parameters of other types are ignored, as in transformers.
+    known = {name for _, *groups in _ROPE_TYPES.values() for group in groups for name in group}
+    unknown = [name for name in parameters if name not in known]
     if missing or unknown:
         raise ValueError(
-            f"rope_type={kind!r} has unknown parameters {unknown} and lacks {missing}. Copy the "
-            f"rope parameters from the config.json that the checkpoint came with."
+            f"rope_type={rope_type!r} has unknown parameters {unknown} and lacks {missing}. Copy "
+            f"the rope parameters from the checkpoint's original config.json."
         )
-    # In float32, as the checkpoints were trained: positions multiply the rounding errors.
+    # In float32, as in training: positions multiply the rounding errors.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    base = np.float32(1) / np.float32(theta) ** exponents
-    given = {n: parameters[n] for n in (*needed, *optional) if n in parameters}
-    return make(
-        base, theta=theta, dim=dim, max_position_embeddings=max_position_embeddings, **given
+    inv_freq = np.float32(1) / np.float32(theta) ** exponents
+    options = {n: parameters[n] for n in (*required, *optional) if n in parameters}
+    return compute(
+        inv_freq, theta=theta, dim=dim, max_position_embeddings=max_position_embeddings, **options
     )
 
 
-def _build_rope(frequencies: Any, **rest: Any) -> Rope:
-    return Rope(frequencies=tuple(float(f) for f in np.asarray(frequencies, np.float32)), **rest)
+def _build_rope(frequencies: Any, **fields: Any) -> Rope:
+    return Rope(frequencies=tuple(float(f) for f in np.asarray(frequencies, np.float32)), **fields)
 
 
 def _compute_default_rope(inv_freq: np.ndarray, **_: Any) -> Rope:
@@ -104,7 +111,7 @@ def _compute_default_rope(inv_freq: np.ndarray, **_: Any) -> Rope:
 
 
 def _compute_linear_rope(inv_freq: np.ndarray, *, factor: float, **_: Any) -> Rope:
-    """Positions divided by a factor (Chen et al., arXiv:2306.15595, section 2.3)."""
+    """Divides positions by a factor (Chen et al., arXiv:2306.15595, section 2.3)."""
     return _build_rope(inv_freq / np.float32(factor))
 
 
@@ -117,11 +124,11 @@ def _compute_llama3_rope(
     original_max_position_embeddings: int,
     **_: Any,
 ) -> Rope:
-    """Long waves divided by a factor, short ones kept, those between interpolated (Llama 3.1)."""
-    turns = original_max_position_embeddings * inv_freq / np.float32(2 * math.pi)
-    kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-    kept = np.clip(kept, 0, 1)
-    return _build_rope((1 - kept) * inv_freq / factor + kept * inv_freq)
+    """Divides low frequencies by a factor and interpolates to unscaled high ones (Llama 3.1)."""
+    rotations = original_max_position_embeddings * inv_freq / np.float32(2 * math.pi)
+    unscaled = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    unscaled = np.clip(unscaled, 0, 1)
+    return _build_rope((1 - unscaled) * inv_freq / factor + unscaled * inv_freq)
 
 
 def _compute_yarn_rope(
@@ -139,27 +146,27 @@ def _compute_yarn_rope(
     mscale_all_dim: float | None = None,
     truncate: bool = True,
 ) -> Rope:
-    """Interpolation by parts (Peng et al., YaRN, arXiv:2309.00071, sections 3.2 to 3.4)."""
+    """Interpolates by parts (Peng et al., YaRN, arXiv:2309.00071, sections 3.2 to 3.4)."""
     original = original_max_position_embeddings or max_position_embeddings
     factor = factor or max_position_embeddings / original
 
-    def dimension(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def correction_dim(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    def magnitude(scale: float = 1.0) -> float:
+    def get_mscale(scale: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
-    low, high = dimension(beta_fast), dimension(beta_slow)
+    low, high = correction_dim(beta_fast), correction_dim(beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 * (low == high)
-    interpolated = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     if attention_factor is None and mscale and mscale_all_dim:
-        attention_factor = magnitude(mscale) / magnitude(mscale_all_dim)
+        attention_factor = get_mscale(mscale) / get_mscale(mscale_all_dim)
     return _build_rope(
-        inv_freq * (1 - interpolated) + inv_freq / factor * interpolated,
-        attention_scaling=attention_factor or magnitude(),
+        inv_freq * (1 - ramp) + inv_freq / factor * ramp,
+        attention_scaling=attention_factor or get_mscale(),
     )
 
 
@@ -174,18 +181,22 @@ def _compute_longrope(
     attention_factor: float | None = None,
     **_: Any,
 ) -> Rope:
-    """A factor per frequency, one set for short and one for long sequences (arXiv:2402.13753)."""
+    """Divides each frequency by a factor, with other factors for long sequences.
+
+    References:
+        Ding et al., LongRoPE, arXiv:2402.13753.
+    """
     for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
         if len(factors) != inv_freq.size:
             raise ValueError(
-                f"{name} has {len(factors)} entries, and a head rotates {inv_freq.size} pairs. Copy it "
-                f"from the config.json that the checkpoint came with."
+                f"{name} must have {inv_freq.size} entries, one per rotated pair of a head, got "
+                f"{len(factors)}. Copy it from the checkpoint's original config.json."
             )
     original = original_max_position_embeddings
     factor = factor or max_position_embeddings / original
     if attention_factor is None:
-        grown = 1 + math.log(factor) / math.log(original) if factor > 1 else 1.0
-        attention_factor = math.sqrt(grown)
+        growth = 1 + math.log(factor) / math.log(original) if factor > 1 else 1.0
+        attention_factor = math.sqrt(growth)
     short, long = (inv_freq / np.array(f, np.float32) for f in (short_factor, long_factor))
     return _build_rope(
         short,
@@ -195,7 +206,7 @@ def _compute_longrope(
     )
 
 
-# Of each type: how it is made, what it needs and what it may have.
+# The function of a type, its required parameters and its optional ones.
 _RopeType = tuple[Callable[..., Rope], tuple[str, ...], tuple[str, ...]]
 
 _ROPE_TYPES: dict[str, _RopeType] = {

@@ -1,7 +1,7 @@
 """A vision transformer in Flax Linen for the checkpoints of ViT.
 
-`jlora.models.encoder_architectures` makes its config from a checkpoint's config.json. Dense kernels
-are laid out (in, out), that of the patches (height, width, in, out).
+`jlora.models.hf.encoder_configs` reads its config from a checkpoint's config.json. Dense kernels
+are laid out (in, out), that of the patch embedding (height, width, in, out).
 
 References:
     Dosovitskiy et al., ViT, arXiv:2010.11929, section 3.1. The order of operations is that of
@@ -30,24 +30,41 @@ from jlora.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """The shape of one vision transformer.
+    """Configuration of a `ViT`.
+
+    `jlora.models.hf.encoder_configs` reads one from a checkpoint's config.json.
 
     Attributes:
-        image_size: Height and width of the images.
-        patch_size: Height and width of a patch. What is left over of an image is not seen.
-        num_channels: Of the images.
+        image_size: Height and width of the images, in pixels.
+        patch_size: Height and width of a patch, in pixels. Rows and columns of pixels that fill no
+            patch are ignored.
+        num_channels: Number of channels of the images.
         hidden_size: Width of the residual stream; a multiple of `num_heads`.
         intermediate_size: Width inside the feed-forward.
-        num_layers: How many blocks.
-        num_heads: Of attention.
-        qkv_bias: Whether the query, key and value products have biases.
-        activation: Inside the feed-forward, one of `ACTIVATIONS`.
-        norm_eps: Added to the variance.
-        dropout: After the embeddings, each attention and each feed-forward.
-        attention_dropout: Of the attention weights.
-        pooler_activation: The activation after a dense layer on the class token; there is none when None.
-        pooler_output_size: That layer's width.
-        num_labels: How many the head chooses between; there is no head when None.
+        num_layers: Number of layers.
+        num_heads: Number of attention heads.
+        qkv_bias: The query, key and value projections have biases.
+        activation: Activation of the feed-forward, a key of `jlora.models.layers.ACTIVATIONS`.
+        norm_eps: Epsilon that layer norms add to the variance.
+        dropout: Dropout rate after the embeddings, each attention and each feed-forward.
+        attention_dropout: Dropout rate of the attention weights.
+        pooler_activation: Activation after a dense layer on the class token. None: no pooler.
+        pooler_output_size: Width of the pooler.
+        num_labels: Number of classes of the head. None: no head.
+
+    Example:
+        >>> from jlora import models
+        >>> config = models.ViTConfig(
+        ...     image_size=(8, 12),
+        ...     patch_size=(4, 4),
+        ...     num_channels=3,
+        ...     hidden_size=8,
+        ...     intermediate_size=16,
+        ...     num_layers=1,
+        ...     num_heads=2,
+        ... )
+        >>> config.num_tokens
+        7
     """
 
     image_size: tuple[int, int]
@@ -68,13 +85,13 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """How many patches an image has, and one for the class."""
-        (height, width), (down, across) = self.image_size, self.patch_size
-        return (height // down) * (width // across) + 1
+        """Number of patches of an image, plus one for the class token."""
+        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
+        return (height // patch_height) * (width // patch_width) + 1
 
 
 class Embeddings(nn.Module):
-    """Images to the first hidden states: the class token and the patches, with their positions."""
+    """Embeddings of images: the class token and the patches, plus their positions."""
 
     config: ViTConfig
     dtype: Any
@@ -82,10 +99,10 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, deterministic: bool) -> jax.Array:
         c = self.config
-        named = functools.partial(partitioned_init, init=nn.initializers.normal(0.02))
-        token: Any = self.param("class", named(None, None, "embed"), (1, 1, c.hidden_size))
+        init = functools.partial(partitioned_init, init=nn.initializers.normal(0.02))
+        token: Any = self.param("class", init(None, None, "embed"), (1, 1, c.hidden_size))
         shape = (1, c.num_tokens, c.hidden_size)
-        positions: Any = self.param("position", named(None, "positions", "embed"), shape)
+        positions: Any = self.param("position", init(None, "positions", "embed"), shape)
         dtype = self.dtype or token.dtype
         patches = nn.Conv(
             c.hidden_size,
@@ -123,7 +140,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The feed-forward."""
+    """Feed-forward."""
 
     config: ViTConfig
     dtype: Any
@@ -137,7 +154,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, whose norms come before what they are for."""
+    """A pre-norm layer: attention and feed-forward, each with its residual connection."""
 
     config: ViTConfig
     dtype: Any
@@ -155,11 +172,32 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The vision transformer; `model.apply(params, images)` gives what its head does.
+    """A vision transformer; `model.apply(params, images)` returns its outputs.
+
+    The outputs are logits with a head, and hidden states without one.
 
     Attributes:
-        config: Its shape.
-        dtype: Of the computation; that of the weights when None.
+        config: Sizes and architecture.
+        dtype: dtype of the computation. None: that of the weights.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jlora import models
+        >>> config = models.ViTConfig(
+        ...     image_size=(8, 12),
+        ...     patch_size=(4, 4),
+        ...     num_channels=3,
+        ...     hidden_size=8,
+        ...     intermediate_size=16,
+        ...     num_layers=1,
+        ...     num_heads=2,
+        ... )
+        >>> model = models.ViT(config)
+        >>> images = jnp.zeros((1, 8, 12, 3))
+        >>> params = model.init(jax.random.key(0), images)
+        >>> model.apply(params, images).shape
+        (1, 7, 8)
     """
 
     config: ViTConfig
@@ -178,25 +216,30 @@ class ViT(nn.Module):
             self.classifier = nn.Dense(c.num_labels, dtype=self.dtype, kernel_init=init)
 
     def __call__(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Normalised hidden states (batch, tokens, width); with a head, logits (batch, labels).
+        """Returns normalized hidden states (batch, tokens, width); with a head, logits.
 
-        The first hidden state is the class token's; the patches follow row by row.
+        The first hidden state is that of the class token; the patches follow row by row. Logits
+        are (batch, labels).
 
         Args:
-            images: (batch, height, width, channels), scaled as the checkpoint's
-                preprocessor_config.json says.
+            images: (batch, height, width, channels), scaled according to the checkpoint's
+                preprocessor_config.json.
             deterministic: False turns dropout on and needs `rngs={"dropout": key}`.
+
+        Raises:
+            ValueError: The images have another size.
+            TypeError: The images are not floating point, so they are not scaled.
         """
         c = self.config
         hidden = self.hidden_states(images, deterministic)
         if c.num_labels is None:
             if c.pooler_activation is not None and self.is_initializing():
-                self._apply_pooler(hidden)  # It has weights, though they do nothing here.
+                self._apply_pooler(hidden)  # Initializes its weights, which are not used here.
             return hidden
         return self.classifier(hidden[:, 0])
 
     def hidden_states(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Normalised hidden states (batch, 1 + patches, width), whatever the head."""
+        """Returns normalized hidden states (batch, 1 + patches, width), also with a head."""
         self._check_images(images)
         hidden = self.embeddings(images, deterministic)
         for layer in self.layer:
@@ -204,15 +247,15 @@ class ViT(nn.Module):
         return self.norm(hidden)
 
     def pooler_output(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
-        """What the pooler makes of the class token, (batch, pooler_size).
+        """Returns the pooler's output of the class token, (batch, pooler_output_size).
 
         Raises:
-            ValueError: There is no pooler.
+            ValueError: The model has no pooler.
         """
         if self.config.pooler_activation is None:
             raise ValueError(
-                "This model has no pooler: its checkpoint came without one. Use the first hidden "
-                "state, the class token's, or a checkpoint that has one."
+                "This model has no pooler, because its checkpoint has none. Use the first hidden "
+                "state, that of the class token, or a checkpoint with a pooler."
             )
         return self._apply_pooler(self.hidden_states(images, deterministic))
 
@@ -221,17 +264,17 @@ class ViT(nn.Module):
         return ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
 
     def _check_images(self, images: Any) -> None:
-        """Refuses images of another size, and those that are not scaled."""
+        """Raises an error for images of another size, and for images that are not scaled."""
         c = self.config
         size = (*c.image_size, c.num_channels)
         if images.ndim != 4 or images.shape[1:] != size:
             raise ValueError(
-                f"images have shape {images.shape} instead of (batch, {', '.join(map(str, size))}),"
-                f" which is (batch, height, width, channels). Resize them, and put the channels "
+                f"images must have shape (batch, {', '.join(map(str, size))}), which is (batch, "
+                f"height, width, channels), got {images.shape}. Resize them, and put the channels "
                 f"last."
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
-                f"images have dtype {images.dtype}, so they are not scaled yet. Scale them to "
-                f"floating point as the checkpoint's preprocessor_config.json says."
+                f"images must be floating point, got dtype {images.dtype}, which is not scaled. "
+                f"Scale them according to the checkpoint's preprocessor_config.json."
             )

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format, both ways."""
+"""Reads and writes adapters in the file format of Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jlora._tree import PyTree
-from jlora.models.hf import load as load_module
+from jlora.models.hf.load import checkpoint_mapping as list_checkpoint_mappings
 from jlora.models.hf.load import example_inputs
-from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
-from jlora.peft import modules_to_save, vllm
+from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.load import LoadedAdapter, load_peft_folder
+from jlora.peft.modules_to_save import list_module_names
 from jlora.peft.save import TASK_TYPES, convert_to_peft, write_peft_folder
+from jlora.peft.vllm import convert_to_vllm
 from jlora.rules import trace_weights
 
 
@@ -21,29 +22,53 @@ def load(
     model: Any,
     params: PyTree,
     *inputs: Any,
-    checkpoint_mapping: Mapping[str, Stored] | None = None,
+    checkpoint_mapping: Mapping[str, CheckpointWeight] | None = None,
 ) -> LoadedAdapter:
-    """The adapter of a folder that PEFT wrote, and the base that it belongs on.
+    """Loads an adapter that PEFT saved, and the base that it belongs on.
 
-    Everything in the folder has a place, or it is refused: keys that are left over or missing,
-    ranks that are not the config's, targets and patterns that match nothing, numbers that are not
-    finite. Layers that a model stacks may have different ranks; they are padded with zeros, which
-    training leaves alone and `save` takes off again. Biases that PEFT's IA3 scales with the outputs
-    are scaled in the base.
+    The folder must match the model completely. Refused are missing and unexpected keys, ranks that
+    differ from the config, targets and patterns without a match, and non-finite entries. Layers
+    that the model stacks may have different ranks: they are padded with zeros, which stay zero in
+    training and which `save` removes. Biases that PEFT's IA3 scales with the outputs are scaled in
+    the base.
 
     Args:
-        folder: Holds adapter_config.json and adapter_model.safetensors.
-        model: What `jlora.models.load` returned; or a function of params and inputs.
+        folder: Folder with adapter_config.json and adapter_model.safetensors.
+        model: Model of `jlora.models.load`, or a function of params and inputs.
         params: The base.
-        *inputs: For a function: example inputs, arrays or shapes.
-        checkpoint_mapping: For a function: which tensors of a checkpoint of transformers its weights are.
+        *inputs: Example inputs of a function, arrays or shapes; none for a model.
+        checkpoint_mapping: Tensors of a transformers checkpoint that each weight of a function
+            consists of, by the weight's path; None for a model.
+
+    Returns:
+        The base with the folder's replacements, and the adapter.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The folder asks for what is not implemented, or does not fit the model.
+        TypeError: `model` is a function without `inputs` or `checkpoint_mapping`.
+        ValueError: The folder requires an unsupported feature, or does not fit the model.
+
+    References:
+        Mangrulkar et al., PEFT, github.com/huggingface/peft; docs/source/developer_guides/
+        checkpoint.md for the file format.
+
+    Example:
+        >>> import tempfile
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> mapping = {"w": single_tensor_weight("net.proj.weight", (4, 3), (1, 0))}
+        >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/out", adapter, fn, params, x, checkpoint_mapping=mapping)
+        ...     loaded = load(f"{folder}/out", fn, params, x, checkpoint_mapping=mapping)
+        >>> loaded.adapter["w"].rank
+        2
     """
-    fn, inputs, spellings = _resolve_model_fn(model, inputs, checkpoint_mapping)
-    return load_peft_folder(folder, fn, params, inputs, spellings)
+    fn, inputs, mappings = _resolve_model_fn(model, inputs, checkpoint_mapping)
+    return load_peft_folder(folder, fn, params, inputs, mappings)
 
 
 def save(
@@ -52,66 +77,95 @@ def save(
     model: Any,
     params: PyTree,
     *inputs: Any,
-    checkpoint_mapping: Mapping[str, Stored] | None = None,
+    checkpoint_mapping: Mapping[str, CheckpointWeight] | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     save_embedding_layers: bool = True,
     file_format: Literal["peft", "vllm"] = "peft",
 ) -> None:
-    """Writes an adapter as a folder that PEFT reads, or vLLM.
+    """Saves an adapter as a folder that PEFT or vLLM can load.
 
     Args:
-        folder: Must not exist yet; it appears whole or not at all.
-        adapter: LoRA, DoRA, LoRA-FA, DyLoRA (at its full rank), AdaLoRA, LoHa, LoKr, HiRA, IA3,
-            VeRA, VB-LoRA or FourierFT, beside weights, biases and token rows trained whole.
-        model: As in `load`.
+        folder: Path of the new folder, which must not exist. It is written atomically.
+        adapter: Adapter with LoRA, DoRA, LoRA-FA, DyLoRA (at its full rank), AdaLoRA, LoHa, LoKr,
+            HiRA, IA3, VeRA, VB-LoRA or FourierFT; and, in addition, fully trained weights and
+            biases and trained tokens.
+        model: Model or function, as in `load`.
         params: The base that the adapter belongs on.
-        *inputs: As in `load`.
-        checkpoint_mapping: As in `load`.
-        base_model_name_or_path: Name or folder of the base, for the readers of the config.
-        task_type: One of PEFT's task types, such as "CAUSAL_LM". With "SEQ_CLS" and "TOKEN_CLS" PEFT
-            expects the head in the folder, so it is written even where it was not trained.
-        save_embedding_layers: Whether the base's own table is written beside an embedding's factors, as PEFT
-            does.
-        file_format: "vllm" writes what vLLM takes: of all modules one rank and one scale, which is
-            folded into `B`, and every expert as a module of its own. What it does not take (DoRA
-            and methods other than LoRA, biases, what is trained whole) is refused; merge it.
+        *inputs: Example inputs of a function, as in `load`.
+        checkpoint_mapping: Checkpoint tensors of a function's weights, as in `load`.
+        base_model_name_or_path: Name or folder of the base in the config; None leaves it out.
+        task_type: PEFT task type, such as "CAUSAL_LM"; None for none. With "SEQ_CLS" and
+            "TOKEN_CLS", PEFT expects the head in the folder, so it is written even if it was not
+            trained.
+        save_embedding_layers: True to write the base's embedding table beside an embedding's
+            factors, as PEFT does.
+        file_format: "peft"; or "vllm" for one rank and one scale of all modules, which is folded
+            into `B`, and a separate module for each expert. vLLM does not support DoRA, methods
+            other than LoRA, biases and fully trained weights, which are refused: merge them.
 
     Raises:
-        FileExistsError: There is something of that name; it is left as it was.
-        ValueError: The reader has no form for a part of the adapter, or it is not finite.
+        FileExistsError: `folder` exists; it is not modified.
+        TypeError: `model` is a function without `inputs` or `checkpoint_mapping`.
+        ValueError: The file format does not support a part of the adapter, an entry is not finite,
+            or `file_format` or `task_type` is unknown.
+
+    References:
+        Mangrulkar et al., PEFT, github.com/huggingface/peft; docs/source/developer_guides/
+        checkpoint.md for the file format.
+
+    Example:
+        >>> import os, tempfile
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
+        >>> mapping = {"w": single_tensor_weight("net.proj.weight", (4, 3), (1, 0))}
+        >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/out", adapter, fn, params, x, checkpoint_mapping=mapping)
+        ...     sorted(os.listdir(f"{folder}/out"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
-    fn, inputs, spellings = _resolve_model_fn(model, inputs, checkpoint_mapping)
-    used = trace_weights(fn, params, *inputs)
+    fn, inputs, mappings = _resolve_model_fn(model, inputs, checkpoint_mapping)
+    weights = trace_weights(fn, params, *inputs)
     if file_format not in ("peft", "vllm"):
-        raise ValueError(f"reader={file_format!r} is neither 'peft' nor 'vllm'.")
+        raise ValueError(f"file_format={file_format!r} must be 'peft' or 'vllm'.")
     if task_type is not None and task_type not in TASK_TYPES:
-        raise ValueError(f"task={task_type!r} is none of PEFT's: {', '.join(TASK_TYPES)}.")
+        raise ValueError(f"task_type={task_type!r} must be one of {', '.join(TASK_TYPES)}.")
     for_vllm = file_format == "vllm"
-    own_tables = save_embedding_layers and not for_vllm
-    known_task = None if for_vllm else task_type  # vLLM takes no head.
-    whole = convert_to_peft(
-        adapter, params, used, spellings[0], save_embedding_layers=own_tables, task_type=known_task
+    peft_adapter = convert_to_peft(
+        adapter,
+        params,
+        weights,
+        mappings[0],
+        save_embedding_layers=save_embedding_layers and not for_vllm,
+        task_type=None if for_vllm else task_type,  # vLLM does not load a head.
     )
-    modules = modules_to_save.list_module_names(spellings[0])
+    module_names = list_module_names(mappings[0])
     if for_vllm:
-        whole = vllm.convert_to_vllm(whole)
-        modules = [module.parameter.module for module in whole.modules]
+        peft_adapter = convert_to_vllm(peft_adapter)
+        module_names = [module.parameter.module for module in peft_adapter.modules]
     write_peft_folder(
-        folder, whole, modules, base_model_name_or_path=base_model_name_or_path, task_type=task_type
+        folder,
+        peft_adapter,
+        module_names,
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
     )
 
 
 def _resolve_model_fn(
-    model: Any, inputs: tuple[Any, ...], checkpoint_mapping: Mapping[str, Stored] | None
-) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[Mapping[str, Stored]]]:
-    """A function of params, its inputs, and the tensors that its weights are, in all spellings."""
+    model: Any, inputs: tuple[Any, ...], checkpoint_mapping: Mapping[str, CheckpointWeight] | None
+) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[Mapping[str, CheckpointWeight]]]:
+    """Returns a function of params, its inputs, and its checkpoint mappings, one per spelling."""
     if hasattr(model, "apply"):
-        return model.apply, example_inputs(model), load_module.checkpoint_mapping(model)
+        return model.apply, example_inputs(model), list_checkpoint_mappings(model)
     if not callable(model) or checkpoint_mapping is None or not inputs:
         raise TypeError(
-            "model must be one of jlora.models, or a function of params and inputs with example "
-            "inputs and stored=..., which says what tensors of a checkpoint its weights are."
+            "model must be a model of jlora.models, or a function of params and inputs with "
+            "example inputs and checkpoint_mapping=..., the checkpoint tensors of its weights."
         )
     return model, inputs, (checkpoint_mapping,)
 

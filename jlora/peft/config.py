@@ -1,4 +1,4 @@
-"""adapter_config.json: read with every field accounted for, and matched with a model's modules."""
+"""Reads adapter_config.json, checks every field, and matches its targets with a model's modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jlora.peft.methods import PEFT_METHODS, PeftMethod
 
 CONFIG_NAME = "adapter_config.json"
 
-# Says nothing about what an adapter computes once it is trained.
+# Fields without influence on the function of a trained adapter.
 _IGNORED_FIELDS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -52,7 +52,7 @@ _IGNORED_FIELDS = {
     "total_step",
 }
 
-# What every method's config may say, and what it means here.
+# Fields of all methods, with their defaults.
 COMMON_DEFAULTS: dict[str, Any] = {
     "alpha_pattern": {},
     "bias": "none",
@@ -70,7 +70,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
 
 
 def _is_regex(value: Any) -> bool:
-    """Whether it is a regular expression."""
+    """Returns True for a valid regular expression."""
     try:
         return isinstance(value, str) and re.compile(value) is not None
     except (re.error, OverflowError):
@@ -82,7 +82,7 @@ def _is_list_of(value: Any, item_type: type = str) -> bool:
 
 
 def _is_rank_pattern(value: Any) -> bool:
-    """Whether it is a mapping from patterns to positive numbers."""
+    """Returns True for a mapping from regular expressions to positive finite numbers."""
     return isinstance(value, Mapping) and all(
         _is_regex(key) and type(one) in (int, float) and 0 < one < math.inf
         for key, one in value.items()
@@ -90,7 +90,7 @@ def _is_rank_pattern(value: Any) -> bool:
 
 
 def _is_token_indices(value: Any) -> bool:
-    """Whether it is a list of tokens, or such a list for each module."""
+    """Returns True for a list of token ids, or a mapping from modules to such lists."""
     lists = list(value.values()) if isinstance(value, Mapping) else [value]
     return all(_is_list_of(one, int) and all(token >= 0 for token in one) for one in lists)
 
@@ -111,7 +111,7 @@ def _is_bool(value: Any) -> bool:
     return type(value) is bool
 
 
-# What a field must be; PEFT's own readers would fail on others later, or not at all.
+# Types of the fields. PEFT itself would fail on other values later, or not at all.
 _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "bias": lambda value: value in ("none", "all", "lora_only"),
     "exclude_modules": _allow_none(_is_module_selector),
@@ -138,146 +138,159 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     ),
 }
 
-_SAVE_PRETRAINED_HINT = "Use the two files that one `save_pretrained` wrote."
+_SAVE_PRETRAINED_HINT = "Use the two files of one `save_pretrained` call."
 
 
 def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
-    """The fields of a folder's adapter_config.json, with what is left out filled in.
+    """Reads a folder's adapter_config.json.
+
+    Returns:
+        The fields, with defaults for missing ones, and the PEFT method.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It asks for something that is not implemented, or has a field that is not known.
+        FileNotFoundError: The file does not exist.
+        ValueError: The config requires an unsupported feature, or has an unknown field.
     """
     path = folder / CONFIG_NAME
     return validate_config(path, read_json(path))
 
 
 def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], PeftMethod]:
-    """The fields of a config that came from a file, as `read_peft_config` returns them.
+    """Validates the fields of a config that was read from a file.
+
+    Args:
+        path: Path of the file in the errors.
+        raw: Fields of the file.
+
+    Returns:
+        The fields, with defaults for missing ones, and the PEFT method.
 
     Raises:
-        ValueError: As there.
+        ValueError: The config requires an unsupported feature, or has an unknown field.
     """
-    kind = str(raw.get("peft_type", "")).upper()
-    if kind not in PEFT_METHODS:
+    peft_type = str(raw.get("peft_type", "")).upper()
+    if peft_type not in PEFT_METHODS:
         raise ValueError(
-            f"{path}: peft_type={raw.get('peft_type')!r} is not implemented; {sorted(PEFT_METHODS)} are."
+            f"{path}: peft_type={raw.get('peft_type')!r} is not supported. It must be one of "
+            f"{sorted(PEFT_METHODS)}."
         )
-    form = PEFT_METHODS[kind]
-    fields = {**COMMON_DEFAULTS, **form.defaults}
+    method = PEFT_METHODS[peft_type]
+    fields = {**COMMON_DEFAULTS, **method.defaults}
     unknown = []
     for name, value in raw.items():
-        if name in form.supported_values:
-            _check_supported_value(path, name, value, form.supported_values[name])
+        if name in method.supported_values:
+            _check_supported_value(path, name, value, method.supported_values[name])
         elif name in fields:
             fields[name] = fields[name] if value is None and fields[name] is not None else value
         elif name not in _IGNORED_FIELDS and value not in (None, False, "", [], {}):
             unknown.append(f"{name}={value!r}")
-    if kind == "ADALORA" and fields["rank_pattern"]:
+    if peft_type == "ADALORA" and fields["rank_pattern"]:
         raise ValueError(
-            f"{path}: rank_pattern says that ranks were pruned, and the scale that such an adapter "
-            f"was trained with is in no file. Save it without the pattern, or merge it with PEFT."
+            f"{path}: rank_pattern must be empty for AdaLoRA. The ranks of this adapter were "
+            f"pruned, and its file does not record the scale of the training. Save it without the "
+            f"pattern, or merge it with PEFT."
         )
     for name, value in fields.items():
         if name in _FIELD_VALIDATORS and not _FIELD_VALIDATORS[name](value):
             raise ValueError(
-                f"{path}: {name}={value!r} is of another type than PEFT writes. {_SAVE_PRETRAINED_HINT}"
+                f"{path}: {name}={value!r} must have the type that PEFT writes. "
+                f"{_SAVE_PRETRAINED_HINT}"
             )
     if unknown:
         raise ValueError(
-            f"{path}: {format_names(unknown)} is not known here and may change what the adapter "
-            f"computes. If it does not, take it out of the file."
+            f"{path}: unknown field {format_names(unknown)}, which may change the function of the "
+            f"adapter. If it does not, remove it from the file."
         )
-    for name in (form.rank_field, form.alpha_field):
+    for name in (method.rank_field, method.alpha_field):
         value: Any = fields.get(name) if name else 1
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(
-                f"{path}: {name}={value!r} is no positive number. {_SAVE_PRETRAINED_HINT}"
+                f"{path}: {name}={value!r} must be a positive number. {_SAVE_PRETRAINED_HINT}"
             )
-    return fields, form
+    return fields, method
 
 
 def _check_supported_value(path: Path, name: str, value: Any, supported: Any) -> None:
     allowed = supported if isinstance(supported, tuple) else (supported,)
-    # 1 == True, and a number of steps is no flag.
+    # The type is compared as well, since 1 == True and a number of steps is not a bool.
     if not any(value == one and type(value) is type(one) for one in allowed):
         if not allowed[0] and value in (None, False, [], {}):
-            return  # Nothing, in other words.
+            return  # Another spelling of "off".
         raise ValueError(
-            f"{path}: {name}={value!r} is not implemented, only "
-            f"{' or '.join(map(repr, allowed))}. What it does would be missing from the adapter."
+            f"{path}: {name}={value!r} is not supported. It must be "
+            f"{' or '.join(map(repr, allowed))}; the adapter would lack the feature otherwise."
         )
 
 
 def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> set[str]:
-    """Those of a model's modules that `target_modules` and its like name, as PEFT matches them.
+    """Returns the modules that a config targets, matched as PEFT matches them.
+
+    The fields are `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern`.
 
     Raises:
-        ValueError: An entry matches no module.
+        ValueError: An entry of `target_modules` matches no module.
     """
     target = fields["target_modules"] or []
     if target == "all-linear":
         return set(modules)
-    chosen = {module for module in modules if _matches_target(target, module)}
-    if fields["exclude_modules"]:
-        chosen = {
-            module for module in chosen if not _matches_target(fields["exclude_modules"], module)
-        }
+    selected = {module for module in modules if _matches_target(target, module)}
+    excluded = fields["exclude_modules"]
+    if excluded:
+        selected = {module for module in selected if not _matches_target(excluded, module)}
     layers = fields["layers_to_transform"]
     if layers is not None and not isinstance(target, str):
-        wanted = {layers} if isinstance(layers, int) else set(layers)
+        layer_indices = {layers} if isinstance(layers, int) else set(layers)
         pattern = fields["layers_pattern"]
-        named = [pattern] if isinstance(pattern, str) else pattern
-        between = "|".join(map(re.escape, named)) if named else r"[^.]*"
-        numbers = {m: re.match(rf".*?\.?(?:{between})\.(\d+)\.", m) for m in chosen}
-        chosen = {m for m in chosen if (found := numbers[m]) and int(found[1]) in wanted}
+        names = [pattern] if isinstance(pattern, str) else pattern
+        layers_name = "|".join(map(re.escape, names)) if names else r"[^.]*"
+        matches = {m: re.match(rf".*?\.?(?:{layers_name})\.(\d+)\.", m) for m in selected}
+        selected = {m for m in selected if (match := matches[m]) and int(match[1]) in layer_indices}
     entries = [target] if isinstance(target, str) else target
     for entry in entries:
-        hit = [
-            m for m in modules if _matches_target(entry if isinstance(target, str) else [entry], m)
-        ]
-        if not hit:
+        matcher = entry if isinstance(target, str) else [entry]
+        if not any(_matches_target(matcher, module) for module in modules):
             raise ValueError(
                 f"target_modules has {entry!r}, which matches none of the model's "
-                f"{len(modules)} modules. The nearest are {_tree.closest_matches(entry, tuple(modules))}. "
-                f"This adapter belongs to another model."
+                f"{len(modules)} modules. The nearest are "
+                f"{_tree.closest_matches(entry, tuple(modules))}. This adapter belongs to another "
+                f"model."
             )
-    return chosen
+    return selected
 
 
 def _matches_target(target: str | Iterable[str], module: str) -> bool:
-    """Whether a module is one of those that a pattern, or a list of endings, means."""
+    """Returns True if a module matches a regular expression, or ends in a name of a list."""
     if isinstance(target, str):
         return re.fullmatch(target, module) is not None
     return any(module == entry or module.endswith(f".{entry}") for entry in target)
 
 
 def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
-    """Whether IA3 scales the module's inputs."""
+    """Returns True if IA3 scales the module's inputs and not its outputs."""
     return bool(fields["feedforward_modules"]) and _matches_target(
         fields["feedforward_modules"], module
     )
 
 
 def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str) -> dict[str, Any]:
-    """The fields with a module's own rank and alpha, of the first pattern that it matches."""
-    own = dict(fields)
+    """Returns the fields with a module's rank and alpha, from the first pattern that matches it."""
+    module_fields = dict(fields)
     for name, pattern in (
         (method.rank_field, "rank_pattern"),
         (method.alpha_field, "alpha_pattern"),
     ):
         for key, value in fields[pattern].items():
             if name and re.match(rf"(.*\.)?({key})$", module):
-                own[name] = value
+                module_fields[name] = value
                 break
-    return own
+    return module_fields
 
 
 def check_rank_patterns(fields: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Refuses a pattern of ranks or alphas that matches no module.
+    """Checks that each entry of `rank_pattern` and `alpha_pattern` matches a module.
 
     Raises:
-        ValueError: Names it.
+        ValueError: An entry matches no module.
     """
     modules = list(modules)
     for name in ("rank_pattern", "alpha_pattern"):

@@ -1,4 +1,4 @@
-"""The tensors of a weight's modules, in PEFT's layouts, as the leaf that they make."""
+"""Converts the PEFT tensors of a weight's modules to one adapter leaf."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ErrorFactory = Callable[[str], ValueError]
 
 
 class ModuleTensors(NamedTuple):
-    """One module's part of an adapter.
+    """The tensors of one module of a PEFT adapter, as read.
 
     Attributes:
-        parameter: The module.
-        fields: Of the config, with its own rank and alpha.
-        tensors: By suffix.
+        parameter: Parameter of the module.
+        fields: Fields of the config, with the module's own rank and alpha.
+        tensors: Tensors, by the suffix of their names.
     """
 
     parameter: ModuleParameter
@@ -40,43 +40,48 @@ def leaf_from_modules(
     modules: Sequence[ModuleTensors],
     make_error: ErrorFactory,
 ) -> AdapterLeaf:
-    """The leaf of one weight, of which each module may be one entry of a stack.
+    """Converts the modules of one weight to its leaf; each may be one entry of a stack.
 
     Args:
-        method: The method.
-        weight: What is adapted.
-        modules: The modules that it is.
-        make_error: What is wrong, to the error that says so.
+        method: PEFT method of the adapter.
+        weight: Weight that the modules adapt.
+        modules: Modules that the weight consists of.
+        make_error: Function from a reason to the error to raise.
+
+    Raises:
+        ValueError: A tensor or the config does not fit the weight.
     """
-    made: list[Any] = [_make_module_config(method, part, weight, make_error) for part in modules]
-    ranks = [getattr(one, "rank", 0) for one in made]
-    scales = [_config_scaling(one) for one in made]
-    config = made[int(np.argmax(ranks))]
+    configs: list[Any] = [
+        _make_module_config(method, module, weight, make_error) for module in modules
+    ]
+    ranks = [getattr(config, "rank", 0) for config in configs]
+    scales = [_config_scaling(config) for config in configs]
+    config = configs[int(np.argmax(ranks))]
     if len(set(ranks)) > 1 or len(set(scales)) > 1:
         if not hasattr(config, "use_rslora"):
             raise make_error(
                 f"{weight.path} stacks modules of ranks {sorted(set(ranks))} and scales "
-                f"{sorted(set(scales))}, which only LoRA can pad. Load the model unrolled."
+                f"{sorted(set(scales))}, which only LoRA can pad. Load the model with "
+                f"scan_layers=False."
             )
         config = dataclasses.replace(config, alpha=max(scales) * max(ranks), use_rslora=False)
     leaf = make_template_leaf(config, weight)
-    # All checked before there is room made for them: a config may claim any rank.
-    values = [_module_arrays(method, leaf, weight, part, make_error) for part in modules]
+    # All modules are checked before memory is allocated, since a config may claim any rank.
+    module_arrays = [_module_arrays(method, leaf, weight, module, make_error) for module in modules]
     arrays = {name: np.zeros(shape, np.float32) for name, shape in leaf.shapes().items()}
     if "magnitude" in arrays and len(modules) < int(np.prod(leaf.axis_sizes.batch)):
         raise make_error(
-            f"{weight.path} stacks layers of which not all have a magnitude. Load the model "
-            f"unrolled."
+            f"{weight.path} stacks layers, and not all of them have a magnitude. Load the model "
+            f"with scan_layers=False."
         )
-    for part, scale, own in zip(modules, scales, values, strict=True):
-        for name, value in own.items():
+    for module, scale, values in zip(modules, scales, module_arrays, strict=True):
+        for name, value in values.items():
             if name == "b" and scale != _config_scaling(config):
                 value = value * np.float32(scale / _config_scaling(config))
-            # Ranks past a module's own stay zero on both sides, and get no gradient.
-            box = tuple(slice(0, n) for n in value.shape)
-            arrays[name][(*part.parameter.stack_index, *box)] = value
-    filled = {name: jnp.asarray(value) for name, value in arrays.items()}
-    return dataclasses.replace(leaf, **filled)
+            # Ranks past a module's own stay zero in both factors, and get no gradient.
+            region = tuple(slice(0, n) for n in value.shape)
+            arrays[name][(*module.parameter.stack_index, *region)] = value
+    return dataclasses.replace(leaf, **{name: jnp.asarray(value) for name, value in arrays.items()})
 
 
 def _make_module_config(
@@ -85,7 +90,7 @@ def _make_module_config(
     try:
         config = method.make_config(module.fields, weight)
     except TypeError as error:
-        raise make_error(f"its config is wrong: {error}") from error
+        raise make_error(f"its config is invalid: {error}") from error
     reason = config.unsupported_reason(weight)
     if reason:
         raise make_error(f"{module.parameter.module} cannot be adapted: {reason}.")
@@ -99,50 +104,53 @@ def _module_arrays(
     module: ModuleTensors,
     make_error: ErrorFactory,
 ) -> dict[str, np.ndarray]:
-    """One module's arrays in the leaf's layout."""
-    inside = leaf.axes.batch[len(module.parameter.stack_index) :]
-    facts = WeightGeometry(leaf.shape, leaf.axes, weight.window, inside)
-    wanted = method.tensor_layouts(leaf, weight)
-    suffixes = {suffix for suffix, _ in wanted.values()}
+    """Returns one module's arrays in the leaf's layout, without the stack axes."""
+    stacked_axes = leaf.axes.batch[len(module.parameter.stack_index) :]
+    geometry = WeightGeometry(leaf.shape, leaf.axes, weight.window, stacked_axes)
+    layouts = method.tensor_layouts(leaf, weight)
+    suffixes = {suffix for suffix, _ in layouts.values()}
     missing, extra = suffixes - set(module.tensors), set(module.tensors) - suffixes
     if missing or extra:
         raise make_error(
-            f"{module.parameter.module} lacks {sorted(missing)} and has {sorted(extra)}, which its "
-            f"config does not speak of."
+            f"{module.parameter.module} lacks {sorted(missing)} and has {sorted(extra)}, which "
+            f"does not match its config."
         )
-    own_rank = module.fields.get(method.rank_field or "")
+    module_rank = module.fields.get(method.rank_field or "")
+    leaf_rank = getattr(leaf, "rank", None)
     arrays = {}
-    for name, (suffix, layout) in wanted.items():
+    for name, (suffix, layout) in layouts.items():
         tensor = module.tensors[suffix].astype(np.float32)
         try:
-            value = tensor_to_leaf(tensor, layout, facts)
+            value = tensor_to_leaf(tensor, layout, geometry)
         except ValueError as error:
             raise make_error(f"{module.parameter.module}.{suffix} {error}.") from error
         shape = leaf.shapes()[name][len(module.parameter.stack_index) :]
-        ranks = getattr(leaf, "rank", None)
         expected = tuple(
-            own_rank if own_rank is not None and n == ranks and m != n else n
+            module_rank if module_rank is not None and n == leaf_rank and m != n else n
             for n, m in zip(shape, value.shape, strict=True)
         )
         if value.shape != expected:
             raise make_error(
-                f"{module.parameter.module}.{suffix} has shape {tensor.shape}, which does not go with "
-                f"{method.rank_field}={own_rank} on a weight of shape {leaf.shape}."
+                f"{module.parameter.module}.{suffix} has shape {tensor.shape}, which does not "
+                f"match {method.rank_field}={module_rank} on a weight of shape {leaf.shape}."
             )
         arrays[name] = value
     return arrays
 
 
 def _config_scaling(config: Any) -> float:
-    """What the product of a config's factors is multiplied by."""
+    """Returns the scale of the product of a config's factors; 1 for a config without alpha."""
     if not hasattr(config, "alpha") or not hasattr(config, "rank"):
         return 1.0
-    root = getattr(config, "use_rslora", False)
-    return config.alpha / (config.rank**0.5 if root else config.rank)
+    use_rslora = getattr(config, "use_rslora", False)
+    return config.alpha / (config.rank**0.5 if use_rslora else config.rank)
 
 
 def make_template_leaf(config: AdapterConfig, weight: AdaptableWeight) -> Any:
-    """A leaf of zeros for what replaces the base; for others, shapes that are to be filled."""
+    """Returns a leaf of zeros for a full update or tokens, and a leaf of shapes for other configs.
+
+    A full update and trained tokens start at zero, since `load` puts their values into the base.
+    """
     if isinstance(config, FullDelta | TrainableTokens):
         return config.init_leaf(jax.random.key(0), weight)
     value = jax.ShapeDtypeStruct(weight.shape, weight.value.dtype)

@@ -1,4 +1,4 @@
-"""Each method of PEFT that jlora reads and writes: its config's fields, and its tensors."""
+"""The PEFT methods that jlora reads and writes: their config fields and their tensors."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ from jlora.peft.tensor_layouts import TensorLayout
 
 ConfigFields = Mapping[str, Any]
 
-LayoutsByArray = dict[
-    str, tuple[str, TensorLayout]
-]  # An array of the leaf to its suffix and layout.
+# Suffix and layout of the tensor of each array of a leaf.
+LayoutsByArray = dict[str, tuple[str, TensorLayout]]
 
 
 class PeftMethod(NamedTuple):
-    """One method.
+    """One PEFT method.
 
     Attributes:
-        defaults: The fields that say something here, with what they are when left out.
-        supported_values: Fields of which one value alone is implemented; several where a tuple holds them.
-        make_config: The fields, with one module's own rank and alpha, to jlora's config.
-        suffixes: The endings of its own tensors' names.
-        tensor_layouts: What a leaf on a weight has in files.
-        families: Of the leaves that are written so.
-        config_fields: The leaves to the fields that they share.
-        rank_field: The field that `rank_pattern` replaces, or None.
-        alpha_field: The field that `alpha_pattern` replaces, or None.
-        supports_bias: Whether its config has a mode for biases.
-        shared_tensors: Of what modules share, by array, the tensor's name and layout.
+        defaults: Config fields that jlora uses, with PEFT's defaults.
+        suffixes: Suffixes of the names of the method's tensors.
+        make_config: Function from the fields of one module to jlora's config.
+        tensor_layouts: Function from a leaf and its weight to the tensors in a file.
+        families: Families of the leaves that are written as this method.
+        config_fields: Function from a leaf to its config fields.
+        supported_values: Fields with a single supported value, or a tuple of supported values.
+        rank_field: Field that `rank_pattern` overrides; None for no such field.
+        alpha_field: Field that `alpha_pattern` overrides; None for no such field.
+        supports_bias: True if the config has a field for trained biases.
+        shared_tensors: Name and layout of each tensor that all modules share, by array.
     """
 
     defaults: dict[str, Any]
@@ -61,15 +60,15 @@ class PeftMethod(NamedTuple):
 def _low_rank_layouts(
     weight: AdaptableWeight, prefix: str = "lora_", suffix: str = ".weight"
 ) -> LayoutsByArray:
-    """The factors of LoRA and of what is written like it."""
+    """Returns the layouts of the factors of LoRA, and of methods with factors in the same form."""
     if weight.kind == "embedding":
         a, b = f"{prefix}embedding_A", f"{prefix}embedding_B"
         return {"a": (a, TensorLayout("i r", "r c")), "b": (b, TensorLayout("r o", "o r"))}
     if weight.kind == "convolution":
-        of_a, of_b = TensorLayout("i r", "r c w"), TensorLayout("r o", "o r 1")
+        a_layout, b_layout = TensorLayout("i r", "r c w"), TensorLayout("r o", "o r 1")
     else:
-        of_a, of_b = TensorLayout("i r", "r c"), TensorLayout("r o", "o r")
-    return {"a": (f"{prefix}A{suffix}", of_a), "b": (f"{prefix}B{suffix}", of_b)}
+        a_layout, b_layout = TensorLayout("i r", "r c"), TensorLayout("r o", "o r")
+    return {"a": (f"{prefix}A{suffix}", a_layout), "b": (f"{prefix}B{suffix}", b_layout)}
 
 
 def _magnitude_axes(weight: AdaptableWeight) -> str:
@@ -101,7 +100,7 @@ def _lora_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
 
 
 def _is_expert_weight(weight: AdaptableWeight) -> bool:
-    return any(use.startswith("ragged_dot") for use in weight.primitives)
+    return any(primitive.startswith("ragged_dot") for primitive in weight.primitives)
 
 
 def _lora_fields(leaf: Any) -> dict[str, Any]:
@@ -169,7 +168,8 @@ def _lokr_fields(leaf: Any) -> dict[str, Any]:
         "alpha": leaf.alpha,
         "module_dropout": 0.0,
         "decompose_both": leaf.decompose_w1,
-        # What is split, and into how many; one number makes it in all modules.
+        # The size of each side and its first factor. The config has one number for all modules,
+        # which `save` finds from these.
         "decompose_factor": ((channels, d1), (outputs, k1)),
         "use_effective_conv2d": leaf.w2_form == "core",
     }
@@ -188,8 +188,8 @@ def _ia3_config(fields: ConfigFields, weight: AdaptableWeight) -> AdapterConfig:
 def _ia3_layouts(leaf: Any, weight: AdaptableWeight) -> LayoutsByArray:
     scaled = [axis for axis in leaf.scaled_axes if axis not in leaf.axes.batch]
     if scaled == list(leaf.axes.outputs):
-        file = "u o 1" if weight.kind == "convolution" else "o u"
-        return {"l": ("ia3_l", TensorLayout("o", file))}
+        file_axes = "u o 1" if weight.kind == "convolution" else "o u"
+        return {"l": ("ia3_l", TensorLayout("o", file_axes))}
     return {"l": ("ia3_l", TensorLayout("c", "u c 1" if weight.kind == "convolution" else "u c"))}
 
 
@@ -242,7 +242,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "alora_invocation_tokens": None,
             "layer_replication": None,
             "megatron_config": None,
-            # Others change the base, and which base that is the file does not say.
+            # Other values change the base, and the file does not record that base.
             "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
         },
         make_config=_lora_config,
@@ -269,7 +269,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "target_r": leaf.rank,
             "lora_alpha": leaf.alpha,
             "lora_dropout": leaf.dropout,
-            "total_step": 1,  # PEFT does not load a config without.
+            "total_step": 1,  # PEFT does not load a config without it.
         },
         rank_field="init_r",
         alpha_field="lora_alpha",

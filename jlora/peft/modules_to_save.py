@@ -1,4 +1,8 @@
-"""jlora.peft.modules_to_save."""
+"""Tensors of a PEFT folder beside the factors: fully trained modules, biases, tokens, embeddings.
+
+PEFT calls modules that it trains completely `modules_to_save`. They include the head of a
+classification task.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,21 @@ from jlora._quantized_array import maybe_dequantize
 from jlora.adapters.trainable_tokens import TrainableTokensLeaf
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.interpreter.weight import AdaptableWeight
-from jlora.models.hf.weight_mapping import CheckpointWeight as Stored
+from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.load import CLASSIFICATION_TASKS, TRAINABLE_TOKENS_SUFFIX
-from jlora.peft.tensor_layouts import ModuleParameter, list_module_parameters
+from jlora.peft.tensor_layouts import ModuleParameter, list_module_parameters, weight_region
 
-# Under the tasks WITH_HEAD PEFT itself trains whole every module of such a name.
-_HEAD_NAMES = ("classifier", "score")
+# In classification tasks, PEFT itself fully trains each module of such a name.
+HEAD_NAMES = ("classifier", "score")
 
 
 class PeftModule(NamedTuple):
-    """One module's part of an adapter, as PEFT has it.
+    """The tensors of one module of a PEFT adapter, as written.
 
     Attributes:
-        parameter: The module.
-        fields: Its own rank, alpha and so on.
-        tensors: By suffix.
+        parameter: Parameter of the module.
+        fields: Config fields of the module, such as its rank and alpha.
+        tensors: Tensors, by the suffix of their names.
     """
 
     parameter: ModuleParameter
@@ -34,58 +38,69 @@ class PeftModule(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-class _BaseWeights(NamedTuple):
-    """The weights that an adapter belongs on, by path.
+class BaseWeights(NamedTuple):
+    """The weights of the base, by path.
 
     Attributes:
-        arrays: Their numbers.
-        weights: How the model uses them.
-        checkpoint_mapping: Which tensors of a checkpoint they are.
-        parameters: Which modules' parameters they are.
+        arrays: Values of the weights.
+        weights: Kind and axes of the weights, from their use in the model.
+        checkpoint_mapping: Checkpoint tensors of the weights.
+        parameters: Module parameters of the weights.
     """
 
     arrays: Mapping[str, Any]
     weights: Mapping[str, AdaptableWeight]
-    checkpoint_mapping: Mapping[str, Stored]
+    checkpoint_mapping: Mapping[str, CheckpointWeight]
     parameters: Mapping[str, list[ModuleParameter]]
 
 
-def list_module_names(checkpoint_mapping: Mapping[str, Stored]) -> list[str]:
-    """The modules that these tensors belong to."""
-    return list(dict.fromkeys(site.module for site in list_module_parameters(checkpoint_mapping)))
+def list_module_names(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> list[str]:
+    """Returns the names of the modules of a checkpoint mapping."""
+    parameters = list_module_parameters(checkpoint_mapping)
+    return list(dict.fromkeys(parameter.module for parameter in parameters))
 
 
-def _peft_tensor_name(modules: Sequence[PeftModule], module: PeftModule, suffix: str) -> str:
-    """A tensor's name: of a module whose two parameters are adapted, the first one is inside."""
-    site = module.parameter
-    both = {m.parameter.name for m in modules if m.parameter.module == site.module}
-    inner = len(both) == 2 and site.name == "gate_up_proj"
-    return f"{site.module}{'.base_layer' if inner else ''}.{suffix}"
+def peft_tensor_name(modules: Sequence[PeftModule], module: PeftModule, suffix: str) -> str:
+    """Returns the name of a tensor in the file, without the common prefix.
+
+    PEFT wraps a module with two adapted parameters twice; the first parameter is the inner one.
+    """
+    parameter = module.parameter
+    names = {m.parameter.name for m in modules if m.parameter.module == parameter.module}
+    is_inner = len(names) == 2 and parameter.name == "gate_up_proj"
+    return f"{parameter.module}{'.base_layer' if is_inner else ''}.{suffix}"
 
 
 def _is_head_module(module: str) -> bool:
-    """Whether PEFT takes a module, or one that it is part of, for the head: by the name's end."""
-    return any(part.endswith(_HEAD_NAMES) for part in module.split("."))
+    """Returns True if PEFT treats a module or one of its parents as a head, by the name's end."""
+    return any(part.endswith(HEAD_NAMES) for part in module.split("."))
 
 
-def _shortest_saved_names(saved_modules: Collection[str], module_names: Sequence[str]) -> list[str]:
-    """The shortest names for `modules_to_save`, of which PEFT compares the ends without a dot.
+def shortest_saved_names(saved_modules: Collection[str], module_names: Sequence[str]) -> list[str]:
+    """Returns the shortest names for `modules_to_save` that match no other module.
 
-    It would take "norm" for every layer norm.
+    PEFT compares the ends of names without a dot, so that "norm" matches every layer norm.
     """
+
+    def is_specific(ending: str) -> bool:
+        return {name for name in module_names if name.endswith(ending)} <= set(saved_modules)
+
     names = set()
     for module in saved_modules:
         parts = module.split(".")
         endings = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-        fits = lambda e: {m for m in module_names if m.endswith(e)} <= set(saved_modules)  # noqa: E731
-        names.add(next((ending for ending in endings if fits(ending)), module))
+        names.add(next((ending for ending in endings if is_specific(ending)), module))
     return sorted(names)
 
 
-def _find_head_modules(
-    task_type: str | None, target_modules: set[str], base: _BaseWeights
+def find_head_modules(
+    task_type: str | None, target_modules: set[str], base: BaseWeights
 ) -> set[str]:
-    """The modules that PEFT trains whole for the task's sake."""
+    """Returns the modules that PEFT fully trains because of the task type.
+
+    Raises:
+        ValueError: The adapter has factors on such a module.
+    """
     if task_type not in CLASSIFICATION_TASKS:
         return set()
     heads = {
@@ -93,15 +108,15 @@ def _find_head_modules(
     }
     if target_modules & heads:
         raise ValueError(
-            f"task={task_type!r}: PEFT trains the head whole under it, and this adapter has a method's "
-            f"part on {format_names(sorted(target_modules & heads))}. Leave out the task, or train the head "
-            f"with jlora.FullDelta."
+            f"task_type={task_type!r}: PEFT fully trains the head in this task, and this adapter "
+            f"has factors on {format_names(sorted(target_modules & heads))}. Leave out task_type, "
+            f"or train the head with jlora.FullDelta."
         )
     return heads
 
 
-def _merged_weight(path: str, leaf: Any, base: _BaseWeights) -> np.ndarray:
-    """A weight with its difference added, in float32 and rounded to the weight's type."""
+def _merged_weight(path: str, leaf: Any, base: BaseWeights) -> np.ndarray:
+    """Returns a weight plus its update, added in float32 and rounded to the weight's dtype."""
     value = np.asarray(jax.device_get(maybe_dequantize(base.arrays[path])))
     delta = np.asarray(jax.device_get(leaf.delta), np.float32)
     return value if not delta.any() else (value.astype(np.float32) + delta).astype(value.dtype)
@@ -110,88 +125,89 @@ def _merged_weight(path: str, leaf: Any, base: _BaseWeights) -> np.ndarray:
 def _to_checkpoint_tensor(parameter: ModuleParameter, value: np.ndarray) -> np.ndarray:
     if parameter.tensor_slice is None:
         raise ValueError(
-            f"{parameter.path} is trained whole, and as experts it has no tensor of its own in PEFT's "
-            f"files. Merge the adapter instead."
+            f"{parameter.path} is fully trained. PEFT's files cannot store fully trained experts. "
+            f"Merge the adapter instead."
         )
-    ends = zip(
-        parameter.tensor_slice.start_indices, parameter.tensor_slice.slice_sizes, strict=True
-    )
-    return parameter.tensor_slice.to_tensor(
-        value[tuple(slice(start, start + n) for start, n in ends)]
-    )
+    return parameter.tensor_slice.to_tensor(value[weight_region(parameter.tensor_slice)])
 
 
-def _modules_to_save_tensors(
-    saved_modules: Collection[str], full_leaves: Mapping[str, Any], base: _BaseWeights
+def modules_to_save_tensors(
+    saved_modules: Collection[str], full_leaves: Mapping[str, Any], base: BaseWeights
 ) -> dict[str, np.ndarray]:
-    """All parameters of these modules, trained or not: a module is saved as one."""
+    """Returns all parameters of the saved modules, trained or not: PEFT saves complete modules."""
     tensors = {}
     for path in base.checkpoint_mapping:
-        for site in base.parameters[path]:
-            if site.module in saved_modules:
-                value = np.asarray(jax.device_get(maybe_dequantize(base.arrays[path])))
-                value = (
-                    _merged_weight(path, full_leaves[path], base) if path in full_leaves else value
-                )
-                tensors[f"{site.module}.{site.name}"] = _to_checkpoint_tensor(site, value)
+        for parameter in base.parameters[path]:
+            if parameter.module in saved_modules:
+                if path in full_leaves:
+                    value = _merged_weight(path, full_leaves[path], base)
+                else:
+                    value = np.asarray(jax.device_get(maybe_dequantize(base.arrays[path])))
+                name = f"{parameter.module}.{parameter.name}"
+                tensors[name] = _to_checkpoint_tensor(parameter, value)
     return tensors
 
 
-def _select_bias_mode(
+def select_bias_mode(
     bias_paths: Collection[str],
     target_modules: set[str],
     saved_modules: Collection[str],
-    base: _BaseWeights,
+    base: BaseWeights,
 ) -> str:
-    """Which of the two sets of biases that PEFT can train these are."""
-    trained = {site.module for path in bias_paths for site in base.parameters[path]}
-    every = {s.module for some in base.parameters.values() for s in some if s.name == "bias"}
-    every = every.difference(saved_modules)
-    if trained == every & target_modules:
+    """Returns the mode of PEFT's `bias` field: "lora_only" or "all".
+
+    Raises:
+        ValueError: The trained biases are neither those of the adapted modules nor all.
+    """
+    trained = {parameter.module for path in bias_paths for parameter in base.parameters[path]}
+    all_parameters = [p for parameters in base.parameters.values() for p in parameters]
+    with_bias = {p.module for p in all_parameters if p.name == "bias"}.difference(saved_modules)
+    if trained == with_bias & target_modules:
         return "lora_only"
-    if trained == every:
+    if trained == with_bias:
         return "all"
     raise ValueError(
-        f"PEFT trains all biases, or those of adapted modules; this adapter has those of "
-        f"{format_names(sorted(trained))}. Train one of these sets, or merge it."
+        f"PEFT trains all biases, or those of the adapted modules, and this adapter has the biases "
+        f"of {format_names(sorted(trained))}. Train one of these sets, or merge the adapter."
     )
 
 
-def _trained_bias_tensors(
-    bias_leaves: Mapping[str, Any], target_modules: set[str], base: _BaseWeights
+def trained_bias_tensors(
+    bias_leaves: Mapping[str, Any], target_modules: set[str], base: BaseWeights
 ) -> dict[str, np.ndarray]:
     tensors = {}
     for path, leaf in bias_leaves.items():
         value = _merged_weight(path, leaf, base)
-        for site in base.parameters[path]:
-            inner = ".base_layer" if site.module in target_modules else ""
-            tensors[f"{site.module}{inner}.bias"] = _to_checkpoint_tensor(site, value)
+        for parameter in base.parameters[path]:
+            wrapper = ".base_layer" if parameter.module in target_modules else ""
+            name = f"{parameter.module}{wrapper}.bias"
+            tensors[name] = _to_checkpoint_tensor(parameter, value)
     return tensors
 
 
-def _trainable_token_tensors(
-    token_leaves: Mapping[str, TrainableTokensLeaf], base: _BaseWeights
+def trainable_token_tensors(
+    token_leaves: Mapping[str, TrainableTokensLeaf], base: BaseWeights
 ) -> dict[str, np.ndarray]:
-    """The trained rows of embeddings, as they are."""
+    """Returns the embeddings of the trained tokens: the sum of base and update."""
     tensors = {}
     for path, leaf in token_leaves.items():
-        table = np.asarray(jax.device_get(maybe_dequantize(base.arrays[path])))[
-            list(leaf.token_indices)
-        ]
+        embedding = np.asarray(jax.device_get(maybe_dequantize(base.arrays[path])))
+        rows = embedding[list(leaf.token_indices)]  # (tokens, width)
         delta = np.asarray(jax.device_get(leaf.delta), np.float32)
-        value = (table.astype(np.float32) + delta).astype(table.dtype)
+        value = (rows.astype(np.float32) + delta).astype(rows.dtype)
         tensors[f"{base.parameters[path][0].module}.{TRAINABLE_TOKENS_SUFFIX}"] = value
     return tensors
 
 
-def _embedding_layer_tensors(
-    modules: Sequence[PeftModule], base: _BaseWeights
+def embedding_layer_tensors(
+    modules: Sequence[PeftModule], base: BaseWeights
 ) -> dict[str, np.ndarray]:
-    """The tables that PEFT writes beside their factors: of decoders' embeddings and heads."""
+    """Returns the base weights that PEFT writes beside factors on embeddings and LM heads."""
     tensors = {}
     for module in modules:
-        site = module.parameter
-        if site.module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            value = np.asarray(jax.device_get(maybe_dequantize(base.arrays[site.path])))
-            tensors[f"{site.module}.base_layer.{site.name}"] = _to_checkpoint_tensor(site, value)
+        parameter = module.parameter
+        if parameter.module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            value = np.asarray(jax.device_get(maybe_dequantize(base.arrays[parameter.path])))
+            name = f"{parameter.module}.base_layer.{parameter.name}"
+            tensors[name] = _to_checkpoint_tensor(parameter, value)
     return tensors

@@ -1,14 +1,15 @@
-"""Arrays of an adapter as PEFT lays them out, in both directions, each as a pair of short texts.
+"""Parameters of torch modules, and the layouts of PEFT's tensors, in both directions.
 
-A text names the axes of an array in their order:
+A layout is a pair of axis specs, one for the leaf's array and one for the file's tensor. A spec
+names the axes in their order:
 
-    i  the weight's inputs, as the leaf orders them      r, q, x, y, v, n  axes of the array's own
-    c  its inputs but a convolution's window             u  an axis of length one
-    w  the window's axes                                 1  as many of those as the window has
-    o  its outputs                                       *  between axes that are flattened into one
-    e  stacked weights that one tensor holds: experts
+    i  the weight's inputs, as the leaf orders them      r, q, x, y, v, n  axes of the array alone
+    c  its inputs except a convolution's window          u  an axis of length one
+    w  the window's axes                                 1  an axis of length one per window axis
+    o  its outputs                                       *  joins axes that are flattened into one
+    e  stacked weights in one tensor: experts
 
-`c`, `o` and `e` are one axis of a tensor of torch, however many axes the Flax weight has for them.
+`c`, `o` and `e` are one axis of a torch tensor, even if the Flax weight has several axes for them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import numpy as np
 from jlora.interpreter.usage import WeightAxes
 from jlora.models.hf.weight_mapping import CheckpointWeight, TensorSlice
 
-# Of a mixture's experts transformers 5 makes two parameters of one module, whatever its files hold.
+# transformers 5 joins the experts of a mixture into two parameters of one module, whichever names
+# its checkpoint has.
 _EXPERT_KEY = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 
 _EXPERT_PARAMETERS = {
@@ -34,14 +36,15 @@ _EXPERT_PARAMETERS = {
 
 
 class ModuleParameter(NamedTuple):
-    """One parameter of a module, and where the Flax model has it.
+    """One parameter of a torch module, and its place in the Flax model.
 
     Attributes:
-        module: The module's name.
-        name: "weight", "bias", or that of a module of experts.
-        path: Of the Flax weight.
-        stack_index: Which one of the weight's stack it is.
-        tensor_slice: How the parameter's tensor fills the weight; None for experts, which are many.
+        module: Name of the module.
+        name: "weight", "bias", or "gate_up_proj" or "down_proj" of a module of experts.
+        path: Path of the Flax weight.
+        stack_index: Index in the stack of the weight; empty for a weight that is not a stack.
+        tensor_slice: Slice of the weight that the parameter's tensor fills; None for experts,
+            whose tensors are separate in a checkpoint.
     """
 
     module: str
@@ -54,30 +57,35 @@ class ModuleParameter(NamedTuple):
 def list_module_parameters(
     checkpoint_mapping: Mapping[str, CheckpointWeight],
 ) -> list[ModuleParameter]:
-    """The sites of a model whose weights are these tensors, in the order of its weights."""
-    found: dict[tuple[str, str], ModuleParameter] = {}
+    """Returns the module parameters of a checkpoint mapping, in the order of its weights."""
+    parameters: dict[tuple[str, str], ModuleParameter] = {}
     for path, weight in checkpoint_mapping.items():
-        for piece in weight.slices:
-            expert = _EXPERT_KEY.fullmatch(piece.key)
+        for part in weight.slices:
+            expert = _EXPERT_KEY.fullmatch(part.key)
             if expert:
-                module, parameter = expert[1], _EXPERT_PARAMETERS[expert[2]]
-                entry = piece.start_indices[: piece.num_stack_axes - 1]
-                site = ModuleParameter(module, parameter, path, entry, None)
+                module, name = expert[1], _EXPERT_PARAMETERS[expert[2]]
+                stack_index = part.start_indices[: part.num_stack_axes - 1]
+                parameter = ModuleParameter(module, name, path, stack_index, None)
             else:
-                module, _, parameter = piece.key.rpartition(".")
-                site = ModuleParameter(
-                    module, parameter, path, piece.start_indices[: piece.num_stack_axes], piece
-                )
-            found.setdefault((site.module, site.name), site)
-    return list(found.values())
+                module, _, name = part.key.rpartition(".")
+                stack_index = part.start_indices[: part.num_stack_axes]
+                parameter = ModuleParameter(module, name, path, stack_index, part)
+            parameters.setdefault((module, name), parameter)
+    return list(parameters.values())
+
+
+def weight_region(tensor_slice: TensorSlice) -> tuple[slice, ...]:
+    """Returns the index of the region of a weight that a tensor fills."""
+    bounds = zip(tensor_slice.start_indices, tensor_slice.slice_sizes, strict=True)
+    return tuple(slice(start, start + size) for start, size in bounds)
 
 
 class TensorLayout(NamedTuple):
-    """One array of a leaf.
+    """Layout of one array of a leaf, as two axis specs.
 
     Attributes:
-        leaf_axes: Its axes there, without those of stacks that have a tensor for each entry.
-        file_axes: Those of the tensor.
+        leaf_axes: Axes of the leaf's array, without stack axes that have a tensor for each entry.
+        file_axes: Axes of the tensor in the file.
     """
 
     leaf_axes: str
@@ -85,13 +93,13 @@ class TensorLayout(NamedTuple):
 
 
 class WeightGeometry(NamedTuple):
-    """The weight that an array belongs to.
+    """Shape and axes of the weight that an array belongs to.
 
     Attributes:
-        shape: The weight's.
-        axes: What each of its axes does.
-        window: Those that a convolution slides over.
-        stacked_axes: Those of the stacked axes that one tensor holds.
+        shape: Shape of the weight.
+        axes: Batch, input and output axes of the weight.
+        window: Window axes of a convolution.
+        stacked_axes: Stack axes that are part of one tensor.
     """
 
     shape: tuple[int, ...]
@@ -103,35 +111,35 @@ class WeightGeometry(NamedTuple):
 def tensor_to_leaf(
     tensor: np.ndarray, layout: TensorLayout, geometry: WeightGeometry
 ) -> np.ndarray:
-    """The tensor as the leaf lays it out.
+    """Rearranges a tensor of a file to the layout of the leaf's array.
 
     Raises:
-        ValueError: Its shape is not one that the layout can have.
+        ValueError: The tensor's shape does not match the layout.
     """
     groups = _file_axis_groups(layout.file_axes, geometry)
     sizes = _infer_axis_sizes(tensor.shape, groups, geometry)
-    parts = tensor.reshape([sizes[atom] for group in groups for atom in group])
-    order = [atom for group in groups for atom in group]
-    wanted = _leaf_axis_labels(layout.leaf_axes, geometry)
-    kept = parts.reshape([sizes[atom] for atom in order if atom in wanted])
-    order = [atom for atom in order if atom in wanted]
-    return kept.transpose([order.index(atom) for atom in wanted])
+    leaf_labels = _leaf_axis_labels(layout.leaf_axes, geometry)
+    # Labels that the leaf lacks are axes of length one.
+    file_labels = [label for group in groups for label in group if label in leaf_labels]
+    split = tensor.reshape([sizes[label] for label in file_labels])
+    return split.transpose([file_labels.index(label) for label in leaf_labels])
 
 
 def leaf_to_tensor(array: np.ndarray, layout: TensorLayout, geometry: WeightGeometry) -> np.ndarray:
-    """The inverse of `tensor_to_leaf`."""
-    atoms = _leaf_axis_labels(layout.leaf_axes, geometry)
-    sizes = dict(zip(atoms, array.shape, strict=True))
+    """Rearranges a leaf's array to the layout of the file; the inverse of `tensor_to_leaf`."""
+    leaf_labels = _leaf_axis_labels(layout.leaf_axes, geometry)
+    sizes = dict(zip(leaf_labels, array.shape, strict=True))
     groups = _file_axis_groups(layout.file_axes, geometry)
-    order = [atom for group in groups for atom in group if atom in sizes]
-    turned = array.transpose([atoms.index(atom) for atom in order])
-    return turned.reshape([math.prod(sizes.get(atom, 1) for atom in group) for group in groups])
+    file_labels = [label for group in groups for label in group if label in sizes]
+    transposed = array.transpose([leaf_labels.index(label) for label in file_labels])
+    shape = [math.prod(sizes.get(label, 1) for label in group) for group in groups]
+    return transposed.reshape(shape)
 
 
 def _axis_labels(token: str, geometry: WeightGeometry) -> list[Hashable]:
-    """What one letter stands for: numbers of the weight's axes, or names."""
+    """Returns the labels of one letter of a spec: numbers for axes of the weight, or names."""
     inputs = geometry.axes.inputs
-    known: dict[str, Sequence[Hashable]] = {
+    letters: dict[str, Sequence[Hashable]] = {
         "i": inputs,
         "c": [axis for axis in inputs if axis not in geometry.window],
         "w": geometry.window,
@@ -140,22 +148,22 @@ def _axis_labels(token: str, geometry: WeightGeometry) -> list[Hashable]:
         "1": [("one", axis) for axis in geometry.window],
         "u": [("one", "u")],
     }
-    return list(known.get(token, [token]))
+    return list(letters.get(token, [token]))
 
 
 def _leaf_axis_labels(axes_spec: str, geometry: WeightGeometry) -> list[Hashable]:
-    return [atom for token in axes_spec.split() for atom in _axis_labels(token, geometry)]
+    return [label for token in axes_spec.split() for label in _axis_labels(token, geometry)]
 
 
 def _file_axis_groups(axes_spec: str, geometry: WeightGeometry) -> list[list[Hashable]]:
-    """The axes of a tensor, each as what it holds, slowest first."""
+    """Returns, for each axis of a tensor, the labels that are flattened into it, slowest first."""
     groups: list[list[Hashable]] = []
     for token in axes_spec.split():
         if token in ("w", "1"):
-            groups += [[atom] for atom in _axis_labels(token, geometry)]
+            groups += [[label] for label in _axis_labels(token, geometry)]
         else:
             groups.append(
-                [atom for part in token.split("*") for atom in _axis_labels(part, geometry)]
+                [label for letter in token.split("*") for label in _axis_labels(letter, geometry)]
             )
     return groups
 
@@ -163,30 +171,30 @@ def _file_axis_groups(axes_spec: str, geometry: WeightGeometry) -> list[list[Has
 def _infer_axis_sizes(
     shape: tuple[int, ...], groups: list[list[Hashable]], geometry: WeightGeometry
 ) -> dict[Hashable, int]:
-    """The length of every part of a tensor of this shape.
+    """Infers the size of each label from a tensor's shape.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: The shape does not match the groups.
     """
     sizes: dict[Hashable, int] = {}
 
-    def length(atom: Hashable) -> int | None:
-        if isinstance(atom, int):
-            return geometry.shape[atom]
-        return 1 if isinstance(atom, tuple) else sizes.get(atom)
+    def get_size(label: Hashable) -> int | None:
+        if isinstance(label, int):
+            return geometry.shape[label]
+        return 1 if isinstance(label, tuple) else sizes.get(label)
 
     expected: list[Any] = []
     for size, group in zip(shape, groups, strict=False):
-        unknown = [atom for atom in group if length(atom) is None]
-        known = math.prod(length(atom) or 1 for atom in group)
+        unknown = [label for label in group if get_size(label) is None]
+        known = math.prod(get_size(label) or 1 for label in group)
         if len(unknown) == 1 and size and size % known == 0:
             sizes[unknown[0]] = size // known
         expected.append(known if not unknown else f"a multiple of {known}" if known > 1 else "any")
     expected += ["any"] * (len(groups) - len(shape))
-    found = [math.prod(length(atom) or 0 for atom in group) for group in groups]
-    if len(shape) != len(groups) or list(shape) != found:
-        turned = len(shape) == 2 and expected == ["any", shape[0]]
-        hint = " It looks transposed" if turned or list(shape[::-1]) == found else ""
-        wanted = f"({', '.join(map(str, expected))})"
-        raise ValueError(f"has shape {shape} instead of {wanted}.{hint}".rstrip("."))
-    return {atom: length(atom) or 1 for group in groups for atom in group}
+    inferred = [math.prod(get_size(label) or 0 for label in group) for group in groups]
+    if len(shape) != len(groups) or list(shape) != inferred:
+        is_transposed = len(shape) == 2 and expected == ["any", shape[0]]
+        hint = " It looks transposed" if is_transposed or list(shape[::-1]) == inferred else ""
+        expected_shape = f"({', '.join(map(str, expected))})"
+        raise ValueError(f"has shape {shape} instead of {expected_shape}.{hint}".rstrip("."))
+    return {label: get_size(label) or 1 for group in groups for label in group}

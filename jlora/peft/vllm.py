@@ -1,7 +1,7 @@
-"""PEFT's folders as vLLM takes them.
+"""Converts PEFT adapters to the subset of the format that vLLM can load.
 
-vLLM reads one rank and one scale for all modules, no magnitudes, biases or modules trained whole,
-and the experts of a mixture as modules of their own.
+vLLM reads one rank and one scale for all modules, and the experts of a mixture as separate modules.
+It does not support magnitudes, biases and fully trained modules.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ _MERGE_HINT = "Merge the adapter and serve the merged checkpoint, or convert it 
 
 
 def convert_to_vllm(peft_adapter: PeftAdapter) -> PeftAdapter:
-    """The same adapter in the form that vLLM takes.
+    """Converts an adapter to an equivalent one that vLLM can load.
 
     Raises:
-        ValueError: It has none.
+        ValueError: vLLM does not support a part of the adapter.
     """
     if peft_adapter.peft_type != "LORA":
         raise ValueError(
-            f"vLLM takes LoRA alone, and this adapter is of {peft_adapter.peft_type}. {_MERGE_HINT}"
+            f"vLLM supports only LoRA, and the peft_type of this adapter is "
+            f"{peft_adapter.peft_type}. {_MERGE_HINT}"
         )
     if any(module.fields["use_dora"] for module in peft_adapter.modules):
-        raise ValueError(f"vLLM does not take DoRA. {_MERGE_HINT}")
+        raise ValueError(f"vLLM does not support DoRA. {_MERGE_HINT}")
     if peft_adapter.extra_tensors:
         raise ValueError(
-            f"vLLM takes factors alone, and this adapter also has {format_names(sorted(peft_adapter.extra_tensors))}. "
-            f"Merge it and serve the merged checkpoint."
+            f"vLLM supports only LoRA factors, and this adapter also has "
+            f"{format_names(sorted(peft_adapter.extra_tensors))}. Merge it and serve the merged "
+            f"checkpoint."
         )
-    modules = [one for module in peft_adapter.modules for one in _split_experts(module)]
+    modules = [part for module in peft_adapter.modules for part in _split_experts(module)]
     rank = max(module.fields["r"] for module in modules)
     return peft_adapter._replace(modules=[_pad_to_rank(module, rank) for module in modules])
 
@@ -49,28 +51,30 @@ def _module_scaling(module: PeftModule) -> float:
 
 
 def _split_experts(module: PeftModule) -> list[PeftModule]:
-    """A module of experts as one for each; those of gate and up share their `A`."""
-    site, rank = module.parameter, module.fields["r"]
-    if site.name == "weight":
+    """Splits a module of experts into one module for each; gate and up of an expert share `A`."""
+    parameter, rank = module.parameter, module.fields["r"]
+    if parameter.name == "weight":
         return [module]
     a, b = module.tensors["lora_A.weight"], module.tensors["lora_B.weight"]
-    count = a.shape[0] // rank
-    found = []
-    for expert in range(count):
-        own_a = a[expert * rank : (expert + 1) * rank]
-        own_b = b.reshape(b.shape[0], rank, count)[:, :, expert]
-        parts = {"down_proj": own_b}
-        if site.name == "gate_up_proj":
-            parts = dict(zip(("gate_proj", "up_proj"), np.split(own_b, 2), strict=True))
-        for name, part in parts.items():
-            own = site._replace(module=f"{site.module}.{expert}.{name}", name="weight")
-            tensors = {"lora_A.weight": own_a, "lora_B.weight": part}
-            found.append(PeftModule(own, module.fields, tensors))
-    return found
+    num_experts = a.shape[0] // rank
+    modules = []
+    for expert in range(num_experts):
+        expert_a = a[expert * rank : (expert + 1) * rank]  # (r, fan_in)
+        expert_b = b.reshape(b.shape[0], rank, num_experts)[:, :, expert]  # (fan_out, r)
+        projections = {"down_proj": expert_b}
+        if parameter.name == "gate_up_proj":
+            projections = dict(zip(("gate_proj", "up_proj"), np.split(expert_b, 2), strict=True))
+        for name, projection_b in projections.items():
+            expert_parameter = parameter._replace(
+                module=f"{parameter.module}.{expert}.{name}", name="weight"
+            )
+            tensors = {"lora_A.weight": expert_a, "lora_B.weight": projection_b}
+            modules.append(PeftModule(expert_parameter, module.fields, tensors))
+    return modules
 
 
 def _pad_to_rank(module: PeftModule, rank: int) -> PeftModule:
-    """The module with ranks of zeros added, and its scale in `B`."""
+    """Pads a module with zeros to a rank, and folds its scale into `B`."""
     missing, tensors = rank - module.fields["r"], {}
     for a, b in _FACTOR_PAIRS.items():
         if a in module.tensors:

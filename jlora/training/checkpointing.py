@@ -290,8 +290,8 @@ class _KeepLastAndBestPolicy:
         """Returns whether to keep each checkpoint; Orbax calls it."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.save_total_limit :], self.best_step}
-        return [step in kept for step in steps]
+        preserved = {*sorted(steps)[-self.save_total_limit :], self.best_step}
+        return [step in preserved for step in steps]
 
 
 def check_writable(folder: Path) -> None:

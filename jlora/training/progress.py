@@ -66,6 +66,7 @@ class ThroughputMeter:
         )
         self._peak_flops_per_s = None if peak is None else peak * 1e12 * setup.mesh.size
         # Steps differ in length, so the speed is averaged over several.
+        self._num_steps = 0
         self._recent: deque[tuple[float, float]] = deque(maxlen=_THROUGHPUT_WINDOW)
 
     def format_step(self, metrics: Mapping[str, float]) -> str:
@@ -73,6 +74,9 @@ class ThroughputMeter:
 
         MFU is the model FLOPs utilization; it is left out on devices of unknown peak.
         """
+        if self._num_steps == 1:  # The first step includes the compilation.
+            self._recent.clear()
+        self._num_steps += 1
         self._recent.append((metrics["tokens"], metrics["seconds"]))
         tokens, seconds = map(sum, zip(*self._recent, strict=True))
         speed = tokens / seconds if seconds else 0.0
@@ -101,9 +105,10 @@ class ProgressBar:
             bar_format="{bar:20} {desc}",
             desc=f"step {initial_step}/{total_steps}",
         )
-        self._total_steps, self._initial_step = total_steps, initial_step
+        self._total_steps = total_steps
         self._throughput, self._console = throughput, console
-        self._start_time = self._last_log_time = time.monotonic()
+        self._last_log_time = time.monotonic()
+        self._first: tuple[int, float] | None = None  # Number and end time of the first step.
 
     def __enter__(self) -> Self:
         return self
@@ -115,12 +120,11 @@ class ProgressBar:
         """Shows the metrics of a training step."""
         text = self._throughput.format_step(metrics)  # Each step counts for the speed.
         now = time.monotonic()
+        self._first = self._first or (step, now)
         is_due = step == self._total_steps or now - self._last_log_time >= _LOG_INTERVAL_S
         if not self._is_terminal and not is_due:
             return
-        done, left = step - self._initial_step, self._total_steps - step
-        eta = datetime.timedelta(seconds=round((now - self._start_time) / done * left))
-        line = f"{self._label('step', f'{step}/{self._total_steps}')}{text}  ETA {eta}"
+        line = f"{self._label('step', f'{step}/{self._total_steps}')}{text}{self._eta(step, now)}"
         if self._is_terminal:
             self._bar.set_description_str(line, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -139,6 +143,16 @@ class ProgressBar:
         parts = [f"{name} {value:.3f}" for name, value in metrics.items()]
         text = "  ".join([*parts, "(best)"] if is_best else parts)
         self._console(f"{self._label('eval', str(step))}{text}")
+
+    def _eta(self, step: int, now: float) -> str:
+        """Returns the remaining time. The first step, which includes compilation, does not count."""
+        assert self._first is not None
+        first, end_time = self._first
+        left = self._total_steps - step
+        if left and step == first:
+            return ""
+        seconds = left * (now - end_time) / max(step - first, 1)
+        return f"  ETA {datetime.timedelta(seconds=round(seconds))}"
 
     def _label(self, kind: str, number: str) -> str:
         """Returns the start of a line, padded so that the metrics of all lines are aligned."""

@@ -350,8 +350,9 @@ def _plot_training_curves(
     per_second = [line["num_targets"] / line["seconds"] for line in timed]
     speed.plot([line["step"] for line in timed], per_second, color="C0", linewidth=0.8)
     speed.set(ylabel="targets per second", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for panel in figure.axes:
-        panel.set(xlabel="step")
+        panel.set(xlabel="step", xlim=(0, 1.02 * steps[-1]))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 

@@ -1,4 +1,4 @@
-"""Layers with an adapter moved off zero, and compiled functions that several tests share."""
+"""Layers with an adapter moved off zero, and compiled functions shared by several tests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LORA = jlora.LoRA(rank=2, alpha=3)
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family as the laws are tested with it.
+    """An adapter method as tested by the laws.
 
     Attributes:
-        config: Small enough for the layers, and such that all of its arrays matter.
-        starts_at_base: Whether a fresh adapter changes nothing, as its paper has it.
-        merges: Whether it is a change of the weight at all.
+        config: Config that fits the layers, such that each of its arrays affects the output.
+        starts_at_base: Whether a fresh adapter keeps the output of the base, as in its paper.
+        merges: Whether the method can be merged into the weight.
     """
 
     config: Any
@@ -47,7 +47,7 @@ FAMILIES = {
     "lokr_tucker": Family(jlora.LoKr(rank=1, alpha=3, tucker=True, factor=2)),
     "lokr_pairs": Family(jlora.LoKr(rank=1, alpha=3, decompose_both=True)),
     "hira": Family(jlora.HiRA(rank=2)),
-    # A wave that does not vanish in the sum of fused_qkv's three parts.
+    # A frequency that does not cancel in the sum of the three parts of fused_qkv.
     "fourierft": Family(jlora.FourierFT(num_frequencies=1, alpha=5, seed=32), starts_at_base=False),
     "fourierft_whole": Family(jlora.FourierFT(num_frequencies=9, alpha=5, std=0)),
     "ia3": Family(jlora.IA3()),
@@ -72,14 +72,14 @@ class Case:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """`apply` as a function that compiles for whatever shapes it is given."""
+        """Jitted `apply`, for any shapes."""
         return jax.jit(self.lora.apply)
 
     @functools.cached_property
     def program(self) -> Any:
-        """One compiled program for the gradient with respect to the adapter and the output.
+        """Compiled program of the adapter's gradient and the output, for the shapes of this case.
 
-        Called as `program(adapter, params, *inputs)`, with the shapes of this case.
+        Called as `program(adapter, params, *inputs)`.
         """
 
         def loss(adapter: Any, params: Any, *inputs: Any) -> Any:
@@ -90,7 +90,7 @@ class Case:
         return run.lower(self.adapter, self.params, *self.inputs).compile()
 
     def output_of(self, adapter: Any) -> Any:
-        """The output with another adapter of the same shapes."""
+        """Computes the output with another adapter of the same shapes."""
         if not self.differentiable:
             return self.compiled(self.params, adapter, *self.inputs)
         return self.program(adapter, self.params, *self.inputs)[1]
@@ -111,48 +111,50 @@ class Case:
 
 @functools.cache
 def made(name: str, dtype: str) -> tuple[Any, Any, tuple[Any, ...]]:
-    """What a layer makes: one for all families."""
+    """Function, parameters and inputs of a layer, shared by all methods."""
     return BY_NAME[name].make(jnp.dtype(dtype))
 
 
 @functools.cache
 def base_output(name: str, dtype: str) -> Any:
-    """What a layer computes without an adapter."""
+    """Output of a layer without an adapter."""
     fn, params, inputs = made(name, dtype)
     return jax.jit(fn)(params, *inputs)
 
 
-@functools.lru_cache(256)  # As many as the laws of test_laws.py come back to.
+@functools.lru_cache(256)  # The cases that several laws of test_laws.py use.
 def case(name: str, dtype: str, family: str = "lora") -> Case:
     layer = BY_NAME[name]
     fn, params, inputs = made(name, dtype)
     lora = jlora.lora_transform(fn, {layer.adapted: FAMILIES[family].config})
     fresh = lora.init(jax.random.key(1), params, *inputs)
-    differentiable = name != "generate"  # A loop whose length is not known has no reverse mode.
+    differentiable = name != "generate"  # A loop of unknown length has no reverse mode.
     return Case(layer, fn, params, inputs, lora, fresh, moved(fresh), differentiable)
 
 
 def moved(adapter: Any, seed: int = 2) -> Any:
-    """The adapter with noise on every array that is trained, so that no factor is zero."""
+    """Adds noise to every trainable array of an adapter, so that no factor is zero."""
     rng = np.random.default_rng(seed)
 
-    def noisy(leaf: Any, label: str) -> Any:
+    def add_noise(leaf: Any, label: str) -> Any:
         if label == "frozen":
             return leaf
-        start = np.asarray(leaf)
-        return jax.device_put(start + (0.3 * rng.normal(size=start.shape)).astype(start.dtype))
+        initial = np.asarray(leaf)
+        return jax.device_put(
+            initial + (0.3 * rng.normal(size=initial.shape)).astype(initial.dtype)
+        )
 
-    return jax.tree.map(noisy, adapter, jlora.param_labels(adapter))
+    return jax.tree.map(add_noise, adapter, jlora.param_labels(adapter))
 
 
 def total(output: Any) -> jax.Array:
-    """A scalar that every entry of the output changes, differently."""
+    """Scalar that depends on every entry of the output in its own way."""
     leaves = jax.tree.leaves(output)
     return sum(jnp.sin(jnp.ravel(leaf).astype(jnp.float32)).sum() for leaf in leaves)
 
 
 def widened(tree: Any, dtype: Any = jnp.float32) -> Any:
-    """The same numbers in a wider type."""
+    """Casts floating-point leaves to a wider type."""
     return jax.tree.map(
         lambda leaf: (
             jax.device_put(np.asarray(leaf).astype(dtype))
@@ -164,7 +166,7 @@ def widened(tree: Any, dtype: Any = jnp.float32) -> Any:
 
 
 def errors(values: Any, truth: Any) -> list[tuple[float, float]]:
-    """For every leaf, the largest difference and the largest true entry."""
+    """Largest absolute error and largest absolute true entry of every leaf."""
     pairs = zip(jax.tree.leaves(values), jax.tree.leaves(truth), strict=True)
     return [
         (
@@ -178,9 +180,9 @@ def errors(values: Any, truth: Any) -> list[tuple[float, float]]:
 NAMES = list(BY_NAME)
 
 
-# Reverse mode does not exist for a loop whose length is not known.
+# A loop of unknown length has no reverse mode.
 DIFFERENTIABLE = [name for name in NAMES if name != "generate"]
-# One of each way that a model uses weights; the others are in the slow group.
+# One layer for each way in which models use weights; the others are in the slow group.
 LAYERS = [
     "dense_general",
     "fused_qkv",

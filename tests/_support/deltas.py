@@ -1,4 +1,4 @@
-"""Adapters of every layout made by hand, and their changes in NumPy's float64."""
+"""Hand-made adapter leaves of every layout, and their weight updates in NumPy float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.interpreter.usage import WeightAxes
 
-# Of each layout the weight's shape, and what its axes do.
+# Shape and axis roles of the weight, by layout.
 LAYOUTS: dict[str, tuple[tuple[int, ...], WeightAxes]] = {
     "plain": ((6, 5), WeightAxes((), (0,), (1,))),
     "transposed": ((5, 6), WeightAxes((), (1,), (0,))),
@@ -22,14 +22,14 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], WeightAxes]] = {
 
 
 def matrices(array: Any, axes: WeightAxes) -> np.ndarray:
-    """An array laid out like a weight, as (batch, fan_in, fan_out) in float64."""
+    """Reshapes an array with the layout of a weight to (batch, fan_in, fan_out) in float64."""
     array = np.asarray(array, np.float64)
     lengths = [int(np.prod([array.shape[axis] for axis in group])) for group in axes]
     return array.transpose([axis for group in axes for axis in group]).reshape(lengths)
 
 
 def change(leaf: Any) -> np.ndarray:
-    """What a leaf adds to its weight, (batch, fan_in, fan_out) in float64."""
+    """Update of the weight, (batch, fan_in, fan_out) in float64."""
     if isinstance(leaf, FullDeltaLeaf):
         return matrices(leaf.delta, leaf.axes)
     assert type(leaf) is LoRALeaf
@@ -43,13 +43,13 @@ def change(leaf: Any) -> np.ndarray:
 
 
 def lora(layout: str, seed: int, rank: int = 2, alpha: float = 3.0, **facts: Any) -> LoRALeaf:
-    """Plain LoRA with factors drawn by NumPy."""
+    """LoRA leaf with random factors from NumPy."""
     shape, axes = LAYOUTS[layout]
     batch, inputs, outputs = ([shape[axis] for axis in group] for group in axes)
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     return LoRALeaf(
-        a=np.float32(draw.normal(size=(*batch, *inputs, rank))),  # type: ignore[arg-type]
-        b=np.float32(draw.normal(size=(*batch, rank, *outputs))),  # type: ignore[arg-type]
+        a=np.float32(rng.normal(size=(*batch, *inputs, rank))),  # type: ignore[arg-type]
+        b=np.float32(rng.normal(size=(*batch, rank, *outputs))),  # type: ignore[arg-type]
         shape=shape,
         axes=axes,
         rank=rank,
@@ -59,6 +59,6 @@ def lora(layout: str, seed: int, rank: int = 2, alpha: float = 3.0, **facts: Any
 
 
 def bias(seed: int, size: int = 5) -> BitFitLeaf:
-    """The difference of a bias."""
+    """BitFit leaf with a random update."""
     delta = np.float32(np.random.default_rng(seed).normal(size=size))
     return BitFitLeaf(delta=delta, shape=(size,), axes=WeightAxes((), (), ()))  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""The kinds of layer that the laws are tested on, each a function that nobody wrote for jlora.
+"""Layers for the tests of the laws, as users write them without jlora.
 
-Axis sizes differ everywhere, so that a transposed factor cannot pass.
+All axis sizes differ, so that transposed factors are found.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Layer:
     """A forward function with parameters and inputs.
 
     Attributes:
-        name: What the layer is.
-        make: The function, its parameters and its inputs, for a dtype.
-        adapted: A pattern for the weights that must be adapted.
-        dense: Whether the dense sum is expected.
+        name: Name of the layer.
+        make: Function from a type to the forward function, its parameters and its inputs.
+        adapted: Pattern of the weights to adapt.
+        dense: Whether the weight is expected to be materialized.
     """
 
     name: str
@@ -64,7 +64,7 @@ def integers(shape: tuple[int, ...], end: int) -> jax.Array:
 
 
 def drawn_like(shapes: Any, dtype: Any) -> Any:
-    """Parameters for the shapes of a Flax model: biases of zero, scales of one, and weights."""
+    """Parameters of these shapes: biases of zero, scales of one, and random weights."""
 
     def draw(seed: int, path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path)
@@ -103,7 +103,7 @@ def add(name: str, make: Any, adapted: str = "w", dense: bool = False) -> None:
     LAYERS.append(Layer(name, make, adapted, dense))
 
 
-# Products written by hand.
+# Hand-written products.
 add("matmul", plain(lambda p, x: x @ p["w"], (6, 5), (2, 4, 6)))
 add("transposed", plain(lambda p, x: x @ p["w"].T, (5, 6), (2, 4, 6)))
 add("matrix_first", plain(lambda p, x: p["w"] @ x, (5, 6), (6, 4)))
@@ -214,7 +214,7 @@ def looked_up_rows_joined(dtype: Any) -> Any:
     return fn, params, (jax.device_put(np.array([[0, 6, 5, 1], [3, 7, 2, 2]], np.int32)),)
 
 
-# Inside other programs.
+# Weights in inner programs.
 add("in_jit", plain(lambda p, x: jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x), (6, 5), (4, 6)))
 add(
     "in_cond",
@@ -309,7 +309,7 @@ def in_custom_vjp(dtype: Any, factor: float = 2) -> Any:
 
     def backward(saved: Any, dy: jax.Array) -> Any:
         w, x = saved
-        # Twice the true gradient of w: a rule of its own must survive.
+        # Twice the true gradient of w: a custom rule must be kept.
         return factor * jnp.einsum("btf,btd->df", dy, x), jnp.einsum("btf,df->btd", dy, w)
 
     product.defvjp(forward, backward)
@@ -572,7 +572,7 @@ add("nnx_scan", nnx_layer(NnxStack, (4, 6)), "kernel")
 add("nnx_blocks", nnx_layer(NnxBlocks, (3, 4, 6)), "kernel")
 
 
-# Whole trees and programs.
+# Complete trees and programs.
 @layer(adapted="^(0/lin/~/w|1)$")
 def odd_keys(dtype: Any) -> Any:
     params = [{"lin/~": {"w": weight((6, 5), dtype)}}, weight((5, 3), dtype)]
@@ -581,7 +581,7 @@ def odd_keys(dtype: Any) -> Any:
 
 @layer()
 def generate(dtype: Any) -> Any:
-    """Prefill, then a loop that decodes with the same tied table, as generate does."""
+    """Prefill, then a decoding loop with the same tied embedding, as in generate."""
 
     def forward(p: Any, tokens: jax.Array) -> Any:
         prefill = jnp.take(p["w"], tokens, axis=0).sum(1)
@@ -589,7 +589,7 @@ def generate(dtype: Any) -> Any:
         def step(state: Any) -> Any:
             i, hidden, _ = state
             logits = hidden @ p["w"].T
-            # Not the likeliest token: a tie in bfloat16 would make another text.
+            # Not the argmax of the logits, because a tie in bfloat16 would change the text.
             following = (jnp.argmin(tokens, -1) + i) % 7
             return i + 1, jnp.tanh(hidden + p["w"][following]), logits
 

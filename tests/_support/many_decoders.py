@@ -27,7 +27,7 @@ class Setting:
 
     @property
     def like(self) -> Any:
-        """The adapter of the highest rank."""
+        """Adapter of the highest rank."""
         return self.adapters["c"]
 
     def bank(self, slots: int = 4, **options: Any) -> multi_lora.AdapterBank:
@@ -43,26 +43,26 @@ class Setting:
 
     @functools.cached_property
     def shared(self) -> multi_lora.AdapterBank:
-        """A bank with all adapters, compiled once for all tests, which leave it as it is."""
+        """Bank with all adapters, compiled once for all tests, which must not change it."""
         return self.filled()
 
     @functools.cached_property
     def alone(self) -> Any:
-        """The compiled forward with one adapter for all rows."""
+        """Compiled forward function with one adapter for the batch."""
         return jax.jit(self.lora.apply)
 
     @functools.cached_property
     def bare(self) -> Any:
-        """The compiled forward of the base."""
+        """Compiled forward function of the base."""
         return jax.jit(self.model.apply)
 
     def tokens(self, rows: int, length: int, seed: int = 5) -> np.ndarray:
-        """Random ones."""
+        """Random tokens."""
         random = np.random.default_rng(seed)
         return random.integers(0, self.model.config.vocab_size, (rows, length), np.int32)
 
     def expected(self, names: list[str | None], tokens: np.ndarray) -> np.ndarray:
-        """Every row computed with its own adapter on its own."""
+        """Outputs of single calls, one per example with its adapter."""
         rows = [
             self.bare(self.params, row[None])
             if name is None
@@ -78,9 +78,9 @@ def setting(scanned: bool, dtype: str) -> Setting:
     tokens = np.zeros((1, 2), np.int32)
     adapters = {}
     for number, name in enumerate("abc"):
-        # Ranks, scales and targets differ, so that neither padding nor a missing weight can pass.
+        # Ranks, scales and targets differ, so that errors in padding or targets are found.
         targets = r"attention/(q|v)/kernel" if name == "b" else TARGETS
         config = jlora.LoRA(rank=number + 1, alpha=2.0 + number, use_rslora=number == 1)
-        own = jlora.lora_transform(model.apply, {targets: config})
-        adapters[name] = moved(own.init(jax.random.key(number), params, tokens), number)
+        lora = jlora.lora_transform(model.apply, {targets: config})
+        adapters[name] = moved(lora.init(jax.random.key(number), params, tokens), number)
     return Setting(model, params, jlora.lora_transform(model.apply), adapters)

@@ -1,6 +1,6 @@
-"""A model of every kind of weight, and its gradients written out in NumPy, float64.
+"""A model with every kind of weight, and its gradients derived by hand in NumPy float64.
 
-Lengths differ everywhere: 6 inputs, 5 wide, 3 experts, 4 and 2 x 7 outputs.
+All axis lengths differ: 6 inputs, width 5, 3 experts, 4 and 2 x 7 outputs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ GAINS = np.array([1.0, 2.0, -0.5])
 
 
 def _for_each(h: Any, numpy: Any) -> Any:
-    """What each expert meets, (rows, 4, 3, 5)."""
+    """Inputs of the experts, (batch, 4, 3, 5)."""
     return numpy.stack([h * gain for gain in GAINS], 2)
 
 
 def model(params: Any, batch: Any) -> jax.Array:
-    """(rows, 4, 3, 2, 7): a plain weight, a scanned stack, experts along the last axis, two axes of
-    outputs; and an embedding and a bias, which LoRA leaves alone.
+    """Output, (batch, 4, 3, 2, 7).
+
+    The weights are a matrix, a scanned stack, experts along the last axis, and a weight with two
+    output axes; also an embedding and a bias, which LoRA does not adapt.
     """
     x = batch["x"] + params["embed"][batch["tokens"]]
     h = jnp.tanh(x @ params["first"] + params["bias"])
@@ -34,7 +36,7 @@ def model(params: Any, batch: Any) -> jax.Array:
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
-    """Half of the mean over rows of summed squares."""
+    """Half the mean over the batch of summed squares."""
     return jnp.mean(jnp.sum((model(params, batch) - 1) ** 2, axis=(1, 2, 3, 4))) / 2
 
 
@@ -52,18 +54,18 @@ def params(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     return {n: (jax.random.normal(k, s) / 2).astype(dtype) for (n, s), k in drawn}
 
 
-def batches(*rows: int) -> list[dict[str, jax.Array]]:
-    """A batch of so many rows each."""
-    found = []
-    for number, count in enumerate(rows):
-        one, two = jax.random.split(jax.random.key(number + 1))
-        tokens = jax.random.randint(two, (count, 4), 0, 9)
-        found.append({"x": jax.random.normal(one, (count, 4, 6)), "tokens": tokens})
-    return found
+def batches(*sizes: int) -> list[dict[str, jax.Array]]:
+    """Batches of these sizes."""
+    result = []
+    for number, count in enumerate(sizes):
+        x_key, token_key = jax.random.split(jax.random.key(number + 1))
+        tokens = jax.random.randint(token_key, (count, 4), 0, 9)
+        result.append({"x": jax.random.normal(x_key, (count, 4, 6)), "tokens": tokens})
+    return result
 
 
 def inputs(params: Any, batch: Any) -> dict[str, np.ndarray]:
-    """What each weight meets, (its matrices, inputs, fan_in)."""
+    """Inputs of each weight, (matrices, inputs, fan_in)."""
     p = {name: np.float64(value) for name, value in params.items()}
     x = np.float64(batch["x"]) + p["embed"][np.asarray(batch["tokens"])]
     h = [np.tanh(x @ p["first"] + p["bias"])]
@@ -76,7 +78,7 @@ def inputs(params: Any, batch: Any) -> dict[str, np.ndarray]:
 
 
 def gradients(params: Any, batch: Any) -> dict[str, np.ndarray]:
-    """Of the loss, by hand."""
+    """Gradients of the loss, derived by hand."""
     p = {name: np.float64(value) for name, value in params.items()}
     rows = len(batch["x"])
     x = np.float64(batch["x"]) + p["embed"][np.asarray(batch["tokens"])]
@@ -87,7 +89,7 @@ def gradients(params: Any, batch: Any) -> dict[str, np.ndarray]:
     z = np.einsum("rted,dfe->rtef", each, p["experts"])
     dy = (np.einsum("rtef,fhk->rtehk", z, p["out"]) - 1) / rows
     dz = np.einsum("rtehk,fhk->rtef", dy, p["out"])
-    found = {
+    grads = {
         "out": np.einsum("rtef,rtehk->fhk", z, dy),
         "experts": np.einsum("rted,rtef->dfe", each, dz),
     }
@@ -97,13 +99,13 @@ def gradients(params: Any, batch: Any) -> dict[str, np.ndarray]:
         dpre = dh * (1 - h[number + 1] ** 2)
         layers.append(np.einsum("rtf,rtd->fd", dpre, h[number]))
         dh = dpre @ p["layers"][number]
-    found["layers"] = np.stack(layers[::-1])
-    found["first"] = np.einsum("rtd,rtf->df", x, dh * (1 - h[0] ** 2))
-    return found
+    grads["layers"] = np.stack(layers[::-1])
+    grads["first"] = np.einsum("rtd,rtf->df", x, dh * (1 - h[0] ** 2))
+    return grads
 
 
 def by_matrix(name: str, array: Any) -> np.ndarray:
-    """An array laid out like a weight, its matrices first."""
+    """Moves the axis of the matrices of a weight to the front."""
     array = np.float64(array)
     if name == "experts":
         return np.moveaxis(array, -1, 0)

@@ -1,4 +1,7 @@
-"""One 4-layer transformer in Linen, in Linen scanned and in NNX, split at its embedded tokens."""
+"""A 4-layer transformer in Linen, scanned Linen and NNX, also callable on embedded tokens.
+
+Parameters are shapes: the tests compile programs and do not run them.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,19 @@ TOKENS = jax.device_put(np.arange(2 * 24, dtype=np.int32).reshape(2, 24))
 
 
 class Transformer(NamedTuple):
-    """A forward function of tokens, the same from embedded tokens on, and its parameters."""
+    """A transformer.
+
+    Attributes:
+        forward: Function of parameters and tokens.
+        body: Function of parameters and embedded tokens.
+        params: Shapes of the parameters.
+        adapted: Pattern of every kernel and the embedding, so that gradients reach the bottom.
+    """
 
     forward: Callable[..., jax.Array]
     body: Callable[..., jax.Array]
     params: Any
-    adapted: str  # Every kernel and the embedding, so that gradients reach the bottom.
+    adapted: str
 
 
 class Block(nn.Module):
@@ -90,11 +100,11 @@ class Nnx(nnx.Module):
 def make(kind: str) -> Transformer:
     """The transformer as `"linen"`, `"scanned"` or `"nnx"`."""
     if kind == "nnx":
-        module = Nnx(nnx.Rngs(0))
+        module = nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))
         forward, params = jlora.from_nnx(module)
         body, _ = jlora.from_nnx(module, method="body")
     else:
         model = Linen(scanned=kind == "scanned")
-        forward, params = model.apply, model.init(jax.random.key(0), TOKENS)
+        forward, params = model.apply, jax.eval_shape(model.init, jax.random.key(0), TOKENS)
         body = lambda params, x: model.apply(params, x, method="body")
     return Transformer(forward, body, params, "embedding|kernel")

@@ -1,4 +1,4 @@
-"""Decoders of any size and a training step of LoRA on them, for tests of meshes and plans."""
+"""Decoders of any size and their LoRA training step, for tests of meshes and plans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jlora.models.decoder_config import DecoderConfig, LayerKind
 from jlora.models.rope import rope_from_config
 from jlora.training import sharding
 
-# Axis sizes that differ everywhere; 8 rows and a width of 16 can be split over 8 devices.
+# All axis sizes differ; a batch of 8 and a width of 16 can be sharded over 8 devices.
 TINY = {
     "vocab_size": 48,
     "hidden_size": 16,
@@ -28,7 +28,7 @@ TINY = {
 
 
 def decoder(size: dict[str, int] = TINY, **fields: Any) -> Decoder:
-    """A decoder of Llama's kind."""
+    """A Llama decoder."""
     dim = size["head_dim"]
     kind = LayerKind(
         rope=rope_from_config({"rope_theta": 5e5}, head_dim=dim, max_position_embeddings=8192)
@@ -44,9 +44,9 @@ def decoder(size: dict[str, int] = TINY, **fields: Any) -> Decoder:
 
 
 class Step(NamedTuple):
-    """A step of training, and what it is called with, as shapes and where they lie."""
+    """A training step, and the shapes and shardings of its arguments."""
 
-    run: Any  # Jitted; donates the adapter and the optimizer's state.
+    run: Any  # Jitted; donates the adapter and the optimizer state.
     weights: Any
     adapter: Any
     optimizer: Any
@@ -74,7 +74,7 @@ def transform(model: Decoder, rules: Any, chunks: int = 8) -> jlora.LoraTransfor
 def step(
     model: Decoder, mesh: Any, *, rows: int, length: int, rank: int, dtype: Any, chunks: int = 8
 ) -> Step:
-    """A step without one array allocated: LoRA on every kernel of the layers, and AdamW."""
+    """A step of AdamW with LoRA on every kernel of the layers, without allocated arrays."""
     lora = transform(model, {"layers.*kernel": jlora.LoRA(rank=rank, alpha=2 * rank)}, chunks)
     optimizer = optax.adamw(1e-4)
     sharding.check_batch_size(mesh, rows)
@@ -91,19 +91,21 @@ def step(
         updates, state = optimizer.update(gradient, state, adapter)
         return optax.apply_updates(adapter, updates), state, loss
 
-    of_weights = sharding.weight_specs(model, token)
-    of_adapter = sharding.adapter_specs(adapter, of_weights)
-    of_state = sharding.opt_state_specs(state, adapter, of_adapter)
-    placed = jax.tree.map(lambda _: sharding.make_batch_sharding(mesh), batch)
+    weight_specs = sharding.weight_specs(model, token)
+    adapter_specs = sharding.adapter_specs(adapter, weight_specs)
+    state_specs = sharding.opt_state_specs(state, adapter, adapter_specs)
+    batch_shardings = jax.tree.map(lambda _: sharding.make_batch_sharding(mesh), batch)
     shardings = [
-        sharding.make_tree_shardings(mesh, weights, of_weights),
-        sharding.make_tree_shardings(mesh, adapter, of_adapter),
-        sharding.make_tree_shardings(mesh, state, of_state),
-        placed,
+        sharding.make_tree_shardings(mesh, weights, weight_specs),
+        sharding.make_tree_shardings(mesh, adapter, adapter_specs),
+        sharding.make_tree_shardings(mesh, state, state_specs),
+        batch_shardings,
     ]
     arguments = [
-        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
-        for tree, where in zip((weights, adapter, state, batch), shardings, strict=True)
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, tree_shardings
+        )
+        for tree, tree_shardings in zip((weights, adapter, state, batch), shardings, strict=True)
     ]
     jitted = jax.jit(run, donate_argnums=(1, 2), out_shardings=(*shardings[1:3], None))
     return Step(jitted, *arguments)

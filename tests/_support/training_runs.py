@@ -1,4 +1,4 @@
-"""Runs of recipes in tests, and what they leave."""
+"""Runs of recipes in tests, and their outputs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from jlora.training.metrics import read_metrics
 from jlora.training.train import TrainResult, train
 
 
-def run(raw: dict[str, Any], *, devices: int = 1, **options: Any) -> TrainResult:
-    return train(recipe.validate(raw), quiet=True, devices=jax.devices()[:devices], **options)
+def run(
+    raw: dict[str, Any], *, devices: int = 1, quiet: bool = True, **options: Any
+) -> TrainResult:
+    chosen = jax.devices()[:devices]
+    return train(recipe.validate(raw), quiet=quiet, devices=chosen, **options)
 
 
 def output(raw: dict[str, Any]) -> pathlib.Path:
@@ -25,7 +28,7 @@ def output(raw: dict[str, Any]) -> pathlib.Path:
 
 
 def measured(raw: dict[str, Any]) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without what a clock says."""
+    """The lines of metrics.jsonl without the times."""
     lines = read_metrics(output(raw) / "metrics.jsonl")
     return [{name: line[name] for name in line if name != "seconds"} for line in lines]
 

@@ -1,5 +1,4 @@
-"""Families without an oracle, and those with more than a formula, against the papers' equations in
-NumPy."""
+"""Adapter methods against the equations of their papers, written in NumPy."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ import jlora
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(6, 5)).astype(np.float32)
 X = RNG.normal(size=(4, 6)).astype(np.float32)
-# float32 against float64: sums of at most 30 products of numbers near one.
+# float32 against float64: sums of at most 30 products of values near one.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def made(config: Any, w: np.ndarray = W, x: np.ndarray = X) -> tuple[Any, Any, Any]:
-    """A transform of one product, its parameters, and an adapter off zero."""
+def build(config: Any, w: np.ndarray = W, x: np.ndarray = X) -> tuple[Any, Any, Any]:
+    """A transform of one product, its parameters, and an adapter moved off zero."""
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], {"w": config})
     params = {"w": jax.device_put(w)}
     return lora, params, moved(lora.init(jax.random.key(0), params, x))
@@ -40,8 +39,8 @@ def float64(*arrays: Any) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.adamw(0.1, weight_decay=0.3)])
-def test_lora_plus_is_the_optimizer_with_a_learning_rate_for_b(inner: Any) -> None:
-    _, _, adapter = made(jlora.LoRA(rank=2, alpha=3))
+def test_lora_optimizer_lr_multiplier_scales_b(inner: Any) -> None:
+    _, _, adapter = build(jlora.LoRA(rank=2, alpha=3))
     gradient = jax.tree.map(jnp.sin, adapter)
     plain, plus = jlora.lora_optimizer(inner), jlora.lora_optimizer(inner, lr_multipliers={"b": 16})
     expected, _ = plain.update(gradient, plain.init(adapter), adapter)
@@ -50,44 +49,44 @@ def test_lora_plus_is_the_optimizer_with_a_learning_rate_for_b(inner: Any) -> No
     np.testing.assert_array_equal(updates["w"].b, 16 * expected["w"].b)
 
 
-def test_ratios_that_mean_nothing_are_refused() -> None:
-    _, _, adapter = made(jlora.LoRA(rank=2, alpha=3))
-    with pytest.raises(ValueError, match=r"ratios for \['magnitude'\].*\['a', 'b'\]"):
+def test_lora_optimizer_invalid_multiplier_raises() -> None:
+    _, _, adapter = build(jlora.LoRA(rank=2, alpha=3))
+    with pytest.raises(ValueError, match=r"lr_multipliers must.*\['a', 'b'\], got \['magnitude'\]"):
         jlora.lora_optimizer(optax.sgd(0.1), lr_multipliers={"magnitude": 2}).init(adapter)
-    with pytest.raises(ValueError, match=r"ratios\['b'\]=0 is no multiple"):
+    with pytest.raises(ValueError, match=r"lr_multipliers\['b'\] must be positive, got 0"):
         jlora.lora_optimizer(optax.sgd(0.1), lr_multipliers={"b": 0})
-    with pytest.raises(TypeError, match="ratios and a mapping"):
+    with pytest.raises(TypeError, match="lr_multipliers and a mapping"):
         jlora.lora_optimizer({"a": optax.sgd(0.1)}, lr_multipliers={"b": 2})
 
 
 # --- LoRA-FA -------------------------------------------------------------------------------------
 
 
-def test_lora_fa_keeps_no_input_of_a_layer_for_the_backward_pass() -> None:
+def test_lora_fa_backward_saves_no_layer_input() -> None:
     depth, tokens, width, rank = 5, 32, 16, 2
 
     def model(params: Any, x: jax.Array) -> jax.Array:
         for w in params:
-            # A step function has no derivative to keep x for, so only the adapter would.
+            # A step function has no derivative, so only the adapter can need x.
             x = x @ w + lax.stop_gradient(jnp.sign(x))
         return x
 
     params = [jnp.ones((width, width)) for _ in range(depth)]
     x = jnp.ones((tokens, width))
 
-    def kept(config: Any) -> list[tuple[int, ...]]:
-        """The shapes of what the backward pass keeps of the tokens."""
+    def saved_arrays(config: Any) -> list[tuple[int, ...]]:
+        """The shapes of the arrays with a token axis that the backward pass saves."""
         lora = jlora.lora_transform(model, config)
         adapter = lora.init(jax.random.key(0), params, x)
         _, pull_back = jax.vjp(lambda adapter: lora.apply(params, adapter, x), adapter)
         return sorted(leaf.shape for leaf in jax.tree.leaves(pull_back) if tokens in leaf.shape)
 
     ranks = [(tokens, rank)] * depth
-    assert kept(jlora.LoRA(rank=rank, alpha=4)) == ranks + [(tokens, width)] * depth
-    assert kept(jlora.LoRAFA(rank=rank, alpha=4)) == ranks
+    assert saved_arrays(jlora.LoRA(rank=rank, alpha=4)) == ranks + [(tokens, width)] * depth
+    assert saved_arrays(jlora.LoRAFA(rank=rank, alpha=4)) == ranks
 
 
-def test_lora_fa_draws_a_for_embeddings_too() -> None:
+def test_lora_fa_embedding_has_random_a() -> None:
     lora = jlora.lora_transform(lambda p, t: p["e"][t], {"e": jlora.LoRAFA(rank=2, alpha=1)})
     adapter = lora.init(jax.random.key(0), {"e": jnp.ones((7, 5))}, jnp.arange(3))
     assert np.any(adapter["e"].a)
@@ -98,9 +97,9 @@ def test_lora_fa_draws_a_for_embeddings_too() -> None:
 
 
 @pytest.mark.parametrize("through", [False, True])
-def test_doras_gradients_are_the_papers(through: bool) -> None:
+def test_dora_gradients_match_paper(through: bool) -> None:
     config = jlora.DoRA(rank=2, alpha=3, through_norm=through)
-    lora, params, adapter = made(config)
+    lora, params, adapter = build(config)
 
     def reference(arrays: Any) -> jax.Array:
         a, b, m = arrays
@@ -117,19 +116,21 @@ def test_doras_gradients_are_the_papers(through: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_doras_norm_from_the_factors_is_that_of_the_sum(dtype: str) -> None:
+def test_dora_weight_norm_matches_materialized(dtype: str) -> None:
     w = jax.device_put(W.astype(dtype))
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.DoRA(rank=2, alpha=3))
     leaf = moved(lora.init(jax.random.key(0), {"w": w}, X.astype(dtype)))["w"]
     a, b = float64(leaf.a, leaf.b)
     expected = np.linalg.norm(np.float64(w) + 1.5 * a @ b, axis=0)
     # In bfloat16 A is split in two parts of 8 bits.
-    np.testing.assert_allclose(leaf.norm(w)[0], expected, rtol=1e-6 if dtype == "float32" else 1e-4)
+    np.testing.assert_allclose(
+        leaf.weight_norm(w)[0], expected, rtol=1e-6 if dtype == "float32" else 1e-4
+    )
 
 
-def test_law_gains_at_and_near_zero_have_their_gradients() -> None:
-    """The gain's gradient is taken from the result, which a gain of zero makes zero."""
-    lora, params, adapter = made(jlora.DoRA(rank=2, alpha=3))
+def test_law_dora_gradients_exact_near_zero_gain() -> None:
+    """The gain's gradient is computed from the result, which is zero for a gain of zero."""
+    lora, params, adapter = build(jlora.DoRA(rank=2, alpha=3))
     magnitude = np.array(adapter["w"].magnitude)
     magnitude[[0, 1, 3]] = 0.0, 1e-30, -0.4
     adapter = {"w": dataclasses.replace(adapter["w"], magnitude=magnitude)}
@@ -150,8 +151,8 @@ def test_law_gains_at_and_near_zero_have_their_gradients() -> None:
     np.testing.assert_allclose(*forward, **FLOAT32)
 
 
-def test_law_a_gain_keeps_nothing_that_the_model_does_not_keep() -> None:
-    """In a scan, where what is kept is what the program says and no compiler mends it."""
+def test_law_dora_saves_no_extra_residuals() -> None:
+    """Tested in a scan, where the compiler cannot remove saved arrays."""
     layers, rows, width = 3, 64, 32
     x = jax.device_put(np.ones((rows, width), jnp.bfloat16))
     drawn = np.random.default_rng(0).normal(size=(layers, width, width))
@@ -160,7 +161,7 @@ def test_law_a_gain_keeps_nothing_that_the_model_does_not_keep() -> None:
     def forward(params: Any, x: jax.Array) -> jax.Array:
         return lax.scan(lambda x, w: (jax.nn.silu(x @ w), None), x, params["w"])[0]
 
-    def kept(config: Any) -> list[tuple[tuple[int, ...], str]]:
+    def saved_arrays(config: Any) -> list[tuple[tuple[int, ...], str]]:
         lora = jlora.lora_transform(forward, {"w": config})
         adapter = lora.init(jax.random.key(1), params, x)
         _, backward = jax.vjp(lambda adapter: lora.apply(params, adapter, x), adapter)
@@ -169,10 +170,10 @@ def test_law_a_gain_keeps_nothing_that_the_model_does_not_keep() -> None:
         ]
         return sorted((array.shape, str(array.dtype)) for array in arrays)
 
-    assert kept(jlora.DoRA(rank=2, alpha=2)) == kept(jlora.LoRA(rank=2, alpha=2))
+    assert saved_arrays(jlora.DoRA(rank=2, alpha=2)) == saved_arrays(jlora.LoRA(rank=2, alpha=2))
 
 
-def test_dora_from_pissa_starts_at_the_base_on_its_residual() -> None:
+def test_dora_pissa_on_residual_base_is_base() -> None:
     config = jlora.DoRA(rank=2, alpha=3, init=jlora.initializers.pissa())
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
     params = {"w": jax.device_put(W)}
@@ -184,9 +185,9 @@ def test_dora_from_pissa_starts_at_the_base_on_its_residual() -> None:
 # --- DyLoRA --------------------------------------------------------------------------------------
 
 
-def test_dylora_draws_one_rank_for_all_weights_and_masks_the_others() -> None:
+def test_dylora_step_equals_truncated_rank() -> None:
     config = jlora.DyLoRA(rank=4, alpha=3, min_rank=2)
-    lora, params, adapter = made(config)
+    lora, params, adapter = build(config)
     a, b, w, x = float64(adapter["w"].a, adapter["w"].b, W, X)
     truncated = {n: x @ (w + 3 / n * a[:, :n] @ b[:n]) for n in (2, 3, 4)}
     seen = set()
@@ -203,7 +204,7 @@ def test_dylora_draws_one_rank_for_all_weights_and_masks_the_others() -> None:
         np.testing.assert_allclose(plain.apply(params, short, X), truncated[n], **FLOAT32)
 
 
-def test_dyloras_layers_share_a_step_and_steps_differ() -> None:
+def test_dylora_layers_share_step_rank() -> None:
     fn = lambda p, x: jnp.stack([x @ p["u"], x @ p["v"]])
     params = {"u": jnp.zeros((6, 5)), "v": jnp.zeros((6, 5))}
     lora = jlora.lora_transform(fn, jlora.DyLoRA(rank=5, alpha=1))
@@ -217,8 +218,8 @@ def test_dyloras_layers_share_a_step_and_steps_differ() -> None:
     assert not np.array_equal(outputs[0], outputs[1]) or not np.array_equal(outputs[1], outputs[2])
 
 
-def test_dyloras_faster_variant_trains_the_last_rank_alone() -> None:
-    lora, params, adapter = made(jlora.DyLoRA(rank=4, alpha=3, last_only=True))
+def test_dylora_last_only_trains_last_rank() -> None:
+    lora, params, adapter = build(jlora.DyLoRA(rank=4, alpha=3, last_only=True))
     for seed in range(4):
         key = jax.random.key(seed)
         loss = lambda a, key=key: total(lora.apply(params, a, X, dropout_key=key))
@@ -227,11 +228,11 @@ def test_dyloras_faster_variant_trains_the_last_rank_alone() -> None:
         np.testing.assert_array_equal(np.abs(gradient.a).sum(0) > 0, np.abs(gradient.b).sum(1) > 0)
 
 
-def test_truncation_refuses_what_was_not_trained() -> None:
-    _, _, adapter = made(jlora.DyLoRA(rank=4, alpha=3, min_rank=2))
+def test_truncate_rank_untrained_raises() -> None:
+    _, _, adapter = build(jlora.DyLoRA(rank=4, alpha=3, min_rank=2))
     with pytest.raises(ValueError, match=r"rank=1 was not trained on 'w': its ranks are 2 to 4"):
         jlora.truncate_rank(adapter, 1)
-    _, _, plain = made(jlora.LoRA(rank=4, alpha=3))
+    _, _, plain = build(jlora.LoRA(rank=4, alpha=3))
     with pytest.raises(ValueError, match=r"no DyLoRA leaf.*jlora.to_lora"):
         jlora.truncate_rank(plain, 2)
 
@@ -239,8 +240,8 @@ def test_truncation_refuses_what_was_not_trained() -> None:
 # --- SoRA ----------------------------------------------------------------------------------------
 
 
-def test_soras_proximal_step_is_the_papers() -> None:
-    _, _, adapter = made(jlora.SoRA(rank=3, alpha=3))
+def test_soft_threshold_matches_paper() -> None:
+    _, _, adapter = build(jlora.SoRA(rank=3, alpha=3))
     gradient = jax.tree.map(jnp.cos, adapter)
     rate, strength = 0.1, 4.0
     optimizer = optax.chain(optax.sgd(rate), jlora.soft_threshold(rate * strength))
@@ -254,18 +255,18 @@ def test_soras_proximal_step_is_the_papers() -> None:
     np.testing.assert_allclose(after.a, adapter["w"].a - rate * gradient["w"].a, **FLOAT32)
 
 
-def test_the_threshold_may_be_a_schedule_and_needs_gates() -> None:
-    _, _, adapter = made(jlora.SoRA(rank=3, alpha=3))
+def test_soft_threshold_schedule_and_errors() -> None:
+    _, _, adapter = build(jlora.SoRA(rank=3, alpha=3))
     shrink = jlora.soft_threshold(lambda step: jnp.where(step == 0, 0.0, 100.0))
     zero = jax.tree.map(jnp.zeros_like, adapter)
     first, state = shrink.update(zero, shrink.init(adapter), adapter)
     np.testing.assert_array_equal(first["w"].gate, 0)
     second, _ = shrink.update(zero, state, adapter)
     np.testing.assert_array_equal(second["w"].gate, -adapter["w"].gate)
-    _, _, plain = made(jlora.LoRA(rank=3, alpha=3))
-    with pytest.raises(ValueError, match=r"no array labelled 'gate'.*\['a', 'b'\]"):
+    _, _, plain = build(jlora.LoRA(rank=3, alpha=3))
+    with pytest.raises(ValueError, match=r"label='gate' must be.*got \['a', 'b'\]"):
         jlora.soft_threshold(0.1).init(plain)
-    with pytest.raises(ValueError, match=r"threshold=-1"):
+    with pytest.raises(ValueError, match=r"threshold must be 0.0 or more, got -1"):
         jlora.soft_threshold(-1)
     mapped = jlora.lora_optimizer(
         {"a": optax.sgd(0.1), "b": optax.sgd(0.1), "gate": jlora.soft_threshold(100.0)}
@@ -276,7 +277,7 @@ def test_the_threshold_may_be_a_schedule_and_needs_gates() -> None:
 
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan"])
 @pytest.mark.parametrize("family", ["sora", "adalora"])
-def test_pruning_changes_nothing_but_the_rank(family: str, layer: str) -> None:
+def test_prune_ranks_preserves_outputs(family: str, layer: str) -> None:
     one = case(layer, "float32", family)
     name = "gate" if family == "sora" else "s"
 
@@ -296,7 +297,7 @@ def test_pruning_changes_nothing_but_the_rank(family: str, layer: str) -> None:
     assert jlora.prune_ranks(closed) == {}
 
 
-def test_stacked_layers_of_different_ranks_are_pruned_to_the_largest() -> None:
+def test_prune_ranks_stack_has_largest_rank() -> None:
     one = case("linen_scan", "float32", "sora")
     path = next(iter(one.adapter))
     gates = np.array([[0.0, 0.5], [0.0, 0.0], [0.7, 0.0]], np.float32)
@@ -310,7 +311,7 @@ def test_stacked_layers_of_different_ranks_are_pruned_to_the_largest() -> None:
 # --- AdaLoRA -------------------------------------------------------------------------------------
 
 
-def test_adaloras_budget_is_the_papers_algorithm() -> None:
+def test_adalora_rank_allocator_matches_paper() -> None:
     settings = {"total_steps": 12, "warmup_steps": 3, "final_steps": 2, "interval": 2}
     target, beta1, beta2, rate = 1, 0.8, 0.7, 0.05
     params = {"u": np.ones((6, 5), np.float32), "v": np.ones((2, 6, 4), np.float32)}
@@ -353,7 +354,7 @@ def test_adaloras_budget_is_the_papers_algorithm() -> None:
             scores[path] = s["s"] + s["a"].mean(-2) + s["b"].mean(-1)
             for n in "asb":
                 ours[path][n] = ours[path][n] - rate * np.float64(getattr(gradient[path], n))
-        # Equation 12 and the choice.
+        # Equation 12, and the selection of the ranks.
         left = (1 - (step - 3) / (12 - 3 - 2)) ** 3 if 3 <= step <= 10 else float(step < 3)
         budget = round(last_count + (total_count - last_count) * left)
         if 3 < step <= 10 and (step % 2 == 0 or step == 10):
@@ -381,38 +382,40 @@ def test_adaloras_budget_is_the_papers_algorithm() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_rank": 0}, "target_rank=0 leaves no direction"),
-        ({"warmup_steps": 10}, "leave no step"),
+        ({"target_rank": 0}, "target_rank must be positive, got 0"),
+        ({"warmup_steps": 10}, "leaves no step"),
         ({"interval": 0}, "interval must be 1"),
     ],
 )
-def test_a_budget_that_does_not_fit_is_refused(changes: Any, message: str) -> None:
+def test_adalora_rank_allocator_invalid_raises(changes: Any, message: str) -> None:
     fits = {"target_rank": 1, "total_steps": 10, "warmup_steps": 1, "final_steps": 1}
     with pytest.raises(ValueError, match=message):
         jlora.adalora_rank_allocator(optax.sgd(0.1), **{**fits, **changes})
     optimizer = jlora.adalora_rank_allocator(optax.sgd(0.1), **fits)
-    with pytest.raises(ValueError, match=r"no AdaLoRA leaf.*jlora.AdaLoRA"):
-        optimizer.init(made(jlora.LoRA(rank=2, alpha=1))[2])
-    with pytest.raises(ValueError, match=r"target_rank=9 exceeds the adapter's rank of 2"):
+    with pytest.raises(ValueError, match=r"needs an AdaLoRA leaf.*jlora.AdaLoRA"):
+        optimizer.init(build(jlora.LoRA(rank=2, alpha=1))[2])
+    with pytest.raises(
+        ValueError, match=r"target_rank=9 must be at most the adapter's rank, got 2"
+    ):
         jlora.adalora_rank_allocator(optax.sgd(0.1), **{**fits, "target_rank": 9}).init(
-            made(jlora.AdaLoRA(rank=2, alpha=1))[2]
+            build(jlora.AdaLoRA(rank=2, alpha=1))[2]
         )
 
 
-def test_the_orthogonality_penalty_is_the_papers() -> None:
-    _, _, adapter = made(jlora.AdaLoRA(rank=3, alpha=3))
+def test_orthogonal_regularizer_matches_paper() -> None:
+    _, _, adapter = build(jlora.AdaLoRA(rank=3, alpha=3))
     a, b = float64(adapter["w"].a, adapter["w"].b)
     expected = ((a.T @ a - np.eye(3)) ** 2).sum() + ((b @ b.T - np.eye(3)) ** 2).sum()
     np.testing.assert_allclose(
         jlora.orthogonal_regularizer({"adapter": adapter}), expected, rtol=1e-5
     )
-    with pytest.raises(ValueError, match="no AdaLoRA leaf"):
-        jlora.orthogonal_regularizer(made(jlora.LoRA(rank=2, alpha=1))[2])
+    with pytest.raises(ValueError, match="needs an AdaLoRA leaf"):
+        jlora.orthogonal_regularizer(build(jlora.LoRA(rank=2, alpha=1))[2])
 
 
-def test_the_overlap_of_adapters_is_that_of_their_inputs() -> None:
-    _, _, one = made(jlora.LoRA(rank=3, alpha=3))
-    other = moved(made(jlora.LoRA(rank=2, alpha=3))[2], 7)
+def test_subspace_overlap_matches_inputs() -> None:
+    _, _, one = build(jlora.LoRA(rank=3, alpha=3))
+    other = moved(build(jlora.LoRA(rank=2, alpha=3))[2], 7)
     a, b = float64(one["w"].a, other["w"].a)
     np.testing.assert_allclose(
         jlora.subspace_overlap(one, other), ((a.T @ b) ** 2).sum(), rtol=1e-5
@@ -422,12 +425,12 @@ def test_the_overlap_of_adapters_is_that_of_their_inputs() -> None:
     )
     gradient = jax.grad(lambda other: jlora.subspace_overlap(one, other))(other)
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
-    with pytest.raises(ValueError, match="adapts none of the 1 weights"):
+    with pytest.raises(ValueError, match="must share a LoRA weight.*none of its 1 weights"):
         jlora.subspace_overlap(one, {"x": other["w"]})
 
 
-def test_decay_is_meant_for_factors_alone() -> None:
-    _, _, adapter = made(jlora.DoRA(rank=2, alpha=3))
+def test_weight_decay_mask_selects_factors() -> None:
+    _, _, adapter = build(jlora.DoRA(rank=2, alpha=3))
     mask = jlora.weight_decay_mask(adapter)["w"]
     assert (mask.a, mask.b, mask.magnitude) == (True, True, False)
     zero = jax.tree.map(jnp.zeros_like, adapter)
@@ -438,11 +441,11 @@ def test_decay_is_meant_for_factors_alone() -> None:
         np.testing.assert_array_equal(updates["w"].magnitude, 0)
 
 
-# --- the mixture ---------------------------------------------------------------------------------
+# --- LoRAMoE -------------------------------------------------------------------------------------
 
 
 def gates(x: np.ndarray, router: np.ndarray, top_k: int) -> tuple[np.ndarray, float]:
-    """Mixtral's gate and Switch's loss, written out."""
+    """Mixtral's gate and the load-balancing loss of Switch Transformers, in NumPy."""
     scores = x @ router
     weights = np.zeros_like(scores)
     for row, score in enumerate(scores):
@@ -454,8 +457,8 @@ def gates(x: np.ndarray, router: np.ndarray, top_k: int) -> tuple[np.ndarray, fl
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_the_mixture_is_its_equation_and_so_is_its_balance(top_k: int) -> None:
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=2, alpha=3, top_k=top_k))
+def test_lora_moe_matches_equation_and_aux_loss(top_k: int) -> None:
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=2, alpha=3, top_k=top_k))
     a, b, router, w, x = float64(adapter["w"].a, adapter["w"].b, adapter["w"].router, W, X)
     weights, balance = gates(x, router, top_k)
     updates = np.einsum("ti,eir,ero->teo", x, a, b)
@@ -466,9 +469,9 @@ def test_the_mixture_is_its_equation_and_so_is_its_balance(top_k: int) -> None:
     np.testing.assert_array_equal(lora.apply(params, adapter, X), output)
 
 
-def test_balance_is_one_where_experts_are_used_alike_and_trains_the_router() -> None:
+def test_aux_loss_is_one_when_balanced() -> None:
     x = np.eye(6, dtype=np.float32)
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=1, alpha=1, top_k=1), x=x)
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=1, alpha=1, top_k=1), x=x)
     router = np.tile(np.eye(3, dtype=np.float32), (2, 1))
     alike = {"w": dataclasses.replace(adapter["w"], router=router)}
     run = jax.jit(jax.value_and_grad(lambda a: lora.apply_with_aux_loss(params, a, x)[1]))
@@ -477,19 +480,21 @@ def test_balance_is_one_where_experts_are_used_alike_and_trains_the_router() -> 
     worse, gradient = run({"w": dataclasses.replace(adapter["w"], router=further)})
     assert worse > 1.5
     gradient = gradient["w"]
-    assert (gradient.router[:, 0] > 0).all()  # Less of the expert that everyone uses.
+    assert (
+        gradient.router[:, 0] > 0
+    ).all()  # Decreases the score of the expert that all inputs use.
     np.testing.assert_array_equal(gradient.a, 0)
 
 
-def test_equal_scores_keep_no_more_than_top_k() -> None:
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
+def test_lora_moe_ties_use_only_top_k() -> None:
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
     leaf = dataclasses.replace(adapter["w"], router=np.zeros((6, 3), np.float32))
     updates = np.einsum("ti,eir,ero->teo", X, leaf.a, leaf.b)
     output = lora.apply(params, {"w": leaf}, X)
     np.testing.assert_allclose(output, X @ W + (updates[:, 0] + updates[:, 1]) / 2, **FLOAT32)
 
 
-def balance_of(fn: Any, params: Any, x: Any) -> float:
+def aux_loss_of(fn: Any, params: Any, x: Any) -> float:
     lora = jlora.lora_transform(fn, {"w": jlora.LoRAMoE(num_experts=3, rank=2, alpha=3)})
     adapter = moved(lora.init(jax.random.key(0), params, x))
 
@@ -503,7 +508,7 @@ def balance_of(fn: Any, params: Any, x: Any) -> float:
     return float(loss)
 
 
-def test_balance_comes_out_of_every_program_that_holds_a_mixture() -> None:
+def test_aux_loss_same_in_all_control_flow() -> None:
     layers = jax.device_put(RNG.normal(size=(3, 6, 6)).astype(np.float32))
     x = jax.device_put(X)
 
@@ -531,31 +536,31 @@ def test_balance_comes_out_of_every_program_that_holds_a_mixture() -> None:
         )  # fmt: skip
         return run(p, x)
 
-    expected = balance_of(unrolled, {"w": layers}, x)
+    expected = aux_loss_of(unrolled, {"w": layers}, x)
     assert expected > 2  # Three mixtures, each near one.
     for fn in (scanned, in_cond, mapped, jax.jit(unrolled)):
-        np.testing.assert_allclose(balance_of(fn, {"w": layers}, x), expected, rtol=1e-5)
+        np.testing.assert_allclose(aux_loss_of(fn, {"w": layers}, x), expected, rtol=1e-5)
 
 
-def test_without_a_mixture_the_balance_is_zero() -> None:
+def test_aux_loss_without_moe_is_zero() -> None:
     one = case("linen_scan_remat", "float32")
     output, loss = one.lora.apply_with_aux_loss(one.params, one.adapter, *one.inputs)
     assert loss == 0
     np.testing.assert_allclose(output, one.output, **FLOAT32)
 
 
-def test_a_mixture_is_refused_where_no_input_is_known() -> None:
+def test_lora_moe_without_known_input_raises() -> None:
     config = jlora.LoRAMoE(num_experts=3, rank=2, alpha=3)
-    for name, message in (("weight_norm", "dense sum is needed"), ("ragged_experts", "already")):
+    for name, message in (("weight_norm", "is materialized"), ("ragged_experts", "already routed")):
         fn, params, inputs = BY_NAME[name].make(jnp.float32)
         with pytest.raises(ValueError, match=message):
             jlora.lora_transform(fn, {"w": config}).init(jax.random.key(0), params, *inputs)
     fn, params, inputs = BY_NAME["in_custom_vjp"].make(jnp.float32)
     lora = jlora.lora_transform(fn, {"w": config})
     adapter = lora.init(jax.random.key(0), params, *inputs)
-    with pytest.raises(ValueError, match="derivative of its own"):
+    with pytest.raises(ValueError, match="custom derivative"):
         lora.apply(params, adapter, *inputs)
-    assert "refused: The mixture on 'w'" in str(lora.explain(params, *inputs))
+    assert "refused: LoRAMoE on 'w'" in str(lora.explain(params, *inputs))
 
 
 # --- dropout -------------------------------------------------------------------------------------
@@ -577,9 +582,9 @@ def test_a_mixture_is_refused_where_no_input_is_known() -> None:
     ids=lambda config: type(config).__name__,
 )
 @pytest.mark.filterwarnings("ignore:.*exceeds the weight's own rank")
-def test_dropout_acts_on_the_updates_input_alone_and_only_with_a_key(config: Any) -> None:
+def test_dropout_acts_on_update_input(config: Any) -> None:
     x = np.eye(6, dtype=np.float32)
-    lora, params, adapter = made(config, x=x)
+    lora, params, adapter = build(config, x=x)
     apply = jax.jit(lora.apply)
     whole = apply(params, adapter, x)
     plain = {p: dataclasses.replace(v) for p, v in adapter.items()}
@@ -587,7 +592,7 @@ def test_dropout_acts_on_the_updates_input_alone_and_only_with_a_key(config: Any
     drop = jax.jit(lambda key: lora.apply(params, adapter, x, dropout_key=key))
     outputs = np.stack([drop(jax.random.key(seed)) for seed in range(300)])
     assert not np.array_equal(outputs[0], outputs[1])
-    # Each row of the update is there doubled or not at all, so the mean is the whole: within 4
+    # Each row of the update is either doubled or zero, so the mean is the full update: within 4
     # standard errors of a coin's mean, 4 / sqrt(300).
     update = np.asarray(whole) - base_output(adapter, params, x)
     seen = outputs - base_output(adapter, params, x)
@@ -598,11 +603,11 @@ def test_dropout_acts_on_the_updates_input_alone_and_only_with_a_key(config: Any
 
 
 def base_output(adapter: Any, params: Any, x: np.ndarray) -> np.ndarray:
-    """What the base alone gives, with DoRA's gains on it."""
+    """The output of the base alone, with DoRA's gains on it."""
     leaf = adapter["w"]
     product = x @ np.asarray(params["w"])
     if hasattr(leaf, "magnitude"):
-        product = product * np.asarray(leaf.magnitude / leaf.norm(params["w"])[0])
+        product = product * np.asarray(leaf.magnitude / leaf.weight_norm(params["w"])[0])
     return product
 
 
@@ -610,7 +615,7 @@ def base_output(adapter: Any, params: Any, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", ["loha", "hira", "lokr", "vera"])
-def test_nothing_between_operands_is_larger_than_what_they_join(family: str) -> None:
+def test_contraction_intermediates_stay_small(family: str) -> None:
     tokens, fan_in, fan_out = 31, 24, 20
     configs = {
         "loha": jlora.LoHa(rank=3, alpha=1),
@@ -618,17 +623,17 @@ def test_nothing_between_operands_is_larger_than_what_they_join(family: str) -> 
         "lokr": jlora.LoKr(rank=1, alpha=1),
         "vera": jlora.VeRA(rank=3),
     }
-    lora, params, adapter = made(
+    lora, params, adapter = build(
         configs[family], np.ones((fan_in, fan_out), np.float32), np.ones((tokens, fan_in))
     )
     run = lambda a, x: lora.apply(params, a, x)
     jaxpr = jax.make_jaxpr(run)(adapter, jnp.ones((tokens, fan_in)))
     largest = max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
-    # One operand after the other would leave tokens x rank x outputs, or inputs x rank x outputs.
+    # In operand order the largest array has tokens x rank x outputs, or inputs x rank x outputs.
     assert largest <= tokens * fan_in
 
 
-def test_a_gain_that_differs_little_from_one_is_not_rounded_off_in_bfloat16() -> None:
+def test_dora_bfloat16_small_gain_is_kept() -> None:
     w = jax.device_put(RNG.normal(size=(16, 8)).astype(jnp.bfloat16))
     x = jax.device_put(RNG.normal(size=(500, 16)).astype(jnp.bfloat16))
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.DoRA(rank=2, alpha=1))
@@ -637,19 +642,19 @@ def test_a_gain_that_differs_little_from_one_is_not_rounded_off_in_bfloat16() ->
     # Half of bfloat16's spacing at one is 0.0039, so a gain in that type would still be one.
     moved = dataclasses.replace(leaf, magnitude=1.003 * leaf.magnitude)
     before, after = (np.float64(lora.apply({"w": w}, {"w": one}, x)) for one in (leaf, moved))
-    # Outputs move by a whole spacing or not at all; 4,000 of them by 0.003 on average.
+    # Outputs change by one spacing or not at all; 4,000 of them by 0.003 on average.
     ratio = (before * after).sum() / (before**2).sum()
     np.testing.assert_allclose(ratio, 1.003, atol=1e-3)
 
 
 @pytest.mark.parametrize("config", [jlora.IA3(), jlora.DoRA(rank=2, alpha=3)], ids=repr)
-def test_a_gain_along_inputs_and_outputs_of_another_use_is_still_right(config: Any) -> None:
+def test_gain_on_mixed_axes_matches_merge(config: Any) -> None:
     params = {"w": jax.device_put(RNG.normal(size=(3, 6, 5)).astype(np.float32))}
     x = jax.device_put(RNG.normal(size=(3, 4, 6)).astype(np.float32))
 
     def fn(p: Any, x: Any) -> Any:
         batched = jnp.einsum("etd,edf->etf", x, p["w"])
-        return batched + jnp.einsum("ed,edf->f", x[:, 0], p["w"])  # Where e is summed over.
+        return batched + jnp.einsum("ed,edf->f", x[:, 0], p["w"])  # Here e is contracted.
 
     lora = jlora.lora_transform(fn, {"w": config})
     adapter = moved(lora.init(jax.random.key(0), params, x))
@@ -660,18 +665,18 @@ def test_a_gain_along_inputs_and_outputs_of_another_use_is_still_right(config: A
     )
 
 
-def test_a_mixtures_router_has_to_see_whole_inputs() -> None:
+def test_lora_moe_partial_input_raises() -> None:
     halves = lambda p, x: x[:, :2] @ p["w"][:2] + x[:, 2:] @ p["w"][2:]
     config = jlora.LoRAMoE(num_experts=3, rank=2, alpha=3)
     lora = jlora.lora_transform(halves, {"w": config})
     params = {"w": jax.device_put(W)}
     adapter = lora.init(jax.random.key(0), params, X)
-    with pytest.raises(ValueError, match=r"meets 2 of the 6 numbers of an input"):
+    with pytest.raises(ValueError, match=r"gets 2 of the 6 input features"):
         lora.apply(params, adapter, X)
-    assert "refused: The mixture on 'w' meets 2 of the 6" in str(lora.explain(params, X))
+    assert "refused: LoRAMoE on 'w' gets 2 of the 6" in str(lora.explain(params, X))
 
 
-def test_each_of_a_stack_of_mixtures_has_a_balance_of_its_own() -> None:
+def test_aux_loss_stack_sums_each_layer() -> None:
     x = np.ones((2, 4, 6), np.float32)
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"])
     config = jlora.LoRAMoE(num_experts=2, rank=1, alpha=1, top_k=1)
@@ -682,12 +687,12 @@ def test_each_of_a_stack_of_mixtures_has_a_balance_of_its_own() -> None:
     router[0, :, 0] = router[1, :, 1] = 5
     leaf = dataclasses.replace(adapter["w"], router=router)
     _, loss = lora.apply_with_aux_loss(params, {"w": leaf}, x)
-    # Each sends everything to one of its two experts: two for each, and not one for both.
+    # Each layer routes all inputs to one of its two experts: a loss of two per layer.
     np.testing.assert_allclose(loss, 4, rtol=1e-5)
 
 
-def test_of_equal_scores_below_the_best_the_best_is_kept() -> None:
-    lora, params, adapter = made(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
+def test_lora_moe_ties_below_best_keep_best() -> None:
+    lora, params, adapter = build(jlora.LoRAMoE(num_experts=3, rank=2, alpha=2, top_k=2))
     router = np.tile(np.array([1, 1, 2], np.float32), (6, 1))
     x = np.ones((1, 6), np.float32)
     leaf = dataclasses.replace(adapter["w"], router=router)

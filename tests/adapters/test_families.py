@@ -1,4 +1,4 @@
-"""The laws, for every family on every kind of layer that it is defined for."""
+"""The laws, for every adapter method on every kind of layer that it supports."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from _support.materialized import record_materialized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
+from jlora.adapters import format_families_table
 from jlora.adapters.base import count_trainable_elements, get_adapter_leaves
 
 OTHERS = sorted(set(DIFFERENTIABLE) - set(LAYERS))
-REST = sorted(set(FAMILIES) - {"lora"})  # LoRA itself has all of test_laws.py.
+REST = sorted(set(FAMILIES) - {"lora"})  # test_laws.py covers LoRA.
 EMBEDDINGS = {"embed", "tied_embedding", "look_up_with_a_filling", "looked_up_rows_joined"}
 
 
@@ -42,14 +43,14 @@ def kinds(layer: str) -> set[str]:
     return {"convolution"} if "conv" in layer else {"linear"}
 
 
-# What a family takes but the laws cannot be seen on.
+# Supported pairs on which the laws cannot be observed.
 UNTESTABLE = {
-    ("ia3", "weight_norm"),  # The norm takes a gain on the outputs out again.
-    # Uses that meet a part of an input, which a mixture's router would have to see whole.
+    ("ia3", "weight_norm"),  # The norm cancels a gain on the outputs.
+    # Uses of a part of the input, but LoRAMoE's router needs the full input.
     ("mixture", "concatenated_inputs"),
     ("mixture", "used_twice"),
     ("mixture", "strided_slices"),
-    # A mixture is no function of a weight, which a rule of the model's own could differentiate.
+    # LoRAMoE is not a function of a weight, which a custom derivative could differentiate.
     ("mixture", "in_custom_vjp"),
     ("mixture", "in_custom_vjp_true"),
     ("mixture", "in_custom_jvp"),
@@ -62,9 +63,9 @@ def grid(layers: list[str]) -> list[Any]:
     return [pytest.param(*pair, id="-".join(pair)) for pair in pairs if pair not in UNTESTABLE]
 
 
-# Families whose terms are made alike. On the other layers they take turns in the slow group, where
-# each way to make a term so meets every layer; the group named grid has the rest.
-KIN = [
+# Methods with the same kind of terms. On the other layers they alternate in the slow group, so that
+# each kind of term is tested on every layer; the group named grid has the rest.
+RELATED = [
     ["lora_fa", "adalora", "vera"],
     ["dylora", "sora", "vb_lora"],
     ["dora", "dora_through_norm"],
@@ -73,13 +74,13 @@ KIN = [
     ["fourierft", "fourierft_whole"],
     ["ia3", "ia3_inputs"],
 ]
-TURNS = {family: (number, len(kin)) for kin in KIN for number, family in enumerate(kin)}
+TURNS = {family: (number, len(group)) for group in RELATED for number, family in enumerate(group)}
 
 
 def group_of(family: str, layer: str) -> Any:
     number, count = TURNS.get(family, (0, 1))
-    has_its_turn = OTHERS.index(layer) % count == number
-    return pytest.mark.slow if has_its_turn else pytest.mark.grid
+    is_turn = OTHERS.index(layer) % count == number
+    return pytest.mark.slow if is_turn else pytest.mark.grid
 
 
 GRID = grid(LAYERS) + [
@@ -87,21 +88,21 @@ GRID = grid(LAYERS) + [
 ]
 
 
-def built(family: str, layer: str, dtype: str = "float32") -> Case:
-    """The case, or a skip after the family has refused the layer by name."""
+def case_or_skip(family: str, layer: str, dtype: str = "float32") -> Case:
+    """The case; skips when the method rejects the layer with an error that names it."""
     config = FAMILIES[family].config
     try:
         return case(layer, dtype, family)
     except ValueError as error:
         text = str(error)
         assert type(config).__name__ in text
-        refused = "defined for" in text and not kinds(layer) <= config.kinds
+        refused = "defined for" in text and not kinds(layer) <= config.supported_kinds
         if family == "mixture":
-            refused |= "experts already" in text or "dense sum is needed" in text
+            refused |= "already routed" in text or "is materialized" in text
         if family == "fourierft_whole":
             refused |= "entries" in text
         assert refused, text
-        pytest.skip("refused by name")
+        pytest.skip("the method rejects this layer")
 
 
 def ones(*shape: int) -> jax.Array:
@@ -109,24 +110,24 @@ def ones(*shape: int) -> jax.Array:
 
 
 def close(values: Any, truth: Any, relative: float = 3e-5) -> None:
-    """Float32 sums of at most 60 products, in another order."""
+    """Checks float32 sums of at most 60 products, in another order."""
     for error, size in errors(values, truth):
         assert error <= relative * (1 + size), (error, size)
 
 
 @pytest.mark.parametrize(("family", "layer"), GRID)
-def test_the_laws_hold(family: str, layer: str) -> None:
-    """One test for a family and a layer, because what they compile is shared."""
-    one = built(family, layer)
-    law_apply_and_merge_agree_and_so_do_their_gradients(one, family)
-    law_a_fresh_adapter_changes_nothing(one, family)
-    law_frozen_is_absent_from_the_compiled_gradient(one, family)
-    law_explain_is_what_happens(one)
+def test_laws_hold(family: str, layer: str) -> None:
+    """One test per method and layer, because the laws share compiled programs."""
+    one = case_or_skip(family, layer)
+    law_apply_equals_merge_with_gradients(one, family)
+    law_fresh_adapter_is_base(one, family)
+    law_gradient_forms_no_frozen_weight_shape(one, family)
+    law_explain_matches_evaluation(one)
 
 
-def law_apply_and_merge_agree_and_so_do_their_gradients(one: Case, family: str) -> None:
+def law_apply_equals_merge_with_gradients(one: Case, family: str) -> None:
     if not FAMILIES[family].merges:
-        with pytest.raises(ValueError, match=r"mixture on .* weighs its experts by the input"):
+        with pytest.raises(ValueError, match=r"LoRAMoE on .* routes by the input"):
             one.lora.merge(one.params, one.adapter)
         return
 
@@ -143,7 +144,7 @@ def law_apply_and_merge_agree_and_so_do_their_gradients(one: Case, family: str) 
     close(frozen, jax.tree.map(lambda leaf: np.zeros(leaf.shape), frozen))
 
 
-def law_a_fresh_adapter_changes_nothing(one: Case, family: str) -> None:
+def law_fresh_adapter_is_base(one: Case, family: str) -> None:
     base = base_output(one.layer.name, "float32")
     fresh = one.output_of(one.fresh)
     if FAMILIES[family].starts_at_base:
@@ -154,9 +155,9 @@ def law_a_fresh_adapter_changes_nothing(one: Case, family: str) -> None:
     assert max(error for error, _ in errors(one.output, base)) > 1e-4, "nothing was adapted"
 
 
-# Where an update cannot follow what the model does with the weight, its sum is formed: a Kronecker
-# factor's axis cannot be cut or joined, and a gain along one part says nothing of the others.
-SUMMED = {
+# Layers whose operations on the weight an update cannot follow, so that the weight is materialized:
+# a Kronecker factor's axis cannot be sliced or joined, nor a gain extended beyond its part.
+MATERIALIZED = {
     "fused_qkv": {"lokr", "lokr_pairs"},
     "concatenated_inputs": {
         *("lokr", "lokr_tucker", "lokr_pairs"),
@@ -166,27 +167,29 @@ SUMMED = {
 WEIGHT_SIZED = {"full", "hira", "fourierft_whole"}
 
 
-def law_frozen_is_absent_from_the_compiled_gradient(one: Case, family: str) -> None:
+def law_gradient_forms_no_frozen_weight_shape(one: Case, family: str) -> None:
     rows = [row for row in one.explanation.rows if row.adapter != "frozen"]
     summed = any(row.dense_reasons for row in rows)
     sized = any("full-size" in row.adapter for row in rows)
     name = one.layer.name
     if one.layer in [BY_NAME[layer] for layer in LAYERS]:
-        assert summed == (one.layer.dense or family == "full" or family in SUMMED.get(name, ()))
+        assert summed == (
+            one.layer.dense or family == "full" or family in MATERIALIZED.get(name, ())
+        )
     assert sized == (family in WEIGHT_SIZED - {"full"}) or family.startswith("fourierft")
     shapes = {row.shape for row in rows}
-    for row in rows:  # And of each of a stack.
+    for row in rows:  # And those of one entry of a stack.
         batch = row.axes.batch if row.axes else ()
         shapes.add(tuple(n for axis, n in enumerate(row.shape) if axis not in batch))
     found = weight_shaped_products(one.program.as_text(), shapes, with_slices=False)
     if name.startswith("in_custom"):
-        # A rule of the model's own hands back the weight's gradient; Hadamard products and gains
-        # need it whole.
+        # A custom derivative returns the weight's gradient, which Hadamard products and gains need
+        # at full size.
         return
     assert summed or sized or not found, found
 
 
-def law_explain_is_what_happens(one: Case) -> None:
+def law_explain_matches_evaluation(one: Case) -> None:
     explanation = one.explanation
     with record_materialized() as seen:
         jax.eval_shape(lambda: one.lora.apply(one.params, one.adapter, *one.inputs))
@@ -197,7 +200,7 @@ def law_explain_is_what_happens(one: Case) -> None:
 
 
 @pytest.mark.parametrize("family", REST)
-def test_frozen_arrays_have_no_optimizer_state_and_training_leaves_them_as_they_were(
+def test_lora_optimizer_skips_frozen_arrays(
     family: str,
 ) -> None:
     one = case("embed" if family == "token_rows" else "dense_general", "float32", family)
@@ -219,8 +222,8 @@ def test_frozen_arrays_have_no_optimizer_state_and_training_leaves_them_as_they_
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat", "conv_groups", "embed"])
-def test_vmap_over_adapters_is_each_adapter_alone(family: str, layer: str) -> None:
-    one = built(family, layer)
+def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
+    one = case_or_skip(family, layer)
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]
     apart = [one.compiled(one.params, adapter, *one.inputs) for adapter in adapters]
     stack = lambda trees: jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *trees)
@@ -230,12 +233,12 @@ def test_vmap_over_adapters_is_each_adapter_alone(family: str, layer: str) -> No
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat"])
-def test_sharded_arrays_give_the_same(family: str, layer: str) -> None:
-    one = built(family, layer)
+def test_apply_sharded_equals_unsharded(family: str, layer: str) -> None:
+    one = case_or_skip(family, layer)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     def place(array: jax.Array) -> jax.Array:
-        # Whatever axis four devices can share, and an input's first axis over two.
+        # The first axis of even size, over two devices.
         spec = [None] * array.ndim
         for axis, size in enumerate(array.shape):
             if size % 2 == 0:
@@ -248,7 +251,7 @@ def test_sharded_arrays_give_the_same(family: str, layer: str) -> None:
 
 
 @pytest.mark.parametrize("family", REST)
-def test_another_adapter_or_a_second_call_does_not_recompile(family: str) -> None:
+def test_apply_second_adapter_does_not_recompile(family: str) -> None:
     one = case("embed" if family == "token_rows" else "attention", "float32", family)
     run = jax.jit(one.lora.apply)
     run(one.params, one.adapter, *one.inputs)
@@ -263,8 +266,8 @@ def test_another_adapter_or_a_second_call_does_not_recompile(family: str) -> Non
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["attention", "linen_scan", "conv_2d"])
-def test_what_is_saved_is_loaded_bit_for_bit(family: str, layer: str, tmp_path: Any) -> None:
-    one = built(family, layer)
+def test_save_load_is_bitwise_equal(family: str, layer: str, tmp_path: Any) -> None:
+    one = case_or_skip(family, layer)
     path = tmp_path / "adapter.safetensors"
     jlora.save_adapter(path, one.adapter, one.params)
     loaded = jlora.load_adapter(path, one.params)
@@ -272,40 +275,40 @@ def test_what_is_saved_is_loaded_bit_for_bit(family: str, layer: str, tmp_path: 
     chex.assert_trees_all_equal(loaded, one.adapter)
 
 
-def table_entry(family: str) -> Any:
-    """What the formula of the table gives for a weight (6, 10), and the config."""
+def formula_num_params(family: str) -> Any:
+    """The number of parameters by the table's formula, for a weight (6, 10)."""
     config = FAMILIES[family].config
     names = {"d": 6, "k": 10, "r": getattr(config, "rank", None), "n": 0, "e": 0, "h": 0, "b": 1}
-    names |= {"n": getattr(config, "frequencies", 0), "e": getattr(config, "experts", 0)}
-    names |= {"h": getattr(config, "vectors", 0)}
+    names |= {"n": getattr(config, "num_frequencies", 0), "e": getattr(config, "num_experts", 0)}
+    names |= {"h": getattr(config, "num_vectors", 0)}
     if family == "token_rows":
-        names["n"] = len(config.tokens)
+        names["n"] = len(config.token_indices)
     names |= {"d1": 2, "d2": 3, "k1": 2, "k2": 5}
-    return eval(config.about.parameters, {"__builtins__": {}}, names)
+    return eval(config.info.num_params_formula, {"__builtins__": {}}, names)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"lokr_pairs", "ia3_inputs"}))
-def test_parameter_counts_are_the_papers_formulas(family: str) -> None:
+def test_num_params_match_formula(family: str) -> None:
     params, x = {"w": ones(6, 10)}, ones(4, 6)
     fn = lambda p, x: x @ p["w"]
     if family == "token_rows":
         fn, x = lambda p, x: p["w"][x], jax.device_put(np.arange(4))
     lora = jlora.lora_transform(fn, {"w": FAMILIES[family].config})
     adapter = lora.init(jax.random.key(0), params, x)
-    assert count_trainable_elements(adapter["w"]) == table_entry(family)
+    assert count_trainable_elements(adapter["w"]) == formula_num_params(family)
     explanation = lora.explain(params, x)
     assert explanation.trainable_params == sum(map(count_trainable_elements, adapter.values()))
 
 
-def test_the_table_of_families_in_the_readme_is_that_of_the_code() -> None:
+def test_readme_methods_table_is_current() -> None:
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    assert jlora.format_families_table() in readme
+    assert format_families_table() in readme
 
 
-# --- what is shared ------------------------------------------------------------------------------
+# --- shared arrays -------------------------------------------------------------------------------
 
 
-def test_what_is_shared_is_stored_once_and_large_enough_for_all() -> None:
+def test_vera_shared_pair_is_stored_once() -> None:
     fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
     params, x = {"a": ones(6, 10), "b": ones(10, 3)}, ones(4, 6)
     lora = jlora.lora_transform(fn, jlora.VeRA(rank=4))
@@ -316,7 +319,7 @@ def test_what_is_shared_is_stored_once_and_large_enough_for_all() -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(adapter)) == 2 * 40 + (4 + 10) + (4 + 3)
 
 
-def test_arrays_shared_under_one_name_by_different_configs_are_refused() -> None:
+def test_share_name_clash_raises() -> None:
     fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
     params, x = {"a": ones(6, 10), "b": ones(10, 3)}, ones(4, 6)
     rules = {"a": jlora.VeRA(rank=4), "b": jlora.VeRA(rank=2)}
@@ -330,43 +333,46 @@ def test_arrays_shared_under_one_name_by_different_configs_are_refused() -> None
         jlora.lora_transform(fn, rules).init(jax.random.key(0), params, x)
 
 
-def test_an_adapter_without_what_it_shares_is_refused_by_name() -> None:
+def test_apply_missing_shared_arrays_raises() -> None:
     one = case("dense_general", "float32", "vera")
     part = get_adapter_leaves(one.adapter)
     with pytest.raises(ValueError, match=r"shares arrays under 'vera', which the adapter lacks"):
         one.lora.apply(one.params, part, *one.inputs)
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jlora.DyLoRA(rank=2, alpha=1, min_rank=3), "least_rank=3 exceeds rank=2"),
+        (lambda: jlora.DyLoRA(rank=2, alpha=1, min_rank=3), "min_rank=3 exceeds rank=2"),
         (
             lambda: jlora.DyLoRA(rank=2, alpha=1, init=jlora.initializers.pissa()),
-            "needs all its ranks",
+            "takes an update of all ranks",
         ),
         (lambda: jlora.HiRA(rank=2, init=jlora.initializers.olora()), "starts at zero"),
-        (lambda: jlora.FourierFT(num_frequencies=0), "frequencies=0 is no count"),
-        (lambda: jlora.FourierFT(num_frequencies=2, std=-1.0), "std=-1.0 is no deviation"),
-        (lambda: jlora.IA3(apply_to="values"), "on='values' is no side"),
-        (lambda: jlora.VBLoRA(num_vectors=2, top_k=3), "top_k=3 exceeds vectors=2"),
-        (lambda: jlora.LoRAMoE(num_experts=2, rank=2, alpha=1, top_k=3), "exceeds experts=2"),
-        (lambda: jlora.LoKr(rank=2, alpha=1, factor=0), "factor=0 is no count"),
+        (lambda: jlora.FourierFT(num_frequencies=0), "frequencies=0 must be a positive integer"),
+        (
+            lambda: jlora.FourierFT(num_frequencies=2, std=-1.0),
+            "std=-1.0 must be a standard deviation",
+        ),
+        (lambda: jlora.IA3(apply_to="values"), "apply_to='values' must be"),
+        (lambda: jlora.VBLoRA(num_vectors=2, top_k=3), "top_k=3 exceeds num_vectors=2"),
+        (lambda: jlora.LoRAMoE(num_experts=2, rank=2, alpha=1, top_k=3), "exceeds num_experts=2"),
+        (lambda: jlora.LoKr(rank=2, alpha=1, factor=0), "factor=0 must be a positive integer"),
         (lambda: jlora.LoHa(rank=2, alpha=1, tucker=1), "tucker=1 must be True or False"),
-        (lambda: jlora.VeRA(rank=2, share=""), "share='' must be a name"),
-        (lambda: jlora.VeRA(rank=2, d_initial=0), "d_initial=0 lets nothing through"),
-        (lambda: jlora.LoRA(rank=2, alpha=1, init="pissa"), "Use one of jlora.initializers"),
+        (lambda: jlora.VeRA(rank=2, share=""), "share='' must be a nonempty string"),
+        (lambda: jlora.VeRA(rank=2, d_initial=0), "d_initial=0 must be positive and finite"),
+        (lambda: jlora.LoRA(rank=2, alpha=1, init="pissa"), "must be one of jlora.initializers"),
     ],
 )
-def test_configs_name_the_field_and_the_mend(make: Any, message: str) -> None:
+def test_config_invalid_field_raises_with_fix(make: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         make()
 
 
-def test_what_needs_numbers_says_so_where_there_are_only_shapes() -> None:
+def test_init_shapes_only_raises_if_values_needed() -> None:
     shapes = {"w": jax.ShapeDtypeStruct((6, 5), jnp.float32)}
     x = jax.ShapeDtypeStruct((4, 6), jnp.float32)
     for config in (
@@ -374,20 +380,24 @@ def test_what_needs_numbers_says_so_where_there_are_only_shapes() -> None:
         jlora.LoRA(rank=2, alpha=1, init=jlora.initializers.pissa()),
     ):
         lora = jlora.lora_transform(lambda p, x: x @ p["w"], config)
-        with pytest.raises(TypeError, match=r"numbers of 'w'.*loaded parameters"):
+        with pytest.raises(
+            TypeError, match=r"values of 'w', got only its shape.*loaded parameters"
+        ):
             lora.init(jax.random.key(0), shapes, x)
-        assert lora.explain(shapes, x).trainable_params  # Which needs none.
+        assert lora.explain(shapes, x).trainable_params  # explain needs no values.
 
 
-def test_vb_lora_names_what_its_length_does_not_divide() -> None:
+def test_vb_lora_indivisible_length_raises() -> None:
     lora = jlora.lora_transform(
         lambda p, x: x @ p["w"], {"w": jlora.VBLoRA(rank=2, num_vectors=4, vector_length=4)}
     )
-    with pytest.raises(ValueError, match=r"length=4 does not divide its 6 inputs and 8 outputs"):
+    with pytest.raises(
+        ValueError, match=r"vector_length=4 does not divide its 6 inputs and 8 outputs"
+    ):
         lora.init(jax.random.key(0), {"w": ones(6, 8)}, ones(2, 6))
 
 
-def test_bitfit_takes_biases_and_names_what_is_none() -> None:
+def test_bitfit_adapts_only_biases() -> None:
     one = case("attention", "float32")
     lora = jlora.lora_transform(one.fn, jlora.BitFit())
     adapter = lora.init(jax.random.key(0), one.params, *one.inputs)
@@ -398,7 +408,7 @@ def test_bitfit_takes_biases_and_names_what_is_none() -> None:
         one.fn(lora.merge(one.params, moved(adapter)), *one.inputs),
     )
     named = jlora.lora_transform(one.fn, {"query": jlora.BitFit()})
-    with pytest.raises(ValueError, match=r"query/kernel.*no bias.*used by: dot_general"):
+    with pytest.raises(ValueError, match=r"query/kernel.*not a bias.*used by: dot_general"):
         named.init(jax.random.key(0), one.params, *one.inputs)
     with pytest.raises(ValueError, match="None of the 1 weights is a bias"):
         jlora.lora_transform(lambda p, x: x @ p["w"], jlora.BitFit()).init(
@@ -406,7 +416,7 @@ def test_bitfit_takes_biases_and_names_what_is_none() -> None:
         )
 
 
-def test_full_takes_norms_and_heads_beside_lora() -> None:
+def test_full_delta_norms_with_lora() -> None:
     one = case("linen_scan", "float32")
     rules = {"LayerNorm": jlora.FullDelta(), "kernel": jlora.LoRA(rank=2, alpha=3)}
     lora = jlora.lora_transform(one.fn, rules)

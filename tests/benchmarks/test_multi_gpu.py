@@ -1,4 +1,4 @@
-"""The step over several devices as it is measured, at a size for a CPU."""
+"""The benchmark of several devices, at the size for a CPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import multi_gpu, multi_gpu_table
-from benchmarks.h100 import common
+from benchmarks.speed import _common, _tables, multi_gpu
 
-TINY = common.SHAPES["tiny"]
+TINY = _common.SHAPES["tiny"]
 
 
 def measured(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
@@ -27,21 +26,21 @@ def measured(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *options: st
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One device, in float32, with the rows that two devices have."""
+    """One device in float32, with the batch of two devices."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("alone")
         return measured(folder, patch, "--float32", "--rows", "4", "--losses", "4")
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
-def test_losses_are_those_of_one_device(
+def test_meshes_have_losses_of_one_device(
     mesh: str, alone: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--mesh", mesh, "--float32", "--rows", "4", "--losses", "4")
     row = measured(tmp_path, monkeypatch, *options)
     assert alone["details"]["losses"][0] > alone["details"]["losses"][3]
     # Sums in another order, in float32.
-    assert multi_gpu_table.apart(row, alone) < 1e-6
+    assert _tables.max_loss_difference(row, alone) < 1e-6
     assert (row["trained"], row["batch"], row["details"]["cards"]) == (TINY.lora_size(), 4, 2)
     kinds = {one["kind"] for one in row["details"]["collectives"]}
     # The gradient is summed up over rows, a product over its parts; weights in parts are gathered.
@@ -53,20 +52,20 @@ def test_losses_are_those_of_one_device(
 
 
 @pytest.mark.parametrize(("first", "second"), [("data=1", "fsdp=2"), ("fsdp=2", "data=1")])
-def test_a_checkpoint_of_one_mesh_goes_on_over_another(
+def test_restored_from_other_mesh_continues(
     first: str, second: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--quantize=nf4", "--rows=2", "--losses=2", "--stacked", "--remat=everything"]
+    options = ["--quantize=nf4", "--rows=2", "--losses=2", "--stacked", "--remat-policy=full"]
     row = measured(tmp_path, monkeypatch, "--mesh", second, "--restored-from", first, *options)
-    told = row["details"]["restored"]
-    assert (told["from"], told["equal"]) == (multi_gpu.mesh_of(first), True)
-    # It goes on below where the other mesh ended, and does not begin anew.
-    losses = told["losses_before"] + row["details"]["losses"]
+    restored = row["details"]["restored"]
+    assert (restored["from"], restored["equal"]) == (multi_gpu.parse_mesh(first), True)
+    # It continues below the other mesh's last loss, and does not restart.
+    losses = restored["losses_before"] + row["details"]["losses"]
     assert losses == sorted(losses, reverse=True)
-    assert row["method"].endswith("nf4, layers in a stack, remat=everything")
+    assert row["method"].endswith("nf4, layers in a stack, remat_policy=full")
 
 
-def test_useful_operations_are_counted() -> None:
+def test_useful_flops_of_tiny_shape() -> None:
     # Products of 3 tokens with every matrix: forward and once backward; the factors' twice.
     matrices = sum(np.prod(sides) for sides in TINY.projections.values()) * 2 + 64 * 512
     factors = TINY.lora_size()
@@ -81,7 +80,7 @@ def row(cards: int, tokens_per_s: int, **more: Any) -> Any:
         "quantize": "none",
         "compute_dtype": "bfloat16",
         "stacked": False,
-        "remat": "nothing",
+        "remat_policy": "none",
         "share_of_peak": 0.5,
         "collectives": [{"kind": "all-gather", "times": 7, "bytes": 2_500_000_000}][: cards - 1],
         "losses": [2.0, 1.0],
@@ -91,34 +90,34 @@ def row(cards: int, tokens_per_s: int, **more: Any) -> Any:
     return {"method": f"{cards} cards", "tokens_per_s": tokens_per_s, "details": details, **fields}
 
 
-def test_a_table_compares_with_one_card_that_has_as_much_to_do() -> None:
+def test_efficiency_compares_equal_workloads() -> None:
     found = [row(1, 1000), row(2, 1900), row(2, 1900, quantize="nf4")]
-    shares = [multi_gpu_table.efficiency(one, found) for one in found]
+    shares = [_tables.efficiency(one, found) for one in found]
     assert shares == [1.0, 0.95, None]
-    (lines,) = multi_gpu_table.tables(found).values()
+    (lines,) = _tables.multi_gpu_tables(found).values()
     assert lines[2] == "| 1 cards | 1 | 1,000 | 1.000 | 0.500 | 20.0 | none |"
     assert lines[3] == "| 2 cards | 2 | 1,900 | 0.950 | 0.500 | 10.0 | 2.50 (all-gather 7x) |"
     assert lines[4].split("|")[4].strip() == "-"
 
 
-def test_losses_of_other_batches_are_not_compared() -> None:
+def test_max_loss_difference_other_batch_raises() -> None:
     one, two = ({**row(1, 1), "command": name, "batch": 4} for name in ("a", "b"))
     two["details"]["losses"] = [2.0, 1.001]
-    assert multi_gpu_table.apart(two, one) == pytest.approx(1e-3)
-    with pytest.raises(ValueError, match="'b' and 'a' are of other batches or steps"):
-        multi_gpu_table.apart({**two, "batch": 2}, one)
+    assert _tables.max_loss_difference(two, one) == pytest.approx(1e-3)
+    with pytest.raises(ValueError, match="'b' and 'a' have different batches or steps"):
+        _tables.max_loss_difference({**two, "batch": 2}, one)
 
 
 @pytest.mark.parametrize("text", ["fsdp", "rows=2", "fsdp=0", "fsdp=2,fsdp=2", ""])
-def test_what_is_no_mesh_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is no mesh. Give axes of"):
-        multi_gpu.mesh_of(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="takes 16 devices, and there are 8"):
-        multi_gpu.mesh_of("data=4,fsdp=4")
+def test_parse_mesh_invalid_raises(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a mesh. Use axes of"):
+        multi_gpu.parse_mesh(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="requires 16 devices, but there are 8"):
+        multi_gpu.parse_mesh("data=4,fsdp=4")
 
 
-def test_axes_of_a_mesh_are_read() -> None:
-    assert multi_gpu.mesh_of("fsdp=2,tensor=4") == {"data": 1, "fsdp": 2, "tensor": 4}
-    assert multi_gpu.text_of(multi_gpu.mesh_of("data=1")) == "one card"
-    assert multi_gpu.peak_of("NVIDIA H200") == 989.4e12
-    assert multi_gpu.peak_of("cpu") is None
+def test_parse_and_format_mesh() -> None:
+    assert multi_gpu.parse_mesh("fsdp=2,tensor=4") == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert multi_gpu.format_mesh(multi_gpu.parse_mesh("data=1")) == "one card"
+    assert multi_gpu.peak_flops("NVIDIA H200") == 989.4e12
+    assert multi_gpu.peak_flops("cpu") is None

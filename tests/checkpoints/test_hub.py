@@ -20,7 +20,7 @@ def test_folders_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_checkpoint_folder(str(BASE)) == BASE
     for name in ("no-such-folder", "../a/b", "/abs/olute", "a/b/c", "a\0/b", ""):
         assert resolve_checkpoint_folder(name) == pathlib.Path(name)
-    with pytest.raises(FileNotFoundError, match="no-such-folder is no folder"):
+    with pytest.raises(FileNotFoundError, match="no-such-folder is not a folder"):
         models.load("no-such-folder")
 
 
@@ -56,5 +56,5 @@ def test_a_name_that_the_hub_has_not_is_told(monkeypatch: pytest.MonkeyPatch) ->
         raise Missing
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(FileNotFoundError, match="the Hub has none of that name"):
+    with pytest.raises(FileNotFoundError, match="the Hub has no repository of that name"):
         models.load("owner/name")

@@ -1,8 +1,10 @@
-"""The command line, run as users run it."""
+"""The command line, run as by a user."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
 import pathlib
 import shutil
 import sys
@@ -12,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 import tokenizers
 from _support import cases
 
 import jlora
 from jlora import cli, models, peft
-from jlora.cli import train
+from jlora.cli import export, train
+from jlora.training import recipe
 
 # The package has a function of this name.
 main = importlib.import_module("jlora.cli.main")
@@ -52,9 +56,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-def test_inspect_tells_what_is_there(
-    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path
-) -> None:
+def test_inspect_prints_contents(capsys: pytest.CaptureFixture[str], adapter: pathlib.Path) -> None:
     for path, parts in (
         (BASE, ["model", "LlamaForCausalLM", "3,180", "6,360", "BF16 (21 tensors)", "yes"]),
         (PEFT / "lora_patterns", ["PEFT adapter", "2 x 3, 3 x 2, 4 x 1", "516", "down_proj x 2"]),
@@ -67,7 +69,7 @@ def test_inspect_tells_what_is_there(
             assert part in out, (path, part)
 
 
-def test_merged_checkpoints_compute_what_the_adapter_does(
+def test_export_hf_computes_as_adapter(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     ids = jnp.arange(3, 11)[None]
@@ -76,7 +78,7 @@ def test_merged_checkpoints_compute_what_the_adapter_does(
     want = jlora.lora_transform(model.apply).apply(params, part, ids)
     for number, given in enumerate((adapter, PEFT / "lora")):
         out = tmp_path / str(number)
-        status, text, _ = run(capsys, "export", "merged", BASE, given, out, "--dtype", "float32")
+        status, text, _ = run(capsys, "export", BASE, given, out, "--dtype", "float32")
         assert status == 0
         assert "layers_1/mlp/up/kernel" in text
         merged = models.load(out).params
@@ -84,20 +86,20 @@ def test_merged_checkpoints_compute_what_the_adapter_does(
         np.testing.assert_allclose(model.apply(merged, ids), want, atol=1e-5)  # Logits of 4.
 
 
-def test_adapters_of_stacked_layers_are_taken_as_they_are(
+def test_export_stacked_adapter_every_format(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
     ids = jnp.arange(3, 11)[None]
-    model, params = models.load(BASE, dtype=jnp.float32, scanned=True)
+    model, params = models.load(BASE, dtype=jnp.float32, scan_layers=True)
     part = peft.load(PEFT / "lora", model, params).adapter
     want = jlora.lora_transform(model.apply).apply(params, part, ids)
     given = tmp_path / "stacked.safetensors"
     jlora.save_adapter(given, part, params)
     out, to_peft = tmp_path / "merged", tmp_path / "peft"
-    assert run(capsys, "export", "merged", BASE, given, out, "--dtype", "float32")[0] == 0
-    merged = models.load(out, scanned=True).params
+    assert run(capsys, "export", BASE, given, out, "--dtype", "float32")[0] == 0
+    merged = models.load(out, scan_layers=True).params
     np.testing.assert_allclose(model.apply(merged, ids), want, atol=1e-5)  # Logits of 4.
-    assert run(capsys, "export", "peft", BASE, given, to_peft)[0] == 0
+    assert run(capsys, "export", "--format", "peft", BASE, given, to_peft)[0] == 0
     one, two = (
         safetensors.numpy.load_file(folder / "adapter_model.safetensors")
         for folder in (to_peft, PEFT / "lora")
@@ -106,7 +108,7 @@ def test_adapters_of_stacked_layers_are_taken_as_they_are(
         np.testing.assert_array_equal(one[key], two[key])
     folder = with_tokenizer(tmp_path / "base")
     apart = tmp_path / "apart.safetensors"
-    assert run(capsys, "export", "adapter", BASE, to_peft, apart)[0] == 0
+    assert run(capsys, "export", "--format", "jlora", BASE, to_peft, apart)[0] == 0
     texts = [
         run(capsys, "generate", folder, "w5 w9", "--max-new-tokens", 6, "--adapter", adapter)
         for adapter in (given, apart)
@@ -115,20 +117,108 @@ def test_adapters_of_stacked_layers_are_taken_as_they_are(
     assert texts[0] == texts[1]
 
 
-def test_an_adapter_goes_to_peft_and_back(
+def test_export_peft_and_jlora_round_trip(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     out, back = tmp_path / "peft", tmp_path / "back.safetensors"
-    assert run(capsys, "export", "peft", BASE, adapter, out, "--task", "CAUSAL_LM")[0] == 0
-    assert run(capsys, "export", "adapter", BASE, out, back)[0] == 0
+    assert (
+        run(capsys, "export", "--format", "peft", BASE, adapter, out, "--task", "CAUSAL_LM")[0] == 0
+    )
+    assert run(capsys, "export", "--format", "jlora", BASE, out, back)[0] == 0
     one, two = (safetensors.numpy.load_file(path) for path in (adapter, back))
     assert one.keys() == two.keys()
     for key in one:
         np.testing.assert_array_equal(one[key], two[key])
-    assert run(capsys, "export", "peft", BASE, adapter, tmp_path / "vllm", "--vllm")[0] == 0
+    assert run(capsys, "export", "--format", "vllm", BASE, adapter, tmp_path / "vllm")[0] == 0
 
 
-def test_generate_writes_text(
+def test_export_peft_writes_task_and_base_name(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    options = ("--task", "CAUSAL_LM", "--base-name", "owner/name")
+    for name in ("peft", "vllm"):
+        out = tmp_path / name
+        status, text, error = run(capsys, "export", BASE, adapter, out, "--format", name, *options)
+        assert (status, text) == (0, f"Wrote {out}.\n"), error
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["task_type"] == "CAUSAL_LM"
+        assert config["base_model_name_or_path"] == "owner/name"
+
+
+def test_export_hf_shard_gb_splits_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "merged"
+    status, _, error = run(capsys, "export", BASE, PEFT / "lora", out, "--shard-gb", 2e-6)
+    assert status == 0, error
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 2
+    # One tensor may exceed the limit of 2,000 bytes; files with several do not.
+    for file in files:
+        tensors = safetensors.safe_open(file, "np")
+        keys = tensors.keys()
+        sizes = [2 * np.prod(tensors.get_slice(key).get_shape()) for key in keys]
+        assert len(keys) == 1 or sum(sizes) <= 2000
+    assert (out / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hf", "--task", "CAUSAL_LM"), "--task applies only to --format peft and vllm, got --fo"),
+        (("peft", "--dtype", "float32"), "--dtype applies only to --format hf, got --format peft"),
+        (("vllm", "--shard-gb", 1), "--shard-gb applies only to --format hf, got --format vllm. L"),
+        (("jlora", "--base-name", "a"), "--base-name applies only to --format peft and vllm, got"),
+    ],
+)
+def test_export_option_of_other_format_raises(
+    arguments: tuple[Any, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+) -> None:
+    out = tmp_path / "out"
+    status, _, error = run(capsys, "export", BASE, PEFT / "lora", out, "--format", *arguments)
+    assert status == 1
+    assert message in error
+    assert not out.exists()
+
+
+def test_export_unknown_format_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["export", str(BASE), str(PEFT / "lora"), "out", "--format", "gguf"])
+    assert caught.value.code == 2
+    assert "invalid choice: 'gguf' (choose from" in capsys.readouterr().err
+    options = export.ExportOptions(
+        base=str(BASE), adapter=PEFT / "lora", out=pathlib.Path("out"), format="gguf"
+    )
+    with pytest.raises(ValueError, match="format='gguf' must be one of hf, peft, vllm, jlora"):
+        export.run_export(options)
+
+
+def test_export_jlora_of_jlora_file_raises(
+    capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    status, _, error = run(capsys, "export", "--format", "jlora", BASE, adapter, out)
+    assert (status, out.exists()) == (1, False)
+    assert "must be a PEFT folder for --format jlora" in error
+
+
+def test_main_version_prints_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"jlora {importlib.metadata.version('jlora')}\n"
+
+
+def test_init_prints_recipe_or_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "init") == (0, recipe.default_recipe_yaml() + "\n", "")
+    status, out, _ = run(capsys, "init", "--schema")
+    assert (status, json.loads(out)) == (0, recipe.json_schema())
+
+
+def test_generate_prints_continuation(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     folder = with_tokenizer(tmp_path / "base")
@@ -151,38 +241,41 @@ def test_generate_writes_text(
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_small_changes_that_rounding_loses_are_warned_of(
+def test_export_hf_rounded_update_warns(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
     model, params = models.load(BASE)
     part = peft.load(PEFT / "lora", model, params).adapter
     small = jax.tree.map(lambda x: x * 0.02, part)
     jlora.save_adapter(tmp_path / "small.safetensors", small, params)
-    given = ("export", "merged", BASE, tmp_path / "small.safetensors", tmp_path / "out")
+    given = ("export", BASE, tmp_path / "small.safetensors", tmp_path / "out")
     status, _, error = run(capsys, *given)
     assert status == 0
     assert "warning: " in error
-    assert "changes are lost by rounding" in error
+    assert "updates are lost by rounding" in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inspect", "nothing"), "is no adapter file"),
+        (("inspect", "nothing"), "is neither an adapter file"),
         (("inspect", BASE / "config.json"), "is damaged"),
-        (("inspect", BASE / "model.safetensors"), "is no adapter that jlora.save_adapter wrote"),
-        (("export", "merged", BASE, PEFT / "lora", BASE), "exists and is left as it was"),
         (
-            ("export", "merged", PEFT / "lora", PEFT / "lora", "out"),
+            ("inspect", BASE / "model.safetensors"),
+            "is not an adapter written by jlora.save_adapter",
+        ),
+        (("export", BASE, PEFT / "lora", BASE), "already exists and is not overwritten"),
+        (
+            ("export", PEFT / "lora", PEFT / "lora", "out"),
             "has neither model.safetensors",
         ),
-        (("export", "merged", BASE, PEFT / "lora_fused", "out"), "the model has not"),
-        (("export", "adapter", BASE, PEFT / "lora_saved", "out"), "Use jlora export hf"),
-        (("export", "peft", BASE, PEFT / "dora", "out", "--vllm"), "does not take DoRA"),
+        (("export", BASE, PEFT / "lora_fused", "out"), "the model has not"),
+        (("export", "--format", "jlora", BASE, PEFT / "lora_saved", "out"), "Use --format hf"),
+        (("export", "--format", "vllm", BASE, PEFT / "dora", "out"), "does not take DoRA"),
         (("generate", BASE, "text"), "tokenizer.json is missing"),
     ],
 )
-def test_errors_are_told_without_a_trace(
+def test_main_error_prints_one_line(
     arguments: tuple[Any, ...],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -200,12 +293,12 @@ def test_errors_are_told_without_a_trace(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("train", "recipe.yaml", "--lora.rank", "3", "--output", "2024", "--resume"),
-        ("train", "--lora.rank", "3", "--resume", "--output=2024", "recipe.yaml"),
-        ("train", "--lora.rank", "3", "--res", "recipe.yaml", "--output", "2024"),
+        ("train", "recipe.yaml", "--adapter.rank", "3", "--output", "2024", "--resume"),
+        ("train", "--adapter.rank", "3", "--resume", "--output=2024", "recipe.yaml"),
+        ("train", "--adapter.rank", "3", "--res", "recipe.yaml", "--output", "2024"),
     ],
 )
-def test_overrides_stand_before_the_recipe_or_after_it(
+def test_train_overrides_in_any_position(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Any
 ) -> None:
     train = importlib.import_module("jlora.training.train")
@@ -219,37 +312,35 @@ def test_overrides_stand_before_the_recipe_or_after_it(
     status, _, error = run(capsys, *arguments)
     assert status == 0, error
     ((given, options),) = seen
-    assert (given.lora.rank, given.output, options["resume"]) == (3, "2024", True)
+    assert (given.adapter.rank, given.output, options["resume"]) == (3, "2024", True)
 
 
-def test_plans_take_overrides_in_any_order() -> None:
+def test_split_overrides_of_plan_in_any_order() -> None:
     arguments = ["--mesh.fsdp", "4", "--topology", "v5e:2x2", "recipe.yaml", "--seed=1"]
     own, overrides = main.split_overrides(train.PlanOptions, arguments)
     assert own == ["--topology", "v5e:2x2", "recipe.yaml"]
     assert overrides == ["--mesh.fsdp", "4", "--seed=1"]
 
 
-def test_control_c_is_told_in_a_line(
+def test_main_keyboard_interrupt_returns_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jlora.cli import inspect
+    from jlora.cli import checkpoint_contents
 
     def interrupted(path: pathlib.Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "inspect", interrupted)
+    monkeypatch.setattr(checkpoint_contents, "inspect_path", interrupted)
     assert run(capsys, "inspect", "anything") == (130, "", "Interrupted.\n")
 
 
 @pytest.mark.parametrize("command", list(main.COMMANDS))
-def test_every_command_shows_an_example(
-    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main([*command, "--help"])
+        cli.main([command, "--help"])
     assert caught.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert f"example: jlora {' '.join(command)}" in out
+    assert f"example: jlora {command} " in out
     assert "None" not in main.COMMANDS[command][0].__doc__.splitlines()[0]
 
 
@@ -262,7 +353,7 @@ def saved(path: pathlib.Path, seed: int, **options: Any) -> pathlib.Path:
     return path
 
 
-def test_adapters_are_merged_with_their_lineage_and_what_they_share(
+def test_merge_writes_lineage_and_interference(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     from jlora.checkpoints.adapter_file import read_lineage
@@ -295,7 +386,7 @@ def test_adapters_are_merged_with_their_lineage_and_what_they_share(
     assert "jlora merge: Linear()" in told
 
 
-def test_methods_and_ranks_are_asked_for_by_name(
+def test_merge_method_options_match_library(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
     from jlora import merging
@@ -325,20 +416,23 @@ def test_methods_and_ranks_are_asked_for_by_name(
         assert read_lineage(out).method == f"jlora merge: {method}, {told}"
 
 
-def test_adapters_that_lie_otherwise_are_not_merged(
+def test_merge_different_layouts_raises(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    stacked, out = saved(tmp_path / "s.safetensors", 1, scanned=True), tmp_path / "out.safetensors"
+    stacked, out = (
+        saved(tmp_path / "s.safetensors", 1, scan_layers=True),
+        tmp_path / "out.safetensors",
+    )
     status, _, error = run(capsys, "merge", BASE, out, adapter, stacked)
     assert status == 1
-    assert f"{stacked} is for layers in one stack, and {adapter} for layers apart" in error
+    assert f"{stacked} is for stacked layers, but {adapter} for separate layers" in error
     # A folder of PEFT's is read for either.
     status, text, error = run(capsys, "merge", BASE, out, PEFT / "lora", stacked)
     assert status == 0, error
     assert "params/layers/attention/q/kernel" in text
 
 
-def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_written(
+def test_merge_heat_map_without_matplotlib_raises(
     capsys: pytest.CaptureFixture[str],
     adapter: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -348,27 +442,30 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_written(
     pair = (adapter, PEFT / "lora", "--heat-map", tmp_path / "map.png")
     status, _, error = run(capsys, "merge", BASE, tmp_path / "out.safetensors", *pair)
     assert (status, list(tmp_path.iterdir())) == (1, [])
-    assert "error: --heat-map draws with matplotlib, which is missing. Use pip install" in error
+    assert "error: --heat-map requires matplotlib, which is not installed. Use pip install" in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "slerp"), "--method slerp is none of linear, magnitude, ties"),
-        (("--method", "ties"), "--method ties needs --density. Give it"),
-        (("--density", 0.2), "--method linear has no use for --density. Leave it out"),
-        (("--method", "ties", "--density", 0.2, "--epsilon", 0.1), "has no use for --epsilon"),
-        (("--method", "della", "--density", 0.5), "--method della needs --epsilon"),
-        (("--seed", 3), "draws nothing, so --seed does nothing"),
-        (("--weights", 1, 2, 3), "--weights has 3 numbers for 2 adapters"),
+        (("--method", "slerp"), "--method slerp must be one of linear, magnitude, ties"),
+        (("--method", "ties"), "--method ties requires --density. Give it"),
+        (("--density", 0.2), "--method linear does not use --density. Leave it out"),
+        (("--method", "ties", "--density", 0.2, "--epsilon", 0.1), "does not use --epsilon"),
+        (("--method", "della", "--density", 0.5), "--method della requires --epsilon"),
+        (("--seed", 3), "is not random. Leave --seed out"),
+        (
+            ("--weights", 1, 2, 3),
+            "--weights must have one number for each of the 2 adapters, got 3",
+        ),
         (("--rank", 2, "--energy", 0.5), "rank=2 and energy=0.5"),
-        (("--heat-map", PEFT), "exists and is left as it was"),
-        (("--heat-map", "nowhere/map.png"), "nowhere is no folder that map.png could be put in"),
+        (("--heat-map", PEFT), "already exists and is not overwritten"),
+        (("--heat-map", "nowhere/map.png"), "nowhere is not a folder. Create it to write map.png"),
         (("--rank", 0), "rank=0 must be a positive integer"),
-        (("--method", "ties", "--density", 2), "TIES.density=2.0 is no share"),
+        (("--method", "ties", "--density", 2), "TIES.density=2.0 must be a fraction"),
     ],
 )
-def test_merges_that_cannot_be_are_refused(
+def test_merge_invalid_options_raise(
     arguments: tuple[Any, ...],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -382,7 +479,7 @@ def test_merges_that_cannot_be_are_refused(
     assert not out.exists()
 
 
-def test_folders_that_replace_weights_are_not_merged(
+def test_merge_modules_to_save_raises(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     out = tmp_path / "out.safetensors"

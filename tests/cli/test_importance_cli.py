@@ -35,7 +35,7 @@ def written(raw: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def test_a_checkpoint_is_scored_by_its_weights_alone(
+def test_inspect_importance_of_checkpoint(
     capsys: pytest.CaptureFixture[str], base: pathlib.Path
 ) -> None:
     status, out, _ = run(capsys, "inspect", base, "--importance", "stable_rank")
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_scored_by_its_weights_alone(
     assert rows["params/layers_1/mlp/up/kernel"] == f"{(s**2).sum() / s[0] ** 2:.4g}"
 
 
-def test_the_budget_of_a_recipe_becomes_rules_that_it_can_hold(
+def test_inspect_budget_prints_recipe_sections(
     capsys: pytest.CaptureFixture[str], recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     biases = {"family": "BitFit", "target_pattern": "norm"}
@@ -65,12 +65,12 @@ def test_the_budget_of_a_recipe_becomes_rules_that_it_can_hold(
     )
     assert status == 0, error
     table, _, text = out.partition(
-        "\n# 900 trained numbers, in place of the recipe's own sections:\n"
+        "\n# Sections for the recipe, with at most 900 trainable parameters:\n"
     )
     assert table.splitlines()[-1] == "6 weights, measured on 8 examples."
     sections = yaml.safe_load(text)
-    assert sections["more"][-1] == biases
-    assert sections["frozen"] == ["layers/mlp/gate"]
+    assert sections["adapters"][-1] == biases
+    assert sections["frozen_modules"] == ["layers/mlp/gate"]
     rules = rules_from_recipe(recipe.validate({**raw, **sections}), models.model_from_config(base))
     found = {pattern: config for pattern, config in rules.items() if pattern.startswith("^")}
     assert {name.removeprefix("^params/layers/").rstrip("$") for name in found} == OF_LAYERS - {
@@ -87,12 +87,12 @@ def test_the_budget_of_a_recipe_becomes_rules_that_it_can_hold(
 
 
 @pytest.mark.slow
-def test_scores_of_a_recipe_are_those_of_its_mean_loss(recipe_of: Make, base: pathlib.Path) -> None:
+def test_recipe_importance_matches_mean_loss(recipe_of: Make, base: pathlib.Path) -> None:
     read_recipe = recipe.validate(recipe_of())
     found = from_recipe.measure_recipe_importance(
         read_recipe, importance.GradientNorm(), num_batches=1, devices=jax.devices()[:1]
     )
-    model, params = models.load(base, dtype="float32", scanned=True)
+    model, params = models.load(base, dtype="float32", scan_layers=True)
     data = datasets.load_datasets(
         read_recipe, base, model.config.vocab_size, slice(0, 2), slice(0, 0)
     )
@@ -116,12 +116,12 @@ def test_scores_of_a_recipe_are_those_of_its_mean_loss(recipe_of: Make, base: pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient_norm", "sensitivity", "activation", "condition"])
-def test_every_method_scores_a_recipes_weights(
+def test_inspect_importance_every_method(
     capsys: pytest.CaptureFixture[str], recipe_of: Make, tmp_path: pathlib.Path, method: str
 ) -> None:
     path = written(recipe_of(batch={"size": 8}), tmp_path)
     status, out, error = run(
-        capsys, "inspect", path, "--importance", method, "--budget=700", "--lora.rank", "3"
+        capsys, "inspect", path, "--importance", method, "--budget=700", "--adapter.rank", "3"
     )
     assert status == 0, error
     assert all(name in out for name in OF_LAYERS)
@@ -134,7 +134,7 @@ def test_every_method_scores_a_recipes_weights(
 
 
 @pytest.mark.slow
-def test_an_encoder_with_a_new_head_is_scored_by_what_it_meets(
+def test_inspect_importance_of_new_head(
     capsys: pytest.CaptureFixture[str], encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     data = tmp_path / "texts.jsonl"
@@ -158,22 +158,31 @@ def test_an_encoder_with_a_new_head_is_scored_by_what_it_meets(
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("base", "--importance", "fischer"), "--importance fischer is none of gradient_norm"),
+        (("base", "--importance", "fischer"), "--importance fischer must be one of gradient_norm"),
         (("base", "--importance", "fisher"), "is measured on data"),
-        (("base", "--importance", "condition", "--budget", "9"), "--budget: 9 is for a recipe"),
-        (("base", "--importance", "condition", "--lora.rank", "9"), "is for a recipe"),
-        (("recipe", "--importance", "condition", "--batches", "9"), "looks at the weights alone"),
-        (("recipe", "--importance", "fisher", "--batches", "0"), "batches=0 must be a positive integer"),
+        (
+            ("base", "--importance", "condition", "--budget", "9"),
+            "--budget: 9 applies only to recipes",
+        ),
+        (("base", "--importance", "condition", "--adapter.rank", "9"), "applies only to recipes"),
+        (("recipe", "--importance", "condition", "--batches", "9"), "uses only the weights"),
+        (
+            ("recipe", "--importance", "fisher", "--batches", "0"),
+            "batches=0 must be a positive integer",
+        ),
         (("recipe", "--importance", "fisher", "--quantize.scheme", "nf4"), "--quantize null"),
-        (("base", "--budget", "9"), "--budget is about --importance"),
-        (("base", "--budget", "0"), "--budget is about --importance"),
-        (("base", "--importance", "condition", "--budget", "0"), "--budget: 0 is for a recipe"),
-        (("base", "--batches", "9"), "--batches is about --importance"),
-        (("base", "--lora.rank", "9"), "--lora.rank 9 is about --importance"),
-        (("nowhere.yaml", "--importance", "fisher"), "nowhere.yaml is no file"),
+        (("base", "--budget", "9"), "--budget requires --importance"),
+        (("base", "--budget", "0"), "--budget requires --importance"),
+        (
+            ("base", "--importance", "condition", "--budget", "0"),
+            "--budget: 0 applies only to recipes",
+        ),
+        (("base", "--batches", "9"), "--batches requires --importance"),
+        (("base", "--adapter.rank", "9"), "--adapter.rank 9 requires --importance"),
+        (("nowhere.yaml", "--importance", "fisher"), "nowhere.yaml is not a file"),
     ],
 )
-def test_what_would_do_nothing_is_refused(
+def test_inspect_unused_options_raise(
     capsys: pytest.CaptureFixture[str],
     recipe_of: Make,
     base: pathlib.Path,
@@ -189,7 +198,7 @@ def test_what_would_do_nothing_is_refused(
     assert match in error
 
 
-def test_a_budget_does_not_change_what_other_rules_are(recipe_of: Make) -> None:
+def test_allocate_other_rule_options_raise(recipe_of: Make) -> None:
     alike = {"target_pattern": "mlp/.*kernel", "rank": 1, "alpha": 1.0}
     raw = {**recipe_of(), "adapter": {"rank": 2, "alpha": 4.0}, "adapters": [alike]}
     nothing = importance.Importance("by_hand", {})
@@ -198,11 +207,13 @@ def test_a_budget_does_not_change_what_other_rules_are(recipe_of: Make) -> None:
         from_recipe.allocate_recipe_ranks(recipe.validate(raw), nothing, 100)
     for other in ({"family": "DoRA"}, {"dropout": 0.1}):
         read = recipe.validate({**raw, "adapters": [{**alike, **other}]})
-        with pytest.raises(ValueError, match="more.0 is a .* other facts than the main rule has"):
+        with pytest.raises(
+            ValueError, match="adapters.0 must equal the main adapter except for rank and alpha"
+        ):
             from_recipe.allocate_recipe_ranks(read, nothing, 100)
 
 
-def test_a_budget_on_a_family_without_ranks_is_refused(recipe_of: Make) -> None:
+def test_allocate_family_without_rank_raises(recipe_of: Make) -> None:
     read = recipe.validate({**recipe_of(), "adapter": {"family": "IA3"}})
-    with pytest.raises(TypeError, match=r"lora.family=IA3 has no rank.*--lora.family LoRA"):
+    with pytest.raises(TypeError, match=r"adapter.family=IA3 has no rank.*--adapter.family LoRA"):
         from_recipe.allocate_recipe_ranks(read, importance.Importance("by_hand", {}), 100)

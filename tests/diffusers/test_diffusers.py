@@ -145,24 +145,26 @@ def assert_same(one: Any, two: Any) -> None:
 
 @pytest.mark.parametrize("style", KEYS)
 @pytest.mark.parametrize("alpha", [True, False])
-def test_a_file_is_the_published_formula(style: str, alpha: bool, tmp_path: pathlib.Path) -> None:
+def test_load_agrees_with_published_formula(
+    style: str, alpha: bool, tmp_path: pathlib.Path
+) -> None:
     adapter = loaded(written(tmp_path, tensors(style, alpha)))
     assert_adds(adapter, SCALES if alpha else ONES)
     assert {name: leaf.rank for name, leaf in adapter.items()} == RANKS
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_halves_are_read(dtype: Any, tmp_path: pathlib.Path) -> None:
+def test_load_half_precision(dtype: Any, tmp_path: pathlib.Path) -> None:
     adapter = loaded(written(tmp_path, tensors("kohya", dtype=dtype)))
     assert_adds(adapter, SCALES, dtype)
 
 
-def test_alpha_may_be_a_whole_number_of_one_axis(tmp_path: pathlib.Path) -> None:
+def test_load_integer_alpha_of_one_axis(tmp_path: pathlib.Path) -> None:
     content = tensors("kohya") | {ALPHA: np.array([6], np.int64)}
     assert loaded(written(tmp_path, content))["conv"].scale == 3
 
 
-def test_processors_keys_are_those_of_their_projections(tmp_path: pathlib.Path) -> None:
+def test_load_attention_processor_keys(tmp_path: pathlib.Path) -> None:
     new, old = tensors("diffusers", alpha=False), {}
     for name, last in (("q", "to_q"), ("o", "to_out")):
         for letter, end in (("A", "down"), ("B", "up")):
@@ -171,7 +173,7 @@ def test_processors_keys_are_those_of_their_projections(tmp_path: pathlib.Path) 
     assert_adds(loaded(written(tmp_path, new | old)), ONES)
 
 
-def test_a_text_encoders_oldest_keys_are_those_of_its_projections(tmp_path: pathlib.Path) -> None:
+def test_load_text_encoder_processor_keys(tmp_path: pathlib.Path) -> None:
     attn = "text_model.encoder.layers.0.self_attn"
     stored = {"w": single_tensor_weight(f"{attn}.out_proj.weight", (5, 7), (1, 0))}
     params = {"w": PARAMS["q"]}
@@ -187,7 +189,7 @@ def test_a_text_encoders_oldest_keys_are_those_of_its_projections(tmp_path: path
 
 
 @pytest.mark.parametrize("root", [False, True])
-def test_metadata_of_diffusers_say_alpha(root: bool, tmp_path: pathlib.Path) -> None:
+def test_load_alpha_from_metadata(root: bool, tmp_path: pathlib.Path) -> None:
     fields = {
         "r": 2,
         "lora_alpha": 3.0,
@@ -204,7 +206,7 @@ def test_metadata_of_diffusers_say_alpha(root: bool, tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
-def test_law_what_is_saved_is_loaded(style: Any, tmp_path: pathlib.Path) -> None:
+def test_law_save_load_roundtrip(style: Any, tmp_path: pathlib.Path) -> None:
     adapter = loaded(written(tmp_path, tensors("diffusers")))
     path = tmp_path / "new" / "ours.safetensors"
     content = saved(path, adapter, file_format=style)
@@ -217,7 +219,7 @@ def test_law_what_is_saved_is_loaded(style: Any, tmp_path: pathlib.Path) -> None
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_law_a_conversion_keeps_the_adapter(tmp_path: pathlib.Path) -> None:
+def test_law_conversion_between_formats_is_exact(tmp_path: pathlib.Path) -> None:
     adapter = loaded(written(tmp_path, tensors("kohya")))
     saved(tmp_path / "a", adapter)
     saved(tmp_path / "b", loaded(tmp_path / "a"), file_format="kohya")
@@ -235,7 +237,7 @@ def test_law_a_conversion_keeps_the_adapter(tmp_path: pathlib.Path) -> None:
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_what_is_lora_is_written_as_lora(config: Any, style: Any, tmp_path: pathlib.Path) -> None:
+def test_save_lora_families_as_lora(config: Any, style: Any, tmp_path: pathlib.Path) -> None:
     adapter = trained(config)
     saved(tmp_path / "a", adapter, file_format=style)
     apply = jlora.lora_transform(unet).apply
@@ -246,7 +248,7 @@ def test_what_is_lora_is_written_as_lora(config: Any, style: Any, tmp_path: path
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-4)
 
 
-def test_a_stack_of_layers_has_a_module_for_each(tmp_path: pathlib.Path) -> None:
+def test_stacked_weight_has_one_module_per_layer(tmp_path: pathlib.Path) -> None:
     layers = [single_tensor_weight(f"blocks.{n}.to_q.weight", (5, 5), (1, 0)) for n in range(3)]
     stored = {"w": stack_weights(layers)}
     rng = np.random.default_rng(4)
@@ -279,7 +281,7 @@ def test_a_stack_of_layers_has_a_module_for_each(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
-def test_one_file_holds_several_models(style: Any, tmp_path: pathlib.Path) -> None:
+def test_save_pipeline_of_several_models(style: Any, tmp_path: pathlib.Path) -> None:
     prefixes = ("unet", "text_encoder", "text_encoder_2")
     adapters = {prefix: trained(seed=n) for n, prefix in enumerate(prefixes)}
     parts = {
@@ -296,7 +298,7 @@ def test_one_file_holds_several_models(style: Any, tmp_path: pathlib.Path) -> No
     assert all(key.startswith("lora_te_") for key in alone)
 
 
-def test_other_prefixes_are_left_alone(tmp_path: pathlib.Path) -> None:
+def test_load_ignores_other_prefixes(tmp_path: pathlib.Path) -> None:
     others = {
         "text_encoder.x.lora_A.weight": np.full((2, 3), np.nan, np.float32),
         "lora_te_x.hada_w1_a": np.ones((2, 3), np.int8),
@@ -304,7 +306,7 @@ def test_other_prefixes_are_left_alone(tmp_path: pathlib.Path) -> None:
     assert_adds(loaded(written(tmp_path, tensors("kohya") | others)), SCALES)
 
 
-def test_a_shorter_modules_alpha_is_not_a_longer_ones(tmp_path: pathlib.Path) -> None:
+def test_save_alpha_pattern_of_nested_names(tmp_path: pathlib.Path) -> None:
     # As PEFT matches its patterns, the name `to_q` is also every other module's that ends so.
     stored = dict(STORED, q=single_tensor_weight("to_q.weight", (5, 7), (1, 0)))
     stored["o"] = single_tensor_weight("block.to_q.weight", (7, 9), (1, 0))
@@ -340,28 +342,34 @@ def given(key: str, change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (given(DOWN, np.float32(1)), r"down of conv_in has shape \(\)"),
         (given(DOWN, lambda a: a * np.float32(np.nan)), "conv_in.lora_down.weight holds NaN"),
         (given(UP, lambda a: a.astype(np.int8)), "has dtype I8, none of F16, BF16, F32"),
-        (given(ALPHA, 0.0), "alpha of conv_in is 0.0, which is not positive"),
-        (given(ALPHA, [1.0, 2.0]), r"alpha of conv_in has shape \(2,\)"),
+        (given(ALPHA, 0.0), "alpha of conv_in must be positive, got 0.0"),
+        (given(ALPHA, [1.0, 2.0]), r"alpha of conv_in must be one number, got shape \(2,\)"),
         (given(ALPHA, np.float32("inf")), "conv_in.alpha holds NaN or Inf"),
         (given("lora_unet_conv_in.dora_scale", np.ones((6, 1))), "conv_in.dora_scale is of DoRA"),
         (given("lora_unet_conv_in.hada_w1_a", np.ones((6, 1))), "is of LoHa"),
         (given("lora_unet_conv_in.lokr_w1", np.ones((6, 1))), "is of LoKr"),
         (given("lora_unet_conv_in.lora_mid.weight", np.ones((2, 2))), "with a core"),
-        (given("lora_unet_conv_in.other", np.ones(1)), "neither a factor of LoRA nor its alpha"),
+        (given("lora_unet_conv_in.other", np.ones(1)), "must be a factor or the alpha of LoRA"),
         (given("unet.conv_in.lora_magnitude_vector", np.ones(6)), "is of DoRA"),
-        (given("unet.conv_in.lora_A.bias", np.ones(6)), "neither a factor of LoRA nor its alpha"),
-        (given("unet.conv_in.lora_A.weight", np.ones(6)), "not the only tensor that is down"),
-        (given("unet.conv_on.lora_A.weight", np.ones(6)), "'conv_on' that the model has not.*_in"),
-        (given("lora_unet_conv_on.lora_up.weight", np.ones(6)), "no module.*nearest.*'conv_in'"),
+        (given("unet.conv_in.lora_A.bias", np.ones(6)), "must be a factor or the alpha of LoRA"),
+        (given("unet.conv_in.lora_A.weight", np.ones(6)), "must be the only tensor for down"),
+        (
+            given("unet.conv_on.lora_A.weight", np.ones(6)),
+            "'conv_on', which the model does not have.*_in",
+        ),
+        (
+            given("lora_unet_conv_on.lora_up.weight", np.ones(6)),
+            "a module that the model does not have.*nearest.*'conv_in'",
+        ),
         (
             given("lora_unet_input_blocks_1_1_proj_in.alpha", 1.0),
             "names of the original Stable Diffusion",
         ),
         (lambda content: {"lora_te_x.alpha": np.ones(1)}, "no tensor for prefix='unet'.*lora_te_x"),
-        (lambda content: {}, "no tensor for prefix='unet'.*nothing"),
+        (lambda content: {}, "no tensor for prefix='unet'.*none"),
     ],
 )
-def test_a_wrong_file_is_refused(change: Any, message: str, tmp_path: pathlib.Path) -> None:
+def test_load_wrong_tensors_raise(change: Any, message: str, tmp_path: pathlib.Path) -> None:
     path = written(tmp_path, change(tensors("kohya")))
     with pytest.raises(ValueError, match=message):
         loaded(path)
@@ -371,16 +379,16 @@ def test_a_wrong_file_is_refused(change: Any, message: str, tmp_path: pathlib.Pa
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds no JSON object"),
-        ('{"unet.r": 5}', "has rank 2, and by the metadata r=5"),
-        ('{"unet.use_dora": true}', "speak of DoRA"),
-        ('{"unet.peft_type": "LOHA"}', "speak of LOHA"),
-        ('{"unet.lora_alpha": 0}', "no positive number"),
-        ('{"unet.init_lora_weights": "pissa"}', "is not implemented"),
+        ("[]", "must contain a JSON object"),
+        ('{"unet.r": 5}', "has rank 2, and the metadata has r=5"),
+        ('{"unet.use_dora": true}', "method in its metadata is DoRA"),
+        ('{"unet.peft_type": "LOHA"}', "method in its metadata is LOHA"),
+        ('{"unet.lora_alpha": 0}', "must be a positive number"),
+        ('{"unet.init_lora_weights": "pissa"}', "is not supported"),
         ('{"unet.r": 2, "unet.rank_pattern": {"nowhere": 3}}', "nowhere.*matches none"),
     ],
 )
-def test_wrong_metadata_are_refused(text: str, message: str, tmp_path: pathlib.Path) -> None:
+def test_load_wrong_metadata_raises(text: str, message: str, tmp_path: pathlib.Path) -> None:
     content = tensors("diffusers", alpha=False)
     content = {key: value for key, value in content.items() if "conv_in" in key}
     path = written(tmp_path, content, {"lora_adapter_metadata": text})
@@ -388,13 +396,13 @@ def test_wrong_metadata_are_refused(text: str, message: str, tmp_path: pathlib.P
         loaded(path)
 
 
-def test_two_sources_of_alpha_are_refused(tmp_path: pathlib.Path) -> None:
+def test_load_alpha_in_two_places_raises(tmp_path: pathlib.Path) -> None:
     metadata = {"lora_adapter_metadata": '{"unet.r": 2}'}
-    with pytest.raises(ValueError, match="alpha in its metadata and in tensors too"):
+    with pytest.raises(ValueError, match="alpha in its metadata or in tensors, got both"):
         loaded(written(tmp_path, tensors("diffusers"), metadata))
 
 
-def test_what_is_no_safetensors_is_refused(tmp_path: pathlib.Path) -> None:
+def test_load_not_safetensors_raises(tmp_path: pathlib.Path) -> None:
     path = written(tmp_path, tensors("kohya"))
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-5])
     for name in ("lora.pt", "lora.safetensors"):
@@ -409,11 +417,11 @@ def test_what_is_no_safetensors_is_refused(tmp_path: pathlib.Path) -> None:
         loaded(tmp_path / "none.safetensors")
 
 
-def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path: pathlib.Path) -> None:
+def test_kohya_ambiguous_names_raise(tmp_path: pathlib.Path) -> None:
     stored = dict(STORED, q=single_tensor_weight("conv.in.weight", (5, 7), (1, 0)))
     with pytest.raises(ValueError, match=r"any of \['conv_in', 'conv.in'\]"):
         loaded(written(tmp_path, tensors("kohya")), checkpoint_mapping=stored)
-    with pytest.raises(ValueError, match="have one name, lora_unet_conv_in"):
+    with pytest.raises(ValueError, match="have the same name, lora_unet_conv_in"):
         saved(tmp_path / "a", trained(), checkpoint_mapping=stored, file_format="kohya")
     assert saved(tmp_path / "a", trained(), checkpoint_mapping=stored)
 
@@ -423,15 +431,15 @@ def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path: pathlib.Path) 
     [
         (lambda: trained(jlora.DoRA(rank=2, alpha=2)), "'dora' on 'conv'.*jlora.to_lora"),
         (lambda: trained(jlora.LoHa(rank=2, alpha=2)), "'loha' on .*jlora.to_lora"),
-        (dict, "has nothing"),
+        (dict, "got no weights"),
         (
             lambda: trained(jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa())),
             "rebase_to_original",
         ),
-        (lambda: jax.tree.map(lambda a: a * jnp.nan, trained()), "holds NaN or Inf"),
+        (lambda: jax.tree.map(lambda a: a * jnp.nan, trained()), "has NaN or infinite"),
     ],
 )
-def test_what_the_files_have_no_form_for_is_refused(
+def test_save_unsupported_adapter_raises(
     adapter: Any, message: str, tmp_path: pathlib.Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -439,32 +447,37 @@ def test_what_the_files_have_no_form_for_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_arguments_are_refused(tmp_path: pathlib.Path) -> None:
+def test_bad_arguments_raise(tmp_path: pathlib.Path) -> None:
     path, adapter = tmp_path / "a", trained()
-    with pytest.raises(ValueError, match="style='other' is neither"):
+    with pytest.raises(ValueError, match="file_format='other' must be"):
         saved(path, adapter, file_format="other")
-    with pytest.raises(ValueError, match="prefix='prior' has no name in style='kohya'"):
+    with pytest.raises(ValueError, match="prefix='prior' must be one of .*file_format='kohya'"):
         saved(path, adapter, prefix="prior", file_format="kohya")
-    with pytest.raises(ValueError, match="prefix='unet.' is no name"):
+    with pytest.raises(ValueError, match="prefix='unet.' must be the name"):
         loaded(path, prefix="unet.")
-    with pytest.raises(ValueError, match="stored has nowhere, which params has not"):
-        loaded(written(tmp_path, tensors("kohya")), checkpoint_mapping=STORED | {"nowhere": STORED["q"]})
+    with pytest.raises(
+        ValueError, match="checkpoint_mapping has nowhere, which params does not have"
+    ):
+        loaded(
+            written(tmp_path, tensors("kohya")),
+            checkpoint_mapping=STORED | {"nowhere": STORED["q"]},
+        )
 
 
-def test_embeddings_are_refused_by_name(tmp_path: pathlib.Path) -> None:
+def test_embedding_raises(tmp_path: pathlib.Path) -> None:
     fn = lambda p, ids: p["table"][ids]
     params, ids = {"table": np.ones((9, 5), np.float32)}, np.array([1, 2])
     stored = {"table": single_tensor_weight("embed.weight", (9, 5))}
     rule = {"table": jlora.LoRA(rank=2, alpha=2)}
     adapter = jlora.lora_transform(fn, rule).init(jax.random.key(0), params, ids)
-    with pytest.raises(ValueError, match="table cannot be written: it is of the kind embedding"):
+    with pytest.raises(ValueError, match="table cannot be written: its kind is embedding"):
         diffusers.save(tmp_path / "a", adapter, fn, params, ids, checkpoint_mapping=stored)
     content = {"unet.embed.lora_A.weight": np.ones((2, 9), np.float32)}
-    with pytest.raises(ValueError, match="embed cannot be adapted: it is of the kind embedding"):
+    with pytest.raises(ValueError, match="embed cannot be adapted: its kind is embedding"):
         diffusers.load(written(tmp_path, content), fn, params, ids, checkpoint_mapping=stored)
 
 
-def test_a_file_that_exists_is_left_as_it_was(tmp_path: pathlib.Path) -> None:
+def test_save_existing_file_raises(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a"
     path.write_text("kept")
     with pytest.raises(FileExistsError, match="left as it was"):

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 import jlora
-from benchmarks.h100 import table
-from benchmarks.h100.common import SHAPES
+from benchmarks.speed import _tables
+from benchmarks.speed._common import SHAPES
 from jlora.training import recipe
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_blocks_of_the_readme_run_in_order(
+def test_readme_code_blocks_run_in_order(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -38,23 +38,23 @@ def test_the_blocks_of_the_readme_run_in_order(
             assert capsys.readouterr().out in README
 
 
-def test_the_recipe_of_the_readme_is_one() -> None:
+def test_readme_recipe_is_valid() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     recipe.validate(yaml.safe_load(block))
 
 
-def test_the_files_the_readme_names_exist() -> None:
+def test_readme_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
 
 
-def test_the_quickstarts_table_is_the_committed_one() -> None:
+def test_readme_quickstart_matches_results() -> None:
     result = json.loads((ROOT / "benchmarks/results/quickstart.json").read_text())
     for figure in result["test_accuracy"].values():
         assert f"{figure:.3f}" in README, figure
 
 
-def test_the_figures_of_runs_are_the_committed_ones() -> None:
+def test_readme_runs_match_results() -> None:
     results = ROOT / "benchmarks/results"
     quickstart = json.loads((results / "quickstart_recipe.json").read_text())
     assert (
@@ -80,15 +80,15 @@ def test_the_figures_of_runs_are_the_committed_ones() -> None:
     assert f"once at {speed['rows to a corpus']:.1f} million" in README
 
 
-def test_the_step_cost_table_is_the_committed_one() -> None:
+def test_readme_step_cost_matches_results() -> None:
     result = json.loads((ROOT / "benchmarks/results/step_cost_h100.json").read_text())
     for row in result["rows"]:
         assert f"{row['step_ms']:.1f}" in README, row
         assert f"{row['tokens_per_s']:,}" in README, row
 
 
-def test_the_tables_of_the_h100_are_the_committed_ones() -> None:
-    tables = table.tables()
+def test_readme_h100_tables_match_results() -> None:
+    tables = _tables.h100_tables()
     assert len(tables) == 4
     for lines in tables.values():
         assert "\n".join(lines) + "\n" in README
@@ -97,7 +97,7 @@ def test_the_tables_of_the_h100_are_the_committed_ones() -> None:
     assert f"{speed}, with NF4 {unsloth['nf4']['tokens_per_s']:,}." in README
 
 
-def test_every_dependency_is_named() -> None:
+def test_readme_names_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
@@ -107,7 +107,7 @@ def test_every_dependency_is_named() -> None:
         assert f"`{name[0]}`" in README, requirement
 
 
-def test_the_families_tables_are_the_committed_ones() -> None:
+def test_readme_family_tables_match_results() -> None:
     for name in ("families_stack_h100.json", "families_h100.json"):
         for row in json.loads((ROOT / "benchmarks/results" / name).read_text())["rows"]:
             cells = (
@@ -124,7 +124,7 @@ def test_the_families_tables_are_the_committed_ones() -> None:
         assert line in README, row
 
 
-def test_the_bits_of_quantised_weights_are_those_of_the_table() -> None:
+def test_readme_quantization_bits_match_library() -> None:
     rows = re.findall(
         r"^\| `(NF4|Int4|Int8|FP8)\(block_size=(\d+)\)` \| ([\d.]+) \|", README, re.MULTILINE
     )
@@ -139,7 +139,7 @@ def test_the_bits_of_quantised_weights_are_those_of_the_table() -> None:
     assert jlora.quantize({"w": weight}, {"w": plain})["w"].bits == 4.5
 
 
-def test_the_rows_of_many_adapters_are_the_committed_ones() -> None:
+def test_readme_multi_lora_matches_results() -> None:
     results = ROOT / "benchmarks/results/multi"
     names = {
         "decode_1024": "decode, 1,024 tokens before",
@@ -166,7 +166,7 @@ def test_the_rows_of_many_adapters_are_the_committed_ones() -> None:
     assert told in README
 
 
-def test_the_examples_of_several_adapters_are_the_committed_ones() -> None:
+def test_readme_adapter_examples_match_results() -> None:
     results = ROOT / "benchmarks/results"
     halves = json.loads((results / "task_arithmetic.json").read_text())
     for name, row in halves["test_accuracy"].items():
@@ -192,7 +192,7 @@ def test_the_examples_of_several_adapters_are_the_committed_ones() -> None:
     assert f"{fused['examples']} labelled texts, drawn {fused['draws']} times" in README
 
 
-def test_the_rank_search_is_the_committed_one() -> None:
+def test_readme_rank_search_matches_results() -> None:
     results = ROOT / "benchmarks/results/rank_search"
     found = json.loads((results / "search.json").read_text())
     trials = len(found["trials"])

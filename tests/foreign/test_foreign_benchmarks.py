@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from foreign_models import FOREIGN
 
-from benchmarks.h100 import common
+from benchmarks.speed import _common
 
 pytestmark = [*FOREIGN, pytest.mark.filterwarnings("ignore:::qwix")]
 
 pytest.importorskip("qwix")
-from benchmarks.h100 import peer_qwix  # noqa: E402
+from benchmarks.speed.peers import qwix as peer_qwix  # noqa: E402
 
-TINY = common.SHAPES["tiny"]
+TINY = _common.SHAPES["tiny"]
 
 
 def test_a_step_of_qwix_trains_and_is_written_down(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from _support.cases import Case, errors, moved, total
 from _support.hlo import weight_shaped_products
+from _support.materialized import record_materialized
 from foreign_models import FOREIGN, MODELS, foreign_case
 
 import jlora
 from jlora.adapters.base import get_adapter_leaves
-from _support.materialized import record_materialized
 
 pytestmark = FOREIGN
 

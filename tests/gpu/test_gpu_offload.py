@@ -1,4 +1,4 @@
-"""What only a GPU can show: that offloading frees its memory, and computes the same there."""
+"""Offloading on a GPU: it frees device memory and computes the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax import lax
 import jlora
 
 pytestmark = pytest.mark.gpu
-# Activations that take several times what the moments do.
+# Activations take several times the memory of the moments.
 WIDTH, LAYERS, ROWS, PASSES = 4096, 6, 16384, 3
 
 
@@ -61,13 +61,13 @@ def compiled(optimizer: Any, scanned: bool) -> tuple[Any, Any, Any, jax.Array]:
 
 
 def on_device(program: Any) -> int:
-    """Bytes of the device at the peak; JAX's number is over all memories."""
+    """Peak bytes in device memory; the value from JAX includes host memory."""
     stats = program.memory_analysis()
     return stats.peak_memory_in_bytes - stats.host_argument_size_in_bytes
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["one pass", "scan"])
-def test_law_an_offloaded_step_computes_the_same_with_less_memory(scanned: bool) -> None:
+def test_offload_step_is_exact_and_saves_memory(scanned: bool) -> None:
     ends, peaks = [], []
     for optimizer in (optax.adam(1e-3), jlora.offload(optax.adam(1e-3))):
         program, params, state, batch = compiled(optimizer, scanned)
@@ -79,12 +79,12 @@ def test_law_an_offloaded_step_computes_the_same_with_less_memory(scanned: bool)
     for one, two in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
         assert one.tobytes() == two.tobytes()
     moments = 2 * LAYERS * WIDTH * WIDTH * 4
-    # All but what the update itself holds of them: on an H100 it saves two thirds.
+    # All but the part in device memory during the update: on an H100 it saves two thirds.
     assert peaks[0] - peaks[1] > 0.5 * moments
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-def test_the_self_test_passes(passes: int) -> None:
+def test_check_offload_passes(passes: int) -> None:
     params = parameters()
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = jlora.offload(transform).init(params)

@@ -1,4 +1,4 @@
-"""Ranks for a budget: what they cost, who gets them, and that a recipe can hold them."""
+"""Ranks for a budget: their costs, their distribution, and recipes with them."""
 
 from __future__ import annotations
 
@@ -159,14 +159,14 @@ def test_allocate_ranks_shares_follow_scores() -> None:
     found = of(allocate_ranks(Importance("by_hand", weights), 350_000, config=LORA))
     for path, score in scores.items():
         numbers = found[path] * sum(shapes[path])
-        # Rounded to whole ranks, of about a thousand numbers each.
+        # Rounded to integer ranks, of about a thousand parameters each.
         assert numbers == pytest.approx(350_000 * score / 7, abs=1100)
 
 
 def test_allocate_ranks_full_weight_frees_budget() -> None:
     found = of(allocate_ranks(scored({"e": 1e6, "a": 1.0, "b": 1.0}), 300, config=LORA))
     assert found["e"] == 3
-    # 300 - 3 * 16 = 252 numbers: 126 for each.
+    # 300 - 3 * 16 = 252 parameters: 126 for each.
     assert found["a"] == 6
     assert found["b"] == 7
 
@@ -255,7 +255,7 @@ def test_trainable_params_equal_adapter_size(config: Any, least: int) -> None:
     trained, _ = jlora.partition(adapter)
     numbers = sum(array.size for array in jax.tree.leaves(trained))
     assert numbers == trainable_params(rules, importance)
-    # A rank of the costliest weight is 2 x (5 + 7 + 1) numbers.
+    # A rank of the costliest weight is 2 x (5 + 7 + 1) parameters.
     assert 150 - 26 < numbers <= 150
     assert {path: leaf.rank for path, leaf in adapter.items()} == {
         path: rank for path, rank in of(rules).items() if rank
@@ -287,9 +287,9 @@ def test_allocate_ranks_budget_too_small_raises() -> None:
     ],
 )
 def test_allocate_ranks_bad_inputs_raise(changes: dict[str, Any], match: str) -> None:
-    given = {"importance": drawn(0), "budget": 500, "config": LORA, **changes}
+    options = {"importance": drawn(0), "budget": 500, "config": LORA, **changes}
     with pytest.raises((ValueError, TypeError), match=match):
-        allocate_ranks(given.pop("importance"), given.pop("budget"), **given)
+        allocate_ranks(options.pop("importance"), options.pop("budget"), **options)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
@@ -331,9 +331,9 @@ def test_to_recipe_keeps_named_init_only(recipe_of: Make, base: Any) -> None:
     rules = allocate_ranks(scored({"a": 1.0}), 21 * 4, config=config)
     again = recipe.validate({**raw, **to_recipe(rules)})
     assert rules_from_recipe(again, model_from_config(base)) == rules
-    made = dataclasses.replace(LORA, init=jlora.initializers.gaussian(0.3))
+    custom = dataclasses.replace(LORA, init=jlora.initializers.gaussian(0.3))
     with pytest.raises(ValueError, match="has an initializer that recipes have no name for"):
-        to_recipe({"w": made})
+        to_recipe({"w": custom})
     eva = dataclasses.replace(LORA, init=jlora.initializers.eva({}))
     with pytest.raises(ValueError, match="cannot be expressed in a recipe"):
         to_recipe({"w": eva})

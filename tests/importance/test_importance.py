@@ -1,4 +1,4 @@
-"""Scores against NumPy, one batch after the other, and never the gradient of a whole model."""
+"""Scores against NumPy, one batch at a time, and never the gradient of a full model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 
 def expected(method: Any, params: Any, batches: list[Any]) -> dict[str, np.ndarray]:
-    """The method's formula, from gradients of whole batches or of their rows."""
+    """The method's formula, from gradients of batches or of their examples."""
     if isinstance(method, importance.Fisher):
         batches = [
             {k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["x"]))
@@ -188,11 +188,11 @@ def activations(center: bool = True, pass_bytes: int = 2**30) -> Any:
 
 @pytest.mark.parametrize(("center", "pass_bytes"), [(True, 200), (True, 2**30), (False, 2**30)])
 def test_activation_variance_matches_numpy(center: bool, pass_bytes: int) -> None:
-    met = [small.inputs(small.params(), batch) for batch in small.batches(*BATCHES)]
+    weight_inputs = [small.inputs(small.params(), batch) for batch in small.batches(*BATCHES)]
     found = activations(center, pass_bytes)
     assert list(found.weights) == sorted(NAMES)
     for name in NAMES:
-        x = np.concatenate([one[name] for one in met], axis=1)
+        x = np.concatenate([one[name] for one in weight_inputs], axis=1)
         x = x - x.mean(axis=1, keepdims=True) if center else x
         variances = np.linalg.svd(x, compute_uv=False) ** 2
         shares = variances / variances.sum(-1, keepdims=True)
@@ -277,7 +277,7 @@ def test_data_free_methods_singular_is_finite() -> None:
         assert found["one"].score == pytest.approx(want, abs=0.1)
 
 
-# --- what is asked for ----------------------------------------------------------------------------
+# --- selection and errors -------------------------------------------------------------------------
 
 
 def test_measure_importance_select_patterns() -> None:

@@ -1,4 +1,4 @@
-"""What the gradient of a whole model costs, by the compiler's own count."""
+"""FLOPs and arrays of the gradient of a complete model, as counted by the compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from _support.cases import moved
 from _support.hlo import weight_shaped_products
 from _support.tiny_transformers import TOKENS, WIDTH, make
 
@@ -24,20 +23,27 @@ def loss(output: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def compiled(kind: str) -> tuple[Any, Any, Any]:
-    """The adapter, its compiled gradient, and the floor: forward and gradient of activations."""
+def compile_programs(kind: str) -> tuple[Any, Any, Any]:
+    """Adapter, its compiled gradient, and the floor: forward pass and activation gradients."""
     model = make(kind)
     config = jlora.LoRA(rank=RANK, alpha=RANK)
     lora = jlora.lora_transform(model.forward, {model.adapted: config})
-    adapter = moved(lora.init(jax.random.key(1), model.params, TOKENS))
+    adapter = jax.eval_shape(lora.init, jax.random.key(1), model.params, TOKENS)
     step = jax.jit(jax.grad(lambda a, p: loss(lora.apply(p, a, TOKENS))))
-    rows = jnp.ones((*TOKENS.shape, WIDTH))
+    embedded = jax.ShapeDtypeStruct((*TOKENS.shape, WIDTH), jnp.float32)
     floor = jax.jit(jax.grad(lambda x, p: loss(model.body(p, x))))
     return (
         adapter,
         step.lower(adapter, model.params).compile(),
-        floor.lower(rows, model.params).compile(),
+        floor.lower(embedded, model.params).compile(),
     )
+
+
+@pytest.fixture(params=["linen", "scanned", "nnx"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Kind of the transformer, whose programs are compiled before the test."""
+    compile_programs(request.param)
+    return request.param
 
 
 def flops(program: Any) -> float:
@@ -45,8 +51,11 @@ def flops(program: Any) -> float:
 
 
 def adapter_flops(adapter: Any) -> float:
-    """Of the products with A and B, forward (2), and for the gradients of both factors and of the
-    activation (4), per token and entry of a factor."""
+    """FLOPs of the products with A and B.
+
+    Per token and entry of a factor: 2 in the forward pass, and 4 for the gradients of factor and
+    activation.
+    """
     total = 0
     for path, leaf in adapter.items():
         # The compiler counts the body of a scan once.
@@ -57,24 +66,21 @@ def adapter_flops(adapter: Any) -> float:
     return total
 
 
-@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
-def test_the_gradient_costs_forward_activation_gradient_and_adapter(kind: str) -> None:
-    adapter, step, floor = compiled(kind)
+def test_gradient_flops_have_no_frozen_part(kind: str) -> None:
+    adapter, step, floor = compile_programs(kind)
     np.testing.assert_allclose(flops(step), flops(floor) + adapter_flops(adapter), rtol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
-def test_no_product_has_the_shape_of_a_frozen_weight(kind: str) -> None:
-    adapter, step, _ = compiled(kind)
+def test_gradient_has_no_weight_shaped_product(kind: str) -> None:
+    adapter, step, _ = compile_programs(kind)
     shapes = {leaf.shape for leaf in adapter.values()}
     assert len(shapes) == 5
     assert not weight_shaped_products(step.as_text(), shapes)
 
 
-@pytest.mark.parametrize("kind", ["linen", "scanned", "nnx"])
-def test_full_fine_tuning_fails_both_checks(kind: str) -> None:
-    """Or the checks would say nothing."""
-    adapter, step, floor = compiled(kind)
+def test_checks_full_fine_tuning_fails_both(kind: str) -> None:
+    """Without this, the checks could be void."""
+    adapter, step, floor = compile_programs(kind)
     model = make(kind)
     full = jax.jit(jax.grad(lambda p: loss(model.forward(p, TOKENS)), allow_int=True))
     program = full.lower(model.params).compile()
@@ -83,8 +89,8 @@ def test_full_fine_tuning_fails_both_checks(kind: str) -> None:
     assert weight_shaped_products(program.as_text(), {leaf.shape for leaf in adapter.values()})
 
 
-def test_the_optimizer_has_no_array_for_a_frozen_leaf() -> None:
-    adapter, _, _ = compiled("scanned")
-    state = jlora.lora_optimizer(optax.adam(1e-3)).init(adapter)
+def test_optimizer_has_no_frozen_moments() -> None:
+    adapter, _, _ = compile_programs("scanned")
+    state = jax.eval_shape(jlora.lora_optimizer(optax.adam(1e-3)).init, adapter)
     entries = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert entries == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapter))

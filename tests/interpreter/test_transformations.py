@@ -1,4 +1,4 @@
-"""`apply` under JAX's transformations, on eight devices made of one CPU."""
+"""`apply` under the transformations of JAX, on eight CPU devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jlora
 
 COMPOSED = ["dense_general", "conv_groups", "linen_scan_remat", "tied_embedding", "experts"]
-# Sums of at most 60 products of numbers near one in float32, in another order.
+# Sums of at most 60 products of values near one in float32, in another order.
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -30,7 +30,7 @@ def inputs_like(one: Any, count: int) -> Any:
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_vmap_over_adapters_is_each_adapter_alone(name: str) -> None:
+def test_vmap_over_adapters_equals_single_calls(name: str) -> None:
     one = case(name, "float32")
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]
     apart = [one.compiled(one.params, adapter, *one.inputs) for adapter in adapters]
@@ -40,7 +40,7 @@ def test_vmap_over_adapters_is_each_adapter_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_vmap_over_inputs_and_adapters_pairs_them(name: str) -> None:
+def test_vmap_over_both_pairs_them(name: str) -> None:
     one = case(name, "float32")
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]
     inputs = inputs_like(one, 3)
@@ -54,7 +54,7 @@ def test_vmap_over_inputs_and_adapters_pairs_them(name: str) -> None:
     chex.assert_trees_all_close(same, stacked(alone), **FLOAT32)
 
 
-def test_ragged_experts_map_over_adapters_though_jax_cannot_vmap_them() -> None:
+def test_map_ragged_experts_equals_single_calls() -> None:
     one = case("ragged_experts", "float32")
     (x,) = one.inputs
     with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
@@ -65,7 +65,7 @@ def test_ragged_experts_map_over_adapters_though_jax_cannot_vmap_them() -> None:
     chex.assert_trees_all_close(jax.lax.map(run, stacked(adapters)), stacked(apart), **FLOAT32)
 
 
-def test_vmap_over_adapters_keeps_one_product_with_the_base() -> None:
+def test_vmap_over_adapters_shares_base_product() -> None:
     one = case("dense", "float32")
     adapters = stacked([moved(one.fresh, seed) for seed in range(5)])
     run = jax.vmap(one.lora.apply, in_axes=(None, 0, None))
@@ -75,7 +75,7 @@ def test_vmap_over_adapters_keeps_one_product_with_the_base() -> None:
     assert "f32[5,6,5]" not in text, "the base must not be repeated for every adapter"
 
 
-def test_scan_and_checkpoint_around_apply() -> None:
+def test_scan_of_checkpoint_equals_unrolled() -> None:
     one = case("attention", "float32")
     (x,) = one.inputs
     params, adapter = one.params, one.adapter
@@ -93,7 +93,7 @@ def test_scan_and_checkpoint_around_apply() -> None:
     )
 
 
-def test_forward_mode_agrees_with_reverse_mode() -> None:
+def test_jvp_equals_reverse_mode() -> None:
     one = case("linen_scan_remat", "float32")
     loss = lambda a: total(one.lora.apply(one.params, a, *one.inputs))
     direction = moved(jax.tree.map(jnp.zeros_like, one.adapter), 9)
@@ -107,7 +107,7 @@ def test_forward_mode_agrees_with_reverse_mode() -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "linen_scan_remat", "conv_2d", "nnx_blocks"])
-def test_a_second_call_and_a_swapped_adapter_do_not_recompile(name: str) -> None:
+def test_jit_swapped_adapter_does_not_retrace(name: str) -> None:
     one = case(name, "float32")
     traces = []
 
@@ -127,23 +127,25 @@ def mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
 
 
 @pytest.mark.parametrize("name", ["dense_general", "linen_scan_remat", "tied_embedding"])
-def test_sharded_parameters_and_batch_give_the_same(name: str) -> None:
+def test_apply_sharded_inputs_equal_unsharded(name: str) -> None:
     one = case(name, "float32")
-    on = mesh((2, 4), ("model", "data"))
+    device_mesh = mesh((2, 4), ("model", "data"))
 
-    def spread(leaf: jax.Array) -> jax.Array:
-        split = [i for i, n in enumerate(leaf.shape) if n % 2 == 0][-1:]
-        spec = ["model" if i in split else None for i in range(leaf.ndim)]
-        return jax.device_put(leaf, NamedSharding(on, PartitionSpec(*spec)))
+    def shard(leaf: jax.Array) -> jax.Array:
+        sharded_axes = [i for i, n in enumerate(leaf.shape) if n % 2 == 0][-1:]
+        spec = ["model" if i in sharded_axes else None for i in range(leaf.ndim)]
+        return jax.device_put(leaf, NamedSharding(device_mesh, PartitionSpec(*spec)))
 
-    params = jax.tree.map(spread, one.params)
+    params = jax.tree.map(shard, one.params)
     inputs = [
-        jax.device_put(jnp.concatenate([x] * 4), NamedSharding(on, PartitionSpec("data")))
+        jax.device_put(jnp.concatenate([x] * 4), NamedSharding(device_mesh, PartitionSpec("data")))
         for x in one.inputs
     ]
-    whole = one.compiled(one.params, one.adapter, *(jnp.concatenate([x] * 4) for x in one.inputs))
+    expected = one.compiled(
+        one.params, one.adapter, *(jnp.concatenate([x] * 4) for x in one.inputs)
+    )
     output = one.compiled(params, one.adapter, *inputs)
-    chex.assert_trees_all_close(output, whole, **FLOAT32)
+    chex.assert_trees_all_close(output, expected, **FLOAT32)
     merged = jlora.merge(params, one.adapter)
     chex.assert_trees_all_equal(
         jax.tree.map(lambda leaf: leaf.sharding, merged),
@@ -151,23 +153,23 @@ def test_sharded_parameters_and_batch_give_the_same(name: str) -> None:
     )
 
 
-def test_pmap_trains_as_one_device_on_the_whole_batch() -> None:
+def test_pmap_gradient_equals_one_device() -> None:
     one = case("dense", "float32")
     x = normal(5, (8, 2, 4, 6), np.float32)
 
     def gradient(params: Any, adapter: Any, x: jax.Array) -> Any:
-        own = jax.grad(lambda a: total(one.lora.apply(params, a, x)))(adapter)
-        return jax.lax.psum(own, "devices")
+        local = jax.grad(lambda a: total(one.lora.apply(params, a, x)))(adapter)
+        return jax.lax.psum(local, "devices")
 
     parallel = jax.pmap(gradient, axis_name="devices", in_axes=(None, None, 0))
-    whole = jax.grad(lambda a: sum(total(one.lora.apply(one.params, a, row)) for row in x))
+    expected = jax.grad(lambda a: sum(total(one.lora.apply(one.params, a, row)) for row in x))
     each = parallel(one.params, one.adapter, x)
     chex.assert_trees_all_close(
-        jax.tree.map(lambda leaf: leaf[3], each), whole(one.adapter), **FLOAT32
+        jax.tree.map(lambda leaf: leaf[3], each), expected(one.adapter), **FLOAT32
     )
 
 
-def test_collectives_inside_the_wrapped_function_keep_their_axis() -> None:
+def test_apply_pmean_inside_keeps_axis() -> None:
     fn = lambda p, x: jax.lax.pmean(x @ p["w"], "devices")
     lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
     params = {"w": normal(0, (6, 5), np.float32)}
@@ -180,10 +182,8 @@ def test_collectives_inside_the_wrapped_function_keep_their_axis() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [("model", None), (None, "model")])
-def test_shard_map_inside_the_function_splits_the_factors_as_the_weight(
-    rows: str | None, columns: str | None
-) -> None:
-    on = mesh((4,), ("model",))
+def test_shard_map_inside_shards_factors(rows: str | None, columns: str | None) -> None:
+    device_mesh = mesh((4,), ("model",))
     spec = PartitionSpec(rows, columns)
 
     def product(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -192,7 +192,7 @@ def test_shard_map_inside_the_function_splits_the_factors_as_the_weight(
 
     run = jax.shard_map(
         product,
-        mesh=on,
+        mesh=device_mesh,
         in_specs=(spec, PartitionSpec(None, rows)),
         out_specs=PartitionSpec(None, columns),
     )
@@ -207,13 +207,13 @@ def test_shard_map_inside_the_function_splits_the_factors_as_the_weight(
     chex.assert_trees_all_close(gradient, through_merge, **FLOAT32)
 
 
-def test_shard_map_around_apply() -> None:
+def test_shard_map_around_equals_apply() -> None:
     one = case("dense", "float32")
-    on = mesh((8,), ("data",))
+    device_mesh = mesh((8,), ("data",))
     x = normal(5, (8, 4, 6), np.float32)
     run = jax.shard_map(
         lambda p, a, x: one.lora.apply(p, a, x),
-        mesh=on,
+        mesh=device_mesh,
         in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
         out_specs=PartitionSpec("data"),
     )
@@ -221,7 +221,7 @@ def test_shard_map_around_apply() -> None:
     chex.assert_trees_all_close(jax.jit(run)(one.params, one.adapter, x), expected, **FLOAT32)
 
 
-def test_hessian_vector_products_pass_through() -> None:
+def test_hvp_equals_merge() -> None:
     one = case("dense", "float32")
     loss = lambda a: total(one.lora.apply(one.params, a, *one.inputs))
     direction = moved(jax.tree.map(jnp.zeros_like, one.adapter), 9)

@@ -13,11 +13,12 @@ for package, version in (("torch", None), ("transformers", "5.0"), ("peft", None
 
 import torch  # noqa: E402
 
-from benchmarks.h100 import common, peer_peft  # noqa: E402
+from benchmarks.speed import _common  # noqa: E402
+from benchmarks.speed.peers import peft as peer_peft  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
-TINY = common.SHAPES["tiny"]
+TINY = _common.SHAPES["tiny"]
 BASE = sum(inputs * outputs for inputs, outputs in TINY.projections.values()) * TINY.layers
 EMBEDDINGS = 2 * TINY.vocabulary * TINY.width  # And the head, which is not tied to them.
 NORMS = (2 * TINY.layers + 1) * TINY.width
@@ -46,7 +47,7 @@ def test_adapters_are_of_the_type_asked_for_and_all_get_a_gradient(
     name: str, dtype: torch.dtype
 ) -> None:
     model = peer_peft.adapted(peer_peft.llama(TINY), TINY, dtype)
-    parameters = peer_peft.trained(model)
+    parameters = peer_peft.trainable_parameters(model)
     assert {parameter.dtype for parameter in parameters} == {dtype}
     before = [parameter.detach().clone() for parameter in parameters]
     tokens = torch.randint(TINY.vocabulary, (TINY.batch, TINY.length))

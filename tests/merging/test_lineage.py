@@ -100,11 +100,11 @@ def test_load_adapter_changed_content_raises(tmp_path: Path) -> None:
     save_adapter(path, ADAPTER, PARAMS)
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(ValueError, match="other numbers or facts than jlora wrote"):
+    with pytest.raises(ValueError, match="does not have the content that jlora wrote"):
         load_adapter(path, PARAMS)
     path.write_bytes(good)
     rewritten(path, adapter=metadata_of(path)["adapter"].replace('"alpha": 3.0', '"alpha": 6.0'))
-    with pytest.raises(ValueError, match="other numbers or facts than jlora wrote"):
+    with pytest.raises(ValueError, match="does not have the content that jlora wrote"):
         load_adapter(path, PARAMS)
 
 
@@ -198,11 +198,11 @@ def test_lineage_any_json_is_valid_or_raises(held: dict[str, Any]) -> None:
 
 def test_save_adapter_bad_lineage_raises(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    with pytest.raises(TypeError, match="is no Lineage"):
+    with pytest.raises(TypeError, match="must be a jlora.checkpoints.Lineage"):
         save_adapter(path, ADAPTER, PARAMS, {"method": "x"})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="holds what JSON does not"):
+    with pytest.raises(ValueError, match="must contain only JSON values"):
         Lineage(recipe={"seed": jax.numpy.ones(2)})
-    with pytest.raises(ValueError, match="Parent.content='abc' is no content hash"):
+    with pytest.raises(ValueError, match="ParentAdapter.content='abc' must be a content hash"):
         ParentAdapter("a", "abc", 1.0)
     with pytest.raises(TypeError, match="not what init returns"):
         content_hash({"w": 3})

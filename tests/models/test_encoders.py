@@ -144,7 +144,7 @@ def test_poolers_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert_tokens", "distilbert", "vit_image"])
 def test_a_pooler_that_is_not_there_is_refused(name: str) -> None:
     model, params = loaded(name)
-    with pytest.raises(ValueError, match="no pooler: its checkpoint came without one. Use"):
+    with pytest.raises(ValueError, match="no pooler, because its checkpoint has none. Use"):
         model.apply(params, *inputs(name), method="pooler_output")
 
 
@@ -321,7 +321,7 @@ def test_mean_pool_is_float32_because_bfloat16_does_not_count_to_509() -> None:
 def test_input_past_the_last_position_is_refused(name: str, most: int) -> None:
     model, params = loaded(name)
     tokens = np.full((2, most + 1), 3, np.int32)
-    message = f"length {most + 1} run past the {most} tokens that .* Truncate the texts"
+    message = f"at most {most} tokens .* got length {most + 1}. Truncate the texts"
     with pytest.raises(ValueError, match=message):
         model.apply(params, tokens, tokens)
     longest = model.apply(params, tokens[:, :most], tokens[:, :most])
@@ -334,8 +334,8 @@ IDS = np.full((2, 7), 3, np.int32)
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("bert", (IDS, IDS[:, :1]), r"mask has shape \(2, 1\), input_ids \(2, 7\). Give one mask"),
-        ("bert", (IDS[0], IDS[0]), r"input_ids has shape \(7,\) instead of .* input_ids\[None\]"),
+        ("bert", (IDS, IDS[:, :1]), r"mask has shape \(2, 1\), input_ids \(2, 7\). Pass one mask"),
+        ("bert", (IDS[0], IDS[0]), r"input_ids must have shape .* got \(7,\). .* input_ids\[None\]"),
         ("bert", (IDS, IDS, IDS[:1]), r"token_type_ids has shape \(1, 7\), input_ids \(2, 7\)"),
         ("distilbert", (IDS, IDS, IDS), "this encoder has no token types. Leave it out"),
     ],
@@ -366,10 +366,10 @@ def test_a_token_type_outside_the_table_makes_its_text_nan_and_no_other(
 @pytest.mark.parametrize(
     ("shape", "dtype", "error", "message"),
     [
-        ((2, 12, 8, 3), "float32", ValueError, r"\(2, 12, 8, 3\) instead of \(batch, 8, 12, 3\)"),
+        ((2, 12, 8, 3), "float32", ValueError, r"shape \(batch, 8, 12, 3\), .* got \(2, 12, 8, 3\)"),
         ((2, 3, 8, 12), "float32", ValueError, "put the channels last"),
-        ((8, 12, 3), "float32", ValueError, r"shape \(8, 12, 3\) instead of \(batch"),
-        ((2, 8, 12, 3), "uint8", TypeError, "dtype uint8, so they are not scaled yet. Scale"),
+        ((8, 12, 3), "float32", ValueError, r"got \(8, 12, 3\)"),
+        ((2, 8, 12, 3), "uint8", TypeError, "dtype uint8, which is not scaled. Scale"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(
@@ -499,33 +499,33 @@ BAD_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "activation": (
         "bert",
         {"hidden_act": "mish"},
-        r"hidden_act='mish' is not implemented; \['gelu', 'gelu_new'",
+        r"hidden_act='mish' is not implemented, must be one of \['gelu', 'gelu_new'",
     ),
     "the pooler's activation": ("vit", {"pooler_act": "cube"}, "pooler_act='cube' is not impl"),
-    "rotary positions": ("bert", {"rope_theta": 1e4}, r"\{'rope_theta': 10000.0\} is not known"),
-    "no width": ("bert", {"hidden_size": None}, "hidden_size=None is no size. Copy"),
-    "no layers": ("distilbert", {"n_layers": 0}, "n_layers=0 is no size"),
-    "a size in words": ("bert", {"vocab_size": "53"}, "vocab_size='53' is no size"),
-    "odd heads": ("bert", {"num_attention_heads": 3}, "width 20 .* does not split into 3 equal"),
-    "epsilon": ("bert", {"layer_norm_eps": "small"}, "layer_norm_eps='small' is no number"),
-    "patches": ("vit", {"patch_size": [4]}, r"patch_size=\[4\] is no size. Copy"),
+    "rotary positions": ("bert", {"rope_theta": 1e4}, r"\{'rope_theta': 10000.0\} is unknown"),
+    "no width": ("bert", {"hidden_size": None}, "hidden_size=None must be a positive integer. Copy"),
+    "no layers": ("distilbert", {"n_layers": 0}, "n_layers=0 must be a positive integer"),
+    "a size in words": ("bert", {"vocab_size": "53"}, "vocab_size='53' must be a positive integer"),
+    "odd heads": ("bert", {"num_attention_heads": 3}, "width 20 .* must be a multiple .* got 3 heads"),
+    "epsilon": ("bert", {"layer_norm_eps": "small"}, "layer_norm_eps='small' must be a finite number"),
+    "patches": ("vit", {"patch_size": [4]}, r"patch_size=\[4\] must be a positive integer, or a list of two. Copy"),
     "padding": ("roberta", {"pad_token_id": 16}, "pad_token_id=16 leaves no positions"),
     "no padding": ("roberta", {"pad_token_id": -1}, "pad_token_id=-1 leaves no positions"),
     "another head": (
         "bert",
         {"architectures": ["BertForQuestionAnswering"]},
         r"architectures=\['BertForQuestionAnswering'\] is not.*'BertForTokenClassification'.*"
-        r"without a head, say \['BertModel'\]",
+        r"without a head, set \['BertModel'\]",
     ),
     "another model's head": (
         "distilbert",
         {"architectures": ["BertForSequenceClassification"]},
-        r"\['BertForSequenceClassification'\] is not implemented; one of \['DistilBertFor",
+        r"\['BertForSequenceClassification'\] is not implemented, must be one of \['DistilBertFor",
     ),
     "a head for texts on images": (
         "vit",
         {"architectures": ["ViTForTokenClassification"]},
-        r"one of \['ViTForImageClassification', 'ViTForMaskedImageModeling', 'ViTModel'\] is",
+        r"one of \['ViTForImageClassification', 'ViTForMaskedImageModeling', 'ViTModel'\]",
     ),
 }
 
@@ -563,7 +563,7 @@ def test_what_changes_no_number_is_let_through(name: str) -> None:
 
 
 def test_models_without_options_refuse_those_of_decoders() -> None:
-    with pytest.raises(TypeError, match=r"\['scan_layers'\] are no options of Encoder, which has \[\]"):
+    with pytest.raises(TypeError, match=r"Unknown options \['scan_layers'\] of Encoder, which has \[\]"):
         load.load(DATA / "bert", scan_layers=True)
 
 
@@ -810,7 +810,7 @@ def test_a_truncated_file_is_refused(kept_bytes: int, tmp_path: pathlib.Path) ->
     shutil.copytree(DATA / "bert", tmp_path / "copy")
     path = tmp_path / "copy" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*Copy it anew"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*Copy it again"):
         load.load(tmp_path / "copy")
 
 
@@ -882,7 +882,7 @@ def test_params_that_are_not_the_sources_are_refused_by_path(
 
 def test_params_without_their_collection_are_refused(tmp_path: pathlib.Path) -> None:
     params = loaded("bert").params["params"]
-    with pytest.raises(ValueError, match=r"embeddings/norm/bias is unknown.*what `load` returned"):
+    with pytest.raises(ValueError, match=r"embeddings/norm/bias is unknown.*result of `load`"):
         save.save(tmp_path / "saved", params, DATA / "bert")
 
 

@@ -1,4 +1,4 @@
-"""An optimizer's state in the host's memory: the same steps, bit by bit."""
+"""An optimizer's state in host memory: the same steps, bit by bit."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def step(optimizer: Any, params: Any, state: Any, x: jax.Array) -> Any:
 
 
 def stepped(optimizer: Any, params: Any, steps: int = 4) -> tuple[Any, Any, Any]:
-    """Parameters, state, and the jitted step that made them."""
+    """Returns parameters, state, and the jitted step."""
     params, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
     if "pinned_host" not in kinds(state):  # Counts go to all of the mesh's devices.
         state = offload.to_device(offload.to_host(state))
@@ -239,14 +239,14 @@ def whole_or_split(shape: Any, place: NamedSharding) -> NamedSharding:
 
 
 def last_bit(x: jax.Array) -> jax.Array:
-    """The next number, of the first entry of an array alone."""
+    """Replaces the first entry of an array by the next float."""
     if not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
         return x
     return jnp.where(jnp.arange(x.size).reshape(x.shape) == 0, jnp.nextafter(x, jnp.inf), x)
 
 
 def stale(tree: Any) -> Any:
-    """What a transfer that was left out would send: not what was made."""
+    """Returns zeros, as a missing transfer would send."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 
@@ -276,7 +276,7 @@ def test_check_offload_broken_transfer_raises(fetch: Any, store: Any, passes: in
 
 
 def test_check_offload_wrong_scan_gradient_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a program with transfers lost the last pass of its scan."""
+    """Simulates a program with transfers that loses the last pass of its scan."""
     params = parameters()
     whole, calls = offload._self_test_grads, []
 
@@ -292,11 +292,11 @@ def test_check_offload_wrong_scan_gradient_raises(monkeypatch: pytest.MonkeyPatc
     assert calls == [3, 3]
 
 
-# --- where there is no such memory ----------------------------------------------------------------
+# --- without host memory --------------------------------------------------------------------------
 
 
 class NoHost:
-    """A device as on a platform without the host's memory."""
+    """A device of a platform without pinned host memory."""
 
     process_index = 0
 

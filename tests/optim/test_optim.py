@@ -39,7 +39,7 @@ def test_lora_optimizer_frozen_base_is_unchanged() -> None:
     optimizer = jlora.lora_optimizer(optax.adam(1e-2))
     state = optimizer.init(tree)
     trained = arrays(tree["adapter"]) + arrays(tree["head"])
-    # Adam keeps two moments of what is trained, and counts of steps.
+    # Adam keeps two moments of the trainable arrays, and step counts.
     assert arrays([x for x in jax.tree.leaves(state) if x.ndim]) == 2 * trained
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Ranks that fall in training: what a cut leaves, and that nothing else is touched."""
+"""Rank schedules: cuts are best approximations, and other steps are the optimizer's."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def fn(p: Any, x: jax.Array) -> jax.Array:
 @functools.cache
 def start() -> tuple[Any, Any, Any]:
     shapes = {"w": (6, 7), "q": (7, 2, 5), "e": (2, 5, 8, 3), "narrow": (8, 3)}
-    keys = jax.random.split(jax.random.key(0), 5)
-    params = {n: jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=False)}
-    x = jax.random.normal(keys[4], (9, 6))
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jax.device_put(rng.normal(size=shape).astype(np.float32))
+    params, x = {name: draw(shape) for name, shape in shapes.items()}, draw((9, 6))
     return params, moved(fresh(params, x)), x
 
 
 def fresh(params: Any, x: Any) -> Any:
-    """Of which the narrow weight has more ranks than it can use."""
+    """Returns an adapter whose narrow weight has more ranks than it can use."""
     with pytest.warns(UserWarning, match="'narrow' exceeds the weight's own rank"):
         return jlora.lora_transform(fn, RULES).init(jax.random.key(1), params, x)
 
@@ -67,7 +67,7 @@ inner_update = jax.jit(adam().update)
 
 @functools.cache
 def history() -> list[tuple[Any, Any, Any, Any, Any]]:
-    """For each step: the adapter and state before, the gradient, and both after."""
+    """Returns for each step the adapter and state before, the gradient, and both after."""
     _, adapter, _ = start()
     state = SHRINKING.init(adapter)
     steps = []
@@ -81,7 +81,7 @@ def history() -> list[tuple[Any, Any, Any, Any, Any]]:
 
 
 def matrices(leaf: Any) -> np.ndarray:
-    """The change as (batch, fan_in, fan_out), in float64."""
+    """Returns the update as (batch, fan_in, fan_out), in float64."""
     batch = int(np.prod(leaf.axis_sizes.batch))
     a = np.float64(leaf.a).reshape(batch, -1, leaf.rank)
     return leaf.scale * a @ np.float64(leaf.b).reshape(batch, leaf.rank, -1)
@@ -227,7 +227,7 @@ def test_trim_zero_ranks_fresh_and_zero_leaves() -> None:
     assert sorted(optim.trim_zero_ranks(zeros)) == ["e", "narrow"]
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- refused inputs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Writes data/: one small adapter per file, with what PEFT computes from it.
+"""Writes data/: one small adapter per file, with the outputs that PEFT computes from it.
 
 Run it once where torch and peft are installed; the tests need neither:
 
@@ -11,10 +11,10 @@ A file holds float32 tensors in torch's layout, and integers for ids and positio
     input, output                 of the model with the adapter
     merged/weight, merged/bias    after merge_and_unload
     indices                       the positions (row, column) of FourierFT's coefficients
-    residual/weight, gradient     what an initialisation leaves in the layer, and what it read
+    residual/weight, gradient     the weight after an initialization, and the gradient it used
 
 A model of two layers, the second applied to the output of the first, has the layer's name in
-between: base/first/weight, adapter/second/vera_lambda_b, and adapter/vera_A for what both share.
+between: base/first/weight, adapter/second/vera_lambda_b, and adapter/vera_A for shared arrays.
 Every merged weight is computed here a second time, in NumPy, and the two must agree; so must the
 outputs before and after merging.
 """
@@ -45,12 +45,12 @@ Arrays = dict[str, np.ndarray]
 Fields = dict[str, Any]
 # The merged weight, from the base weight, the layer's adapter and the fields of the config.
 Formula = Callable[[np.ndarray, Arrays, Fields], np.ndarray]
-# The factors right after their initialisation, up to the sign of each component.
+# The factors right after their initialization, up to the sign of each component.
 Initial = Callable[[Arrays, Fields], Arrays]
 
 
 class Errors(NamedTuple):
-    """How far PEFT is from the formula, and its merged model from its unmerged one."""
+    """Errors of PEFT against the formula, and of its merged model against the unmerged one."""
 
     weight: float
     output: float
@@ -206,7 +206,7 @@ def vblora(weight: np.ndarray, adapter: Arrays, fields: Fields) -> np.ndarray:
     return weight + b.swapaxes(1, 2).reshape(outputs, rank) @ a.reshape(rank, inputs)
 
 
-# Initialisations, each from the base weight and from what else is in the file.
+# Initializations, each from the base weight and the other arrays of the file.
 
 
 def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,7 +244,7 @@ def eva(tensors: Arrays, fields: Fields) -> Arrays:
 def check_initial(initial: Initial | None, tensors: Arrays, fields: Fields) -> float:
     """The greatest error of the two factors against the formula, and of the weights' sum."""
     adapter = pick(tensors, "adapter/")
-    if initial is None:  # "orthogonal" is random; what it promises is that B A is zero.
+    if initial is None:  # "orthogonal" is random; only its product B A, which is zero, is known.
         error = np.abs(low_rank(adapter)).max()
     else:
         expected = initial(tensors, fields)
@@ -324,7 +324,7 @@ ADAPTERS: dict[str, Case] = {
     ),
 }
 
-INITIALISATIONS: dict[str, tuple[Fields, Initial | None]] = {
+INITIALIZATIONS: dict[str, tuple[Fields, Initial | None]] = {
     "pissa": ({"r": 3, "lora_alpha": 5, "init_lora_weights": "pissa"}, pissa),
     "pissa_niter": ({"r": 3, "lora_alpha": 5, "init_lora_weights": "pissa_niter_16"}, pissa),
     "olora": ({"r": 3, "lora_alpha": 5, "init_lora_weights": "olora"}, olora),
@@ -360,7 +360,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def add_noise(model: peft.PeftModel) -> None:
-    """Moves the adapter, which is all that PEFT leaves trainable, off its initial value."""
+    """Adds noise to the adapter: the only parameters that PEFT leaves trainable."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += NOISE_STD * torch.randn_like(parameter)
@@ -384,7 +384,7 @@ def parameters_of(model: nn.Sequential, group: str) -> Tensors:
 
 
 def adapter_of(model: peft.PeftModel, names: list[str]) -> Tensors:
-    """What PEFT would save, without the path to the module."""
+    """The tensors that PEFT saves, without the path to the module."""
     saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     renamed = {}
     for key, tensor in saved.items():
@@ -397,7 +397,7 @@ def adapter_of(model: peft.PeftModel, names: list[str]) -> Tensors:
 
 
 def results(model: peft.PeftModel, inputs: torch.Tensor) -> tuple[Tensors, float]:
-    """The output, the merged weights, and how far the merged model's output is from it."""
+    """The output, the merged weights, and the error of the merged model's output."""
     with torch.no_grad():
         output = model.eval()(inputs)
         merged = model.merge_and_unload()
@@ -443,7 +443,7 @@ def adapter_case(case: Case) -> tuple[Tensors, Errors]:
     return tensors, Errors(check_merged(case, as_arrays(tensors), names), gap)
 
 
-def initialisation_case(fields: Fields, initial: Initial | None) -> tuple[Tensors, Errors]:
+def initialization_case(fields: Fields, initial: Initial | None) -> tuple[Tensors, Errors]:
     """One linear layer; its inputs are also the samples of EVA and of LoRA-GA's gradient."""
     base = linear()
     separate_spectrum(base.layer)
@@ -501,9 +501,9 @@ def main() -> None:
         tensors, errors = adapter_case(case)
         write(name, case.config, case.fields, tensors)
         report(name, errors, tensors)
-    for name, (fields, initial) in INITIALISATIONS.items():
+    for name, (fields, initial) in INITIALIZATIONS.items():
         torch.manual_seed(7)
-        tensors, errors = initialisation_case(fields, initial)
+        tensors, errors = initialization_case(fields, initial)
         write(name, peft.LoraConfig, fields, tensors)
         report(name, errors, tensors)
 

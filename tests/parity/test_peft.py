@@ -1,4 +1,4 @@
-"""Every family against what PEFT computed: data/ was written by make_peft_data.py."""
+"""Every adapter method against PEFT's results, in data/, which make_peft_data.py writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
 
 DATA = pathlib.Path(__file__).parent / "data"
 Arrays = dict[str, np.ndarray]
-# float32 sums of at most 60 products of numbers near one; outputs and weights are below 20.
+# float32 sums of at most 60 products of values near one; outputs and weights are below 20.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -136,7 +136,7 @@ def ia3(t: Mapping[str, np.ndarray], kind: str) -> Any:
 
 
 def config_of(name: str, case: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """jlora's config for a case, and what converts its arrays."""
+    """jlora's config for a case, and the function that converts its arrays."""
     rank, alpha = case.get("r"), case.get("lora_alpha", case.get("alpha"))
     tucker = bool(case.get("use_effective_conv2d"))
     configs = {
@@ -167,7 +167,7 @@ def config_of(name: str, case: dict[str, Any]) -> tuple[Any, Callable[..., Any]]
 
 
 def filled(adapter: dict[str, Any], path: str, arrays: Arrays) -> dict[str, Any]:
-    """The adapter with one leaf's arrays replaced by others of the same shapes."""
+    """The adapter with the arrays of one leaf replaced by others of the same shapes."""
     leaf = adapter[path]
     shapes = {name: shape for name, shape in leaf.shapes().items() if name in arrays}
     assert {name: array.shape for name, array in arrays.items()} == shapes
@@ -201,7 +201,7 @@ ONE_LAYER = [
 
 
 @pytest.mark.parametrize("name", ONE_LAYER)
-def test_outputs_and_merged_weights_are_pefts(name: str) -> None:
+def test_apply_and_merge_match_peft(name: str) -> None:
     tensors, fields = load(name)
     kind = next((kind for kind in FORWARD if kind in name), "linear")
     fn, layout = FORWARD[kind]
@@ -236,7 +236,7 @@ def two(tensors: Arrays) -> dict[str, Any]:
     return params | biases
 
 
-def test_vera_with_two_layers_that_share_is_pefts() -> None:
+def test_vera_shared_layers_match_peft() -> None:
     tensors, fields = load("vera")
     params = two(tensors)
     config = jlora.VeRA(rank=fields["r"], d_initial=fields["d_initial"])
@@ -250,7 +250,7 @@ def test_vera_with_two_layers_that_share_is_pefts() -> None:
     compare(vera, params, adapter, tensors)
 
 
-def test_vb_lora_with_two_layers_that_share_is_pefts() -> None:
+def test_vb_lora_shared_layers_match_peft() -> None:
     tensors, fields = load("vblora")
     params = two(tensors)
     config = jlora.VBLoRA(
@@ -278,7 +278,7 @@ def compare(lora_: Any, params: Any, adapter: Any, tensors: Arrays) -> None:
         np.testing.assert_allclose(merged[name], expected, **FLOAT32)
 
 
-def test_fourierft_is_pefts() -> None:
+def test_fourierft_matches_peft() -> None:
     tensors, fields = load("fourierft")
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     spectrum = tensors["adapter/fourierft_spectrum"]
@@ -288,15 +288,15 @@ def test_fourierft_is_pefts() -> None:
     ft = jlora.lora_transform(linear, {"w": config})
     x = tensors["input"]
     adapter = ft.init(jax.random.key(0), params, x)
-    # PEFT's are those of (out, in), whose transpose ours is.
+    # PEFT's indices are those of (out, in), the transpose of ours.
     ours = sample_frequency_indices(len(spectrum), fields["random_loc_seed"], *params["w"].shape)
     np.testing.assert_array_equal(ours, tensors["indices"][::-1])
     leaf = dataclasses.replace(adapter["w"], spectrum=jnp.asarray(spectrum))
     np.testing.assert_allclose(ft.apply(params, {"w": leaf}, x), tensors["output"], **FLOAT32)
     merged = ft.merge(params, {"w": leaf})["w"]
     np.testing.assert_allclose(merged, tensors["merged/weight"].T, **FLOAT32)
-    # So many entries are transformed; few would be computed as waves, to the same update.
-    waves = build_tensor_network("w", leaf.shape, **leaf._waves()._asdict())
+    # So many entries use the inverse transform; the low-rank form gives the same update.
+    waves = build_tensor_network("w", leaf.shape, **leaf._low_rank_expression()._asdict())
     dense = FactoredArray(jnp.zeros(leaf.shape), waves).materialize()
     expected = tensors["merged/weight"].T - tensors["base/weight"].T
     np.testing.assert_allclose(dense, expected, **FLOAT32)
@@ -310,7 +310,7 @@ def test_fourierft_is_pefts() -> None:
         ("olora", jlora.initializers.olora()),
     ],
 )
-def test_initialisations_that_change_the_base_are_pefts(name: str, init: Any) -> None:
+def test_residual_inits_match_peft(name: str, init: Any) -> None:
     tensors, fields = load(name)
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     config = jlora.LoRA(rank=fields["r"], alpha=fields["lora_alpha"], init=init)
@@ -318,7 +318,7 @@ def test_initialisations_that_change_the_base_are_pefts(name: str, init: Any) ->
     x = tensors["input"]
     adapter = lora_.init(jax.random.key(0), params, x)
     base = jlora.residual_base(params, adapter)
-    # Singular vectors have signs of their own; the product has not.
+    # The signs of singular vectors are arbitrary; those of their product are not.
     np.testing.assert_allclose(base["w"], tensors["residual/weight"].T, **FLOAT32)
     theirs = tensors["adapter/lora_B.weight"] @ tensors["adapter/lora_A.weight"]
     np.testing.assert_allclose(adapter["w"].a @ adapter["w"].b, theirs.T, **FLOAT32)
@@ -328,7 +328,7 @@ def test_initialisations_that_change_the_base_are_pefts(name: str, init: Any) ->
     np.testing.assert_allclose(lora_.apply(base, adapter, x), tensors["output"], **FLOAT32)
 
 
-def test_evas_directions_are_pefts() -> None:
+def test_eva_directions_match_peft() -> None:
     tensors, fields = load("eva")
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
     x = tensors["input"]
@@ -342,7 +342,7 @@ def test_evas_directions_are_pefts() -> None:
     np.testing.assert_array_equal(adapter["w"].b, 0)
 
 
-def test_lora_ga_has_pefts_directions_and_the_papers_lengths() -> None:
+def test_lora_ga_matches_peft_and_paper() -> None:
     tensors, fields = load("lora_ga")
     rank = fields["r"]
     params = {"w": jnp.asarray(tensors["base/weight"].T), "b": jnp.asarray(tensors["base/bias"])}
@@ -365,13 +365,13 @@ def test_lora_ga_has_pefts_directions_and_the_papers_lengths() -> None:
     ("size", "factor", "first"),
     [(12, 4, 4), (6, 6, 6), (24, 8, 8), (12, -1, 3), (22, 3, 2), (10, 4, 2), (13, -1, 1)],
 )
-def test_lokr_splits_as_peft_does(size: int, factor: int, first: int) -> None:
+def test_factorization_matches_peft(size: int, factor: int, first: int) -> None:
     assert factorization(size, factor) == first
 
 
-def test_every_case_is_tested() -> None:
+def test_data_every_case_is_tested() -> None:
     others = {"vera", "vblora", "fourierft", "pissa", "pissa_niter", "olora", "eva", "lora_ga"}
-    # A bias that PEFT scales with the outputs, and an initialisation that is random: test_inits.
+    # A bias that PEFT scales with the outputs, and a random initialization.
     others |= {"ia3_bias", "orthogonal"}
     assert {path.stem for path in DATA.glob("*.safetensors")} == others | set(ONE_LAYER)
     assert all(path.stat().st_size < 50_000 for path in DATA.glob("*.safetensors"))

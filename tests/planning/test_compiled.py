@@ -18,7 +18,7 @@ from jlora.training import sharding
 
 pytest.importorskip("libtpu")
 
-# Lengths of which a TPU's tiles are no more than the array.
+# Multiples of the TPU's tiles, so that there is no padding.
 SMALL = {
     "vocab_size": 2048,
     "hidden_size": 512,
@@ -47,7 +47,7 @@ RANK = 16
 
 
 class Plan(NamedTuple):
-    """A step for a slice: what it is, and what it was compiled to."""
+    """A step for a slice, and its compiled program."""
 
     size: dict[str, int]
     rows: int
@@ -117,7 +117,7 @@ def arithmetic(of: Plan) -> float:
         passes += numbers - math.prod(matrices["down"])
     # x A and its product with B forward and twice backward, and forward again.
     lora = 4 * RANK * sum(sum(shape) for shape in matrices.values())
-    # A frozen head's logits, and what they do to the hidden states.
+    # Logits of a frozen head, and the gradient for the hidden states.
     head = 2 * of.size["hidden_size"] * of.size["vocab_size"]
     # Half of all pairs: two products forward, again those in the backward pass, and seven there.
     attention = (2 + 2 + 7) * of.length / 2 * of.size["num_heads"] * of.size["head_dim"]
@@ -125,7 +125,7 @@ def arithmetic(of: Plan) -> float:
 
 
 def weights_per_chip(of: Plan, width: int = 2) -> int:
-    """Bytes: matrices split over all chips of fsdp and tensor, norms whole."""
+    """Bytes: matrices split over all chips of fsdp and tensor, norms replicated."""
     flat = _tree.flatten_with_paths(of.step.weights)
     split = of.compiled.input_shardings[0][0]
     parts = math.prod(jax.tree.leaves(split)[0].mesh.shape[a] for a in ("fsdp", "tensor"))
@@ -155,12 +155,12 @@ def check(of: Plan, tolerance: float) -> None:
     assert of.measured.flops * of.chips == pytest.approx(arithmetic(of), rel=tolerance)
 
 
-def test_law_a_plan_agrees_with_arithmetic() -> None:
-    # Three hundredths: what of LoRA's own products the compiler makes in which order.
+def test_step_cost_agrees_with_arithmetic() -> None:
+    # 3%: the compiler chooses the order of LoRA's own products.
     check(small(), 0.03)
 
 
-def test_the_kernel_of_the_target_is_in_the_program() -> None:
+def test_lowered_step_has_the_tpu_kernel() -> None:
     assert jax.default_backend() == "cpu"
     assert "tpu_custom_call" in small().lowered.as_text()
     names = {
@@ -172,7 +172,7 @@ def test_the_kernel_of_the_target_is_in_the_program() -> None:
     assert any(name.startswith("splash_mha_fwd") for name in names)
 
 
-def test_xla_counts_the_same_products_when_each_loop_is_counted_once() -> None:
+def test_count_flops_agrees_with_xla() -> None:
     of = small()
     runs = hlo_cost.iter_executed_instructions(
         hlo_cost.parse_hlo(of.compiled.as_text()), count_trips=False
@@ -180,19 +180,19 @@ def test_xla_counts_the_same_products_when_each_loop_is_counted_once() -> None:
     products = sum(
         run.executions * hlo_cost.count_flops(run) for run in runs if "custom" not in run[0].opcode
     )
-    xla = of.compiled.cost_analysis()["flops"]  # Which also counts what is no product.
+    xla = of.compiled.cost_analysis()["flops"]  # It also counts other operations.
     assert 0.95 * xla < products < xla
 
 
-def test_chips_exchange_at_least_the_weights_that_they_lack() -> None:
+def test_ici_bytes_cover_gathered_weights() -> None:
     of = small()
     split = of.measured.memory.arguments["weights"]
-    # Each gathers half of what fsdp splits, forward and backward.
+    # Each chip gathers half of the weights, forward and backward.
     assert of.measured.ici_bytes > 2 * split * 0.9
     assert {"all-gather", "all-reduce"} <= {c.kind for c in of.measured.collectives}
 
 
-def test_an_estimate_is_between_its_terms() -> None:
+def test_estimate_step_time_bounds() -> None:
     of = small()
     found = roofline.estimate_step_time(
         of.measured, of.topology.chip, tokens=of.rows * of.length, chips=of.chips
@@ -201,7 +201,7 @@ def test_an_estimate_is_between_its_terms() -> None:
     assert found.compute_s == of.measured.flops / 197e12
 
 
-def test_what_is_held_at_once_is_told_from_what_is_given_and_returned() -> None:
+def test_step_memory_separates_its_parts() -> None:
     mesh = sharding.make_mesh({"fsdp": 4}, tpu_topology.get_tpu_topology("v5e:2x2").devices)
     n = 2**14
     spec = NamedSharding(mesh, PartitionSpec("fsdp"))
@@ -222,7 +222,7 @@ def test_what_is_held_at_once_is_told_from_what_is_given_and_returned() -> None:
     assert held.temporaries < 0.9 * compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_a_step_that_does_not_fit_is_refused_with_what_it_needs() -> None:
+def test_compile_step_too_large_raises() -> None:
     mesh = sharding.make_mesh({"fsdp": 4}, tpu_topology.get_tpu_topology("v5e:2x2").devices)
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
     n = 2**17
@@ -262,7 +262,5 @@ GRID = [
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
-def test_law_a_plan_of_a_users_size_agrees_with_arithmetic(
-    size: Any, name: str, sizes: Any, options: Any
-) -> None:
+def test_step_cost_of_large_models(size: Any, name: str, sizes: Any, options: Any) -> None:
     check(plan(size, name, sizes, length=4096, **options), 0.03)

@@ -1,4 +1,4 @@
-"""What is counted in the text of a program, against what XLA counts and against arithmetic."""
+"""Costs counted in the text of a program, against XLA's counts and arithmetic."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def convolved(**how: Any) -> Any:
         ),
     ],
 )
-def test_products_are_counted_as_xla_counts_them(fn: Any, shapes: Any) -> None:
+def test_count_flops_equals_xla(fn: Any, shapes: Any) -> None:
     found, compiled = program(fn, *shapes)
     assert flops(found) == compiled.cost_analysis()["flops"]
 
 
-def test_law_a_loop_counts_as_often_as_it_is_run() -> None:
+def test_count_flops_multiplies_by_trips() -> None:
     def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
             return lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x), None
@@ -72,7 +72,7 @@ def test_law_a_loop_counts_as_often_as_it_is_run() -> None:
     assert flops(found, unrolled=False) == once
 
 
-def test_a_loop_of_unknown_length_has_no_count() -> None:
+def test_trip_count_unknown_is_none() -> None:
     found, _ = program(
         lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x + 1, x), (4, 4)
     )
@@ -85,7 +85,7 @@ def test_a_loop_of_unknown_length_has_no_count() -> None:
     assert flops(found) == 2 * 4**3
 
 
-# What a TPU's compiler writes: no trip count, and a product as a convolution.
+# A TPU program: without trip counts, and with products as convolutions.
 TPU = """
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -138,7 +138,7 @@ ENTRY %main (x.2: bf16[4,8], w.2: bf16[5,8,8]) -> bf16[4,8] {
 """
 
 
-def test_a_program_for_a_tpu_is_counted_too() -> None:
+def test_tpu_program_costs() -> None:
     found = hlo_cost.parse_hlo(TPU)
     assert flops(found) == 5 * 2 * 4 * 8 * 8
     one = 4 * 8 * 2
@@ -152,7 +152,7 @@ def test_a_program_for_a_tpu_is_counted_too() -> None:
         for run in hlo_cost.iter_executed_instructions(found)
     }
     assert traffic["near"] == one  # Read from HBM, and written near the core.
-    # A layer's slice of the stack each time; and nothing for what is near.
+    # A layer's slice of the stack each time; memory of the core does not count.
     assert traffic["y.1"] == 5 * (8 * 8 * 2 + 4)
     assert traffic["one"] == 0  # Inside a fusion.
 
@@ -166,7 +166,7 @@ def test_a_program_for_a_tpu_is_counted_too() -> None:
         ("tuple(%next, %r", "tuple(%i.1, %r", None),
     ],
 )
-def test_a_loops_length_is_its_bound_over_its_step(written: str, changed: str, trips: Any) -> None:
+def test_trip_count_is_bound_over_increment(written: str, changed: str, trips: Any) -> None:
     assert written in TPU
     found = hlo_cost.parse_hlo(TPU.replace(written, changed))
     (loop,) = (
@@ -188,20 +188,20 @@ def test_a_loops_length_is_its_bound_over_its_step(written: str, changed: str, t
         ("mesh['a'=8] {'a':(2)4}", 4),
     ],
 )
-def test_how_many_take_part_is_read_from_every_way_to_write_it(groups: str, ring: int) -> None:
+def test_replica_group_size_of_every_format(groups: str, ring: int) -> None:
     text = TPU.replace("[2,4]<=[8]", groups)
     (gathered, *_) = hlo_cost.collect_collective_stats(hlo_cost.parse_hlo(text))
     assert gathered.sent_bytes == (ring - 1) * 64
 
 
-def test_a_way_to_write_it_that_is_not_known_is_refused() -> None:
+def test_replica_group_size_unknown_raises() -> None:
     with pytest.raises(ValueError, match="Unknown format .*: 'replica_groups=all-of-them"):
         hlo_cost.collect_collective_stats(
             hlo_cost.parse_hlo(TPU.replace("[2,4]<=[8]", "all-of-them"))
         )
 
 
-def test_what_is_no_program_is_refused() -> None:
+def test_parse_hlo_other_text_raises() -> None:
     with pytest.raises(ValueError, match="must be an HLO module, but has no ENTRY"):
         hlo_cost.parse_hlo("module @jit_f {\n}\n")
 
@@ -209,13 +209,13 @@ def test_what_is_no_program_is_refused() -> None:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        # The weight (16, 24) is gathered from 8; a sum over 8 is made of what it gives.
+        # The weight (16, 24) is gathered from 8 shards; the result is reduced over 8.
         ({"fsdp": 8}, {"all-gather": 16 * 24 * 4 * 7 // 8, "all-reduce": 4 * 2 * 7 // 8}),
         ({"data": 8}, {"all-reduce": 4 * 2 * 7 // 8}),
     ],
     ids=str,
 )
-def test_collectives_are_counted_as_a_ring_sends_them(sizes: Any, expected: Any) -> None:
+def test_collective_stats_count_ring_bytes(sizes: Any, expected: Any) -> None:
     mesh = sharding.make_mesh(sizes)
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
 

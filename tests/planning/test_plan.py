@@ -15,7 +15,7 @@ from jlora.training import recipe
 
 pytest.importorskip("libtpu")
 
-# Lengths of which a TPU's tiles are no more than the array.
+# Multiples of the TPU's tiles, so that there is no padding.
 CONFIG = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -47,7 +47,7 @@ def raw(tmp_path: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> None:
+def test_plan_is_of_the_training_step(raw: dict[str, Any]) -> None:
     found = plan(recipe.validate(raw), "v5e:2x2")
     assert found.fits
     assert found.mesh_shape == {"data": 1, "fsdp": 4, "tensor": 1}
@@ -56,7 +56,7 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
     weights = 3 * layer + 2 * 2048 * width
     norms = 7 * width
     held = found.memory.arguments
-    # bfloat16, a quarter on each chip; norms whole.
+    # bfloat16, a quarter on each chip; norms are replicated.
     assert held["weights"] == (weights // 4 + norms) * 2
     ranks = 8 * 3 * (2 * 2 * width + 2 * (width + kv) + 3 * (width + inner))
     # In float32; an adapter's axes of the width are split, those of the others are not.
@@ -71,12 +71,18 @@ def test_law_the_plan_is_of_the_step_that_is_trained(raw: dict[str, Any]) -> Non
     # And factors, attention, and the head's products, which a chunked loss makes again.
     assert 1.0 < found.cost.flops / arithmetic < 1.35
     text = str(found)
-    for part in ("4 chips of 16.00 GiB", "weights", "fits", "all-gather", "tokens/s without overlap"):
+    for part in (
+        "4 chips of 16.00 GiB",
+        "weights",
+        "fits",
+        "all-gather",
+        "tokens/s without overlap",
+    ):
         assert part in text
 
 
 @pytest.mark.slow
-def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[str, Any]) -> None:
+def test_plan_offload_frees_the_chip(raw: dict[str, Any]) -> None:
     raw = {**raw, "adapter": {"rank": 256}}
     here = plan(recipe.validate(raw), "v5e:2x2")
     there = plan(recipe.validate({**raw, "optimizer": {"offload": True}}), "v5e:2x2")
@@ -101,7 +107,7 @@ def test_law_an_offloaded_state_takes_nothing_of_a_chip_between_steps(raw: dict[
         pytest.param({"scheme": "int8", "block_size": 32}, 8 + 32 / 32, marks=pytest.mark.slow),
     ],
 )
-def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
+def test_plan_quantized_has_the_schemes_bits(
     raw: dict[str, Any], quantize: dict[str, Any], bits: float
 ) -> None:
     found = plan(recipe.validate({**raw, "quantize": quantize}), "v5e:2x2")
@@ -110,23 +116,21 @@ def test_law_a_plan_holds_weights_in_as_many_bits_as_their_scheme_says(
     # Embedding, head and norms stay in bfloat16; all but norms is split over four chips.
     rest = (2 * 2048 * width // 4 + 7 * width) * 2
     quantised = found.memory.arguments["weights"] - rest
-    # Scales of scales have too few entries for four chips, and lie whole on each.
+    # Scales of scales have too few entries for four chips and are replicated.
     np.testing.assert_allclose(quantised, 3 * layer * bits / 8 / 4, rtol=5e-3)
     assert found.quantization is not None
     assert found.quantization.bits_per_param == pytest.approx(bits, rel=1e-3)
-    # What the weights take is what the step is called with, and it is not unpacked all at once.
+    # The arguments are the quantized weights, which are not dequantized all at once.
     assert found.memory.padding < 0.1 * quantised
     assert f"quantized: 7 of 12 weights as {quantize['scheme']}: {bits:.2f} bits" in str(found)
 
 
-def test_what_does_not_fit_says_what_would(
+def test_cli_plan_too_large_suggests_changes(
     raw: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({**raw, "mesh": {}, "batch": {"size": 16384}}))
-    status = cli.main(
-        ["plan", str(path), "--topology", "v5e:2x2", "--model.remat_policy", "none"]
-    )
+    status = cli.main(["plan", str(path), "--topology", "v5e:2x2", "--model.remat_policy", "none"])
     out = capsys.readouterr().out
     assert status == 1
     for part in ("does not fit", "suggested changes", "sufficient", "a batch size of"):
@@ -143,7 +147,7 @@ def test_what_does_not_fit_says_what_would(
         ("v5e:2x2", {"model": {"path": "nowhere"}}, "nowhere"),
     ],
 )
-def test_plans_that_cannot_be_are_refused(
+def test_plan_invalid_raises(
     raw: dict[str, Any], topology: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -37,7 +37,7 @@ def measured(flops: float, hbm: float, ici: float) -> StepCost:
         ((197e12, 819e9, 200e9), "ici"),
     ],
 )
-def test_a_step_takes_as_long_as_what_takes_longest_and_at_most_all(work: Any, bound: str) -> None:
+def test_estimate_is_between_max_and_sum(work: Any, bound: str) -> None:
     found = roofline.estimate_step_time(measured(*work), TPU_CHIPS["v5e"], tokens=12000, chips=4)
     assert found.bound == bound
     assert found.fastest_s == pytest.approx(2)
@@ -45,7 +45,7 @@ def test_a_step_takes_as_long_as_what_takes_longest_and_at_most_all(work: Any, b
     assert found.tokens_per_s == pytest.approx((12000 / found.slowest_s, 6000))
 
 
-def test_one_ring_has_two_of_a_chips_links() -> None:
+def test_estimate_ring_uses_two_links() -> None:
     for chip, each in (("v5e", 50e9), ("v5p", 100e9)):
         found = roofline.estimate_step_time(
             measured(0, 0, 4e11), TPU_CHIPS[chip], tokens=1, chips=4
@@ -53,7 +53,7 @@ def test_one_ring_has_two_of_a_chips_links() -> None:
         assert found.ici_s == pytest.approx(4e11 / (2 * each))
 
 
-def test_what_the_compiler_spreads_takes_all_links_that_there_are() -> None:
+def test_estimate_spread_uses_all_links() -> None:
     sent = (
         hlo_cost.CollectiveStats("all-gather", 1, 10**11, 6),
         hlo_cost.CollectiveStats("all-reduce", 1, 10**11, 2),
@@ -64,11 +64,11 @@ def test_what_the_compiler_spreads_takes_all_links_that_there_are() -> None:
         assert found.ici_s == pytest.approx(100 / (links * each) + 100 / (2 * each))
 
 
-def test_what_fits_needs_no_change() -> None:
+def test_suggest_plan_changes_fitting_is_empty() -> None:
     assert roofline.suggest_plan_changes(MEMORY, MEMORY.peak, **PLAN) == []
 
 
-def test_what_is_enough_alone_comes_first() -> None:
+def test_suggest_plan_changes_sufficient_first() -> None:
     found = roofline.suggest_plan_changes(MEMORY, 16 * GIB, **{**PLAN, "remat_policy": "none"})
     over = MEMORY.peak - 16 * GIB
     fits = [change.is_sufficient for change in found]
@@ -78,7 +78,7 @@ def test_what_is_enough_alone_comes_first() -> None:
     assert all(change.is_sufficient == (change.saved_bytes >= over) for change in found)
 
 
-def test_law_the_rows_that_are_advised_fit() -> None:
+def test_suggest_plan_changes_batch_size_fits() -> None:
     for available in range(9, 29, 3):
         found = roofline.suggest_plan_changes(MEMORY, available * GIB, **PLAN)
         (rows,) = (change for change in found if "a batch size of" in change.description)
@@ -89,13 +89,13 @@ def test_law_the_rows_that_are_advised_fit() -> None:
         for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **PLAN)
         if "a batch size of" in c.description
     )
-    # 7.25 of 20 GiB are left for temporaries: 23 of 64 rows, of which 16 are a multiple of 8.
+    # 7.25 of 20 GiB are left for temporaries: 23 of 64 rows, and 16 is a multiple of 8.
     assert rows.description.startswith(
         "a batch size of 16 instead of 64, with 4 accumulation steps"
     )
 
 
-def test_more_fsdp_frees_what_it_says() -> None:
+def test_suggest_plan_changes_fsdp_savings() -> None:
     found = roofline.suggest_plan_changes(MEMORY, 0, **PLAN)
 
     def frees(part: str) -> int:
@@ -105,7 +105,7 @@ def test_more_fsdp_frees_what_it_says() -> None:
     assert frees("fsdp=8 and data=1 instead of fsdp=4") == (8 * GIB + GIB // 4 + GIB // 2) // 2
 
 
-def test_nothing_is_advised_that_is_done_already() -> None:
+def test_suggest_plan_changes_skips_done_ones() -> None:
     done = {**PLAN, "mesh_shape": {"data": 1, "fsdp": 8, "tensor": 1}, "batch_size": 8}
     whats = [c.description for c in roofline.suggest_plan_changes(MEMORY, 16 * GIB, **done)]
     assert not any("data=1" in what or "remat" in what for what in whats)
@@ -113,7 +113,7 @@ def test_nothing_is_advised_that_is_done_already() -> None:
     assert any("chips" in what for what in whats)
 
 
-def test_a_plan_that_does_not_fit_says_what_takes_the_room() -> None:
+def test_does_not_fit_error_lists_sizes() -> None:
     error = DoesNotFitError(MEMORY, 16 * GIB)
     assert "needs 28.75 GiB per chip, but 16.00 GiB are available: weights 8.00 GiB" in str(error)
     assert error.memory is MEMORY

@@ -1,4 +1,4 @@
-"""Slices by name, and what is said of names that are none."""
+"""TPU slices by name, and errors of invalid names."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from jlora.training import sharding
         ("v6e:32x32", "has 1024 chips, but the largest slice of v6e has 256"),
     ],
 )
-def test_a_name_of_no_slice_is_refused(name: str, message: str) -> None:
+def test_get_tpu_topology_invalid_name_raises(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tpu_topology.get_tpu_topology(name)
 
 
-def test_without_the_compiler_the_way_to_get_it_is_said(monkeypatch: Any) -> None:
+def test_get_tpu_topology_without_libtpu_raises(monkeypatch: Any) -> None:
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
@@ -48,7 +48,7 @@ def test_without_the_compiler_the_way_to_get_it_is_said(monkeypatch: Any) -> Non
         ("v6e:4x4", {"fsdp": 8}, (2, 8, 1)),
     ],
 )
-def test_a_mesh_is_made_of_chips_that_are_not_here(name: str, sizes: Any, shape: Any) -> None:
+def test_make_mesh_of_unattached_chips(name: str, sizes: Any, shape: Any) -> None:
     pytest.importorskip("libtpu")
     found = tpu_topology.get_tpu_topology(name)
     assert sharding.make_mesh(sizes, found.devices).devices.shape == shape
@@ -56,13 +56,13 @@ def test_a_mesh_is_made_of_chips_that_are_not_here(name: str, sizes: Any, shape:
     assert found.devices[0].platform == "tpu"
 
 
-def test_sides_that_no_slice_has_are_refused() -> None:
+def test_get_tpu_topology_invalid_shape_raises() -> None:
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="'v5e:3x5' is not a valid slice.*such as 'v5e:4x4'"):
         tpu_topology.get_tpu_topology("v5e:3x5")
 
 
-def test_the_links_of_a_chip_carry_what_its_page_says() -> None:
+def test_tpu_chips_bandwidth_per_link() -> None:
     each = {
         name: chip.ici_bytes_per_s / chip.num_ici_links / 1e9
         for name, chip in tpu_topology.TPU_CHIPS.items()

@@ -1,4 +1,4 @@
-"""Writes data/bitsandbytes.npz: what bitsandbytes 0.50.2 makes of a weight, on a CPU.
+"""Writes data/bitsandbytes.npz: a weight quantized by bitsandbytes 0.50.2, on a CPU.
 
 Run with torch 2.13 and bitsandbytes 0.50.2: python tests/quantization/make_bitsandbytes_data.py
 """
@@ -16,7 +16,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     # Rows of different sizes, so that the scales differ too.
     weight = rng.normal(size=(ROWS, COLUMNS)) * rng.gamma(2, 0.02, size=(ROWS, 1))
-    # Numbers of bfloat16, which take half the room in the file.
+    # Rounded to bfloat16, which takes half the space in the file.
     weight = (weight.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
     weight[3] = 0
     weight[10, 64:128] = 0

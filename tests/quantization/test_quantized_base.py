@@ -1,4 +1,4 @@
-"""A quantised base is the base that it stands for: in every kind of layer, and nowhere wide."""
+"""A quantized base computes as its dequantized base, in every kind of layer and never dense."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jlora
 from jlora._quantized_array import get_component_shardings
 
-# The least blocks that the axes of the layers allow.
+# The smallest blocks that the axes of the layers allow.
 NF4 = jlora.NF4(block_size=2)
 SCHEMES = {"nf4": NF4, "int8": jlora.Int8(block_size=4), "fp8": jlora.FP8(block_size=3)}
 KINDS = [pytest.param(name, id=name) for name in LAYERS] + [
     pytest.param(name, id=name, marks=pytest.mark.slow)
     for name in sorted(set(DIFFERENTIABLE) - set(LAYERS))
 ]
-# Double quantisation packs the last two axes of a weight, and these scan over one of them.
+# Double quantization packs the last two axes of a weight, and these scan over one of them.
 CUT = {"in_scan_stacked_axis_one", "linen_scan_axis_one"}
 
 
@@ -51,16 +51,16 @@ def test_apply_quantized_equals_dequantized(name: str) -> None:
 
     output, gradient = both(packed, one.adapter)
     truth, slope = both(dense, one.adapter)
-    # The same products of the same numbers; some are fused otherwise.
+    # The same products of the same values; some are fused differently.
     assert differences(output, truth) < 1e-6
     assert differences(jlora.partition(gradient)[0], jlora.partition(slope)[0]) < 1e-5
     bare = jax.jit(one.lora.apply)(packed, {}, *one.inputs)
     assert differences(bare, jax.jit(one.fn)(dense, *one.inputs)) < 1e-6
 
-    # What the gradient keeps has no wide copy of a weight, and explain says where one is made.
-    kept = residuals(one, packed)
+    # Residuals hold no dense copy of a weight, and explain reports where one is materialized.
+    residual_arrays = residuals(one, packed)
     wide = {tuple(sorted(leaf.shape)) for leaf in one.adapter.values()}
-    found = [array.shape for array in kept if tuple(sorted(array.shape)) in wide]
+    found = [array.shape for array in residual_arrays if tuple(sorted(array.shape)) in wide]
     rows = {row.path: row for row in one.lora.explain(packed, *one.inputs).rows}
     expected = one.layer.dense or name in CUT
     assert bool(found) <= expected, found
@@ -70,11 +70,13 @@ def test_apply_quantized_equals_dequantized(name: str) -> None:
 
 
 def residuals(one: Case, params: Any) -> list[Any]:
-    """The floating arrays that a gradient with respect to the adapter keeps, as shapes."""
-    return kept_by(lambda params, a: one.lora.apply(params, a, *one.inputs), params, one.adapter)
+    """Returns the float residuals of a gradient with respect to the adapter, as shapes."""
+    return grad_residuals(
+        lambda params, a: one.lora.apply(params, a, *one.inputs), params, one.adapter
+    )
 
 
-def kept_by(apply: Any, params: Any, adapter: Any) -> list[Any]:
+def grad_residuals(apply: Any, params: Any, adapter: Any) -> list[Any]:
     def pull_back(params: Any, adapter: Any) -> Any:
         return jax.vjp(lambda a: total(apply(params, a)), adapter)[1]
 
@@ -122,7 +124,7 @@ def unrolled(params: Any, x: jax.Array) -> jax.Array:
 
 
 def stacked(model: Any) -> tuple[Any, Any, Any]:
-    """The transform of a model, its parameters and its input."""
+    """Returns the transform of a model, its parameters and its input."""
     kernel = normal(0, (LAYERS_OF_STACK, WIDTH, WIDTH), np.float32) / 16
     params = {"kernel": list(kernel) if model is unrolled else kernel}
     x = normal(1, (ROWS, WIDTH), np.float32)
@@ -136,14 +138,14 @@ def test_grad_residuals_have_no_dense_weight(model: Any) -> None:
     apply = lambda params, adapter: lora.apply(params, adapter, x)
     packed = jlora.quantize(params, {"kernel": jlora.NF4()})
     wide = jax.tree.leaves(params)[0].shape
-    assert wide not in {array.shape for array in kept_by(apply, packed, adapter)}
-    # Where the base is made wide before, it is seen.
+    assert wide not in {array.shape for array in grad_residuals(apply, packed, adapter)}
+    # A base that is dequantized before is seen.
     before = lambda packed, adapter: apply(jlora.dequantize(packed), adapter)
-    assert wide in {array.shape for array in kept_by(before, packed, adapter)}
+    assert wide in {array.shape for array in grad_residuals(before, packed, adapter)}
 
 
 def test_step_memory_is_below_three_layers() -> None:
-    """Of layers in a scan; on a CPU the compiler unpacks those of an unrolled model at once."""
+    """For layers in a scan; on a CPU, the compiler dequantizes an unrolled model at once."""
     lora, params, x = stacked(scanned)
     packed = jlora.quantize(params, {"kernel": jlora.NF4()})
     adapter = lora.init(jax.random.key(2), params, x)
@@ -155,14 +157,14 @@ def test_step_memory_is_below_three_layers() -> None:
         compiled = jax.jit(step).lower(params, adapter).compile()
         return compiled.memory_analysis().temp_size_in_bytes / (4 * WIDTH**2)
 
-    held = temporary(packed)
-    # One layer's numbers in float32, its codes unpacked (a byte each), and some small change;
-    # the whole stack would be eight.
-    assert held < 3, held
+    layers_held = temporary(packed)
+    # One layer in float32, its unpacked codes (a byte each), and small arrays; the stack would be
+    # eight.
+    assert layers_held < 3, layers_held
     assert temporary(packed) > temporary(params) - 1
 
 
-# --- other surroundings ---------------------------------------------------------------------------
+# --- sharding and batches -------------------------------------------------------------------------
 
 
 def test_apply_sharded_quantized_base() -> None:
@@ -208,7 +210,7 @@ def test_apply_shard_map_gets_quantized_shards(spec: Any, block: int) -> None:
     np.testing.assert_allclose(
         jax.jit(lora.apply)(packed, adapter, x), x @ dense["w"], rtol=1e-4, atol=1e-4
     )
-    # A block that would be cut makes the weight wide before it is split, and explain says so.
+    # A weight whose blocks would be cut is materialized before it is split; explain reports it.
     (row,) = lora.explain(packed, x).rows
     assert bool(row.dense_reasons) == (block == 64 and spec[0] == "x")
 
@@ -230,7 +232,7 @@ def test_vmap_adapters_share_quantized_base() -> None:
 def test_merge_into_quantized_raises() -> None:
     one = case("dense", "float32")
     packed = quantized(one)
-    message = r"1 quantised weights, such as '.*'.*Merge into the weights that were quantised"
+    message = r"1 quantized weights, such as '.*'.*Merge into the weights before quantization"
     for merge in (jlora.merge, one.lora.merge, jlora.merge_to_dtype):
         with pytest.raises(ValueError, match=message):
             merge(packed, one.adapter)
@@ -248,11 +250,12 @@ def test_residual_base_quantized_raises() -> None:
         fn, {"w": jlora.LoRA(rank=2, alpha=2, init=jlora.initializers.pissa())}
     )
     x = jnp.ones((1, 16))
+    init = jax.jit(lora.init)
     packed = jlora.quantize(weight, {"w": jlora.NF4(block_size=16)})
-    with pytest.raises(ValueError, match="residual_base cannot take the factors out of 'w', whi"):
-        jlora.residual_base(packed, lora.init(jax.random.key(0), packed, x))
+    with pytest.raises(ValueError, match="residual_base cannot subtract the factors from 'w'"):
+        jlora.residual_base(packed, init(jax.random.key(0), packed, x))
     # In the right order the weight is nearer than without the factors.
-    adapter = lora.init(jax.random.key(0), weight, x)
+    adapter = init(jax.random.key(0), weight, x)
     rest = jlora.quantize(jlora.residual_base(weight, adapter), {"w": jlora.NF4(block_size=16)})
     merged = jlora.merge(rest, adapter, dequantize=True)["w"]
     assert jnp.linalg.norm(merged - weight["w"]) < jnp.linalg.norm(
@@ -264,12 +267,12 @@ def test_load_adapter_checks_quantized_base(tmp_path: pathlib.Path) -> None:
     one = case("dense", "float32")
     packed, path = quantized(one), tmp_path / "adapter.safetensors"
     jlora.save_adapter(path, one.adapter, packed)
-    for base in (packed, one.params):  # What it was quantised from is known by quantising it again.
+    for base in (packed, one.params):  # The original base is recognized by quantizing it.
         loaded = jlora.load_adapter(path, base)
         jax.tree.map(np.testing.assert_array_equal, loaded, one.adapter)
     other = jax.tree.map(lambda array: array + 0.1, one.params)
     for base in (other, quantized(one, jlora.Int8(block_size=4)), jlora.dequantize(packed)):
-        with pytest.raises(ValueError, match=r"trained on another base|as it is quantised in par"):
+        with pytest.raises(ValueError, match=r"trained on another base|as it is quantized in par"):
             jlora.load_adapter(path, base)
     jlora.save_adapter(path, one.adapter, one.params)
     with pytest.raises(ValueError, match=r"was not trained on .* pass allow_other_base=True"):
@@ -301,21 +304,22 @@ def test_dora_dequantizes_one_layer_at_a_time(stacked: bool, through_norm: bool)
     lora = jlora.lora_transform(model, jlora.DoRA(rank=2, alpha=4, through_norm=through_norm))
     packed = jlora.quantize(params, {"w": jlora.NF4()})
     dense = jlora.dequantize(packed)
-    adapter = lora.init(jax.random.key(2), packed, x)
-    # Norms from the factors, and norms of the sum: both in float32, of 64 numbers.
-    start = lora.init(jax.random.key(2), dense, x)
+    init = jax.jit(lora.init)
+    adapter = init(jax.random.key(2), packed, x)
+    # Norms from the factors, and norms of the dense weight: both in float32, of 64 entries.
+    start = init(jax.random.key(2), dense, x)
     np.testing.assert_allclose(adapter["w"].magnitude, start["w"].magnitude, rtol=1e-6)
-    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+    adapter = jax.tree.map(lambda a: np.asarray(a) + np.float32(0.1), adapter)
 
     def loss(params: Any, a: Any) -> jax.Array:
         return (lora.apply(params, a, x) ** 2).sum()
 
     found, wanted = (jax.jit(jax.grad(loss, argnums=1))(p, adapter) for p in (packed, dense))
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        # Sums of 64 products in float32, made in another order.
+        # Sums of 64 products in float32, in another order.
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
-    kept = kept_by(lambda p, a: lora.apply(p, a, x), packed, adapter)
-    assert max(array.size for array in kept) < 64 * 48
+    residual_arrays = grad_residuals(lambda p, a: lora.apply(p, a, x), packed, adapter)
+    assert max(array.size for array in residual_arrays) < 64 * 48
     if stacked:
         text = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(packed, adapter))
         assert "f32[5,64,48]" not in text

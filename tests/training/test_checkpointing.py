@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked number by number, and refused when they do not fit."""
+"""Checkpoints: atomic, verified by hash, and refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -40,17 +40,19 @@ def assert_equal(one: Any, two: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_latest_checkpoint_is_restored_bit_by_bit(folder: pathlib.Path) -> None:
+def test_restore_latest_is_bit_exact(folder: pathlib.Path) -> None:
     saver = CheckpointManager(folder, save_total_limit=5)
     found = saver.restore(state(0))
     assert (found.step, found.metadata["progress"]) == (7, {"step": 7})
     assert_equal(found.state, state(7))
     assert_equal(saver.restore(state(0), 3).state, state(3))
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4; existing steps are \[3, 7\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint of step 4; existing steps are \[3, 7\]"
+    ):
         saver.restore(state(0), 4)
 
 
-def test_what_is_written_is_the_state_at_the_call(tmp_path: pathlib.Path) -> None:
+def test_save_copies_the_state_at_the_call(tmp_path: pathlib.Path) -> None:
     saver = CheckpointManager(tmp_path, save_total_limit=1)
     changing = np.zeros(1_000_000, np.float32)
     saver.save(1, {"a": changing}, {})
@@ -59,12 +61,12 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path: pathlib.Path) -> Non
     assert not saver.restore({"a": jnp.asarray(changing)}).state["a"].any()
 
 
-def test_an_empty_folder_has_nothing_to_restore(tmp_path: pathlib.Path) -> None:
+def test_restore_empty_folder_raises(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         CheckpointManager(tmp_path, save_total_limit=1).restore(state(0))
 
 
-def test_the_last_ones_and_the_best_one_stay(tmp_path: pathlib.Path) -> None:
+def test_save_keeps_the_last_and_the_best(tmp_path: pathlib.Path) -> None:
     saver = CheckpointManager(tmp_path, save_total_limit=2)
     for step, best in [(1, None), (2, 2), (3, 3), (4, 3)]:
         saver.save(step, state(step), {}, best)
@@ -74,7 +76,9 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path: pathlib.Path) -> None:
         saver.save(step, state(step), {}, 3)
     saver.wait_until_finished()
     assert saver.all_steps() == [3, 5, 6]
-    with pytest.raises(ValueError, match="has a checkpoint of step 5 already, which was not changed"):
+    with pytest.raises(
+        ValueError, match="has a checkpoint of step 5 already, which was not changed"
+    ):
         saver.save(5, state(0), {})
     assert_equal(saver.restore(state(0), 5).state, state(5))
 
@@ -91,9 +95,7 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path: pathlib.Path) -> None:
         (lambda s: s.update(count=jnp.float32(1)), r"\['count'\] is int32\(\), expected float32"),
     ],
 )
-def test_another_structure_is_refused_by_name(
-    folder: pathlib.Path, change: Any, message: str
-) -> None:
+def test_restore_other_structure_raises(folder: pathlib.Path, change: Any, message: str) -> None:
     like = state(0)
     change(like)
     with pytest.raises(ValueError, match=message):
@@ -121,12 +123,12 @@ def refused_or_right(folder: pathlib.Path) -> bool:
     return True
 
 
-# Reading what is damaged leaves tasks of Orbax's behind, which complain when they are collected.
+# After reading damaged files Orbax leaves tasks, which complain when they are collected.
 damage = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @damage
-def test_a_file_that_is_gone_is_noticed(folder: pathlib.Path) -> None:
+def test_restore_missing_file_raises(folder: pathlib.Path) -> None:
     noticed = 0
     for file in files_of(folder, 7):
         copy = folder.with_name("copy")
@@ -141,7 +143,7 @@ def test_a_file_that_is_gone_is_noticed(folder: pathlib.Path) -> None:
 
 
 @damage
-def test_a_flipped_bit_is_noticed(folder: pathlib.Path) -> None:
+def test_restore_flipped_bit_raises(folder: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     noticed = 0
     for file in files_of(folder, 7):
@@ -155,7 +157,7 @@ def test_a_flipped_bit_is_noticed(folder: pathlib.Path) -> None:
     assert noticed > 5
 
 
-def test_changed_numbers_are_noticed_whatever_the_files_say(folder: pathlib.Path) -> None:
+def test_restore_wrong_hash_raises(folder: pathlib.Path) -> None:
     path = next((folder / "7" / "run_metadata").rglob("metadata"))
     facts = json.loads(path.read_text())
     key = "['adapter']['w/b']"
@@ -165,7 +167,7 @@ def test_changed_numbers_are_noticed_whatever_the_files_say(folder: pathlib.Path
         CheckpointManager(folder, save_total_limit=5).restore(state(0))
 
 
-def test_a_later_format_is_refused(folder: pathlib.Path) -> None:
+def test_restore_later_format_raises(folder: pathlib.Path) -> None:
     path = next((folder / "7" / "run_metadata").rglob("metadata"))
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "format": CHECKPOINT_FORMAT + 1}))
@@ -176,7 +178,7 @@ def test_a_later_format_is_refused(folder: pathlib.Path) -> None:
         CheckpointManager(folder, save_total_limit=5).restore(state(0))
 
 
-def test_what_an_interrupted_save_left_is_cleared_away(folder: pathlib.Path) -> None:
+def test_init_removes_partial_checkpoints(folder: pathlib.Path) -> None:
     (folder / "9.orbax-checkpoint-tmp").mkdir()
     for part in range(3000):  # More than a thread would have removed by the time of the look.
         (folder / "9.orbax-checkpoint-tmp" / f"part{part}").write_text("half")
@@ -189,7 +191,7 @@ def test_what_an_interrupted_save_left_is_cleared_away(folder: pathlib.Path) -> 
     assert not list(folder.glob("*tmp*"))
 
 
-def test_arrays_are_restored_onto_other_shardings(folder: pathlib.Path) -> None:
+def test_restore_uses_the_target_shardings(folder: pathlib.Path) -> None:
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     like = state(0)
@@ -200,14 +202,14 @@ def test_arrays_are_restored_onto_other_shardings(folder: pathlib.Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_refused_at_once(tmp_path: pathlib.Path) -> None:
+def test_check_writable_read_only_raises(tmp_path: pathlib.Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="is not writable"):
         check_writable(tmp_path / "run")
     tmp_path.chmod(0o700)
 
 
-def test_a_file_in_the_folders_place_is_refused_at_once(tmp_path: pathlib.Path) -> None:
+def test_init_on_a_file_raises(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(OSError, match="is not writable .*Use another output"):
         CheckpointManager(tmp_path / "run", save_total_limit=1)

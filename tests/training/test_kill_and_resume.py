@@ -93,19 +93,19 @@ def kill_while_saving(folder: pathlib.Path, times: int) -> None:
     assert last
 
 
-def test_what_is_killed_while_it_saves_keeps_its_last_checkpoint(tmp_path: pathlib.Path) -> None:
+def test_kill_during_save_keeps_the_last(tmp_path: pathlib.Path) -> None:
     kill_while_saving(tmp_path / "run", 4)
 
 
 @pytest.mark.parametrize(
     "times", [pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.grid)]
 )
-def test_so_it_is_however_often_it_is_killed(times: int, tmp_path: pathlib.Path) -> None:
+def test_repeated_kills_keep_the_last(times: int, tmp_path: pathlib.Path) -> None:
     kill_while_saving(tmp_path / "run", times)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_process_after_it_saved(
+def test_train_signal_saves_and_exits(
     recipe_of: Make, tmp_path: pathlib.Path, number: signal.Signals, status: int
 ) -> None:
     raw = recipe_of(training={"steps": 100_000, "save_interval_minutes": None})
@@ -128,7 +128,7 @@ def test_a_signal_ends_a_process_after_it_saved(
 # --- disks ----------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -> None:
+def test_save_full_disk_raises_and_keeps_earlier(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     states = [{"a": jnp.asarray(rng.normal(size=30_000))} for _ in range(2)]  # Nothing to compress.
     saver = CheckpointManager(tmp_path / "run", save_total_limit=2)
@@ -176,13 +176,13 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: pathlib.Path) -
         ),
     ],
 )
-def test_processes_are_joined_as_they_are_told_to(
+def test_get_distributed_init_args_by_source(
     options: dict[str, Any], environment: dict[str, str], want: Any
 ) -> None:
     assert get_distributed_init_args(DistributedSection(**options), environment) == want
 
 
-def test_a_number_of_processes_that_is_none_is_refused() -> None:
+def test_get_distributed_init_args_text_raises() -> None:
     environment = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "two"}
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' must be a number"):
         get_distributed_init_args(DistributedSection(), environment)
@@ -196,7 +196,7 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
-def test_two_processes_train_as_one_does(
+def test_train_two_processes_equals_one(
     recipe_of: Make, tmp_path: pathlib.Path, offload: bool
 ) -> None:
     found = []

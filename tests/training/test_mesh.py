@@ -1,4 +1,4 @@
-"""What lies where on a mesh, and that a step computes the same wherever that is."""
+"""Sharding on meshes, and equal results on every mesh."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LORA = jlora.LoRA(rank=2, alpha=3)
         ({"tensor": 2, "fsdp": 2, "data": 2}, (2, 2, 2)),
     ],
 )
-def test_what_is_not_given_is_left_to_data_or_to_minus_one(sizes: Any, shape: Any) -> None:
+def test_make_mesh_fills_missing_axes(sizes: Any, shape: Any) -> None:
     mesh = sharding.make_mesh(sizes)
     assert mesh.devices.shape == shape
     assert mesh.axis_names == sharding.MESH_AXES
@@ -70,12 +70,12 @@ def test_what_is_not_given_is_left_to_data_or_to_minus_one(sizes: Any, shape: An
         ({"data": 2, "fsdp": 2}, "has 4 devices, but 8 are available"),
     ],
 )
-def test_sizes_that_make_up_no_mesh_are_refused(sizes: Any, message: str) -> None:
+def test_make_mesh_invalid_sizes_raise(sizes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(sizes)
 
 
-def test_rows_that_cannot_be_shared_out_are_refused_with_those_that_can() -> None:
+def test_check_batch_size_suggests_valid_sizes() -> None:
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     sharding.check_batch_size(mesh, 8)
     with pytest.raises(ValueError, match=r"10 must .* data=2 \* fsdp=2 = 4 devices. Use 8 or 12"):
@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_shared_out_are_refused_with_those_that_can() -> Non
         sharding.check_batch_size(mesh, 3)
 
 
-def test_a_weight_that_cannot_be_split_is_refused_by_name() -> None:
+def test_make_tree_shardings_indivisible_raises() -> None:
     model = train_steps.decoder({**train_steps.TINY, "intermediate_size": 36}, scan_layers=True)
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), TOKEN))
     specs, mesh = sharding.weight_specs(model, TOKEN), sharding.make_mesh({"tensor": 8})
@@ -99,7 +99,7 @@ def test_a_weight_that_cannot_be_split_is_refused_by_name() -> None:
 # --- weights -------------------------------------------------------------------------------------
 
 
-def test_weights_are_split_by_the_names_of_their_axes() -> None:
+def test_weight_specs_follow_axis_names() -> None:
     specs = sharding.weight_specs(train_steps.decoder(scan_layers=True), TOKEN)
     layers = "params/layers"
     assert specs["params/embed/embedding"] == PartitionSpec("tensor", "fsdp")
@@ -161,7 +161,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_matrix_of_every_model_is_split_over_fsdp(name: str) -> None:
+def test_weight_specs_split_matrices_over_fsdp(name: str) -> None:
     model, inputs = MODELS[name]
     boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     flat = _tree.flatten_with_paths(boxed)
@@ -173,7 +173,7 @@ def test_every_matrix_of_every_model_is_split_over_fsdp(name: str) -> None:
         assert len(specs[path]) <= len(leaf.shape), path
 
 
-def test_a_name_that_no_rule_knows_is_refused() -> None:
+def test_weight_specs_unknown_axis_raises() -> None:
     dense = nn.Dense(4, kernel_init=partitioned_init("embed", "colour"))
     with pytest.raises(ValueError, match=r"'params/kernel' has an axis named 'colour'.*\['batch'"):
         sharding.weight_specs(dense, jax.ShapeDtypeStruct((2, 6), jnp.float32))
@@ -205,7 +205,7 @@ def places_of(family: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_law_arrays_are_as_long_as_the_axes_of_the_weight_that_they_name(family: str) -> None:
+def test_array_axes_have_the_weights_lengths(family: str) -> None:
     for layer in places_of(family):
         for leaf in get_adapter_leaves(fresh(layer, family)).values():
             shapes, named = leaf.shapes(), set()
@@ -224,7 +224,7 @@ def test_law_arrays_are_as_long_as_the_axes_of_the_weight_that_they_name(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_are_split_like_their_weights(family: str) -> None:
+def test_adapter_specs_follow_the_weights(family: str) -> None:
     for layer in places_of(family):
         adapter = fresh(layer, family)
         leaves = get_adapter_leaves(adapter)
@@ -238,11 +238,11 @@ def test_adapters_are_split_like_their_weights(family: str) -> None:
             for name in leaf.shapes():
                 expected = [None if a is None else f"axis{a}" for a in axes.get(name, ())]
                 assert getattr(split[path], name) == PartitionSpec(*expected), (layer, name)
-        for name in set(adapter) - set(leaves):  # What weights share.
+        for name in set(adapter) - set(leaves):  # Arrays that weights share.
             assert set(jax.tree.leaves(split[name], is_leaf=is_spec)) == {PartitionSpec()}
 
 
-def test_the_factors_of_a_stack_of_layers_have_the_axes_of_its_kernel() -> None:
+def test_adapter_specs_of_stacked_layers() -> None:
     model = train_steps.decoder(scan_layers=True)
     adapter, specs = tiny(model).adapter, sharding.weight_specs(model, TOKEN)
     split = sharding.adapter_specs(adapter, specs)
@@ -254,7 +254,7 @@ def test_the_factors_of_a_stack_of_layers_have_the_axes_of_its_kernel() -> None:
     )
 
 
-def test_an_adapter_of_another_model_is_refused() -> None:
+def test_adapter_specs_other_model_raises() -> None:
     adapter = tiny(train_steps.decoder(scan_layers=True)).adapter
     specs = sharding.weight_specs(train_steps.decoder(scan_layers=False), TOKEN)
     with pytest.raises(ValueError, match=r"No spec for the adapted weight .*Nearest: \['pa"):
@@ -264,7 +264,7 @@ def test_an_adapter_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "labelled", "factored"])
-def test_the_state_of_an_optimizer_is_split_like_the_arrays_that_it_is_of(optimizer: str) -> None:
+def test_opt_state_specs_follow_the_parameters(optimizer: str) -> None:
     model = train_steps.decoder(scan_layers=True)
     adapter = tiny(model).adapter
     specs = sharding.adapter_specs(adapter, sharding.weight_specs(model, TOKEN))
@@ -289,7 +289,7 @@ def test_the_state_of_an_optimizer_is_split_like_the_arrays_that_it_is_of(optimi
 
 
 class Tiny(NamedTuple):
-    """A tiny decoder with an adapter moved off zero, and what one device makes of it."""
+    """A tiny decoder with an adapter moved off zero, and its gradient function."""
 
     params: Any
     adapter: Any
@@ -318,7 +318,7 @@ def alone(model: Decoder) -> Any:
 
 
 def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
-    """The lowered gradient, and what it is called with, on a mesh."""
+    """The lowered gradient function and its arguments on a mesh."""
     one = tiny(model)
     specs = sharding.weight_specs(model, TOKEN)
     arguments = (
@@ -337,7 +337,7 @@ def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["each", "scanned"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_law_a_mesh_changes_no_loss_and_no_gradient(sizes: Any, scanned: bool) -> None:
+def test_mesh_keeps_loss_and_gradient(sizes: Any, scanned: bool) -> None:
     model = train_steps.decoder(scan_layers=scanned)
     lowered, arguments = on(sharding.make_mesh(sizes), model)
     loss, gradient = lowered.compile()(*arguments)
@@ -356,7 +356,7 @@ def test_law_a_mesh_changes_no_loss_and_no_gradient(sizes: Any, scanned: bool) -
             )
 
 
-def test_the_constraints_of_the_model_are_in_the_program() -> None:
+def test_use_mesh_applies_constraints() -> None:
     model = train_steps.decoder(scan_layers=True)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     lowered = on(mesh, model)[0].as_text()
@@ -374,7 +374,7 @@ def test_the_constraints_of_the_model_are_in_the_program() -> None:
     assert "sharding_constraint" not in plain
 
 
-def test_law_a_scan_gathers_one_layer_at_a_time() -> None:
+def test_scan_gathers_one_layer_at_a_time() -> None:
     model = train_steps.decoder(scan_layers=True)
     lowered, _ = on(sharding.make_mesh({"fsdp": 8}), model)
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", lowered.compile().as_text())
@@ -389,7 +389,7 @@ def test_law_a_scan_gathers_one_layer_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (6, 3)], ids=str)
-def test_law_a_kernel_on_every_devices_part_is_attention(heads: tuple[int, int]) -> None:
+def test_splash_attention_on_a_mesh_is_exact(heads: tuple[int, int]) -> None:
     """Also where no axis of the mesh divides the heads of the keys."""
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(4, 128, heads[0], 6)), jnp.float32)
@@ -416,7 +416,7 @@ def test_law_a_kernel_on_every_devices_part_is_attention(heads: tuple[int, int])
         np.testing.assert_allclose(one, other, atol=1e-5)  # Of float32, for sums of about 10.
 
 
-def test_a_kernel_without_a_mesh_or_without_names_is_not_split() -> None:
+def test_splash_attention_without_axes_is_unsplit() -> None:
     x = jnp.ones((2, 128, 2, 8))
     run = lambda: jax.make_jaxpr(
         lambda x: attention._splash_attention(x, x, x, None, 1.0, None, None, interpret=True)

@@ -1,4 +1,4 @@
-"""Runs whose optimizer's state lies in the host's memory."""
+"""Runs with the optimizer state in host memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_offload(raw: dict[str, Any], offload: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Where the one run without offload is kept, once it was made."""
+    """Folder of the one run without offload, which several tests share."""
     return {"folder": tmp_path_factory.mktemp("plain")}
 
 
@@ -66,11 +66,11 @@ def whole(plain: dict[str, Any], recipe_of: Make) -> dict[str, Any]:
     return plain["raw"]
 
 
-def test_offload_is_off_unless_asked_for() -> None:
+def test_offload_default_is_off() -> None:
     assert not OptimizerSection().offload
 
 
-def test_law_a_run_is_the_same_to_the_last_bit(
+def test_train_offload_is_bit_exact(
     whole: dict[str, Any], recipe_of: Make, tmp_path: pathlib.Path
 ) -> None:
     raw = raw_of(recipe_of, tmp_path, offload=True)
@@ -86,7 +86,7 @@ def test_law_a_run_is_the_same_to_the_last_bit(
         pytest.param(True, True, marks=pytest.mark.slow, id="from the host to the host"),
     ],
 )
-def test_law_a_run_goes_on_wherever_its_state_lay(
+def test_resume_with_other_offload_is_bit_exact(
     whole: dict[str, Any], recipe_of: Make, tmp_path: pathlib.Path, before: bool, after: bool
 ) -> None:
     raw = raw_of(recipe_of, tmp_path, offload=before)
@@ -97,9 +97,7 @@ def test_law_a_run_goes_on_wherever_its_state_lay(
     assert_same(raw, whole)
 
 
-def test_the_state_keeps_the_meshs_shardings_and_comes_back_to_them(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_restore_keeps_offloaded_shardings(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     raw = recipe_of(batch={"size": 4})
     there = made(with_offload(raw, True), MESH)
     here = made(raw, MESH)
@@ -117,7 +115,7 @@ def test_the_state_keeps_the_meshs_shardings_and_comes_back_to_them(
     saver.close()
 
 
-def test_a_step_leaves_the_state_there_and_compiles_once(recipe_of: Make) -> None:
+def test_train_step_offload_compiles_once(recipe_of: Make) -> None:
     setup = made(with_offload(recipe_of(batch={"size": 4}), True), MESH)
     described = made(with_offload(recipe_of(batch={"size": 4}), True), MESH, abstract=True)
     assert kinds(described.state.opt_state) == {"pinned_host"}
@@ -150,7 +148,7 @@ def batch_of(setup: Setup) -> Any:
     ],
     ids=["AdaLoRA", "SoRA", "LoRA+"],
 )
-def test_every_optimizer_of_recipes_passes_the_self_test(
+def test_build_setup_offloads_every_optimizer(
     recipe_of: Make, lora: dict[str, Any], optimizer: dict[str, Any]
 ) -> None:
     raw = recipe_of(
@@ -161,9 +159,7 @@ def test_every_optimizer_of_recipes_passes_the_self_test(
     assert kinds(made(raw, MESH).state.opt_state) == {"pinned_host"}
 
 
-def test_a_run_does_not_begin_where_transfers_are_wrong(
-    recipe_of: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_wrong_transfers_raise(recipe_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     right = to_device
     monkeypatch.setattr(
         offload, "to_device", lambda state: jax.tree.map(lambda x: x + 1, right(state))
@@ -174,9 +170,7 @@ def test_a_run_does_not_begin_where_transfers_are_wrong(
     assert not (output(raw) / "metrics.jsonl").exists()
 
 
-def test_a_run_does_not_begin_where_there_is_no_such_memory(
-    recipe_of: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_without_host_memory_raises(recipe_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "HOST_MEMORY_KIND", "punched_cards")
     with pytest.raises(
         ValueError, match=r"'punched_cards' is not among .*optimizer\.offload=false"

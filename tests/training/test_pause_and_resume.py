@@ -1,4 +1,4 @@
-"""Runs that pause and go on, and what runs of one process share."""
+"""Paused and resumed runs, and programs that runs of one process share."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ train_module = importlib.import_module("jlora.training.train")
 
 
 def train(raw: dict[str, Any], **options: Any) -> train_module.TrainResult:
-    return train_module.train(recipe.validate(raw), quiet=True, devices=jax.devices()[:1], **options)
+    return train_module.train(
+        recipe.validate(raw), quiet=True, devices=jax.devices()[:1], **options
+    )
 
 
 def left_by(raw: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a run wrote down, without what a clock says."""
+    """All outputs of a run without the times."""
     folder = pathlib.Path(raw["output"])
     lines = read_metrics(folder / "metrics.jsonl")
     last = lines[-1]["step"]
@@ -40,13 +42,15 @@ def left_by(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_law_a_run_that_pauses_and_shares_leaves_what_one_alone_does(
+def test_train_paused_is_bit_exact(
     recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "write_report", lambda *_, **__: None)  # Pictures, a second each.
     reads: list[Any] = []
     read = train_module.load_datasets
-    monkeypatch.setattr(train_module, "load_datasets", lambda *args: reads.append(args) or read(*args))
+    monkeypatch.setattr(
+        train_module, "load_datasets", lambda *args: reads.append(args) or read(*args)
+    )
     # Evaluated after steps 3 and 6, and at the end, which is 7.
     raw = recipe_of(
         data={"validation": [{"path": str(chats), "format": "chat", "max_examples": 3}]},
@@ -67,16 +71,17 @@ def test_law_a_run_that_pauses_and_shares_leaves_what_one_alone_does(
 
     paused = {**raw, "output": str(tmp_path / "paused")}
     # At 5 it is evaluated for the pause alone, after it was at 3; at 6 anyway, and once more.
-    outcomes = [train(paused, pause_after_step=step, resume=step > 5, program_cache=shared) for step in (5, 6, 6, 9)]
+    outcomes = [
+        train(paused, pause_after_step=step, resume=step > 5, program_cache=shared)
+        for step in (5, 6, 6, 9)
+    ]
     assert [outcome.stop_reason for outcome in outcomes] == ["paused"] * 3 + ["max_steps"]
     assert [outcome.step for outcome in outcomes] == [5, 6, 6, 7]
     assert left_by(paused) == left_by(raw)
 
-    # What a pause measures is what an evaluation at that step does.
+    # The metrics at a pause are those of an evaluation at that step.
     held = {
-        line["step"]: line["eval/loss"]
-        for line in left_by(raw)["lines"]
-        if "eval/loss" in line
+        line["step"]: line["eval/loss"] for line in left_by(raw)["lines"] if "eval/loss" in line
     }
     assert sorted(held) == [3, 6, 7]
     assert (
@@ -94,7 +99,7 @@ def test_law_a_run_that_pauses_and_shares_leaves_what_one_alone_does(
 
 
 def fake(name: str) -> Setup:
-    """A setup of which the step alone is looked at."""
+    """A setup with steps and without arrays."""
     mesh = make_mesh({}, jax.devices()[:1])
     blank = Setup(*[None] * len(Setup._fields))  # type: ignore[arg-type]
     return blank._replace(
@@ -102,7 +107,7 @@ def fake(name: str) -> Setup:
     )
 
 
-def test_programs_are_shared_by_runs_that_compute_the_same(recipe_of: Make) -> None:
+def test_reuse_programs_by_recipe(recipe_of: Make) -> None:
     shared = ProgramCache(max_programs=2)
 
     def step_of(name: str, *, steps: int = 6, **sections: Any) -> str:

@@ -1,4 +1,4 @@
-"""Runs on a quantised base: QLoRA as a section of a recipe."""
+"""Runs on a quantized base: QLoRA as a section of a recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NF4 = {"scheme": "nf4", "block_size": 4}
 TOKENS = jnp.array([[3, 9, 17, 30]])
 
 
-def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+def on_quantized(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, the base as the run has it, and the adapter that it wrote."""
     schemes = schemes_from_recipe(recipe.validate(raw))
     base = raw["model"]["path"]
@@ -37,15 +37,15 @@ def on_quantised(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     return model, params, jlora.load_adapter(output(raw) / "adapter.safetensors", params)
 
 
-# --- what a run leaves ----------------------------------------------------------------------------
+# --- outputs --------------------------------------------------------------------------------------
 
 
-def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
-    recipe_of: Make, monkeypatch: Any
-) -> None:
+def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) -> None:
     made: list[Any] = []
     original = train.build_setup
-    monkeypatch.setattr(train, "build_setup", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        train, "build_setup", lambda *a, **k: made.append(original(*a, **k)) or made[-1]
+    )
     raw = recipe_of(
         quantize=NF4,
         training={"steps": 24},
@@ -57,11 +57,11 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.5
 
     # The base is the same after as before, and nothing of its size is trained.
-    model, params, adapter = on_quantised(raw)
+    model, params, adapter = on_quantized(raw)
     assert {str(leaf) for leaf in packed(params).values()} == {"nf4"}
     jax.tree.map(np.testing.assert_array_equal, made[0].frozen["base"], params)
 
-    # What is exported computes what was trained, with what rounding float32 takes.
+    # The exports compute the trained model, up to rounding in float32.
     adapted = jlora.lora_transform(model.apply).apply(params, adapter, TOKENS)
     _, merged = models.load(output(raw) / "merged", dtype="float32", scan_layers=True)
     np.testing.assert_allclose(model.apply(merged, TOKENS), adapted, atol=2e-5)
@@ -69,7 +69,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     out = jlora.lora_transform(model.apply).apply(*loaded, TOKENS)
     np.testing.assert_allclose(out, adapted, atol=2e-5)
 
-    # It is told, to people and to programs.
+    # The report and result.json contain it.
     page = (output(raw) / "report.html").read_text()
     assert "7 of 12 weights as nf4: " in page
     assert "into the dequantized weights: the model that was trained" in page
@@ -81,7 +81,7 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
     assert told["quantized"]["bits_per_param"] == pytest.approx(bits)
     assert (told["quantized"]["num_quantized"], told["quantized"]["schemes"]) == (7, ["nf4"])
 
-    # The run that is over exports onto the original weights when it is told to.
+    # The finished run can also export onto the original weights.
     raw["export"] |= {"merge_into": "original"}
     run(raw, resume=True)
     _, wide = models.load(raw["model"]["path"], dtype="float32", scan_layers=True)
@@ -94,16 +94,14 @@ def test_law_a_run_learns_on_a_quantised_base_and_exports_what_it_trained(
 
 
 def packed(params: Any) -> dict[str, Any]:
-    """The quantised weights, by path."""
+    """The quantized weights by path."""
     flat = _tree.flatten_with_paths(params)
     pairs = zip(flat.paths, flat.leaves, strict=True)
     return {path: leaf for path, leaf in pairs if hasattr(leaf, "bits")}
 
 
 @pytest.mark.slow
-def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_resume_quantized_is_bit_exact(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     saving = {"save_steps": 2, "save_interval_minutes": None, "save_total_limit": 9}
     whole = recipe_of(quantize=NF4, training={"steps": 4, **saving})
     run(whole)
@@ -111,7 +109,10 @@ def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
     with pytest.raises(TrainingInterrupted):
         run(raw, metrics_loggers=[After(2, stop)])
     for other, message in (
-        ({"scheme": "int8", "block_size": 4}, r"recipe \(quantize: \{'scheme': 'nf4', .* in the checkpoint, "),
+        (
+            {"scheme": "int8", "block_size": 4},
+            r"recipe \(quantize: \{'scheme': 'nf4', .* in the checkpoint, ",
+        ),
         ({**NF4, "target_pattern": "/mlp/"}, "target_pattern.*: '/mlp/'"),
         (None, r"recipe \(quantize: .* in the checkpoint, None now\); base"),
     ):
@@ -124,9 +125,7 @@ def test_a_quantised_run_that_was_interrupted_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_mesh_keeps_quantized_losses(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     losses, adapters = [], []
     for number, (devices, sizes) in enumerate(((1, {}), (8, {"fsdp": 4, "tensor": 2}))):
         raw = recipe_of(
@@ -138,7 +137,7 @@ def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
         )
         run(raw, devices=devices)
         losses.append([line["train/loss"] for line in measured(raw)])
-        adapters.append(on_quantised(raw)[2])  # Which refuses another base.
+        adapters.append(on_quantized(raw)[2])  # It refuses another base.
     # Sums in another order, in float32, over three steps that each build on the last.
     np.testing.assert_allclose(*losses, rtol=2e-5)
 
@@ -156,7 +155,7 @@ def test_law_a_mesh_changes_no_loss_and_no_fingerprint_of_a_quantised_base(
         pytest.param(True, {"scheme": "int4", "block_size": 2, "axis": -1}, marks=pytest.mark.slow),
     ],
 )
-def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
+def test_build_setup_abstract_has_the_shapes(
     recipe_of: Make, scanned: bool, quantize: dict[str, Any]
 ) -> None:
     sizes = {"fsdp": 4, "tensor": 2}
@@ -173,7 +172,7 @@ def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
     for array, shape in zip(*flat, strict=True):
         assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
         assert array.sharding.is_equivalent_to(shape.sharding, array.ndim)
-    # Weights are quantised, split over both axes, and computed with in their own type.
+    # Weights are quantized, split over both axes, and have the dtype of the computation.
     found = packed(shapes.frozen["base"])
     assert found
     split = {entry for leaf in found.values() for entry in leaf.codes.sharding.spec}
@@ -181,7 +180,7 @@ def test_law_the_shapes_of_a_plan_are_the_arrays_of_the_run(
     assert {str(leaf.dtype) for leaf in found.values()} == {"float32"}
 
 
-def test_law_an_encoders_shapes_are_its_arrays(encoder: pathlib.Path) -> None:
+def test_abstract_params_of_an_encoder(encoder: pathlib.Path) -> None:
     rules = {"layer.*kernel$": jlora.NF4(block_size=4)}
     model, params = models.load(encoder, dtype="float32", quantize=rules)
     found = models.abstract_params(model, "float32", quantize=rules)
@@ -190,7 +189,7 @@ def test_law_an_encoders_shapes_are_its_arrays(encoder: pathlib.Path) -> None:
     )
 
 
-def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_abstract_params_blocks_skip_the_stack(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = json.loads((base / "config.json").read_text())
     # More layers than any other axis is long, and as many as a block.
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 64}))
@@ -201,22 +200,22 @@ def test_blocks_never_run_along_a_stack(base: pathlib.Path, tmp_path: pathlib.Pa
         assert leaf.codes.shape[0] == 64
 
 
-def test_explain_tells_what_is_quantised_and_in_how_many_bits(base: pathlib.Path) -> None:
+def test_explain_reports_quantization(base: pathlib.Path) -> None:
     model = models.model_from_config(base, scan_layers=True)
     params = models.abstract_params(
         model, "bfloat16", quantize={"mlp.*kernel$": jlora.Int8(block_size=2)}
     )
     told = jlora.lora_transform(model.apply, {"q/kernel": None}).explain(params, TOKENS)
     # A byte for each number, and 32 bits for every two.
-    assert "3 of 12 weights quantised, in 24.00 bits a number." in str(told)
+    assert "3 of 12 weights quantized, 24.00 bits per parameter." in str(told)
     assert {row.bits_per_param for row in told.rows if row.quantization == "int8"} == {24.0}
     wide = models.abstract_params(model, "bfloat16")
-    assert "quantised" not in str(
+    assert "quantized" not in str(
         jlora.lora_transform(model.apply, {"q/kernel": None}).explain(wide, TOKENS)
     )
 
 
-def test_text_is_written_with_a_cache_of_the_weights_type(base: pathlib.Path) -> None:
+def test_generate_cache_has_the_weights_dtype(base: pathlib.Path) -> None:
     model, params = models.load(base, dtype="bfloat16", scan_layers=True)
     held = jlora.quantize(params, {"layers.*kernel|embed|head": jlora.NF4(block_size=2)})
     lora, kinds = jlora.lora_transform(model.apply), set()
@@ -229,7 +228,7 @@ def test_text_is_written_with_a_cache_of_the_weights_type(base: pathlib.Path) ->
     assert kinds == {jnp.dtype("bfloat16")}  # Not that of the scales, which are float32.
 
 
-def test_the_command_line_tells_what_an_adapter_was_trained_on(
+def test_cli_export_reports_quantized_base(
     base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, wide = models.load(base)
@@ -244,17 +243,23 @@ def test_the_command_line_tells_what_an_adapter_was_trained_on(
         assert (told in capsys.readouterr().out) == (name == "quantised")
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ({"target_pattern": "/layers/atention/"}, "'/layers/atention/' matches none of .* nearest paths"),
-        ({"block_size": 4, "axis": -3, "target_pattern": "norm/scale"}, "runs along axis -3"),
+        (
+            {"target_pattern": "/layers/atention/"},
+            "'/layers/atention/' matches none of .* nearest paths",
+        ),
+        (
+            {"block_size": 4, "axis": -3, "target_pattern": "norm/scale"},
+            "axis=-3 of NF4.*must be an axis of the weight",
+        ),
     ],
 )
-def test_weights_that_cannot_be_quantised_are_refused(
+def test_build_setup_unquantizable_raises(
     recipe_of: Make, quantize: dict[str, Any], message: str
 ) -> None:
     made, mesh = recipe.validate(recipe_of(quantize=quantize)), make_mesh({}, jax.devices()[:1])
@@ -266,9 +271,7 @@ def test_weights_that_cannot_be_quantised_are_refused(
 # --- other tasks and families ---------------------------------------------------------------------
 
 
-def test_preferences_have_the_quantised_base_as_their_reference(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_train_dpo_quantized_reference(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"the {a} is", "chosen": " good.", "rejected": " bad!"} for a in ANIMALS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -293,7 +296,7 @@ def test_preferences_have_the_quantised_base_as_their_reference(
         pytest.param({"family": "IA3"}, marks=pytest.mark.slow),
     ],
 )
-def test_labels_are_learned_on_a_quantised_encoder(
+def test_train_classification_quantized(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, lora: dict[str, Any]
 ) -> None:
     path = tmp_path / "labels.jsonl"

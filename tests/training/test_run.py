@@ -1,4 +1,4 @@
-"""Runs from a recipe to their end: what they leave, and that going on changes nothing."""
+"""Training runs: their outputs, bit-exact resumption, and errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import shutil
 import types
 from collections.abc import Callable
@@ -30,12 +31,10 @@ from jlora.training.resume import resolve_defaults
 from jlora.training.setup import build_setup
 from jlora.training.sharding import make_mesh
 
-# --- what a run leaves ----------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_leaves_what_was_asked_for(
-    recipe_of: Make, chats: pathlib.Path, base: pathlib.Path
-) -> None:
+def test_train_writes_all_outputs(recipe_of: Make, chats: pathlib.Path, base: pathlib.Path) -> None:
     raw = recipe_of(
         data={
             "validation": [{"path": str(chats), "format": "chat"}],
@@ -53,6 +52,13 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     outcome = run(raw)
     folder = output(raw)
     lines = measured(raw)
+    rates = {"train/loss", "train/gradient_norm", "train/learning_rate"}
+    names = ({"step", "num_targets", "tokens", *rates}, {"step", "eval/loss"})
+    assert all(set(line) in names for line in lines)
+    assert set(outcome.last_metrics) == {"num_targets", "tokens", "seconds", *rates}
+    events = b"".join(f.read_bytes() for f in (folder / "tensorboard").iterdir())
+    for name in (*rates, "num_targets", "eval/loss"):
+        assert name.encode() in events
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     held = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
     assert outcome.stop_reason == "max_steps"
@@ -83,7 +89,15 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     assert result["validation"]["loss"] == held[outcome.best_step]
 
     page = (folder / "report.html").read_text()
-    for text in ("learning rate", "validation", "mlp/down/kernel", "who sees the &lt;cat&gt;?"):
+    for text in (
+        "learning rate",
+        "validation",
+        "evaluation loss",
+        "mlp/down/kernel",
+        "who sees the &lt;cat&gt;?",
+        "<tr><th>rank</th><td>2</td></tr>",
+        "trainable params: ",
+    ):
         assert text in page
     assert list((folder / "tensorboard").iterdir())
     kept = recipe.load(folder / "recipe.yaml")
@@ -91,9 +105,9 @@ def test_a_run_learns_and_leaves_what_was_asked_for(
     assert kept == resolve_defaults(recipe.validate(raw), path, True, jax.devices())
 
 
-def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
+def test_train_existing_run_raises(recipe_of: Make) -> None:
     raw = recipe_of()
-    # What is no whole checkpoint is no run.
+    # An incomplete checkpoint is not a run.
     (output(raw) / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from. Start without"):
         run(raw, resume=True)
@@ -102,7 +116,7 @@ def test_a_folder_with_a_run_is_left_alone(recipe_of: Make) -> None:
         run(raw)
 
 
-def test_what_an_export_would_replace_is_left_alone(recipe_of: Make, base: pathlib.Path) -> None:
+def test_train_existing_export_raises(recipe_of: Make, base: pathlib.Path) -> None:
     raw = recipe_of(export={"merged": True})
     kept = output(raw) / "merged" / "mine.txt"
     kept.parent.mkdir(parents=True)
@@ -125,7 +139,7 @@ def test_what_an_export_would_replace_is_left_alone(recipe_of: Make, base: pathl
         (
             {"family": "LoRAMoE", "num_experts": 2, "rank": 2},
             "merged",
-            "none can be merged|mixture",
+            "routes by the input, so it cannot be merged",
         ),
         ({"family": "SoRA", "rank": 2}, "peft", "PEFT has nothing like"),
         (
@@ -135,7 +149,7 @@ def test_what_an_export_would_replace_is_left_alone(recipe_of: Make, base: pathl
         ),
     ],
 )
-def test_exports_that_cannot_be_are_refused_before_training(
+def test_train_unsupported_export_raises(
     recipe_of: Make, lora: dict[str, Any], export: str, message: str
 ) -> None:
     raw = recipe_of(export={export: True}) | {"adapter": lora}
@@ -144,7 +158,7 @@ def test_exports_that_cannot_be_are_refused_before_training(
     assert not (output(raw) / "metrics.jsonl").exists()
 
 
-def test_prompts_longer_than_the_model_are_refused(recipe_of: Make) -> None:
+def test_train_long_prompt_raises(recipe_of: Make) -> None:
     raw = recipe_of(report={"sample_prompts": ["cat " * 400], "max_new_tokens": 4})
     with pytest.raises(ValueError, match="has .* tokens, but at most .* fit before"):
         run(raw)
@@ -162,14 +176,14 @@ def test_prompts_longer_than_the_model_are_refused(recipe_of: Make) -> None:
         ({"model": {"path": "nowhere"}}, "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_compiled(
+def test_train_invalid_recipe_raises(
     recipe_of: Make, sections: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(recipe_of(**sections), devices=8 if "mesh" in sections else 1)
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 SAVING = {"save_steps": 2, "save_interval_minutes": None, "save_total_limit": 9}
 
@@ -197,7 +211,7 @@ def copied(whole: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
+def test_resume_after_signal_is_bit_exact(
     whole: dict[str, Any], tmp_path: pathlib.Path, step: int
 ) -> None:
     raw = copied(whole, tmp_path)
@@ -212,7 +226,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 
 def scripted(monkeypatch: Any, losses: list[float], interrupted: int | None = None) -> None:
-    """Gives evaluations these losses, one after the other; a signal comes during one of them."""
+    """Gives evaluations these losses in turn; a signal arrives during one of them."""
     left, signals = list(losses), [interrupted]
 
     def evaluate(_: Any, is_over: Callable[[], bool]) -> dict[str, float] | None:
@@ -246,22 +260,39 @@ def checkpoints(raw: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize(
     "during", ["a step", pytest.param("an evaluation", marks=pytest.mark.slow)]
 )
-def test_no_evaluation_and_no_best_one_is_lost(
-    recipe_of: Make, chats: pathlib.Path, monkeypatch: Any, during: str
+def test_resume_keeps_evaluations_and_best(
+    recipe_of: Make,
+    chats: pathlib.Path,
+    monkeypatch: Any,
+    during: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     raw = evaluated(recipe_of, chats)
     stopped_in_evaluation = during == "an evaluation"
     scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0, 2.5, 2.0], 4 if stopped_in_evaluation else None)
     recorders = [] if stopped_in_evaluation else [After(4, stop)]
     with pytest.raises(TrainingInterrupted):
-        run(raw, metrics_loggers=recorders)
-    outcome = run(raw, resume=True)
+        run(raw, metrics_loggers=recorders, quiet=False)
+    printed = capsys.readouterr().out
+    assert "\ncompiling the training step (once)\n" in printed
+    assert re.findall(r"^eval .*", printed, re.MULTILINE)[:2] == [
+        "eval 1    loss 5.000  (best)",
+        "eval 2    loss 1.000  (best)",
+    ]
+    outcome = run(raw, resume=True, quiet=False)
+    printed = capsys.readouterr().out
+    assert re.search(r"\ncompiling the training step \(once; \d+ s last time\)\n", printed)
+    assert re.findall(r"^eval .*", printed, re.MULTILINE)[-2:] == [
+        "eval 5    loss 2.500",
+        "eval 6    loss 2.000",
+    ]
+    assert re.search(r"\nstep 6/6  loss .* tok/s  .* GiB  ETA 0:00:00\n", printed)
     assert (outcome.stop_reason, outcome.step, outcome.best_step) == ("max_steps", 6, 2)
     lines = [line for line in measured(raw) if "eval/loss" in line]
     assert [line["eval/loss"] for line in lines] == [5.0, 1.0, 4.0, 3.0, 2.5, 2.0]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert checkpoints(raw) == [2, 6]
-    # A run that is over makes no step more.
+    # A finished run makes no further step.
     adapter = (output(raw) / "adapter.safetensors").read_bytes()
     again = run(raw, resume=True)
     assert (again.step, again.best_step) == (6, 2)
@@ -269,7 +300,7 @@ def test_no_evaluation_and_no_best_one_is_lost(
 
 
 @pytest.mark.slow
-def test_patience_that_is_over_stays_over(
+def test_resume_after_early_stopping_stops(
     recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
 ) -> None:
     raw = evaluated(recipe_of, chats, early_stopping_patience=2)
@@ -280,7 +311,7 @@ def test_patience_that_is_over_stays_over(
     assert (second.stop_reason, second.step, second.best_step) == ("early_stopping", 4, 2)
 
 
-def test_without_the_best_checkpoint_the_last_one_is_left(
+def test_train_without_best_uses_the_last(
     recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
 ) -> None:
     raw = evaluated(recipe_of, chats, on_save_error="warn", early_stopping_patience=2)
@@ -303,7 +334,7 @@ def test_without_the_best_checkpoint_the_last_one_is_left(
 
 
 @pytest.mark.slow
-def test_a_date_is_kept(recipe_of: Make) -> None:
+def test_resolve_defaults_keeps_the_date(recipe_of: Make) -> None:
     raw = recipe_of()
     run(raw)
     path = output(raw) / "recipe.yaml"
@@ -320,9 +351,7 @@ def test_a_date_is_kept(recipe_of: Make) -> None:
     assert date(made, True) == made.data.chat_template_date
 
 
-def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
-    recipe_of: Make, tmp_path: pathlib.Path
-) -> None:
+def test_resolve_defaults_scan_layers_by_devices(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     raw = recipe_of()
     raw["model"].pop("scan_layers", None)
     gpu = types.SimpleNamespace(platform="gpu")
@@ -336,7 +365,7 @@ def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
     assert scanned([gpu, gpu]) is None
     assert scanned(jax.devices()[:1]) is None
     assert scanned([gpu], scan_layers=True) is True
-    # A run goes on as it began, wherever it does: its adapter has the layers' own paths.
+    # A resumed run keeps its choice on any device, because the adapter has the layers' paths.
     for began in (None, False):
         kept.write_text(yaml.safe_dump({"data": {}, "model": {"scan_layers": began}}))
         assert scanned([gpu], resume=True) is began
@@ -344,13 +373,11 @@ def test_layers_lie_apart_on_a_single_gpu_unless_told_otherwise(
 
 
 @pytest.mark.slow
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(
-    whole: dict[str, Any], tmp_path: pathlib.Path
-) -> None:
+def test_resume_after_crash_is_bit_exact(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
 
     def die() -> None:
-        raise KeyboardInterrupt  # Which nothing catches.
+        raise KeyboardInterrupt  # Nothing catches it.
 
     with pytest.raises(KeyboardInterrupt):
         run(raw, metrics_loggers=[After(5, die)])
@@ -360,7 +387,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+def test_resume_on_another_mesh_is_close(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(TrainingInterrupted):
         run(raw, metrics_loggers=[After(3, stop)])
@@ -380,7 +407,10 @@ def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathli
     [
         (lambda raw: raw["optimizer"].update(learning_rate=2e-2), "learning_rate.* 0.01.* 0.02"),
         (lambda raw: raw["adapter"].update(alpha=8.0), "recipe .adapter"),
-        (lambda raw: raw["training"].update(epochs=4), "schedule .epochs: 3 in the checkpoint, 4 now"),
+        (
+            lambda raw: raw["training"].update(epochs=4),
+            "schedule .epochs: 3 in the checkpoint, 4 now",
+        ),
         (lambda raw: raw["batch"].update(gradient_accumulation_steps=1), "differs in data"),
         (lambda raw: raw["model"].update(compute_dtype="bfloat16"), "dtypes .compute_dtype"),
         (
@@ -392,7 +422,7 @@ def test_a_run_goes_on_over_another_mesh(whole: dict[str, Any], tmp_path: pathli
         (lambda raw: raw["adapter"].update(target_pattern="/q/kernel"), "has .* in addition"),
     ],
 )
-def test_another_run_is_not_gone_on_with(
+def test_resume_changed_recipe_raises(
     whole: dict[str, Any], tmp_path: pathlib.Path, change: Any, message: str
 ) -> None:
     raw = json.loads(json.dumps(whole))
@@ -403,7 +433,7 @@ def test_another_run_is_not_gone_on_with(
 
 
 @pytest.mark.slow
-def test_changes_can_be_allowed(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+def test_resume_allow_changes(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = json.loads(json.dumps(whole))
     shutil.copytree(output(whole), tmp_path / "run")
     raw["training"]["epochs"] = 4
@@ -415,7 +445,7 @@ def test_changes_can_be_allowed(whole: dict[str, Any], tmp_path: pathlib.Path) -
 
 
 @pytest.mark.slow
-def test_another_base_is_not_gone_on_with(
+def test_resume_other_base_raises(
     whole: dict[str, Any], base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     other = tmp_path / "other"
@@ -432,7 +462,7 @@ def test_another_base_is_not_gone_on_with(
 
 
 @pytest.mark.slow
-def test_other_versions_are_warned_of(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+def test_resume_other_versions_warns(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(TrainingInterrupted):
         run(raw, metrics_loggers=[After(2, stop)])
@@ -455,7 +485,7 @@ def test_other_versions_are_warned_of(whole: dict[str, Any], tmp_path: pathlib.P
     [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
     ids=["data", "fsdp-tensor", "all"],
 )
-def test_losses_are_the_same_on_one_device_and_on_eight(
+def test_train_on_a_mesh_keeps_losses(
     recipe_of: Make, tmp_path: pathlib.Path, mesh: dict[str, int]
 ) -> None:
     found = []
@@ -467,7 +497,7 @@ def test_losses_are_the_same_on_one_device_and_on_eight(
     np.testing.assert_allclose(*found, rtol=2e-5)
 
 
-def test_every_part_of_the_state_is_split(recipe_of: Make) -> None:
+def test_build_setup_shards_the_state(recipe_of: Make) -> None:
     raw = recipe_of(batch={"size": 8}, mesh={"fsdp": 4, "tensor": 2})
     made = recipe.validate(raw)
     state = build_setup(
@@ -484,11 +514,11 @@ def test_every_part_of_the_state_is_split(recipe_of: Make) -> None:
     assert followed == 2 * len(split)  # Both of Adam's moments.
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 def broken_base(base: pathlib.Path, folder: pathlib.Path, token: int) -> pathlib.Path:
-    """A base that gives NaN wherever a token stands."""
+    """A base whose output is NaN wherever a token occurs."""
     shutil.copytree(base, folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     key = "model.embed_tokens.weight"
@@ -499,7 +529,7 @@ def broken_base(base: pathlib.Path, folder: pathlib.Path, token: int) -> pathlib
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
+def test_train_nonfinite_loss_names_examples(
     recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     rows = [json.loads(line) for line in chats.read_text().splitlines()]
@@ -514,7 +544,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
     found = measured(raw)
     assert np.isnan(found[-1]["train/loss"])
 
-    # Skipped, the run ends, and what is left is finite.
+    # With skipping, the run ends and its adapter is finite.
     raw |= {"output": str(tmp_path / "skipping")}
     raw["training"] = {"epochs": 2, "on_nonfinite_loss": "skip", "max_consecutive_skips": 1}
     with pytest.warns(UserWarning, match=r"was skipped: loss=nan, .* 0:13"):
@@ -539,9 +569,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_examples(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raise", "warn"])
-def test_a_checkpoint_that_cannot_be_written_is_told(
-    recipe_of: Make, monkeypatch: Any, policy: str
-) -> None:
+def test_train_save_error_raises_or_warns(recipe_of: Make, monkeypatch: Any, policy: str) -> None:
     raw = recipe_of(
         training={"save_steps": 2, "save_interval_minutes": None, "on_save_error": policy}
     )
@@ -566,22 +594,24 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
 
 
 @pytest.mark.slow
-def test_the_base_is_the_same_after_as_before(recipe_of: Make, monkeypatch: Any) -> None:
+def test_train_keeps_the_base(recipe_of: Make, monkeypatch: Any) -> None:
     train = importlib.import_module("jlora.training.train")
 
     kept: list[Any] = []
     set_up = train.build_setup
-    monkeypatch.setattr(train, "build_setup", lambda *a, **k: kept.append(set_up(*a, **k)) or kept[-1])
+    monkeypatch.setattr(
+        train, "build_setup", lambda *a, **k: kept.append(set_up(*a, **k)) or kept[-1]
+    )
     raw = recipe_of()
     run(raw)
     _, params = models.load(raw["model"]["path"], dtype="float32", scan_layers=True)
     jax.tree.map(np.testing.assert_array_equal, kept[0].frozen["base"], params)
-    # And nothing of its size is in the optimizer's state.
+    # The optimizer state has the size of the adapter.
     held = sum(array.size for array in jax.tree.leaves(kept[0].state.opt_state))
     assert held <= 2 * sum(array.size for array in jax.tree.leaves(kept[0].state.trainable)) + 10
 
 
-def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -> None:
+def test_train_out_of_memory_lists_sizes(recipe_of: Make, monkeypatch: Any) -> None:
     train = importlib.import_module("jlora.training.train")
 
     set_up = train.build_setup
@@ -598,7 +628,7 @@ def test_no_room_is_told_with_what_takes_it(recipe_of: Make, monkeypatch: Any) -
 
 
 @pytest.mark.slow
-def test_patience_ends_a_run_that_gets_no_better(recipe_of: Make, chats: pathlib.Path) -> None:
+def test_train_early_stopping_ends(recipe_of: Make, chats: pathlib.Path) -> None:
     raw = recipe_of(
         data={"validation": [{"path": str(chats), "format": "chat", "max_examples": 5}]},
         optimizer={"learning_rate": 10.0, "schedule": "constant", "max_grad_norm": None},
@@ -619,7 +649,9 @@ def test_patience_ends_a_run_that_gets_no_better(recipe_of: Make, chats: pathlib
 # --- other tasks ----------------------------------------------------------------------------------
 
 
-def test_labels_are_learned(recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_train_classification_learns(
+    recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "labels.jsonl"
     rows = [
         {"text": f"{animal} {verb}", "label": verb}
@@ -644,7 +676,7 @@ def test_labels_are_learned(recipe_of: Make, encoder: pathlib.Path, tmp_path: pa
 
 
 @pytest.mark.slow
-def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+def test_train_dpo_learns(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"the {animal} is", "chosen": " good.", "rejected": " bad!"}
@@ -665,11 +697,13 @@ def test_preferences_are_learned(recipe_of: Make, tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_factors_taken_out_of_the_weights_end_on_the_original_base(
+def test_train_residual_init_keeps_the_base(
     recipe_of: Make, base: pathlib.Path, init: str, monkeypatch: Any
 ) -> None:
-    told: dict[str, Any] = {}
-    monkeypatch.setattr("jlora.training.report.write_report", lambda *_, **given: told.update(given))
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "jlora.training.report.write_report", lambda *_, **options: written.update(options)
+    )
     raw = recipe_of(
         adapter={"init": init, "rank": 2, "dropout": 0.0},
         export={"merged": True, "merged_dtype": "float32"},
@@ -683,18 +717,18 @@ def test_factors_taken_out_of_the_weights_end_on_the_original_base(
     tokens = jnp.array([[3, 9, 17, 30]])
     adapted = jlora.lora_transform(model.apply).apply(params, adapter, tokens)
     np.testing.assert_allclose(model.apply(merged, tokens), adapted, atol=5e-5)
-    # The report tells how far the checkpoint's own weights moved.
+    # The report has the update norms of the checkpoint's own weights.
     path = ("params", "layers", "mlp", "up", "kernel")
     old, new = (functools.reduce(lambda node, key: node[key], path, p) for p in (params, merged))
     moved = np.linalg.norm(new - old, axis=(1, 2)) / np.linalg.norm(old, axis=(1, 2))
-    np.testing.assert_allclose(told["update_norms"]["/".join(path)], moved, rtol=1e-3)
+    np.testing.assert_allclose(written["update_norms"]["/".join(path)], moved, rtol=1e-3)
 
 
 NAMES = {"0": "pos", "1": "neg", "2": "zed"}
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_heads_own_labels_are_kept(
+def test_train_keeps_the_heads_labels(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, named: bool
 ) -> None:
     folder = tmp_path / "base"
@@ -719,12 +753,12 @@ def test_a_heads_own_labels_are_kept(
     assert written == (NAMES if named else {"0": "neg", "1": "pos", "2": "zed"})
     raw |= {"classification": {"labels": ["neg", "pos", "zed"]}, "output": str(tmp_path / "two")}
     if named:
-        with pytest.raises(ValueError, match="which the base's own head gives"):
+        with pytest.raises(ValueError, match="the labels of the base's head"):
             run(raw)
 
 
 @pytest.mark.slow
-def test_labels_are_those_of_all_sources(
+def test_train_labels_of_all_sources(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     sources = []

@@ -1,4 +1,4 @@
-"""The training step: what it sums, normalises, clips and refuses to apply."""
+"""The training step: accumulation, normalization, clipping and skipped steps."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def adapter_of(given: Setting) -> Any:
     return jlora.combine(given.state.trainable["adapter"], given.frozen["adapter"])
 
 
-# --- what is measured -----------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def cross_entropies(batch: Text, logits: np.ndarray) -> np.ndarray:
@@ -120,7 +120,7 @@ def cross_entropies(batch: Text, logits: np.ndarray) -> np.ndarray:
     return -np.take_along_axis(log, np.asarray(batch.targets[0])[..., None], axis=-1)[..., 0]
 
 
-def test_the_loss_is_the_mean_over_learned_tokens() -> None:
+def test_train_step_loss_is_the_mean() -> None:
     given, batch = language(), text(3, 7, [7, 4, 2])
     model, params = decoder()
     merged = jlora.merge(
@@ -143,7 +143,7 @@ def test_the_loss_is_the_mean_over_learned_tokens() -> None:
     np.testing.assert_allclose(measured.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
 
 
-def test_passes_add_up_to_one_batch_whatever_their_tokens() -> None:
+def test_train_step_accumulation_equals_one_batch() -> None:
     given = language()
     real = [7, 6, 2, 0]
     whole, whole_measured = stepped(given, text(4, 7, real))
@@ -157,7 +157,7 @@ def test_passes_add_up_to_one_batch_whatever_their_tokens() -> None:
         np.testing.assert_allclose(one, two, atol=2e-7, rtol=1e-5)
 
 
-def test_rows_of_padding_alone_change_nothing() -> None:
+def test_train_step_ignores_padding_rows() -> None:
     given = language()
     one, first = stepped(given, text(2, 7, [7, 3]))
     padded = jax.tree.map(
@@ -170,17 +170,17 @@ def test_rows_of_padding_alone_change_nothing() -> None:
         np.testing.assert_allclose(a, b, atol=2e-7, rtol=1e-5)
 
 
-def test_an_evaluation_is_the_loss_without_a_step() -> None:
+def test_eval_step_equals_train_loss() -> None:
     given, batch = language(), text(4, 7, [7, 6, 2, 0], passes=2)
     sums = jax.jit(make_eval_step(given.task.loss_fn))(given.state.trainable, given.frozen, batch)
     _, measured = stepped(given, batch)
     np.testing.assert_allclose(sums.loss / sums.num_targets, measured.loss, rtol=1e-6)
 
 
-# --- what is applied ------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
-def test_a_large_gradient_is_scaled_to_the_norm() -> None:
+def test_train_step_clips_the_gradient() -> None:
     given = language()
     plain = given._replace(
         optimizing=ScheduledOptimizer(
@@ -213,7 +213,7 @@ spoilt.defjvp(lambda given, moved: (0 * given[0], given[1] * moved[0]))
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-def test_a_step_that_is_not_finite_changes_nothing(fault: str, value: float) -> None:
+def test_train_step_nonfinite_is_skipped(fault: str, value: float) -> None:
     given = language()
     loss = given.task.loss_fn
 
@@ -246,7 +246,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fault: str, value: float) -> 
     assert (healed.update_count, healed.consecutive_skips) == (2, 0)
 
 
-def test_frozen_parts_of_adapters_stay() -> None:
+def test_train_step_keeps_frozen_factors() -> None:
     model, params = decoder()
     rules = {r"layers/.*/kernel$": jlora.LoRAFA(rank=2, alpha=4)}
     given = setting(objectives.make_lm_objective(model, rules, PLAIN), params)
@@ -259,7 +259,7 @@ def test_frozen_parts_of_adapters_stay() -> None:
         assert (old != new).any()
 
 
-def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> None:
+def test_train_step_dropout_by_step_and_pass() -> None:
     model, params = decoder()
     rules = {r"layers/.*/kernel$": jlora.LoRA(rank=2, alpha=4, dropout=0.5)}
     given = setting(objectives.make_lm_objective(model, rules, PLAIN), params)
@@ -284,7 +284,7 @@ def test_dropout_differs_between_steps_and_passes_and_not_in_evaluations() -> No
 # --- other tasks ----------------------------------------------------------------------------------
 
 
-def test_preferences_are_learned_by_dpo() -> None:
+def test_dpo_objective_matches_numpy() -> None:
     model, params = decoder()
     asked = DPOSection(beta=0.3, label_smoothing=0.1)
     given = setting(objectives.make_dpo_objective(model, RULES, PLAIN, asked), params)
@@ -307,7 +307,7 @@ def test_preferences_are_learned_by_dpo() -> None:
     np.testing.assert_allclose(measured.extra_metrics["accuracy"], (margin > 0).mean())
 
 
-def test_a_fresh_adapter_prefers_nothing() -> None:
+def test_dpo_objective_initial_loss_is_log_2() -> None:
     model, params = decoder()
     task = objectives.make_dpo_objective(model, RULES, PLAIN, DPOSection())
     fresh, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.example_inputs))
@@ -334,7 +334,7 @@ def labelled() -> Labelled:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
-def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
+def test_classification_objective_matches_numpy(pooling: Any) -> None:
     model, params = load.load(ENCODERS / "distilbert", dtype="float32")
     asked = ClassificationSection(pooling=pooling, label_smoothing=0.1)
     rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
@@ -342,7 +342,9 @@ def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
     batch = labelled()
     _, measured = stepped(given, batch)
     merged = jlora.merge(params, adapter_of(given))
-    hidden = np.asarray(model.apply(merged, batch.tokens[0], batch.attention_mask[0]), np.float64)[:3]
+    hidden = np.asarray(model.apply(merged, batch.tokens[0], batch.attention_mask[0]), np.float64)[
+        :3
+    ]
     lengths = [6, 3, 4]
     pooled = {
         "mean": [h[:n].mean(axis=0) for h, n in zip(hidden, lengths, strict=True)],
@@ -359,7 +361,7 @@ def test_labels_are_learned_by_a_new_head(pooling: Any) -> None:
     np.testing.assert_allclose(measured.extra_metrics["accuracy"], right, rtol=1e-6)
 
 
-def test_a_model_keeps_its_own_head() -> None:
+def test_classification_objective_keeps_own_head() -> None:
     model, params = load.load(ENCODERS / "bert_sequence", dtype="float32")
     labels = model.config.num_labels
     rules = {
@@ -383,7 +385,7 @@ def test_a_model_keeps_its_own_head() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_the_learning_rate_rises_and_falls_over_the_steps(kind: Any) -> None:
+def test_make_lr_schedule_warms_up_and_decays(kind: Any) -> None:
     options = OptimizerSection(
         learning_rate=3.0, schedule=kind, warmup_ratio=0.25, min_lr_ratio=0.1
     )
@@ -398,11 +400,11 @@ def test_the_learning_rate_rises_and_falls_over_the_steps(kind: Any) -> None:
     np.testing.assert_allclose(rates[10:], 3 * falls, rtol=1e-5)
 
 
-def test_one_step_without_warmup_has_the_full_rate() -> None:
+def test_make_lr_schedule_one_step_is_peak() -> None:
     assert make_lr_schedule(OptimizerSection(learning_rate=3.0, warmup_ratio=0.5), 1)(0) == 3.0
 
 
-def test_weight_decay_pulls_factors_and_not_heads() -> None:
+def test_weight_decay_skips_heads() -> None:
     model, params = load.load(ENCODERS / "distilbert", dtype="float32")
     rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}
     found = []
@@ -441,7 +443,7 @@ def test_weight_decay_pulls_factors_and_not_heads() -> None:
     ],
     ids=["adalora", "mixture"],
 )
-def test_families_that_need_a_penalty_get_it(family: Any, options: Any, name: str) -> None:
+def test_lm_objective_adds_regularizers(family: Any, options: Any, name: str) -> None:
     model, params = decoder()
     rules = {r"layers/.*/(q|up)/kernel$": family}
     batch = text(2, 7, [7, 3])
@@ -460,7 +462,7 @@ def test_families_that_need_a_penalty_get_it(family: Any, options: Any, name: st
         np.testing.assert_allclose(sums.loss / sums.num_targets, without.loss, rtol=1e-5)
 
 
-def test_gates_of_sora_are_pulled_to_zero() -> None:
+def test_make_optimizer_thresholds_sora_gates() -> None:
     model, params = decoder()
     rules = {r"layers/.*/(q|up)/kernel$": jlora.SoRA(rank=3, alpha=3)}
     options = OptimizerSection(learning_rate=0.1, warmup_ratio=0.0, l1_gate=50.0)

@@ -1,7 +1,7 @@
-"""Reading a checkpoint's config.json without overlooking anything in it.
+"""Strict reader of a checkpoint's config.json.
 
-A field that would change the numbers and is not implemented is refused by name; so is a field that
-nothing here knows, unless it says nothing (null, false, empty).
+A field that would change the outputs and is not implemented raises an error with its name. So does
+an unknown field, unless it is empty (null, false, 0, "", [], {}).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from jlora.models.layers import ACTIVATIONS
 
-# Says nothing about what a forward pass computes, in any model.
+# Fields that do not affect the forward pass of any model.
 IGNORED_FIELDS = (
     "_attn_implementation",
     "_name_or_path",
@@ -51,7 +51,7 @@ IGNORED_FIELDS = (
     "use_cache",
 )
 
-# Forms of transformer that none of the models here has.
+# Variants that no model of jlora implements, with the only value that is accepted.
 REQUIRED_VALUES: dict[str, Any] = {
     "cross_attention_hidden_size": None,
     "pruned_heads": {},
@@ -60,25 +60,32 @@ REQUIRED_VALUES: dict[str, Any] = {
 }
 
 
+_COPY_FIELD = "Copy it from the checkpoint's original config.json."
+
+
 @contextlib.contextmanager
 def convert_to_value_error(location: str) -> Iterator[None]:
-    """Turns what comes of fields of other types, such as a text for a list, into a ValueError."""
+    """Converts errors from fields of a wrong type, such as a string for a list, to ValueError.
+
+    Args:
+        location: Name of the config.json in error messages.
+    """
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, re.error) as error:
         raise ValueError(
-            f"{location}: a field is of another type than it should be ({error}). Copy the file anew "
-            f"from its source."
+            f"{location}: a field has the wrong type ({error}). Copy the file again from its "
+            f"source."
         ) from error
 
 
 class ConfigReader:
-    """A config.json's fields, of which it is kept in mind which were asked for.
+    """Fields of a config.json, with a record of those that were read.
 
     Args:
-        config_dict: The fields.
-        location: What errors call the config.json.
-        ignored_fields: Names that need not be asked for, besides `IGNORED_FIELDS`.
+        config_dict: Fields of the config.json.
+        location: Name of the config.json in error messages.
+        ignored_fields: Fields that may stay unread, in addition to `IGNORED_FIELDS`.
     """
 
     def __init__(
@@ -88,80 +95,76 @@ class ConfigReader:
         self.fields_read: set[str] = {*IGNORED_FIELDS, *ignored_fields}
 
     def get(self, name: str, default: Any) -> Any:
-        """A field, or the default where it is missing or null."""
+        """Returns a field, or the default where it is missing or null."""
         self.fields_read.add(name)
         value = self.config_dict.get(name)
         return default if value is None else value
 
     def get_positive_int(self, name: str, default: int | None = None) -> int:
-        """A field that is a positive whole number."""
+        """Returns a field that must be a positive integer."""
         value = self.get(name, default)
         if type(value) is not int or value < 1:
             raise ValueError(
-                f"{self.location}: {name}={value!r} is no size. Copy a positive whole number from the "
-                f"config.json that the checkpoint came with."
+                f"{self.location}: {name}={value!r} must be a positive integer. {_COPY_FIELD}"
             )
         return value
 
     def get_float(self, name: str, default: float) -> float:
-        """A field that is a number of 0 or more."""
+        """Returns a field that must be a finite number of at least 0."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise ValueError(
-                f"{self.location}: {name}={value!r} is no number of 0 or more. Copy one from the "
-                f"config.json that the checkpoint came with."
+                f"{self.location}: {name}={value!r} must be a finite number of at least 0. "
+                f"{_COPY_FIELD}"
             )
         return float(value)
 
     def get_bool(self, name: str, default: bool) -> bool:
-        """A field that is true or false."""
+        """Returns a field that must be true or false."""
         value = self.get(name, default)
         if type(value) is not bool:
             raise ValueError(
-                f"{self.location}: {name}={value!r} is neither true nor false. Copy it from the "
-                f"config.json that the checkpoint came with."
+                f"{self.location}: {name}={value!r} must be true or false. {_COPY_FIELD}"
             )
         return value
 
     def get_optional_int(self, name: str, default: int | None) -> int | None:
-        """A field that is a size, or null for none."""
+        """Returns a field that must be a positive integer or null."""
         self.fields_read.add(name)
-        return (
-            None
-            if self.config_dict.get(name, default) is None
-            else self.get_positive_int(name, default)
-        )
+        if self.config_dict.get(name, default) is None:
+            return None
+        return self.get_positive_int(name, default)
 
     def require_value(self, name: str, value: Any) -> None:
-        """Refuses another value than the one that is implemented."""
-        found = self.get(name, value)
-        if found != value:
+        """Raises an error unless a field has the only value that is implemented."""
+        actual = self.get(name, value)
+        if actual != value:
             raise ValueError(
-                f"{self.location}: {name}={found!r} is not implemented, only {value!r}. The model "
-                f"would compute something else than its checkpoint was trained for."
+                f"{self.location}: {name}={actual!r} is not implemented, only {value!r}. Without "
+                f"it, the model's outputs would differ from those in training."
             )
 
     def get_activation(self, name: str, default: str) -> str:
-        """A field that names one of `ACTIVATIONS`."""
+        """Returns a field that must be a key of `ACTIVATIONS`."""
         value = self.get(name, default)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise ValueError(
-                f"{self.location}: the activation {name}={value!r} is not implemented; "
-                f"{sorted(ACTIVATIONS)} are."
+                f"{self.location}: the activation {name}={value!r} is not implemented, must be one "
+                f"of {sorted(ACTIVATIONS)}."
             )
         return value
 
     def reject_unread_fields(self) -> None:
-        """Refuses fields that nobody asked for and that say something."""
+        """Raises an error for fields that were not read and are not empty."""
         empty = (None, False, 0, "", [], {})
         unknown = {
-            n: v
-            for n, v in self.config_dict.items()
-            if n not in self.fields_read and v not in empty
+            name: value
+            for name, value in self.config_dict.items()
+            if name not in self.fields_read and value not in empty
         }
         if unknown:
             raise ValueError(
-                f"{self.location}: {unknown} is not known here, so that it may change what the model "
-                f"computes. If it does not, take it out of the config.json; else this checkpoint "
-                f"needs another model."
+                f"{self.location}: {unknown} is unknown to jlora and might change the model's "
+                f"outputs. If it does not, remove it from the config.json; otherwise jlora does "
+                f"not support this checkpoint."
             )

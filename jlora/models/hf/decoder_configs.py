@@ -1,4 +1,4 @@
-"""From a config.json to `DecoderConfig`, one function per model type."""
+"""Parsers from a decoder's config.json to `DecoderConfig`, one function per model type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jlora.models.hf.config_reader import REQUIRED_VALUES, ConfigReader, convert
 from jlora.models.layers import ACTIVATIONS
 from jlora.models.rope import Rope, rope_from_config
 
-# Says nothing about what the forward pass of a decoder computes, or is read where it does.
+# Fields that do not affect the forward pass of a decoder, or that parsers read from `config_dict`.
 _IGNORED_DECODER_FIELDS = (
     "_sliding_window_pattern",
     "add_cross_attention",
@@ -41,62 +41,72 @@ _IGNORED_DECODER_FIELDS = (
 
 
 def decoder_config(config_dict: Mapping[str, Any], location: str = "config.json") -> DecoderConfig:
-    """The shape of the decoder that a config.json describes.
+    """Returns the configuration of the decoder that a config.json describes.
 
     Args:
-        config_dict: The fields of the config.json.
-        location: What errors call it.
+        config_dict: Fields of the config.json.
+        location: Name of the config.json in error messages.
 
     Raises:
-        ValueError: The model type, or something that a field asks for, is not implemented.
+        ValueError: The model type or the value of a field is not implemented.
+
+    Example:
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> config.num_kv_heads, config.head_dim
+        (2, 4)
     """
-    kind = config_dict.get("model_type")
-    if not isinstance(kind, str) or kind not in DECODER_PARSERS:
+    model_type = config_dict.get("model_type")
+    if not isinstance(model_type, str) or model_type not in DECODER_PARSERS:
         raise ValueError(
-            f"{location}: model_type={kind!r} is not implemented; {sorted(DECODER_PARSERS)} are."
+            f"{location}: model_type={model_type!r} is not implemented, must be one of "
+            f"{sorted(DECODER_PARSERS)}."
         )
-    fields = ConfigReader(config_dict, location, _IGNORED_DECODER_FIELDS)
-    for name, only in {**REQUIRED_VALUES, "use_bidirectional_attention": False}.items():
-        fields.require_value(name, only)
+    reader = ConfigReader(config_dict, location, _IGNORED_DECODER_FIELDS)
+    for name, value in {**REQUIRED_VALUES, "use_bidirectional_attention": False}.items():
+        reader.require_value(name, value)
     with convert_to_value_error(location):
-        config = DECODER_PARSERS[kind](fields)
-    fields.reject_unread_fields()
+        config = DECODER_PARSERS[model_type](reader)
+    reader.reject_unread_fields()
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
-            f"{location}: num_attention_heads={config.num_heads} are not shared evenly by "
-            f"num_key_value_heads={config.num_kv_heads}. One must divide the other."
+            f"{location}: num_attention_heads={config.num_heads} must be a multiple of "
+            f"num_key_value_heads={config.num_kv_heads}."
         )
     if not isinstance(config.activation, str) or config.activation not in ACTIVATIONS:
         raise ValueError(
-            f"{location}: the activation {config.activation!r} is not implemented; "
-            f"{sorted(ACTIVATIONS)} are."
+            f"{location}: the activation {config.activation!r} is not implemented, must be one of "
+            f"{sorted(ACTIVATIONS)}."
         )
     return config
 
 
 def _parse_common_fields(reader: ConfigReader, **overrides: Any) -> dict[str, Any]:
-    """What every architecture says alike."""
-    heads, width = (
-        reader.get_positive_int("num_attention_heads"),
-        reader.get_positive_int("hidden_size"),
-    )
-    if "head_dim" not in overrides and reader.config_dict.get("head_dim") is None and width % heads:
+    """Returns the fields of `DecoderConfig` that all architectures spell alike."""
+    num_heads = reader.get_positive_int("num_attention_heads")
+    hidden_size = reader.get_positive_int("hidden_size")
+    has_head_dim = "head_dim" in overrides or reader.config_dict.get("head_dim") is not None
+    if not has_head_dim and hidden_size % num_heads:
         raise ValueError(
-            f"{reader.location}: hidden_size={width} does not split into num_attention_heads={heads} "
-            f"heads. Give a head_dim, or a width that is a multiple."
+            f"{reader.location}: hidden_size={hidden_size} must be a multiple of "
+            f"num_attention_heads={num_heads}. Otherwise set head_dim."
         )
-    dim = reader.get_positive_int("head_dim", overrides.pop("head_dim", width // heads))
+    default_head_dim = overrides.pop("head_dim", hidden_size // num_heads)
+    head_dim = reader.get_positive_int("head_dim", default_head_dim)
     defaults = {
         "vocab_size": reader.get_positive_int("vocab_size"),
-        "hidden_size": width,
+        "hidden_size": hidden_size,
         "intermediate_size": reader.get_positive_int("intermediate_size"),
-        "num_heads": heads,
-        "num_kv_heads": reader.get_positive_int("num_key_value_heads", heads),
-        "head_dim": dim,
+        "num_heads": num_heads,
+        "num_kv_heads": reader.get_positive_int("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
         "max_seq_length": reader.get_positive_int("max_position_embeddings"),
         "activation": reader.get("hidden_act", "silu"),
         "norm_eps": reader.get_float("rms_norm_eps", 1e-6),
-        "query_scale": dim**-0.5,
+        "query_scale": head_dim**-0.5,
         "tie_word_embeddings": reader.get_bool("tie_word_embeddings", False),
     }
     return {**defaults, **overrides}
@@ -108,23 +118,26 @@ def _parse_rope(
     default_theta: float = 10_000.0,
     layer_type: str | None = None,
 ) -> Rope:
-    """The rotary positions, of transformers 5 (`rope_parameters`) or before.
+    """Returns the rotary positions of a config.json of transformers 5 or earlier.
+
+    Transformers 5 has `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`.
 
     Args:
-        reader: The config.json.
+        reader: Reader of the config.json.
         head_dim: Width of one head.
-        default_theta: The base where none is given.
-        layer_type: Which of several sets of parameters; None where there is but one.
+        default_theta: Base of the frequencies where the config.json has none.
+        layer_type: Key of `rope_parameters` where layer types have separate sets of parameters.
+            None: there is one set.
     """
     parameters = dict(reader.config_dict.get("rope_parameters") or {})
     if layer_type is not None:
         parameters = dict(parameters.get(layer_type) or {})
     parameters = {**(reader.config_dict.get("rope_scaling") or {}), **parameters}
-    given = reader.config_dict.get("rope_theta")
-    parameters.setdefault("rope_theta", default_theta if given is None else given)
-    partial = reader.config_dict.get("partial_rotary_factor")
-    if partial is not None:
-        parameters.setdefault("partial_rotary_factor", partial)
+    theta = reader.config_dict.get("rope_theta")
+    parameters.setdefault("rope_theta", default_theta if theta is None else theta)
+    partial_rotary_factor = reader.config_dict.get("partial_rotary_factor")
+    if partial_rotary_factor is not None:
+        parameters.setdefault("partial_rotary_factor", partial_rotary_factor)
     return _rope_from_parameters(reader, parameters, head_dim)
 
 
@@ -142,7 +155,7 @@ def _rope_from_parameters(
 
 
 def _uniform_layers(reader: ConfigReader, kind: LayerKind) -> dict[str, Any]:
-    """Layers that all attend in one way."""
+    """Returns the fields of layers that are all of one kind."""
     return {
         "layer_kinds": (kind,),
         "layer_kind_ids": (0,) * reader.get_positive_int("num_hidden_layers"),
@@ -155,19 +168,25 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 def _full_and_sliding_layers(
     reader: ConfigReader, ropes: Mapping[str, Rope], layer_types: list[str]
 ) -> dict[str, Any]:
-    """Layers that see all tokens or a window, as `layer_types` has it where no field says which."""
-    count = reader.get_positive_int("num_hidden_layers")
+    """Returns the fields of layers with full attention or a sliding window.
+
+    Args:
+        reader: Reader of the config.json.
+        ropes: Rotary positions of each layer type.
+        layer_types: Types of the layers, unless the config.json has a field `layer_types`.
+    """
+    num_layers = reader.get_positive_int("num_hidden_layers")
     layer_types = list(reader.config_dict.get("layer_types") or layer_types)
-    if len(layer_types) != count or not set(layer_types) <= {_FULL, _SLIDING}:
+    if len(layer_types) != num_layers or not set(layer_types) <= {_FULL, _SLIDING}:
         raise ValueError(
-            f"{reader.location}: layer_types={layer_types} are not {count} of {_FULL!r} and {_SLIDING!r}."
+            f"{reader.location}: layer_types={layer_types} must have {num_layers} entries, each "
+            f"{_FULL!r} or {_SLIDING!r}."
         )
-    used = [one for one in (_FULL, _SLIDING) if one in layer_types]
-    window = reader.get_positive_int("sliding_window") if _SLIDING in used else None
-    kinds = [LayerKind(window=window if one == _SLIDING else None, rope=ropes[one]) for one in used]
+    used = [layer_type for layer_type in (_FULL, _SLIDING) if layer_type in layer_types]
+    windows = {_SLIDING: reader.get_positive_int("sliding_window")} if _SLIDING in used else {}
     return {
-        "layer_kinds": tuple(kinds),
-        "layer_kind_ids": tuple(used.index(one) for one in layer_types),
+        "layer_kinds": tuple(LayerKind(window=windows.get(t), rope=ropes[t]) for t in used),
+        "layer_kind_ids": tuple(used.index(layer_type) for layer_type in layer_types),
     }
 
 
@@ -192,15 +211,13 @@ def _parse_mistral(reader: ConfigReader) -> DecoderConfig:
 
 def _parse_qwen_fields(reader: ConfigReader, **overrides: Any) -> DecoderConfig:
     common = _parse_common_fields(reader, **overrides)
-    made = _parse_rope(reader, common["head_dim"])
-    count, first = (
-        reader.get_positive_int("num_hidden_layers"),
-        reader.config_dict.get("max_window_layers", 28),
-    )
-    slides = reader.get_bool("use_sliding_window", False)
-    types = [_SLIDING if slides and number >= first else _FULL for number in range(count)]
+    rope = _parse_rope(reader, common["head_dim"])
+    num_layers = reader.get_positive_int("num_hidden_layers")
+    first_sliding = reader.config_dict.get("max_window_layers", 28)
+    use_window = reader.get_bool("use_sliding_window", False)
+    types = [_SLIDING if use_window and i >= first_sliding else _FULL for i in range(num_layers)]
     return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, {_FULL: made, _SLIDING: made}, types)
+        **common, **_full_and_sliding_layers(reader, {_FULL: rope, _SLIDING: rope}, types)
     )
 
 
@@ -214,13 +231,12 @@ def _parse_qwen3(reader: ConfigReader) -> DecoderConfig:
 
 
 def _parse_qwen3_moe(reader: ConfigReader) -> DecoderConfig:
-    count, step = (
-        reader.get_positive_int("num_hidden_layers"),
-        reader.get_positive_int("decoder_sparse_step", 1),
-    )
-    dense = reader.get("mlp_only_layers", [])
+    num_layers = reader.get_positive_int("num_hidden_layers")
+    moe_step = reader.get_positive_int("decoder_sparse_step", 1)
+    dense_layers = reader.get("mlp_only_layers", [])
+    moe_layers = [i for i in range(num_layers) if i not in dense_layers and (i + 1) % moe_step == 0]
     bias = reader.get_bool("attention_bias", False)
-    experts = MoEConfig(
+    moe = MoEConfig(
         num_experts=reader.get_positive_int(
             "num_experts", reader.config_dict.get("num_local_experts", 128)
         ),
@@ -228,24 +244,18 @@ def _parse_qwen3_moe(reader: ConfigReader) -> DecoderConfig:
         intermediate_size=reader.get_positive_int("moe_intermediate_size", 768),
         norm_topk_prob=reader.get_bool("norm_topk_prob", False),
     )
-    width, heads = (
-        reader.get_positive_int("hidden_size"),
-        reader.get_positive_int("num_attention_heads"),
-    )
+    hidden_size = reader.get_positive_int("hidden_size")
     common = _parse_common_fields(
         reader,
-        head_dim=width // heads,
+        head_dim=hidden_size // reader.get_positive_int("num_attention_heads"),
         qk_norm=True,
         qkv_bias=bias,
         output_bias=bias,
-        moe=experts,
-        moe_layers=tuple(n for n in range(count) if n not in dense and (n + 1) % step == 0),
+        moe=moe,
+        moe_layers=tuple(moe_layers),
     )
-    window = (
-        reader.get_positive_int("sliding_window")
-        if reader.get_bool("use_sliding_window", False)
-        else None
-    )
+    use_window = reader.get_bool("use_sliding_window", False)
+    window = reader.get_positive_int("sliding_window") if use_window else None
     kind = LayerKind(window=window, rope=_parse_rope(reader, common["head_dim"]))
     return DecoderConfig(**common, **_uniform_layers(reader, kind))
 
@@ -267,17 +277,16 @@ def _parse_gemma_fields(reader: ConfigReader, **overrides: Any) -> dict[str, Any
 
 
 def _parse_gemma(reader: ConfigReader) -> DecoderConfig:
-    # The first releases say "gelu" and mean its approximation by a tanh.
-    named = reader.get("hidden_activation", None) or reader.get("hidden_act", "gelu_pytorch_tanh")
-    activation = "gelu_pytorch_tanh" if named == "gelu" else named
+    # In the first releases, "gelu" stands for its approximation by a tanh.
+    name = reader.get("hidden_activation", None) or reader.get("hidden_act", "gelu_pytorch_tanh")
+    activation = "gelu_pytorch_tanh" if name == "gelu" else name
     common = _parse_gemma_fields(reader, activation=activation)
-    return DecoderConfig(
-        **common, **_uniform_layers(reader, LayerKind(rope=_parse_rope(reader, common["head_dim"])))
-    )
+    kind = LayerKind(rope=_parse_rope(reader, common["head_dim"]))
+    return DecoderConfig(**common, **_uniform_layers(reader, kind))
 
 
 def _parse_gemma2_fields(reader: ConfigReader, **overrides: Any) -> dict[str, Any]:
-    reader.get("hidden_act", None)  # Not what these models read.
+    reader.get("hidden_act", None)  # Marked as read: these models use hidden_activation instead.
     return _parse_gemma_fields(
         reader,
         activation=reader.get("hidden_activation", "gelu_pytorch_tanh"),
@@ -288,7 +297,7 @@ def _parse_gemma2_fields(reader: ConfigReader, **overrides: Any) -> dict[str, An
 
 
 def _parse_softcap(reader: ConfigReader, name: str, default: float | None) -> float | None:
-    """A soft cap, of which null says that there is none."""
+    """Returns a soft cap; null in the config.json means no cap, unlike a missing field."""
     reader.fields_read.add(name)
     value = reader.config_dict.get(name, default)
     return None if value is None else float(value)
@@ -300,12 +309,11 @@ def _parse_gemma2(reader: ConfigReader) -> DecoderConfig:
         attention_softcap=_parse_softcap(reader, "attn_logit_softcapping", 50.0),
         logit_softcap=_parse_softcap(reader, "final_logit_softcapping", 30.0),
     )
-    made = _parse_rope(reader, common["head_dim"])
-    types = [
-        _FULL if n % 2 else _SLIDING for n in range(reader.get_positive_int("num_hidden_layers"))
-    ]
+    rope = _parse_rope(reader, common["head_dim"])
+    num_layers = reader.get_positive_int("num_hidden_layers")
+    types = [_FULL if i % 2 else _SLIDING for i in range(num_layers)]
     return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, {_FULL: made, _SLIDING: made}, types)
+        **common, **_full_and_sliding_layers(reader, {_FULL: rope, _SLIDING: rope}, types)
     )
 
 
@@ -316,16 +324,16 @@ def _parse_gemma3(reader: ConfigReader) -> DecoderConfig:
         attention_softcap=_parse_softcap(reader, "attn_logit_softcapping", None),
         logit_softcap=_parse_softcap(reader, "final_logit_softcapping", None),
     )
-    dim, given = common["head_dim"], reader.config_dict.get("rope_parameters") or {}
-    local = dict(given.get(_SLIDING) or {})
+    head_dim, parameters = common["head_dim"], reader.config_dict.get("rope_parameters") or {}
+    local = dict(parameters.get(_SLIDING) or {})
     local.setdefault("rope_theta", reader.get("rope_local_base_freq", 10_000.0))
     ropes = {
-        _FULL: _parse_rope(reader, dim, 1_000_000.0, _FULL),
-        _SLIDING: _rope_from_parameters(reader, local, dim),
+        _FULL: _parse_rope(reader, head_dim, 1_000_000.0, _FULL),
+        _SLIDING: _rope_from_parameters(reader, local, head_dim),
     }
     pattern = reader.config_dict.get("sliding_window_pattern") or 6
-    count = reader.get_positive_int("num_hidden_layers")
-    types = [_SLIDING if (number + 1) % pattern else _FULL for number in range(count)]
+    num_layers = reader.get_positive_int("num_hidden_layers")
+    types = [_SLIDING if (i + 1) % pattern else _FULL for i in range(num_layers)]
     return DecoderConfig(**common, **_full_and_sliding_layers(reader, ropes, types))
 
 
@@ -338,10 +346,10 @@ def _parse_phi3(reader: ConfigReader) -> DecoderConfig:
         **(reader.config_dict.get("rope_parameters") or {}),
     }
     original = reader.get("original_max_position_embeddings", None)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind in ("su", "yarn"):  # What the first releases call longrope.
-        kind = "longrope"
-    parameters = {**scaling, "rope_type": kind}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type in ("su", "yarn"):  # Names of longrope in the first releases.
+        rope_type = "longrope"
+    parameters = {**scaling, "rope_type": rope_type}
     parameters.pop("type", None)
     for name, value in (
         ("rope_theta", reader.config_dict.get("rope_theta") or 10_000.0),
@@ -349,39 +357,39 @@ def _parse_phi3(reader: ConfigReader) -> DecoderConfig:
         ("original_max_position_embeddings", original),
     ):
         parameters.setdefault(name, value)
-    made = _rope_from_parameters(reader, parameters, common["head_dim"])
+    rope = _rope_from_parameters(reader, parameters, common["head_dim"])
     window = reader.get_optional_int("sliding_window", None)
-    return DecoderConfig(**common, **_uniform_layers(reader, LayerKind(window=window, rope=made)))
+    return DecoderConfig(**common, **_uniform_layers(reader, LayerKind(window=window, rope=rope)))
 
 
 def _parse_smollm3(reader: ConfigReader) -> DecoderConfig:
     common = _parse_common_fields(
         reader, tie_word_embeddings=reader.get_bool("tie_word_embeddings", True)
     )
-    count, every = (
-        reader.get_positive_int("num_hidden_layers"),
-        reader.get_positive_int("no_rope_layer_interval", 4),
-    )
-    rotated = reader.get("no_rope_layers", None)
-    rotated = [bool((n + 1) % every) for n in range(count)] if rotated is None else rotated
-    made = _parse_rope(reader, common["head_dim"], 2_000_000.0)
-    slides = reader.get_bool("use_sliding_window", False)
+    num_layers = reader.get_positive_int("num_hidden_layers")
+    interval = reader.get_positive_int("no_rope_layer_interval", 4)
+    # In spite of its name, no_rope_layers has 1 for layers with rotary positions, and 0 without.
+    has_rope = reader.get("no_rope_layers", None)
+    if has_rope is None:
+        has_rope = [bool((i + 1) % interval) for i in range(num_layers)]
+    rope = _parse_rope(reader, common["head_dim"], 2_000_000.0)
+    use_window = reader.get_bool("use_sliding_window", False)
     types = reader.config_dict.get("layer_types") or [
-        _SLIDING if slides and not turned else _FULL for turned in rotated
+        _SLIDING if use_window and not layer_has_rope else _FULL for layer_has_rope in has_rope
     ]
-    every_kind = [
+    layers = [
         LayerKind(
-            window=reader.get_positive_int("sliding_window") if one == _SLIDING else None,
-            rope=made if turned else None,
+            window=reader.get_positive_int("sliding_window") if layer_type == _SLIDING else None,
+            rope=rope if layer_has_rope else None,
         )
-        for one, turned in zip(types, rotated, strict=True)
+        for layer_type, layer_has_rope in zip(types, has_rope, strict=True)
     ]
-    kinds = list(dict.fromkeys(every_kind))
+    kinds = list(dict.fromkeys(layers))
     bias = reader.get_bool("attention_bias", False)
     return DecoderConfig(
         **common,
         layer_kinds=tuple(kinds),
-        layer_kind_ids=tuple(kinds.index(kind) for kind in every_kind),
+        layer_kind_ids=tuple(kinds.index(kind) for kind in layers),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=reader.get_bool("mlp_bias", False),

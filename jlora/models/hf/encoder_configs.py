@@ -1,6 +1,6 @@
-"""From the config.json of an encoder's checkpoint to `EncoderConfig` or `ViTConfig`.
+"""Parsers from an encoder's config.json to `EncoderConfig` or `ViTConfig`.
 
-Which head there is says the field `architectures`, as in transformers.
+The field `architectures` determines the head, as in transformers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jlora.models.vit import ViTConfig
 
 HeadType = Literal["none", "sequence", "tokens", "image"]
 
-# What follows a model's name in `architectures`. The heads of pretraining are no part of the models
-# here: such a checkpoint is the encoder alone, and its other tensors are carried along.
+# Suffixes of the class names in `architectures`. The models here have no pretraining heads: such a
+# checkpoint is read as the encoder alone, and `save` copies the other tensors unchanged.
 _TEXT_HEADS: dict[str, HeadType] = {
     "Model": "none",
     "ForPreTraining": "none",
@@ -32,7 +32,7 @@ _IMAGE_HEADS: dict[str, HeadType] = {
     "ForImageClassification": "image",
 }
 
-# Says nothing about what the forward pass of an encoder computes.
+# Fields that do not affect the forward pass of an encoder, or that parsers read from `config_dict`.
 _IGNORED_ENCODER_FIELDS = (
     "_num_labels",
     "directionality",
@@ -68,16 +68,16 @@ _ENCODER_REQUIRED_VALUES: dict[str, Any] = {
 def encoder_config(
     config_dict: Mapping[str, Any], location: str = "config.json", *, has_pooler: bool = True
 ) -> EncoderConfig:
-    """The shape of the encoder of texts that a config.json describes.
+    """Returns the configuration of the text encoder that a config.json describes.
 
     Args:
-        config_dict: The fields of the config.json.
-        location: What errors call it.
-        has_pooler: Whether the checkpoint has one; transformers makes up what is missing of it.
+        config_dict: Fields of the config.json.
+        location: Name of the config.json in error messages.
+        has_pooler: The checkpoint has a pooler. A config.json does not contain this: transformers
+            initializes a missing pooler at random.
 
     Raises:
-        ValueError: The model type, the head, or something that a field asks for, is not
-            implemented.
+        ValueError: The model type, the head, or the value of a field is not implemented.
     """
     return _parse_encoder_config(config_dict, location, ENCODER_PARSERS, has_pooler)
 
@@ -85,16 +85,15 @@ def encoder_config(
 def vit_config(
     config_dict: Mapping[str, Any], location: str = "config.json", *, has_pooler: bool = True
 ) -> ViTConfig:
-    """The shape of the vision transformer that a config.json describes.
+    """Returns the configuration of the vision transformer that a config.json describes.
 
     Args:
-        config_dict: The fields of the config.json.
-        location: What errors call it.
-        has_pooler: Whether the checkpoint has one.
+        config_dict: Fields of the config.json.
+        location: Name of the config.json in error messages.
+        has_pooler: The checkpoint has a pooler.
 
     Raises:
-        ValueError: The model type, the head, or something that a field asks for, is not
-            implemented.
+        ValueError: The model type, the head, or the value of a field is not implemented.
     """
     return _parse_encoder_config(config_dict, location, {"vit": _parse_vit}, has_pooler)
 
@@ -102,21 +101,22 @@ def vit_config(
 def _parse_encoder_config(
     config_dict: Mapping[str, Any], location: str, parsers: Mapping[str, Any], has_pooler: bool
 ) -> Any:
-    kind = config_dict.get("model_type", "")
-    if kind not in parsers:
+    model_type = config_dict.get("model_type", "")
+    if model_type not in parsers:
         raise ValueError(
-            f"{location}: model_type={kind!r} is not implemented; {sorted(parsers)} are."
+            f"{location}: model_type={model_type!r} is not implemented, must be one of "
+            f"{sorted(parsers)}."
         )
-    fields = ConfigReader(config_dict, location, _IGNORED_ENCODER_FIELDS)
-    for name, only in _ENCODER_REQUIRED_VALUES.items():
-        fields.require_value(name, only)
-    config = parsers[kind](fields, has_pooler)
-    fields.reject_unread_fields()
+    reader = ConfigReader(config_dict, location, _IGNORED_ENCODER_FIELDS)
+    for name, value in _ENCODER_REQUIRED_VALUES.items():
+        reader.require_value(name, value)
+    config = parsers[model_type](reader, has_pooler)
+    reader.reject_unread_fields()
     if config.hidden_size % config.num_heads:
         raise ValueError(
-            f"{location}: the width {config.hidden_size} (hidden_size or dim) does not split into "
-            f"{config.num_heads} equal heads. Copy both from the config.json that the checkpoint "
-            f"came with."
+            f"{location}: the width {config.hidden_size} (hidden_size or dim) must be a multiple "
+            f"of the number of heads, got {config.num_heads} heads. Copy both from the "
+            f"checkpoint's original config.json."
         )
     return config
 
@@ -124,34 +124,35 @@ def _parse_encoder_config(
 def _parse_head_type(
     reader: ConfigReader, class_prefix: str, head_suffixes: Mapping[str, HeadType]
 ) -> HeadType:
-    """The head that `architectures` names; none where it names nothing."""
+    """Returns the head that `architectures` names; "none" where it is missing or empty."""
     names = reader.get("architectures", [])
     if not names:
         return "none"
-    known: dict[str, HeadType] = {
-        class_prefix + ending: head for ending, head in head_suffixes.items()
+    heads: dict[str, HeadType] = {
+        class_prefix + suffix: head for suffix, head in head_suffixes.items()
     }
-    if len(names) != 1 or names[0] not in known:
+    if len(names) != 1 or names[0] not in heads:
         raise ValueError(
-            f"{reader.location}: architectures={names} is not implemented; one of {sorted(known)} is. "
-            f"For the encoder without a head, say ['{class_prefix}Model'] in a copy of the folder, without "
-            f"the head's tensors."
+            f"{reader.location}: architectures={names} is not implemented, must be one of "
+            f"{sorted(heads)}. For the encoder without a head, set ['{class_prefix}Model'] in a "
+            f"copy of the folder, and remove the tensors of the head."
         )
-    return known[names[0]]
+    return heads[names[0]]
 
 
 def _parse_num_labels(reader: ConfigReader) -> int:
-    """Between how many a head chooses; two where nothing says so."""
-    names = reader.get("id2label", {})
-    return len(names) if names else reader.get_positive_int("num_labels", 2)
+    """Returns the number of classes of a head; two by default, as in transformers."""
+    labels = reader.get("id2label", {})
+    return len(labels) if labels else reader.get_positive_int("num_labels", 2)
 
 
 def _parse_bert(
     reader: ConfigReader, has_pooler: bool, class_prefix: str = "Bert", **overrides: Any
 ) -> EncoderConfig:
-    """BERT: a pooler, and a head on it or on each token."""
+    """Parses BERT: a pooler, and a head on it or on each token."""
     head = _parse_head_type(reader, class_prefix, _TEXT_HEADS)
     dropout = reader.get_float("hidden_dropout_prob", 0.1)
+    uses_pooler = head == "sequence" or (head == "none" and has_pooler)
     config = {
         "vocab_size": reader.get_positive_int("vocab_size"),
         "hidden_size": reader.get_positive_int("hidden_size"),
@@ -165,9 +166,7 @@ def _parse_bert(
         "dropout": dropout,
         "attention_dropout": reader.get_float("attention_probs_dropout_prob", 0.1),
         "output_dropout": dropout,
-        "pooler_activation": "tanh"
-        if head == "sequence" or (head == "none" and has_pooler)
-        else None,
+        "pooler_activation": "tanh" if uses_pooler else None,
         "num_labels": None if head == "none" else _parse_num_labels(reader),
         "is_token_classifier": head == "tokens",
         "classifier_dropout": reader.get_float("classifier_dropout", dropout),
@@ -178,17 +177,15 @@ def _parse_bert(
 def _parse_roberta(
     reader: ConfigReader, has_pooler: bool, class_prefix: str = "Roberta"
 ) -> EncoderConfig:
-    """RoBERTa: positions that padding does not take, and a head with a dense layer of its own."""
-    pad = reader.get("pad_token_id", 1)
-    if (
-        type(pad) is not int
-        or not 0 <= pad < reader.get_positive_int("max_position_embeddings") - 1
-    ):
+    """Parses RoBERTa: positions that padding does not take, and a head with a dense layer."""
+    pad_token_id = reader.get("pad_token_id", 1)
+    num_positions = reader.get_positive_int("max_position_embeddings")
+    if type(pad_token_id) is not int or not 0 <= pad_token_id < num_positions - 1:
         raise ValueError(
-            f"{reader.location}: pad_token_id={pad!r} leaves no positions, which count from the "
-            f"number after it. Copy it from the config.json that the checkpoint came with."
+            f"{reader.location}: pad_token_id={pad_token_id!r} leaves no positions, which start at "
+            f"pad_token_id + 1. Copy it from the checkpoint's original config.json."
         )
-    config = _parse_bert(reader, has_pooler, class_prefix, pad_token_id=pad)
+    config = _parse_bert(reader, has_pooler, class_prefix, pad_token_id=pad_token_id)
     if config.num_labels is None or config.is_token_classifier:
         return config
     return dataclasses.replace(config, pooler_dropout=config.classifier_dropout)
@@ -199,10 +196,10 @@ def _parse_xlm_roberta(reader: ConfigReader, has_pooler: bool) -> EncoderConfig:
 
 
 def _parse_distilbert(reader: ConfigReader, has_pooler: bool) -> EncoderConfig:
-    """DistilBERT: no token types, and a head with a dense layer of its own."""
+    """Parses DistilBERT: no token types, and a head with a dense layer."""
     head = _parse_head_type(reader, "DistilBert", _TEXT_HEADS)
     dropout = reader.get_float("dropout", 0.1)
-    of_texts = reader.get_float("seq_classif_dropout", 0.2)
+    sequence_dropout = reader.get_float("seq_classif_dropout", 0.2)
     return EncoderConfig(
         model_type=reader.config_dict["model_type"],
         vocab_size=reader.get_positive_int("vocab_size"),
@@ -219,21 +216,21 @@ def _parse_distilbert(reader: ConfigReader, has_pooler: bool) -> EncoderConfig:
         pooler_activation="relu" if head == "sequence" else None,
         num_labels=None if head == "none" else _parse_num_labels(reader),
         is_token_classifier=head == "tokens",
-        classifier_dropout=of_texts if head == "sequence" else dropout,
+        classifier_dropout=sequence_dropout if head == "sequence" else dropout,
     )
 
 
 def _parse_vit(reader: ConfigReader, has_pooler: bool) -> ViTConfig:
     head = _parse_head_type(reader, "ViT", _IMAGE_HEADS)
-    width = reader.get_positive_int("hidden_size")
-    activation = reader.get_activation("pooler_act", "tanh")
-    size = reader.get_positive_int("pooler_output_size", width)
-    pooled = head == "none" and has_pooler
+    hidden_size = reader.get_positive_int("hidden_size")
+    pooler_activation = reader.get_activation("pooler_act", "tanh")
+    pooler_output_size = reader.get_positive_int("pooler_output_size", hidden_size)
+    uses_pooler = head == "none" and has_pooler
     return ViTConfig(
         image_size=_parse_height_width(reader, "image_size", 224),
         patch_size=_parse_height_width(reader, "patch_size", 16),
         num_channels=reader.get_positive_int("num_channels", 3),
-        hidden_size=width,
+        hidden_size=hidden_size,
         intermediate_size=reader.get_positive_int("intermediate_size"),
         num_layers=reader.get_positive_int("num_hidden_layers"),
         num_heads=reader.get_positive_int("num_attention_heads"),
@@ -242,22 +239,22 @@ def _parse_vit(reader: ConfigReader, has_pooler: bool) -> ViTConfig:
         norm_eps=reader.get_float("layer_norm_eps", 1e-12),
         dropout=reader.get_float("hidden_dropout_prob", 0.0),
         attention_dropout=reader.get_float("attention_probs_dropout_prob", 0.0),
-        pooler_activation=activation if pooled else None,
-        pooler_output_size=size if pooled else 0,
+        pooler_activation=pooler_activation if uses_pooler else None,
+        pooler_output_size=pooler_output_size if uses_pooler else 0,
         num_labels=None if head == "none" else _parse_num_labels(reader),
     )
 
 
 def _parse_height_width(reader: ConfigReader, name: str, default: int) -> tuple[int, int]:
-    """Height and width, which one number may stand for."""
+    """Returns a field that must be a height and width, or one integer for both."""
     value = reader.get(name, default)
-    sides = tuple(value) if isinstance(value, list) else (value, value)
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+    size = tuple(value) if isinstance(value, list) else (value, value)
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(
-            f"{reader.location}: {name}={value!r} is no size. Copy a positive whole number, or two, "
-            f"from the config.json that the checkpoint came with."
+            f"{reader.location}: {name}={value!r} must be a positive integer, or a list of two. "
+            f"Copy it from the checkpoint's original config.json."
         )
-    return sides
+    return size
 
 
 ENCODER_PARSERS: dict[str, Callable[[ConfigReader, bool], EncoderConfig]] = {

@@ -1,4 +1,4 @@
-"""Models from Hugging Face folders, and folders from models."""
+"""Loading of models from Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -12,24 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
-from jlora import _tree
 from jlora._quantized_array import abstract_with_sharding
 from jlora._tree import PyTree
 from jlora.checkpoints import hub
-from jlora.checkpoints.safetensors_io import (
-    FLOAT_DTYPES,
-    CheckpointReader,
-    open_checkpoint,
-    read_json,
-)
+from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint, read_json
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder
 from jlora.models.hf import weight_mapping
 from jlora.models.hf.decoder_configs import DECODER_PARSERS, decoder_config
 from jlora.models.hf.encoder_configs import ENCODER_PARSERS, encoder_config, vit_config
+from jlora.models.hf.weight_mapping import CheckpointWeight, Sharding
 from jlora.models.hf.weight_names import (
     CHECKPOINT_NAMINGS,
     map_decoder_weights,
@@ -42,31 +36,36 @@ from jlora.quantization.schemes import QuantizationScheme
 
 
 class LoadedModel(NamedTuple):
-    """A model and its weights.
+    """A model and its parameters.
 
     Attributes:
-        model: `model.apply(params, ...)` computes.
-        params: `{"params": ...}`.
+        model: Flax module; `model.apply(params, ...)` computes its outputs.
+        params: Parameters, `{"params": ...}`.
+
+    Example:
+        >>> from jlora import models
+        >>> loaded = models.LoadedModel(model=None, params={"params": {}})
+        >>> model, params = loaded
     """
 
     model: Any
     params: dict[str, Any]
 
 
-class _CheckpointFormat(NamedTuple):
-    """What a folder of one model type holds.
+class CheckpointFormat(NamedTuple):
+    """Model of a checkpoint, and the names of its tensors.
 
     Attributes:
-        model: Made from config.json.
-        weights: Which tensors each of its weights is.
-        passthrough_pattern: The names of tensors that are none of the model's, but belong to its files.
-        key_renamers: From the names in `weights` to those that a checkpoint may have instead; each
-            keeps to one of them.
-        tied_keys: Of carried tensors that repeat a weight, the name of the weight's own.
+        model: Model that config.json describes.
+        weights: Tensors of each weight of the model, by path.
+        passthrough_pattern: Names of tensors that the model does not use.
+        key_renamers: Functions from the tensor names in `weights` to alternative names; a
+            checkpoint uses the names of one of them throughout.
+        tied_keys: Names of tensors that repeat a weight, with the name of the weight's tensor.
     """
 
     model: Any
-    weights: dict[str, weight_mapping.CheckpointWeight]
+    weights: dict[str, CheckpointWeight]
     passthrough_pattern: re.Pattern[str]
     key_renamers: Sequence[Callable[[str], str]]
     tied_keys: Mapping[str, str] = types.MappingProxyType({})
@@ -76,268 +75,233 @@ def load(
     folder: str | os.PathLike[str],
     *,
     dtype: jax.typing.DTypeLike | None = None,
-    sharding: Callable[[str, jax.ShapeDtypeStruct], weight_mapping.Sharding | None] | None = None,
+    sharding: Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | None = None,
     quantize: Mapping[str, QuantizationScheme | None] | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> LoadedModel:
-    """The model and the weights of a Hugging Face folder.
+    """Loads the model and the parameters of a Hugging Face checkpoint.
 
     Args:
-        folder: Holds config.json and safetensors files. `owner/name` is fetched from the Hub,
-            unless there is a folder of that name here.
-        dtype: Of the weights; that of the files when left out.
-        sharding: `(path, shape)` of a weight to where it belongs. Each weight is read right to
-            there, so that no device or host ever holds more than its part.
-        quantize: From patterns of paths to schemes, as `jlora.quantize` takes them. Such a weight
-            is quantised layer by layer while it is read, and is nowhere whole as it was.
-        revision: A branch, tag or commit on the Hub.
-        **options: Of `Decoder`'s own: `scanned`, `remat`, `implementation`. For a computation in
-            another dtype than the weights', use `model.clone(dtype=...)`.
+        folder: Folder with config.json and safetensors files. `owner/name` is downloaded from the
+            Hub, unless a local folder has that name.
+        dtype: dtype of the parameters. None: that of the files.
+        sharding: Function from the path and abstract value of a parameter to its sharding, or to
+            None for the default device. Each parameter is read directly to its devices, so that no
+            device or host ever stores more than its shards. None: all on the default device.
+        quantize: Quantization schemes by pattern of paths, as for `jlora.quantize`. Such a
+            parameter is quantized layer by layer while it is read, and never exists unquantized as
+            one array. None: no quantization.
+        revision: Branch, tag or commit on the Hub. None: the default branch.
+        **options: Fields of `Decoder`: `scan_layers`, `remat_policy`, `attention_implementation`.
+            For a computation in another dtype than that of the parameters, use
+            `model.clone(dtype=...)`.
+
+    Returns:
+        The model and its parameters.
 
     Raises:
-        FileNotFoundError: Something is missing.
+        FileNotFoundError: A file or the folder is missing.
         OSError: The Hub cannot be reached.
-        ValueError: config.json asks for something that is not implemented, a file is damaged, the
-            tensors are not those that config.json describes, or `quantize` does not fit them.
+        ValueError: config.json has values that are not implemented, a file is damaged, the tensors
+            are not those that config.json describes, or `quantize` does not fit them.
         TypeError: The model has no such option.
+
+    Example:
+        `models.load("Qwen/Qwen3-0.6B")` downloads a checkpoint. Here is one of zeros:
+
+        >>> import json, pathlib, tempfile
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> from jlora import models
+        >>> config = dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...               num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text(json.dumps(config))
+        >>> weights = models.checkpoint_mapping(models.model_from_config(folder))[0].values()
+        >>> shapes = {part.key: part.tensor_shape for w in weights for part in w.slices}
+        >>> tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+        >>> save_file(tensors, folder / "model.safetensors")
+        >>> model, params = models.load(folder, dtype="bfloat16", scan_layers=True)
+        >>> params["params"]["layers"]["attention"]["q"]["kernel"].shape
+        (2, 8, 8)
     """
     folder = hub.resolve_checkpoint_folder(folder, revision)
-    with open_checkpoint(folder) as tensors:
-        form = _read_checkpoint_format(folder, tensors, options)
-        weights = _match_checkpoint_names(form, tensors)
-        weight_mapping.check_checkpoint_tensors(tensors, weights, form.passthrough_pattern)
+    with open_checkpoint(folder) as reader:
+        checkpoint_format = read_checkpoint_format(folder, reader, options)
+        weights = match_checkpoint_names(checkpoint_format, reader)
+        weight_mapping.check_checkpoint_tensors(
+            reader, weights, checkpoint_format.passthrough_pattern
+        )
         schemes = _match_quantization_schemes(quantize, weights)
-        where = sharding or (lambda path, shape: None)
-        arrays = weight_mapping.load_weights(tensors, weights, dtype, where, schemes)
+        sharding = sharding or (lambda path, abstract_array: None)
+        arrays = weight_mapping.load_weights(reader, weights, dtype, sharding, schemes)
         check_finite_qarrays({path: arrays[path] for path in schemes})
-    return LoadedModel(form.model, traverse_util.unflatten_dict(arrays, sep="/"))
+    return LoadedModel(checkpoint_format.model, traverse_util.unflatten_dict(arrays, sep="/"))
+
+
+def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
+    """Returns the model of a checkpoint without its parameters.
+
+    For a decoder, the folder needs no file except config.json.
+
+    Args:
+        folder: Local folder, as for `load`.
+        **options: Options of the model, as for `load`.
+
+    Raises:
+        FileNotFoundError: A file or the folder is missing.
+        ValueError: As from `load`.
+        TypeError: The model has no such option.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from jlora import models
+        >>> config = dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...               num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text(json.dumps(config))
+        >>> models.model_from_config(folder, remat_policy="full").config.num_heads
+        2
+    """
+    folder = Path(folder)
+    config_dict = read_json(folder / "config.json")
+    if config_dict.get("model_type") in DECODER_PARSERS:
+        config = decoder_config(config_dict, str(folder / "config.json"))
+        return _instantiate_model(Decoder, config, options)
+    with open_checkpoint(folder) as reader:
+        return read_checkpoint_format(folder, reader, options).model
 
 
 def abstract_params(
     model: Any,
     dtype: jax.typing.DTypeLike,
     *,
-    sharding: Callable[[str, jax.ShapeDtypeStruct], weight_mapping.Sharding] | None = None,
+    sharding: Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
     quantize: Mapping[str, QuantizationScheme | None] | None = None,
 ) -> PyTree:
-    """The shapes of what `load` returns as the params of a model, without its files.
+    """Returns the abstract values of the parameters that `load` returns, without any file.
 
     Args:
-        model: Of `jlora.models`.
-        dtype: Of the weights.
-        sharding: As `load` takes it; the shapes then have it.
-        quantize: As `load` takes it.
+        model: A model of `jlora.models`.
+        dtype: dtype of the parameters.
+        sharding: Function from the path and abstract value of a parameter to its sharding, which
+            the result then carries. None: no shardings.
+        quantize: Quantization schemes by pattern of paths, as for `load`.
 
     Raises:
-        ValueError: `quantize` does not fit the weights.
-        TypeError: It is no model of `jlora.models`.
+        ValueError: `quantize` does not fit the parameters.
+        TypeError: The model is not one of `jlora.models`.
+
+    Example:
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> params = models.abstract_params(models.Decoder(config), "bfloat16")
+        >>> params["params"]["embed"]["embedding"]
+        ShapeDtypeStruct(shape=(32, 8), dtype=bfloat16)
     """
     weights = checkpoint_mapping(model)[0]
     schemes = _match_quantization_schemes(quantize, weights)
 
-    def shape(path: str, weight: weight_mapping.CheckpointWeight) -> Any:
-        like: Any = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype))
-        place = None if sharding is None else sharding(path, like)
+    def abstract(path: str, weight: CheckpointWeight) -> Any:
+        value: Any = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype))
+        value_sharding = None if sharding is None else sharding(path, value)
         if path in schemes:
-            like = weight_mapping.abstract_quantized_weight(weight, dtype, schemes[path])
-        return like if place is None else abstract_with_sharding(like, place)
+            value = weight_mapping.abstract_quantized_weight(weight, dtype, schemes[path])
+        return value if value_sharding is None else abstract_with_sharding(value, value_sharding)
 
-    flat = {path: shape(path, weight) for path, weight in weights.items()}
+    flat = {path: abstract(path, weight) for path, weight in weights.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _match_quantization_schemes(
-    quantize: Mapping[str, QuantizationScheme | None] | None,
-    weights: Mapping[str, weight_mapping.CheckpointWeight],
-) -> dict[str, QuantizationScheme]:
-    """Which weights are quantised, and how."""
-    if quantize is None:
-        return {}
-    kinds = {path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for path, w in weights.items()}
-    return match_schemes(quantize, kinds)
+def checkpoint_mapping(model: Any) -> tuple[dict[str, CheckpointWeight], ...]:
+    """Returns which tensors of a transformers checkpoint each parameter consists of, by path.
 
-
-def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
-    """The model of a folder without its weights; for a decoder, config.json is enough.
+    The first mapping has the names of transformers 5 in memory. The others have the names of other
+    releases, and of models with or without a head.
 
     Args:
-        folder: As `load` takes it, on this machine.
-        **options: As `load` takes them.
+        model: A model of `jlora.models`.
 
     Raises:
-        FileNotFoundError: Something is missing.
-        ValueError: As from `load`.
-        TypeError: The model has no such option.
+        TypeError: The model is not one of `jlora.models`.
+
+    Example:
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> mapping, _ = models.checkpoint_mapping(models.Decoder(config, scan_layers=True))
+        >>> [part.key for part in mapping["params/layers/mlp/up/kernel"].slices]
+        ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
     """
-    folder = Path(folder)
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") in DECODER_PARSERS:
-        config = decoder_config(raw, str(folder / "config.json"))
-        return _instantiate_model(Decoder, config, options)
-    with open_checkpoint(folder) as tensors:
-        return _read_checkpoint_format(folder, tensors, options).model
-
-
-def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
-    """Checks that `load` can read a folder, by its headers.
-
-    Raises:
-        FileNotFoundError: Something is missing.
-        ValueError: As from `load`.
-    """
-    folder = Path(folder)
-    with open_checkpoint(folder) as tensors:
-        form = _read_checkpoint_format(folder, tensors, options)
-        weight_mapping.check_checkpoint_tensors(
-            tensors, _match_checkpoint_names(form, tensors), form.passthrough_pattern
+    list_mappings = _MAPPING_BUILDERS.get(type(model))
+    if list_mappings is None:
+        raise TypeError(
+            f"model must be a Decoder, an Encoder or a ViT of jlora.models, got "
+            f"{type(model).__name__}."
         )
+    return list_mappings(model)
 
 
 def eos_token_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The tokens that end a text, as generation_config.json says, or else config.json."""
-    found: Any = None
+    """Returns the tokens that end a text, from generation_config.json or else config.json.
+
+    Args:
+        folder: Local folder of a checkpoint.
+
+    Returns:
+        Token ids; empty if neither file has any.
+
+    Raises:
+        ValueError: A file is damaged.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jlora import models
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+        >>> models.eos_token_ids(folder)
+        (2, 7)
+    """
+    token_ids: Any = None
     for name in ("config.json", "generation_config.json"):
         path = Path(folder) / name
         if path.is_file():
-            found = read_json(path).get("eos_token_id", found)
-    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+            token_ids = read_json(path).get("eos_token_id", token_ids)
+    if token_ids is None:
+        return ()
+    return tuple(token_ids) if isinstance(token_ids, list) else (token_ids,)
 
 
-def _read_checkpoint_format(
-    folder: Path, reader: CheckpointReader, options: Mapping[str, Any]
-) -> _CheckpointFormat:
-    """What a folder holds, by its config.json."""
-    path = folder / "config.json"
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in _FORMAT_BUILDERS:
-        raise ValueError(
-            f"{path}: model_type={kind!r} is not implemented; {sorted(_FORMAT_BUILDERS)} are."
-        )
-    return _FORMAT_BUILDERS[kind](raw, str(path), reader, options)
+def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
+    """Checks that `load` can read a checkpoint, from the headers of its files.
 
+    Args:
+        folder: Local folder, as for `load`.
+        **options: Options of the model, as for `load`.
 
-def _build_decoder_format(
-    config_dict: Mapping[str, Any],
-    location: str,
-    reader: CheckpointReader,
-    options: Mapping[str, Any],
-) -> _CheckpointFormat:
-    model = _instantiate_model(Decoder, decoder_config(config_dict, location), options)
-    # Old releases stored frequencies, and others the head that is the embedding.
-    names = (
-        r".*rotary_emb\.inv_freq|lm_head\.weight"
-        if model.config.tie_word_embeddings
-        else r".*inv_freq"
-    )
-    copies = (
-        {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
-    )
-    # Base models leave out the first part.
-    spellings = (str, _strip_model_prefix)
-    return _CheckpointFormat(
-        model, map_decoder_weights(model), re.compile(names), spellings, copies
-    )
-
-
-def _build_encoder_format(
-    config_dict: Mapping[str, Any],
-    location: str,
-    reader: CheckpointReader,
-    options: Mapping[str, Any],
-) -> _CheckpointFormat:
-    naming = CHECKPOINT_NAMINGS[config_dict["model_type"]]
-    config = encoder_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
-    model = _instantiate_model(Encoder, config, options)
-    return _CheckpointFormat(
-        model, map_encoder_weights(model, naming), naming.passthrough_pattern, naming.key_renamers
-    )
-
-
-def _build_vit_format(
-    config_dict: Mapping[str, Any],
-    location: str,
-    reader: CheckpointReader,
-    options: Mapping[str, Any],
-) -> _CheckpointFormat:
-    naming = CHECKPOINT_NAMINGS["vit"]
-    config = vit_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
-    model = _instantiate_model(ViT, config, options)
-    return _CheckpointFormat(
-        model, map_vit_weights(model, naming), naming.passthrough_pattern, naming.key_renamers
-    )
-
-
-_FORMAT_BUILDERS: dict[
-    str, Callable[[Mapping[str, Any], str, CheckpointReader, Mapping[str, Any]], _CheckpointFormat]
-] = {
-    **dict.fromkeys(DECODER_PARSERS, _build_decoder_format),
-    **dict.fromkeys(ENCODER_PARSERS, _build_encoder_format),
-    "vit": _build_vit_format,
-}
-
-
-def _instantiate_model(model_class: Any, config: Any, options: Mapping[str, Any]) -> Any:
-    """A model with the caller's options."""
-    fields = [field.name for field in dataclasses.fields(model_class)]
-    known = sorted(set(fields) - {"config", "dtype", "parent", "name"})
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(
-            f"{unknown} are no options of {model_class.__name__}, which has {known}. Leave them out."
-        )
-    return model_class(config, **options)
-
-
-def checkpoint_mapping(model: Any) -> tuple[dict[str, weight_mapping.CheckpointWeight], ...]:
-    """Which tensors of transformers the weights of a model of `jlora.models` are, by path.
-
-    The first ones have the names of transformers 5 in memory, the others those of other releases,
-    and of base models or models with a head.
+    Raises:
+        FileNotFoundError: A file or the folder is missing.
+        ValueError: As from `load`.
     """
-    described = _MAPPING_BUILDERS.get(type(model))
-    if described is None:
-        raise TypeError(f"{type(model).__name__} is no model of jlora.models.")
-    return described(model)
-
-
-def _list_decoder_mappings(
-    model: Decoder,
-) -> tuple[dict[str, weight_mapping.CheckpointWeight], ...]:
-    weights = map_decoder_weights(model)
-    return weights, _rename_tensors(weights, _strip_model_prefix)
-
-
-def _list_encoder_mappings(
-    model: Encoder,
-) -> tuple[dict[str, weight_mapping.CheckpointWeight], ...]:
-    naming = CHECKPOINT_NAMINGS[model.config.model_type]
-    weights = map_encoder_weights(model, naming)
-    named, bare, *_ = (_rename_tensors(weights, spelling) for spelling in naming.key_renamers)
-    return (bare, named) if model.config.num_labels is None else (named, bare)
-
-
-def _list_vit_mappings(model: ViT) -> tuple[dict[str, weight_mapping.CheckpointWeight], ...]:
-    naming = CHECKPOINT_NAMINGS["vit"]
-    weights = map_vit_weights(model, naming)
-    on_disk, bare_on_disk, named, bare = (_rename_tensors(weights, s) for s in naming.key_renamers)
-    if model.config.num_labels is None:
-        return bare, named, bare_on_disk, on_disk
-    return named, bare, on_disk, bare_on_disk
-
-
-_MAPPING_BUILDERS: dict[
-    type, Callable[[Any], tuple[dict[str, weight_mapping.CheckpointWeight], ...]]
-] = {
-    Decoder: _list_decoder_mappings,
-    Encoder: _list_encoder_mappings,
-    ViT: _list_vit_mappings,
-}
+    folder = Path(folder)
+    with open_checkpoint(folder) as reader:
+        checkpoint_format = read_checkpoint_format(folder, reader, options)
+        weights = match_checkpoint_names(checkpoint_format, reader)
+        weight_mapping.check_checkpoint_tensors(
+            reader, weights, checkpoint_format.passthrough_pattern
+        )
 
 
 def example_inputs(model: Any) -> tuple[Any, ...]:
-    """Inputs of the least size that a model of `jlora.models` takes, as shapes."""
+    """Returns the abstract values of the smallest inputs that a model of `jlora.models` takes."""
     if isinstance(model, ViT):
         c = model.config
         return (jax.ShapeDtypeStruct((1, *c.image_size, c.num_channels), jnp.float32),)
@@ -345,42 +309,170 @@ def example_inputs(model: Any) -> tuple[Any, ...]:
     return (tokens, tokens) if isinstance(model, Encoder) else (tokens,)
 
 
+def read_checkpoint_format(
+    folder: Path, reader: CheckpointReader, options: Mapping[str, Any]
+) -> CheckpointFormat:
+    """Returns the format of a checkpoint, by its config.json.
+
+    Args:
+        folder: Folder of the checkpoint.
+        reader: Reader of the checkpoint.
+        options: Options of the model, as for `load`.
+
+    Raises:
+        FileNotFoundError: config.json is missing.
+        ValueError: config.json is damaged or has values that are not implemented.
+        TypeError: The model has no such option.
+    """
+    path = folder / "config.json"
+    config_dict = read_json(path)
+    model_type = config_dict.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FORMAT_BUILDERS:
+        raise ValueError(
+            f"{path}: model_type={model_type!r} is not implemented, must be one of "
+            f"{sorted(_FORMAT_BUILDERS)}."
+        )
+    return _FORMAT_BUILDERS[model_type](config_dict, str(path), reader, options)
+
+
+def match_checkpoint_names(
+    checkpoint_format: CheckpointFormat, reader: CheckpointReader
+) -> dict[str, CheckpointWeight]:
+    """Returns the weights with the tensor names that a checkpoint uses."""
+    keys = [part.key for weight in checkpoint_format.weights.values() for part in weight.slices]
+
+    def count_matches(rename: Callable[[str], str]) -> int:
+        return sum(rename(key) in reader.headers for key in keys)
+
+    rename = max(checkpoint_format.key_renamers, key=count_matches)  # The first of the best ones.
+    return _rename_tensors(checkpoint_format.weights, rename)
+
+
+def _match_quantization_schemes(
+    quantize: Mapping[str, QuantizationScheme | None] | None,
+    weights: Mapping[str, CheckpointWeight],
+) -> dict[str, QuantizationScheme]:
+    """Returns the quantization schemes of the weights that are quantized, by path."""
+    if quantize is None:
+        return {}
+    abstract = {path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for path, w in weights.items()}
+    return match_schemes(quantize, abstract)
+
+
+def _instantiate_model(model_class: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """Returns a model with the caller's options."""
+    fields = [field.name for field in dataclasses.fields(model_class)]
+    known = sorted(set(fields) - {"config", "dtype", "parent", "name"})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"Unknown options {unknown} of {model_class.__name__}, which has {known}. Leave them "
+            f"out."
+        )
+    return model_class(config, **options)
+
+
+# --- formats by model type ------------------------------------------------------------------------
+
+
+def _build_decoder_format(
+    config_dict: Mapping[str, Any],
+    location: str,
+    reader: CheckpointReader,
+    options: Mapping[str, Any],
+) -> CheckpointFormat:
+    model = _instantiate_model(Decoder, decoder_config(config_dict, location), options)
+    # Early releases stored the frequencies of rotary positions, and some a head that repeats the
+    # embedding.
+    passthrough, tied_keys = r".*inv_freq", {}
+    if model.config.tie_word_embeddings:
+        passthrough = r".*rotary_emb\.inv_freq|lm_head\.weight"
+        tied_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Checkpoints of base models have names without the prefix.
+    renamers = (str, _strip_model_prefix)
+    weights = map_decoder_weights(model)
+    return CheckpointFormat(model, weights, re.compile(passthrough), renamers, tied_keys)
+
+
+def _build_encoder_format(
+    config_dict: Mapping[str, Any],
+    location: str,
+    reader: CheckpointReader,
+    options: Mapping[str, Any],
+) -> CheckpointFormat:
+    naming = CHECKPOINT_NAMINGS[config_dict["model_type"]]
+    config = encoder_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
+    model = _instantiate_model(Encoder, config, options)
+    weights = map_encoder_weights(model, naming)
+    return CheckpointFormat(model, weights, naming.passthrough_pattern, naming.key_renamers)
+
+
+def _build_vit_format(
+    config_dict: Mapping[str, Any],
+    location: str,
+    reader: CheckpointReader,
+    options: Mapping[str, Any],
+) -> CheckpointFormat:
+    naming = CHECKPOINT_NAMINGS["vit"]
+    config = vit_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
+    model = _instantiate_model(ViT, config, options)
+    weights = map_vit_weights(model, naming)
+    return CheckpointFormat(model, weights, naming.passthrough_pattern, naming.key_renamers)
+
+
+_FORMAT_BUILDERS: dict[
+    str, Callable[[Mapping[str, Any], str, CheckpointReader, Mapping[str, Any]], CheckpointFormat]
+] = {
+    **dict.fromkeys(DECODER_PARSERS, _build_decoder_format),
+    **dict.fromkeys(ENCODER_PARSERS, _build_encoder_format),
+    "vit": _build_vit_format,
+}
+
+
+# --- tensor names by class of models --------------------------------------------------------------
+
+
+def _list_decoder_mappings(model: Decoder) -> tuple[dict[str, CheckpointWeight], ...]:
+    weights = map_decoder_weights(model)
+    return weights, _rename_tensors(weights, _strip_model_prefix)
+
+
+def _list_encoder_mappings(model: Encoder) -> tuple[dict[str, CheckpointWeight], ...]:
+    naming = CHECKPOINT_NAMINGS[model.config.model_type]
+    weights = map_encoder_weights(model, naming)
+    prefixed, bare, *_ = (_rename_tensors(weights, rename) for rename in naming.key_renamers)
+    return (bare, prefixed) if model.config.num_labels is None else (prefixed, bare)
+
+
+def _list_vit_mappings(model: ViT) -> tuple[dict[str, CheckpointWeight], ...]:
+    naming = CHECKPOINT_NAMINGS["vit"]
+    weights = map_vit_weights(model, naming)
+    file_prefixed, file_bare, prefixed, bare = (
+        _rename_tensors(weights, rename) for rename in naming.key_renamers
+    )
+    if model.config.num_labels is None:
+        return bare, prefixed, file_bare, file_prefixed
+    return prefixed, bare, file_prefixed, file_bare
+
+
+_MAPPING_BUILDERS: dict[type, Callable[[Any], tuple[dict[str, CheckpointWeight], ...]]] = {
+    Decoder: _list_decoder_mappings,
+    Encoder: _list_encoder_mappings,
+    ViT: _list_vit_mappings,
+}
+
+
 def _strip_model_prefix(key: str) -> str:
     return key.removeprefix("model.")
 
 
 def _rename_tensors(
-    weights: Mapping[str, weight_mapping.CheckpointWeight], rename: Callable[[str], str]
-) -> dict[str, weight_mapping.CheckpointWeight]:
-    """The same weights with other names for their tensors."""
+    weights: Mapping[str, CheckpointWeight], rename: Callable[[str], str]
+) -> dict[str, CheckpointWeight]:
+    """Returns the same weights with other names for their tensors."""
     return {
-        path: weight._replace(slices=tuple(p._replace(key=rename(p.key)) for p in weight.slices))
+        path: weight._replace(
+            slices=tuple(part._replace(key=rename(part.key)) for part in weight.slices)
+        )
         for path, weight in weights.items()
     }
-
-
-def _match_checkpoint_names(
-    checkpoint_format: _CheckpointFormat, reader: CheckpointReader
-) -> dict[str, weight_mapping.CheckpointWeight]:
-    """The weights under the names of this checkpoint."""
-    keys = [piece.key for weight in checkpoint_format.weights.values() for piece in weight.slices]
-
-    def found(spelling: Callable[[str], str]) -> int:
-        return sum(spelling(key) in reader.headers for key in keys)
-
-    spelled = max(checkpoint_format.key_renamers, key=found)  # The first of the best ones.
-    return _rename_tensors(checkpoint_format.weights, spelled)
-
-
-def _flatten_model_params(params: PyTree) -> dict[str, Any]:
-    flat = _tree.flatten_with_paths(params)
-    return dict(zip(flat.paths, flat.leaves, strict=True))
-
-
-def _resolve_save_dtype(stored_dtype: str, requested_dtype: jax.typing.DTypeLike | None) -> Any:
-    dtype = FLOAT_DTYPES[stored_dtype] if requested_dtype is None else np.dtype(requested_dtype)
-    if dtype not in FLOAT_DTYPES.values():
-        raise ValueError(
-            f"dtype={dtype} is none that these files are written in: {', '.join(FLOAT_DTYPES)}."
-        )
-    return dtype

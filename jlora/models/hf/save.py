@@ -1,4 +1,4 @@
-"""jlora.models.hf.save."""
+"""Saving of parameters as Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora import _tree
+from jlora._tree import PyTree
 from jlora.checkpoints import hub
 from jlora.checkpoints.safetensors_io import (
+    FLOAT_DTYPES,
     ITEM_BYTES,
     create_folder_atomically,
     format_names,
@@ -23,17 +26,12 @@ from jlora.checkpoints.safetensors_io import (
     write_shards,
 )
 from jlora.models.hf import weight_mapping
-from jlora.models.hf.load import (
-    PyTree,
-    _flatten_model_params,
-    _match_checkpoint_names,
-    _read_checkpoint_format,
-    _resolve_save_dtype,
-)
+from jlora.models.hf.load import match_checkpoint_names, read_checkpoint_format
+from jlora.models.hf.weight_mapping import CheckpointWeight
 
 MAX_SHARD_SIZE = 5_000_000_000
 
-# What stands beside the weights and does not depend on them.
+# Files that accompany the weights and do not depend on them.
 _COMPANION_FILE_PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -61,61 +59,103 @@ def save(
     max_shard_size: int = MAX_SHARD_SIZE,
     **options: Any,
 ) -> None:
-    """Writes a Hugging Face folder with `params`, and with the files of `source` beside them.
+    """Saves `params` as a Hugging Face checkpoint, together with the other files of `source`.
 
-    The folder appears whole or not at all.
+    The write is atomic: the folder appears complete or not at all.
 
     Args:
-        folder: Must not exist yet.
-        params: As `load` returns them, merged or trained.
-        source: The folder that they were loaded from. Its config and tokenizer are copied, and
-            tensors that the model does not compute with.
-        dtype: Of the files; each tensor's own in the source when left out.
-        max_shard_size: No file is larger, unless one tensor alone is.
-        **options: Those that `params` were loaded with.
+        folder: Folder to create.
+        params: Parameters as `load` returns them, merged or trained.
+        source: Checkpoint that they were loaded from. Its config and tokenizer are copied, and so
+            are tensors that the model does not use.
+        dtype: dtype of the files. None: that of each tensor in the source.
+        max_shard_size: Maximum size of a file, in bytes. A single larger tensor has a larger file.
+        **options: Options that `params` were loaded with.
 
     Raises:
-        FileExistsError: `folder` exists; it is left as it was.
-        ValueError: `params` are not the source's weights by name and shape, or not finite.
+        FileExistsError: `folder` exists; it remains unchanged.
+        ValueError: `params` do not have the names and shapes of the source's weights, or are not
+            finite.
+
+    Example:
+        A checkpoint of zeros, loaded and saved again in bfloat16:
+
+        >>> import json, pathlib, tempfile
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> from jlora import models
+        >>> config = dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...               num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+        >>> source = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (source / "config.json").write_text(json.dumps(config))
+        >>> weights = models.checkpoint_mapping(models.model_from_config(source))[0].values()
+        >>> shapes = {part.key: part.tensor_shape for w in weights for part in w.slices}
+        >>> tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+        >>> save_file(tensors, source / "model.safetensors")
+        >>> params = models.load(source).params
+        >>> models.save(source / "bfloat16", params, source, dtype="bfloat16")
+        >>> sorted(path.name for path in (source / "bfloat16").iterdir())
+        ['config.json', 'model.safetensors']
     """
     source = hub.resolve_checkpoint_folder(source)
     arrays = _flatten_model_params(params)
-    with open_checkpoint(source) as tensors, create_folder_atomically(folder) as partial:
-        form = _read_checkpoint_format(source, tensors, options)
-        weights = _match_checkpoint_names(form, tensors)
-        weight_mapping.check_checkpoint_tensors(tensors, weights, form.passthrough_pattern)
-        _check_params_match_source(arrays, weights)
-        own = weight_mapping.output_tensor_specs(
-            weights, lambda key: _resolve_save_dtype(tensors.headers[key].dtype, dtype)
+    with open_checkpoint(source) as reader, create_folder_atomically(folder) as partial_folder:
+        checkpoint_format = read_checkpoint_format(source, reader, options)
+        weights = match_checkpoint_names(checkpoint_format, reader)
+        weight_mapping.check_checkpoint_tensors(
+            reader, weights, checkpoint_format.passthrough_pattern
         )
-        copies = {copy: of for copy, of in form.tied_keys.items() if copy in tensors.headers}
-        own |= {copy: own[of] for copy, of in copies.items()}
-        rest = {key: header for key, header in tensors.headers.items() if key not in own}
-        make = weight_mapping.make_tensor_getter(weights, arrays)
+        _check_params_match_source(arrays, weights)
+        specs = weight_mapping.output_tensor_specs(
+            weights, lambda key: _resolve_save_dtype(reader.headers[key].dtype, dtype)
+        )
+        tied_keys = {
+            key: original
+            for key, original in checkpoint_format.tied_keys.items()
+            if key in reader.headers
+        }
+        specs |= {key: specs[original] for key, original in tied_keys.items()}
+        copied = {key: header for key, header in reader.headers.items() if key not in specs}
+        get_weight_tensor = weight_mapping.make_tensor_getter(weights, arrays)
 
-        def tensor(key: str) -> np.ndarray:
-            if key in rest:
-                return tensors.read(key)
-            with np.errstate(over="ignore"):  # It is an error below.
-                made = make(copies.get(key, key)).astype(own[key][0])
-            if not np.isfinite(made).all():
+        def get_tensor(key: str) -> np.ndarray:
+            if key in copied:
+                return reader.read(key)
+            with np.errstate(over="ignore"):  # An overflow raises an error below.
+                tensor = get_weight_tensor(tied_keys.get(key, key)).astype(specs[key][0])
+            if not np.isfinite(tensor).all():
                 raise ValueError(
-                    f"{key} holds NaN or Inf in {made.dtype}; nothing was written. Export an "
-                    f"earlier checkpoint, or to a dtype of a wider range."
+                    f"{key} holds NaN or Inf in {tensor.dtype}; nothing was written. Export an "
+                    f"earlier checkpoint, or use a dtype of a wider range."
                 )
-            return made
+            return tensor
 
-        sizes = {key: math.prod(shape) * kind.itemsize for key, (kind, shape) in own.items()}
-        sizes |= {key: math.prod(h.shape) * ITEM_BYTES[h.dtype] for key, h in rest.items()}
-        metadata = tensors.metadata or {"format": "pt"}
-        write_shards(partial, sizes, tensor, metadata=metadata, max_shard_size=max_shard_size)
-        _copy_companion_files(source, partial)
+        sizes = {key: math.prod(shape) * kind.itemsize for key, (kind, shape) in specs.items()}
+        sizes |= {key: math.prod(h.shape) * ITEM_BYTES[h.dtype] for key, h in copied.items()}
+        metadata = reader.metadata or {"format": "pt"}
+        write_shards(
+            partial_folder, sizes, get_tensor, metadata=metadata, max_shard_size=max_shard_size
+        )
+        _copy_companion_files(source, partial_folder)
         if dtype is not None:
-            _write_config_dtype(partial / "config.json", np.dtype(dtype).name)
+            _write_config_dtype(partial_folder / "config.json", np.dtype(dtype).name)
+
+
+def _flatten_model_params(params: PyTree) -> dict[str, Any]:
+    flat = _tree.flatten_with_paths(params)
+    return dict(zip(flat.paths, flat.leaves, strict=True))
+
+
+def _resolve_save_dtype(stored_dtype: str, requested_dtype: jax.typing.DTypeLike | None) -> Any:
+    dtype = FLOAT_DTYPES[stored_dtype] if requested_dtype is None else np.dtype(requested_dtype)
+    if dtype not in FLOAT_DTYPES.values():
+        names = ", ".join(known.name for known in FLOAT_DTYPES.values())
+        raise ValueError(f"dtype={dtype} must be one of {names}, the types of checkpoints.")
+    return dtype
 
 
 def _check_params_match_source(
-    arrays: Mapping[str, Any], weights: Mapping[str, weight_mapping.CheckpointWeight]
+    arrays: Mapping[str, Any], weights: Mapping[str, CheckpointWeight]
 ) -> None:
     problems = [f"{path} is unknown" for path in arrays if path not in weights]
     problems += [f"{path} is missing" for path in weights if path not in arrays]
@@ -126,21 +166,22 @@ def _check_params_match_source(
     ]
     if problems:
         raise ValueError(
-            f"params are not the weights of the source: {format_names(problems)}. Give what `load` "
-            f"returned, merged but not reshaped, and the options that it was loaded with."
+            f"params must have the names and shapes of the source's weights: "
+            f"{format_names(problems)}. Pass the result of `load`, merged but not reshaped, and "
+            f"the options that it was loaded with."
         )
 
 
 def _write_config_dtype(config_path: Path, dtype_name: str) -> None:
-    """Writes into a config.json of which type the weights are: readers round to what it says."""
-    raw = read_json(config_path)
-    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["dtype"]
-    text = json.dumps({**raw, **dict.fromkeys(keys, dtype_name)}, indent=2)
+    """Sets the dtype in a config.json, because readers round the weights to it."""
+    config_dict = read_json(config_path)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config_dict] or ["dtype"]
+    text = json.dumps({**config_dict, **dict.fromkeys(keys, dtype_name)}, indent=2)
     config_path.write_text(text + "\n", encoding="utf-8")
 
 
 def _copy_companion_files(source: Path, folder: Path) -> None:
-    """Copies the files that stand beside the weights."""
+    """Copies the files that accompany the weights."""
     for file in (file for pattern in _COMPANION_FILE_PATTERNS for file in source.glob(pattern)):
         if file.is_file():
             copy = folder / file.relative_to(source)

@@ -1,9 +1,10 @@
-"""Weights of a model as pieces that are tensors of a checkpoint, in both directions.
+"""Mapping between the weights of a model and the tensors of a checkpoint, in both directions.
 
-A weight may be one tensor with its axes turned, a stack of the tensors of many layers or experts,
-or several tensors side by side. In each case it is a set of boxes, and every box is one tensor:
+A weight may be one tensor with transposed axes, a stack of the tensors of many layers or experts,
+or several concatenated tensors. In each case it is a set of slices, and every slice is one tensor:
 
-    weight[starts[0] : starts[0] + box[0], ...] == tensor.transpose(order).reshape(box)
+    weight[start_indices[0] : start_indices[0] + slice_sizes[0], ...]
+        == tensor.transpose(axis_order).reshape(slice_sizes)
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ Sharding = jax.sharding.Sharding
 
 
 class TensorSlice(NamedTuple):
-    """One tensor and its place in a weight.
+    """Slice of a weight that one tensor of a checkpoint fills.
 
     Attributes:
-        key: The tensor's name.
-        axis_order: Which axis of the tensor each axis of the box is; those of stacks are left out.
-        start_indices: Where the box begins, one per axis of the weight.
-        slice_sizes: Its shape, one per axis of the weight; 1 for the axes of stacks, which come first.
+        key: Name of the tensor.
+        axis_order: Axis of the tensor for each axis of the slice, without the stack axes.
+        start_indices: Start of the slice along each axis of the weight.
+        slice_sizes: Size of the slice along each axis of the weight; 1 for stack axes, which come
+            first.
     """
 
     key: str
@@ -46,31 +48,31 @@ class TensorSlice(NamedTuple):
 
     @property
     def num_stack_axes(self) -> int:
-        """How many axes of the weight are stacks."""
+        """Number of leading axes of the weight that stack layers or experts."""
         return len(self.slice_sizes) - len(self.axis_order)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        turned = self.slice_sizes[self.num_stack_axes :]
-        return tuple(turned[self.axis_order.index(axis)] for axis in range(len(self.axis_order)))
+        """Shape of the tensor."""
+        sizes = self.slice_sizes[self.num_stack_axes :]
+        return tuple(sizes[self.axis_order.index(axis)] for axis in range(len(self.axis_order)))
 
     def to_weight_layout(self, tensor: Any) -> Any:
-        """The tensor as the weight lays it out."""
+        """Transposes and reshapes the tensor to the slice of the weight."""
         return tensor.transpose(self.axis_order).reshape(self.slice_sizes)
 
     def to_tensor(self, array: Any) -> Any:
-        """The inverse of `to_weight_layout`."""
-        turned = array.reshape(self.slice_sizes[self.num_stack_axes :])
-        return turned.transpose(tuple(int(i) for i in np.argsort(self.axis_order)))
+        """Inverse of `to_weight_layout`."""
+        transposed = array.reshape(self.slice_sizes[self.num_stack_axes :])
+        return transposed.transpose(tuple(int(i) for i in np.argsort(self.axis_order)))
 
 
 class CheckpointWeight(NamedTuple):
-    """A weight of the model.
+    """A weight of the model and the tensors that fill it.
 
     Attributes:
-        shape: As the model has it.
-        slices: The boxes that fill it.
+        shape: Shape of the weight in the model.
+        slices: Slices that cover the weight.
     """
 
     shape: tuple[int, ...]
@@ -80,38 +82,43 @@ class CheckpointWeight(NamedTuple):
 def single_tensor_weight(
     key: str, shape: Sequence[int], axis_order: Sequence[int] | None = None
 ) -> CheckpointWeight:
-    """A weight that is one tensor, with its axes in the order given."""
+    """Returns a weight that is one tensor.
+
+    Args:
+        key: Name of the tensor.
+        shape: Shape of the weight.
+        axis_order: Axis of the tensor for each axis of the weight. None: the same axes.
+    """
+    shape = tuple(shape)
     axes = tuple(axis_order) if axis_order is not None else tuple(range(len(shape)))
-    return CheckpointWeight(
-        tuple(shape), (TensorSlice(key, axes, (0,) * len(shape), tuple(shape)),)
-    )
+    return CheckpointWeight(shape, (TensorSlice(key, axes, (0,) * len(shape), shape),))
 
 
 def stack_weights(weights: Sequence[CheckpointWeight]) -> CheckpointWeight:
-    """Weights of one shape, one upon the other along a new first axis."""
-    pieces = [
-        piece._replace(
-            start_indices=(number, *piece.start_indices), slice_sizes=(1, *piece.slice_sizes)
+    """Stacks weights of one shape along a new first axis."""
+    slices = [
+        part._replace(
+            start_indices=(index, *part.start_indices), slice_sizes=(1, *part.slice_sizes)
         )
-        for number, weight in enumerate(weights)
-        for piece in weight.slices
+        for index, weight in enumerate(weights)
+        for part in weight.slices
     ]
-    return CheckpointWeight((len(weights), *weights[0].shape), tuple(pieces))
+    return CheckpointWeight((len(weights), *weights[0].shape), tuple(slices))
 
 
 def concatenate_weights(weights: Sequence[CheckpointWeight], axis: int = -1) -> CheckpointWeight:
-    """Weights joined along an axis."""
+    """Concatenates weights along an axis."""
     shape = list(weights[0].shape)
     axis %= len(shape)
-    pieces, start = [], 0
+    slices, offset = [], 0
     for weight in weights:
-        for piece in weight.slices:
-            starts = list(piece.start_indices)
-            starts[axis] += start
-            pieces.append(piece._replace(start_indices=tuple(starts)))
-        start += weight.shape[axis]
-    shape[axis] = start
-    return CheckpointWeight(tuple(shape), tuple(pieces))
+        for part in weight.slices:
+            start_indices = list(part.start_indices)
+            start_indices[axis] += offset
+            slices.append(part._replace(start_indices=tuple(start_indices)))
+        offset += weight.shape[axis]
+    shape[axis] = offset
+    return CheckpointWeight(tuple(shape), tuple(slices))
 
 
 def check_checkpoint_tensors(
@@ -119,29 +126,30 @@ def check_checkpoint_tensors(
     weights: Mapping[str, CheckpointWeight],
     passthrough_pattern: re.Pattern[str],
 ) -> None:
-    """Refuses a checkpoint whose tensors are not those of the weights.
+    """Raises an error for a checkpoint that does not consist of the tensors of the weights.
 
     Args:
-        reader: The checkpoint.
-        weights: What the model needs.
-        passthrough_pattern: The names of tensors that the model can do without.
+        reader: Reader of the checkpoint.
+        weights: Weights of the model, by path.
+        passthrough_pattern: Names of tensors that the model does not use.
 
     Raises:
-        ValueError: Names every tensor that is missing, unknown, or of another shape or dtype.
+        ValueError: Tensors are missing, unknown, or of another shape or dtype; their names are
+            listed.
     """
-    pieces = {piece.key: piece for weight in weights.values() for piece in weight.slices}
-    problems = [f"{key} is missing" for key in pieces if key not in reader.headers]
+    slices = {part.key: part for weight in weights.values() for part in weight.slices}
+    problems = [f"{key} is missing" for key in slices if key not in reader.headers]
     problems += [
         f"{key} is unknown"
         for key in reader.headers
-        if key not in pieces and not passthrough_pattern.fullmatch(key)
+        if key not in slices and not passthrough_pattern.fullmatch(key)
     ]
-    for key, piece in pieces.items():
+    for key, part in slices.items():
         header = reader.headers.get(key)
         if header is None:
             continue
-        if header.shape != piece.tensor_shape:
-            problems.append(f"{key} has shape {header.shape} instead of {piece.tensor_shape}")
+        if header.shape != part.tensor_shape:
+            problems.append(f"{key} has shape {header.shape} instead of {part.tensor_shape}")
         if header.dtype not in FLOAT_DTYPES:
             problems.append(f"{key} has dtype {header.dtype}, none of {', '.join(FLOAT_DTYPES)}")
     if problems:
@@ -161,25 +169,28 @@ def load_weights(
     sharding: Callable[[str, jax.ShapeDtypeStruct], Sharding | None],
     schemes: Mapping[str, QuantizationScheme] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The weights as arrays on their devices, read one piece at a time.
+    """Reads the weights one tensor at a time, as arrays on their devices.
 
-    The host holds no more than one piece, and of that only what its devices need.
+    The host never stores more than one tensor, and only the shards of its devices.
 
     Args:
-        reader: The checkpoint, checked.
-        weights: What to load, by path.
-        dtype: Of all weights; each file's own when None.
-        sharding: A path and shape to where the weight belongs; JAX's default device when None.
-        schemes: How weights are quantised, by path. Of these the devices hold one layer (one
-            expert) at a time as it was.
+        reader: Reader of the checkpoint, which `check_checkpoint_tensors` has checked.
+        weights: Weights to load, by path.
+        dtype: dtype of all weights. None: that of the files.
+        sharding: Function from the path and shape of a weight to its sharding; it may return None
+            for JAX's default device.
+        schemes: Quantization schemes of weights, by path. One layer (one expert) of these is on
+            the devices without quantization at a time.
+
+    Returns:
+        Arrays and quantized weights, by path.
 
     Raises:
-        ValueError: The dtype is none of weights.
+        ValueError: The dtype is not a supported floating-point type.
     """
     if dtype is not None and jnp.dtype(dtype).name not in _LOADABLE_DTYPES:
         raise ValueError(
-            f"dtype={jnp.dtype(dtype).name} would not hold the weights. Use one of "
-            f"{', '.join(_LOADABLE_DTYPES)}."
+            f"dtype={jnp.dtype(dtype).name} must be one of {', '.join(_LOADABLE_DTYPES)}."
         )
     loaded: dict[str, Any] = {}
     for path, weight in weights.items():
@@ -198,19 +209,26 @@ def _load_weight(
     dtype: jax.typing.DTypeLike | None,
     sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
 ) -> jax.Array:
-    dtype, place = _weight_dtype_and_sharding(reader, weight, dtype, sharding)
+    dtype, target_sharding = _weight_dtype_and_sharding(reader, weight, dtype, sharding)
     if len(weight.slices) == 1:
-        return _cast_tensor_slice(_load_tensor_slice(reader, weight.slices[0], place), dtype)
-    array = _sharded_zeros(jax.ShapeDtypeStruct(weight.shape, dtype), place)
-    for piece in weight.slices:
-        box = _load_tensor_slice(reader, piece, fit_sharding(place, piece.slice_sizes))
-        array = _write_tensor_slice(array, box, piece.start_indices)
+        array = _load_tensor_slice(reader, weight.slices[0], target_sharding)
+        return _cast_tensor_slice(array, dtype)
+    array = _compile_zeros(weight.shape, dtype, target_sharding)()
+    for part in weight.slices:
+        update = _load_tensor_slice(reader, part, fit_sharding(target_sharding, part.slice_sizes))
+        array = _write_tensor_slice(array, update, part.start_indices)
     return array
 
 
-def _sharded_zeros(like: Any, out_shardings: Any) -> Any:
-    zeros = lambda: jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), like)  # noqa: E731
-    return jax.jit(zeros, out_shardings=out_shardings)()
+@functools.lru_cache(maxsize=1024)
+def _compile_zeros(
+    shape: tuple[int, ...], dtype: Any, sharding: Sharding
+) -> Callable[[], jax.Array]:
+    """Returns a compiled function that fills an array with zeros on its devices.
+
+    It is cached, because a model has many weights of the same shape, dtype and sharding.
+    """
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def _weight_dtype_and_sharding(
@@ -219,11 +237,11 @@ def _weight_dtype_and_sharding(
     dtype: jax.typing.DTypeLike | None,
     sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
 ) -> tuple[Any, Sharding]:
-    """The type that a weight gets, and where it belongs."""
-    stored = [FLOAT_DTYPES[reader.headers[piece.key].dtype] for piece in weight.slices]
+    """Returns the dtype and the sharding of a weight on its devices."""
+    stored = [FLOAT_DTYPES[reader.headers[part.key].dtype] for part in weight.slices]
     dtype = jnp.dtype(functools.reduce(jnp.promote_types, stored) if dtype is None else dtype)
-    place = sharding(jax.ShapeDtypeStruct(weight.shape, dtype))
-    return dtype, place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target_sharding = sharding(jax.ShapeDtypeStruct(weight.shape, dtype))
+    return dtype, target_sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _load_quantized_weight(
@@ -233,29 +251,35 @@ def _load_quantized_weight(
     dtype: jax.typing.DTypeLike | None,
     sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
 ) -> QArray:
-    """A weight that is quantised layer by layer (expert by expert), while it is read."""
-    kind, place = _weight_dtype_and_sharding(reader, weight, dtype, sharding)
-    stacks = weight.slices[0].num_stack_axes
-    layers: dict[tuple[int, ...], list[TensorSlice]] = {}
-    for piece in weight.slices:
-        at, within = piece.start_indices[:stacks], (0,) * stacks + piece.start_indices[stacks:]
-        layers.setdefault(at, []).append(piece._replace(start_indices=within))
-    shape = (1,) * stacks + weight.shape[stacks:]
-    like = abstract_quantized_weight(weight, kind, scheme)
-    whole = _sharded_zeros(like, get_component_shardings(like, place))
-    for at, pieces in layers.items():
-        layer = CheckpointWeight(shape, tuple(pieces))
-        array = _load_weight(reader, layer, kind, lambda _: fit_sharding(place, shape))
-        starts = at + (0,) * (len(shape) - stacks)
-        one = quantize_weight(array, scheme, like.axis)
-        whole = jax.tree.map(lambda rest, part: _write_tensor_slice(rest, part, starts), whole, one)  # noqa: B023
-    return whole
+    """Reads a weight and quantizes it layer by layer (expert by expert)."""
+    weight_dtype, target_sharding = _weight_dtype_and_sharding(reader, weight, dtype, sharding)
+    num_stack_axes = weight.slices[0].num_stack_axes
+    layers: dict[tuple[int, ...], list[TensorSlice]] = {}  # By index along the stack axes.
+    for part in weight.slices:
+        layer_index = part.start_indices[:num_stack_axes]
+        start_indices = (0,) * num_stack_axes + part.start_indices[num_stack_axes:]
+        layers.setdefault(layer_index, []).append(part._replace(start_indices=start_indices))
+    layer_shape = (1,) * num_stack_axes + weight.shape[num_stack_axes:]
+    layer_sharding = fit_sharding(target_sharding, layer_shape)
+    abstract = abstract_quantized_weight(weight, weight_dtype, scheme)
+    quantized = jax.tree.map(
+        lambda array, sharding: _compile_zeros(array.shape, array.dtype, sharding)(),
+        abstract,
+        get_component_shardings(abstract, target_sharding),
+    )
+    for layer_index, slices in layers.items():
+        layer_weight = CheckpointWeight(layer_shape, tuple(slices))
+        layer = _load_weight(reader, layer_weight, weight_dtype, lambda _: layer_sharding)
+        start_indices = layer_index + (0,) * (len(layer_shape) - num_stack_axes)
+        write = functools.partial(_write_tensor_slice, start_indices=start_indices)
+        quantized = jax.tree.map(write, quantized, quantize_weight(layer, scheme, abstract.axis))
+    return quantized
 
 
 def abstract_quantized_weight(
     weight: CheckpointWeight, dtype: jax.typing.DTypeLike, scheme: QuantizationScheme
 ) -> QArray:
-    """The shapes of a weight in a scheme, which are those of its layers, stacked."""
+    """Returns the abstract value of a quantized weight: its quantized layers, stacked."""
     axis = choose_block_axis(weight.shape[weight.slices[0].num_stack_axes :], scheme)
     return quantize_weight(jax.ShapeDtypeStruct(weight.shape, dtype), scheme, axis)
 
@@ -263,21 +287,16 @@ def abstract_quantized_weight(
 def _load_tensor_slice(
     reader: CheckpointReader, tensor_slice: TensorSlice, sharding: Sharding
 ) -> jax.Array:
-    """A piece on its devices, of which each process reads what its devices hold."""
+    """Reads a slice of a weight to its devices; each process reads the shards of its devices."""
+    num_stack_axes, axis_order = tensor_slice.num_stack_axes, tensor_slice.axis_order
 
-    def region(index: Any) -> np.ndarray:
-        turned = index[tensor_slice.num_stack_axes :]
-        wanted = tuple(
-            turned[tensor_slice.axis_order.index(axis)]
-            for axis in range(len(tensor_slice.axis_order))
-        )
-        part = reader.read(tensor_slice.key, wanted)
-        shape = (1,) * tensor_slice.num_stack_axes + tuple(
-            part.shape[axis] for axis in tensor_slice.axis_order
-        )
-        return part.transpose(tensor_slice.axis_order).reshape(shape)
+    def read_shard(index: Any) -> np.ndarray:
+        index = index[num_stack_axes:]
+        tensor_index = tuple(index[axis_order.index(axis)] for axis in range(len(axis_order)))
+        shard = reader.read(tensor_slice.key, tensor_index).transpose(axis_order)
+        return shard.reshape((1,) * num_stack_axes + shard.shape)
 
-    return jax.make_array_from_callback(tensor_slice.slice_sizes, sharding, region)
+    return jax.make_array_from_callback(tensor_slice.slice_sizes, sharding, read_shard)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -295,26 +314,33 @@ def _write_tensor_slice(
 def output_tensor_specs(
     weights: Mapping[str, CheckpointWeight], get_dtype: Callable[[str], Any]
 ) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """The dtype and shape of every tensor that the weights make."""
+    """Returns the dtype and shape of every tensor of the weights, by name."""
     return {
-        piece.key: (get_dtype(piece.key), piece.tensor_shape)
+        part.key: (get_dtype(part.key), part.tensor_shape)
         for weight in weights.values()
-        for piece in weight.slices
+        for part in weight.slices
     }
 
 
 def make_tensor_getter(
     weights: Mapping[str, CheckpointWeight], arrays: Mapping[str, Any]
 ) -> Callable[[str], np.ndarray]:
-    """A tensor's name to the tensor, out of the model's arrays; one comes to the host at a time."""
-    places = {p.key: (path, p) for path, weight in weights.items() for p in weight.slices}
+    """Returns a function from the name of a tensor to the tensor.
 
-    def make(key: str) -> np.ndarray:
-        path, piece = places[key]
-        box = arrays[path]
-        if piece.slice_sizes != weights[path].shape:
-            sizes = zip(piece.start_indices, piece.slice_sizes, strict=True)
-            box = box[tuple(slice(start, start + size) for start, size in sizes)]
-        return piece.to_tensor(np.asarray(jax.device_get(box)))
+    Each call copies one tensor from the model's arrays to the host.
 
-    return make
+    Args:
+        weights: Weights of the model, by path.
+        arrays: Arrays of the weights, by path.
+    """
+    slices = {part.key: (path, part) for path, weight in weights.items() for part in weight.slices}
+
+    def get_tensor(key: str) -> np.ndarray:
+        path, part = slices[key]
+        array = arrays[path]
+        if part.slice_sizes != weights[path].shape:
+            sizes = zip(part.start_indices, part.slice_sizes, strict=True)
+            array = array[tuple(slice(start, start + size) for start, size in sizes)]
+        return part.to_tensor(np.asarray(jax.device_get(array)))
+
+    return get_tensor

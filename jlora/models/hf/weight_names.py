@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face checkpoint the weights of an encoder are."""
+"""Tensor names of Hugging Face checkpoints for the weights of decoders, encoders and ViTs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jlora.models.hf.weight_mapping import (
 )
 from jlora.models.vit import ViT
 
-# Of a layer's modules: the name in a checkpoint, after `model.layers.{number}.`.
+# Names of a layer's modules in a checkpoint, after `model.layers.{index}.`.
 _DECODER_MODULE_NAMES = {
     "attention/q": "self_attn.q_proj",
     "attention/k": "self_attn.k_proj",
@@ -40,7 +40,7 @@ _DECODER_MODULE_NAMES = {
     "mlp_norm": "post_attention_layernorm",
 }
 
-# Where what attention and feed-forward return is normalised too, the names mean other norms.
+# With post-norms, the same names stand for other norms.
 _POST_NORM_MODULE_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -53,11 +53,11 @@ PARAM_SUFFIXES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedd
 def eval_param_shapes(
     model: nn.Module, *inputs: jax.ShapeDtypeStruct
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of every weight, by path, without its axes' names.
+    """Returns the shape of every parameter, by path, without logical axis names.
 
     Args:
-        model: Of which no weight is made.
-        inputs: What it is called with; one token when left out.
+        model: Model, whose parameters are not allocated.
+        *inputs: Abstract values of the inputs. None are needed for one token.
     """
     inputs = inputs or (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
     flat = _tree.flatten_with_paths(jax.eval_shape(model.init, jax.random.key(0), *inputs))
@@ -65,72 +65,71 @@ def eval_param_shapes(
 
 
 def map_decoder_weights(model: Decoder) -> dict[str, CheckpointWeight]:
-    """Of every weight of the decoder, by path, the tensors of a checkpoint that it is.
+    """Returns the tensors that each weight of a decoder consists of, by path.
 
-    Kernels (in, out) are tensors (out, in); stacked layers and experts are many tensors; experts
-    have their gate and up kernels side by side.
+    Kernels (in, out) are tensors (out, in). Stacked layers and experts are many tensors. The gate
+    and up kernels of an expert are concatenated.
     """
-    config, found = model.config, {}
+    config, weights = model.config, {}
     names = {**_DECODER_MODULE_NAMES, **(_POST_NORM_MODULE_NAMES if config.post_norms else {})}
     for path, leaf in eval_param_shapes(model).items():
-        parts = path.split("/")[1:]  # Without the collection's name.
+        parts = path.split("/")[1:]  # Without the name of the collection.
         if parts[0] == "layers":
-            layers = range(len(config.layer_kind_ids))
-            one = [_map_layer_weight(names, number, parts[1:], leaf.shape[1:]) for number in layers]
-            found[path] = stack_weights(one)
+            layers = [
+                _map_layer_weight(names, index, parts[1:], leaf.shape[1:])
+                for index in range(len(config.layer_kind_ids))
+            ]
+            weights[path] = stack_weights(layers)
         elif parts[0].startswith("layers_"):
-            number = int(parts[0].removeprefix("layers_"))
-            found[path] = _map_layer_weight(names, number, parts[1:], leaf.shape)
+            index = int(parts[0].removeprefix("layers_"))
+            weights[path] = _map_layer_weight(names, index, parts[1:], leaf.shape)
         elif parts == ["embed", "embedding"]:
-            found[path] = single_tensor_weight("model.embed_tokens.weight", leaf.shape)
+            weights[path] = single_tensor_weight("model.embed_tokens.weight", leaf.shape)
         elif parts == ["norm", "scale"]:
-            found[path] = single_tensor_weight("model.norm.weight", leaf.shape)
+            weights[path] = single_tensor_weight("model.norm.weight", leaf.shape)
         else:
             assert parts == ["head"], path
-            found[path] = single_tensor_weight("lm_head.weight", leaf.shape, (1, 0))
-    return found
+            weights[path] = single_tensor_weight("lm_head.weight", leaf.shape, (1, 0))
+    return weights
 
 
 def _map_layer_weight(
     module_names: Mapping[str, str], layer_index: int, path_parts: list[str], shape: tuple[int, ...]
 ) -> CheckpointWeight:
-    """One weight of a layer."""
-    layer = f"model.layers.{layer_index}."
-    if path_parts[0] == "moe" and len(path_parts) == 2:  # The experts' own kernels.
-        experts, rows, columns = shape
+    """Returns the tensors of one weight of a layer."""
+    prefix = f"model.layers.{layer_index}."
+    if path_parts[0] == "moe" and len(path_parts) == 2:  # The kernels of the experts.
+        num_experts, in_size, out_size = shape
 
         def kernel(expert: int, name: str, width: int) -> CheckpointWeight:
-            return single_tensor_weight(
-                f"{layer}mlp.experts.{expert}.{name}.weight", (rows, width), (1, 0)
-            )
+            key = f"{prefix}mlp.experts.{expert}.{name}.weight"
+            return single_tensor_weight(key, (in_size, width), (1, 0))
 
         if path_parts[1] == "down":
-            return stack_weights(
-                [kernel(expert, "down_proj", columns) for expert in range(experts)]
-            )
-        half = columns // 2
+            return stack_weights([kernel(e, "down_proj", out_size) for e in range(num_experts)])
+        half = out_size // 2
         return stack_weights(
             [
                 concatenate_weights([kernel(e, "gate_proj", half), kernel(e, "up_proj", half)])
-                for e in range(experts)
+                for e in range(num_experts)
             ]
         )
-    key = f"{layer}{module_names['/'.join(path_parts[:-1])]}.{PARAM_SUFFIXES[path_parts[-1]]}"
+    key = f"{prefix}{module_names['/'.join(path_parts[:-1])]}.{PARAM_SUFFIXES[path_parts[-1]]}"
     return single_tensor_weight(key, shape, (1, 0) if path_parts[-1] == "kernel" else None)
 
 
-KeyRenames = tuple[tuple[str, str], ...]  # Patterns, and what is put in their places.
+KeyRenames = tuple[tuple[str, str], ...]  # Patterns and their replacements.
 
 
 class CheckpointNaming(NamedTuple):
-    """How the checkpoints of one model type name their tensors.
+    """Tensor names in the checkpoints of one model type.
 
     Attributes:
-        prefix: Of all names but a head's. Checkpoints without a head leave it out.
-        module_names: Of each module, or weight that is no module's, the name after the prefix.
-        head_names: Of the modules of a head for texts or images, the whole names.
-        passthrough_pattern: The names of tensors that the model does not compute with.
-        alternative_renames: From these names to those that other releases wrote.
+        prefix: Prefix of all names except those of a head. Checkpoints without a head omit it.
+        module_names: Names of modules, and of weights outside modules, after the prefix, by path.
+        head_names: Complete names of the modules of a head for texts or images, by path.
+        passthrough_pattern: Names of tensors that the model does not use.
+        alternative_renames: Renames from these names to those of other releases.
     """
 
     prefix: str
@@ -141,36 +140,37 @@ class CheckpointNaming(NamedTuple):
 
     @property
     def key_renamers(self) -> tuple[Callable[[str], str], ...]:
-        """From the names with their prefix to each form that a checkpoint may have."""
-        bare = ((rf"^{re.escape(self.prefix)}", ""),)
-        forms = ((), bare, self.alternative_renames, bare + self.alternative_renames)
-        return tuple(functools.partial(_apply_key_renames, form) for form in forms)
+        """Functions from names with the prefix to each form that a checkpoint may have."""
+        strip_prefix = ((rf"^{re.escape(self.prefix)}", ""),)
+        alternative = self.alternative_renames
+        forms = ((), strip_prefix, alternative, strip_prefix + alternative)
+        return tuple(functools.partial(_apply_key_renames, renames) for renames in forms)
 
     def has_pooler(self, names: Iterable[str]) -> bool:
-        """Whether a pooler is among the names of a checkpoint's tensors."""
+        """Whether a pooler is among the tensor names of a checkpoint."""
         pooler = re.compile(rf"({re.escape(self.prefix)})?pooler\.dense\..*")
         return any(pooler.fullmatch(name) for name in names)
 
 
 def map_encoder_weights(model: Encoder, naming: CheckpointNaming) -> dict[str, CheckpointWeight]:
-    """Of every weight of an encoder of texts, by path, the tensor of a checkpoint that it is."""
+    """Returns the tensor of each weight of a text encoder, by path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    head = {}
+    head_names: Mapping[str, str] = {}
     if model.config.num_labels is not None:
-        head = (
-            {"classifier": "classifier"} if model.config.is_token_classifier else naming.head_names
-        )
-    return _map_module_weights(eval_param_shapes(model, tokens, tokens), naming, head)
+        head_names = naming.head_names
+        if model.config.is_token_classifier:
+            head_names = {"classifier": "classifier"}
+    return _map_module_weights(eval_param_shapes(model, tokens, tokens), naming, head_names)
 
 
 def map_vit_weights(model: ViT, naming: CheckpointNaming) -> dict[str, CheckpointWeight]:
-    """Of every weight of a vision transformer, by path, the tensor of a checkpoint that it is."""
+    """Returns the tensor of each weight of a vision transformer, by path."""
     c = model.config
     images = jax.ShapeDtypeStruct((1, *c.image_size, c.num_channels), jnp.float32)
     return _map_module_weights(eval_param_shapes(model, images), naming, naming.head_names)
 
 
-# Of the axes of a kernel in Flax, which axis of the tensor each is: (in, out) of (out, in), and
+# Axis of the tensor for each axis of a Flax kernel, by number of axes: (in, out) of (out, in), and
 # (height, width, in, out) of (out, in, height, width).
 _KERNEL_AXIS_ORDERS = {2: (1, 0), 4: (2, 3, 1, 0)}
 
@@ -183,15 +183,18 @@ def _map_module_weights(
     modules = {path: naming.prefix + name for path, name in naming.module_names.items()} | dict(
         head_names
     )
-    found = {}
+    weights = {}
     for path, leaf in param_shapes.items():
-        numbers = re.findall(r"layer_(\d+)/", path)
-        own = re.sub(r"layer_\d+/", "layer_{}/", path.removeprefix("params/"))
-        module, _, kind = own.rpartition("/")
-        name = modules[own] if own in modules else f"{modules[module]}.{PARAM_SUFFIXES[kind]}"
-        order = _KERNEL_AXIS_ORDERS[len(leaf.shape)] if kind == "kernel" else None
-        found[path] = single_tensor_weight(name.format(*numbers), leaf.shape, order)
-    return found
+        indices = re.findall(r"layer_(\d+)/", path)
+        template = re.sub(r"layer_\d+/", "layer_{}/", path.removeprefix("params/"))
+        module, _, param = template.rpartition("/")
+        if template in modules:
+            key = modules[template]
+        else:
+            key = f"{modules[module]}.{PARAM_SUFFIXES[param]}"
+        axis_order = _KERNEL_AXIS_ORDERS[len(leaf.shape)] if param == "kernel" else None
+        weights[path] = single_tensor_weight(key.format(*indices), leaf.shape, axis_order)
+    return weights
 
 
 def _apply_key_renames(renames: KeyRenames, key: str) -> str:
@@ -246,13 +249,13 @@ _VIT_MODULE_NAMES = {
     "pooler": "pooler.dense",
 }
 
-# TensorFlow's names, which the first releases kept.
+# TensorFlow's names, which the first releases used.
 _LEGACY_NORM_RENAMES = (
     (r"LayerNorm\.weight$", "LayerNorm.gamma"),
     (r"LayerNorm\.bias$", "LayerNorm.beta"),
 )
 
-# Files have the names above; in memory transformers 5 has these.
+# Files have the names above; transformers 5 has these names in memory.
 _VIT_IN_MEMORY_RENAMES = (
     (r"encoder\.layer\.", "layers."),
     (r"attention\.attention\.query", "attention.q_proj"),

@@ -1,8 +1,9 @@
-"""What one training step costs with each adapter family, on one transformer.
+"""Cost of one training step with each adapter method, on one transformer.
 
-Prints a table and writes JSON. On a CPU: `python benchmarks/families.py --shape tiny`; on one GPU:
-`python benchmarks/families.py --shape 1b --output benchmarks/results/families.json`. With
-`--append` the rows of several runs on one kind of device come to one file; LoRA is run in each.
+Prints a table and writes JSON. On a CPU:
+`python -m benchmarks.speed.methods --shape tiny`; on one GPU:
+`python -m benchmarks.speed.methods --shape 1b --output benchmarks/results/families.json`. With
+`--append`, the rows of several runs on one kind of device go to one file; LoRA is run in each.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 import flax
 import jax
 import optax
-from step_cost import SHAPES, Methods, Row, measure
 
 import jlora
+from benchmarks.speed.step_cost import SHAPES, Methods, Row, measure
 
 RANK = 16
-# Every family at one rank where it has one, so that what differs is the family.
+# Every family has the same rank, if it has one, so that only the method differs.
 FAMILIES: dict[str, Any] = {
     "LoRA": jlora.LoRA(rank=RANK, alpha=RANK),
     "LoRA-FA": jlora.LoRAFA(rank=RANK, alpha=RANK),
@@ -48,7 +49,7 @@ FAMILIES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class FamilyRow(Row):
-    """One measurement, with LoRA's of the same call: from call to call the clock differs.
+    """One measurement, with LoRA's of the same run, because the clock differs between runs.
 
     Attributes:
         lora_ms: Median of LoRA's step.
@@ -58,7 +59,7 @@ class FamilyRow(Row):
 
 
 def table(rows: list[FamilyRow]) -> str:
-    """The rows as text, with each step over LoRA's."""
+    """Returns the rows as text, with the ratio of each step to LoRA's."""
     lines = [f"{'family':24} {'step ms':>9} {'/ LoRA':>7} {'TFLOP':>9} {'MiB':>9} {'trained':>13}"]
     for row in rows:
         ratio = f"{row.step_ms / row.lora_ms:.2f}"
@@ -70,20 +71,20 @@ def table(rows: list[FamilyRow]) -> str:
 
 
 def main() -> None:
-    """Measures the families asked for."""
+    """Measures the requested families."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--scanned", action="store_true", help="one stack of layers, in a scan")
+    parser.add_argument("--scan-layers", action="store_true", help="stacked layers in a scan")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
-    parser.add_argument("--append", action="store_true", help="keep the rows that it has")
+    parser.add_argument("--append", action="store_true", help="keep the other rows of that file")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     found = {
         "command": " ".join(
-            ["python benchmarks/families.py", "--shape", options.shape]
-            + ["--scanned"] * options.scanned
+            ["python -m benchmarks.speed.methods", "--shape", options.shape]
+            + ["--scan-layers"] * options.scan_layers
         ),
         "device": jax.devices()[0].device_kind,
         "versions": {
@@ -93,7 +94,7 @@ def main() -> None:
             "optax": optax.__version__,
         },
         "shape": dataclasses.asdict(shape),
-        "scanned": options.scanned,
+        "scan_layers": options.scan_layers,
         "repeats": options.repeats,
         "configs": {name: repr(config) for name, config in FAMILIES.items()},
     }
@@ -101,15 +102,15 @@ def main() -> None:
     if options.append and options.output and options.output.exists():
         known = json.loads(options.output.read_text())
         if any(
-            known[key] != found[key]
-            for key in ("device", "versions", "shape", "scanned", "repeats")
+            known.get(key) != found[key]
+            for key in ("device", "versions", "shape", "scan_layers", "repeats")
         ):
-            parser.error(f"{options.output} was measured otherwise; write another file.")
+            parser.error(f"{options.output} was measured with other settings. Use another file.")
         rows = {row["method"]: FamilyRow(**row) for row in known["rows"]}
     for name in dict.fromkeys(["LoRA", *options.families]):
-        methods = Methods(shape, FAMILIES[name], params=params, scanned=options.scanned)
+        methods = Methods(shape, FAMILIES[name], params=params, scan_layers=options.scan_layers)
         params = methods.params
-        # A compiler counts what a scan repeats once, so operations are counted without one.
+        # A compiler counts the body of a scan once, so operations are counted without a scan.
         abstract = Methods(shape, FAMILIES[name], abstract=True)
         row = measure("apply", methods, abstract, options.repeats)
         lora_ms = lora_ms or row.step_ms
@@ -119,7 +120,7 @@ def main() -> None:
         del methods
         gc.collect()
         ordered = [rows[name] for name in FAMILIES if name in rows]
-        if options.output:  # After each, so that what was measured is not lost.
+        if options.output:  # After each family, so that an interruption loses little.
             content = {**found, "rows": [dataclasses.asdict(row) for row in ordered]}
             options.output.write_text(json.dumps(content, indent=2) + "\n")
     print(f"{options.shape}: {shape}")

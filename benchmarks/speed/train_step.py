@@ -1,8 +1,8 @@
-"""A training step of jlora's decoder with LoRA, with a quantised base, or without an adapter.
+"""Training step of jlora's decoder with LoRA, with a quantized base, or without an adapter.
 
-On a CPU, in seconds: `python -m benchmarks.h100.step --tiny`; on one GPU:
-`python -m benchmarks.h100.step --shape 1b --output lora_1b.json`. `--method floor` is the same step
-without an adapter: the gradient goes through every activation down to the first layer's norm.
+On a CPU, in seconds: `python -m benchmarks.speed.train_step --tiny`; on one GPU:
+`python -m benchmarks.speed.train_step --shape 1b --output lora_1b.json`. `--method floor` is the
+same step without an adapter: the gradient reaches every activation down to the first layer's norm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import optax
 from flax.core import meta
 
 import jlora
-from benchmarks.h100 import common
+from benchmarks.speed import _common
 from jlora import _tree
 from jlora.kernels.lora_matmul import plain_products
 from jlora.models.decoder import Decoder
@@ -35,8 +35,8 @@ PROJECTIONS = r"layers.*kernel"
 FLOOR = "params/layers_0/attention_norm/scale"
 
 
-def decoder(shape: common.Shape, *, stacked: bool, remat: Any) -> Decoder:
-    """The decoder, computing in bfloat16."""
+def decoder(shape: _common.Shape, *, stacked: bool, remat_policy: Any) -> Decoder:
+    """Returns the decoder, which computes in bfloat16."""
     rotary = rope_from_config(
         {"rope_theta": 5e5}, head_dim=shape.head_dim, max_position_embeddings=8192
     )
@@ -52,17 +52,20 @@ def decoder(shape: common.Shape, *, stacked: bool, remat: Any) -> Decoder:
         max_seq_length=8192,
         query_scale=shape.head_dim**-0.5,
     )
-    return Decoder(config, scan_layers=stacked, remat_policy=remat, dtype=jnp.bfloat16)
+    return Decoder(config, scan_layers=stacked, remat_policy=remat_policy, dtype=jnp.bfloat16)
 
 
 def parameters(model: Decoder, scheme: Any) -> Any:
-    """Random parameters in bfloat16, the projections quantised; one matrix at a time is wide."""
+    """Returns random bfloat16 parameters with quantized projections.
+
+    At most one matrix exists in bfloat16 before its quantization.
+    """
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), token))
     flat = _tree.flatten_with_paths(shapes)
     keys = jax.random.split(jax.random.key(1), len(flat.paths))
     leaves = [
-        _drawn(key, leaf.shape, scheme if path.endswith("kernel") else None)
+        _random_matrices(key, leaf.shape, scheme if path.endswith("kernel") else None)
         if len(leaf.shape) > 1 and not path.endswith("scale")
         else jnp.ones(leaf.shape, jnp.bfloat16)
         for key, path, leaf in zip(keys, flat.paths, flat.leaves, strict=True)
@@ -70,37 +73,37 @@ def parameters(model: Decoder, scheme: Any) -> Any:
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
-def drawn_matrices(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
-    """A random matrix in bfloat16, or a stack of them, quantised if there is a scheme."""
+def random_matrices(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
+    """Returns a random bfloat16 matrix, or a stack of them, quantized if there is a scheme."""
 
     def matrix(key: jax.Array) -> Any:
-        drawn = 0.02 * jax.random.normal(key, shape[-2:], jnp.bfloat16)
-        return drawn if scheme is None else quantize_weight(drawn, scheme)
+        weight = 0.02 * jax.random.normal(key, shape[-2:], jnp.bfloat16)
+        return weight if scheme is None else quantize_weight(weight, scheme)
 
     if len(shape) < 3:
         return matrix(key)
     return jax.lax.map(matrix, jax.random.split(key, shape[0]))
 
 
-# Compiled once for each shape, of which a decoder has few.
-_drawn = jax.jit(drawn_matrices, static_argnums=(1, 2))
+# Compiled once for each shape; a decoder has few.
+_random_matrices = jax.jit(random_matrices, static_argnums=(1, 2))
 
 
 def training_step(
     model: Decoder, method: str, chunks: int
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A step, and what makes its state `(trained, moments)` from parameters and tokens.
+    """Returns a step, and the function from parameters and tokens to its `(trained, moments)`.
 
     The step takes `(trained, moments, params, tokens)` and returns `(loss, trained, moments)`.
     """
-    # The floor's steps have to be seen in a norm's scale, which is one in bfloat16.
-    optimizer = optax.adam(common.LEARNING_RATE if method == "lora" else 1e-2)
+    # The floor's steps must change a norm's scale, which is one in bfloat16.
+    optimizer = optax.adam(_common.LEARNING_RATE if method == "lora" else 1e-2)
 
     def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         return model.apply(params, inputs, targets, method="losses", chunks=chunks).mean()  # type: ignore
 
-    config = jlora.LoRA(rank=common.RANK, alpha=common.ALPHA)
+    config = jlora.LoRA(rank=_common.RANK, alpha=_common.ALPHA)
     lora = jlora.lora_transform(mean_loss, {PROJECTIONS: config})
 
     def loss(trained: Any, params: Any, tokens: jax.Array) -> jax.Array:
@@ -123,25 +126,25 @@ def training_step(
             trained = lora.init(jax.random.key(2), params, tokens)
         else:
             flat = _tree.flatten_with_paths(params)
-            # In float32, where a step is more than its rounding.
+            # In float32, where a step exceeds the rounding.
             trained = flat.leaves[flat.paths.index(FLOOR)].astype(jnp.float32)
         return trained, optimizer.init(trained)
 
     return step, init
 
 
-def measure(options: Any) -> common.Row:
-    """The row of jlora's step."""
-    shape = common.SHAPES[options.shape]
+def measure(options: Any) -> _common.Row:
+    """Returns the row of jlora's step."""
+    shape = _common.SHAPES[options.shape]
     batch, length = options.batch or shape.batch, options.length or shape.length
     tokens = jax.random.randint(jax.random.key(3), (batch, length + 1), 0, shape.vocabulary)
-    model = decoder(shape, stacked=options.stacked, remat=options.remat)
+    model = decoder(shape, stacked=options.stacked, remat_policy=options.remat_policy)
     params = parameters(model, SCHEMES[options.quantize])
     step, init = training_step(model, options.method, options.chunks)
     state = init(params, tokens)
     size = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
     if options.method == "lora":
-        common.check_trained(size, shape)
+        _common.check_trainable_size(size, shape)
     with plain_products() if options.plain else contextlib.nullcontext():
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*state, params, tokens)
     details = {
@@ -160,17 +163,17 @@ def measure(options: Any) -> common.Row:
     def wait() -> Any:
         return jax.block_until_ready(state)
 
-    timing = common.timed(advance, wait, steps=options.steps, repeats=options.repeats)
+    timing = _common.time_steps(advance, wait, steps=options.steps, repeats=options.repeats)
     if options.trace:
-        options.trace.write_text(json.dumps(kernels(advance, wait), indent=1) + "\n")
-    return common.row(
-        method_of(options),
+        options.trace.write_text(json.dumps(profile_kernels(advance, wait), indent=1) + "\n")
+    return _common.make_row(
+        format_method(options),
         options,
         timing,
-        script="benchmarks.h100.step",
+        script="benchmarks.speed.train_step",
         libraries=LIBRARIES,
-        peak_gib=common.peak_gib(jax.devices()[0]),
-        planned_gib=common.planned_gib(compiled),
+        peak_gib=_common.peak_gib(jax.devices()[0]),
+        planned_gib=_common.planned_gib(compiled),
         trained=size,
         details=details,
         batch=batch,
@@ -178,19 +181,21 @@ def measure(options: Any) -> common.Row:
     )
 
 
-def method_of(options: Any) -> str:
-    """What the row is called."""
+def format_method(options: Any) -> str:
+    """Returns the method's name in the row."""
     name = "floor" if options.method == "floor" else "jlora"
     extras = [options.quantize] * (options.quantize != "none")
     extras += ["layers in a stack"] * options.stacked
-    extras += [f"remat={options.remat}"] * (options.remat != "nothing")
+    extras += [f"remat_policy={options.remat_policy}"] * (options.remat_policy != "none")
     extras += ["plain products"] * options.plain
     return ", ".join([name, *extras])
 
 
-def kernels(advance: Callable[[], Any], wait: Callable[[], Any], steps: int = 3) -> list[Any]:
-    """What ran on the GPU in one of some steps: `[ms, times, name]`, the longest first."""
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+def profile_kernels(
+    advance: Callable[[], Any], wait: Callable[[], Any], steps: int = 3
+) -> list[Any]:
+    """Returns the GPU kernels of a step as `[ms, times, name]`, the longest first."""
+    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -201,29 +206,29 @@ def kernels(advance: Callable[[], Any], wait: Callable[[], Any], steps: int = 3)
             for line in plane.lines:
                 if "GPU" in plane.name and "Stream" in line.name:
                     for event in line.events:
-                        found[event.name][0] += event.duration_ns / 1e6 / steps
-                        found[event.name][1] += 1 / steps
-    rows = [[round(ms, 4), round(times, 2), name] for name, (ms, times) in found.items()]
+                        totals[event.name][0] += event.duration_ns / 1e6 / steps
+                        totals[event.name][1] += 1 / steps
+    rows = [[round(ms, 4), round(times, 2), name] for name, (ms, times) in totals.items()]
     return sorted(rows, reverse=True)
 
 
 def main() -> None:
     """Measures and writes."""
-    parser = common.parser(__doc__)
+    parser = _common.build_parser(__doc__)
     parser.add_argument("--method", choices=["lora", "floor"], default="lora")
-    parser.add_argument("--quantize", choices=SCHEMES, default="none", help="the projections")
+    parser.add_argument("--quantize", choices=SCHEMES, default="none", help="of the projections")
     parser.add_argument("--stacked", action="store_true", help="layers as one scan")
     parser.add_argument("--plain", action="store_true", help="without jlora's kernels")
-    parser.add_argument("--remat", choices=["nothing", "projections", "everything"])
-    parser.set_defaults(remat="nothing")
-    parser.add_argument("--chunks", type=int, default=8, help="parts of a text for the head")
-    parser.add_argument("--batch", type=int, help="sequences a step; the shape's when left out")
-    parser.add_argument("--length", type=int, help="tokens a sequence")
-    parser.add_argument("--trace", type=pathlib.Path, help="a JSON file of the GPU's kernels")
+    policies = ("none", "save_projections", "full")
+    parser.add_argument("--remat-policy", choices=policies, default="none")
+    parser.add_argument("--chunks", type=int, default=8, help="chunks of a text for the head")
+    parser.add_argument("--batch", type=int, help="sequences per step; default: the shape's")
+    parser.add_argument("--length", type=int, help="tokens per sequence; default: the shape's")
+    parser.add_argument("--trace", type=pathlib.Path, help="JSON file of the GPU's kernels")
     options = parser.parse_args()
     if options.method == "floor" and (options.stacked or options.quantize != "none"):
-        parser.error("--method floor is measured with wide weights, each layer with its own.")
-    common.finish(measure(options), options.output)
+        parser.error("--method floor requires separate layers without quantization.")
+    _common.finish(measure(options), options.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What one training step costs: full fine-tuning, merging inside the loss, and `lora.apply`.
+"""Cost of one training step: full fine-tuning, merging inside the loss, and `lora.apply`.
 
-Prints a table and writes JSON. On a CPU: `python benchmarks/step_cost.py --shape tiny`; on one GPU:
-`python benchmarks/step_cost.py --shape 1b --output benchmarks/results/step_cost.json`.
+Prints a table and writes JSON. On a CPU:
+`python -m benchmarks.speed.step_cost --shape tiny`; on one GPU:
+`python -m benchmarks.speed.step_cost --shape 1b --output benchmarks/results/step_cost.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Implementation = Literal["xla", "cudnn"] | None
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A Llama-like decoder and the batch it is trained on."""
+    """Shape of a Llama-like decoder and its training batch."""
 
     layers: int
     width: int
@@ -53,12 +54,13 @@ class Row:
     """One measurement of a compiled step.
 
     Attributes:
-        step_ms: Median over the repeats; every step waited for.
-        tokens_per_s: Of the batch, at the median.
-        tflop: Counted by XLA for the step lowered for a CPU with plain attention: a GPU's compiler
-            moves products into library calls, which its own count leaves out.
-        peak_mib: Arguments, results and temporaries, as planned by the compiler.
-        trained: How many numbers are trained.
+        method: Name of the method.
+        step_ms: Median of the repeats, with a wait after every step.
+        tokens_per_s: Tokens of the batch per second at the median.
+        tflop: XLA's count for the step lowered for a CPU with plain attention: a GPU's compiler
+            moves products into library calls, which its count omits.
+        peak_mib: Arguments, results and temporaries in the compiler's plan.
+        trained: Number of trainable parameters.
     """
 
     method: str
@@ -97,35 +99,35 @@ class Layer(nn.Module):
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The heads (batch, length, heads, dim) with rotary positions applied."""
+    """Returns heads (batch, length, heads, dim) with rotary positions applied."""
     first, second = jnp.split(x, 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, -1).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, -1).astype(x.dtype)
 
 
 class Decoder(nn.Module):
     """Token ids (batch, length) to logits (batch, length, vocabulary).
 
     Attributes:
-        shape: Of the layers.
-        attention: What computes it.
-        scanned: Whether the layers are one stack that a scan goes through.
+        shape: Shape of the layers.
+        attention: Implementation of attention.
+        scan_layers: True for stacked layers in a scan.
     """
 
     shape: Shape
     attention: Implementation = None
-    scanned: bool = False
+    scan_layers: bool = False
 
     def setup(self) -> None:
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         self.embed = nn.Embed(s.vocabulary, s.width, dtype=dtype, param_dtype=dtype)
-        if self.scanned:
-            everywhere: Any = nn.broadcast
+        if self.scan_layers:
+            in_axes: Any = nn.broadcast
             stack: Any = nn.scan(
                 Layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=everywhere,
+                in_axes=in_axes,
                 length=s.layers,
             )
             self.blocks = [stack(s, self.attention)]
@@ -155,7 +157,7 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 class Methods:
-    """Every way to make a step, as `(step, state)` with `step(params, state, tokens) -> state`."""
+    """Training methods, each as `(step, state)` with `step(params, state, tokens) -> state`."""
 
     def __init__(
         self,
@@ -164,10 +166,10 @@ class Methods:
         *,
         params: Any = None,
         abstract: bool = False,
-        scanned: bool = False,
+        scan_layers: bool = False,
     ) -> None:
         on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
-        self.model = Decoder(shape, "cudnn" if on_gpu and not abstract else None, scanned)
+        self.model = Decoder(shape, "cudnn" if on_gpu and not abstract else None, scan_layers)
         self._make = jax.eval_shape if abstract else lambda fn, *args: jax.jit(fn)(*args)
         draw = lambda key: jax.random.randint(key, (shape.batch, shape.length), 0, shape.vocabulary)
         self.tokens = self._make(draw, jax.random.key(1))
@@ -177,22 +179,22 @@ class Methods:
         self.lora = jlora.lora_transform(self.model.apply, rules)
         init = lambda params: self.lora.init(jax.random.key(2), params, self.tokens)
         self.adapter = jax.eval_shape(init, self.params)
-        if not abstract:  # What the numbers are changes no time, and drawing them takes long.
+        if not abstract:  # The values do not change the time, and random ones take long.
             full = lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype)
             self.adapter = jax.tree.map(full, self.adapter)
         self.optimizer = optax.adam(1e-4)
 
     def logits(self, params: Any, *inputs: Any, **kwargs: Any) -> jax.Array:
-        """What the decoder returns, which its type hides behind mutable collections."""
+        """Returns the decoder's logits, whose type Flax widens with mutable collections."""
         result: Any = self.model.apply(params, *inputs, **kwargs)
         return result
 
     def forward(self) -> tuple[Callable[..., Any], Any]:
-        """The loss alone."""
+        """Computes the loss only."""
         return lambda p, s, t: cross_entropy(self.logits(p, t), t), jnp.zeros(())
 
     def floor(self) -> tuple[Callable[..., Any], Any]:
-        """Forward and gradient of activations: what no method that trains below can avoid."""
+        """Forward pass and gradient of activations, a lower bound for methods that train layers."""
 
         def step(params: Any, rows: jax.Array, tokens: jax.Array) -> jax.Array:
             logits = lambda x: self.logits(params, x, method="body")
@@ -202,7 +204,7 @@ class Methods:
         return step, self._make(lambda table, tokens: table[tokens], table, self.tokens)
 
     def full(self) -> tuple[Callable[..., Any], Any]:
-        """Every weight trained by plain SGD, which needs no optimizer state."""
+        """Trains every weight by plain SGD, without optimizer state."""
 
         def step(_: Any, params: Any, tokens: jax.Array) -> Any:
             loss = lambda p: cross_entropy(self.logits(p, tokens), tokens)
@@ -212,11 +214,11 @@ class Methods:
         return step, self._make(_copy, self.params)
 
     def merge(self) -> tuple[Callable[..., Any], Any]:
-        """LoRA by adding the update to the weight inside the loss."""
+        """Trains LoRA by adding the update to the weight inside the loss."""
         return self._train(lambda p, a, t: self.logits(jlora.merge(p, a), t))
 
     def apply(self) -> tuple[Callable[..., Any], Any]:
-        """LoRA by `lora.apply`."""
+        """Trains LoRA by `lora.apply`."""
         return self._train(self.lora.apply)
 
     def _train(self, forward: Callable[..., jax.Array]) -> tuple[Callable[..., Any], Any]:
@@ -232,7 +234,7 @@ class Methods:
 
 
 def _copy(tree: Any) -> Any:
-    """The same arrays in buffers that a step may take over."""
+    """Returns copies of the arrays, which a step may donate."""
     return jax.tree.map(jnp.copy, tree)
 
 
@@ -249,13 +251,13 @@ def _random(shapes: Any) -> Any:
 
 
 def measure(name: str, methods: Methods, abstract: Methods, repeats: int) -> Row:
-    """The cost of one method's step, compiled once and run `repeats` times after two warm-ups.
+    """Measures one method's step, compiled once and run `repeats` times after two warm-ups.
 
     Args:
-        name: A method of `Methods`.
-        methods: With arrays, to run.
-        abstract: The same with shapes for arrays, to count operations with.
-        repeats: How many steps the median is of.
+        name: Name of a method of `Methods`.
+        methods: Methods with arrays, to run.
+        abstract: Methods with shapes, to count operations.
+        repeats: Number of measured steps.
     """
     step, state = getattr(methods, name)()
     donated = (1,) if name in ("full", "merge", "apply") else ()
@@ -291,13 +293,13 @@ def measure(name: str, methods: Methods, abstract: Methods, repeats: int) -> Row
 
 
 def command(output: pathlib.Path) -> str:
-    """How the program was called; of where it wrote, the file's name only."""
+    """Returns the command, with the name of the output file only."""
     words = [output.name if word == str(output) else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/step_cost.py", *words])
+    return " ".join(["python -m benchmarks.speed.step_cost", *words])
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, with each step over the floor's."""
+    """Returns the rows as text, with the ratio of each step to the floor's."""
     floor_ms = next((row.step_ms for row in rows if row.method == "floor"), None)
     lines = [f"{'method':8} {'step ms':>9} {'/ floor':>8} {'tokens/s':>9} {'TFLOP':>9} {'MiB':>9}"]
     for row in rows:
@@ -310,7 +312,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measures the methods asked for."""
+    """Measures the requested methods."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rank", type=int, default=16)

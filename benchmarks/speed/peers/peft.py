@@ -1,12 +1,13 @@
-"""A training step of PEFT's LoRA on transformers' Llama: eager, compiled, or on 4-bit weights.
+"""Training step of PEFT's LoRA on transformers' Llama: eager, compiled, or on 4-bit weights.
 
-Needs torch, transformers 5, peft and, for `--method bitsandbytes`, bitsandbytes. On a CPU, in
-seconds: `python -m benchmarks.h100.peer_peft --tiny`; on one GPU:
-`python -m benchmarks.h100.peer_peft --shape 1b --method compile --output peft_compile_1b.json`.
+Requires torch, transformers 5, peft and, for `--method bitsandbytes`, bitsandbytes. On a CPU, in
+seconds: `python -m benchmarks.speed.peers.peft --tiny`; on one GPU:
+`python -m benchmarks.speed.peers.peft --shape 1b --method compile --output peft_compile_1b.json`.
 """
 
-# None of these libraries is among what jlora's lint installs.
-# pyright: reportMissingImports=false
+# The environment of jlora's lint has none of these libraries.
+# pyright resolves the name peft to this file.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ import peft
 import torch
 import transformers
 
-from benchmarks.h100 import common
+from benchmarks.speed import _common
 
 LIBRARIES = ("torch", "transformers", "peft")
 METHODS = ("eager", "compile", "bitsandbytes")
@@ -27,8 +28,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def llama(shape: common.Shape) -> Any:
-    """A decoder of transformers with random weights, made in bfloat16 on the device."""
+def llama(shape: _common.Shape) -> Any:
+    """Returns a decoder of transformers with random bfloat16 weights on the device."""
     config = transformers.LlamaConfig(
         num_hidden_layers=shape.layers,
         hidden_size=shape.width,
@@ -48,9 +49,9 @@ def llama(shape: common.Shape) -> Any:
 
 
 def to_4bit(model: Any, names: tuple[str, ...]) -> Any:
-    """The model with its layers of these names in NF4, their scales quantised too.
+    """Returns the model with the named layers in NF4, with double quantization.
 
-    What loading with a `BitsAndBytesConfig` makes of a checkpoint, without writing one.
+    Equals a checkpoint loaded with a `BitsAndBytesConfig`, without writing one.
     """
     import bitsandbytes
 
@@ -58,12 +59,12 @@ def to_4bit(model: Any, names: tuple[str, ...]) -> Any:
         for name, layer in list(parent.named_children()):
             if name in names:
                 setattr(parent, name, _linear_4bit(bitsandbytes.nn, layer))
-    model.is_loaded_in_4bit = True  # By which PEFT chooses its layers.
+    model.is_loaded_in_4bit = True  # PEFT selects its layers by it.
     return model
 
 
 def _linear_4bit(nn: Any, layer: torch.nn.Linear) -> Any:
-    made = nn.Linear4bit(
+    linear = nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=False,
@@ -72,37 +73,37 @@ def _linear_4bit(nn: Any, layer: torch.nn.Linear) -> Any:
         quant_type="nf4",
         device="meta",
     )
-    made.weight = nn.Params4bit(
+    linear.weight = nn.Params4bit(
         layer.weight.data,
         requires_grad=False,
         compress_statistics=True,
         quant_type="nf4",
-        module=made,
+        module=linear,
     )
-    return made.to(DEVICE)  # Which quantises.
+    return linear.to(DEVICE)  # Quantizes.
 
 
-def adapted(model: Any, shape: common.Shape, dtype: torch.dtype) -> Any:
-    """The model with PEFT's LoRA on its projections, its arrays in `dtype`."""
+def adapted(model: Any, shape: _common.Shape, dtype: torch.dtype) -> Any:
+    """Returns the model with PEFT's LoRA on its projections, its factors in `dtype`."""
     config = peft.LoraConfig(
-        r=common.RANK,
-        lora_alpha=common.ALPHA,
+        r=_common.RANK,
+        lora_alpha=_common.ALPHA,
         lora_dropout=0.0,
         target_modules=[f"{name}_proj" for name in shape.projections],
     )
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in trained(model):
+    for parameter in trainable_parameters(model):
         parameter.data = parameter.data.to(dtype)
     return model.train()
 
 
-def trained(model: Any) -> list[torch.nn.Parameter]:
-    """The parameters that ask for a gradient."""
+def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Returns the trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def base_gib(model: Any) -> float:
-    """What the frozen parameters take; of 4-bit ones, their codes without the scales."""
+    """Returns the memory of the frozen parameters; for 4-bit ones, codes without scales."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return sum(parameter.nbytes for parameter in frozen) / 2**30
 
@@ -110,8 +111,8 @@ def base_gib(model: Any) -> float:
 def training_step(
     model: Any, tokens: torch.Tensor, dtype: torch.dtype, optimizer: torch.optim.Optimizer
 ) -> Callable[[], torch.Tensor]:
-    """A function that trains once and returns the loss before, without waiting for it."""
-    # float32 adapters on a bfloat16 model: what the Trainer of transformers does with bf16=True.
+    """Returns a function that runs one step and returns the loss before it, without a wait."""
+    # float32 adapters on a bfloat16 model, as in the Trainer of transformers with bf16=True.
     mixed = dtype != torch.bfloat16
     cast = torch.autocast(DEVICE.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
@@ -127,48 +128,48 @@ def training_step(
 
 
 def wait() -> None:
-    """Returns when the device has nothing left to do."""
+    """Blocks until the device is idle."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_gib() -> float | None:
-    """The most that torch allocated since it was asked to forget, or None on a CPU."""
+    """Returns torch's peak of allocated memory since the last reset, or None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
 
 
-def measure(options: argparse.Namespace) -> common.Row:
-    """The row of PEFT's step by the method asked for."""
+def measure(options: argparse.Namespace) -> _common.Row:
+    """Returns the row of PEFT's step by the requested method."""
     torch.manual_seed(0)
-    shape, dtype = common.SHAPES[options.shape], DTYPES[options.adapter_dtype]
+    shape, dtype = _common.SHAPES[options.shape], DTYPES[options.adapter_dtype]
     tokens = torch.randint(shape.vocabulary, (shape.batch, shape.length), device=DEVICE)
     model = llama(shape)
     if options.method == "bitsandbytes":
         model = to_4bit(model, tuple(f"{name}_proj" for name in shape.projections))
     if options.gradient_checkpointing:
-        # The reentrant kind gives no gradient where no input of a layer asks for one.
+        # The reentrant variant has no gradient if no input of a layer requires one.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = adapted(model, shape, dtype)
-    size = sum(parameter.numel() for parameter in trained(model))
-    common.check_trained(size, shape)
+    size = sum(parameter.numel() for parameter in trainable_parameters(model))
+    _common.check_trainable_size(size, shape)
     details = {"adapter_dtype": options.adapter_dtype, "base_gib": base_gib(model)}
-    optimizer = torch.optim.Adam(trained(model), lr=common.LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(trainable_parameters(model), lr=_common.LEARNING_RATE, fused=True)
     model = torch.compile(model) if options.method == "compile" else model
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    timing = common.timed(
+    timing = _common.time_steps(
         training_step(model, tokens, dtype, optimizer),
         wait,
         steps=options.steps,
         repeats=options.repeats,
     )
     with_bits = ("bitsandbytes",) if options.method == "bitsandbytes" else ()
-    return common.row(
+    return _common.make_row(
         f"peft {options.method}" + ", checkpointing" * options.gradient_checkpointing,
         options,
         timing,
-        script="benchmarks.h100.peer_peft",
+        script="benchmarks.speed.peers.peft",
         libraries=LIBRARIES + with_bits,
         peak_gib=peak_gib(),
         trained=size,
@@ -176,9 +177,9 @@ def measure(options: argparse.Namespace) -> common.Row:
     )
 
 
-def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The options of the command line."""
-    parser = common.parser(__doc__)
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Returns the options of the command line."""
+    parser = _common.build_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, default="eager")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
@@ -192,8 +193,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measures and writes."""
-    options = arguments()
-    common.finish(measure(options), options.output)
+    options = parse_arguments()
+    _common.finish(measure(options), options.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a checkpoint costs a run: how long it waits for one, and how long one takes to write.
+"""Cost of a checkpoint: the wait of the run, and the time to write it in the background.
 
-    python benchmarks/resume.py --output benchmarks/results/resume.json
-    python benchmarks/resume.py --tiny
+    python -m benchmarks.speed.checkpoint --output benchmarks/results/resume.json
+    python -m benchmarks.speed.checkpoint --tiny
 
-The state is that of LoRA of rank 16 on all seven projections of a Llama 3 of 8 billion weights,
-with Adam: 126 million numbers in float32. A run that saves once a minute loses the time that it
-waits in 60 seconds; no training goes on beside it here, so writing has the machine to itself.
+The state is LoRA of rank 16 on all seven projections of an 8 B Llama 3, with Adam: 126 million
+float32 elements. A run that saves once a minute loses the wait out of 60 seconds. No training runs
+at the same time, so that writing has the full machine.
 """
 
 from __future__ import annotations
@@ -35,42 +35,42 @@ SHAPES = [*WIDTHS, (14336, 4096)]
 EVERY_S = 60.0
 
 
-def state(tiny: bool) -> dict[str, Any]:
-    """An adapter and Adam's two moments of it."""
+def random_state(tiny: bool) -> dict[str, Any]:
+    """Returns an adapter and its two Adam moments."""
     layers, shapes = (2, [(16, 24)]) if tiny else (LAYERS, SHAPES)
     key = jax.random.key(0)
     arrays = {}
     for number, (inputs, outputs) in enumerate(shapes):
         for name, shape in (("a", (layers, inputs, RANK)), ("b", (layers, RANK, outputs))):
             for part in ("factor", "mean", "square"):
-                key, own = jax.random.split(key)
-                arrays[f"{number}/{name}/{part}"] = jax.random.normal(own, shape, jnp.float32)
+                key, subkey = jax.random.split(key)
+                arrays[f"{number}/{name}/{part}"] = jax.random.normal(subkey, shape, jnp.float32)
     return jax.block_until_ready(arrays)
 
 
-def measured(tiny: bool, repeats: int) -> dict[str, Any]:
-    """Medians over some checkpoints."""
-    held = state(tiny)
+def measure(tiny: bool, repeats: int) -> dict[str, Any]:
+    """Returns medians over several checkpoints."""
+    state = random_state(tiny)
     folder = Path(tempfile.mkdtemp())
     waited, written = [], []
     try:
-        saver = CheckpointManager(folder / "run", save_total_limit=2)
+        manager = CheckpointManager(folder / "run", save_total_limit=2)
         for step in range(1, repeats + 1):
             start = time.perf_counter()
-            saver.save(step, held, {})
+            manager.save(step, state, {})
             waited.append(time.perf_counter() - start)
-            saver.wait_until_finished()
+            manager.wait_until_finished()
             written.append(time.perf_counter() - start)
         start = time.perf_counter()
-        saver.restore(held)
+        manager.restore(state)
         restored = time.perf_counter() - start
-        saver.close()
+        manager.close()
     finally:
         shutil.rmtree(folder)
-    numbers = sum(array.size for array in held.values())
+    num_elements = sum(array.size for array in state.values())
     return {
-        "numbers": numbers,
-        "gb": 4 * numbers / 1e9,
+        "numbers": num_elements,
+        "gb": 4 * num_elements / 1e9,
         "waited_s": statistics.median(waited),
         "written_s": statistics.median(written),
         "restored_s": restored,
@@ -80,23 +80,24 @@ def measured(tiny: bool, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measures and writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a small state, to see it work")
+    parser.add_argument("--tiny", action="store_true", help="a small state, as a check")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, metavar="FILE")
-    given = parser.parse_args()
+    options = parser.parse_args()
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.speed.checkpoint", *sys.argv[1:]]),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")},
         },
-        **measured(given.tiny, given.repeats),
+        **measure(options.tiny, options.repeats),
     }
     print(json.dumps(result, indent=2))
-    if given.output:
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

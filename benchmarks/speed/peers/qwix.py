@@ -1,12 +1,13 @@
-"""A training step of Qwix's LoRA on a plain Linen decoder.
+"""Training step of Qwix's LoRA on a plain Linen decoder.
 
-Needs qwix==0.1.8 beside JAX and Flax. On a CPU, in seconds:
-`python -m benchmarks.h100.peer_qwix --tiny`; on one GPU:
-`python -m benchmarks.h100.peer_qwix --shape 1b --output qwix_1b.json`.
+Requires qwix==0.1.8 besides JAX and Flax. On a CPU, in seconds:
+`python -m benchmarks.speed.peers.qwix --tiny`; on one GPU:
+`python -m benchmarks.speed.peers.qwix --shape 1b --output qwix_1b.json`.
 """
 
-# qwix is not among what jlora's lint installs.
-# pyright: reportMissingImports=false
+# The environment of jlora's lint does not have qwix.
+# pyright resolves the name qwix to this file.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -20,15 +21,14 @@ import optax
 import qwix
 from flax import traverse_util
 
-from benchmarks import step_cost
-from benchmarks.h100 import common
+from benchmarks.speed import _common, step_cost
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "qwix")
 Tree = dict[str, jax.Array]
 
 
-def adapted(shape: common.Shape) -> Any:
-    """The decoder of step_cost.py with Qwix's LoRA on its projections."""
+def adapted(shape: _common.Shape) -> Any:
+    """Returns the decoder of step_cost.py with Qwix's LoRA on its projections."""
     decoder = step_cost.Decoder(
         step_cost.Shape(
             layers=shape.layers,
@@ -45,13 +45,13 @@ def adapted(shape: common.Shape) -> Any:
     )
     names = "|".join(shape.projections)
     provider = qwix.LoraProvider(
-        module_path=f".*/({names})", rank=common.RANK, alpha=float(common.ALPHA)
+        module_path=f".*/({names})", rank=_common.RANK, alpha=float(_common.ALPHA)
     )
     return qwix.apply_lora_to_model(decoder, provider)
 
 
 def parameters(model: Any, tokens: jax.Array) -> tuple[Tree, Tree]:
-    """Random parameters by their path, `(trained, frozen)`, in the types that Qwix gives them."""
+    """Returns random parameters by path, `(trained, frozen)`, in the types of Qwix."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     named: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
     keys = jax.random.split(jax.random.key(1), len(named))
@@ -63,8 +63,8 @@ def parameters(model: Any, tokens: jax.Array) -> tuple[Tree, Tree]:
     return trained, {name: values[name] for name in values.keys() - trained.keys()}
 
 
-# Compiled once per kind and shape, of which a decoder has few; its own `init` would be one program
-# with every layer in it.
+# Compiled once per kind and shape, of which a decoder has few; its `init` would be one program with
+# all layers.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _value(key: jax.Array, kind: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if kind == "scale":
@@ -75,11 +75,11 @@ def _value(key: jax.Array, kind: str, shape: tuple[int, ...], dtype: Any) -> jax
 
 
 def training_step(model: Any) -> tuple[Callable[..., Any], Callable[[Tree], Any]]:
-    """A step and its optimizer's `init`.
+    """Returns a step and its optimizer's `init`.
 
     The step takes `(trained, moments, frozen, tokens)` and returns `(loss, trained, moments)`.
     """
-    optimizer = optax.adam(common.LEARNING_RATE)
+    optimizer = optax.adam(_common.LEARNING_RATE)
 
     def step(trained: Tree, moments: Any, frozen: Tree, tokens: jax.Array) -> Any:
         def loss(trained: Tree) -> jax.Array:
@@ -93,14 +93,14 @@ def training_step(model: Any) -> tuple[Callable[..., Any], Callable[[Tree], Any]
     return step, optimizer.init
 
 
-def measure(options: Any) -> common.Row:
-    """The row of Qwix's step."""
-    shape = common.SHAPES[options.shape]
+def measure(options: Any) -> _common.Row:
+    """Returns the row of Qwix's step."""
+    shape = _common.SHAPES[options.shape]
     tokens = jax.random.randint(jax.random.key(2), (shape.batch, shape.length), 0, shape.vocabulary)
     model = adapted(shape)
     trained, frozen = parameters(model, tokens)
     size = sum(leaf.size for leaf in trained.values())
-    common.check_trained(size, shape)
+    _common.check_trainable_size(size, shape)
     details = {
         "adapter_dtype": str(next(iter(trained.values())).dtype),
         "base_gib": sum(leaf.nbytes for leaf in frozen.values()) / 2**30,
@@ -115,20 +115,20 @@ def measure(options: Any) -> common.Row:
         state = tuple(rest)
         return loss
 
-    timing = common.timed(
+    timing = _common.time_steps(
         advance,
         lambda: jax.block_until_ready(state),
         steps=options.steps,
         repeats=options.repeats,
     )
-    return common.row(
+    return _common.make_row(
         "qwix",
         options,
         timing,
-        script="benchmarks.h100.peer_qwix",
+        script="benchmarks.speed.peers.qwix",
         libraries=LIBRARIES,
-        peak_gib=common.peak_gib(jax.devices()[0]),
-        planned_gib=common.planned_gib(compiled),
+        peak_gib=_common.peak_gib(jax.devices()[0]),
+        planned_gib=_common.planned_gib(compiled),
         trained=size,
         details=details,
     )
@@ -136,8 +136,8 @@ def measure(options: Any) -> common.Row:
 
 def main() -> None:
     """Measures and writes."""
-    options = common.parser(__doc__).parse_args()
-    common.finish(measure(options), options.output)
+    options = _common.build_parser(__doc__).parse_args()
+    _common.finish(measure(options), options.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ways to multiply each row of a batch with the factors of its own adapter, beside `x W` alone.
+"""Products of each row of a batch with the factors of its adapter, compared with `x W` alone.
 
-On a CPU: `python -m benchmarks.multi_products --tiny`; on a GPU:
-`python -m benchmarks.multi_products --output multi_products.json`.
+On a CPU: `python -m benchmarks.speed.multi_lora_products --tiny`; on a GPU:
+`python -m benchmarks.speed.multi_lora_products --output multi_products.json`.
 
-Every way computes `x W + (x A_i) B_i` for rows sorted by adapter, eight weights one after another.
+Every variant computes `x W + (x A_i) B_i` for rows sorted by adapter, for eight weights in turn.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.h100 import common
+from benchmarks.speed import _common
 
 WEIGHTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A product: `rows` texts of `tokens` each, from `fan_in` to `fan_out`."""
+    """Size of a product: `rows` texts of `tokens` each, from `fan_in` to `fan_out`."""
 
     rows: int
     tokens: int
@@ -46,7 +46,7 @@ TINY = [Size(4, 1, 64, 96, 5, 4)]
 
 
 def entries(x: Any, a: Any, b: Any, index: Any, sizes: Any) -> Any:
-    """Entry by entry and added up, which a compiler joins with the look-up of the factors."""
+    """Multiplies elementwise and sums, which a compiler fuses with the gather of the factors."""
     del sizes
     wide = jnp.float32
     t = (x[:, :, None].astype(wide) * a[index][:, None].astype(wide)).sum(-1).astype(x.dtype)
@@ -54,14 +54,14 @@ def entries(x: Any, a: Any, b: Any, index: Any, sizes: Any) -> Any:
 
 
 def looked_up(x: Any, a: Any, b: Any, index: Any, sizes: Any) -> Any:
-    """Products of matrices with factors that are looked up first."""
+    """Gathers the factors and multiplies matrices."""
     del sizes
     t = jnp.einsum("btd,brd->btr", x, a[index])
     return jnp.einsum("btr,brk->btk", t, b[index])
 
 
 def segments(x: Any, a: Any, b: Any, index: Any, sizes: Any) -> Any:
-    """`ragged_dot` of the rows of each adapter."""
+    """Multiplies the rows of each adapter by `ragged_dot`."""
     del index
     flat, counts = x.reshape(-1, x.shape[-1]), sizes * x.shape[1]
     t = jax.lax.ragged_dot(flat, jnp.swapaxes(a, 1, 2), counts)
@@ -69,14 +69,14 @@ def segments(x: Any, a: Any, b: Any, index: Any, sizes: Any) -> Any:
 
 
 def all_slots(x: Any, a: Any, b: Any, index: Any, sizes: Any) -> Any:
-    """One product with the factors of all slots, of which each row keeps its own."""
+    """Multiplies with the factors of all slots, and masks those of other adapters."""
     del sizes
     t = jnp.einsum("btd,srd->btsr", x, a)
     own = (index[:, None] == jnp.arange(len(a)))[:, None, :, None]
     return jnp.einsum("btsr,srk->btk", jnp.where(own, t, 0), b)
 
 
-WAYS: dict[str, Callable[..., Any] | None] = {
+VARIANTS: dict[str, Callable[..., Any] | None] = {
     "base alone": None,
     "entries": entries,
     "looked up": looked_up,
@@ -85,33 +85,35 @@ WAYS: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def measured(size: Size, name: str, steps: int, repeats: int) -> float:
-    """Microseconds of one product."""
+def measure_us(size: Size, name: str, steps: int, repeats: int) -> float:
+    """Returns the microseconds of one product."""
     keys = iter(jax.random.split(jax.random.key(0), 1 + 3 * WEIGHTS))
 
-    def drawn(*shape: int) -> jax.Array:
+    def random_array(*shape: int) -> jax.Array:
         return 0.02 * jax.random.normal(next(keys), shape, jnp.bfloat16)
 
-    x = drawn(size.rows, size.tokens, size.fan_in)
+    x = random_array(size.rows, size.tokens, size.fan_in)
     layers = [
         (
-            drawn(size.fan_in, size.fan_out),
-            drawn(size.slots, common.RANK, size.fan_in),
-            drawn(size.slots, common.RANK, size.fan_out),
+            random_array(size.fan_in, size.fan_out),
+            random_array(size.slots, _common.RANK, size.fan_in),
+            random_array(size.slots, _common.RANK, size.fan_out),
         )
         for _ in range(WEIGHTS)
     ]
     index = jnp.sort(1 + jnp.arange(size.rows) % size.distinct)
     sizes = jnp.bincount(index, length=size.slots)
-    way = WAYS[name]
+    variant = VARIANTS[name]
 
     @jax.jit
     def run(x: Any, layers: Any, index: Any, sizes: Any) -> Any:
         for w, a, b in layers:
             y = x @ w
-            if way is not None:
-                y = jnp.where((index == 0)[:, None, None], y, y + way(x, a, b, index, sizes))
-            x = x + (1e-6 * y.sum(-1, keepdims=True)).astype(x.dtype)  # The next one waits for it.
+            if variant is not None:
+                y = jnp.where((index == 0)[:, None, None], y, y + variant(x, a, b, index, sizes))
+            x = x + (1e-6 * y.sum(-1, keepdims=True)).astype(
+                x.dtype
+            )  # The next product depends on it.
         return x
 
     compiled = run.lower(x, layers, index, sizes).compile()
@@ -136,15 +138,15 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for size in TINY if options.tiny else SIZES:
-        found = {name: measured(size, name, options.steps, options.repeats) for name in WAYS}
+        found = {name: measure_us(size, name, options.steps, options.repeats) for name in VARIANTS}
         rows.append({**dataclasses.asdict(size), "us": found})
         print(size, found, flush=True)
     if options.output:
         result = {
             "rows": rows,
-            "device": common.device_name(),
-            "versions": common.versions("jax", "jaxlib"),
-            "command": common.command("benchmarks.multi_products"),
+            "device": _common.device_name(),
+            "versions": _common.versions("jax", "jaxlib"),
+            "command": _common.format_command("benchmarks.speed.multi_lora_products"),
         }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,9 +1,9 @@
-"""How fast texts become tokens, plans and batches on the host.
+"""Speed of tokenization, planning and batching on the host.
 
-The texts are the docstrings and the source files of Python's standard library, the tokenizer a
+The texts are docstrings and source files of Python's standard library; the tokenizer is a
 byte-level BPE trained on some of them. Prints a table and writes JSON. Quickly:
-`python benchmarks/input_pipeline.py --tiny`; the committed figures:
-`python benchmarks/input_pipeline.py --output benchmarks/results/input_pipeline.json`.
+`python -m benchmarks.speed.input_pipeline --tiny`; the committed figures:
+`python -m benchmarks.speed.input_pipeline --output benchmarks/results/input_pipeline.json`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class Row:
     """One measurement.
 
     Attributes:
-        tokens: That the stage went through.
-        seconds: The median over the repeats.
-        tokens_per_s: At the median.
-        filled: Which share of the batches' places are tokens; None where there are none.
+        stage: Name of the stage.
+        tokens: Tokens processed.
+        seconds: Median of the repeats.
+        tokens_per_s: Tokens per second at the median.
+        filled: Fraction of the batches' positions with tokens; None for other stages.
     """
 
     stage: str
@@ -55,7 +56,7 @@ class Row:
 
 
 def texts(files: int | None) -> Rows:
-    """Docstrings and whole files, each a row."""
+    """Returns docstrings and source files, each as a row."""
     found = []
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     paths = (p for p in sorted(folder.rglob("*.py")) if "site-packages" not in p.parts)
@@ -63,38 +64,38 @@ def texts(files: int | None) -> Rows:
         try:
             source = path.read_text("utf-8")
             found += [{"text": text} for text in (source, *docstrings(source))]
-        except (SyntaxError, UnicodeDecodeError):  # Some are there to be wrong.
+        except (SyntaxError, UnicodeDecodeError):  # Test files with intentional errors.
             continue
     return found
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """What the modules, classes and functions of a file say of themselves."""
+    """Yields the docstrings of a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             yield from filter(None, [ast.get_docstring(node)])
 
 
-def trained(rows: Rows, vocabulary: int) -> data.Tokenizer:
-    """A tokenizer of such texts."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def train_tokenizer(rows: Rows, vocabulary: int) -> data.Tokenizer:
+    """Returns a tokenizer trained on the texts."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=["</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator((row["text"] for row in rows[::10]), trainer)
+    bpe.train_from_iterator((row["text"] for row in rows[::10]), trainer)
     with tempfile.TemporaryDirectory() as folder:
-        made.save(f"{folder}/tokenizer.json")
+        bpe.save(f"{folder}/tokenizer.json")
         config = pathlib.Path(folder) / "tokenizer_config.json"
         config.write_text('{"eos_token": "</s>"}')
         return data.Tokenizer.from_folder(folder)
 
 
 def median_s(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The median time of several runs, and what the last returned."""
+    """Returns the median time of several runs, and the result of the last."""
     times, result = [], None
     for _ in range(repeats):
         start = time.perf_counter()
@@ -104,59 +105,59 @@ def median_s(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def row(stage: str, tokens: int, seconds: float, filled: float | None = None) -> Row:
-    """A measurement with its rate."""
+    """Returns a measurement with its rate."""
     return Row(stage, tokens, round(seconds, 4), round(tokens / seconds), filled)
 
 
-def encoded(rows: Rows, tokenizer: data.Tokenizer) -> int:
-    """How many tokens the library makes of the texts, when asked for them as the corpus asks."""
+def count_encoded_tokens(rows: Rows, tokenizer: data.Tokenizer) -> int:
+    """Returns the tokens of the texts, encoded in the same batches as by the dataset."""
     words = [row["text"] for row in rows]
     parts = (words[start : start + 1000] for start in range(0, len(words), 1000))
     return sum(
-        len(made)
+        len(encoding)
         for part in parts
-        for made in tokenizer.without_special_tokens.encode_batch_fast(part)
+        for encoding in tokenizer.without_special_tokens.encode_batch_fast(part)
     )
 
 
-def made(stream: data.BatchStream) -> tuple[int, int]:
-    """The tokens and the places of an epoch's batches, made ahead as a trainer has them made."""
+def count_batch_tokens(stream: data.BatchStream) -> tuple[int, int]:
+    """Returns the tokens and positions of an epoch's batches, prefetched as in training."""
     tokens = places = 0
     with data.prefetch(stream.batches(epochs=1), lambda item: item[1].arrays) as batches:
         for batch in batches:
-            tokens += int(np.count_nonzero(batch.segments))
-            places += batch.segments.size
+            tokens += int(np.count_nonzero(batch.segment_ids))
+            places += batch.segment_ids.size
     return tokens, places
 
 
 def measure(rows: Rows, vocabulary: int, repeats: int) -> list[Row]:
-    """Every stage, one after the other."""
-    tokenizer = trained(rows, vocabulary)
-    seconds, tokens = median_s(lambda: encoded(rows, tokenizer), repeats)
+    """Measures every stage."""
+    tokenizer = train_tokenizer(rows, vocabulary)
+    seconds, tokens = median_s(lambda: count_encoded_tokens(rows, tokenizer), repeats)
     found = [row("encode_batch_fast alone", tokens, seconds)]
     reading = data.TokenizeConfig(max_seq_length=LONGEST, truncation="split")
     table = datasets.Dataset.from_list(rows)
-    seconds, corpus = median_s(lambda: data.tokenize_texts(table, tokenizer, reading), repeats)
-    found.append(row("rows to a corpus", corpus.report.tokens, seconds))
+    seconds, dataset = median_s(lambda: data.tokenize_texts(table, tokenizer, reading), repeats)
+    found.append(row("rows to a corpus", dataset.stats.tokens, seconds))
     for count, length in SHAPES:
         batching = data.BatchConfig(batch_size=count, seq_length=length)
-        plan = lambda b=batching: data.plan_epoch([corpus.lengths()], b, seed=0, epoch=0)
+        plan = lambda b=batching: data.plan_epoch([dataset.example_lengths()], b, seed=0, epoch=0)
         seconds, _ = median_s(plan, repeats)
-        found.append(row(f"plan {count} x {length}", corpus.report.tokens, seconds))
-        stream = data.BatchStream([corpus], batching)
-        seconds, (tokens, places) = median_s(lambda s=stream: made(s), repeats)
+        found.append(row(f"plan {count} x {length}", dataset.stats.tokens, seconds))
+        stream = data.BatchStream([dataset], batching)
+        seconds, (tokens, places) = median_s(lambda s=stream: count_batch_tokens(s), repeats)
         found.append(row(f"batches {count} x {length}", tokens, seconds, round(tokens / places, 4)))
     return found
 
 
 def command(output: pathlib.Path) -> str:
-    """How the program was called; of where it wrote, the file's name only."""
+    """Returns the command, with the name of the output file only."""
     words = [output.name if word == str(output) else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/input_pipeline.py", *words])
+    return " ".join(["python -m benchmarks.speed.input_pipeline", *words])
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Returns the rows as text."""
     lines = [f"{'stage':26} {'tokens':>12} {'seconds':>9} {'tokens/s':>12} {'filled':>8}"]
     for each in rows:
         filled = "-" if each.filled is None else f"{each.filled:.2%}"

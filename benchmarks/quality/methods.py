@@ -1,14 +1,14 @@
-"""What each family learns of the quickstart's task, and with how many trained parameters.
+"""Test accuracy and trainable parameters of each adapter family on the quickstart's task.
 
-Prints a table and writes JSON after every family. Everything is as in `examples/quickstart.py`
-but the adapter, its optimizer and its learning rate. Of two rates that one is taken which has the
-lower loss on a tenth of the training texts, after as many epochs on the beginnings of the others.
-To see it work on a CPU in a few minutes:
-`python benchmarks/family_accuracy.py --tiny`; the committed figures:
-`python benchmarks/family_accuracy.py --output benchmarks/results/family_accuracy.json`.
+Prints a table and writes JSON after every family. Everything is as in `examples/quickstart.py`,
+except the adapter, its optimizer and its learning rate. Of two rates, the one with the lower loss
+on a tenth of the training texts is used, after as many epochs on the beginnings of the others.
+As a check on a CPU in a few minutes:
+`python -m benchmarks.quality.methods --tiny`; the committed figures:
+`python -m benchmarks.quality.methods --output benchmarks/results/family_accuracy.json`.
 
-It is one run of each with one seed, on a few hundred test texts: two families whose accuracies
-differ by less than two of the standard errors that the JSON holds may as well be equal.
+Each family has one run with one seed, on a few hundred test texts: accuracies within two of the
+standard errors in the JSON do not differ significantly.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from jlora.adapters.base import AdapterConfig, count_trainable_elements
 from jlora.adapters.sora import SoRALeaf
 
 Adapter = Mapping[str, Any]
-Batch = Any  # The quickstart's.
+Batch = Any  # That of the quickstart.
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 KERNELS = r"layer_\d+/.*/kernel"
 HEAD_RATE = 2e-3  # The same for every family.
 BALANCE = 0.01  # The factor of the mixture's load-balancing loss, zero for all others.
 
 
-def script(path: pathlib.Path) -> Any:
-    """A script as a module."""
+def load_script(path: pathlib.Path) -> Any:
+    """Returns a script as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -61,15 +61,14 @@ def script(path: pathlib.Path) -> Any:
     return module
 
 
-quickstart = script(ROOT / "examples/quickstart.py")
+quickstart = load_script(ROOT / "examples/quickstart.py")
 
-
-WHOLE = quickstart.Settings()
+FULL = quickstart.Settings()
 TINY = dataclasses.replace(quickstart.TINY, texts_per_package=6)
 
 
-def searched(settings: Any) -> Any:
-    """The same for the comparison of learning rates, with texts cut to the least length."""
+def search_settings(settings: Any) -> Any:
+    """Returns the settings for learning rates, with texts truncated to the shortest length."""
     return dataclasses.replace(settings, lengths=settings.lengths[:1])
 
 
@@ -77,18 +76,18 @@ def searched(settings: Any) -> Any:
 
 
 def adam(rate: jax.Array, steps: int) -> optax.GradientTransformation:
-    """Adam on what the family trains."""
+    """Returns Adam for the trainable parameters of a family."""
     del steps
     return jlora.lora_optimizer(optax.adam(rate))
 
 
 def adam_with(ratios: Mapping[str, float]) -> Callable[..., optax.GradientTransformation]:
-    """Adam with learning rates of their own for some labels."""
+    """Returns Adam with multipliers of the learning rate for some labels."""
     return lambda rate, steps: jlora.lora_optimizer(optax.adam(rate), lr_multipliers=ratios)
 
 
 def adam_with_budget(rate: jax.Array, steps: int) -> optax.GradientTransformation:
-    """Adam under AdaLoRA's budget, two thirds of the ranks in the end."""
+    """Returns Adam with AdaLoRA's budget, two thirds of the ranks at the end."""
     return jlora.adalora_rank_allocator(
         adam(rate, steps),
         target_rank=8,
@@ -99,10 +98,10 @@ def adam_with_budget(rate: jax.Array, steps: int) -> optax.GradientTransformatio
 
 
 def adam_with_threshold(rate: jax.Array, steps: int) -> optax.GradientTransformation:
-    """Adam and SoRA's proximal step, for a penalty of 0.3 on the absolute gates.
+    """Returns Adam and SoRA's proximal step, for a penalty of 0.3 on the absolute gates.
 
-    Adam's steps are of about the learning rate whatever the gradient, so a penalty of one would
-    close every gate; and gates start at one, which takes them ten times the rate to leave in time.
+    Adam's steps are about the learning rate for any gradient, so a penalty of one would close every
+    gate; and gates start at one, which requires ten times the rate to change in time.
     """
     del steps
     optimizer = jlora.lora_optimizer(optax.adam(rate), lr_multipliers={"gate": 10})
@@ -110,25 +109,25 @@ def adam_with_threshold(rate: jax.Array, steps: int) -> optax.GradientTransforma
 
 
 def no_penalty(adapter: Adapter) -> jax.Array:
-    """Nothing that a family adds to the loss."""
+    """Returns zero: no penalty."""
     del adapter
     return jnp.zeros(())
 
 
 def same_base(params: Any, adapter: Adapter) -> Any:
-    """The encoder as it is."""
+    """Returns the encoder unchanged."""
     del adapter
     return params
 
 
 def no_figures(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[str, float]:
-    """Nothing that only one family has."""
+    """Returns no further figures."""
     del adapter, accuracy_of
     return {}
 
 
 def at_lower_ranks(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[str, float]:
-    """DyLoRA's test accuracy with its first ranks alone."""
+    """Returns DyLoRA's test accuracy with only its first ranks."""
     return {
         f"test_accuracy_rank_{rank}": accuracy_of(jlora.truncate_rank(adapter, rank))
         for rank in (1, 2, 4)
@@ -136,7 +135,7 @@ def at_lower_ranks(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) ->
 
 
 def pruned(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[str, float]:
-    """How many ranks AdaLoRA or SoRA set to zero, and the test accuracy without them."""
+    """Returns the fraction of ranks that AdaLoRA or SoRA set to zero, and the accuracy without."""
     leaves = adapter.values()
     gates = [leaf.gate for leaf in leaves if isinstance(leaf, SoRALeaf)]
     gates += [leaf.s for leaf in leaves if isinstance(leaf, AdaLoRALeaf)]
@@ -151,15 +150,15 @@ class Family(NamedTuple):
     """One row of the table.
 
     Attributes:
-        name: What the table calls it.
-        config: The rule for every weight that the pattern matches.
-        rates: The learning rates that are compared.
-        pattern: Of the adapted weights.
-        optimizer: `(learning rate now, steps)` to the optimizer of the adapter.
-        penalty: What is added to the loss.
-        base: `(params, fresh adapter)` to the encoder that the adapter belongs on.
-        mergeable: Whether there is a merged encoder to compare with.
-        figures: `(adapter, accuracy of an adapter once merged)` to what else is reported.
+        name: Name in the table.
+        config: Adapter config of every weight that the pattern matches.
+        rates: Learning rates to compare.
+        pattern: Pattern of the adapted weights.
+        optimizer: Function `(current learning rate, steps)` to the adapter's optimizer.
+        penalty: Function of the adapter, added to the loss.
+        base: Function `(params, initial adapter)` to the parameters of the adapter's base.
+        mergeable: True if the adapter can be merged.
+        figures: Function `(adapter, accuracy of a merged adapter)` to further figures.
     """
 
     name: str
@@ -205,7 +204,7 @@ FAMILIES = (
     Family("LoHa", jlora.LoHa(rank=4, alpha=8.0), (1e-2, 2e-2)),
     Family("LoKr", jlora.LoKr(rank=8, alpha=16.0), (1e-2, 2e-2)),
     Family("HiRA", jlora.HiRA(rank=8), (1e-2, 3e-2)),
-    # On weights as small as these a fresh adapter of the default deviation does harm.
+    # On weights this small, an initial adapter of the default deviation reduces the accuracy.
     Family("FourierFT", jlora.FourierFT(num_frequencies=200, std=0.0), (3e-2, 1e-1)),
     Family("IA3", jlora.IA3(), (2e-2, 5e-2)),
     Family(
@@ -229,48 +228,55 @@ FAMILIES = (
 
 
 def is_validation(text: str) -> bool:
-    """Whether learning rates are judged by a training text, one in ten: its hash tells."""
+    """Returns True for one training text in ten, by its hash, for validation."""
     return hashlib.sha256(text.encode()).digest()[1] < 256 // 10
 
 
 class Split(NamedTuple):
-    """Texts to train on and texts to judge by, and the head that training starts from."""
+    """Training and evaluation batches, and the initial head.
 
-    plan: list[Batch]  # What training steps on, in order.
-    judged: list[Batch]
-    labels: np.ndarray  # Of what is judged.
+    Attributes:
+        plan: Batches of the training steps, in order.
+        eval_batches: Batches to evaluate on.
+        labels: Labels of the evaluation batches, (texts,).
+        head: Initial head.
+    """
+
+    plan: list[Batch]
+    eval_batches: list[Batch]
+    labels: np.ndarray
     head: Any
 
 
-def prepared(
+def prepare_split(
     train: datasets.Dataset,
-    judged: datasets.Dataset,
+    evaluation: datasets.Dataset,
     settings: Any,
     encode: Callable[..., jax.Array],
 ) -> Split:
-    """The batches of two datasets, and the head fitted on what `encode(ids, mask)` returns."""
+    """Returns the batches of two datasets, and a head fitted on `encode(ids, mask)`."""
     rng = np.random.default_rng(0)
     plan = [b for _ in range(settings.epochs) for b in quickstart.batches(train, settings, rng)]
     in_order = quickstart.batches(train, settings)
     features = quickstart.features_of(encode, in_order)
     head = quickstart.fitted_head(features, quickstart.labels_of(in_order))
-    judged_batches = quickstart.batches(judged, settings)
-    return Split(plan, judged_batches, quickstart.labels_of(judged_batches), head)
+    eval_batches = quickstart.batches(evaluation, settings)
+    return Split(plan, eval_batches, quickstart.labels_of(eval_batches), head)
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
-    """What a step replaces."""
+    """Training state."""
 
     trained: Any  # {"adapter": ..., "head": ...}
     adapter_optimizer: optax.OptState
     head_optimizer: optax.OptState
 
 
-class Course(NamedTuple):
-    """What training measured."""
+class TrainingRun(NamedTuple):
+    """Measurements of a training run."""
 
     losses: list[float]  # nats, of each step, without penalties
     seconds: float  # of all steps, each taken at the median of its length
@@ -278,7 +284,7 @@ class Course(NamedTuple):
 
 
 class Trainer:
-    """One family on the encoder, with its compiled steps."""
+    """Training of one family on the encoder, with its compiled steps."""
 
     def __init__(self, family: Family, model: Any, params: Any, example: Batch) -> None:
         self.family = family
@@ -288,8 +294,8 @@ class Trainer:
         self.encode = quickstart.pooled(self.lora.apply)
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def train(self, plan: list[Batch], head: Any, rate: float) -> tuple[Any, Course]:
-        """The trained `{"adapter", "head"}` after a step on every batch, and how it went."""
+    def train(self, plan: list[Batch], head: Any, rate: float) -> tuple[Any, TrainingRun]:
+        """Trains one step per batch; returns `{"adapter", "head"}` and the measurements."""
         steps = len(plan)
         state = State(
             {"adapter": self.fresh, "head": head},
@@ -307,10 +313,10 @@ class Trainer:
             losses.append(float(loss))
             seconds[batch.ids.shape[1]].append(time.perf_counter() - before)
         total = sum(len(some) * statistics.median(some) for some in seconds.values())
-        return state.trained, Course(losses, total, compiled - start)
+        return state.trained, TrainingRun(losses, total, compiled - start)
 
     def _program(self, steps: int, state: State, batch: Batch) -> Callable[..., Any]:
-        """The step compiled for the batch's length, once for every number of steps."""
+        """Returns the step compiled for the batch's length and the number of steps."""
         key = steps, batch.ids.shape
         if key not in self._compiled:
             step = jax.jit(functools.partial(self._step, steps))
@@ -327,7 +333,7 @@ class Trainer:
         number: jax.Array,
         rate: jax.Array,
     ) -> tuple[State, jax.Array]:
-        risen = jnp.asarray(
+        scale = jnp.asarray(
             optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)(number)
         )
         key = jax.random.fold_in(jax.random.key(1), number)
@@ -347,10 +353,10 @@ class Trainer:
         (_, error), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained)
         clip = optax.clip_by_global_norm(1.0)
         clipped: Any = clip.update(gradient, clip.init(gradient))[0]
-        adapter_updates, adapter_optimizer = self.family.optimizer(rate * risen, steps).update(
+        adapter_updates, adapter_optimizer = self.family.optimizer(rate * scale, steps).update(
             clipped["adapter"], state.adapter_optimizer, state.trained["adapter"]
         )
-        head_updates, head_optimizer = optax.adam(HEAD_RATE * risen).update(
+        head_updates, head_optimizer = optax.adam(HEAD_RATE * scale).update(
             clipped["head"], state.head_optimizer
         )
         updates = {"adapter": adapter_updates, "head": head_updates}
@@ -358,37 +364,37 @@ class Trainer:
         return State(trained, adapter_optimizer, head_optimizer), error
 
     def features(self, adapter: Adapter, batches: list[Batch]) -> jax.Array:
-        """The mean hidden states (texts, width) of the adapted encoder."""
+        """Returns the mean hidden states (texts, width) of the adapted encoder."""
         return quickstart.features_of(functools.partial(self.encode, self.params, adapter), batches)
 
 
 class Trial(NamedTuple):
-    """What one learning rate came to; None where it is not finite."""
+    """Validation result of one learning rate; the loss is None if not finite."""
 
     learning_rate: float
     validation_loss: float | None  # nats
     validation_accuracy: float
 
 
-def trial(trainer: Trainer, split: Split, rate: float) -> Trial:
-    """What a learning rate comes to."""
+def run_trial(trainer: Trainer, split: Split, rate: float) -> Trial:
+    """Trains and evaluates one learning rate."""
     trained, _ = trainer.train(split.plan, split.head, rate)
-    features = trainer.features(trained["adapter"], split.judged)
+    features = trainer.features(trained["adapter"], split.eval_batches)
     scores = quickstart.scores_of(trained["head"], features)
     loss = optax.softmax_cross_entropy_with_integer_labels(scores, split.labels).mean()
     accuracy = quickstart.accuracy(trained["head"], features, split.labels)
     return Trial(rate, float(loss) if jnp.isfinite(loss) else None, accuracy)
 
 
-def best(trials: list[Trial]) -> float:
-    """The learning rate of the least loss.
+def best_rate(trials: list[Trial]) -> float:
+    """Returns the learning rate of the lowest loss.
 
     Raises:
-        FloatingPointError: No loss is finite.
+        FloatingPointError: If no loss is finite.
     """
     finite = [(t.validation_loss, t.learning_rate) for t in trials if t.validation_loss is not None]
     if not finite:
-        raise FloatingPointError(f"No learning rate leads to a finite loss: {trials}.")
+        raise FloatingPointError(f"No learning rate has a finite loss: {trials}.")
     return min(finite)[1]
 
 
@@ -397,19 +403,24 @@ def best(trials: list[Trial]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one family came to.
+    """Result of one family.
 
     Attributes:
-        adapter_parameters: How many numbers of the adapter are trained.
-        trained_parameters: The same with the head.
-        seconds: Of the training steps, each taken at the median of its length; compiling them and
-            the search are not in it.
-        last_loss: Mean training loss, in nats and with smoothed labels, of the last 20 steps.
-        merged_minus_adapted_max_abs: Between the mean hidden states of the test texts; None where
-            there is no merged encoder.
-        learning_rate: The highest, of the adapter; it rises and falls as in the quickstart.
-        trials: What it was chosen from.
-        figures: What only this family has.
+        family: Name of the family.
+        test_accuracy: Accuracy on the test texts.
+        adapter_parameters: Number of trainable parameters of the adapter.
+        trained_parameters: Number of trainable parameters with the head.
+        seconds: Time of the training steps, each at the median of its length, without compilation
+            and search.
+        compile_seconds: Time of compilation.
+        last_loss: Mean training loss in nats, with smoothed labels, of the last 20 steps.
+        merged_minus_adapted_max_abs: Largest difference of the mean hidden states of the test
+            texts; None if the adapter cannot be merged.
+        learning_rate: Peak learning rate of the adapter; its schedule is that of the quickstart.
+        pattern: Pattern of the adapted weights.
+        config: Adapter config.
+        trials: Trials of the learning rates.
+        figures: Further figures of this family.
     """
 
     family: str
@@ -433,33 +444,33 @@ def measure(
     params: Any,
     encode: Callable[..., jax.Array],
     search: Split,
-    whole: Split,
+    full: Split,
 ) -> Row:
-    """One family: its learning rate chosen, trained on all training texts, tested.
+    """Selects the learning rate of a family, trains on all training texts, and tests.
 
     Args:
-        family: What to train.
-        model: The encoder.
-        params: Its weights.
-        encode: The compiled `(params, ids, mask)` to mean hidden states, without an adapter.
-        search: The training texts alone, some of them to judge by.
-        whole: The training texts, and the test texts to judge by.
+        family: Family to train.
+        model: Encoder.
+        params: Parameters of the encoder.
+        encode: Compiled `(params, ids, mask)` to mean hidden states, without an adapter.
+        search: Split of the training texts, for the learning rate.
+        full: Split of all training texts and the test texts.
     """
-    trainer = Trainer(family, model, params, whole.judged[0])
-    trials = [trial(trainer, search, rate) for rate in family.rates]
-    rate = best(trials)
-    trained, course = trainer.train(whole.plan, whole.head, rate)
-    if not np.isfinite(course.losses).all():
+    trainer = Trainer(family, model, params, full.eval_batches[0])
+    trials = [run_trial(trainer, search, rate) for rate in family.rates]
+    rate = best_rate(trials)
+    trained, run_result = trainer.train(full.plan, full.head, rate)
+    if not np.isfinite(run_result.losses).all():
         raise FloatingPointError(f"The loss of {family.name} is not finite at the rate {rate}.")
     adapter, head = trained["adapter"], trained["head"]
-    features = trainer.features(adapter, whole.judged)
+    features = trainer.features(adapter, full.eval_batches)
 
     def merged_features(adapter: Adapter) -> jax.Array:
         merged = trainer.lora.merge(trainer.params, dict(adapter))
-        return quickstart.features_of(functools.partial(encode, merged), whole.judged)
+        return quickstart.features_of(functools.partial(encode, merged), full.eval_batches)
 
     def merged_accuracy(adapter: Adapter) -> float:
-        return quickstart.accuracy(head, merged_features(adapter), whole.labels)
+        return quickstart.accuracy(head, merged_features(adapter), full.labels)
 
     difference = None
     if family.mergeable:
@@ -467,12 +478,12 @@ def measure(
     size = sum(map(count_trainable_elements, adapter.values()))
     return Row(
         family=family.name,
-        test_accuracy=quickstart.accuracy(head, features, whole.labels),
+        test_accuracy=quickstart.accuracy(head, features, full.labels),
         adapter_parameters=size,
         trained_parameters=size + quickstart.count(head),
-        seconds=round(course.seconds, 1),
-        compile_seconds=round(course.compile_seconds, 1),
-        last_loss=float(np.mean(course.losses[-20:])),
+        seconds=round(run_result.seconds, 1),
+        compile_seconds=round(run_result.compile_seconds, 1),
+        last_loss=float(np.mean(run_result.losses[-20:])),
         merged_minus_adapted_max_abs=difference,
         learning_rate=rate,
         pattern=family.pattern,
@@ -488,8 +499,8 @@ HEADER = (
 )
 
 
-def line(row: Row) -> str:
-    """The row as text."""
+def format_row(row: Row) -> str:
+    """Returns the row as text."""
     difference, rate = row.merged_minus_adapted_max_abs, row.learning_rate
     text = (
         f"{row.family:18}{row.test_accuracy:14.3f}{row.adapter_parameters:12,}"
@@ -502,15 +513,15 @@ def line(row: Row) -> str:
 
 
 def command(output: pathlib.Path) -> str:
-    """How the program was called; of where it wrote, the file's name only."""
+    """Returns the command, with the name of the output file only."""
     words = [output.name if word == str(output) else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/family_accuracy.py", *words])
+    return " ".join(["python -m benchmarks.quality.methods", *words])
 
 
 def run(
     settings: Any, families: list[Family], output: pathlib.Path | None, earlier: list[Row]
 ) -> None:
-    """Measures the families, and writes what is known after each, with the `earlier` rows."""
+    """Measures the families, and writes all rows with the `earlier` ones after each."""
     checkpoint = quickstart.find_checkpoint()
     model, params = jlora.models.load(checkpoint)
     texts = quickstart.load_texts(settings.texts_per_package)
@@ -519,40 +530,40 @@ def run(
     frozen = functools.partial(encode, params)
 
     start = time.perf_counter()
-    whole = prepared(texts["train"], texts["test"], settings, frozen)
+    full = prepare_split(texts["train"], texts["test"], settings, frozen)
     head_seconds = time.perf_counter() - start
     held_out = np.array([is_validation(text) for text in texts["train"]["text"]])
-    short = searched(settings)
+    short = search_settings(settings)
     cut = quickstart.tokenised(texts, checkpoint, short.lengths[-1])["train"]
     fit, validation = (cut.select(np.flatnonzero(held_out == side)) for side in (False, True))
-    search = prepared(fit, validation, short, frozen)
+    search = prepare_split(fit, validation, short, frozen)
 
-    test_features = quickstart.features_of(frozen, whole.judged)
-    frozen_accuracy = quickstart.accuracy(whole.head, test_features, whole.labels)
-    count = quickstart.count(whole.head)
+    test_features = quickstart.features_of(frozen, full.eval_batches)
+    frozen_accuracy = quickstart.accuracy(full.head, test_features, full.labels)
+    count = quickstart.count(full.head)
     rows = [Row("frozen encoder", frozen_accuracy, 0, count, round(head_seconds, 1))]
     train_labels = np.array(texts["train"]["label"])
-    majority = float(np.mean(whole.labels == np.bincount(train_labels).argmax()))
+    majority = float(np.mean(full.labels == np.bincount(train_labels).argmax()))
     order = ["frozen encoder", *(family.name for family in FAMILIES)]
 
-    def place(row: Row) -> int:
+    def row_order(row: Row) -> int:
         return order.index(row.family)
 
-    print(f"{len(train_labels):,} training texts, {len(whole.labels):,} test texts")
-    print(f"{len(whole.plan):,} steps, most frequent package {majority:.3f}")
+    print(f"{len(train_labels):,} training texts, {len(full.labels):,} test texts")
+    print(f"{len(full.plan):,} steps, most frequent package {majority:.3f}")
     print(HEADER)
-    print(line(rows[0]), flush=True)
+    print(format_row(rows[0]), flush=True)
     rows += earlier
     for family in families:
-        rows.append(measure(family, model, params, encode, search, whole))
-        print(line(rows[-1]), flush=True)
+        rows.append(measure(family, model, params, encode, search, full))
+        print(format_row(rows[-1]), flush=True)
         if output:
             result = {
                 "command": command(output),
                 "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
                 "versions": quickstart.versions(),
                 "texts": {split: len(texts[split]) for split in texts},
-                "steps": len(whole.plan),
+                "steps": len(full.plan),
                 "settings": {
                     **dataclasses.asdict(settings),
                     "learning_rate": "each family's own",
@@ -570,24 +581,24 @@ def run(
                 },
                 "most_frequent_package": majority,
                 "standard_error": math.sqrt(
-                    frozen_accuracy * (1 - frozen_accuracy) / len(whole.labels)
+                    frozen_accuracy * (1 - frozen_accuracy) / len(full.labels)
                 ),
-                "rows": [dataclasses.asdict(row) for row in sorted(rows, key=place)],
+                "rows": [dataclasses.asdict(row) for row in sorted(rows, key=row_order)],
             }
             output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def main() -> None:
-    """Measures the families asked for."""
+    """Measures the requested families."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, to see it work")
+    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, as a check")
     names = [family.name for family in FAMILIES]
     parser.add_argument("--families", nargs="+", choices=names, default=names)
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to write")
     parser.add_argument("--append", action="store_true", help="keep the other rows of that file")
     options = parser.parse_args()
     if options.append and not options.output:
-        parser.error("--append needs --output: the file whose rows are kept.")
+        parser.error("--append requires --output, the file whose rows are kept.")
     datasets.disable_progress_bars()
     chosen = [family for family in FAMILIES if family.name in options.families]
     earlier = []
@@ -595,7 +606,7 @@ def main() -> None:
         kept = set(names).difference(options.families)
         rows = json.loads(options.output.read_text())["rows"]
         earlier = [Row(**row) for row in rows if row["family"] in kept]
-    run(TINY if options.tiny else WHOLE, chosen, options.output, earlier)
+    run(TINY if options.tiny else FULL, chosen, options.output, earlier)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""One LoRA training step on one H100 80GB: jlora and its peers, measured alike."""

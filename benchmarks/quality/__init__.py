@@ -1,0 +1,1 @@
+"""Accuracy of the adapter methods on the same task."""

@@ -1,0 +1,360 @@
+"""Training step of a recipe over several GPUs of one host, compared with one GPU.
+
+On a CPU, in seconds, with XLA_FLAGS=--xla_force_host_platform_device_count=2:
+`python -m benchmarks.speed.multi_gpu --tiny --mesh fsdp=2`. On GPUs:
+`python -m benchmarks.speed.multi_gpu --shape 8b --mesh fsdp=2 --output 8b_fsdp2.json`, with one
+process for each row, so that the memory peak belongs to that row.
+
+Model, sharding, task, optimizer and step are those of `jlora train` with a recipe; only the weights
+are random. With `--restored-from data=1`, the state is first written as a checkpoint on that mesh
+and restored on this one. `python -m benchmarks.speed._tables` prints the tables of
+benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.speed import _common
+from benchmarks.speed.train_step import LIBRARIES, SCHEMES, random_matrices
+from jlora import _quantized_array, _tree
+from jlora.optim.multi_transform import partition
+from jlora.planning import hlo_cost
+from jlora.training import recipe as recipes
+from jlora.training import sharding
+from jlora.training.checkpointing import CheckpointManager
+from jlora.training.data.batch_stream import LMBatch
+from jlora.training.setup import Setup, build_setup
+from jlora.training.train_step import TrainState, init_train_state
+
+# FLOP/s of dense bfloat16 products at the boost clock, by device name. NVIDIA H100 and H200 Tensor
+# Core GPU datasheets, SXM; their figures with sparsity are twice these.
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+
+
+def make_config(shape: _common.Shape) -> dict[str, Any]:
+    """Returns the config.json of a Llama of this shape."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": 8192,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+
+
+def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any) -> Any:
+    """Returns the recipe of the step, whose base is a folder with only a config.json."""
+    shape = _common.SHAPES[options.shape]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(make_config(shape)))
+    quantize = {} if options.quantize == "none" else {"quantize": {"scheme": options.quantize}}
+    return recipes.validate(
+        {
+            "output": str(folder / "run"),
+            "model": {
+                "path": str(folder),
+                "dtype": "bfloat16",
+                "compute_dtype": "float32" if options.float32 else "bfloat16",
+                "scan_layers": options.stacked,
+                "remat_policy": options.remat_policy,
+            },
+            "adapter": {"rank": _common.RANK, "alpha": float(_common.ALPHA)},
+            "data": {
+                "train": [{"path": "none.txt", "format": "text"}],
+                "max_seq_length": options.length or shape.length,
+            },
+            "batch": {"size": rows},
+            "optimizer": {
+                "learning_rate": _common.LEARNING_RATE,
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+            },
+            "training": {"steps": 10_000},
+            "mesh": sizes,
+            **quantize,
+        }
+    )
+
+
+# --- arrays with the shardings of the recipe -----------------------------------------------------
+
+
+def random_base(abstract: Any, scheme: Any) -> Any:
+    """Returns random weights for abstract ones, each created with its sharding.
+
+    The values of a weight do not depend on its sharding.
+    """
+    flat = _tree.flatten_with_paths(abstract)
+    keys = jax.random.split(jax.random.key(1), len(flat.paths))
+    weights = zip(keys, flat.paths, flat.leaves, strict=True)
+    return jax.tree.unflatten(
+        flat.treedef, [_random_weight(key, path, leaf, scheme) for key, path, leaf in weights]
+    )
+
+
+def _random_weight(key: jax.Array, path: str, like: Any, scheme: Any) -> Any:
+    arrays, treedef = jax.tree.flatten(like)
+    shardings = tuple(array.sharding for array in arrays)
+    if path.endswith("scale"):
+        return jnp.ones(like.shape, like.dtype, device=shardings[0])
+    scheme = scheme if _quantized_array.is_quantized(like) else None
+    return _compiled_random_matrices(like.shape, scheme, treedef, shardings)(key)
+
+
+@functools.cache  # A decoder has few shapes.
+def _compiled_random_matrices(
+    shape: tuple[int, ...], scheme: Any, treedef: Any, shardings: Any
+) -> Any:
+    out_shardings = jax.tree.unflatten(treedef, shardings)
+    return jax.jit(lambda key: random_matrices(key, shape, scheme), out_shardings=out_shardings)
+
+
+def init_state(setup: Setup, base: Any) -> tuple[TrainState, Any]:
+    """Returns the initial state, with the recipe's shardings, and the adapter's frozen part."""
+
+    def fresh(key: jax.Array, base: Any) -> Any:
+        trained, frozen = partition(
+            setup.objective.lora.init(key, base, *setup.objective.example_inputs)
+        )
+        return init_train_state({"adapter": trained}, setup.optimizer), frozen
+
+    abstract = (setup.state, setup.frozen["adapter"])
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    with sharding.use_mesh(setup.mesh):
+        return jax.jit(fresh, out_shardings=shardings)(jax.random.key(2), base)
+
+
+def random_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch:
+    """Returns full rows of random tokens, the same on every mesh."""
+    text = np.random.default_rng(3).integers(0, vocabulary, (1, rows, length + 1), np.int32)
+    ones = np.ones((1, rows, length), np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
+    batch = LMBatch(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
+    batch_sharding = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+    return jax.tree.map(lambda array: jax.device_put(array, batch_sharding), batch)
+
+
+class MeshRun:
+    """A recipe's step with all of its arguments on a mesh."""
+
+    def __init__(self, sizes: dict[str, int], rows: int, options: Any, folder: pathlib.Path):
+        devices = jax.devices()[: math.prod(sizes.values())]
+        recipe = make_recipe(folder, sizes, rows, options)
+        self.mesh = sharding.make_mesh(sizes, devices)
+        sharding.check_batch_size(self.mesh, rows)
+        self.setup = build_setup(
+            recipe, self.mesh, total_steps=recipe.training.steps or 0, abstract=True
+        )
+        base = random_base(self.setup.frozen["base"], SCHEMES[options.quantize])
+        self.state, adapter = init_state(self.setup, base)
+        self.frozen = {"base": base, "adapter": adapter}
+        vocabulary = _common.SHAPES[options.shape].vocabulary
+        self.batch = random_batch(self.mesh, rows, recipe.data.max_seq_length, vocabulary)
+
+    def compile(self) -> Any:
+        """Returns the compiled `(state, frozen, batch, key)` to the next state and metrics."""
+        arguments = (self.state, self.frozen, self.batch, jax.random.key(4))
+        return self.setup.train_step.lower(*arguments).compile()
+
+    def advance(self, compiled: Any) -> jax.Array:
+        """Runs one step and returns its loss, possibly still in computation."""
+        self.state, metrics = compiled(self.state, self.frozen, self.batch, jax.random.key(4))
+        return metrics.loss
+
+    def advance_steps(self, compiled: Any, steps: int) -> list[float]:
+        """Runs several steps and returns their losses."""
+        losses = [self.advance(compiled) for _ in range(steps)]
+        return [float(loss) for loss in losses]
+
+
+# --- the row -------------------------------------------------------------------------------------
+
+
+def useful_flops(shape: _common.Shape, rows: int, length: int) -> float:
+    """Returns the FLOPs of a step that losses and factor gradients require.
+
+    A product with a frozen matrix counts forward, and once backward for its input (the matrix has
+    no gradient); one with factors also for their gradients; attention counts with its causal mask,
+    its two products having four in the backward pass. Rematerialization does not count.
+    """
+    tokens = rows * length
+    matrices = shape.layers * sum(math.prod(sides) for sides in shape.projections.values())
+    matrices += shape.width * shape.vocabulary
+    # Half of all other tokens for each token, and two operations for each element of a pair.
+    attention = shape.layers * shape.heads * shape.head_dim * length
+    return float(tokens * (4 * matrices + 6 * shape.lora_size() + 6 * attention))
+
+
+def list_collectives(compiled: Any) -> list[dict[str, Any]]:
+    """Returns the collectives of a step in the compiled program."""
+    stats = hlo_cost.collect_collective_stats(hlo_cost.parse_hlo(compiled.as_text()))
+    return [{"kind": one.kind, "times": one.executions, "bytes": one.sent_bytes} for one in stats]
+
+
+def peak_flops(device: str) -> float | None:
+    """Returns the peak FLOP/s of a card, or None for one that is not in the table."""
+    return PEAK_FLOPS.get(device)
+
+
+def measure(options: Any) -> _common.Row:
+    """Returns the row of one mesh."""
+    shape = _common.SHAPES[options.shape]
+    sizes = options.mesh
+    cards = math.prod(sizes.values())
+    rows = options.rows or cards * (options.batch or shape.batch)
+    length = options.length or shape.length
+    details: dict[str, Any] = {
+        "mesh": sizes,
+        "cards": cards,
+        "quantize": options.quantize,
+        "compute_dtype": "float32" if options.float32 else "bfloat16",
+        "stacked": options.stacked,
+        "remat_policy": options.remat_policy,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        run = MeshRun(sizes, rows, options, pathlib.Path(folder))
+        if options.restored_from:
+            details["restored"] = restore_from_mesh(run, rows, options, pathlib.Path(folder))
+    compiled = run.compile()
+    losses = run.advance_steps(compiled, options.losses)
+
+    timing = _common.time_steps(
+        lambda: run.advance(compiled),
+        lambda: jax.block_until_ready(run.state),
+        steps=options.steps,
+        repeats=options.repeats,
+    )._replace(loss_before=losses[0])
+    peaks = [_common.peak_gib(device) for device in run.mesh.devices.flat]
+    row = _common.make_row(
+        format_method(options),
+        options,
+        timing,
+        script="benchmarks.speed.multi_gpu",
+        libraries=LIBRARIES,
+        # The other mesh of --restored-from has used memory of its own.
+        peak_gib=None if options.restored_from or None in peaks else max(peaks),  # type: ignore
+        planned_gib=_common.planned_gib(compiled),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(run.state.trainable)),
+        batch=rows,
+        length=length,
+        details=details,
+    )
+    flops = useful_flops(shape, rows, length)
+    # Products in float32 have another peak.
+    peak = None if options.float32 else peak_flops(row.device)
+    details["collectives"] = list_collectives(compiled)
+    details["losses"] = losses
+    details["share_of_peak"] = peak and 1e3 * flops / row.step_ms / (cards * peak)
+    return row
+
+
+def restore_from_mesh(
+    run: MeshRun, rows: int, options: Any, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Saves a state on another mesh after some steps, restores it on this one, and compares.
+
+    Raises:
+        RuntimeError: If an array differs.
+    """
+    other = MeshRun(options.restored_from, rows, options, folder)
+    losses = other.advance_steps(other.compile(), 3)
+    manager = CheckpointManager(folder / "checkpoints", save_total_limit=1)
+    manager.save(3, other.state, {})
+    manager.wait_until_finished()
+    restored = manager.restore(run.state, 3).state
+    manager.close()
+    pairs = zip(jax.tree.leaves(other.state), jax.tree.leaves(restored), strict=True)
+    different = [n for n, (one, two) in enumerate(pairs) if not np.array_equal(one, two)]
+    if different:
+        raise RuntimeError(f"{len(different)} restored arrays differ from the saved ones.")
+    run.state = restored
+    return {"from": options.restored_from, "losses_before": losses, "equal": True}
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the sizes of a mesh's axes from text such as "data=2,fsdp=4".
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is invalid, or there are not enough devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sharding.MESH_AXES or axis in sizes or not size.isdigit() or size == "0":
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a mesh. Use axes of {list(sharding.MESH_AXES)} with sizes, such "
+                f"as fsdp=2 or data=2,tensor=4."
+            )
+        sizes[axis] = int(size)
+    cards = math.prod(sizes.values())
+    if cards > jax.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} requires {cards} devices, but there are {jax.device_count()}."
+        )
+    return {"data": 1, **sizes}
+
+
+def format_mesh(sizes: Mapping[str, int]) -> str:
+    """Returns the axes above one, such as "fsdp=2", or "one card"."""
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one card"
+
+
+def format_method(options: Any) -> str:
+    """Returns the method's name in the row."""
+    extras = [format_mesh(options.mesh)]
+    extras += [options.quantize] * (options.quantize != "none")
+    extras += ["layers in a stack"] * options.stacked
+    extras += [f"remat_policy={options.remat_policy}"] * (options.remat_policy != "none")
+    extras += ["float32"] * options.float32
+    return ", ".join(extras)
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = _common.build_parser(__doc__)
+    parser.add_argument("--mesh", type=parse_mesh, default="data=1", help="such as fsdp=2")
+    parser.add_argument("--quantize", choices=["nf4", "none"], default="none")
+    parser.add_argument("--batch", type=int, help="sequences per card; default: the shape's")
+    parser.add_argument("--rows", type=int, help="sequences of all cards, instead of --batch")
+    parser.add_argument("--length", type=int, help="tokens per sequence; default: the shape's")
+    parser.add_argument("--stacked", action="store_true", help="layers as one scan")
+    policies = ("none", "save_projections", "full")
+    parser.add_argument("--remat-policy", choices=policies, default="none")
+    parser.add_argument("--float32", action="store_true", help="to compare losses, not speed")
+    parser.add_argument("--losses", type=int, default=20, help="first steps with recorded losses")
+    parser.add_argument("--restored-from", type=parse_mesh, help="mesh that saves the checkpoint")
+    options = parser.parse_args()
+    if options.losses < 1:
+        parser.error(f"--losses {options.losses} must be at least 1, to record the first loss.")
+    precision = "highest" if options.float32 else None
+    with jax.default_matmul_precision(precision):
+        _common.finish(measure(options), options.output)
+
+
+if __name__ == "__main__":
+    main()
