@@ -326,17 +326,26 @@ def test_init_empty_weight_raises() -> None:
 def test_apply_static_values_pass_through() -> None:
     lora, adapter = transform(), moved(adapter_for(CONFIG))
     rngs = {"dropout": jax.random.key(3)}
-    output, updates = lora.apply(
-        PARAMS, adapter, TOKENS, train=True, mode="probe", mutable=["batch_stats"], rngs=rngs
-    )
-    assert output["mode"] == "probe"
-    assert output["steps"] == 7
-    merged, expected = MODEL.apply(
-        lora.merge(PARAMS, adapter), TOKENS, True, "probe", mutable=["batch_stats"], rngs=rngs
-    )
+
+    @jax.jit
+    def adapted(params: Any, adapter: Any) -> Any:
+        output, updates = lora.apply(
+            params, adapter, TOKENS, train=True, mode="probe", mutable=["batch_stats"], rngs=rngs
+        )
+        assert output["mode"] == "probe"
+        assert output["steps"] == 7
+        return output["logits"], updates
+
+    @jax.jit
+    def merged(params: Any, adapter: Any) -> Any:
+        output, updates = MODEL.apply(
+            lora.merge(params, adapter), TOKENS, True, "probe", mutable=["batch_stats"], rngs=rngs
+        )
+        return output["logits"], updates
+
     # Float32 through four products.
     chex.assert_trees_all_close(
-        (output["logits"], updates), (merged["logits"], expected), rtol=2e-5, atol=2e-5
+        adapted(PARAMS, adapter), merged(PARAMS, adapter), rtol=2e-5, atol=2e-5
     )
 
 

@@ -145,7 +145,7 @@ class ProgressBar:
         self._console(f"{self._label('eval', str(step))}{text}")
 
     def _eta(self, step: int, now: float) -> str:
-        """Returns the remaining time. The first step, which includes compilation, does not count."""
+        """Returns the remaining time; the first step, which includes compilation, is left out."""
         assert self._first is not None
         first, end_time = self._first
         left = self._total_steps - step

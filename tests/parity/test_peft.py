@@ -241,7 +241,7 @@ def test_vera_shared_layers_match_peft() -> None:
     params = two(tensors)
     config = jlora.VeRA(rank=fields["r"], d_initial=fields["d_initial"])
     vera = jlora.lora_transform(two_layers, {"^(first|second)$": config})
-    adapter = vera.init(jax.random.key(0), params, tensors["input"])
+    adapter = jax.jit(vera.init)(jax.random.key(0), params, tensors["input"])
     for name in ("first", "second"):
         arrays = {key: tensors[f"adapter/{name}/vera_lambda_{key}"] for key in ("d", "b")}
         adapter = filled(adapter, name, arrays)
@@ -260,7 +260,7 @@ def test_vb_lora_shared_layers_match_peft() -> None:
         top_k=fields["topk"],
     )
     vb = jlora.lora_transform(two_layers, {"^(first|second)$": config})
-    adapter = vb.init(jax.random.key(0), params, tensors["input"])
+    adapter = jax.jit(vb.init)(jax.random.key(0), params, tensors["input"])
     for name in ("first", "second"):
         b = tensors[f"adapter/{name}/vblora_logits_B"].transpose(1, 0, 2)
         arrays = {"logits_a": tensors[f"adapter/{name}/vblora_logits_A"], "logits_b": b}
@@ -271,8 +271,9 @@ def test_vb_lora_shared_layers_match_peft() -> None:
 
 def compare(lora_: Any, params: Any, adapter: Any, tensors: Arrays) -> None:
     x = tensors["input"]
-    np.testing.assert_allclose(lora_.apply(params, adapter, x), tensors["output"], **FLOAT32)
-    merged = lora_.merge(params, adapter)
+    output = jax.jit(lora_.apply)(params, adapter, x)
+    np.testing.assert_allclose(output, tensors["output"], **FLOAT32)
+    merged = jax.jit(lora_.merge)(params, adapter)
     for name in ("first", "second"):
         expected = tensors[f"merged/{name}/weight"].T
         np.testing.assert_allclose(merged[name], expected, **FLOAT32)
