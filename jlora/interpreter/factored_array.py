@@ -174,7 +174,9 @@ class FactoredArray:
     def fold_in(self, data: Any) -> FactoredArray:
         """Returns the weight with random keys of its own for a use, or a step of a loop."""
         terms = tuple(term.fold_in(data) for term in self.terms)
-        return dataclasses.replace(self, terms=terms) if terms != self.terms else self
+        if all(new is old for new, old in zip(terms, self.terms, strict=True)):
+            return self
+        return dataclasses.replace(self, terms=terms)
 
     def materialize(self) -> Any:
         """Returns the adapted weight as one array of the base's type.
