@@ -93,7 +93,7 @@ def fuse(
     best = min(singles, key=lambda name: float(loss(singles[name], encoder.params, batch)))
     arguments: Any = (encoder.params, batch)
     start = with_weights(mix, np.full(count, 1 / count))
-    options: Any = {"steps": STEPS, "optimizer": OPTIMIZER}
+    options: Any = {"num_steps": STEPS, "optimizer": OPTIMIZER}
     return {
         "best single adapter": singles[best],
         "LoraHub, 40 tries": lorahub(loss, mix, *arguments, num_trials=40, seed=seed).adapter,

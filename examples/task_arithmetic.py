@@ -6,8 +6,8 @@
 The quickstart's task is split in two: classification among six of the packages, and among the other
 six. Each half has a frozen linear head, fitted to the frozen encoder, and an adapter trained with
 it. A table shows the accuracy on both halves with either adapter, with their sum by several
-methods, and with one of them subtracted, which makes the encoder forget that half. The output folder gets
-the figures and the two adapters.
+methods, and with one of them subtracted, which makes the encoder forget that half. The output
+folder gets the figures and the two adapters.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def prefill(options: Any, model: Decoder, params: Any) -> Sequence[Row]:
     tokens = random_tokens(shape, rows, length)
 
     def next_logits(params: Any, tokens: jax.Array) -> jax.Array:
-        last = model.apply(params, tokens, method="hidden")[:, -1]  # type: ignore[index]
+        last = model.apply(params, tokens, method="hidden_states")[:, -1]  # type: ignore[index]
         return (last @ params["params"]["head"]).astype(jnp.float32)
 
     lora = jlora.lora_transform(next_logits, {WEIGHTS[options.weights]: CONFIG})
