@@ -37,9 +37,7 @@ import optax
 
 import jlora
 import jlora.models
-from jlora.adapters.adalora import AdaLoRALeaf
-from jlora.adapters.base import AdapterConfig, count_trainable_elements
-from jlora.adapters.sora import SoRALeaf
+from jlora.adapters import AdapterConfig
 
 Adapter = Mapping[str, Any]
 Batch = Any  # That of the quickstart.
@@ -136,9 +134,8 @@ def at_lower_ranks(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) ->
 
 def pruned(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[str, float]:
     """Returns the fraction of ranks that AdaLoRA or SoRA set to zero, and the accuracy without."""
-    leaves = adapter.values()
-    gates = [leaf.gate for leaf in leaves if isinstance(leaf, SoRALeaf)]
-    gates += [leaf.s for leaf in leaves if isinstance(leaf, AdaLoRALeaf)]
+    # SoRA's gates, or AdaLoRA's singular values.
+    gates = [leaf.gate if hasattr(leaf, "gate") else leaf.s for leaf in adapter.values()]
     closed = jnp.concatenate([gate.ravel() for gate in gates]) == 0
     return {
         "share_of_ranks_at_zero": float(closed.mean()),
@@ -477,7 +474,7 @@ def measure(
     difference = None
     if family.mergeable:
         difference = float(jnp.abs(features - merged_features(adapter)).max())
-    size = sum(map(count_trainable_elements, adapter.values()))
+    size = quickstart.count(jlora.partition(adapter)[0])
     return Row(
         family=family.name,
         test_accuracy=quickstart.accuracy(head, features, full.labels),

@@ -27,16 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jlora
 from benchmarks.speed import _common
-from benchmarks.speed.train_step import LIBRARIES, SCHEMES, random_matrices
-from jlora import _quantized_array, _tree
-from jlora.optim.multi_transform import partition
-from jlora.planning import hlo_cost
+from benchmarks.speed.train_step import (
+    LIBRARIES,
+    SCHEMES,
+    flatten_with_paths,
+    random_matrices,
+)
+from jlora import planning
+from jlora.training import CheckpointManager, Setup, build_setup, sharding
 from jlora.training import recipe as recipes
-from jlora.training import sharding
-from jlora.training.checkpointing import CheckpointManager
-from jlora.training.data.batch_stream import LMBatch
-from jlora.training.setup import Setup, build_setup
+from jlora.training.data import LMBatch
 from jlora.training.train_step import TrainState, init_train_state
 
 # FLOP/s of dense bfloat16 products at the boost clock, by device name. NVIDIA H100 and H200 Tensor
@@ -44,31 +46,11 @@ from jlora.training.train_step import TrainState, init_train_state
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 
-def make_config(shape: _common.Shape) -> dict[str, Any]:
-    """Returns the config.json of a Llama of this shape."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": 8192,
-        "rope_theta": 5e5,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-
-
 def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any) -> Any:
     """Returns the recipe of the step, whose base is a folder with only a config.json."""
     shape = _common.SHAPES[options.shape]
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(make_config(shape)))
+    (folder / "config.json").write_text(json.dumps(_common.llama_config(shape)))
     quantize = {} if options.quantize == "none" else {"quantize": {"scheme": options.quantize}}
     return recipes.validate(
         {
@@ -106,11 +88,11 @@ def random_base(abstract: Any, scheme: Any) -> Any:
 
     The values of a weight do not depend on its sharding.
     """
-    flat = _tree.flatten_with_paths(abstract)
-    keys = jax.random.split(jax.random.key(1), len(flat.paths))
-    weights = zip(keys, flat.paths, flat.leaves, strict=True)
+    paths, leaves, treedef = flatten_with_paths(abstract)
+    keys = jax.random.split(jax.random.key(1), len(paths))
+    weights = zip(keys, paths, leaves, strict=True)
     return jax.tree.unflatten(
-        flat.treedef, [_random_weight(key, path, leaf, scheme) for key, path, leaf in weights]
+        treedef, [_random_weight(key, path, leaf, scheme) for key, path, leaf in weights]
     )
 
 
@@ -119,7 +101,7 @@ def _random_weight(key: jax.Array, path: str, like: Any, scheme: Any) -> Any:
     shardings = tuple(array.sharding for array in arrays)
     if path.endswith("scale"):
         return jnp.ones(like.shape, like.dtype, device=shardings[0])
-    scheme = scheme if _quantized_array.is_quantized(like) else None
+    scheme = scheme if isinstance(like, jlora.QArray) else None
     return _compiled_random_matrices(like.shape, scheme, treedef, shardings)(key)
 
 
@@ -135,7 +117,7 @@ def init_state(setup: Setup, base: Any) -> tuple[TrainState, Any]:
     """Returns the initial state, with the recipe's shardings, and the adapter's frozen part."""
 
     def fresh(key: jax.Array, base: Any) -> Any:
-        trained, frozen = partition(
+        trained, frozen = jlora.partition(
             setup.objective.lora.init(key, base, *setup.objective.example_inputs)
         )
         return init_train_state({"adapter": trained}, setup.optimizer), frozen
@@ -209,7 +191,7 @@ def useful_flops(shape: _common.Shape, rows: int, length: int) -> float:
 
 def list_collectives(compiled: Any) -> list[dict[str, Any]]:
     """Returns the collectives of a step in the compiled program."""
-    stats = hlo_cost.collect_collective_stats(hlo_cost.parse_hlo(compiled.as_text()))
+    stats = planning.compute_step_cost(compiled, {}).collectives
     return [{"kind": one.kind, "times": one.executions, "bytes": one.sent_bytes} for one in stats]
 
 

@@ -25,7 +25,7 @@ import jlora
 from benchmarks.speed import _common
 from benchmarks.speed.train_step import PROJECTIONS, decoder, parameters
 from jlora import multi_lora
-from jlora.models.decoder import Decoder, init_cache
+from jlora.models import Decoder, init_cache
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 CONFIG = jlora.LoRA(rank=_common.RANK, alpha=_common.ALPHA)
