@@ -110,7 +110,7 @@ def run_seed(
         )
         both = compose_adapters(earlier, later)
         after = _tasks.evaluate(encoder, first, head, both)
-        shared = measure_interference({"first": earlier, "second": later}).mean("inputs")[0, 1]
+        shared = measure_interference({"first": earlier, "second": later}).mean("input_overlap")[0, 1]
         figures[name] = {
             "overlap": float(jlora.subspace_overlap(later, earlier)),
             "shared inputs": float(shared),

@@ -58,7 +58,8 @@ def test_readme_runs_match_results() -> None:
     results = ROOT / "benchmarks/results"
     quickstart = json.loads((results / "quickstart_recipe.json").read_text())
     assert (
-        f"| {quickstart['test']['after']['accuracy']:.3f} | {quickstart['trainable_params']:,} |" in README
+        f"| {quickstart['test']['after']['accuracy']:.3f} | {quickstart['trainable_params']:,} |"
+        in README
     )
     assert f"took {quickstart['seconds']:.0f} s" in README
     both = json.loads((results / "docstrings.json").read_text())
