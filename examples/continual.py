@@ -110,7 +110,8 @@ def run_seed(
         )
         both = compose_adapters(earlier, later)
         after = _tasks.evaluate(encoder, first, head, both)
-        shared = measure_interference({"first": earlier, "second": later}).mean("input_overlap")[0, 1]
+        interference = measure_interference({"first": earlier, "second": later})
+        shared = interference.mean("input_overlap")[0, 1]
         figures[name] = {
             "overlap": float(jlora.subspace_overlap(later, earlier)),
             "shared inputs": float(shared),
