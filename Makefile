@@ -17,7 +17,7 @@ FOREIGN_VENV ?= .venv-foreign
 LIVE := transformers==5.23.0 torch==2.13.0 peft==0.21.2
 LIVE_VENV ?= .venv-live
 
-.PHONY: quickstart test test-slow test-grid test-core test-foreign test-live lint format clean
+.PHONY: quickstart test test-slow test-grid test-core test-docs test-foreign test-live lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/prepare_data.py quickstart
@@ -44,6 +44,10 @@ LATER := tests/benchmarks tests/cli tests/docs tests/examples tests/importance t
 	tests/training/test_quantized_runs.py
 test-core: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(LATER:%=--ignore=%) tests
+
+# The code and tables of README.md and docs/, and the examples of docstrings.
+test-docs: $(VENV)/.tools
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/docs tests/test_prose.py
 
 # The laws on models of transformers and google-tunix, and PyTorch's results.
 test-foreign: $(FOREIGN_VENV)/.installed

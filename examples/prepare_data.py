@@ -33,8 +33,7 @@ import tokenizers
 from flax import linen as nn
 from flax import traverse_util
 
-from jlora.models import Decoder, checkpoint_mapping, model_from_config
-from jlora.models.hf import weight_mapping
+from jlora.models import Decoder, checkpoint_mapping, make_tensor_getter, model_from_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -200,7 +199,7 @@ def write_random_model(folder: Path) -> None:
     variables = nn.unbox(model.init(jax.random.key(0), tokens))
     flat = traverse_util.flatten_dict(variables, sep="/")
     weights = checkpoint_mapping(model)[0]
-    make = weight_mapping.make_tensor_getter(weights, flat)
+    make = make_tensor_getter(weights, flat)
     tensors = {p.key: np.ascontiguousarray(make(p.key)) for w in weights.values() for p in w.slices}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

@@ -35,11 +35,10 @@ from benchmarks.speed.train_step import (
     flatten_with_paths,
     random_matrices,
 )
-from jlora import planning
-from jlora.training import CheckpointManager, Setup, build_setup, sharding
+from jlora import planning, training
+from jlora.training import CheckpointManager, Setup, TrainState, build_setup, init_train_state
 from jlora.training import recipe as recipes
 from jlora.training.data import LMBatch
-from jlora.training.train_step import TrainState, init_train_state
 
 # FLOP/s of dense bfloat16 products at the boost clock, by device name. NVIDIA H100 and H200 Tensor
 # Core GPU datasheets, SXM; their figures with sparsity are twice these.
@@ -124,7 +123,7 @@ def init_state(setup: Setup, base: Any) -> tuple[TrainState, Any]:
 
     abstract = (setup.state, setup.frozen["adapter"])
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    with sharding.use_mesh(setup.mesh):
+    with training.use_mesh(setup.mesh):
         return jax.jit(fresh, out_shardings=shardings)(jax.random.key(2), base)
 
 
@@ -134,7 +133,7 @@ def random_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch
     ones = np.ones((1, rows, length), np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
     batch = LMBatch(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
-    batch_sharding = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+    batch_sharding = NamedSharding(mesh, PartitionSpec(None, training.BATCH_AXES))
     return jax.tree.map(lambda array: jax.device_put(array, batch_sharding), batch)
 
 
@@ -144,8 +143,8 @@ class MeshRun:
     def __init__(self, sizes: dict[str, int], rows: int, options: Any, folder: pathlib.Path):
         devices = jax.devices()[: math.prod(sizes.values())]
         recipe = make_recipe(folder, sizes, rows, options)
-        self.mesh = sharding.make_mesh(sizes, devices)
-        sharding.check_batch_size(self.mesh, rows)
+        self.mesh = training.make_mesh(sizes, devices)
+        training.check_batch_size(self.mesh, rows)
         self.setup = build_setup(
             recipe, self.mesh, total_steps=recipe.training.steps or 0, abstract=True
         )
@@ -287,9 +286,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sharding.MESH_AXES or axis in sizes or not size.isdigit() or size == "0":
+        if axis not in training.MESH_AXES or axis in sizes or not size.isdigit() or size == "0":
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a mesh. Use axes of {list(sharding.MESH_AXES)} with sizes, such "
+                f"{text!r} is not a mesh. Use axes of {list(training.MESH_AXES)} with sizes, such "
                 f"as fsdp=2 or data=2,tensor=4."
             )
         sizes[axis] = int(size)
