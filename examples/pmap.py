@@ -1,9 +1,10 @@
-"""LoRA under `jax.pmap` and under `jax.shard_map`: each device takes its rows, and gradients meet.
+"""Data-parallel LoRA with `jax.pmap` and `jax.shard_map`.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/pmap.py
 
-New code has less to say with `jax.jit` and shardings, as `jlora train` does it. This is for
-programs that are written with either of these two.
+Each device has its part of the batch, and gradients are averaged over the devices. New code is
+shorter with `jax.jit` and shardings, as in `jlora train`; this example is for programs that use
+either of these two transforms.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ OPTIMIZER = jlora.lora_optimizer(optax.adam(1e-2))
 
 
 def loss_of(adapter: Tree, params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean squared error of some rows."""
+    """Returns the mean squared error of a batch."""
     return jnp.mean((LORA.apply(params, adapter, x) - y) ** 2)
 
 
 def step(
     adapter: Tree, state: Tree, params: Tree, x: jax.Array, y: jax.Array
 ) -> tuple[Tree, Tree, jax.Array]:
-    """One device's part of a step: the mean over all devices' rows of loss and gradient.
+    """Runs one device's part of a step, with loss and gradient averaged over the devices.
 
-    The gradients are of the adapter alone, so that is all that is exchanged.
+    Only the adapter has gradients, so only those are communicated.
     """
     loss, gradient = jax.value_and_grad(loss_of)(adapter, params, x, y)
     loss, gradient = jax.lax.pmean((loss, gradient), axis_name="devices")
@@ -47,29 +48,33 @@ def step(
 def with_pmap(
     adapter: Tree, params: Tree, x: jax.Array, y: jax.Array, steps: int
 ) -> tuple[Tree, list[float]]:
-    """The adapter after some steps, and their losses; a copy of everything lies on each device."""
+    """Returns the adapter after some steps, and their losses; each device has a full copy."""
     count = jax.local_device_count()
     run = jax.pmap(step, axis_name="devices", in_axes=(0, 0, None, 0, 0), donate_argnums=(0, 1))
     copies = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * count), tree)  # noqa: E731
     rows = lambda a: a.reshape(count, -1, *a.shape[1:])  # noqa: E731
-    held, state = copies(adapter), copies(OPTIMIZER.init(adapter))
+    replicated, state = copies(adapter), copies(OPTIMIZER.init(adapter))
     losses = []
     for _ in range(steps):
-        held, state, loss = run(held, state, params, rows(x), rows(y))
+        replicated, state, loss = run(replicated, state, params, rows(x), rows(y))
         losses.append(float(loss[0]))
-    return jax.tree.map(lambda a: a[0], held), losses
+    return jax.tree.map(lambda a: a[0], replicated), losses
 
 
 def with_shard_map(
     adapter: Tree, params: Tree, x: jax.Array, y: jax.Array, steps: int
 ) -> tuple[Tree, list[float]]:
-    """The same with `jax.shard_map` under `jax.jit`."""
+    """Returns the same with `jax.shard_map` under `jax.jit`."""
     mesh = Mesh(jax.devices(), ("devices",))
-    whole, rows = PartitionSpec(), PartitionSpec("devices")
-    # Without varying types a gradient is each device's own until `pmean`, as it is under pmap.
+    replicated, rows = PartitionSpec(), PartitionSpec("devices")
+    # Without check_vma, gradients stay per device until `pmean`, as under pmap.
     shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
     run = jax.jit(
-        shard(step, in_specs=(whole, whole, whole, rows, rows), out_specs=(whole, whole, whole))
+        shard(
+            step,
+            in_specs=(replicated, replicated, replicated, rows, rows),
+            out_specs=(replicated, replicated, replicated),
+        )
     )
     state = OPTIMIZER.init(adapter)
     losses = []
@@ -80,6 +85,7 @@ def with_shard_map(
 
 
 def main() -> None:
+    """Trains with each and prints the losses."""
     x = jax.random.normal(jax.random.key(0), (64, 16))
     y = jnp.sin(x[:, :8])
     params = MODEL.init(jax.random.key(1), x)

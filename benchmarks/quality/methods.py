@@ -37,9 +37,7 @@ import optax
 
 import jlora
 import jlora.models
-from jlora.adapters.adalora import AdaLoRALeaf
-from jlora.adapters.base import AdapterConfig, count_trainable_elements
-from jlora.adapters.sora import SoRALeaf
+from jlora.adapters import AdapterConfig
 
 Adapter = Mapping[str, Any]
 Batch = Any  # That of the quickstart.
@@ -136,9 +134,8 @@ def at_lower_ranks(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) ->
 
 def pruned(adapter: Adapter, accuracy_of: Callable[[Adapter], float]) -> dict[str, float]:
     """Returns the fraction of ranks that AdaLoRA or SoRA set to zero, and the accuracy without."""
-    leaves = adapter.values()
-    gates = [leaf.gate for leaf in leaves if isinstance(leaf, SoRALeaf)]
-    gates += [leaf.s for leaf in leaves if isinstance(leaf, AdaLoRALeaf)]
+    # SoRA's gates, or AdaLoRA's singular values.
+    gates = [leaf.gate if hasattr(leaf, "gate") else leaf.s for leaf in adapter.values()]
     closed = jnp.concatenate([gate.ravel() for gate in gates]) == 0
     return {
         "share_of_ranks_at_zero": float(closed.mean()),
@@ -258,10 +255,10 @@ def prepare_split(
     rng = np.random.default_rng(0)
     plan = [b for _ in range(settings.epochs) for b in quickstart.batches(train, settings, rng)]
     in_order = quickstart.batches(train, settings)
-    features = quickstart.features_of(encode, in_order)
-    head = quickstart.fitted_head(features, quickstart.labels_of(in_order))
+    features = quickstart.compute_features(encode, in_order)
+    head = quickstart.fit_head(features, quickstart.collect_labels(in_order))
     eval_batches = quickstart.batches(evaluation, settings)
-    return Split(plan, eval_batches, quickstart.labels_of(eval_batches), head)
+    return Split(plan, eval_batches, quickstart.collect_labels(eval_batches), head)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -291,7 +288,7 @@ class Trainer:
         self.lora = jlora.lora_transform(model.apply, {family.pattern: family.config})
         self.fresh = self.lora.init(jax.random.key(0), params, example.ids, example.mask)
         self.params = family.base(params, self.fresh)
-        self.encode = quickstart.pooled(self.lora.apply)
+        self.encode = quickstart.compile_mean_pool(self.lora.apply)
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def train(self, plan: list[Batch], head: Any, rate: float) -> tuple[Any, TrainingRun]:
@@ -343,7 +340,7 @@ class Trainer:
                 params, trained["adapter"], batch.ids, batch.mask, dropout_key=key
             )
             features = jlora.models.mean_pool(hidden, batch.mask)
-            scores = quickstart.scores_of(trained["head"], features)
+            scores = quickstart.compute_scores(trained["head"], features)
             targets = jax.nn.one_hot(batch.labels, len(quickstart.PACKAGES))
             targets = optax.smooth_labels(targets, quickstart.Settings.label_smoothing)
             errors = optax.softmax_cross_entropy(scores, targets)
@@ -365,7 +362,9 @@ class Trainer:
 
     def features(self, adapter: Adapter, batches: list[Batch]) -> jax.Array:
         """Returns the mean hidden states (texts, width) of the adapted encoder."""
-        return quickstart.features_of(functools.partial(self.encode, self.params, adapter), batches)
+        return quickstart.compute_features(
+            functools.partial(self.encode, self.params, adapter), batches
+        )
 
 
 class Trial(NamedTuple):
@@ -380,7 +379,7 @@ def run_trial(trainer: Trainer, split: Split, rate: float) -> Trial:
     """Trains and evaluates one learning rate."""
     trained, _ = trainer.train(split.plan, split.head, rate)
     features = trainer.features(trained["adapter"], split.eval_batches)
-    scores = quickstart.scores_of(trained["head"], features)
+    scores = quickstart.compute_scores(trained["head"], features)
     loss = optax.softmax_cross_entropy_with_integer_labels(scores, split.labels).mean()
     accuracy = quickstart.accuracy(trained["head"], features, split.labels)
     return Trial(rate, float(loss) if jnp.isfinite(loss) else None, accuracy)
@@ -467,7 +466,7 @@ def measure(
 
     def merged_features(adapter: Adapter) -> jax.Array:
         merged = trainer.lora.merge(trainer.params, dict(adapter))
-        return quickstart.features_of(functools.partial(encode, merged), full.eval_batches)
+        return quickstart.compute_features(functools.partial(encode, merged), full.eval_batches)
 
     def merged_accuracy(adapter: Adapter) -> float:
         return quickstart.accuracy(head, merged_features(adapter), full.labels)
@@ -475,7 +474,7 @@ def measure(
     difference = None
     if family.mergeable:
         difference = float(jnp.abs(features - merged_features(adapter)).max())
-    size = sum(map(count_trainable_elements, adapter.values()))
+    size = quickstart.count(jlora.partition(adapter)[0])
     return Row(
         family=family.name,
         test_accuracy=quickstart.accuracy(head, features, full.labels),
@@ -525,8 +524,8 @@ def run(
     checkpoint = quickstart.find_checkpoint()
     model, params = jlora.models.load(checkpoint)
     texts = quickstart.load_texts(settings.texts_per_package)
-    texts = quickstart.tokenised(texts, checkpoint, settings.lengths[-1])
-    encode = quickstart.pooled(model.apply)
+    texts = quickstart.tokenize(texts, checkpoint, settings.lengths[-1])
+    encode = quickstart.compile_mean_pool(model.apply)
     frozen = functools.partial(encode, params)
 
     start = time.perf_counter()
@@ -534,11 +533,11 @@ def run(
     head_seconds = time.perf_counter() - start
     held_out = np.array([is_validation(text) for text in texts["train"]["text"]])
     short = search_settings(settings)
-    cut = quickstart.tokenised(texts, checkpoint, short.lengths[-1])["train"]
+    cut = quickstart.tokenize(texts, checkpoint, short.lengths[-1])["train"]
     fit, validation = (cut.select(np.flatnonzero(held_out == side)) for side in (False, True))
     search = prepare_split(fit, validation, short, frozen)
 
-    test_features = quickstart.features_of(frozen, full.eval_batches)
+    test_features = quickstart.compute_features(frozen, full.eval_batches)
     frozen_accuracy = quickstart.accuracy(full.head, test_features, full.labels)
     count = quickstart.count(full.head)
     rows = [Row("frozen encoder", frozen_accuracy, 0, count, round(head_seconds, 1))]

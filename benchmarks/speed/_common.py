@@ -78,6 +78,26 @@ SHAPES = {
 }
 
 
+def llama_config(shape: Shape) -> dict[str, Any]:
+    """Returns the config.json of a Llama of this shape."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": 8192,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+
+
 class Timing(NamedTuple):
     """Result of `time_steps`; times in milliseconds per step."""
 

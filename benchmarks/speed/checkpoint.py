@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.training.checkpointing import CheckpointManager
+from jlora.training import CheckpointManager
 
 # Rank 16 beside q, k, v, o, gate, up, down of 32 layers, 4096 and 14,336 wide, 1024 for k and v.
 LAYERS, RANK = 32, 16

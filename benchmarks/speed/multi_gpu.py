@@ -27,48 +27,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jlora
 from benchmarks.speed import _common
-from benchmarks.speed.train_step import LIBRARIES, SCHEMES, random_matrices
-from jlora import _quantized_array, _tree
-from jlora.optim.multi_transform import partition
-from jlora.planning import hlo_cost
+from benchmarks.speed.train_step import (
+    LIBRARIES,
+    SCHEMES,
+    flatten_with_paths,
+    random_matrices,
+)
+from jlora import planning, training
+from jlora.training import CheckpointManager, Setup, TrainState, build_setup, init_train_state
 from jlora.training import recipe as recipes
-from jlora.training import sharding
-from jlora.training.checkpointing import CheckpointManager
-from jlora.training.data.batch_stream import LMBatch
-from jlora.training.setup import Setup, build_setup
-from jlora.training.train_step import TrainState, init_train_state
+from jlora.training.data import LMBatch
 
 # FLOP/s of dense bfloat16 products at the boost clock, by device name. NVIDIA H100 and H200 Tensor
 # Core GPU datasheets, SXM; their figures with sparsity are twice these.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 
-def make_config(shape: _common.Shape) -> dict[str, Any]:
-    """Returns the config.json of a Llama of this shape."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": 8192,
-        "rope_theta": 5e5,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-
-
 def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any) -> Any:
     """Returns the recipe of the step, whose base is a folder with only a config.json."""
     shape = _common.SHAPES[options.shape]
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(make_config(shape)))
+    (folder / "config.json").write_text(json.dumps(_common.llama_config(shape)))
     quantize = {} if options.quantize == "none" else {"quantize": {"scheme": options.quantize}}
     return recipes.validate(
         {
@@ -106,11 +87,11 @@ def random_base(abstract: Any, scheme: Any) -> Any:
 
     The values of a weight do not depend on its sharding.
     """
-    flat = _tree.flatten_with_paths(abstract)
-    keys = jax.random.split(jax.random.key(1), len(flat.paths))
-    weights = zip(keys, flat.paths, flat.leaves, strict=True)
+    paths, leaves, treedef = flatten_with_paths(abstract)
+    keys = jax.random.split(jax.random.key(1), len(paths))
+    weights = zip(keys, paths, leaves, strict=True)
     return jax.tree.unflatten(
-        flat.treedef, [_random_weight(key, path, leaf, scheme) for key, path, leaf in weights]
+        treedef, [_random_weight(key, path, leaf, scheme) for key, path, leaf in weights]
     )
 
 
@@ -119,7 +100,7 @@ def _random_weight(key: jax.Array, path: str, like: Any, scheme: Any) -> Any:
     shardings = tuple(array.sharding for array in arrays)
     if path.endswith("scale"):
         return jnp.ones(like.shape, like.dtype, device=shardings[0])
-    scheme = scheme if _quantized_array.is_quantized(like) else None
+    scheme = scheme if isinstance(like, jlora.QArray) else None
     return _compiled_random_matrices(like.shape, scheme, treedef, shardings)(key)
 
 
@@ -135,14 +116,14 @@ def init_state(setup: Setup, base: Any) -> tuple[TrainState, Any]:
     """Returns the initial state, with the recipe's shardings, and the adapter's frozen part."""
 
     def fresh(key: jax.Array, base: Any) -> Any:
-        trained, frozen = partition(
+        trained, frozen = jlora.partition(
             setup.objective.lora.init(key, base, *setup.objective.example_inputs)
         )
         return init_train_state({"adapter": trained}, setup.optimizer), frozen
 
     abstract = (setup.state, setup.frozen["adapter"])
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    with sharding.use_mesh(setup.mesh):
+    with training.use_mesh(setup.mesh):
         return jax.jit(fresh, out_shardings=shardings)(jax.random.key(2), base)
 
 
@@ -152,7 +133,7 @@ def random_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch
     ones = np.ones((1, rows, length), np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
     batch = LMBatch(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
-    batch_sharding = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+    batch_sharding = NamedSharding(mesh, PartitionSpec(None, training.BATCH_AXES))
     return jax.tree.map(lambda array: jax.device_put(array, batch_sharding), batch)
 
 
@@ -162,8 +143,8 @@ class MeshRun:
     def __init__(self, sizes: dict[str, int], rows: int, options: Any, folder: pathlib.Path):
         devices = jax.devices()[: math.prod(sizes.values())]
         recipe = make_recipe(folder, sizes, rows, options)
-        self.mesh = sharding.make_mesh(sizes, devices)
-        sharding.check_batch_size(self.mesh, rows)
+        self.mesh = training.make_mesh(sizes, devices)
+        training.check_batch_size(self.mesh, rows)
         self.setup = build_setup(
             recipe, self.mesh, total_steps=recipe.training.steps or 0, abstract=True
         )
@@ -209,7 +190,7 @@ def useful_flops(shape: _common.Shape, rows: int, length: int) -> float:
 
 def list_collectives(compiled: Any) -> list[dict[str, Any]]:
     """Returns the collectives of a step in the compiled program."""
-    stats = hlo_cost.collect_collective_stats(hlo_cost.parse_hlo(compiled.as_text()))
+    stats = planning.compute_step_cost(compiled, {}).collectives
     return [{"kind": one.kind, "times": one.executions, "bytes": one.sent_bytes} for one in stats]
 
 
@@ -305,9 +286,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sharding.MESH_AXES or axis in sizes or not size.isdigit() or size == "0":
+        if axis not in training.MESH_AXES or axis in sizes or not size.isdigit() or size == "0":
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a mesh. Use axes of {list(sharding.MESH_AXES)} with sizes, such "
+                f"{text!r} is not a mesh. Use axes of {list(training.MESH_AXES)} with sizes, such "
                 f"as fsdp=2 or data=2,tensor=4."
             )
         sizes[axis] = int(size)

@@ -25,7 +25,7 @@ import jlora
 from benchmarks.speed import _common
 from benchmarks.speed.train_step import PROJECTIONS, decoder, parameters
 from jlora import multi_lora
-from jlora.models.decoder import Decoder, init_cache
+from jlora.models import Decoder, init_cache
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 CONFIG = jlora.LoRA(rank=_common.RANK, alpha=_common.ALPHA)
@@ -204,7 +204,7 @@ def prefill(options: Any, model: Decoder, params: Any) -> Sequence[Row]:
     tokens = random_tokens(shape, rows, length)
 
     def next_logits(params: Any, tokens: jax.Array) -> jax.Array:
-        last = model.apply(params, tokens, method="hidden")[:, -1]  # type: ignore[index]
+        last = model.apply(params, tokens, method="hidden_states")[:, -1]  # type: ignore[index]
         return (last @ params["params"]["head"]).astype(jnp.float32)
 
     lora = jlora.lora_transform(next_logits, {WEIGHTS[options.weights]: CONFIG})

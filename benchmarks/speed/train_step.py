@@ -22,12 +22,8 @@ from flax.core import meta
 
 import jlora
 from benchmarks.speed import _common
-from jlora import _tree
-from jlora.kernels.lora_matmul import plain_products
-from jlora.models.decoder import Decoder
-from jlora.models.decoder_config import DecoderConfig, LayerKind
-from jlora.models.rope import rope_from_config
-from jlora.quantization.quantize import quantize_weight
+from jlora.kernels import plain_products
+from jlora.models import Decoder, model_from_config
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 SCHEMES: Mapping[str, Any] = {"nf4": jlora.NF4(), "int8": jlora.Int8(), "none": None}
@@ -37,22 +33,19 @@ FLOOR = "params/layers_0/attention_norm/scale"
 
 def decoder(shape: _common.Shape, *, stacked: bool, remat_policy: Any) -> Decoder:
     """Returns the decoder, which computes in bfloat16."""
-    rotary = rope_from_config(
-        {"rope_theta": 5e5}, head_dim=shape.head_dim, max_position_embeddings=8192
-    )
-    config = DecoderConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.hidden,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        layer_kinds=(LayerKind(rope=rotary),),
-        layer_kind_ids=(0,) * shape.layers,
-        max_seq_length=8192,
-        query_scale=shape.head_dim**-0.5,
-    )
-    return Decoder(config, scan_layers=stacked, remat_policy=remat_policy, dtype=jnp.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        config = pathlib.Path(folder) / "config.json"
+        config.write_text(json.dumps(_common.llama_config(shape)))
+        model = model_from_config(folder, scan_layers=stacked, remat_policy=remat_policy)
+    return model.clone(dtype=jnp.bfloat16)
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Returns the "/"-joined paths, the leaves and the structure; quantized weights are leaves."""
+    is_leaf = lambda leaf: isinstance(leaf, jlora.QArray)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+    return paths, [leaf for _, leaf in pairs], treedef
 
 
 def parameters(model: Decoder, scheme: Any) -> Any:
@@ -62,15 +55,15 @@ def parameters(model: Decoder, scheme: Any) -> Any:
     """
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), token))
-    flat = _tree.flatten_with_paths(shapes)
-    keys = jax.random.split(jax.random.key(1), len(flat.paths))
-    leaves = [
+    paths, leaves, treedef = flatten_with_paths(shapes)
+    keys = jax.random.split(jax.random.key(1), len(paths))
+    weights = [
         _random_matrices(key, leaf.shape, scheme if path.endswith("kernel") else None)
         if len(leaf.shape) > 1 and not path.endswith("scale")
         else jnp.ones(leaf.shape, jnp.bfloat16)
-        for key, path, leaf in zip(keys, flat.paths, flat.leaves, strict=True)
+        for key, path, leaf in zip(keys, paths, leaves, strict=True)
     ]
-    return jax.tree.unflatten(flat.treedef, leaves)
+    return jax.tree.unflatten(treedef, weights)
 
 
 def random_matrices(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
@@ -78,7 +71,7 @@ def random_matrices(key: jax.Array, shape: tuple[int, ...], scheme: Any) -> Any:
 
     def matrix(key: jax.Array) -> Any:
         weight = 0.02 * jax.random.normal(key, shape[-2:], jnp.bfloat16)
-        return weight if scheme is None else quantize_weight(weight, scheme)
+        return weight if scheme is None else jlora.quantize({"w": weight}, {"w": scheme})["w"]
 
     if len(shape) < 3:
         return matrix(key)
@@ -109,12 +102,12 @@ def training_step(
     def loss(trained: Any, params: Any, tokens: jax.Array) -> jax.Array:
         if method == "lora":
             return lora.apply(params, trained, tokens)
-        flat = _tree.flatten_with_paths(params)
+        paths, leaves, treedef = flatten_with_paths(params)
         leaves = [
             trained.astype(leaf.dtype) if path == FLOOR else leaf
-            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+            for path, leaf in zip(paths, leaves, strict=True)
         ]
-        return mean_loss(jax.tree.unflatten(flat.treedef, leaves), tokens)
+        return mean_loss(jax.tree.unflatten(treedef, leaves), tokens)
 
     def step(trained: Any, moments: Any, params: Any, tokens: jax.Array) -> Any:
         value, gradient = jax.value_and_grad(loss)(trained, params, tokens)
@@ -125,9 +118,9 @@ def training_step(
         if method == "lora":
             trained = lora.init(jax.random.key(2), params, tokens)
         else:
-            flat = _tree.flatten_with_paths(params)
+            paths, leaves, _ = flatten_with_paths(params)
             # In float32, where a step exceeds the rounding.
-            trained = flat.leaves[flat.paths.index(FLOOR)].astype(jnp.float32)
+            trained = leaves[paths.index(FLOOR)].astype(jnp.float32)
         return trained, optimizer.init(trained)
 
     return step, init

@@ -45,6 +45,14 @@ class AdaptableWeight(NamedTuple):
         primitives: Names of the primitives that use it.
         window: Input axes that are the window of a convolution.
         dense_reasons: Reasons for which some uses materialize it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora.rules import trace_weights
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((3, 6))
+        >>> weight = trace_weights(lambda p, x: x @ p["w"], params, x)["w"]
+        >>> weight.kind, weight.fan_in, weight.fan_out
+        ('linear', 6, 5)
     """
 
     path: str

@@ -15,6 +15,7 @@ from jlora.models.hf.load import (
     model_from_config,
 )
 from jlora.models.hf.save import save
+from jlora.models.hf.weight_mapping import make_tensor_getter
 from jlora.models.vit import ViT, ViTConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
     "init_cache",
     "load",
+    "make_tensor_getter",
     "mean_pool",
     "model_from_config",
     "save",

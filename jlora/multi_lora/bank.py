@@ -24,14 +24,45 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class UnknownAdapterError(KeyError):
-    """Raised when a bank has no adapter of a name."""
+    """Raised when a bank has no adapter of a name.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((2, 3), np.float32)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=2)
+        >>> bank.add("poems", adapter)
+        >>> bank.apply(params, ["poem", None], x)
+        Traceback (most recent call last):
+        jlora.multi_lora.bank.UnknownAdapterError: Unknown adapter 'poem'. Nearest: ...
+    """
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class BankFullError(RuntimeError):
-    """Raised when a batch uses more adapters than the bank has slots."""
+    """Raised when a batch uses more adapters than the bank has slots.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((2, 3), np.float32)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=2)
+        >>> bank.add("poems", adapter)
+        >>> bank.add("news", adapter)
+        >>> bank.apply(params, ["poems", "news"], x)
+        Traceback (most recent call last):
+        jlora.multi_lora.bank.BankFullError: The batch uses 2 adapters, but slots=2, ...
+    """
 
 
 class BankStats(NamedTuple):
@@ -44,6 +75,21 @@ class BankStats(NamedTuple):
         evictions: Adapters removed from a slot to make room for another.
         disk_writes: Adapters evicted from host memory to a file.
         disk_reads: Adapters read from a file.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import jlora
+        >>> from jlora import multi_lora
+        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((2, 3), np.float32)
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=2)
+        >>> bank.add("poems", adapter)
+        >>> for _ in range(3):
+        ...     _ = bank.apply(params, ["poems", None], x)
+        >>> bank.stats.compilations, bank.stats.loads, bank.stats.hits
+        (1, 1, 2)
     """
 
     compilations: int

@@ -37,6 +37,18 @@ class ParallelTrainer(NamedTuple):
             adapter axis first.
         step: Function `(adapters, state, *batch) -> (adapters, state, losses)`, with losses of
             shape (adapters,), computed before the update. Run it under `jax.jit`.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import optax
+        >>> from jlora import multi_lora
+        >>> loss = lambda adapter, x: ((x @ adapter["w"]) ** 2).mean()
+        >>> trainer = multi_lora.train_in_parallel(loss, optax.sgd(0.1))
+        >>> adapters, x = {"w": np.ones((2, 3), np.float32)}, np.ones((2, 4, 3), np.float32)
+        >>> adapters, state, losses = jax.jit(trainer.step)(adapters, trainer.init(adapters), x)
+        >>> losses.tolist()
+        [9.0, 9.0]
     """
 
     init: Callable[[PyTree], PyTree]

@@ -187,6 +187,14 @@ class SearchResult(NamedTuple):
         stages: Stages that have ended.
         finished: Whether all stages have ended.
         folder: Output folder.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jlora.rank_search import SearchResult, TrialSetting
+        >>> setting = TrialSetting(8, "attention", 2e-4, 16.0)
+        >>> result = SearchResult(setting, stages=(), finished=True, folder=Path("run"))
+        >>> print(result.setting)
+        rank 8, attention, learning rate 0.0002, alpha 16
     """
 
     setting: TrialSetting | None

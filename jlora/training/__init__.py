@@ -9,9 +9,19 @@ from jlora.training.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from jlora.training.program_cache import ProgramCache
 from jlora.training.recipe import Recipe
 from jlora.training.setup import Setup, build_setup
+from jlora.training.sharding import (
+    BATCH_AXES,
+    MESH_AXES,
+    check_batch_size,
+    make_mesh,
+    use_mesh,
+)
 from jlora.training.train import RESULT_FILE, TrainResult, train
+from jlora.training.train_step import TrainState, init_train_state
 
 __all__ = [
+    "BATCH_AXES",
+    "MESH_AXES",
     "METRICS_FILE",
     "RESULT_FILE",
     "CheckpointManager",
@@ -21,9 +31,14 @@ __all__ = [
     "Recipe",
     "Setup",
     "TrainResult",
+    "TrainState",
     "TrainingInterrupted",
     "build_setup",
+    "check_batch_size",
+    "init_train_state",
     "initialize_distributed",
+    "make_mesh",
     "read_metrics",
     "train",
+    "use_mesh",
 ]

@@ -72,6 +72,13 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
 
     Raises:
         ValueError: An axis or size is not valid, or the product is not the number of devices.
+
+    Example:
+        >>> import jax
+        >>> from jlora.training import make_mesh
+        >>> mesh = make_mesh({"fsdp": -1})
+        >>> mesh.shape["fsdp"] == jax.device_count(), mesh.shape["tensor"]
+        (True, 1)
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = _resolve_mesh_shape(axis_sizes, len(devices))
@@ -115,6 +122,16 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
     Functions must be traced inside: call them, or `lower` them, there. A jitted function cannot
     enter the context.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from jlora.training import make_mesh, use_mesh
+        >>> mesh = make_mesh({"fsdp": -1})
+        >>> with use_mesh(mesh):
+        ...     x = nn.with_logical_constraint(jnp.ones((mesh.size, 4)), ("batch", None))
+        >>> x.addressable_shards[0].data.shape
+        (1, 4)
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
         yield
@@ -183,6 +200,11 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 
     Raises:
         ValueError: The batch size is not divisible by `data` times `fsdp`.
+
+    Example:
+        >>> from jlora.training import check_batch_size, make_mesh
+        >>> mesh = make_mesh({"fsdp": -1})
+        >>> check_batch_size(mesh, 4 * mesh.size)
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % parts:

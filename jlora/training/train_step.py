@@ -53,6 +53,14 @@ class TrainState(NamedTuple):
         step: Number of steps, skipped ones included.
         update_count: Number of steps that were not skipped.
         consecutive_skips: Number of skipped steps at the end of the run so far.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora.training import TrainState
+        >>> step, update_count, consecutive_skips = jnp.array([10, 8, 2])
+        >>> state = TrainState({"adapter": {}}, (), step, update_count, consecutive_skips)
+        >>> int(state.step - state.update_count)  # Skipped steps.
+        2
     """
 
     trainable: PyTree
@@ -105,7 +113,18 @@ class ScheduledOptimizer(NamedTuple):
 
 
 def init_train_state(trainable: PyTree, scheduled_optimizer: ScheduledOptimizer) -> TrainState:
-    """Returns the training state before the first step."""
+    """Returns the training state before the first step.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from jlora.training import init_train_state
+        >>> from jlora.training.train_step import ScheduledOptimizer
+        >>> optimizer = ScheduledOptimizer(optax.adam(1e-3), optax.constant_schedule(1e-3))
+        >>> state = init_train_state({"adapter": {"w": jnp.ones((6, 2))}}, optimizer)
+        >>> int(state.step), state.trainable["adapter"]["w"].shape
+        (0, (6, 2))
+    """
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(trainable, scheduled_optimizer.transform.init(trainable), *zeros)
 

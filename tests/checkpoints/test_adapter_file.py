@@ -21,7 +21,7 @@ import jlora
 NAMES = list(BY_NAME)
 
 
-def test_a_number_alone_is_saved_and_loaded(tmp_path: pathlib.Path) -> None:
+def test_save_adapter_scalar_round_trips(tmp_path: pathlib.Path) -> None:
     params = {"scale": jnp.float32(2.0), "w": jnp.eye(3)}
     fn = lambda p, x: p["scale"] * (x @ p["w"])
     lora = jlora.lora_transform(fn, {"scale": jlora.FullDelta(), "w": jlora.LoRA(rank=1, alpha=1)})
@@ -33,7 +33,7 @@ def test_a_number_alone_is_saved_and_loaded(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_law_what_is_saved_is_what_is_loaded(name: str, tmp_path: pathlib.Path) -> None:
+def test_save_adapter_each_family_round_trips(name: str, tmp_path: pathlib.Path) -> None:
     one = case(name, "float32")
     jlora.save_adapter(tmp_path / "a.safetensors", one.adapter, one.params)
     loaded = jlora.load_adapter(tmp_path / "a.safetensors", one.params)
@@ -43,7 +43,7 @@ def test_law_what_is_saved_is_what_is_loaded(name: str, tmp_path: pathlib.Path) 
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_types_are_kept(dtype: Any, tmp_path: pathlib.Path) -> None:
+def test_save_adapter_keeps_dtypes(dtype: Any, tmp_path: pathlib.Path) -> None:
     one = case("dense", "float32")
     adapter = jax.tree.map(lambda leaf: leaf.astype(dtype), one.adapter)
     jlora.save_adapter(tmp_path / "a.safetensors", adapter, one.params)
@@ -59,7 +59,7 @@ def saved(tmp_path: pathlib.Path, name: str = "attention") -> tuple[Any, pathlib
     return one, path
 
 
-def test_another_base_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+def test_load_adapter_other_base_raises(tmp_path: pathlib.Path) -> None:
     one, path = saved(tmp_path)
     other = jax.tree.map(lambda leaf: leaf + 0.01, one.params)
     with pytest.raises(ValueError, match=r"another base: 'params/key/kernel' \(4 of 4"):
@@ -68,13 +68,13 @@ def test_another_base_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     chex.assert_trees_all_equal(loaded, one.adapter)
 
 
-def test_the_same_base_in_a_narrower_type_is_accepted(tmp_path: pathlib.Path) -> None:
+def test_load_adapter_narrower_base_is_accepted(tmp_path: pathlib.Path) -> None:
     one, path = saved(tmp_path)
     narrower = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), one.params)
     chex.assert_trees_all_equal(jlora.load_adapter(path, narrower), one.adapter)
 
 
-def test_a_base_of_another_shape_is_refused_even_when_allowed(tmp_path: pathlib.Path) -> None:
+def test_load_adapter_other_shape_raises(tmp_path: pathlib.Path) -> None:
     one, path = saved(tmp_path, "dense")
     other = {"params": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
     with pytest.raises(ValueError, match=r"'params/kernel'.*\(6, 5\).*\(6, 4\)"):
@@ -83,7 +83,7 @@ def test_a_base_of_another_shape_is_refused_even_when_allowed(tmp_path: pathlib.
         jlora.load_adapter(path, one.params["params"])
 
 
-def test_every_truncation_is_refused(tmp_path: pathlib.Path) -> None:
+def test_load_adapter_truncated_raises(tmp_path: pathlib.Path) -> None:
     one, path = saved(tmp_path, "dense")
     content = path.read_bytes()
     for length in range(len(content)):
@@ -122,16 +122,22 @@ KERNEL = "params/kernel"
         ({"adapter": "[]"}, "'adapter' in its metadata must be a JSON object, got list"),
         ({"base": "3"}, "'base' in its metadata must be a JSON object, got int"),
         ({"adapter": json.dumps({KERNEL: {"family": "magic"}})}, "family 'magic'"),
-        ({"adapter": json.dumps({KERNEL: {"family": "lora"}})}, "invalid description of 'params/kernel'"),
+        (
+            {"adapter": json.dumps({KERNEL: {"family": "lora"}})},
+            "invalid description of 'params/kernel'",
+        ),
         ({"base": "{}"}, "fingerprints of other weights"),
         ({"without": [f"{KERNEL}/b"]}, "lacks the tensor 'params/kernel/b'"),
         ({"tensors": {"extra": np.ones(2, np.float32)}}, "does not name: \\['extra'\\]"),
         ({"tensors": {f"{KERNEL}/a": np.full((6, 2), np.nan, np.float32)}}, "holds NaN or Inf"),
-        ({"tensors": {f"{KERNEL}/a": np.ones((6, 2), np.int32)}}, "must be floating point, got int32"),
+        (
+            {"tensors": {f"{KERNEL}/a": np.ones((6, 2), np.int32)}},
+            "must be floating point, got int32",
+        ),
         ({"tensors": {f"{KERNEL}/a": np.ones((6, 3), np.float32)}}, r"\(6, 3\), expected \(6, 2\)"),
     ],
 )
-def test_a_changed_file_is_refused(
+def test_load_adapter_changed_file_raises(
     changes: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:
     one, path = saved(tmp_path, "dense")
@@ -140,7 +146,7 @@ def test_a_changed_file_is_refused(
         jlora.load_adapter(path, one.params)
 
 
-def test_an_adapter_that_diverged_is_not_saved_over_a_good_one(tmp_path: pathlib.Path) -> None:
+def test_save_adapter_nonfinite_keeps_old_file(tmp_path: pathlib.Path) -> None:
     one, path = saved(tmp_path, "dense")
     before = path.read_bytes()
     with pytest.raises(ValueError, match="'params/kernel/a' holds NaN"):
@@ -149,7 +155,7 @@ def test_an_adapter_that_diverged_is_not_saved_over_a_good_one(tmp_path: pathlib
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_files_and_folders_are_named(tmp_path: pathlib.Path) -> None:
+def test_load_adapter_missing_file_raises(tmp_path: pathlib.Path) -> None:
     one = case("dense", "float32")
     with pytest.raises(FileNotFoundError, match="not a file"):
         jlora.load_adapter(tmp_path / "none", one.params)
@@ -160,7 +166,7 @@ def test_missing_files_and_folders_are_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention", "odd_keys", "linen_scan"])
-def test_the_same_trees_go_through_orbax(name: str, tmp_path: pathlib.Path) -> None:
+def test_orbax_adapter_round_trips(name: str, tmp_path: pathlib.Path) -> None:
     one = case(name, "float32")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "step", one.adapter)
@@ -191,7 +197,7 @@ def test_the_same_trees_go_through_orbax(name: str, tmp_path: pathlib.Path) -> N
         ("vb_lora", "vb_lora", {"num_vectors": 2}, r"bank has shape \(2, 1\)"),
     ],
 )
-def test_facts_that_cannot_be_are_refused(
+def test_load_adapter_invalid_fields_raise(
     family: str, path: str, facts: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:
     one = case("dense_general", "float32", family)
@@ -206,7 +212,7 @@ def test_facts_that_cannot_be_are_refused(
         jlora.load_adapter(file, one.params)
 
 
-def test_a_shared_part_that_is_missing_is_not_saved(tmp_path: pathlib.Path) -> None:
+def test_save_adapter_missing_shared_part_raises(tmp_path: pathlib.Path) -> None:
     one = case("dense_general", "float32", "vera")
     alone = {"params/kernel": one.adapter["params/kernel"]}
     with pytest.raises(ValueError, match="shares arrays under 'vera', which the adapter lacks"):

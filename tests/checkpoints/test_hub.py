@@ -14,7 +14,7 @@ from jlora.checkpoints.hub import resolve_checkpoint_folder
 BASE = pathlib.Path(__file__).parents[1] / "models" / "data" / "decoders" / "llama"
 
 
-def test_folders_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_folder_local_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     assert resolve_checkpoint_folder(BASE) == BASE
     assert resolve_checkpoint_folder(str(BASE)) == BASE
@@ -24,7 +24,7 @@ def test_folders_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         models.load("no-such-folder")
 
 
-def test_a_name_on_the_hub_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_hub_name_downloads_no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def fetch(name: str, **options: Any) -> str:
@@ -40,14 +40,16 @@ def test_a_name_on_the_hub_is_fetched_without_pickles(monkeypatch: pytest.Monkey
     assert params
 
 
-def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_load_offline_error_names_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=r"not in the Hub's cache.*hf download owner/name"):
         models.load("owner/name")
 
 
-def test_a_name_that_the_hub_has_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_unknown_hub_name_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     class Missing(huggingface_hub.errors.RepositoryNotFoundError):
         def __init__(self) -> None:
             Exception.__init__(self, "404")

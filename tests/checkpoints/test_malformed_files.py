@@ -1,7 +1,6 @@
-"""Files that are damaged or made to do harm: refused with an error of ours, never a crash.
+"""Damaged and hostile files: readers raise an error of jlora and never crash.
 
-What comes of a file is asked of all three readers: adapters of jlora's, folders of PEFT's, and
-checkpoints.
+All three readers are tested: jlora's adapter files, PEFT's folders, and checkpoints.
 """
 
 from __future__ import annotations
@@ -49,6 +48,11 @@ def product(params: Any, x: Any) -> Any:
 
 
 @functools.cache
+def decoder_shapes(config: models.DecoderConfig) -> Any:
+    return weight_names.eval_param_shapes(models.Decoder(config), TOKENS)
+
+
+@functools.cache
 def adapter() -> Any:
     lora = jlora.lora_transform(product, jlora.LoRA(rank=2, alpha=3))
     return jax.tree.map(lambda a: a + 0.5, lora.init(jax.random.key(0), PARAMS, X))
@@ -76,7 +80,7 @@ def read_model(folder: pathlib.Path) -> Any:
     return load.check_loadable(folder / "model")
 
 
-# Of each reader, the file with its tensors.
+# Each reader and the file of its tensors.
 READERS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "adapter": (read_adapter, "adapter.safetensors"),
     "peft": (read_peft, "peft/adapter_model.safetensors"),
@@ -85,7 +89,7 @@ READERS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
 
 
 def framed(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of these parts, with the length that it says its header has."""
+    """A safetensors file of these parts, with the length in front of its header."""
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
@@ -124,7 +128,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_tensor_files_are_refused(
+def test_readers_hostile_file_raises(
     name: str, reader: str, good: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     read, file = READERS[reader]
@@ -135,7 +139,7 @@ def test_hostile_tensor_files_are_refused(
 
 
 @pytest.mark.parametrize("reader", ["adapter", "peft"])
-def test_a_file_cut_anywhere_is_refused(
+def test_readers_truncated_file_raises(
     reader: str, good: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     read, file = READERS[reader]
@@ -153,7 +157,7 @@ def test_a_file_cut_anywhere_is_refused(
 
 
 @pytest.mark.parametrize("reader", ["adapter", "peft"])
-def test_files_with_bytes_changed_are_refused_or_read(
+def test_readers_changed_bytes_raise_or_load(
     reader: str, good: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     read, file = READERS[reader]
@@ -203,9 +207,7 @@ FIELDS = [
 ]
 
 
-def test_configs_of_peft_with_anything_in_them_are_refused_or_read(
-    good: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_peft_config_fuzzed_raises_or_loads(good: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(good, tmp_path / "copy")
     path = tmp_path / "copy" / "peft" / "adapter_config.json"
     fields = json.loads(path.read_text())
@@ -227,9 +229,7 @@ def test_configs_of_peft_with_anything_in_them_are_refused_or_read(
     fuzz()
 
 
-def test_configs_of_models_with_anything_in_them_are_refused_or_read(
-    good: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_decoder_config_fuzzed_raises_or_parses(good: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(good, tmp_path / "copy")
     path = tmp_path / "copy" / "model" / "config.json"
     fields = json.loads(path.read_text())
@@ -245,12 +245,12 @@ def test_configs_of_models_with_anything_in_them_are_refused_or_read(
             return
         # And what is a config makes a model.
         if config.hidden_size <= 64 and config.vocab_size <= 64:
-            assert weight_names.eval_param_shapes(models.Decoder(config), TOKENS)
+            assert decoder_shapes(config)
 
     fuzz()
 
 
-def test_a_pickle_is_never_run(good: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_readers_never_run_pickles(good: pathlib.Path, tmp_path: pathlib.Path) -> None:
     class Canary:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "it-ran"),)
@@ -268,7 +268,7 @@ def test_a_pickle_is_never_run(good: pathlib.Path, tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_regular_file_is_refused(
+def test_readers_irregular_file_raises(
     reader: str, good: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     read, file = READERS[reader]
@@ -281,7 +281,7 @@ def test_what_is_no_regular_file_is_refused(
             read(copy)  # A FIFO that is opened would never answer.
 
 
-def test_an_export_that_fails_leaves_nothing(
+def test_save_failure_leaves_nothing(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, params = models.load(BASE)

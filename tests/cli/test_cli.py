@@ -269,9 +269,9 @@ def test_export_hf_rounded_update_warns(
             ("export", PEFT / "lora", PEFT / "lora", "out"),
             "has neither model.safetensors",
         ),
-        (("export", BASE, PEFT / "lora_fused", "out"), "the model has not"),
+        (("export", BASE, PEFT / "lora_fused", "out"), "which the model does not have"),
         (("export", "--format", "jlora", BASE, PEFT / "lora_saved", "out"), "Use --format hf"),
-        (("export", "--format", "vllm", BASE, PEFT / "dora", "out"), "does not take DoRA"),
+        (("export", "--format", "vllm", BASE, PEFT / "dora", "out"), "vLLM does not support DoRA"),
         (("generate", BASE, "text"), "tokenizer.json is missing"),
     ],
 )

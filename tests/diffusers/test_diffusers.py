@@ -1,4 +1,4 @@
-"""Single files of diffusers and kohya: read, computed with, written, converted and refused."""
+"""LoRA files of diffusers and kohya: loaded, applied, saved, converted and refused."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def test_readme_runs_match_results() -> None:
     results = ROOT / "benchmarks/results"
     quickstart = json.loads((results / "quickstart_recipe.json").read_text())
     assert (
-        f"| {quickstart['test']['after']['accuracy']:.3f} | {quickstart['trained']:,} |" in README
+        f"| {quickstart['test']['after']['accuracy']:.3f} | {quickstart['trainable_params']:,} |"
+        in README
     )
     assert f"took {quickstart['seconds']:.0f} s" in README
     both = json.loads((results / "docstrings.json").read_text())
@@ -184,12 +185,12 @@ def test_readme_adapter_examples_match_results() -> None:
         figures = " | ".join(f"{row[which]:.3f}" for which in ("never", "among others", "alone"))
         assert f"| {name} | {figures} |" in README, name
     assert f"{users['requests']:,} requests in mixed batches" in README
-    assert users["bank"]["compiled"] == 1
+    assert users["bank"]["compilations"] == 1
     fused = json.loads((results / "lorahub.json").read_text())
     for name, row in fused["test_accuracy"].items():
         figures = " | ".join(f"{row[which]:.3f}" for which in ("mean", "least", "most"))
         assert f"| {name} | {figures} |" in README, name
-    assert f"{fused['examples']} labelled texts, drawn {fused['draws']} times" in README
+    assert f"{fused['examples']} labeled texts, drawn {fused['draws']} times" in README
 
 
 def test_readme_rank_search_matches_results() -> None:
@@ -205,7 +206,7 @@ def test_readme_rank_search_matches_results() -> None:
         assert "\n".join(rows) + "\n" in README
     means = {}
     for trial in found["trials"]:
-        if trial["of"] == 30 and "30" in trial["values"] and trial["seed"] < 2:
+        if trial["total_steps"] == 30 and "30" in trial["values"] and trial["seed"] < 2:
             key = tuple(trial["setting"].values())
             means.setdefault(key, []).append(trial["values"]["30"])
     for key, values in means.items():

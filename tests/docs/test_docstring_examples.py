@@ -49,7 +49,9 @@ def test_example_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     member = MEMBERS[name]
     text = inspect.getdoc(member) or ""
-    parser, globs = doctest.DocTestParser(), {"jlora": jlora}
+    # With the names of the member's module, as `pytest --doctest-modules` does.
+    globs = {**vars(inspect.getmodule(member)), "jlora": jlora}
+    parser = doctest.DocTestParser()
     runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
     output: list[str] = []
     runner.run(parser.get_doctest(text, globs, name, None, 0), out=output.append)

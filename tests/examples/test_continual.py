@@ -1,4 +1,4 @@
-"""The example of continual learning: a small run, and less interference with less forgetting."""
+"""The example of continual learning: a small run, less interference and less forgetting."""
 
 import importlib.util
 import json
@@ -24,20 +24,20 @@ needs_checkpoint = pytest.mark.skipif(
 )
 
 
-def test_the_two_tasks_share_no_package():
+def test_tasks_share_no_package():
     assert set(continual.FIRST) | set(continual.SECOND) == set(quickstart.PACKAGES)
     assert not set(continual.FIRST) & set(continual.SECOND)
 
 
-def test_a_summary_has_the_mean_and_the_spread_of_the_seeds():
+def test_summarize_has_mean_and_range():
     runs = [{"free": {"forgotten": value}, "other": {"forgotten": 2 * value}} for value in (1, 4)]
-    assert continual.summary(runs) == {
+    assert continual.summarize(runs) == {
         "free": {"forgotten": {"mean": 2.5, "least": 1, "most": 4}},
         "other": {"forgotten": {"mean": 5.0, "least": 2, "most": 8}},
     }
 
 
-def test_what_is_left_outside_an_adapter_has_no_part_in_its_directions():
+def test_project_out_matches_projected_inputs():
     rng = np.random.default_rng(0)
     a, rows = rng.normal(size=(6, 2)), rng.normal(size=(9, 6))
     leaf = LoRALeaf(
@@ -51,7 +51,7 @@ def test_what_is_left_outside_an_adapter_has_no_part_in_its_directions():
     moments = InputMoments(
         jnp.full(1, 9.0), jnp.asarray(rows.sum(0))[None], jnp.asarray(rows.T @ rows)[None]
     )
-    number, first, second = continual.left_outside({"w": moments}, {"w": leaf})["w"]
+    number, first, second = continual.project_out({"w": moments}, {"w": leaf})["w"]
     left = rows - rows @ a @ np.linalg.solve(a.T @ a, a.T)
     assert number == 9
     # float32 against float64: sums of nine products of numbers near one.
@@ -61,7 +61,7 @@ def test_what_is_left_outside_an_adapter_has_no_part_in_its_directions():
 
 @needs_checkpoint
 @pytest.mark.slow
-def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
+def test_continual_tiny_run_writes_results(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["continual.py", "--tiny", f"--output={output}"])
     continual.main()
@@ -71,7 +71,7 @@ def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
     assert results["test_texts"] == [18, 18]
     (run,) = results["runs"]
     assert list(run) == ["free", "penalty", "orthogonal"]
-    # All ways start with one first adapter, so the first task was as good before.
+    # All variants share the first adapter, so the earlier accuracy is the same.
     (before,) = {round(18 * (one["forgotten"] + one["first task"]), 3) for one in run.values()}
     assert before == round(before)
     assert run["free"]["overlap"] > run["penalty"]["overlap"] > run["orthogonal"]["overlap"] > 0
@@ -90,16 +90,16 @@ continual.run(pathlib.Path(sys.argv[1]), settings, range(3))
 
 @needs_checkpoint
 @pytest.mark.slow
-def test_orthogonal_adapters_interfere_less_and_forget_less(tmp_path):
+def test_orthogonal_adapters_forget_less(tmp_path):
     """On the quickstart's task split in two, half of its texts, and three seeds."""
-    # Of its own, with programs that are fast rather than soon compiled.
-    kept = {
+    # In a process without the tests' XLA flags, which trade run time for compile time.
+    environment = {
         k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     }
     subprocess.run(
         [sys.executable, "-c", SMALLER, str(tmp_path / "out")],
         cwd=pathlib.Path(continual.__file__).parent.parent,
-        env=kept,
+        env=environment,
         check=True,
     )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -107,11 +107,11 @@ def test_orthogonal_adapters_interfere_less_and_forget_less(tmp_path):
         free, orthogonal = run["free"], run["orthogonal"]
         assert orthogonal["overlap"] < 0.01 * free["overlap"]
         assert orthogonal["shared inputs"] < 0.1 * free["shared inputs"]
-    mean = continual.summary(results["runs"])
+    mean = continual.summarize(results["runs"])
     lost = {way: figures["loss added"]["mean"] for way, figures in mean.items()}
     assert lost["orthogonal"] < lost["free"]
     forgotten = {way: figures["forgotten"]["mean"] for way, figures in mean.items()}
     assert forgotten["orthogonal"] <= forgotten["free"]
-    # Nothing is given away for it: three of some 280 texts are what seeds differ by.
+    # At no cost in the second task: seeds differ by three of some 280 texts.
     learned = {way: figures["second task"]["mean"] for way, figures in mean.items()}
     assert learned["orthogonal"] > learned["free"] - 0.02

@@ -1,4 +1,4 @@
-"""The example of fusion: its examples are fair, and a small run writes what it computed."""
+"""The example of LoraHub: its data, and a small run."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import jlora
 import jlora.models
 
 pytest.importorskip("matplotlib", reason="needs the extra jlora[train]")
-from examples import lorahub, quickstart, tasks
+from examples import _tasks, lorahub, quickstart
 
 needs_all = pytest.mark.skipif(
     any(
@@ -23,17 +23,17 @@ needs_all = pytest.mark.skipif(
 )
 
 
-def test_the_groups_have_every_package_once():
+def test_groups_partition_packages():
     packages = [package for group in lorahub.GROUPS.values() for package in group]
     assert sorted(packages) == sorted(quickstart.PACKAGES)
 
 
-def test_examples_are_a_few_of_each_package_and_others_in_another_draw():
+def test_draw_examples_per_package_and_seed():
     labels = np.repeat(np.arange(3), 20)
     ids = [[100 + number] * (1 + number % 4) for number in range(60)]
     train = datasets.Dataset.from_dict({"ids": ids, "label": labels.tolist()})
-    task = tasks.Task(("a", "b", "c"), np.arange(12) < 3, train, [])
-    batch, other = (lorahub.examples_of(task, seed, 6) for seed in (0, 1))
+    task = _tasks.Task(("a", "b", "c"), np.arange(12) < 3, train, [])
+    batch, other = (lorahub.draw_examples(task, seed, 6) for seed in (0, 1))
     assert batch.ids.shape == (3 * lorahub.PER_PACKAGE, 6)
     assert np.bincount(batch.labels).tolist() == [lorahub.PER_PACKAGE] * 3
     numbers = batch.ids[:, 0] - 100
@@ -45,7 +45,7 @@ def test_examples_are_a_few_of_each_package_and_others_in_another_draw():
 
 @needs_all
 @pytest.mark.slow
-def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
+def test_lorahub_tiny_run_writes_results(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["lorahub.py", "--tiny", f"--output={output}"])
     monkeypatch.setattr(lorahub, "DRAWS", 1)

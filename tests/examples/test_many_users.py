@@ -1,4 +1,4 @@
-"""A small run of the example with many users, and what it is made of."""
+"""The example with many users: its data, and a small run."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ needs_checkpoint = pytest.mark.skipif(
 )
 
 
-def test_every_user_is_asked_about_every_text_once_and_batches_are_mixed():
-    halves = many_users.requests_of(40, np.random.default_rng(0))
+def test_make_requests_cover_and_mix_users():
+    halves = many_users.make_requests(40, np.random.default_rng(0))
     requests = [request for half in halves for request in half]
     assert len(requests) == len(set(requests)) == 8 * 40
     for half in halves:
@@ -26,22 +26,22 @@ def test_every_user_is_asked_about_every_text_once_and_batches_are_mixed():
             assert len({user for user, _ in half[start : start + many_users.SERVED]}) >= 2
 
 
-def test_a_step_has_as_many_texts_that_a_user_wants_as_others():
+def test_draw_balanced_half_of_users_packages():
     labels = np.repeat(np.arange(12), 5)
-    chosen = many_users.balanced("user-3", labels, np.random.default_rng(0))
+    chosen = many_users.draw_balanced("user-3", labels, np.random.default_rng(0))
     packages = {quickstart.PACKAGES[n] for n in labels[chosen][many_users.ROWS // 2 :]}
     assert packages <= set(many_users.USERS["user-3"])
-    assert many_users.wanted("user-3", labels[chosen]).sum() == many_users.ROWS // 2
+    assert many_users.user_labels("user-3", labels[chosen]).sum() == many_users.ROWS // 2
 
 
 @needs_checkpoint
-def test_a_tiny_run_serves_all_users_with_one_program(tmp_path, monkeypatch):
+def test_many_users_tiny_run_compiles_once(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["many_users.py", "--tiny", "--output", str(output)])
     many_users.main()
     results = json.loads((output / "results.json").read_text())
-    assert results["bank"]["compiled"] == 1
-    assert results["bank"]["evicted"] == 4
+    assert results["bank"]["compilations"] == 1
+    assert results["bank"]["evictions"] == 4
     for row in results["test_accuracy"].values():
         assert row["among others"] == row["alone"]
         # Sums of at most 1536 products in float32 in another order, through six layers.

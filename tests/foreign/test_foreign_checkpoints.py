@@ -172,7 +172,7 @@ def outputs(model: Any, **batch: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("decoder", DECODERS, indirect=True)
-def test_a_decoder_of_old_computes_the_same_logits(decoder: Saved) -> None:
+def test_load_old_decoder_has_the_same_logits(decoder: Saved) -> None:
     # Without padding: before it, old releases rotate by other positions than generation does.
     ids = np.random.default_rng(5).integers(3, VOCABULARY, (2, LENGTHS[0]))
     model, params = decoder.ours
@@ -182,7 +182,7 @@ def test_a_decoder_of_old_computes_the_same_logits(decoder: Saved) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS, indirect=True)
-def test_a_decoder_of_old_writes_the_same_tokens(decoder: Saved) -> None:
+def test_generate_old_decoder_has_the_same_tokens(decoder: Saved) -> None:
     import torch
 
     ids, mask = texts()
@@ -201,7 +201,7 @@ def test_a_decoder_of_old_writes_the_same_tokens(decoder: Saved) -> None:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, indirect=True)
-def test_an_encoder_of_old_computes_the_same_logits(encoder: Saved) -> None:
+def test_load_old_encoder_has_the_same_logits(encoder: Saved) -> None:
     model, params = encoder.ours
     if encoder.theirs.config.model_type == "vit":
         images = np.random.default_rng(5).normal(size=(4, 10, 10, 3)).astype(np.float32)
@@ -217,16 +217,12 @@ def test_an_encoder_of_old_computes_the_same_logits(encoder: Saved) -> None:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, indirect=True)
-def test_an_encoder_s_config_may_spell_out_its_defaults(
-    encoder: Saved, tmp_path: pathlib.Path
-) -> None:
+def test_load_encoder_config_with_defaults(encoder: Saved, tmp_path: pathlib.Path) -> None:
     assert_spelled_out_is_the_same(encoder, tmp_path)
 
 
 @pytest.mark.parametrize("decoder", DECODERS, indirect=True)
-def test_a_decoder_s_config_may_spell_out_its_defaults(
-    decoder: Saved, tmp_path: pathlib.Path
-) -> None:
+def test_load_decoder_config_with_defaults(decoder: Saved, tmp_path: pathlib.Path) -> None:
     assert_spelled_out_is_the_same(decoder, tmp_path)
 
 

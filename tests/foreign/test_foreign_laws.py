@@ -1,4 +1,4 @@
-"""The laws, on models that others wrote."""
+"""The laws, on models of other packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = FOREIGN
 
 
 # Float32 sums of at most 72 products in another order, one behind the other in about ten layers:
-# each rounds by 6e-8 of its largest term, and what follows enlarges it.
+# each rounds by 6e-8 of its largest term, and later layers amplify that.
 OUTPUT = 1e-5
 # Back through the same layers, and summed over all tokens.
 GRADIENT = 5e-5
@@ -33,7 +33,7 @@ def close(values: Any, truth: Any, relative: float = OUTPUT) -> None:
 
 @pytest.mark.parametrize("family", ["lora", "dora", "vera"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_laws_hold(name: str, family: str) -> None:
+def test_laws_hold_on_foreign_models(name: str, family: str) -> None:
     """One test for a model and a family, because what they compile is shared."""
     one = foreign_case(name, family)
     explanation = one.lora.explain(one.params, *one.inputs)
@@ -95,7 +95,7 @@ def law_explain_is_what_happens_and_nothing_is_dense(
     one: Case, explanation: jlora.Explanation
 ) -> None:
     rows = adapted(explanation)
-    assert not [row for row in rows if row.dense or "full-size" in row.adapter]
+    assert not [row for row in rows if row.dense_reasons or "full-size" in row.adapter]
     assert {row.path for row in rows} == set(get_adapter_leaves(one.adapter))
     assert not explanation.errors
     with record_materialized() as seen:
@@ -115,8 +115,8 @@ def law_a_second_call_does_not_recompile(one: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "qwen3_experts", "gemma3"])
-def test_full_fine_tuning_has_a_product_of_every_weights_shape(name: str) -> None:
-    """Or the law of absence would say nothing."""
+def test_full_gradient_has_weight_shaped_products(name: str) -> None:
+    """Without this, the law of absence would be vacuous."""
     one = foreign_case(name, "lora")
     full = jax.jit(jax.grad(lambda p: total(one.fn(p, *one.inputs))))
     text = full.lower(one.params).compile().as_text()

@@ -1,4 +1,4 @@
-"""What was adapted in JAX, in PyTorch: merged in transformers, and as an adapter of PEFT."""
+"""Adapters from JAX in PyTorch: merged in transformers, and as adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits_of(model: Any, one: Case) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["lora", "dora", "vera"])
 @pytest.mark.parametrize("name", TORCH)
-def test_merged_parameters_give_the_same_logits_in_torch(name: str, family: str) -> None:
+def test_merge_has_the_same_logits_in_torch(name: str, family: str) -> None:
     one = foreign_case(name, family)
     model = in_torch(one, name, one.lora.merge(one.params, one.adapter))
     np.testing.assert_allclose(logits_of(model, one), one.output.logits, **LOGITS)
@@ -58,19 +58,19 @@ def vera_arrays(leaf: Any) -> dict[str, Any]:
     return {"vera_lambda_d.default": leaf.d, "vera_lambda_b.default": leaf.b}
 
 
-# For a family, its config here and there, and what its leaf holds by PEFT's names.
+# Per family: the config of jlora and of PEFT, and the leaf's arrays by PEFT's names.
 FAMILIES: dict[str, tuple[Any, str, dict[str, Any], Any]] = {
     "lora": (LORA, "LoraConfig", {"r": 3, "lora_alpha": 4}, lora_arrays),
     "dora": (DORA, "LoraConfig", {"r": 3, "lora_alpha": 4, "use_dora": True}, dora_arrays),
     "vera": (VERA, "VeraConfig", {"r": 13, "projection_prng_key": 0}, vera_arrays),
 }
-# Of several sizes, for what weights share. GPT-2 keeps its kernels as (in, out) in PyTorch.
+# Several sizes, since VeRA's weights share arrays. GPT-2 keeps its kernels as (in, out) in PyTorch.
 PROJECTIONS = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "k_proj", "down_proj"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", TORCH)
-def test_peft_computes_the_same_from_the_same_arrays(name: str, family: str) -> None:
+def test_peft_has_the_same_logits(name: str, family: str) -> None:
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     config, theirs, fields, arrays = FAMILIES[family]

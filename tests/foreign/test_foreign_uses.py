@@ -1,5 +1,5 @@
-"""What a user does with these models beside a forward pass: dropout, caches, generation, training,
-sharding, and what goes back into the package's own object."""
+"""Uses of these models beside a forward pass: dropout, caches, generation, training, sharding, and
+updates of the package's own module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ import jlora
 pytestmark = FOREIGN
 
 
-def test_the_models_own_dropout_drops_the_same_entries() -> None:
+def test_apply_model_dropout_drops_same_entries() -> None:
     one = foreign_case("gpt2", "lora")
 
     def run(fn: Any, *trees: Any) -> Any:
@@ -46,7 +46,7 @@ def test_the_models_own_dropout_drops_the_same_entries() -> None:
     assert not np.allclose(ours.logits, one.output.logits, atol=0.1), "nothing was dropped"
 
 
-def test_dropout_of_the_adapter_needs_nothing_of_the_model() -> None:
+def test_apply_adapter_dropout() -> None:
     one = foreign_case("gpt2", "lora")
     config = jlora.LoRA(rank=3, alpha=4, dropout=0.5)
     lora = jlora.lora_transform(one.fn, config)
@@ -57,7 +57,7 @@ def test_dropout_of_the_adapter_needs_nothing_of_the_model() -> None:
     assert not np.allclose(first, other, atol=0.1)
 
 
-def test_a_pooler_that_nothing_reads_is_left_out_by_name() -> None:
+def test_rules_none_excludes_unused_pooler() -> None:
     made = from_transformers("FlaxBertModel", "BertConfig", (tokens(),), **BERT)
     encode = lambda params, x: made.fn(params, x).last_hidden_state
     lora = jlora.lora_transform(encode, {"pooler": None, "kernel$": LORA})
@@ -70,7 +70,7 @@ def test_a_pooler_that_nothing_reads_is_left_out_by_name() -> None:
 # --- caches and generation -----------------------------------------------------------------------
 
 
-def test_gpt2_reads_and_writes_its_cache() -> None:
+def test_apply_gpt2_with_cache() -> None:
     one = foreign_case("gpt2", "lora")
     module = one.layer.module
     attended = jnp.ones((BATCH, LENGTH), int)
@@ -95,7 +95,7 @@ def test_gpt2_reads_and_writes_its_cache() -> None:
     close(jax.jit(lora.apply)(one.params, one.adapter, *one.inputs), one.output.logits)
 
 
-def test_qwen3_reads_and_writes_its_cache() -> None:
+def test_apply_qwen3_with_cache() -> None:
     one = foreign_case("qwen3", "lora")
     x, positions, _, mask = one.inputs
     cache = one.layer.module.init_cache(BATCH, LENGTH, jnp.float32)
@@ -110,7 +110,7 @@ def test_qwen3_reads_and_writes_its_cache() -> None:
     assert int(cache["layer_1"]["end_index"][0]) == LENGTH
 
 
-def test_generation_is_that_of_the_merged_model() -> None:
+def test_generate_equals_merged_model() -> None:
     """The package's own loop, of a length that is not known, with its cache."""
     one = foreign_case("gpt2", "lora")
 
@@ -131,7 +131,7 @@ def test_generation_is_that_of_the_merged_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_training_lowers_the_loss_and_moves_no_base(name: str) -> None:
+def test_training_lowers_loss_and_freezes_base(name: str) -> None:
     one = foreign_case(name, "lora")
     before = jax.tree.map(np.array, one.params)
     wanted = tokens(seed=1)
@@ -155,7 +155,7 @@ def test_training_lowers_the_loss_and_moves_no_base(name: str) -> None:
     chex.assert_trees_all_equal(one.params, before)
 
 
-def test_merged_parameters_go_back_into_a_tunix_module() -> None:
+def test_update_nnx_with_merged_params() -> None:
     one = foreign_case("qwen3", "lora")
     module = from_tunix("qwen3", "Qwen3", **QWEN3).module
     close(module(*one.inputs), one.fn(one.params, *one.inputs))  # Made from the same seed.
@@ -163,7 +163,7 @@ def test_merged_parameters_go_back_into_a_tunix_module() -> None:
     close(module(*one.inputs), one.output)
 
 
-def test_parameters_sharded_by_tunix_give_the_same() -> None:
+def test_apply_params_sharded_by_tunix() -> None:
     one = foreign_case("qwen3", "lora")
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     # The package draws every shard by itself, and so copies of one shard differ: only where it puts

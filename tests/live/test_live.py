@@ -1,4 +1,4 @@
-"""What jlora writes, loaded by the libraries that others serve with.
+"""Checkpoints and adapters that jlora saves, loaded by transformers and PEFT.
 
 These run where torch, transformers 5 and peft are installed: `make test-live`.
 """
@@ -18,10 +18,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 hf_peft = pytest.importorskip("peft")
 
 import jlora  # noqa: E402
-from jlora import (
-    models,
-    peft,  # noqa: E402
-)
+from jlora import models, peft  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -50,8 +47,8 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(3, 44, (2, 8))
 
 
-def adapted(name: str, rules: Any, scanned: bool = False) -> tuple[Any, Any, Any, np.ndarray]:
-    model, params = models.load(DECODERS / name, dtype=jnp.float32, scanned=scanned)
+def adapted(name: str, rules: Any, scan_layers: bool = False) -> tuple[Any, Any, Any, np.ndarray]:
+    model, params = models.load(DECODERS / name, dtype=jnp.float32, scan_layers=scan_layers)
     lora = jlora.lora_transform(model.apply, rules)
     fresh = lora.init(jax.random.key(0), params, jnp.asarray(tokens()))
     leaves, treedef = jax.tree.flatten(fresh)
@@ -62,17 +59,17 @@ def adapted(name: str, rules: Any, scanned: bool = False) -> tuple[Any, Any, Any
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_loads_merged_checkpoints(name: str, tmp_path: pathlib.Path) -> None:
-    scanned = name != "qwen3_moe_some"
+def test_save_merged_decoder_in_transformers(name: str, tmp_path: pathlib.Path) -> None:
+    scan_layers = name != "qwen3_moe_some"
     rules = {EVERY: jlora.LoRA(rank=2, alpha=4)}
-    _, params, adapter, ours = adapted(name, rules, scanned)
+    _, params, adapter, ours = adapted(name, rules, scan_layers)
     merged = jlora.merge(params, adapter)
     models.save(
         tmp_path / "out",
         merged,
         DECODERS / name,
         dtype=jnp.float32,
-        scanned=scanned,
+        scan_layers=scan_layers,
         max_shard_size=4000,
     )
     np.testing.assert_allclose(logits(theirs(tmp_path / "out"), tokens()), ours, **CLOSE)
@@ -113,9 +110,11 @@ def test_transformers_loads_merged_checkpoints(name: str, tmp_path: pathlib.Path
         else "-".join(type(config).__name__ for config in value.values())
     ),
 )
-@pytest.mark.parametrize("scanned", [False, True])
-def test_peft_loads_adapters(name: str, rules: Any, scanned: bool, tmp_path: pathlib.Path) -> None:
-    model, params, adapter, ours = adapted(name, rules, scanned)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_save_decoder_adapter_in_peft(
+    name: str, rules: Any, scan_layers: bool, tmp_path: pathlib.Path
+) -> None:
+    model, params, adapter, ours = adapted(name, rules, scan_layers)
     peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
     np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)

@@ -1,4 +1,4 @@
-"""The peers' benchmark scripts that need torch, on the CPU's shape."""
+"""The benchmark script of PEFT, with the tiny shape on the CPU."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NORMS = (2 * TINY.layers + 1) * TINY.width
 
 
 @pytest.mark.parametrize("method", ["eager", "bitsandbytes"])
-def test_a_step_of_peft_trains_and_is_written_down(
+def test_peft_main_trains_and_writes_row(
     method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     if method == "bitsandbytes":
         pytest.importorskip("bitsandbytes")
     output = tmp_path / "row.json"
-    words = ["--tiny", "--method", method, "--steps", "2", "--repeats", "2"]
-    monkeypatch.setattr(sys, "argv", ["peer_peft", *words, "--output", str(output)])
+    words = ["--shape", "tiny", "--method", method, "--steps", "2", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", ["peft", *words, "--output", str(output)])
     peer_peft.main()
     row = json.loads(output.read_text())
     assert row["method"] == f"peft {method}"
@@ -43,9 +43,7 @@ def test_a_step_of_peft_trains_and_is_written_down(
 
 
 @pytest.mark.parametrize(("name", "dtype"), peer_peft.DTYPES.items())
-def test_adapters_are_of_the_type_asked_for_and_all_get_a_gradient(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_peft_adapters_have_dtype_and_gradient(name: str, dtype: torch.dtype) -> None:
     model = peer_peft.adapted(peer_peft.llama(TINY), TINY, dtype)
     parameters = peer_peft.trainable_parameters(model)
     assert {parameter.dtype for parameter in parameters} == {dtype}
@@ -57,7 +55,7 @@ def test_adapters_are_of_the_type_asked_for_and_all_get_a_gradient(
     assert not [now for now, was in zip(parameters, before, strict=True) if torch.equal(now, was)]
 
 
-def test_4_bit_layers_are_nf4_with_quantised_scales_under_pefts_own_layer() -> None:
+def test_to_4bit_is_nf4_with_quantized_scales() -> None:
     pytest.importorskip("bitsandbytes")
     names = tuple(f"{name}_proj" for name in TINY.projections)
     model = peer_peft.to_4bit(peer_peft.llama(TINY), names)

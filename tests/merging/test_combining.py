@@ -1,4 +1,4 @@
-"""Combining adapters: what comes out is what NumPy makes of their changes."""
+"""`combine_adapters` against NumPy, on the adapters' updates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DENSITY = 0.4
 
 
 def three(layout: str) -> list[dict[str, Any]]:
-    """Adapters of other ranks and scales; that of rsLoRA has `alpha / sqrt(rank)`."""
+    """Adapters of different ranks and scales; the scale of rsLoRA is `alpha / sqrt(rank)`."""
     return [
         {"w": lora(layout, 1)},
         {"w": lora(layout, 2, rank=1, alpha=4.0)},
@@ -70,7 +70,7 @@ def keep_chances(delta: np.ndarray, density: float, epsilon: float) -> np.ndarra
 
 
 def reference(method: merging.MergeMethod, deltas: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """One matrix by a method that does not draw."""
+    """One matrix by a method without random draws."""
     if isinstance(method, merging.Magnitude):
         deltas = np.stack([trimmed(delta, method.density) for delta in deltas])
     weighted = weights[:, None, None] * deltas
@@ -158,7 +158,7 @@ def test_ties_keeps_at_least_one_entry() -> None:
     assert np.abs(got).max() == pytest.approx(np.abs(change(lora("plain", 1))).max(), rel=1e-6)
 
 
-# --- methods that draw ---------------------------------------------------------------------------
+# --- random methods ------------------------------------------------------------------------------
 
 DRAWN = [
     merging.DARE(DENSITY),
@@ -225,11 +225,11 @@ def test_combine_random_draws_are_independent() -> None:
     assert len(set(every)) == len(every) == 16
     assert [mask.tobytes() for mask in masks(key, 1.0, 0.0)] == every[:8]
     assert [mask.tobytes() for mask in masks(jax.random.key(1), 1.0, 0.0)] != every[:8]
-    # An adapter's draws are its own also where those before it leave the weight alone.
+    # An adapter's draws do not depend on whether earlier adapters have the weight.
     pair = [{"one": same}, {"two": same}]
     apart = merging.combine_adapters(pair, method=merging.DARE(0.5), key=key).adapter
     np.testing.assert_array_equal(change(apart["two"]) != 0, np.stack(second[4:]))
-    # Another weight beside it moves no draw, and neither does the other kind of key.
+    # Neither another weight nor a raw uint32 key changes the draws.
     less = merging.combine_adapters(
         [{"two": same}], method=merging.DARE(0.5), key=jax.random.PRNGKey(0)
     )
@@ -486,7 +486,7 @@ def test_combine_apply_equals_merged_base() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 def spoilt(field: str, value: float) -> Any:

@@ -1,4 +1,4 @@
-"""Weights found from a few examples: against least squares in NumPy."""
+"""Mixing weights fitted to a few examples, against least squares in NumPy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WANTED = np.array([0.75, -1.0, 0.25])
 
 @functools.cache
 def task() -> tuple[Any, Any, Any, Any]:
-    """A layer, a mix of three adapters, a loss and its arguments: outputs of other weights, with
+    """A layer, three weighted adapters, a loss and its arguments: outputs of other weights, with
     noise that no weights explain.
     """
     one = case("dense_general", "float32")

@@ -1,4 +1,4 @@
-"""Weights that depend on the input: a gate against its formula in NumPy, and rows apart."""
+"""Routing weights against NumPy, and batches with weights of each example."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_routing_weights_narrow_dtype_is_widened(dtype: Any) -> None:
 
 
 def test_router_can_be_trained() -> None:
-    """By its centroids and its temperature, from prompts that say nothing."""
+    """Trains centroids and temperature, starting from identical prompts."""
     alike = dict.fromkeys("abc", PROMPTS["a"])
     gate = fit_router(alike, mix_of("dense"))
     labels = np.arange(7) % 3

@@ -1,4 +1,4 @@
-"""How adapters meet: the figures are NumPy's, of the dense changes in float64."""
+"""Interference against NumPy, on the materialized updates in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that know where they come from, and which adapter they are."""
+"""Content hashes and lineages of adapter files."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_law_read_lineage_roundtrip(tmp_path: Path) -> None:
     assert read_lineage(path) == LINEAGE
     save_adapter(path, ADAPTER, PARAMS)
     assert read_lineage(path) == Lineage()
-    # Neither the lineage nor the name of the file is part of what the adapter is.
+    # Neither the lineage nor the file's name is part of the content.
     assert metadata_of(path)["content"] == HASH
 
 
@@ -162,7 +162,7 @@ def test_read_lineage_damaged_raises(text: str, tmp_path: Path) -> None:
     for read in (read_lineage, inspect_path):
         with pytest.raises(ValueError, match=r"adapter.safetensors: the lineage is damaged"):
             read(path)
-    # The numbers are all there.
+    # The tensors are intact.
     assert adapted_weight_paths(path) == ["b", "w"]
     assert content_hash(load_adapter(path, PARAMS)) == HASH
 

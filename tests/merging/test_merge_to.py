@@ -1,4 +1,4 @@
-"""Merging to narrow types, and what the report says of it."""
+"""Merging to narrow dtypes, and the report of the rounding loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = jnp.ones((1, 96))
 
 
 def adapter(size: float) -> Any:
-    """A change of the weight whose length over the weight's is `size`."""
+    """An update whose norm relative to the weight is `size`."""
     lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=80, alpha=80))
     leaf = lora.init(jax.random.key(1), {"w": WEIGHT}, X)["w"]
     a, b = jax.random.normal(KEYS[1], leaf.a.shape), jax.random.normal(KEYS[2], leaf.b.shape)

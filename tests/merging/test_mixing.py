@@ -1,4 +1,4 @@
-"""Adapters side by side under weights, against their changes summed in NumPy; one on another."""
+"""Weighted sums of adapters against NumPy, and adapters on top of each other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
 
 @functools.cache
 def parts(name: str) -> dict[str, Any]:
-    """Three adapters of one layer, of other families and ranks."""
+    """Three adapters of one layer, of different families and ranks."""
     one = case(name, "float32")
 
     def trained(config: Any, seed: int) -> Any:
@@ -67,7 +67,7 @@ def change(leaf: Any) -> np.ndarray:
 
 
 def summed(params: Any, adapters: dict[str, Any], weights: Any) -> Any:
-    """The base plus the weighted changes: float64."""
+    """The base plus the weighted updates, in float64."""
     flat = _tree.flatten_with_paths(params)
     leaves = []
     for path, base in zip(flat.paths, flat.leaves, strict=True):
@@ -96,7 +96,7 @@ def test_law_weighted_sum_equals_sum_of_deltas(name: str) -> None:
     run = jax.jit(one.lora.apply)
     output = run(one.params, mix, *one.inputs)
     dense = jax.jit(one.fn)(narrow(expected), *one.inputs)
-    # Layers after one another add up what each rounds.
+    # Rounding errors add up over the layers.
     chex.assert_trees_all_close(output, dense, rtol=1e-4, atol=1e-4)
     # Plain LoRA of it is the same function.
     chex.assert_trees_all_close(
@@ -233,7 +233,7 @@ def test_with_weights_does_not_recompile() -> None:
 
 
 def test_rank_weights_nan_stays_with_its_adapter() -> None:
-    """A product with zeros and ones would hand it to all."""
+    """A product with zeros and ones would spread it to all."""
     (leaf,) = weighted_sum(parts("dense_general")).values()
     gates = dataclasses.replace(leaf, weights=jnp.array([1, np.nan, 2])).rank_weights
     np.testing.assert_array_equal(np.isnan(gates), np.repeat([False, True, False], leaf.ranks))
@@ -264,7 +264,7 @@ def test_law_save_adapter_weighted_sum_roundtrip(name: str, tmp_path: pathlib.Pa
         chex.assert_trees_all_equal(loaded, adapter)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_with_weights_wrong_paths_or_shapes_raise() -> None:
         with_weights(stack, {p: np.ones((leaf.shape[0] + 1, 3)) for p, leaf in stack.items()})
 
 
-# One on another
+# Composition
 
 
 @pytest.mark.parametrize("name", ["dense_general", "linen_scan_remat", "tied_embedding"])

@@ -1,4 +1,4 @@
-"""Writes data/: adapters that PEFT saved, and what the model computes with each.
+"""Writes data/: adapters that PEFT saved, and the outputs of the model with each.
 
 The base models are those of tests/models/data. Run it once where torch, transformers 5 and peft are
 installed; the tests need none of them:
@@ -26,7 +26,7 @@ DATA = HERE / "data"
 ATTENTION = ["q_proj", "v_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# Of bases that are no decoders, the class.
+# Classes of the bases that are not decoders.
 CLASSES = {
     "encoders/bert": transformers.BertModel,
     "encoders/bert_sequence": transformers.BertForSequenceClassification,
@@ -36,7 +36,7 @@ CLASSES = {
 }
 TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS"}
 
-# Of each case: the base, PEFT's config, and its fields.
+# The base, PEFT's config and its fields of each case.
 CASES: dict[str, tuple[str, type, dict[str, Any]]] = {
     "lora": ("llama", peft.LoraConfig, {"r": 3, "lora_alpha": 6, "target_modules": EVERY}),
     "lora_rs": (
@@ -240,7 +240,7 @@ def outputs(model: Any, name: str) -> torch.Tensor:
 
 
 def moved(model: torch.nn.Module) -> None:
-    """Every trained number off its start; vectors of gains stay near one."""
+    """Adds noise to all trainable parameters; gains stay near one."""
     torch.manual_seed(11)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Folders that PEFT wrote: read, computed with, written again, and refused when they are wrong.
+"""PEFT folders: loaded, applied, saved again, and refused if they are wrong.
 
 `data/` was written by make_folders.py with the models of tests/models/data.
 """
@@ -63,7 +63,7 @@ def loaded(name: str, scanned: bool = False) -> peft.LoadedAdapter:
 
 
 def inputs(name: str) -> tuple[np.ndarray, ...]:
-    """What the base's own outputs are of: ids and mask first, for texts."""
+    """Inputs of the base's expected outputs; ids and mask first, for texts."""
     folder = MODELS / config_of(DATA / name)["base_model_name_or_path"]
     tensors = safetensors.numpy.load_file(folder / "expected.safetensors")
     names = ("images", "input_ids", "mask", "attention_mask", "token_type_ids")
@@ -89,7 +89,7 @@ def test_load_apply_agrees_with_peft(name: str, scanned: bool) -> None:
     lora = jlora.lora_transform(model.apply)
     out = np.asarray(jax.jit(lora.apply)(params, adapter, *given))
     theirs = safetensors.numpy.load_file(DATA / name / "expected.safetensors")["output"]
-    # What follows padding means nothing.
+    # Outputs at padding are undefined.
     seen = given[1] > 0 if out.ndim == 3 else ...
     # float32: one ulp in every weight moves some of these outputs by 2.5e-5.
     np.testing.assert_allclose(out[seen], theirs[seen], atol=5e-5)
@@ -172,7 +172,7 @@ def test_load_stacked_ranks_are_padded() -> None:
     assert np.asarray(gradient.a)[1].any(axis=0).all()
 
 
-# --- adapters that jlora made ---
+# --- adapters of jlora ---
 
 
 def trained(config: Any, pattern: str = r"(q|v|down)/kernel", name: str = "llama") -> Any:
@@ -319,7 +319,7 @@ def test_save_existing_folder_raises(tmp_path: pathlib.Path) -> None:
         peft.save(tmp_path / "out", trained(jlora.LoRA(rank=2, alpha=2)), model, params)
 
 
-# --- folders that are wrong ---
+# --- wrong folders ---
 
 
 def spoilt(
@@ -522,7 +522,7 @@ def test_tensor_layout_roundtrip(layout: TensorLayout, shape: tuple[int, ...]) -
 
 
 def merged_by_vllm(folder: pathlib.Path, key: str) -> np.ndarray:
-    """The change of a linear module as vLLM computes it: one rank and alpha for all."""
+    """The update of a linear module in vLLM: one rank and alpha for all modules."""
     fields = config_of(folder)
     tensors = safetensors.numpy.load_file(folder / TENSORS)
     a, b = (tensors[f"{PREFIX}{key}.lora_{name}.weight"] for name in "AB")

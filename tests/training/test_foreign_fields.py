@@ -57,7 +57,7 @@ def test_foreign_fields_tables_do_not_overlap() -> None:
     assert sum(map(len, tables)) == len(FOREIGN_FIELDS)
 
 
-def test_foreign_fields_are_not_fields_of_the_target() -> None:
+def test_foreign_fields_are_not_in_target_section() -> None:
     # A field of the same name in the target's section would never reach the error.
     for name, foreign in FOREIGN_FIELDS.items():
         parent, _, field = foreign.field.rpartition(".")

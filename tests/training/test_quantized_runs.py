@@ -234,13 +234,13 @@ def test_cli_export_reports_quantized_base(
     model, wide = models.load(base)
     lora = jlora.lora_transform(model.apply, {"q/kernel": jlora.LoRA(rank=2, alpha=4)})
     fresh = lora.init(jax.random.key(0), wide, TOKENS)
-    bases = {"wide": wide, "quantised": jlora.quantize(wide, {"q/kernel": jlora.NF4()})}
+    bases = {"wide": wide, "quantized": jlora.quantize(wide, {"q/kernel": jlora.NF4()})}
     for name, params in bases.items():
         jlora.save_adapter(tmp_path / f"{name}.safetensors", fresh, params)
         arguments = [str(base), str(tmp_path / f"{name}.safetensors"), str(tmp_path / name)]
         assert cli.main(["export", *arguments]) == 0
-        told = "trained on weights quantised as nf4, and is merged into the original ones"
-        assert (told in capsys.readouterr().out) == (name == "quantised")
+        told = "trained on weights quantized as nf4, but is merged into the original weights"
+        assert (told in capsys.readouterr().out) == (name == "quantized")
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -141,11 +141,11 @@ def test_train_existing_export_raises(recipe_of: Make, base: pathlib.Path) -> No
             "merged",
             "routes by the input, so it cannot be merged",
         ),
-        ({"family": "SoRA", "rank": 2}, "peft", "PEFT has nothing like"),
+        ({"family": "SoRA", "rank": 2}, "peft", "PEFT does not support"),
         (
             {"family": "FullDelta", "target_pattern": "/q/kernel"},
             "peft",
-            "no part of a method of PEFT",
+            "must have factors of a PEFT method",
         ),
     ],
 )

@@ -332,6 +332,22 @@ def make_tensor_getter(
     Args:
         weights: Weights of the model, by path.
         arrays: Arrays of the weights, by path.
+
+    Example:
+        >>> import flax.traverse_util, jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from jlora import models
+        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> config = decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> model = models.Decoder(config)
+        >>> params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+        >>> arrays = flax.traverse_util.flatten_dict(params, sep="/")
+        >>> get_tensor = models.make_tensor_getter(models.checkpoint_mapping(model)[0], arrays)
+        >>> get_tensor("model.layers.0.mlp.up_proj.weight").shape
+        (16, 8)
     """
     slices = {part.key: (path, part) for path, weight in weights.items() for part in weight.slices}
 

@@ -33,6 +33,11 @@ class StreamPosition(NamedTuple):
     Attributes:
         epoch: Epoch, from 0.
         batch: Number of the next batch in that epoch, from 0.
+
+    Example:
+        >>> from jlora.training import data
+        >>> data.StreamPosition()
+        StreamPosition(epoch=0, batch=0)
     """
 
     epoch: int = 0
@@ -49,6 +54,17 @@ class StreamBatch(NamedTuple):
         arrays: Arrays with the leading axes (gradient accumulation steps, batch).
         example_ids: Source and number of the examples of every row, in the order of the rows. They
             trace a bad loss to its examples, and stay on the host.
+
+    Example:
+        >>> from jlora.training import data
+        >>> from jlora.training.data import tokenized_dataset
+        >>> tokenize = data.TokenizeConfig(max_seq_length=4)
+        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(tokenize)
+        >>> builder.add(0, tokenized_dataset.TokenSequence([5, 6, 2], True))
+        >>> config = data.BatchConfig(batch_size=1, seq_length=4)
+        >>> _, batch = next(data.BatchStream([builder.build()], config).batches())
+        >>> batch.example_ids
+        (((0, 0),),)
     """
 
     arrays: LMBatch | ClassificationBatch
@@ -231,6 +247,17 @@ class LMBatch(NamedTuple):
         loss_mask: float32, 1 where the target counts for the loss.
         segment_ids: int32 number of a token's example within its row, from 1; 0 for padding.
         positions: int32 positions, from 0 in every example.
+
+    Example:
+        >>> from jlora.training import data
+        >>> from jlora.training.data import tokenized_dataset
+        >>> tokenize = data.TokenizeConfig(max_seq_length=4)
+        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(tokenize)
+        >>> builder.add(0, tokenized_dataset.TokenSequence([5, 6, 2], True))
+        >>> config = data.BatchConfig(batch_size=1, seq_length=4)
+        >>> _, batch = next(data.BatchStream([builder.build()], config).batches())
+        >>> batch.arrays.targets.tolist(), batch.arrays.loss_mask.tolist()
+        ([[[6, 2, 0, 0]]], [[[1.0, 1.0, 0.0, 0.0]]])
     """
 
     tokens: np.ndarray
@@ -249,6 +276,11 @@ class ClassificationBatch(NamedTuple):
         token_type_ids: int32 (..., batch, length), 1 in the second of a pair of texts.
         labels: int32 (..., batch) class ids.
         example_mask: float32 (..., batch), 0 for empty rows that complete the batch.
+
+    Example:
+        >>> from jlora.training import data
+        >>> data.ClassificationBatch._fields
+        ('tokens', 'attention_mask', 'token_type_ids', 'labels', 'example_mask')
     """
 
     tokens: np.ndarray

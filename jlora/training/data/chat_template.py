@@ -119,7 +119,8 @@ class ChatTemplate:
         `apply_chat_template` of transformers, whose renderings are reproduced.
 
     Example:
-        >>> template = ChatTemplate(
+        >>> from jlora.training import data
+        >>> template = data.ChatTemplate(
         ...     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         ...     "{% if add_generation_prompt %}assistant: {% endif %}"
         ... )

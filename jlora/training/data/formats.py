@@ -137,14 +137,16 @@ def tokenize_chats(
         ValueError: If a message is invalid, or the template does not separate the turns.
 
     Example:
+        >>> import tokenizers
+        >>> from jlora.training import data
         >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
         >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
         >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         >>> turns = "{% for m in messages %}{{ m.content }} {% endfor %}"
-        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, ChatTemplate(turns), "")
-        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> tokenizer = data.Tokenizer(words, words, (), None, 0, 0, data.ChatTemplate(turns), "")
+        >>> config = data.TokenizeConfig(max_seq_length=8)
         >>> chat = [{"role": "user", "content": "low"}, {"role": "assistant", "content": "rank"}]
-        >>> dataset = tokenize_chats([{"messages": chat}], tokenizer, config)
+        >>> dataset = data.tokenize_chats([{"messages": chat}], tokenizer, config)
         >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
         ([1, 2], [False, True])
     """
@@ -187,13 +189,15 @@ def tokenize_completions(
         ValueError: If a cell is not a string, or the tokenizer has no eos token.
 
     Example:
+        >>> import tokenizers
+        >>> from jlora.training import data
         >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
         >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
         >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
-        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> tokenizer = data.Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = data.TokenizeConfig(max_seq_length=8)
         >>> rows = [{"prompt": "low", "completion": "rank"}]
-        >>> dataset = tokenize_completions(rows, tokenizer, config)
+        >>> dataset = data.tokenize_completions(rows, tokenizer, config)
         >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
         ([1, 2, 0], [False, True, True])
     """
@@ -227,12 +231,14 @@ def tokenize_texts(rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig) -> 
         ValueError: If a cell is not a string, or the tokenizer has no eos token.
 
     Example:
+        >>> import tokenizers
+        >>> from jlora.training import data
         >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
         >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
         >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
-        >>> config = TokenizeConfig(max_seq_length=8)
-        >>> dataset = tokenize_texts([{"text": "low rank"}], tokenizer, config)
+        >>> tokenizer = data.Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = data.TokenizeConfig(max_seq_length=8)
+        >>> dataset = data.tokenize_texts([{"text": "low rank"}], tokenizer, config)
         >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
         ([1, 2, 0], [False, True, True])
     """
@@ -262,13 +268,15 @@ def tokenize_preferences(
         ValueError: If a cell is neither, or an answer is not a single assistant message.
 
     Example:
+        >>> import tokenizers
+        >>> from jlora.training import data
         >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
         >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
         >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
-        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> tokenizer = data.Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = data.TokenizeConfig(max_seq_length=8)
         >>> rows = [{"prompt": "rank", "chosen": "low", "rejected": "high"}]
-        >>> dataset = tokenize_preferences(rows, tokenizer, config)
+        >>> dataset = data.tokenize_preferences(rows, tokenizer, config)
         >>> dataset.tokens.tolist(), dataset.sequences_per_example
         ([2, 1, 0, 2, 3, 0], 2)
     """
@@ -307,13 +315,15 @@ def tokenize_classification(
         ValueError: If a text is not a string, or a label is not one of the names.
 
     Example:
+        >>> import tokenizers
+        >>> from jlora.training import data
         >>> vocab = {"</s>": 0, "low": 1, "rank": 2, "high": 3}
         >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
         >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        >>> tokenizer = Tokenizer(words, words, (), None, 0, 0, None, "")
-        >>> config = TokenizeConfig(max_seq_length=8)
+        >>> tokenizer = data.Tokenizer(words, words, (), None, 0, 0, None, "")
+        >>> config = data.TokenizeConfig(max_seq_length=8)
         >>> rows = [{"text": "low", "label": "no"}, {"text": "high", "label": "yes"}]
-        >>> dataset = tokenize_classification(rows, tokenizer, config)
+        >>> dataset = data.tokenize_classification(rows, tokenizer, config)
         >>> dataset.labels.tolist(), dataset.label_names
         ([0, 1], ('no', 'yes'))
     """

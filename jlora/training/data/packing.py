@@ -41,6 +41,12 @@ class BatchConfig:
     Raises:
         ValueError: If a number is not a positive int, buckets are given with packing, or buckets
             do not increase up to `seq_length`.
+
+    Example:
+        >>> from jlora.training import data
+        >>> config = data.BatchConfig(batch_size=8, seq_length=1024, gradient_accumulation_steps=4)
+        >>> config.effective_batch_size
+        32
     """
 
     batch_size: int
@@ -80,6 +86,12 @@ class PlannedBatch(NamedTuple):
     Attributes:
         seq_length: Tokens of a row.
         example_ids: Source and number of every example of each row; empty for padding rows.
+
+    Example:
+        >>> from jlora.training import data
+        >>> batch = data.PlannedBatch(seq_length=8, example_ids=(((0, 1), (0, 0)), ()))
+        >>> [len(row) for row in batch.example_ids]  # Two packed examples, and a padding row.
+        [2, 0]
     """
 
     seq_length: int
@@ -98,6 +110,14 @@ class EpochPlan:
         starts: int64 (rows + 1,), start of each row's examples; equal for padding rows.
         seq_lengths: (batches,), tokens of a batch's rows.
         effective_batch_size: Rows of a batch.
+
+    Example:
+        >>> import numpy as np
+        >>> from jlora.training import data
+        >>> config = data.BatchConfig(batch_size=2, seq_length=8, packing=False)
+        >>> plan = data.plan_epoch([np.array([3, 5, 4])], config, seed=0, epoch=0, shuffle=False)
+        >>> len(plan), plan[1].example_ids
+        (2, (((0, 2),), ()))
     """
 
     sources: np.ndarray
@@ -153,9 +173,11 @@ def plan_epoch(
         ValueError: If an example is longer than a row, or a weight or the seed is out of range.
 
     Example:
+        >>> import numpy as np
+        >>> from jlora.training import data
         >>> lengths = [np.array([3, 5, 4])]
-        >>> config = BatchConfig(batch_size=2, seq_length=8)
-        >>> plan = plan_epoch(lengths, config, seed=0, epoch=0, shuffle=False)
+        >>> config = data.BatchConfig(batch_size=2, seq_length=8)
+        >>> plan = data.plan_epoch(lengths, config, seed=0, epoch=0, shuffle=False)
         >>> plan[0]  # Examples 1 and 0 are packed into one row.
         PlannedBatch(seq_length=8, example_ids=(((0, 1), (0, 0)), ((0, 2),)))
     """

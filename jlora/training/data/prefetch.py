@@ -24,6 +24,13 @@ class PrefetchIterator(Generic[MappedItem]):
 
     Attributes:
         data_wait_s: Total seconds that the caller waited for values.
+
+    Example:
+        >>> from jlora.training import data
+        >>> letters = data.PrefetchIterator("ab", str.upper, buffer_size=1)
+        >>> next(letters), letters.data_wait_s > 0
+        ('A', True)
+        >>> letters.close()
     """
 
     def __init__(
@@ -112,7 +119,8 @@ def prefetch(
         ValueError: If `buffer_size` is below 1.
 
     Example:
-        >>> with prefetch(range(3), lambda x: x * x) as squares:
+        >>> from jlora.training import data
+        >>> with data.prefetch(range(3), lambda x: x * x) as squares:
         ...     list(squares)
         [0, 1, 4]
     """

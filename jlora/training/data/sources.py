@@ -66,11 +66,12 @@ def load_rows(
             split, or there are no rows.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
+        >>> from jlora.training import data
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "train.csv"
+        ...     file = pathlib.Path(folder) / "train.csv"
         ...     _ = file.write_text("text,label\nyes,1\nno,0\n")
-        ...     load_rows(file, max_examples=1).to_list()
+        ...     data.load_rows(file, max_examples=1).to_list()
         [{'text': 'yes', 'label': '1'}]
     """
     if max_examples is not None and max_examples < 1:

@@ -50,6 +50,12 @@ class TokenizeStats(NamedTuple):
         split: Rows split into several examples.
         tokens: Tokens of all examples.
         loss_tokens: Tokens that count for the loss.
+
+    Example:
+        >>> from jlora.training import data
+        >>> stats = data.TokenizeStats(rows=10, examples=9, dropped=1)
+        >>> stats.rows - stats.examples == stats.dropped
+        True
     """
 
     rows: int = 0
@@ -77,6 +83,16 @@ class TokenizedDataset(NamedTuple):
         token_type_ids: int8 (tokens,), 1 in the second of a pair of texts; None without pairs.
         stats: Counts of the tokenization.
         fingerprint: Hash of the arrays.
+
+    Example:
+        >>> from jlora.training import data
+        >>> from jlora.training.data import tokenized_dataset
+        >>> config = data.TokenizeConfig(max_seq_length=4)
+        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(config)
+        >>> builder.add(0, tokenized_dataset.TokenSequence([5, 6, 2], True))
+        >>> dataset = builder.build()
+        >>> dataset.num_examples, dataset.example_lengths().tolist(), dataset.loss_mask.tolist()
+        (1, [3], [False, True, True])
     """
 
     tokens: np.ndarray
@@ -120,6 +136,12 @@ class TokenizeConfig:
 
     Raises:
         ValueError: If max_seq_length is not an int of at least 2, or truncation is unknown.
+
+    Example:
+        >>> from jlora.training import data
+        >>> config = data.TokenizeConfig(max_seq_length=1024, columns={"text": "content"})
+        >>> config.truncation
+        'error'
     """
 
     max_seq_length: int

@@ -30,6 +30,18 @@ class Tokenizer(NamedTuple):
         pad_token_id: Id of the padding token; 0 if the folder defines none, as padding is masked.
         chat_template: Chat template, or None.
         fingerprint: Hash of all of these; equal ones give equal tokens.
+
+    Example:
+        >>> import tempfile, tokenizers
+        >>> from jlora.training import data
+        >>> vocab = {"<s>": 0, "low": 1, "rank": 2}
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     words.save(f"{folder}/tokenizer.json")
+        ...     tokenizer = data.Tokenizer.from_folder(folder)
+        >>> tokenizer.encode(["low rank"])
+        [[1, 2]]
     """
 
     without_special_tokens: tokenizers.Tokenizer
@@ -60,17 +72,6 @@ class Tokenizer(NamedTuple):
         Raises:
             FileNotFoundError: If there is no tokenizer.json.
             ValueError: If it is damaged.
-
-        Example:
-            >>> import tempfile
-            >>> vocab = {"<s>": 0, "low": 1, "rank": 2}
-            >>> made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
-            >>> made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     made.save(f"{folder}/tokenizer.json")
-            ...     tokenizer = Tokenizer.from_folder(folder)
-            >>> tokenizer.encode(["low rank"])
-            [[1, 2]]
         """
         folder = Path(folder)
         full, plain = _load_tokenizer_json(folder), _load_tokenizer_json(folder)

@@ -66,14 +66,15 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
             invalid field with its value.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
+        >>> from jlora.training import recipe
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "recipe.yaml"
+        ...     file = pathlib.Path(folder) / "recipe.yaml"
         ...     _ = file.write_text(
         ...         "{output: run, model: {path: base},"
         ...         " data: {train: [{path: train.jsonl, format: chat}]}}"
         ...     )
-        ...     load(file, ["--adapter.rank", "32"]).adapter.rank
+        ...     recipe.load(file, ["--adapter.rank", "32"]).adapter.rank
         32
     """
     path = Path(path)
@@ -96,9 +97,10 @@ def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
         ValueError: If the recipe is invalid; the message lists every invalid field with its value.
 
     Example:
+        >>> from jlora.training import recipe
         >>> source = {"path": "train.jsonl", "format": "chat"}
         >>> raw = {"output": "run", "model": {"path": "base"}, "data": {"train": [source]}}
-        >>> validate(raw).optimizer.schedule
+        >>> recipe.validate(raw).optimizer.schedule
         'cosine'
     """
     try:

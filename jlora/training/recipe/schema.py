@@ -17,7 +17,8 @@ def json_schema() -> dict[str, Any]:
     """Returns the JSON Schema of recipes, for editors.
 
     Example:
-        >>> json_schema()["required"]
+        >>> from jlora.training import recipe
+        >>> recipe.json_schema()["required"]
         ['output', 'model', 'data']
     """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
@@ -27,7 +28,8 @@ def default_recipe_yaml() -> str:
     """Returns a recipe with a comment for every field and its default value; it is valid as is.
 
     Example:
-        >>> print(default_recipe_yaml().splitlines()[2])
+        >>> from jlora.training import recipe
+        >>> print(recipe.default_recipe_yaml().splitlines()[2])
         output: run
     """
     header = (

@@ -461,6 +461,13 @@ class Recipe(Section):
         classification: Classification, for labeled texts.
         export: Exports at the end of the run.
         report: Contents of metrics.jsonl and report.html.
+
+    Example:
+        >>> from jlora.training import recipe
+        >>> source = {"path": "pairs.jsonl", "format": "preference"}
+        >>> raw = {"output": "run", "model": {"path": "base"}, "data": {"train": [source]}}
+        >>> recipe.Recipe.model_validate(raw).task
+        'preference'
     """
 
     output: NonEmptyStr = Field(examples=["run"])

@@ -1,8 +1,8 @@
-"""What the examples about several adapters share: the quickstart's task, split by package.
+"""Shared code of the examples with several adapters: the quickstart's task, split by package.
 
-A task is to tell some of the twelve packages apart by their docstrings. Everything about texts,
-batches and heads is the quickstart's; here is the training of one adapter on one such task, alone
-or on top of an earlier one.
+A task is the classification of docstrings among some of the twelve packages. Texts, batches and
+heads come from the quickstart; this module trains one adapter on one such task, alone or on top of
+an earlier adapter.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ TINY = dataclasses.replace(quickstart.TINY, batch_size=4)
 
 
 class Encoder(NamedTuple):
-    """The encoder, its LoRA, and the texts of all packages.
+    """Encoder, its LoRA transform, and the texts of all packages.
 
     Attributes:
-        model: The encoder's module.
-        kernels: A pattern for those that are adapted.
-        lora: Around it.
-        params: Its base.
-        texts: The splits `train` and `test`, tokenised.
-        settings: The size of a run.
-        step: One step of training, compiled for each length of texts.
-        encode: The mean hidden states of the encoder with any parameters.
-        moments: Those of what its kernels meet, likewise.
+        model: Module of the encoder.
+        kernels: Pattern of the adapted kernels.
+        lora: LoRA transform of the encoder.
+        params: Parameters of the encoder.
+        texts: Tokenized splits `train` and `test`.
+        settings: Settings of a run.
+        step: Training step, compiled for each length of texts.
+        encode: Mean hidden states of the encoder, as a function of its parameters.
+        moments: Input moments of the kernels, likewise.
     """
 
     model: Any
@@ -60,12 +60,12 @@ class Encoder(NamedTuple):
     encode: Callable[..., jax.Array]
     moments: Callable[..., dict[str, Any]]
 
-    def fresh(self, seed: int) -> Adapter:
-        """An adapter that changes nothing yet, its input directions drawn at random."""
+    def init_adapter(self, seed: int) -> Adapter:
+        """Returns an initial adapter with random input directions."""
         return self.lora.init(jax.random.key(seed), self.params, *self._shapes())
 
-    def fresh_along(self, moments: dict[str, Any]) -> Adapter:
-        """One whose input directions are those in which inputs of these moments are largest."""
+    def init_adapter_along(self, moments: dict[str, Any]) -> Adapter:
+        """Returns an initial adapter along the largest directions of these input moments (EVA)."""
         init = jlora.initializers.eva(moments, center=False)
         settings = self.settings
         rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha, init=init)
@@ -77,26 +77,26 @@ class Encoder(NamedTuple):
         return ids, ids
 
     def features(self, adapter: Adapter, data: Sequence[quickstart.Batch]) -> jax.Array:
-        """The mean hidden states (texts, width) under an adapter.
+        """Returns the mean hidden states (texts, width) with an adapter.
 
-        It is merged, so that adapters of all kinds share one program.
+        The adapter is merged, so that all kinds of adapters share one program.
         """
         merged = self.lora.merge(self.params, adapter)
-        return quickstart.features_of(functools.partial(self.encode, merged), data)
+        return quickstart.compute_features(functools.partial(self.encode, merged), data)
 
 
-def loaded(settings: quickstart.Settings, kernels: str = KERNELS) -> Encoder:
-    """Everything that the examples start with, LoRA on the kernels of this pattern."""
+def load_encoder(settings: quickstart.Settings, kernels: str = KERNELS) -> Encoder:
+    """Loads the encoder and the texts, with LoRA on the kernels of a pattern."""
     checkpoint = quickstart.find_checkpoint()
     model, params = jlora.models.load(checkpoint)
     rule = jlora.LoRA(rank=settings.rank, alpha=settings.alpha)
     lora = jlora.lora_transform(model.apply, {kernels: rule})
     texts = quickstart.load_texts(settings.texts_per_package)
-    texts = quickstart.tokenised(texts, checkpoint, settings.lengths[-1])
-    encode = quickstart.pooled(model.apply)
+    texts = quickstart.tokenize(texts, checkpoint, settings.lengths[-1])
+    encode = quickstart.compile_mean_pool(model.apply)
     moments = jax.jit(functools.partial(jlora.input_moments, model.apply, {kernels: rule}))
     return Encoder(
-        model, kernels, lora, params, texts, settings, step_of(lora, settings), encode, moments
+        model, kernels, lora, params, texts, settings, make_step(lora, settings), encode, moments
     )
 
 
@@ -104,13 +104,13 @@ def loaded(settings: quickstart.Settings, kernels: str = KERNELS) -> Encoder:
 
 
 class Task(NamedTuple):
-    """Telling some packages apart.
+    """Classification among some packages.
 
     Attributes:
-        packages: Their names.
-        allowed: (packages of the quickstart,), whether it is one of them.
-        train: The texts to train on.
-        test: Batches to test on.
+        packages: Names of the packages.
+        allowed: True for these packages, (packages of the quickstart,).
+        train: Training texts.
+        test: Test batches.
     """
 
     packages: tuple[str, ...]
@@ -119,8 +119,8 @@ class Task(NamedTuple):
     test: list[quickstart.Batch]
 
 
-def task_of(encoder: Encoder, packages: Sequence[str]) -> Task:
-    """The task to tell these packages apart."""
+def make_task(encoder: Encoder, packages: Sequence[str]) -> Task:
+    """Returns the task of these packages."""
     allowed = np.isin(quickstart.PACKAGES, packages)
     splits = {}
     for name, split in encoder.texts.items():
@@ -130,58 +130,65 @@ def task_of(encoder: Encoder, packages: Sequence[str]) -> Task:
     return Task(tuple(packages), allowed, splits["train"], test)
 
 
-def head_for(encoder: Encoder, task: Task, adapter: Adapter) -> Head:
-    """The best linear head of a task on features under an adapter."""
+def fit_task_head(encoder: Encoder, task: Task, adapter: Adapter) -> Head:
+    """Returns a linear head fitted to a task's features with an adapter."""
     data = quickstart.batches(task.train, encoder.settings)
-    return quickstart.fitted_head(encoder.features(adapter, data), quickstart.labels_of(data))
+    return quickstart.fit_head(encoder.features(adapter, data), quickstart.collect_labels(data))
 
 
-def scores_of(head: Head, features: jax.Array, allowed: Any) -> jax.Array:
-    """The scores (texts, packages), minus infinity for packages that are not of the task."""
-    return jnp.where(allowed, quickstart.scores_of(head, features), -jnp.inf)
+def compute_task_scores(head: Head, features: jax.Array, allowed: Any) -> jax.Array:
+    """Returns the scores (texts, packages), minus infinity for packages outside the task."""
+    return jnp.where(allowed, quickstart.compute_scores(head, features), -jnp.inf)
 
 
-def errors_of(scores: jax.Array, labels: Any, allowed: Any, smoothing: float) -> jax.Array:
-    """The cross entropy (texts,) with targets smoothed over the packages of the task."""
+def cross_entropy(scores: jax.Array, labels: Any, allowed: Any, smoothing: float) -> jax.Array:
+    """Returns the cross entropy (texts,), with targets smoothed over the task's packages."""
     targets = jax.nn.one_hot(labels, len(quickstart.PACKAGES))
     targets = (1 - smoothing) * targets + smoothing * allowed / allowed.sum()
-    # Where a score is minus infinity the target is zero, and so is what it adds.
-    logarithms = jnp.where(allowed, jax.nn.log_softmax(scores), 0)
-    return -(targets * logarithms).sum(1)
+    # A score of minus infinity has a target of zero, and contributes zero.
+    log_probs = jnp.where(allowed, jax.nn.log_softmax(scores), 0)
+    return -(targets * log_probs).sum(1)
 
 
-class Judged(NamedTuple):
-    """How good an adapter is at a task's test texts."""
+class Evaluation(NamedTuple):
+    """Test result of an adapter on a task.
 
-    loss: float  # nats
-    accuracy: float  # the share of texts that score highest at their own package
+    Attributes:
+        loss: Cross entropy, in nats.
+        accuracy: Fraction of texts with the highest score for their package.
+    """
+
+    loss: float
+    accuracy: float
 
 
-def judged(encoder: Encoder, task: Task, head: Head, adapter: Adapter) -> Judged:
-    """How good an adapter is at a task."""
-    scores = scores_of(head, encoder.features(adapter, task.test), task.allowed)
-    labels = quickstart.labels_of(task.test)
-    loss = errors_of(scores, labels, task.allowed, 0.0).mean()
-    return Judged(float(loss), float(np.mean(np.argmax(scores, axis=1) == labels)))
+def evaluate(encoder: Encoder, task: Task, head: Head, adapter: Adapter) -> Evaluation:
+    """Evaluates an adapter on a task's test texts."""
+    scores = compute_task_scores(head, encoder.features(adapter, task.test), task.allowed)
+    labels = quickstart.collect_labels(task.test)
+    loss = cross_entropy(scores, labels, task.allowed, 0.0).mean()
+    return Evaluation(float(loss), float(np.mean(np.argmax(scores, axis=1) == labels)))
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def step_of(lora: jlora.LoraTransform, settings: quickstart.Settings) -> Callable[..., Any]:
-    """One step: from the state, what is frozen, a batch and a learning rate to state and loss.
+def make_step(lora: jlora.LoraTransform, settings: quickstart.Settings) -> Callable[..., Any]:
+    """Returns the step: (state, frozen arrays, batch, learning rate) to state and loss.
 
-    What is trained is `{"adapter", "head"}`, or the adapter alone under a frozen head.
+    The trainable tree is `{"adapter", "head"}`, or `{"adapter"}` with a frozen head.
     """
-    optimizer = optimizer_of()
+    optimizer = make_optimizer()
 
     def loss(trained: Any, frozen: Any, batch: quickstart.Batch) -> jax.Array:
         adapter, earlier = trained["adapter"], frozen["earlier"]
         active = adapter if earlier is None else compose_adapters(earlier, adapter)
         hidden = lora.apply(frozen["params"], active, batch.ids, batch.mask)
         head = trained["head"] if "head" in trained else frozen["head"]
-        scores = scores_of(head, jlora.models.mean_pool(hidden, batch.mask), frozen["allowed"])
-        errors = errors_of(scores, batch.labels, frozen["allowed"], settings.label_smoothing)
+        scores = compute_task_scores(
+            head, jlora.models.mean_pool(hidden, batch.mask), frozen["allowed"]
+        )
+        errors = cross_entropy(scores, batch.labels, frozen["allowed"], settings.label_smoothing)
         mean = jnp.average(errors, weights=batch.real)
         if earlier is None:
             return mean
@@ -200,13 +207,13 @@ def step_of(lora: jlora.LoraTransform, settings: quickstart.Settings) -> Callabl
     return step
 
 
-def optimizer_of() -> optax.GradientTransformation:
-    """Adam, before its learning rate, which every step is given."""
+def make_optimizer() -> optax.GradientTransformation:
+    """Returns Adam without a learning rate, which each step applies."""
     clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     return jlora.lora_optimizer(clipped)
 
 
-def trained(
+def train_adapter(
     encoder: Encoder,
     task: Task,
     head: Head,
@@ -217,17 +224,17 @@ def trained(
     earlier: Adapter | None = None,
     strength: float = 0.0,
 ) -> tuple[Adapter, Head]:
-    """An adapter for a task, and its head.
+    """Trains an adapter on a task; returns it and its head.
 
     Args:
-        encoder: What it adapts.
-        task: What it learns.
-        head: Its head: frozen, or where training starts.
-        start: The adapter before the first step.
-        seed: Of the order of the texts.
-        with_head: Whether the head is trained too.
-        earlier: An adapter below it, active and frozen.
-        strength: The factor of the overlap with it in the loss.
+        encoder: Encoder to adapt.
+        task: Task to train on.
+        head: Head of the task, frozen or initial.
+        start: Initial adapter.
+        seed: Random seed of the order of the texts.
+        with_head: True to train the head too.
+        earlier: Frozen adapter that stays active; None: none.
+        strength: Weight of the overlap with the earlier adapter in the loss.
     """
     settings = encoder.settings
     rng = np.random.default_rng(seed)
@@ -240,7 +247,7 @@ def trained(
         0.0, settings.learning_rate, warmup_steps=len(plan) // 10, decay_steps=len(plan)
     )
     weights: dict[str, Any] = {"adapter": start, "head": head} if with_head else {"adapter": start}
-    weights = jax.tree.map(jnp.copy, weights)  # The step takes their memory.
+    weights = jax.tree.map(jnp.copy, weights)  # The step donates them.
     frozen = {
         "params": encoder.params,
         "head": head,
@@ -248,7 +255,7 @@ def trained(
         "allowed": task.allowed,
         "strength": strength,
     }
-    state = quickstart.TrainState(weights, optimizer_of().init(weights))
+    state = quickstart.TrainState(weights, make_optimizer().init(weights))
     for number, batch in enumerate(plan):
         state, _ = encoder.step(state, frozen, batch, rate(number))
     return state.trained["adapter"], state.trained.get("head", head)
@@ -258,7 +265,7 @@ def trained(
 
 
 def table(rows: dict[str, dict[str, float]], width: int = 30) -> str:
-    """Rows of figures under the names of their columns."""
+    """Returns a table of rows of figures."""
     widths = {column: max(8, len(column)) + 2 for column in next(iter(rows.values()))}
     lines = [" " * width + "".join(f"{column:>{widths[column]}}" for column in widths)]
     for name, figures in rows.items():
@@ -267,8 +274,8 @@ def table(rows: dict[str, dict[str, float]], width: int = 30) -> str:
     return "\n".join(lines)
 
 
-def circumstances(name: str, settings: quickstart.Settings) -> dict[str, Any]:
-    """What made the figures."""
+def describe_run(name: str, settings: quickstart.Settings) -> dict[str, Any]:
+    """Returns the settings, command, device and versions of a run."""
     return {
         "settings": dataclasses.asdict(settings),
         "command": f"python examples/{name}.py",
@@ -281,31 +288,32 @@ def write_results(output: Path, results: dict[str, Any]) -> None:
     """Writes `results.json` into a new folder.
 
     Raises:
-        FileExistsError: The folder exists.
+        FileExistsError: If the folder exists.
     """
     output.mkdir(parents=True)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
-def arguments(description: str, name: str) -> tuple[Path, bool]:
-    """The folder that the command line names, or a free one, and whether the run is tiny.
+def parse_arguments(description: str, name: str) -> tuple[Path, bool]:
+    """Returns the output folder of the command line, and whether the run is tiny.
 
     Raises:
-        FileExistsError: The folder exists.
+        FileExistsError: If the folder exists.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help=f"must not exist yet; by default {name}-output, or that with the next free number",
+        help=f"new folder; by default {name}-output, or with the next free number",
     )
-    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, to see it work")
-    given = parser.parse_args()
-    output = given.output or quickstart.free_folder(f"{name}-output")
+    parser.add_argument("--tiny", action="store_true", help="a few texts and steps, as a check")
+    options = parser.parse_args()
+    output = options.output or quickstart.unused_folder(f"{name}-output")
     if output.exists():
         raise FileExistsError(
-            f"--output={output} exists and is left as it was. Name a new folder, or move this away."
+            f"--output={output} already exists and is not overwritten. Use a new folder, or move "
+            f"this one."
         )
     datasets.disable_progress_bars()
-    return output, given.tiny
+    return output, options.tiny

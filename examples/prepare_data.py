@@ -1,15 +1,15 @@
-"""Data and bases for the recipes that need nothing from a network: Python's own standard library.
+"""Data and bases of the recipes without downloads, from Python's standard library.
 
-    python examples/prepare.py quickstart   # then: jlora train examples/recipes/quickstart.yaml
-    python examples/prepare.py rank-search  # then: jlora rank-search with rank-search.yaml there
-    python examples/prepare.py docstrings   # then: jlora train examples/recipes/stdlib-base.yaml
+    python examples/prepare_data.py quickstart   # for jlora train examples/recipes/quickstart.yaml
+    python examples/prepare_data.py rank-search  # for jlora rank-search, rank-search.yaml
+    python examples/prepare_data.py docstrings   # for jlora train examples/recipes/stdlib-base.yaml
 
-`quickstart` writes labelled docstrings, and links to all-MiniLM-L6-v2 as its package carries it.
-`rank-search` does so too, with a fifth of the training texts apart, to choose settings on.
+`quickstart` writes labeled docstrings, and a link to all-MiniLM-L6-v2 in its Python package.
+`rank-search` does the same, with a fifth of the training texts for validation.
 
-`docstrings` writes the library's source as plain text and pairs of a signature and its docstring,
-trains a tokenizer on the text, and writes a small decoder with random weights, which
-stdlib-base.yaml teaches Python and docstrings.yaml to write docstrings.
+`docstrings` writes the library's source as plain text and pairs of signature and docstring, trains
+a tokenizer on the text, and writes a small decoder with random weights, which stdlib-base.yaml
+trains on the source and docstrings.yaml on docstrings.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ import tokenizers
 from flax import linen as nn
 from flax import traverse_util
 
-from jlora.models import Decoder, checkpoint_mapping, model_from_config
-from jlora.models.hf import weight_mapping
+from jlora.models import Decoder, checkpoint_mapping, make_tensor_getter, model_from_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,24 +61,25 @@ SPECIAL = ("<s>", "</s>", "<pad>")
 
 def prepare_quickstart(folder: Path) -> None:
     """Writes train.jsonl and test.jsonl, and a link to the base."""
-    for split, rows in labelled().items():
+    for split, rows in load_labeled_rows().items():
         write_lines(folder / f"{split}.jsonl", iter(rows))
     link_base(folder)
 
 
 def prepare_rank_search(folder: Path) -> None:
-    """Writes the same, with validation.jsonl taken out of train.jsonl."""
-    splits = labelled()
-    held = [is_validation(row["text"]) for row in splits["train"]]
-    both = list(zip(splits["train"], held, strict=True))
+    """Writes the same files, with part of train.jsonl in validation.jsonl."""
+    splits = load_labeled_rows()
+    in_validation = [is_validation(row["text"]) for row in splits["train"]]
+    pairs = list(zip(splits["train"], in_validation, strict=True))
     for split, wanted in (("train", False), ("validation", True)):
-        write_lines(folder / f"{split}.jsonl", (row for row, is_held in both if is_held == wanted))
+        rows = (row for row, is_validation_row in pairs if is_validation_row == wanted)
+        write_lines(folder / f"{split}.jsonl", rows)
     write_lines(folder / "test.jsonl", iter(splits["test"]))
     link_base(folder)
 
 
-def labelled() -> dict[str, list[dict[str, str]]]:
-    """The rows of train and test: docstrings, and the packages that they are from."""
+def load_labeled_rows() -> dict[str, list[dict[str, str]]]:
+    """Returns the rows of train and test: docstrings and their packages."""
     from examples import quickstart
 
     found = {}
@@ -92,9 +92,9 @@ def labelled() -> dict[str, list[dict[str, str]]]:
 
 
 def is_validation(text: str) -> bool:
-    """Whether a training text is for choosing settings, as one in five is.
+    """Returns True for the validation texts, one training text in five, chosen by hash.
 
-    Its hash tells, by another byte than that which told that it is for training.
+    Uses another byte of the hash than the split into train and test.
     """
     return hashlib.sha256(text.encode()).digest()[1] < 256 // 5
 
@@ -110,12 +110,12 @@ def link_base(folder: Path) -> None:
 
 
 class Function(NamedTuple):
-    """A documented function of the standard library.
+    """Documented function or class of the standard library.
 
     Attributes:
-        module: Its file, from the library's root.
-        signature: `def name(arguments):`, or `class Name(bases):`.
-        doc: The first paragraph of its docstring.
+        module: Path of its file, relative to the library's root.
+        signature: Text `def name(arguments):` or `class Name(bases):`.
+        doc: First paragraph of the docstring.
     """
 
     module: str
@@ -124,28 +124,28 @@ class Function(NamedTuple):
 
 
 def prepare_docstrings(folder: Path) -> None:
-    """Writes the texts, the pairs, the tokenizer and the base."""
-    sources = dict(library())
-    held = {path for path in sources if is_held_out(path)}
+    """Writes the texts, the pairs, the tokenizer and the base model."""
+    sources = dict(iter_library())
+    test_paths = {path for path in sources if is_held_out(path)}
     write_lines(
         folder / "source.jsonl",
-        ({"text": text} for path, text in sources.items() if path not in held),
+        ({"text": text} for path, text in sources.items() if path not in test_paths),
     )
-    pairs = [function for path, text in sources.items() for function in functions(path, text)]
+    pairs = [function for path, text in sources.items() for function in iter_functions(path, text)]
     for split in ("train", "test"):
-        chosen = (f for f in pairs if (f.module in held) == (split == "test"))
+        chosen = (f for f in pairs if (f.module in test_paths) == (split == "test"))
         write_lines(
             folder / f"{split}.jsonl",
             ({"prompt": f'{f.signature}\n    """', "completion": f'{f.doc}"""'} for f in chosen),
         )
     base = folder / "base"
     base.mkdir()
-    train_tokenizer((text for path, text in sources.items() if path not in held), base)
-    write_random(base)
+    train_tokenizer((text for path, text in sources.items() if path not in test_paths), base)
+    write_random_model(base)
 
 
-def library() -> Iterator[tuple[str, str]]:
-    """The files of the standard library, tests aside, with their paths in it."""
+def iter_library() -> Iterator[tuple[str, str]]:
+    """Yields the path and text of each file of the standard library, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
@@ -155,12 +155,12 @@ def library() -> Iterator[tuple[str, str]]:
 
 
 def is_held_out(path: str) -> bool:
-    """Whether a file is for testing, as one in ten is: its path's hash tells."""
+    """Returns True for the test files, one in ten, chosen by the hash of the path."""
     return hashlib.sha256(path.encode()).digest()[0] < 256 // 10
 
 
-def functions(path: str, text: str) -> Iterator[Function]:
-    """The documented functions and classes of a file."""
+def iter_functions(path: str, text: str) -> Iterator[Function]:
+    """Yields the documented functions and classes of a file."""
     with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
         tree = ast.parse(text)
     for node in ast.walk(tree):
@@ -180,17 +180,17 @@ def functions(path: str, text: str) -> Iterator[Function]:
 
 
 def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
-    """Writes a tokenizer of bytes and their most frequent pairs."""
-    made = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
-    made.train_from_iterator(
+    """Trains and writes a byte-level BPE tokenizer."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
+    tokenizer.train_from_iterator(
         texts, vocab_size=CONFIG["vocab_size"], special_tokens=list(SPECIAL), show_progress=False
     )
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_random(folder: Path) -> None:
+def write_random_model(folder: Path) -> None:
     """Writes a decoder with random weights as a Hugging Face folder."""
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     model = model_from_config(folder)
@@ -199,19 +199,19 @@ def write_random(folder: Path) -> None:
     variables = nn.unbox(model.init(jax.random.key(0), tokens))
     flat = traverse_util.flatten_dict(variables, sep="/")
     weights = checkpoint_mapping(model)[0]
-    make = weight_mapping.make_tensor_getter(weights, flat)
+    make = make_tensor_getter(weights, flat)
     tensors = {p.key: np.ascontiguousarray(make(p.key)) for w in weights.values() for p in w.slices}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
-    """Writes a line of JSON for each row."""
+    """Writes one line of JSON per row."""
     with path.open("w", encoding="utf-8") as file:
         count = sum(bool(file.write(json.dumps(row) + "\n")) for row in rows)
     print(f"{path.name}: {count:,} rows")
 
 
-WAYS = {
+DATASETS = {
     "quickstart": prepare_quickstart,
     "rank-search": prepare_rank_search,
     "docstrings": prepare_docstrings,
@@ -219,21 +219,22 @@ WAYS = {
 
 
 def main() -> None:
+    """Runs the example with the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=list(WAYS))
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="by default {what}-data")
-    given = parser.parse_args()
-    folder = given.output or Path(f"{given.what}-data")
+    parser.add_argument("name", choices=list(DATASETS))
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="by default {name}-data")
+    options = parser.parse_args()
+    folder = options.output or Path(f"{options.name}-data")
     if folder.exists():
-        print(f"{folder} is there already, and is left as it was.")
+        print(f"{folder} already exists and is not overwritten.")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: what an interruption leaves is not taken for the data.
+    # In a temporary folder first, so that an interruption leaves no partial data.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as temporary:
-        made = Path(temporary) / folder.name
-        made.mkdir()
-        WAYS[given.what](made)
-        made.rename(folder)
+        complete = Path(temporary) / folder.name
+        complete.mkdir()
+        DATASETS[options.name](complete)
+        complete.rename(folder)
     print(f"The data is in {folder}/.")
 
 
