@@ -1,6 +1,6 @@
 """CPU seconds that jlora takes to trace a deep model, beside the model alone.
 
-    python -m benchmarks.speed.tracing --layers 50 100 200 --output benchmarks/results/tracing.json
+python -m benchmarks.speed.tracing --layers 50 100 200 --output benchmarks/results/tracing.json
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def main() -> None:
         print(", ".join(f"{name} {value:.2f}" for name, value in rows[-1].items()), flush=True)
     if options.output:
         facts = {"jax": jax.__version__, "python": platform.python_version()}
-        command = f"python -m benchmarks.speed.tracing --layers {' '.join(map(str, options.layers))}"
+        command = (
+            f"python -m benchmarks.speed.tracing --layers {' '.join(map(str, options.layers))}"
+        )
         result = {"command": command, "device": "cpu, one core", "versions": facts, "rows": rows}
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)
