@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
-from jlora._delta import svd_from_expression
-from jlora.adapters.base import ExpressionInputs
+from jlora._delta import svd_of_change
+from jlora.adapters.base import adapt_weight
 from jlora.initializers import randomized_svd
 from jlora.interpreter.weight import weight_to_matrices
 
@@ -287,10 +287,9 @@ def test_svd_from_factors_avoids_weight_size() -> None:
     params = {"w": jax.ShapeDtypeStruct((300, 200), jnp.float32)}
     lora = jlora.lora_transform(product, jlora.AdaLoRA(rank=4, alpha=4))
     adapter = lora.init(jax.random.key(0), params, jax.ShapeDtypeStruct((2, 300), jnp.float32))
-    leaf = adapter["w"]
 
     def convert(base: Any) -> Any:
-        return svd_from_expression("w", leaf, base, leaf.expression(ExpressionInputs(base)))
+        return svd_of_change(adapter["w"], adapt_weight(adapter, "w", base))
 
     text = str(jax.make_jaxpr(convert)(jnp.zeros((300, 200))))
     assert "200,4" in text

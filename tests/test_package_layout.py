@@ -31,7 +31,6 @@ ORDER = [
     "_delta",
     "quantization",
     "rules",
-    "_evaluate",
     "explain",
     "transform",
     "convert",

@@ -40,8 +40,8 @@ class LeafContext(NamedTuple):
         key: The random key of the step, the same for every weight; None outside training.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> ExpressionInputs(jnp.ones((6, 5))).key is None
+        >>> from jlora.adapters import LeafContext
+        >>> LeafContext().key is None
         True
     """
 
@@ -89,7 +89,7 @@ class AdapterConfig(abc.ABC):
         A new method is a config and a leaf:
 
         >>> import dataclasses, jax, jax.numpy as jnp, jlora
-        >>> from jlora.adapters import AdapterConfig, AdapterLeaf, Expression, MethodInfo
+        >>> from jlora.adapters import AdapterConfig, AdapterLeaf, MethodInfo
         >>> from jlora.adapters import array_field, register_family
         >>> @register_family("output_scale")
         ... @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class AdapterConfig(abc.ABC):
         ...     shape: tuple
         ...     axes: tuple
         ...
-        ...     def expression(self, context):
-        ...         return Expression(gains=[(self.gain, self.axes.outputs)])
+        ...     def adapt(self, weight, context):
+        ...         return weight.multiply((self.gain, self.axes.outputs))
         ...
         ...     def shapes(self):
         ...         return {"gain": self.axis_sizes.outputs}

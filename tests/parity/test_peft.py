@@ -18,7 +18,7 @@ from jax import lax
 import jlora
 from jlora.adapters.fourierft import sample_frequency_indices
 from jlora.adapters.lokr import factorization
-from jlora.interpreter.factored_array import FactoredArray, build_tensor_network
+from jlora.interpreter.factored_array import FactoredArray
 
 DATA = pathlib.Path(__file__).parent / "data"
 Arrays = dict[str, np.ndarray]
@@ -297,8 +297,8 @@ def test_fourierft_matches_peft() -> None:
     merged = ft.merge(params, {"w": leaf})["w"]
     np.testing.assert_allclose(merged, tensors["merged/weight"].T, **FLOAT32)
     # So many entries use the inverse transform; the low-rank form gives the same update.
-    waves = build_tensor_network("w", leaf.shape, **leaf._low_rank_expression()._asdict())
-    dense = FactoredArray(jnp.zeros(leaf.shape), waves).materialize()
+    zero = FactoredArray.from_weight(jnp.zeros(leaf.shape), "w", leaf.shape)
+    dense = zero.add(*leaf._wave_factors()).materialize()
     expected = tensors["merged/weight"].T - tensors["base/weight"].T
     np.testing.assert_allclose(dense, expected, **FLOAT32)
 
