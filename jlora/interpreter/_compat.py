@@ -6,7 +6,7 @@ of equations are undocumented and change between releases, so this module alone 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,11 @@ def bind_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*values, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def make_eqn_key(eqn: Any) -> Hashable:
+    """Returns a key that equations share which `bind_eqn` evaluates alike."""
+    return eqn.primitive.name, tuple(sorted(eqn.params.items())), eqn.ctx
 
 
 def get_varying_axes(array: Any) -> tuple[str, ...]:

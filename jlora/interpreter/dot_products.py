@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,10 @@ class DotProduct(WeightProduct):
     def label(self, x: Any) -> Operand:
         """Returns the activation as an operand."""
         return split_axes(x, self.x_groups)
+
+    def trace_key(self) -> Hashable:
+        avals = [(atom.aval.shape, atom.aval.dtype) for atom in self.eqn.invars]
+        return self.side, _compat.make_eqn_key(self.eqn), tuple(avals)
 
     def multiply_base(self, x: Any, base: Any) -> Any:
         values = [base, x] if self.side == 0 else [x, base]

@@ -15,8 +15,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jlora.interpreter import _compat
-from jlora.interpreter.factored_array import FactoredArray, bind_on_bases
-from jlora.interpreter.terms import Axis, Operand, WeightProduct, arrange, flat_size, reshape
+from jlora.interpreter.factored_array import DeferredArray, FactoredArray, bind_on_bases
+from jlora.interpreter.terms import Axis, Operand, Term, WeightProduct, arrange, flat_size, reshape
 
 # --- evaluation -----------------------------------------------------------------------------------
 
@@ -212,14 +213,72 @@ def multiply_weight(
             x = scale_activation(x, gain, product.x_groups)
     result = product.multiply_fused(x, weight)
     if result is None:
-        result = product.multiply_base(x, weight.base)
-        for term in weight.terms:
-            result, losses = term.add_product(result, x, product)
-            context.losses.extend(losses)
+        result, losses = _add_products(product, x, weight)
+        context.losses.extend(losses)
     for gain in gains:
         if out_axes.issuperset(gain.axes):
             result = scale_activation(result, gain, product.out_groups)
     return result
+
+
+def _add_products(
+    product: WeightProduct, x: Any, weight: FactoredArray
+) -> tuple[Any, list[jax.Array]]:
+    """Returns `x W + sum of x terms`, and auxiliary losses.
+
+    The layers of a model have the same products. Each kind of product is traced, differentiated and
+    lowered once, as a function under `jax.jit`.
+    """
+    key = product.trace_key()
+    if key is None or isinstance(weight.base, DeferredArray):
+        return _trace_products(product, x, weight.base, weight.terms)
+    numbered: dict[Axis, Axis] = {}
+
+    def renumber(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        return tuple(numbered.setdefault(a, _numbered_axis(len(numbered), a)) for a in axes)
+
+    groups = tuple(renumber(group) for group in weight.axis_groups)
+    terms = tuple(term.map(lambda o: Operand(o.array, renumber(o.axes))) for term in weight.terms)
+    arrays, treedef = jax.tree.flatten(weight.terms)
+    call = _ProductCall((key, groups, jax.tree.structure(terms)), product, treedef)
+    return _lora_product(call, x, weight.base, arrays)
+
+
+def _numbered_axis(number: int, axis: Axis) -> Axis:
+    """Returns an axis that takes the place of all axes of this number, length and role."""
+    return _make_numbered_axis(number, axis.size, axis.weight_axis, axis.is_gathered)
+
+
+@functools.cache
+def _make_numbered_axis(number: int, *fields: Any) -> Axis:
+    del number
+    return Axis(*fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProductCall:
+    """A product and its terms without arrays, equal to another one that is traced alike."""
+
+    key: Hashable
+    product: WeightProduct = dataclasses.field(compare=False)
+    terms_treedef: Any = dataclasses.field(compare=False)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lora_product(
+    call: _ProductCall, x: Any, base: Any, arrays: Sequence[Any]
+) -> tuple[Any, list[jax.Array]]:
+    return _trace_products(call.product, x, base, jax.tree.unflatten(call.terms_treedef, arrays))
+
+
+def _trace_products(
+    product: WeightProduct, x: Any, base: Any, terms: Sequence[Term]
+) -> tuple[Any, list[jax.Array]]:
+    result, losses = product.multiply_base(x, base), []
+    for term in terms:
+        result, term_losses = term.add_product(result, x, product)
+        losses.extend(term_losses)
+    return result, losses
 
 
 def has_mixed_gain(weight: FactoredArray, roles: AxisRoles) -> bool:

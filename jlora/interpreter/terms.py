@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -297,6 +297,13 @@ class WeightProduct(abc.ABC):
     @abc.abstractmethod
     def multiply(self, x: Any, operands: Sequence[Operand], result: Any) -> Any:
         """Returns the product of the activation with operands, like `result` in shape and type."""
+
+    def trace_key(self) -> Hashable | None:
+        """Returns a key that products share which differ in their axes alone.
+
+        None where the product holds arrays, or is not worth a key.
+        """
+        return None
 
     def multiply_fused(self, x: Any, weight: Any) -> Any:
         """Returns the product with base and terms in one kernel, or None where there is none."""
