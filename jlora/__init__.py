@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from jlora import initializers as initializers
     from jlora._api import *  # noqa: F403
 
-__version__ = importlib.metadata.version("jlora")
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

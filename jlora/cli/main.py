@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import re
 import sys
 import warnings
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jlora
 from jlora import cli
 from jlora._docstrings import parse_attribute_docs
 from jlora.cli import export, generate, inspect, merge, rank_search, train
@@ -33,8 +33,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands, built from their option dataclasses."""
     parser = argparse.ArgumentParser(prog="jlora", description=(cli.__doc__ or "").strip())
-    version = f"jlora {importlib.metadata.version('jlora')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"jlora {jlora.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (options, run) in COMMANDS.items():
         description = (options.__doc__ or "").partition("\n")[0]

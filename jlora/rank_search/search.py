@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+import jlora
 from jlora.rank_search.optuna_sampler import import_optuna, tpe_search
 from jlora.rank_search.report import write_search_report
 from jlora.rank_search.selection import rung_steps
@@ -44,7 +45,7 @@ from jlora.training.recipe.sections import Recipe
 
 _CACHE_FOLDER = "cache"
 
-_VERSIONED_PACKAGES = ("jlora", "jax", "jaxlib", "flax", "optax")
+_VERSIONED_PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 class StagedSearch:
@@ -329,7 +330,10 @@ def _open_study(
         "recipe": recipe_fields,
         "options": {**dataclasses.asdict(options), "steps": steps},
         "command": command,
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED_PACKAGES},
+        "versions": {
+            "jlora": jlora.__version__,
+            **{name: importlib.metadata.version(name) for name in _VERSIONED_PACKAGES},
+        },
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "finished": False,
     }

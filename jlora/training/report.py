@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import io
 import math
 import platform
@@ -18,6 +17,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
+import jlora
 from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
 from jlora.adapters.base import AdapterLeaf
@@ -202,8 +202,7 @@ def make_settings_table(
 
 def collect_versions(versions: Mapping[str, str]) -> dict[str, str]:
     """Returns the versions of jlora and Python, followed by the given ones."""
-    jlora = importlib.metadata.version("jlora")
-    return {"jlora": jlora, "Python": platform.python_version(), **versions}
+    return {"jlora": jlora.__version__, "Python": platform.python_version(), **versions}
 
 
 def _is_finite_step_line(line: Mapping[str, Any]) -> bool:

@@ -209,7 +209,7 @@ def test_main_version_prints_version(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out == f"jlora {importlib.metadata.version('jlora')}\n"
+    assert capsys.readouterr().out == f"jlora {jlora.__version__}\n"
 
 
 def test_init_prints_recipe_or_schema(capsys: pytest.CaptureFixture[str]) -> None:
