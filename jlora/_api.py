@@ -34,6 +34,7 @@ from jlora.convert import (
 )
 from jlora.explain import Explanation
 from jlora.importance import input_moments
+from jlora.interpreter import register_rule
 from jlora.merging import MergeFidelity, MergeResult, UpdateLostWarning, merge_to_dtype
 from jlora.nnx import from_nnx, update_nnx
 from jlora.optim import (
@@ -104,6 +105,7 @@ __all__ = [
     "prune_ranks",
     "quantize",
     "rebase_to_original",
+    "register_rule",
     "residual_base",
     "save_adapter",
     "soft_threshold",

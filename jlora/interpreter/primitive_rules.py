@@ -412,32 +412,66 @@ def single_body(param_name: str) -> Callable[[Any], list[SubProgram]]:
     return get_subprograms
 
 
-def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers how a primitive is computed by operations that jlora follows.
+_user_rules: set[str] = set()
 
-    Where an adapted weight meets the primitive, the function is traced and evaluated in its place,
-    so the weight stays factored if it does in the function's operations. Equations that no adapted
-    weight reaches still run the primitive.
+
+def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of simpler operations as the rule of a primitive.
+
+    Where an adapted weight meets the primitive, the function is traced and evaluated in its place.
+    The weight stays factored if it does in the function's operations, and gradients are those of
+    the function. Equations that no adapted weight reaches still run the primitive.
 
     Args:
         primitive: A `jax.extend.core.Primitive`, or its name.
 
     Returns:
-        A decorator for a function `fn(*inputs, **params)` that returns the primitive's outputs.
+        A decorator for a function `fn(*inputs, **params)` of the primitive's inputs and parameters.
+        It returns the primitive's output, or a list of them.
+
+    Raises:
+        TypeError: `primitive` is neither a primitive nor a name.
+        ValueError: jlora itself has a rule for the primitive.
 
     Example:
-        >>> @jlora.register_rule("my_matmul")
-        ... def my_matmul(x, w, *, transposed):
-        ...     return x @ (w.T if transposed else w)
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jax.extend.core import Primitive
+        >>> matmul = Primitive("my_matmul")  # Such as the call of a kernel.
+        >>> _ = matmul.def_impl(lambda x, w: x @ w)
+        >>> _ = matmul.def_abstract_eval(lambda x, w: jax.core.ShapedArray((3, 5), x.dtype))
+        >>> @jlora.register_rule(matmul)
+        ... def my_matmul(x, w):
+        ...     return x @ w
+        >>> lora = jlora.lora_transform(lambda w, x: matmul.bind(x, w), jlora.LoRA(rank=2, alpha=4))
+        >>> w, x = jnp.ones((4, 5)), jnp.ones((3, 4))
+        >>> lora.apply(w, lora.init(jax.random.key(0), w, x), x).shape
+        (3, 5)
     """
-    name = primitive if isinstance(primitive, str) else primitive.name
+    name = primitive if isinstance(primitive, str) else getattr(primitive, "name", None)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"primitive={primitive!r} must be a jax.extend.core.Primitive or its name, such as "
+            f"'my_matmul'."
+        )
+    if name in RULES and name not in _user_rules:
+        raise ValueError(f"jlora has a rule for the primitive {name!r}, which cannot be replaced.")
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         def get_program(eqn: Any) -> _compat.TracedProgram:
             shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-            return _compat.trace_program(
+            program = _compat.trace_program(
                 lambda *inputs: jax.tree.leaves(fn(*inputs, **eqn.params)), *shapes
             )
+            returned, expected = (
+                [(v.aval.shape, v.aval.dtype) for v in outputs]
+                for outputs in (program.outputs, eqn.outvars)
+            )
+            if returned != expected:
+                raise ValueError(
+                    f"The rule of the primitive {name!r} returned outputs of the shapes and types "
+                    f"{_format_outputs(returned)}; the primitive has {_format_outputs(expected)}."
+                )
+            return program
 
         def get_subprograms(eqn: Any) -> list[SubProgram]:
             return [SubProgram(get_program(eqn), range(len(eqn.invars)), returns_outputs=True)]
@@ -446,6 +480,11 @@ def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[...
             return context.evaluate(get_program(eqn), values)
 
         RULES[name] = SubProgramRule(get_subprograms, run)
+        _user_rules.add(name)
         return fn
 
     return register
+
+
+def _format_outputs(outputs: Sequence[tuple[tuple[int, ...], Any]]) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in outputs)
