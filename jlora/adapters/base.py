@@ -40,9 +40,9 @@ class LeafContext(NamedTuple):
         key: The random key of the step, the same for every weight; None outside training.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> ExpressionInputs(jnp.ones((6, 5))).key is None
-        True
+        >>> from jlora.adapters import LeafContext
+        >>> LeafContext()
+        LeafContext(shared=None, key=None)
     """
 
     shared: Any = None
@@ -89,7 +89,7 @@ class AdapterConfig(abc.ABC):
         A new method is a config and a leaf:
 
         >>> import dataclasses, jax, jax.numpy as jnp, jlora
-        >>> from jlora.adapters import AdapterConfig, AdapterLeaf, Expression, MethodInfo
+        >>> from jlora.adapters import AdapterConfig, AdapterLeaf, MethodInfo
         >>> from jlora.adapters import array_field, register_family
         >>> @register_family("output_scale")
         ... @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class AdapterConfig(abc.ABC):
         ...     shape: tuple
         ...     axes: tuple
         ...
-        ...     def expression(self, context):
-        ...         return Expression(gains=[(self.gain, self.axes.outputs)])
+        ...     def adapt(self, weight, context):
+        ...         return weight.multiply((self.gain, self.axes.outputs))
         ...
         ...     def shapes(self):
         ...         return {"gain": self.axis_sizes.outputs}
@@ -194,7 +194,7 @@ class SharedArrays(AdapterArrays):
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.VeRA(rank=4))
         >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
-        >>> isinstance(adapter["vera"], SharedArrays)
+        >>> isinstance(adapter["vera"], jlora.adapters.SharedArrays)
         True
     """
 
@@ -213,7 +213,7 @@ class AdapterLeaf(AdapterArrays):
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
         >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
-        >>> isinstance(adapter["w"], AdapterLeaf), adapter["w"].axis_sizes.inputs
+        >>> isinstance(adapter["w"], jlora.adapters.AdapterLeaf), adapter["w"].axis_sizes.inputs
         (True, (6,))
     """
 
@@ -276,6 +276,7 @@ def array_field(label: str, *, optional: bool = False) -> Any:
         optional: Whether the array is None in leaves that do not use it.
 
     Example:
+        >>> from jlora.adapters import array_field
         >>> array_field("a").metadata["label"]
         'a'
     """
@@ -304,8 +305,10 @@ def register_family(name: str) -> Callable[[ArraysT], ArraysT]:
         name: Name of the class in adapter files.
 
     Example:
-        >>> from jlora.adapters.lora import LoRALeaf  # Decorated with @register_family("lora").
-        >>> LoRALeaf.family, LoRALeaf.array_labels()
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
+        >>> adapter["w"].family, adapter["w"].array_labels()  # @register_family("lora")
         ('lora', {'a': 'a', 'b': 'b'})
     """
 
