@@ -152,7 +152,7 @@ def fit_weights(
             `layer_wise` is False; or no loss is finite.
 
     References:
-        Yang et al., AdaMerging, arXiv:2310.02575, section 3, for task-wise and layer-wise weights.
+        Yang et al., AdaMerging, arXiv:2310.02575, for task-wise and layer-wise weights.
         The loss of the paper is the entropy of the outputs.
 
     Example:

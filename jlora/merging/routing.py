@@ -190,8 +190,8 @@ def apply_routed(
             no batch axis.
 
     References:
-        Zhao et al., LoraRetriever, arXiv:2402.09997, for batches whose examples have different
-        adapters.
+        Zhao et al., LoraRetriever, arXiv:2402.09997, section 4.3, for batches whose examples have
+        different adapters.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora

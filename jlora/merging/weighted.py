@@ -113,7 +113,7 @@ def with_weights(weighted_adapter: Adapter, weights: Any) -> dict[str, WeightedS
         ValueError: The paths or a shape are wrong, or an entry is not finite.
 
     References:
-        Layer-wise weights: Yang et al., AdaMerging, arXiv:2310.02575, section 3.
+        Layer-wise weights: Yang et al., AdaMerging, arXiv:2310.02575.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
