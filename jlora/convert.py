@@ -136,7 +136,7 @@ def rebase_to_original(adapter: Adapter, initial_adapter: Adapter) -> dict[str, 
             of two products.
 
     References:
-        Meng et al., PiSSA, arXiv:2404.02948, appendix on the conversion to LoRA.
+        Meng et al., PiSSA, arXiv:2404.02948, appendix C.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -213,7 +213,7 @@ def truncate_rank(adapter: Adapter, rank: int) -> dict[str, Any]:
         ValueError: There is no DyLoRA leaf, or the rank was not trained.
 
     References:
-        Valipour et al., DyLoRA, arXiv:2210.07558, algorithm 1.
+        Valipour et al., DyLoRA, arXiv:2210.07558.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -260,8 +260,7 @@ def prune_ranks(adapter: Adapter) -> dict[str, Any]:
         ValueError: There is neither an AdaLoRA nor a SoRA leaf, or a gate is not finite.
 
     References:
-        Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.2. Ding et al., SoRA, arXiv:2311.11696,
-        section 3.2.
+        Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.2. Ding et al., SoRA, arXiv:2311.11696.
 
     Example:
         >>> import dataclasses, jax, jax.numpy as jnp, jlora

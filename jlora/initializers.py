@@ -213,7 +213,7 @@ def pissa(iterations: int | None = None) -> FactorInit:
         TypeError: From `init`: only the shapes of the parameters are known.
 
     References:
-        Meng et al., PiSSA, arXiv:2404.02948, section 3 and, for the fast form, section 5.3.
+        Meng et al., PiSSA, arXiv:2404.02948, section 3 and, for the fast form, appendix B.
         Halko et al., arXiv:0909.4061, algorithm 4.4.
 
     Example:

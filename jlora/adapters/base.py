@@ -41,8 +41,8 @@ class LeafContext(NamedTuple):
 
     Example:
         >>> from jlora.adapters import LeafContext
-        >>> LeafContext().key is None
-        True
+        >>> LeafContext()
+        LeafContext(shared=None, key=None)
     """
 
     shared: Any = None
@@ -194,7 +194,7 @@ class SharedArrays(AdapterArrays):
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.VeRA(rank=4))
         >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
-        >>> isinstance(adapter["vera"], SharedArrays)
+        >>> isinstance(adapter["vera"], jlora.adapters.SharedArrays)
         True
     """
 
@@ -213,7 +213,7 @@ class AdapterLeaf(AdapterArrays):
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
         >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
-        >>> isinstance(adapter["w"], AdapterLeaf), adapter["w"].axis_sizes.inputs
+        >>> isinstance(adapter["w"], jlora.adapters.AdapterLeaf), adapter["w"].axis_sizes.inputs
         (True, (6,))
     """
 
@@ -276,6 +276,7 @@ def array_field(label: str, *, optional: bool = False) -> Any:
         optional: Whether the array is None in leaves that do not use it.
 
     Example:
+        >>> from jlora.adapters import array_field
         >>> array_field("a").metadata["label"]
         'a'
     """
@@ -304,8 +305,10 @@ def register_family(name: str) -> Callable[[ArraysT], ArraysT]:
         name: Name of the class in adapter files.
 
     Example:
-        >>> from jlora.adapters.lora import LoRALeaf  # Decorated with @register_family("lora").
-        >>> LoRALeaf.family, LoRALeaf.array_labels()
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+        >>> adapter = lora.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, jnp.ones((2, 6)))
+        >>> adapter["w"].family, adapter["w"].array_labels()  # @register_family("lora")
         ('lora', {'a': 'a', 'b': 'b'})
     """
 

@@ -34,7 +34,7 @@ class DyLoRA(LoRA):
         TypeError: A value is of another type.
 
     References:
-        Valipour et al., DyLoRA, arXiv:2210.07558, algorithm 1.
+        Valipour et al., DyLoRA, arXiv:2210.07558.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora

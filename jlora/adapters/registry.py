@@ -48,6 +48,7 @@ def format_families_table() -> str:
     supported kinds of weights, the recommended use, and the paper.
 
     Example:
+        >>> from jlora.adapters import format_families_table
         >>> print(format_families_table().splitlines()[2].split("|")[1].strip())
         `LoRA`
     """

@@ -53,6 +53,7 @@ def load(
     Example:
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import diffusers
         >>> from jlora.models.hf.weight_mapping import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
@@ -61,8 +62,8 @@ def load(
         >>> adapter = lora.init(jax.random.key(0), params, x)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = f"{folder}/pytorch_lora_weights.safetensors"
-        ...     save(path, adapter, fn, params, x, checkpoint_mapping=mapping)
-        ...     loaded = load(path, fn, params, x, checkpoint_mapping=mapping)
+        ...     diffusers.save(path, adapter, fn, params, x, checkpoint_mapping=mapping)
+        ...     loaded = diffusers.load(path, fn, params, x, checkpoint_mapping=mapping)
         >>> loaded["w"].rank
         2
     """
@@ -105,6 +106,7 @@ def save(
     Example:
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import diffusers
         >>> from jlora.models.hf.weight_mapping import single_tensor_weight
         >>> from safetensors.numpy import load_file
         >>> fn = lambda params, x: x @ params["w"]
@@ -114,7 +116,8 @@ def save(
         >>> adapter = lora.init(jax.random.key(0), params, x)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = f"{folder}/lora.safetensors"
-        ...     save(path, adapter, fn, params, x, checkpoint_mapping=mapping, file_format="kohya")
+        ...     options = {"checkpoint_mapping": mapping, "file_format": "kohya"}
+        ...     diffusers.save(path, adapter, fn, params, x, **options)
         ...     load_file(path)["lora_unet_mid_to_q.alpha"]
         array(2., dtype=float32)
     """
@@ -149,15 +152,16 @@ def save_pipeline(
     Example:
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import diffusers
         >>> from jlora.models.hf.weight_mapping import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> mapping = {"w": single_tensor_weight("mid.to_q.weight", (4, 3), (1, 0))}
         >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
         >>> adapter = lora.init(jax.random.key(0), params, x)
-        >>> unet = ModelAdapter(adapter, fn, params, (x,), mapping)
+        >>> unet = diffusers.ModelAdapter(adapter, fn, params, (x,), mapping)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_pipeline(f"{folder}/lora.safetensors", {"unet": unet})
+        ...     diffusers.save_pipeline(f"{folder}/lora.safetensors", {"unet": unet})
     """
     if file_format not in ("diffusers", "kohya"):
         raise ValueError(f"file_format={file_format!r} must be 'diffusers' or 'kohya'.")

@@ -39,6 +39,8 @@ class ModelAdapter(NamedTuple):
             the weight's path.
 
     Example:
+        >>> import numpy as np
+        >>> from jlora.diffusers import ModelAdapter
         >>> model_adapter = ModelAdapter({}, lambda params, x: x, {}, (np.ones(2),), {})
         >>> model_adapter.adapter
         {}

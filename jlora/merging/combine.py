@@ -53,9 +53,8 @@ class CombineResult(NamedTuple):
             weight's path; 1 where the result is exact.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import combine_adapters
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> print(combine_adapters([lora.init(jax.random.key(0), params, x)]))
@@ -126,9 +125,8 @@ def combine_adapters(
         papers.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import combine_adapters
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> adapters = [lora.init(jax.random.key(seed), params, x) for seed in (0, 1)]
@@ -174,9 +172,8 @@ def analogy(a: Adapter, b: Adapter, c: Adapter, **options: Any) -> CombineResult
         Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089, section 5.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import analogy
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> a, b, c = (lora.init(jax.random.key(seed), params, x) for seed in range(3))

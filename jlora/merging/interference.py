@@ -38,6 +38,8 @@ class PairStats(NamedTuple):
             for an update of zero.
 
     Example:
+        >>> import numpy as np
+        >>> from jlora.merging import PairStats
         >>> nan = np.full((1, 1), np.nan)
         >>> PairStats(np.ones((1, 1)), nan, nan, np.zeros((1, 1)), np.ones(1)).cosine
         array([[1.]])
@@ -66,6 +68,8 @@ class Interference:
         per_weight: Statistics of each weight, by its path.
 
     Example:
+        >>> import numpy as np
+        >>> from jlora.merging import Interference, PairStats
         >>> nan, cosine = np.full((2, 2), np.nan), np.array([[1.0, 0.5], [0.5, 1.0]])
         >>> stats = PairStats(cosine, nan, nan, nan, np.ones(2))
         >>> Interference(("law", "news"), {"w": stats}).mean("cosine")[0, 1].item()
@@ -139,7 +143,8 @@ def measure_interference(
         rank: Roy and Vetterli, The effective rank, EUSIPCO 2007, section 2.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import measure_interference
         >>> params, x = {"b": jnp.ones(3)}, jnp.ones((1, 3))
         >>> lora = jlora.lora_transform(lambda p, x: x + p["b"], {"b": jlora.BitFit()})
         >>> fresh = lora.init(jax.random.key(0), params, x)
@@ -328,13 +333,15 @@ def save_heatmap(interference: Interference, path: str | os.PathLike[str]) -> No
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from jlora.merging import Interference, PairStats, save_heatmap
         >>> ones = np.ones((2, 2))
         >>> interference = Interference(
         ...     ("law", "news"), {"w": PairStats(ones, ones, ones, ones, np.ones(2))}
         ... )
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_heatmap(interference, Path(folder) / "interference.png")
+        ...     save_heatmap(interference, pathlib.Path(folder) / "interference.png")
     """
     try:
         from matplotlib.figure import Figure

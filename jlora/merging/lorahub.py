@@ -32,6 +32,8 @@ class FusionResult(NamedTuple):
             penalty.
 
     Example:
+        >>> import numpy as np
+        >>> from jlora.merging import FusionResult
         >>> result = FusionResult({}, np.array([0.5, 0.5]), 0.25, (1.0, 0.25))
         >>> result.loss == min(result.history)
         True
@@ -83,8 +85,8 @@ def lorahub(
         search is Optuna's CMA-ES instead of Nevergrad's.
 
     Example:
-        >>> import jlora
-        >>> from jlora.merging import weighted_sum
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import lorahub, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)})
@@ -150,12 +152,12 @@ def fit_weights(
             `layer_wise` is False; or no loss is finite.
 
     References:
-        Yang et al., AdaMerging, arXiv:2310.02575, section 3, for task-wise and layer-wise weights.
+        Yang et al., AdaMerging, arXiv:2310.02575, for task-wise and layer-wise weights.
         The loss of the paper is the entropy of the outputs.
 
     Example:
-        >>> import jlora
-        >>> from jlora.merging import weighted_sum
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> from jlora.merging import fit_weights, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)}, [0.0])

@@ -24,8 +24,9 @@ class UpdateLostWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> warnings.simplefilter("error", UpdateLostWarning)  # Refuse lossy merges.
-        >>> warnings.simplefilter("default", UpdateLostWarning)
+        >>> import jlora
+        >>> warnings.simplefilter("error", jlora.UpdateLostWarning)  # Refuse lossy merges.
+        >>> warnings.simplefilter("default", jlora.UpdateLostWarning)
     """
 
 
@@ -40,7 +41,8 @@ class MergeFidelity(NamedTuple):
         relative_norm: Norm of the exact update over the norm of the weight.
 
     Example:
-        >>> MergeFidelity(gain=0.5, cosine=0.7, unchanged=0.6, relative_norm=1e-4).is_lost
+        >>> import jlora
+        >>> jlora.MergeFidelity(gain=0.5, cosine=0.7, unchanged=0.6, relative_norm=1e-4).is_lost
         True
     """
 
@@ -66,7 +68,10 @@ class MergeResult(NamedTuple):
             zero.
 
     Example:
-        >>> MergeResult({"w": jnp.ones(2)}, {"w": MergeFidelity(1, 1, 0, 0.1)}).report["w"].gain
+        >>> import jax.numpy as jnp
+        >>> import jlora
+        >>> report = {"w": jlora.MergeFidelity(1, 1, 0, 0.1)}
+        >>> jlora.MergeResult({"w": jnp.ones(2)}, report).report["w"].gain
         1
     """
 
@@ -112,12 +117,12 @@ def merge_to_dtype(
         UpdateLostWarning: Rounding removes a tenth or more of an update.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
         >>> params = {"b": jnp.ones(3, jnp.bfloat16)}
         >>> lora = jlora.lora_transform(lambda p, x: x + p["b"], {"b": jlora.BitFit()})
         >>> fresh = lora.init(jax.random.key(0), params, jnp.ones((1, 3)))
         >>> adapter = jax.tree.map(lambda delta: delta + 1e-4, fresh)
-        >>> merge_to_dtype(params, adapter, jnp.float32).params["b"]
+        >>> jlora.merge_to_dtype(params, adapter, jnp.float32).params["b"]
         Array([1.0001, 1.0001, 1.0001], dtype=float32)
     """
     flat = _tree.flatten_with_paths(params)

@@ -75,6 +75,7 @@ class MergeMethod(abc.ABC):
     Example:
         >>> import dataclasses
         >>> import jax.numpy as jnp
+        >>> from jlora.merging import MergeMethod
         >>> @dataclasses.dataclass(frozen=True)
         ... class Median(MergeMethod):
         ...     def consensus(self, weighted):
@@ -119,6 +120,7 @@ class Linear(MergeMethod):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from jlora.merging import Linear
         >>> Linear().combine(jnp.array([[[1.0, 2.0]], [[3.0, 5.0]]]), jnp.array([1.0, -1.0]))
         Array([[-2., -3.]], dtype=float32)
     """
@@ -145,6 +147,7 @@ class Magnitude(MergeMethod):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from jlora.merging import Magnitude
         >>> Magnitude(density=0.5).combine(jnp.array([[[1.0, -3.0]]]), jnp.ones(1))
         Array([[ 0., -3.]], dtype=float32)
     """
@@ -185,6 +188,7 @@ class TIES(Magnitude):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from jlora.merging import TIES
         >>> TIES(density=1.0).combine(jnp.array([[[2.0, -3.0]], [[4.0, 1.0]]]), jnp.ones(2))
         Array([[ 3., -3.]], dtype=float32)
     """
@@ -211,8 +215,8 @@ class DARE(MergeMethod):
         Yu et al., Language Models are Super Mario, arXiv:2311.03099, section 3.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
+        >>> from jlora.merging import DARE
         >>> keys = jax.random.split(jax.random.key(0), 1)
         >>> DARE(density=1.0).combine(jnp.array([[[1.0, -3.0]]]), jnp.ones(1), keys)
         Array([[ 1., -3.]], dtype=float32)
@@ -258,8 +262,8 @@ class DELLA(MergeMethod):
         github.com/declare-lab/della.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
+        >>> from jlora.merging import DELLA
         >>> keys = jax.random.split(jax.random.key(0), 2)
         >>> DELLA(density=0.5, epsilon=0.3).combine(jnp.ones((2, 6, 5)), jnp.ones(2), keys).shape
         (6, 5)

@@ -28,6 +28,8 @@ class Router:
         names: Names of the n adapters.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora.merging import Router, routing_weights
         >>> router = Router(jnp.eye(2), jnp.log(0.1), ("law", "news"))
         >>> routing_weights(router, jnp.array([[1.0, 0.0]])).argmax().item()
         0
@@ -67,8 +69,8 @@ def fit_router(
         mean embedding of some of its training samples and retrieved by cosine similarity.
 
     Example:
-        >>> import jlora
-        >>> from jlora.merging import weighted_sum
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import fit_router, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> adapter = lora.init(jax.random.key(0), params, x)
@@ -127,6 +129,8 @@ def routing_weights(router: Router, embedding: Any, *, top_k: int | None = None)
         temperature, over the features of each layer.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora.merging import Router, routing_weights
         >>> router = Router(jnp.eye(2), jnp.log(0.1), ("law", "news"))
         >>> routing_weights(router, jnp.array([[1.0, 0.0]]), top_k=1)
         Array([[1., 0.]], dtype=float32)
@@ -186,12 +190,12 @@ def apply_routed(
             no batch axis.
 
     References:
-        Zhao et al., LoraRetriever, arXiv:2402.09997, for batches whose examples have different
-        adapters.
+        Zhao et al., LoraRetriever, arXiv:2402.09997, section 4.3, for batches whose examples have
+        different adapters.
 
     Example:
-        >>> import jlora
-        >>> from jlora.merging import weighted_sum
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import apply_routed, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)})

@@ -55,7 +55,8 @@ def weighted_sum(
         Ilharco et al., task arithmetic, arXiv:2212.04089, section 2.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> adapter = lora.init(jax.random.key(0), params, x)
@@ -112,10 +113,11 @@ def with_weights(weighted_adapter: Adapter, weights: Any) -> dict[str, WeightedS
         ValueError: The paths or a shape are wrong, or an entry is not finite.
 
     References:
-        Layer-wise weights: Yang et al., AdaMerging, arXiv:2310.02575, section 3.
+        Layer-wise weights: Yang et al., AdaMerging, arXiv:2310.02575.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import weighted_sum, with_weights
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> mix = weighted_sum({"law": lora.init(jax.random.key(0), params, x)})
@@ -151,7 +153,8 @@ def get_weights(weighted_adapter: Adapter) -> dict[str, jax.Array]:
         TypeError: `weighted_adapter` is not a weighted adapter.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import get_weights, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> get_weights(weighted_sum({"law": lora.init(jax.random.key(0), params, x)}))
@@ -170,7 +173,8 @@ def adapter_names(weighted_adapter: Adapter) -> tuple[str, ...]:
         TypeError: `weighted_adapter` is not a weighted adapter.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import adapter_names, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> adapter_names(weighted_sum({"law": lora.init(jax.random.key(0), params, x)}))
@@ -192,7 +196,8 @@ def fold_weights(weighted_adapter: Adapter) -> dict[str, LoRALeaf]:
         TypeError: `weighted_adapter` is not a weighted adapter.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import fold_weights, weighted_sum
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> adapter = lora.init(jax.random.key(0), params, x)
@@ -314,7 +319,8 @@ def compose_adapters(lower: Adapter, upper: Adapter) -> dict[str, Any]:
         adapter.
 
     Example:
-        >>> import jlora
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora.merging import compose_adapters
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
         >>> lower, upper = (lora.init(jax.random.key(seed), params, x) for seed in (0, 1))

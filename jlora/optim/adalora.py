@@ -72,9 +72,9 @@ def adalora_rank_allocator(
             tree has no AdaLoRA leaf, or the target exceeds its ranks.
 
     References:
-        Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.2 (equations 8 to 11), section 3.3
-        (equation 12) and algorithm 1. The cubic begins at the end of the warm-up, as in the
-        reference code.
+        Zhang et al., AdaLoRA, arXiv:2303.10512, section 3.2 (equations 7 to 11), section 3.3,
+        appendix A (schedule of the budget) and algorithm 1. The cubic begins at the end of the
+        warm-up, as in the reference code.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora, optax

@@ -55,6 +55,7 @@ def load(
     Example:
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
         >>> from jlora.models.hf.weight_mapping import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
@@ -62,8 +63,8 @@ def load(
         >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
         >>> adapter = lora.init(jax.random.key(0), params, x)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(f"{folder}/out", adapter, fn, params, x, checkpoint_mapping=mapping)
-        ...     loaded = load(f"{folder}/out", fn, params, x, checkpoint_mapping=mapping)
+        ...     peft.save(f"{folder}/out", adapter, fn, params, x, checkpoint_mapping=mapping)
+        ...     loaded = peft.load(f"{folder}/out", fn, params, x, checkpoint_mapping=mapping)
         >>> loaded.adapter["w"].rank
         2
     """
@@ -117,6 +118,7 @@ def save(
     Example:
         >>> import os, tempfile
         >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
         >>> from jlora.models.hf.weight_mapping import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
@@ -124,7 +126,7 @@ def save(
         >>> lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=2))
         >>> adapter = lora.init(jax.random.key(0), params, x)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(f"{folder}/out", adapter, fn, params, x, checkpoint_mapping=mapping)
+        ...     peft.save(f"{folder}/out", adapter, fn, params, x, checkpoint_mapping=mapping)
         ...     sorted(os.listdir(f"{folder}/out"))
         ['adapter_config.json', 'adapter_model.safetensors']
     """

@@ -51,6 +51,8 @@ class LoadedAdapter(NamedTuple):
             can continue with them.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora.peft import LoadedAdapter
         >>> loaded = LoadedAdapter(params={"w": jnp.ones(2)}, adapter={})
         >>> params, adapter = loaded
     """

@@ -26,6 +26,7 @@ class StepMemory(NamedTuple):
         host: Bytes of host memory for the arguments of a chip, which the other fields exclude.
 
     Example:
+        >>> from jlora.planning import StepMemory
         >>> StepMemory({"weights": 8, "adapter": 2}, 0, 0, temporaries=5, program=1).peak
         16
     """
@@ -55,10 +56,10 @@ class StepCost(NamedTuple):
         unknown_loops: Number of loops of unknown length, whose bodies count once.
 
     Example:
+        >>> from jlora.planning import StepCost, StepMemory
         >>> memory = StepMemory({}, 0, 0, 0, 0)
-        >>> sent = hlo_cost.CollectiveStats("all-reduce", executions=3, sent_bytes=64)
-        >>> StepCost(memory, 10, 20, (sent,), 0).ici_bytes
-        64
+        >>> StepCost(memory, flops=10, hbm_bytes=20, collectives=(), unknown_loops=0).ici_bytes
+        0
     """
 
     memory: StepMemory
@@ -81,6 +82,7 @@ class DoesNotFitError(ValueError):
         available_bytes: Memory of the chip in bytes.
 
     Example:
+        >>> from jlora.planning import DoesNotFitError, StepMemory
         >>> memory = StepMemory({"weights": 3 * 2**30}, 0, 0, 2**30, 0)
         >>> str(DoesNotFitError(memory, 2**31)).partition(":")[0]
         'The step needs 4.00 GiB per chip, but 2.00 GiB are available'
@@ -116,6 +118,8 @@ def compile_step(lowered: Any, groups: Mapping[str, Any]) -> Any:
         DoesNotFitError: A chip has too little memory.
 
     Example:
+        >>> import jax
+        >>> from jlora.planning import compile_step, compute_step_cost
         >>> x = jax.ShapeDtypeStruct((4, 4), "float32")
         >>> compiled = compile_step(jax.jit(lambda x: x @ x).lower(x), {"batch": x})
         >>> compute_step_cost(compiled, {"batch": x}).memory.arguments
@@ -202,6 +206,8 @@ def compute_step_cost(compiled: Any, groups: Mapping[str, Any]) -> StepCost:
         RuntimeError: The installed release of JAX cannot read the program.
 
     Example:
+        >>> import jax
+        >>> from jlora.planning import compile_step, compute_step_cost
         >>> x = jax.ShapeDtypeStruct((4, 6), "float32")
         >>> compiled = compile_step(jax.jit(lambda x: x @ x.T).lower(x), {"batch": x})
         >>> compute_step_cost(compiled, {"batch": x}).flops == 2 * 4 * 6 * 4

@@ -54,13 +54,11 @@ class TrainingPlan(NamedTuple):
         quantization: Sizes of the quantized base weights; None without quantization.
 
     Example:
-        >>> from jlora.planning import StepMemory
-        >>> from jlora.planning.tpu_topology import TPU_CHIPS
+        >>> from jlora.planning import StepMemory, TPUChip, TrainingPlan
+        >>> chip = TPUChip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 256)
         >>> memory = StepMemory({"weights": 20 * 2**30}, 0, 0, 0, 0)
         >>> shape = {"data": 1, "fsdp": 4, "tensor": 1}
-        >>> TrainingPlan(
-        ...     "v5e:2x2", TPU_CHIPS["v5e"], shape, memory, 16 * 2**30, None, None, [], 1.0
-        ... ).fits
+        >>> TrainingPlan("v5e:2x2", chip, shape, memory, 16 * 2**30, None, None, [], 1.0).fits
         False
     """
 
@@ -164,6 +162,7 @@ def plan(recipe: Recipe, topology: str) -> TrainingPlan:
         FileNotFoundError: The base does not exist.
 
     Example:
+        >>> from jlora.planning import plan
         >>> from jlora.training import recipe
         >>> print(plan(recipe.load("recipe.yaml"), "v5e:4x4"))  # doctest: +SKIP
     """

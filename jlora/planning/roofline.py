@@ -26,6 +26,7 @@ class StepTimeEstimate(NamedTuple):
         chips: Number of chips.
 
     Example:
+        >>> from jlora.planning import StepTimeEstimate
         >>> estimate = StepTimeEstimate(2.0, 1.0, 0.5, tokens=700, chips=4)
         >>> estimate.bound, estimate.fastest_s, estimate.slowest_s
         ('compute', 2.0, 3.5)
@@ -77,9 +78,10 @@ def estimate_step_time(
         chips: Number of chips.
 
     Example:
-        >>> from jlora.planning.tpu_topology import TPU_CHIPS
+        >>> from jlora.planning import StepCost, StepMemory, TPUChip, estimate_step_time
+        >>> chip = TPUChip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 256)
         >>> cost = StepCost(StepMemory({}, 0, 0, 0, 0), int(394e12), int(819e9), (), 0)
-        >>> estimate = estimate_step_time(cost, TPU_CHIPS["v5e"], tokens=4096, chips=4)
+        >>> estimate = estimate_step_time(cost, chip, tokens=4096, chips=4)
         >>> estimate.compute_s, estimate.hbm_s
         (2.0, 1.0)
     """
@@ -139,6 +141,7 @@ def suggest_plan_changes(
         The changes; empty if the step fits.
 
     Example:
+        >>> from jlora.planning import StepMemory, suggest_plan_changes
         >>> memory = StepMemory({"weights": 8 * 2**30}, 0, 0, 12 * 2**30, 0)
         >>> changes = suggest_plan_changes(
         ...     memory, 16 * 2**30, mesh_shape={"data": 2}, batch_size=8, seq_length=512

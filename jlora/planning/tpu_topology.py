@@ -24,8 +24,9 @@ class TPUChip(NamedTuple):
         max_slice_chips: Number of chips of the largest slice.
 
     Example:
-        >>> TPU_CHIPS["v5e"].hbm_bytes / 2**30
-        16.0
+        >>> from jlora.planning import TPUChip
+        >>> TPUChip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 256).hbm_bytes_per_s
+        819000000000.0
     """
 
     name: str
@@ -76,7 +77,9 @@ class TPUTopology(NamedTuple):
         devices: Devices to compile for, one per chip; nothing can run on them.
 
     Example:
-        >>> TPUTopology("v5e:2x2", TPU_CHIPS["v5e"], []).chip.name
+        >>> from jlora.planning import TPUChip, TPUTopology
+        >>> chip = TPUChip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 256)
+        >>> TPUTopology("v5e:2x2", chip, []).chip.name
         'v5e'
     """
 
@@ -97,6 +100,7 @@ def get_tpu_topology(name: str) -> TPUTopology:
         ModuleNotFoundError: The TPU compiler is not installed.
 
     Example:
+        >>> from jlora.planning import get_tpu_topology
         >>> topology = get_tpu_topology("v5e:2x2")  # doctest: +SKIP
         >>> len(topology.devices)  # doctest: +SKIP
         4

@@ -30,6 +30,7 @@ class ProgramCache:
             without validation data.
 
     Example:
+        >>> from jlora.training import ProgramCache
         >>> cache = ProgramCache(max_programs=4)
         >>> cache.data_fingerprints
         {}

@@ -93,6 +93,7 @@ class Setup(NamedTuple):
         eval_step: Function `(trainable, frozen, batch)` to `LossSums`.
 
     Example:
+        >>> from jlora.training import Setup
         >>> Setup._fields[-2:]
         ('train_step', 'eval_step')
     """
@@ -133,8 +134,7 @@ def build_setup(
         RuntimeError: The devices compute wrong steps with an offloaded optimizer state.
 
     Example:
-        >>> from jlora.training import Recipe
-        >>> from jlora.training.sharding import make_mesh
+        >>> from jlora.training import Recipe, build_setup, make_mesh
         >>> recipe = Recipe.model_validate(  # doctest: +SKIP
         ...     {
         ...         "output": "run",

@@ -1,4 +1,4 @@
-"""Counts words in docstrings and comments: `python tests/_support/prose.py jlora/merging`."""
+"""Counts words in docstrings, comments and pages: `python tests/_support/prose.py README.md`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAY = re.compile(r"\b(say|says|said|tell|tells|told)\b", re.IGNORECASE)
 
 
 class Prose(NamedTuple):
-    """Docstrings and comments of files.
+    """Docstrings and comments of Python files, and the text of Markdown files.
 
     Attributes:
         words: Number of words.
@@ -44,10 +44,21 @@ def texts(source: str) -> Iterable[tuple[int, str]]:
             yield token.start[0], token.string.lstrip("#")
 
 
+def page_texts(source: str) -> Iterable[tuple[int, str]]:
+    """The lines of a Markdown file outside of code blocks, with their numbers."""
+    in_code = False
+    for number, line in enumerate(source.splitlines(), 1):
+        if line.startswith("```"):
+            in_code = not in_code
+        elif not in_code:
+            yield number, line
+
+
 def read(files: Iterable[pathlib.Path]) -> Prose:
     words, what, say = 0, [], []
     for file in sorted(files):
-        for first, text in texts(file.read_text(encoding="utf-8")):
+        parts = page_texts if file.suffix == ".md" else texts
+        for first, text in parts(file.read_text(encoding="utf-8")):
             words += len(re.findall(r"\w+", text))
             for number, line in enumerate(text.splitlines(), first):
                 what += [f"{file}:{number}: {line.strip()}"] * len(WHAT.findall(line))
@@ -57,7 +68,7 @@ def read(files: Iterable[pathlib.Path]) -> Prose:
 
 if __name__ == "__main__":
     paths = [pathlib.Path(path) for path in sys.argv[1:]]
-    found = read(f for p in paths for f in ([p] if p.is_file() else p.rglob("*.py")))
+    found = read(f for p in paths for f in ([p] if p.is_file() else p.rglob("*.[pm][yd]")))
     print(*found.what, *found.say, sep="\n")
     what, say = found.per_thousand(found.what), found.per_thousand(found.say)
     print(f"{found.words} words: what {what:.2f}, say/tell {say:.2f} per 1,000")

@@ -38,6 +38,22 @@ def test_readme_code_blocks_run_in_order(
             assert capsys.readouterr().out in README
 
 
+PAGES = sorted(
+    path.name for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_code_blocks_run_in_order(
+    page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / page).read_text()
+    namespace: dict[str, object] = {"__name__": page}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(compile(block, f"{page} block {number}", "exec"), namespace)
+
+
 def test_readme_recipe_is_valid() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     recipe.validate(yaml.safe_load(block))

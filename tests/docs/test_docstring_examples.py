@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import doctest
 import importlib
 import inspect
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +21,27 @@ PACKAGES = [
     ".".join(path.parent.relative_to(ROOT.parent).parts)
     for path in sorted(ROOT.rglob("__init__.py"))
 ]
+# Names that examples import from a module because no package exports them.
+NO_PUBLIC_PATH = {
+    "jlora.interpreter.usage.WeightAxes",
+    "jlora.models.decoder_config.LayerKind",
+    "jlora.models.hf.decoder_configs.decoder_config",
+    "jlora.models.hf.weight_mapping.single_tensor_weight",
+    "jlora.rules.trace_weights",
+    "jlora.training.data.tokenized_dataset",
+    "jlora.training.recipe.sections.DistributedSection",
+    "jlora.training.train_step.ScheduledOptimizer",
+}
+# Temporary: their files are being rewritten, so their examples are mended there.
+WITH_MODULE_NAMES = {
+    "jlora.training.CheckpointManager",
+    "jlora.training.MetricsLogger",
+    "jlora.training.NonFiniteError",
+    "jlora.training.TrainResult",
+    "jlora.training.TrainingInterrupted",
+    "jlora.training.initialize_distributed",
+    "jlora.training.read_metrics",
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -40,8 +64,50 @@ def examples(member: Any) -> list[doctest.Example]:
     return doctest.DocTestParser().get_examples(inspect.getdoc(member) or "")
 
 
+def tree_of(member: Any) -> ast.Module:
+    return ast.parse("".join(example.source for example in examples(member)))
+
+
+def unbound_names(tree: ast.Module) -> set[str]:
+    """The names that a program reads and nowhere binds."""
+    loaded: set[str] = set()
+    bound = set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (loaded if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    return loaded - bound
+
+
+def module_imports(tree: ast.Module) -> Iterator[str]:
+    """The names of jlora that a program imports from elsewhere than a package's `__all__`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jlora"):
+            public = importlib.import_module(node.module).__all__ if node.module in PACKAGES else ()
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if alias.name not in public and name not in PACKAGES:
+                    yield name
+
+
 def test_public_names_have_examples() -> None:
     assert not [name for name, member in MEMBERS.items() if not examples(member)]
+
+
+def test_examples_import_their_names() -> None:
+    # Examples that need a download or another package are skipped, and are read here.
+    unbound = {name: unbound_names(tree_of(member)) for name, member in MEMBERS.items()}
+    assert {name for name, names in unbound.items() if names} == WITH_MODULE_NAMES
+
+
+def test_examples_import_public_names() -> None:
+    found = {name for member in MEMBERS.values() for name in module_imports(tree_of(member))}
+    assert found == NO_PUBLIC_PATH
 
 
 @pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if examples(member)])
@@ -49,8 +115,8 @@ def test_example_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     member = MEMBERS[name]
     text = inspect.getdoc(member) or ""
-    # With the names of the member's module, as `pytest --doctest-modules` does.
-    globs = {**vars(inspect.getmodule(member)), "jlora": jlora}
+    # As in a new session, so that a reader can paste the example.
+    globs = dict(vars(inspect.getmodule(member))) if name in WITH_MODULE_NAMES else {}
     parser = doctest.DocTestParser()
     runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
     output: list[str] = []
