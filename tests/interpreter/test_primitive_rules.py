@@ -151,7 +151,7 @@ def test_allow_materialize_false_names_the_weight() -> None:
         lora.apply(PARAMS, adapter, X)
 
 
-def test_allow_materialize_false_keeps_factored_uses() -> None:
+def test_allow_materialize_false_keeps_factored() -> None:
     def model(params: Any, x: Any) -> Any:
         frozen = jnp.sqrt(jnp.sum(params["scale"] ** 2))  # Not adapted, so it may be used densely.
         return jnp.tanh(x @ params["w"].T) * frozen
@@ -164,7 +164,7 @@ def test_allow_materialize_false_keeps_factored_uses() -> None:
     np.testing.assert_array_equal(strict.apply(params, adapter, X), expected)
 
 
-def test_allow_materialize_false_spares_full_deltas() -> None:
+def test_allow_materialize_false_spares_full() -> None:
     lora = jlora.lora_transform(product_and_norm, {"w": jlora.FullDelta()}, allow_materialize=False)
     adapter = moved(lora.init(jax.random.key(0), PARAMS, X))
     expected = product_and_norm(lora.merge(PARAMS, adapter), X)
