@@ -75,7 +75,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -q -e ".[dev,train,search,plan]"
+	$(PIP) install -q -e ".[dev,train,search,plan,wandb]"
 	touch $@
 
 $(FOREIGN_VENV)/.installed: pyproject.toml Makefile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jlora.training.callbacks import Callback, Request
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.distributed import TrainingInterrupted, initialize_distributed
 from jlora.training.loop import NonFiniteError
@@ -18,21 +19,25 @@ from jlora.training.sharding import (
 )
 from jlora.training.train import RESULT_FILE, TrainResult, train
 from jlora.training.train_step import TrainState, init_train_state
+from jlora.training.wandb_logger import WandbLogger
 
 __all__ = [
     "BATCH_AXES",
     "MESH_AXES",
     "METRICS_FILE",
     "RESULT_FILE",
+    "Callback",
     "CheckpointManager",
     "MetricsLogger",
     "NonFiniteError",
     "ProgramCache",
     "Recipe",
+    "Request",
     "Setup",
     "TrainResult",
     "TrainState",
     "TrainingInterrupted",
+    "WandbLogger",
     "build_setup",
     "check_batch_size",
     "init_train_state",

@@ -12,18 +12,27 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from jlora._sharding import fetch_global
 from jlora._tree import PyTree
 from jlora.checkpoints.safetensors_io import format_names
+from jlora.training.callbacks import Callback, Request
+from jlora.training.distributed import ProcessMaximum
+from jlora.training.recipe.sections import TrainingSection
+
+if TYPE_CHECKING:
+    from jlora.training.loop import TrainLoop
 
 CHECKPOINT_FORMAT = 1
 
@@ -292,6 +301,85 @@ class _KeepLastAndBestPolicy:
         steps = [checkpoint.step for checkpoint in checkpoints]
         preserved = {*sorted(steps)[-self.save_total_limit :], self.best_step}
         return [step in preserved for step in steps]
+
+
+class CheckpointSaver(Callback):
+    """Callback that saves checkpoints: periodically, on request, and at the end of the run."""
+
+    def __init__(
+        self,
+        checkpoints: CheckpointManager,
+        run_metadata: Mapping[str, Any],
+        options: TrainingSection,
+        mesh: Mesh,
+    ) -> None:
+        """Prepares the saves.
+
+        Args:
+            checkpoints: Manager that writes the checkpoints.
+            run_metadata: Metadata that is written to every checkpoint.
+            options: Section `training` of the recipe.
+            mesh: Mesh of the run, whose processes save together.
+        """
+        self._checkpoints, self._run_metadata = checkpoints, run_metadata
+        self._options = options
+        self._agreement = ProcessMaximum(mesh)
+        self._last_saved_step: int | None = None
+        self._last_save_time = time.monotonic()
+
+    def on_train_start(self, loop: TrainLoop) -> None:
+        """Starts the timer."""
+        self._last_saved_step = loop.progress.step or None
+        self._last_save_time = time.monotonic()
+
+    def request(self, loop: TrainLoop, ends_epoch: bool) -> Request | None:
+        """Returns `SAVE` when a checkpoint is due."""
+        steps, minutes = self._options.save_steps, self._options.save_interval_minutes
+        is_due = steps is not None and loop.progress.step % steps == 0
+        if minutes is not None:
+            elapsed = time.monotonic() - self._last_save_time
+            is_due |= bool(self._agreement.update(int(elapsed >= 60 * minutes)))
+        return Request.SAVE if is_due else None
+
+    def on_save(self, loop: TrainLoop) -> None:
+        """Starts to write a checkpoint, unless the step has one.
+
+        Raises:
+            OSError: The previous checkpoint could not be written, and the recipe does not allow it.
+        """
+        step, best_step = loop.progress.step, loop.progress.best_step
+        if step == self._last_saved_step:
+            return
+        self._wait_until_finished()
+        metadata = {**self._run_metadata, "progress": loop.progress.to_dict()}
+        self._checkpoints.save(step, loop.state, metadata, best_step)
+        self._last_saved_step, self._last_save_time = step, time.monotonic()
+        self._agreement.reset()
+
+    def on_train_end(self, loop: TrainLoop) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            OSError: It could not be written, and the recipe does not allow it.
+        """
+        self._wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last checkpoint; warns if it could not be written."""
+        try:
+            self._checkpoints.wait_until_finished()
+        except OSError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _wait_until_finished(self) -> None:
+        """Waits for the last checkpoint; warns or raises if it could not be written."""
+        try:
+            self._checkpoints.wait_until_finished()
+        except OSError as error:
+            self._last_saved_step = None
+            if self._options.on_save_error == "raise":
+                raise
+            warnings.warn(str(error), stacklevel=2)
 
 
 def check_writable(folder: Path) -> None:

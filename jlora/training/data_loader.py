@@ -1,16 +1,14 @@
-"""Puts batches on devices: local slices of a batch, prefetching, and evaluation over a stream."""
+"""Puts batches on devices: local slices of a batch, and prefetching."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora._tree import PyTree
 from jlora.training.data.batch_stream import (
     STREAM_START,
     BatchStream,
@@ -19,8 +17,7 @@ from jlora.training.data.batch_stream import (
     StreamPosition,
 )
 from jlora.training.data.prefetch import PrefetchIterator, prefetch
-from jlora.training.loop import DeviceBatch, average_loss_sums
-from jlora.training.setup import Setup
+from jlora.training.loop import DeviceBatch
 from jlora.training.sharding import BATCH_AXES
 
 
@@ -84,37 +81,3 @@ def _place_batch_on_devices(
         ends_epoch=next_position.batch == 0,
         num_tokens=int(np.count_nonzero(is_token)),
     )
-
-
-def make_eval_fn(
-    setup: Setup, stream: BatchStream
-) -> Callable[[PyTree, Callable[[], bool]], dict[str, float] | None]:
-    """Returns a function from the trainable arrays to the means over all examples of a stream.
-
-    Its second argument is a predicate that is called before each batch. If it returns True, the
-    evaluation is cancelled and the result is None.
-    """
-
-    def evaluate(trainable: PyTree, is_cancelled: Callable[[], bool]) -> dict[str, float] | None:
-        sums = []
-        with prefetch_to_device(setup.mesh, stream, epochs=1) as batches:
-            for batch in batches:
-                if is_cancelled():
-                    return None
-                sums.append(setup.eval_step(trainable, setup.frozen, batch.arrays))
-                jax.block_until_ready(sums[-2:][0])  # At most two batches are on the devices.
-        return average_loss_sums(sums)
-
-    return evaluate
-
-
-def make_test_fn(setup: Setup, stream: BatchStream) -> Callable[[PyTree], dict[str, float]]:
-    """Returns a function like that of `make_eval_fn` that is never cancelled."""
-    evaluate = make_eval_fn(setup, stream)
-
-    def test(trainable: PyTree) -> dict[str, float]:
-        means = evaluate(trainable, lambda: False)
-        assert means is not None
-        return means
-
-    return test

@@ -7,13 +7,18 @@ import signal
 import threading
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jlora.training.callbacks import Callback, Request
 from jlora.training.recipe.sections import DistributedSection
+
+if TYPE_CHECKING:
+    from jlora.training.checkpointing import CheckpointManager
+    from jlora.training.loop import TrainLoop
 
 # --- processes ------------------------------------------------------------------------------------
 
@@ -94,6 +99,31 @@ def make_max_over_processes(mesh: Mesh) -> Callable[[int], Any]:
     return max_over_processes
 
 
+class ProcessMaximum:
+    """Maximum of a number over all processes, which does not wait for the running step.
+
+    With several processes, a number has an effect one update later.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        """Prepares the maximum over the processes of a mesh."""
+        self._max_over_processes = make_max_over_processes(mesh)
+        self._pending: Any = 0
+
+    def update(self, number: int) -> int:
+        """Returns the maximum of the last numbers; all processes must call it equally often.
+
+        Args:
+            number: Number of this process, at least 0.
+        """
+        previous, self._pending = self._pending, self._max_over_processes(number)
+        return number if jax.process_count() == 1 else int(previous)
+
+    def reset(self) -> None:
+        """Drops the last numbers, in all processes at the same time."""
+        self._pending = 0
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 # A shell reports 128 plus the number of the signal that ended a process.
@@ -116,26 +146,70 @@ class TrainingInterrupted(Exception):
         self.exit_status = exit_status
 
 
-class SignalHandler:
-    """Context that records the first SIGTERM or SIGINT; a second one of the same kind kills.
+class SignalHandler(Callback):
+    """Callback that interrupts the run on SIGTERM or SIGINT; a second one of the same kind kills.
 
-    Python accepts handlers in the main thread only. In other threads the context does nothing.
+    Python accepts handlers in the main thread only. In other threads the callback does nothing.
 
     Attributes:
         received: First signal; None before one.
     """
 
-    def __init__(self) -> None:
+    stop_reason = "interrupted"
+
+    def __init__(self, mesh: Mesh, checkpoints: CheckpointManager) -> None:
+        """Prepares the handler.
+
+        Args:
+            mesh: Mesh of the run, whose processes stop together.
+            checkpoints: Checkpoints, which are complete when the run is interrupted.
+        """
+        self._checkpoints = checkpoints
+        self._agreement = ProcessMaximum(mesh)
+        self._agreed: signal.Signals | None = None
         self.received: signal.Signals | None = None
         self._previous_handlers: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> Self:
+    def is_pending(self) -> bool:
+        """Whether a signal arrived, which cancels an evaluation; False with several processes."""
+        return jax.process_count() == 1 and self.received is not None
+
+    def on_train_start(self, loop: TrainLoop) -> None:
+        """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_STATUS:
                 self._previous_handlers[number] = signal.signal(number, self._handle_signal)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def request(self, loop: TrainLoop, ends_epoch: bool) -> Request | None:
+        """Returns `INTERRUPT` once the processes agree that a signal arrived."""
+        number = self._agreement.update(0 if self.received is None else int(self.received))
+        if not number:
+            return None
+        self._agreed = signal.Signals(number)
+        return Request.INTERRUPT
+
+    def on_train_end(self, loop: TrainLoop) -> None:
+        """Raises if a signal ended the run, or arrived while it was about to pause.
+
+        Raises:
+            TrainingInterrupted: A signal arrived; the state is saved.
+            OSError: The state could not be saved.
+        """
+        if loop.stop_reason == "paused" and self.is_pending():
+            self._agreed = self.received
+        if self._agreed is None:
+            return
+        # The message reports the checkpoint as saved: it is retried, and its errors are raised.
+        loop.save()
+        self._checkpoints.wait_until_finished()
+        raise TrainingInterrupted(
+            f"{self._agreed.name}: step {loop.progress.step} of {loop.total_steps} is saved in "
+            f"{self._checkpoints.folder}. Continue with --resume.",
+            EXIT_STATUS[self._agreed],
+        )
+
+    def close(self) -> None:
+        """Restores the earlier handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous_handlers.clear()

@@ -1,33 +1,26 @@
-"""The training loop: steps, evaluations, checkpoints, and the conditions that end a run."""
+"""The training loop: steps, their metrics, and the requests of callbacks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jlora._tree import PyTree
 from jlora.optim.offload import HOST_MEMORY_KIND
+from jlora.training.callbacks import Callback, MetricValues, Request
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.distributed import (
-    EXIT_STATUS,
-    SignalHandler,
-    TrainingInterrupted,
-    make_max_over_processes,
-)
-from jlora.training.metrics import EVAL_PREFIX, TRAIN_PREFIX, MetricsLogger, log_metrics
-from jlora.training.recipe.sections import Recipe
+from jlora.training.metrics import TRAIN_PREFIX
+from jlora.training.recipe.sections import Recipe, TrainingSection
 from jlora.training.setup import Setup, make_dropout_key
 from jlora.training.train_step import StepMetrics, TrainState
-
-_SAVE_REQUEST = 1  # Request for a checkpoint; lower than any signal number, so signals win.
 
 
 class DeviceBatch(NamedTuple):
@@ -83,55 +76,44 @@ class TrainProgress:
         return cls(**{**values, "best_score": best, "position": (epoch, batch)})
 
 
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient was NaN or infinite; weights and optimizer state are unchanged.
-
-    Example:
-        >>> issubclass(NonFiniteError, ArithmeticError)
-        True
-    """
-
-
-class LoopCallbacks(NamedTuple):
-    """Functions that the loop calls.
+class StepRecord(NamedTuple):
+    """A training step.
 
     Attributes:
-        metrics_loggers: Loggers of the metrics of steps and evaluations.
-        show_step: Function `(step, metrics)` that displays a training step.
-        show_evaluation: Function `(step, metrics, is_best)` that displays an evaluation.
-        evaluate: Function from the trainable arrays and a predicate `is_cancelled` to the means of
-            an evaluation by name, or to None if it was cancelled; None without validation data.
+        step: Number of the step, from 1.
+        batch: Batch of the step.
+        outputs: Metrics of the step, on the devices while it runs and on the host afterwards.
     """
 
-    metrics_loggers: Sequence[MetricsLogger]
-    show_step: Callable[[int, dict[str, float]], None]
-    show_evaluation: Callable[[int, dict[str, float], bool], None]
-    evaluate: Callable[[PyTree, Callable[[], bool]], dict[str, float] | None] | None
+    step: int
+    batch: DeviceBatch
+    outputs: StepMetrics
 
 
 class TrainLoop:
-    """The loop of one run.
+    """The loop of one run: it runs the steps and does what the callbacks request.
 
     Attributes:
         recipe: Recipe of the run.
         setup: Arrays and compiled functions of the run.
         state: Current training state.
         progress: Progress at that state.
-        eval_metrics: Means of the last evaluation; empty before the first one.
-        last_metrics: Metrics of the last step; empty before the first one.
+        total_steps: Steps of the complete run.
+        last_step: Step of the pause, or `total_steps`.
+        finished_step: Last step whose metrics are known; None before the first one.
+        last_metrics: Metrics of that step; empty before the first one.
+        stop_reason: Reason of the end: "max_steps", "paused", or the `stop_reason` of the callback
+            that requested it; None before the end.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         setup: Setup,
-        state: TrainState,
-        progress: TrainProgress,
-        checkpoints: CheckpointManager,
-        run_metadata: dict[str, Any],
-        callbacks: LoopCallbacks,
-        signals: SignalHandler,
+        *,
+        callbacks: Sequence[Callback],
         total_steps: int,
+        progress: TrainProgress | None = None,
         pause_after_step: int | None = None,
     ) -> None:
         """Prepares the loop.
@@ -139,99 +121,76 @@ class TrainLoop:
         Args:
             recipe: Recipe of the run.
             setup: Arrays and compiled functions of the run.
-            state: Initial or restored training state.
-            progress: Progress at that state.
-            checkpoints: Manager that writes the checkpoints.
-            run_metadata: Metadata that is written to every checkpoint.
-            callbacks: Loggers, display and evaluation.
-            signals: Handler that records signals.
+            callbacks: Callbacks, in the order in which they are called.
             total_steps: Steps of the complete run.
+            progress: Progress of a resumed run; None: a new run.
             pause_after_step: Step after which the run pauses if steps are left; None: no pause.
         """
-        self.recipe, self.setup, self.state, self.progress = recipe, setup, state, progress
-        self._checkpoints, self._run_metadata = checkpoints, run_metadata
-        self._callbacks, self._signals = callbacks, signals
-        self._total_steps = total_steps
-        self._pause_step = (
-            total_steps if pause_after_step is None else min(pause_after_step, total_steps)
-        )
-        self.eval_metrics: dict[str, float] = {}
+        self.recipe, self.setup, self.total_steps = recipe, setup, total_steps
+        self.state: TrainState = setup.state
+        self.progress = TrainProgress() if progress is None else progress
+        self.finished_step: StepRecord | None = None
         self.last_metrics: dict[str, float] = {}
+        self.stop_reason: str | None = None
+        self._callbacks = callbacks
+        self.last_step = min(pause_after_step or total_steps, total_steps)
         self._dropout_key = make_dropout_key(recipe)
-        self._last_saved_step = progress.step if progress.step else None
-        self._last_save_time = time.monotonic()
-        self._max_over_processes = make_max_over_processes(setup.mesh)
-        self._agreed_request = 0  # Highest request of all processes.
-        self._pending_step: tuple[int, DeviceBatch, StepMetrics, Any] | None = None
-        # The time at which the devices finished all work before the current step.
+        self._running_step: StepRecord | None = None
+        # The time at which the devices finished all work before the running step.
         self._step_start_time = time.monotonic()
 
-    def run(self, batches: Iterable[DeviceBatch]) -> str:
-        """Runs the remaining training steps.
+    def run(self, state: TrainState, batches: Iterable[DeviceBatch]) -> str:
+        """Runs the remaining training steps and closes the callbacks.
 
         Args:
+            state: Initial or restored training state.
             batches: Batches from the position of `progress` on.
 
         Returns:
-            The stop reason: "max_steps", "early_stopping" or "paused".
+            The stop reason.
 
         Raises:
-            TrainingInterrupted: A signal arrived; the state is saved.
-            NonFiniteError: A loss or gradient is not finite, and the recipe does not skip the step.
-            OSError: A checkpoint cannot be written.
             MemoryError: The devices are out of memory.
+            Exception: An exception of a callback. All callbacks are closed before it is raised.
         """
-        self._step_start_time = time.monotonic()
-        stop_reason = self._run_steps(batches)
-        self._process_last_step()
-        self._save_checkpoint()
-        self._wait_for_checkpoint()
-        if stop_reason == "paused":
-            self._evaluate_at_pause()
-        return stop_reason
+        self.state = state
+        with contextlib.ExitStack() as stack:
+            for callback in reversed(self._callbacks):
+                stack.callback(callback.close)
+            for callback in self._callbacks:
+                callback.on_train_start(self)
+            self.stop_reason = self._run_steps(batches)
+            self._finish_step()
+            self.save()
+            for callback in self._callbacks:
+                callback.on_train_end(self)
+        return self.stop_reason
+
+    def save(self) -> None:
+        """Saves the current state and progress, unless they are saved."""
+        for callback in self._callbacks:
+            callback.on_save(self)
 
     def _run_steps(self, batches: Iterable[DeviceBatch]) -> str:
         """Runs the remaining training steps and returns the stop reason."""
         progress = self.progress
-        # An evaluation that was due when the run was interrupted is done first.
-        if progress.step and self._is_eval_due(progress.position[1] == 0):
-            self._evaluate_and_save()
-        if self._is_patience_exhausted():
-            return "early_stopping"
-        if progress.step >= self._pause_step:
-            return self._stop_reason()
-        for batch in batches:
+        self._step_start_time = time.monotonic()
+        # What was due when the run was interrupted is done first.
+        if progress.step and (reason := self._grant_requests(progress.position[1] == 0)):
+            return reason
+        for batch in itertools.islice(batches, max(0, self.last_step - progress.step)):
             self.state, metrics = self._run_step(batch)
             # The metrics of the previous step are processed while this one runs.
-            self._process_last_step()
+            self._finish_step()
             progress.step += 1
             progress.position = batch.next_position
-            request = self._max_over_processes(self._pending_request())
-            self._pending_step = progress.step, batch, metrics, request
-            if jax.process_count() == 1:  # Several processes agree one step later.
-                self._agreed_request = request
-            self._stop_if_signaled()
-            if self._is_eval_due(batch.ends_epoch):
-                self._process_last_step()
-                self._evaluate_and_save()
-                self._continue_after_save()
-                if self._is_patience_exhausted():
-                    return "early_stopping"
-            elif self._agreed_request == _SAVE_REQUEST or self._is_due(
-                self.recipe.training.save_steps
-            ):
-                self._process_last_step()
-                self._save_checkpoint()
-                self._continue_after_save()
-            if progress.step >= self._pause_step:
-                break
-        return self._stop_reason()
-
-    def _stop_reason(self) -> str:
-        """Returns the stop reason of a run that is at its pause or its end."""
-        return "paused" if self.progress.step < self._total_steps else "max_steps"
+            self._running_step = StepRecord(progress.step, batch, metrics)
+            if reason := self._grant_requests(batch.ends_epoch):
+                return reason
+        return "paused" if progress.step < self.total_steps else "max_steps"
 
     def _run_step(self, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+        """Starts a step on the devices."""
         try:
             return self.setup.train_step(
                 self.state, self.setup.frozen, batch.arrays, self._dropout_key
@@ -249,17 +208,14 @@ class TrainLoop:
                 f"XLA_PYTHON_CLIENT_MEM_FRACTION."
             ) from error
 
-    # --- metrics of a step ------------------------------------------------------------------------
-
-    def _process_last_step(self) -> None:
-        """Waits for the last step, logs its metrics, and checks that they are finite."""
-        if self._pending_step is None:
+    def _finish_step(self) -> None:
+        """Waits for the running step and passes its metrics to the callbacks."""
+        if self._running_step is None:
             return
-        step, batch, step_metrics, request = self._pending_step
-        self._pending_step = None
-        values = jax.device_get(step_metrics)
+        step, batch, outputs = self._running_step
+        self._running_step = None
+        values = jax.device_get(outputs)
         start, self._step_start_time = self._step_start_time, time.monotonic()
-        self._agreed_request = int(request)
         self.progress.num_targets += float(values.num_targets)
         means = {
             "loss": values.loss,
@@ -267,26 +223,90 @@ class TrainLoop:
             "learning_rate": values.learning_rate,
             **values.extra_metrics,
         }
-        metrics = {
+        self.last_metrics = {
             **{f"{TRAIN_PREFIX}{name}": float(value) for name, value in means.items()},
             "num_targets": float(values.num_targets),
             "tokens": float(batch.num_tokens * jax.process_count()),
             "seconds": self._step_start_time - start,
         }
-        self.last_metrics = metrics
-        log_metrics(self._callbacks.metrics_loggers, step, metrics)
-        self._callbacks.show_step(step, metrics)
-        if not values.is_finite:
-            self._handle_nonfinite_step(step, batch, values)
+        self.finished_step = StepRecord(step, batch, values)
+        for callback in self._callbacks:
+            callback.on_step_end(self, step, self.last_metrics)
 
-    def _handle_nonfinite_step(self, step: int, batch: DeviceBatch, values: Any) -> None:
-        """Warns of a skipped step, or raises if the recipe does not skip it."""
-        options = self.recipe.training
+    def _grant_requests(self, ends_epoch: bool) -> str | None:
+        """Does what the callbacks request, each request once; returns the reason to stop, if any.
+
+        The callbacks are asked again after each evaluation and checkpoint, which take time.
+        """
+        granted: set[Request] = set()
+        while True:
+            requests: dict[Request, Callback] = {}
+            for callback in self._callbacks:
+                request = callback.request(self, ends_epoch)
+                if request is not None and request not in granted:
+                    requests.setdefault(request, callback)
+            if not requests:
+                return None
+            request = max(requests)
+            if request in (Request.STOP, Request.INTERRUPT):
+                return requests[request].stop_reason
+            self._finish_step()
+            if request is Request.EVALUATE:
+                self._evaluate()
+            self.save()
+            granted |= {request, Request.SAVE}
+            # The devices were idle.
+            self._step_start_time = time.monotonic()
+
+    def _evaluate(self) -> None:
+        """Evaluates the current state and passes the metrics to the callbacks."""
+        for evaluator in self._callbacks:
+            evaluation = evaluator.evaluate(self)
+            if evaluation is not None:
+                for callback in self._callbacks:
+                    callback.on_evaluate_end(self, self.progress.step, *evaluation)
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient was NaN or infinite; weights and optimizer state are unchanged.
+
+    Example:
+        >>> issubclass(NonFiniteError, ArithmeticError)
+        True
+    """
+
+
+class NonFiniteGuard(Callback):
+    """Callback that raises, or warns of a skipped step, when a loss or gradient is not finite.
+
+    It is the last of the callbacks, so that the others have the metrics of the step.
+    """
+
+    def __init__(self, options: TrainingSection, checkpoints: CheckpointManager) -> None:
+        """Prepares the guard.
+
+        Args:
+            options: Section `training` of the recipe.
+            checkpoints: Checkpoints, whose last step is part of the error.
+        """
+        self._options, self._checkpoints = options, checkpoints
+
+    def on_step_end(self, loop: TrainLoop, step: int, metrics: MetricValues) -> None:
+        """Checks the metrics of a step.
+
+        Raises:
+            NonFiniteError: A value is not finite, and the recipe does not skip the step.
+        """
+        assert loop.finished_step is not None
+        _, batch, values = loop.finished_step
+        if values.is_finite:
+            return
         cause = (
             f"loss={float(values.loss)}, gradient_norm={float(values.gradient_norm)}. Its batch "
             f"has the examples {_format_example_ids(batch.example_ids)} (source:example)."
         )
         skips = int(values.consecutive_skips)
+        options = self._options
         if options.on_nonfinite_loss == "skip" and skips <= options.max_consecutive_skips:
             warnings.warn(f"Step {step} was skipped: {cause}", stacklevel=2)
             return
@@ -298,144 +318,6 @@ class TrainLoop:
             f"{last}. Check these examples, reduce optimizer.learning_rate, or set "
             f"training.on_nonfinite_loss=skip."
         )
-
-    # --- evaluations ------------------------------------------------------------------------------
-
-    def _is_due(self, interval: int | None) -> bool:
-        return interval is not None and self.progress.step % interval == 0
-
-    def _is_eval_due(self, ends_epoch: bool) -> bool:
-        if self._callbacks.evaluate is None or self.progress.last_eval_step == self.progress.step:
-            return False
-        interval = self.recipe.training.eval_steps
-        is_last = self.progress.step >= self._total_steps
-        return is_last or (ends_epoch if interval is None else self._is_due(interval))
-
-    def _is_patience_exhausted(self) -> bool:
-        patience = self.recipe.training.early_stopping_patience
-        return patience is not None and self.progress.evals_since_best >= patience
-
-    def _evaluate_and_save(self) -> None:
-        """Evaluates, logs the means, updates the best score, and saves a checkpoint."""
-        progress, means = self.progress, self._evaluate()
-        log_metrics(
-            self._callbacks.metrics_loggers,
-            progress.step,
-            {f"{EVAL_PREFIX}{name}": value for name, value in means.items()},
-        )
-        score = -means["loss"] if self.recipe.training.metric == "loss" else means["accuracy"]
-        progress.last_eval_step = progress.step
-        progress.evals_since_best += 1
-        is_best = score > progress.best_score  # False for NaN. The first of equal scores is best.
-        if is_best:
-            progress.best_score, progress.best_step = score, progress.step
-            progress.evals_since_best = 0
-        self._callbacks.show_evaluation(progress.step, means, is_best)
-        self._save_checkpoint()
-
-    def _evaluate_at_pause(self) -> None:
-        """Evaluates at the pause, unless an evaluation was due there.
-
-        The progress does not change: the resumed run continues as if it had not paused, and the
-        best of the regular evaluations stays the best.
-        """
-        is_evaluated = self.eval_metrics and self.progress.last_eval_step == self.progress.step
-        if self._callbacks.evaluate is None or is_evaluated:
-            return
-        means = self._evaluate()
-        if self._signals.received is not None and self._has_pending_signal():
-            self._raise_interrupted(self._signals.received)
-        self._callbacks.show_evaluation(self.progress.step, means, False)
-
-    def _evaluate(self) -> dict[str, float]:
-        """Returns the means of an evaluation.
-
-        Raises:
-            TrainingInterrupted: A signal cancelled it. A resumed run starts with the evaluation.
-        """
-        assert self._callbacks.evaluate is not None
-        means = self._callbacks.evaluate(self.state.trainable, self._has_pending_signal)
-        if means is None:
-            assert self._signals.received is not None
-            self._raise_interrupted(self._signals.received)
-        self.eval_metrics = means
-        return means
-
-    # --- signals ----------------------------------------------------------------------------------
-
-    def _has_pending_signal(self) -> bool:
-        """Whether a signal arrived, which cancels an evaluation; False with several processes."""
-        return jax.process_count() == 1 and self._signals.received is not None
-
-    def _pending_request(self) -> int:
-        """Returns the number of a received signal, `_SAVE_REQUEST` when a save is due, or 0."""
-        options = self.recipe.training
-        if self._signals.received is not None:
-            return int(self._signals.received)
-        if options.save_interval_minutes is None:
-            return 0
-        elapsed = time.monotonic() - self._last_save_time
-        return _SAVE_REQUEST if elapsed >= 60 * options.save_interval_minutes else 0
-
-    def _stop_if_signaled(self) -> None:
-        if self._agreed_request > _SAVE_REQUEST:
-            self._raise_interrupted(signal.Signals(self._agreed_request))
-
-    def _raise_interrupted(self, received: signal.Signals) -> NoReturn:
-        self._process_last_step()
-        self._save_checkpoint()
-        # The message reports the checkpoint as saved, so its errors are not suppressed here.
-        self._checkpoints.wait_until_finished()
-        raise TrainingInterrupted(
-            f"{received.name}: step {self.progress.step} of {self._total_steps} is saved in "
-            f"{self._checkpoints.folder}. Continue with --resume.",
-            EXIT_STATUS[received],
-        )
-
-    # --- checkpoints ------------------------------------------------------------------------------
-
-    def _save_checkpoint(self) -> None:
-        if self._last_saved_step == self.progress.step:
-            return
-        self._wait_for_checkpoint()
-        metadata = {**self._run_metadata, "progress": self.progress.to_dict()}
-        self._checkpoints.save(self.progress.step, self.state, metadata, self.progress.best_step)
-        self._last_saved_step, self._last_save_time = self.progress.step, time.monotonic()
-
-    def _wait_for_checkpoint(self) -> None:
-        """Waits until the last checkpoint is written; warns or raises if it cannot be."""
-        try:
-            self._checkpoints.wait_until_finished()
-        except OSError as error:
-            self._last_saved_step = None
-            if self.recipe.training.on_save_error == "raise":
-                raise
-            warnings.warn(str(error), stacklevel=2)
-
-    def _continue_after_save(self) -> None:
-        """Restarts the step timer after a save, during which the devices were idle."""
-        if self._agreed_request == _SAVE_REQUEST:
-            self._agreed_request = 0
-        self._step_start_time = time.monotonic()
-        if jax.process_count() == 1 and self._signals.received is not None:
-            self._agreed_request = int(self._signals.received)
-            self._stop_if_signaled()
-
-
-def average_loss_sums(batch_sums: Iterable[Any]) -> dict[str, float]:
-    """Returns the means over several evaluated batches, by name.
-
-    Args:
-        batch_sums: `LossSums` of each batch.
-    """
-    totals: dict[str, float] = {}
-    num_targets = 0.0
-    for sums in batch_sums:
-        values = jax.device_get(sums)
-        num_targets += float(values.num_targets)
-        for name, value in {"loss": values.loss, **values.extra_sums}.items():
-            totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64))
-    return {name: total / num_targets for name, total in totals.items()}
 
 
 def _format_device_gib(arrays: PyTree) -> str:

@@ -7,104 +7,129 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
 
 from jlora import _tree, models
 from jlora.optim.multi_transform import FULL, param_labels
+from jlora.training.callbacks import Callback, MetricValues
+
+if TYPE_CHECKING:
+    from jlora.training.loop import TrainLoop
 
 METRICS_FILE = "metrics.jsonl"
 
 TRAIN_PREFIX, EVAL_PREFIX = "train/", "eval/"
 
-MetricValues = Mapping[str, float]
 
+class MetricsLogger(Callback):
+    """Base class of loggers: callbacks that write the metrics of steps and evaluations.
 
-class MetricsLogger(Protocol):
-    """Destination of metrics; any object with these two methods can be passed to `train`.
-
-    A training step has the metrics `train/loss`, `train/gradient_norm`, `train/learning_rate`,
-    `num_targets`, `tokens` and `seconds`, and `train/accuracy`, `train/margin` or `train/penalty`
-    where the objective has them. An evaluation has `eval/loss` and further `eval/` metrics.
+    A subclass defines `log`, and opens its destination in `on_train_start` and closes it in `close`
+    if it has to. With several processes only the first one logs.
 
     Example:
-        >>> class LossHistory:
+        >>> class LossHistory(MetricsLogger):
         ...     def __init__(self):
         ...         self.losses = []
         ...     def log(self, step, metrics):
         ...         if "train/loss" in metrics:
         ...             self.losses.append(metrics["train/loss"])
-        ...     def close(self):
-        ...         pass
         >>> history = LossHistory()
-        >>> log_metrics([history], 1, {"train/loss": 2.5, "seconds": 0.1})
+        >>> history.on_step_end(None, 1, {"train/loss": 2.5, "seconds": 0.1})
         >>> history.losses
         [2.5]
     """
 
     def log(self, step: int, metrics: MetricValues) -> None:
-        """Records the metrics of a step.
+        """Records the metrics of a step or evaluation.
 
         Args:
             step: Number of the training step, from 1.
-            metrics: Values by name.
+            metrics: Values by name, as in metrics.jsonl.
         """
-        ...
+        raise NotImplementedError
 
-    def close(self) -> None:
-        """Flushes and closes the destination."""
-        ...
+    def on_step_end(self, loop: TrainLoop, step: int, metrics: MetricValues) -> None:
+        """Logs the metrics of a step."""
+        if jax.process_index() == 0:
+            self.log(step, metrics)
+
+    def on_evaluate_end(
+        self, loop: TrainLoop, step: int, metrics: MetricValues, is_best: bool
+    ) -> None:
+        """Logs the metrics of an evaluation."""
+        if jax.process_index() == 0:
+            self.log(step, metrics)
 
 
-class JsonlMetricsLogger:
+class JsonlMetricsLogger(MetricsLogger):
     """Logger of metrics.jsonl: one line `{"step": ..., ...}` for each step and evaluation."""
 
-    def __init__(self, path: str | os.PathLike[str], *, resume_step: int = 0) -> None:
-        """Opens the file and removes the lines after `resume_step`.
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Sets the file.
 
         Args:
             path: File to write.
-            resume_step: Last step to keep. An interrupted run may have written lines of later
-                steps, which the resumed run writes again.
         """
-        path = Path(path)
-        lines = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        self._path = Path(path)
+        self._file: TextIO | None = None
+
+    def on_train_start(self, loop: TrainLoop) -> None:
+        """Opens the file and removes the lines after the loop's step.
+
+        An interrupted run may have written lines of later steps, which the resumed run writes
+        again.
+        """
+        if jax.process_index() > 0:
+            return
+        lines = [line for line in read_metrics(self._path) if line["step"] <= loop.progress.step]
         # Written to another file and moved into place, so that a kill loses nothing.
-        temporary = path.with_suffix(".tmp")
+        temporary = self._path.with_suffix(".tmp")
         self._file = temporary.open("w", encoding="utf-8")
         for line in lines:
-            self._write_line(line)
-        temporary.replace(path)
+            self._write_line(self._file, line)
+        temporary.replace(self._path)
 
     def log(self, step: int, metrics: MetricValues) -> None:
         """Writes a line."""
-        self._write_line({"step": step, **metrics})
+        assert self._file is not None
+        self._write_line(self._file, {"step": step, **metrics})
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _write_line(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(to_strict_json(line)) + "\n")
-        self._file.flush()
+    def _write_line(self, file: TextIO, line: Mapping[str, Any]) -> None:
+        file.write(json.dumps(to_strict_json(line)) + "\n")
+        file.flush()
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(MetricsLogger):
     """Logger of TensorBoard event files."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, resume_step: int = 0) -> None:
-        """Opens an event file.
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Sets the folder.
 
         Args:
             folder: Folder of event files.
-            resume_step: Last step to keep; TensorBoard hides later points of earlier files.
         """
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_train_start(self, loop: TrainLoop) -> None:
+        """Opens an event file, which hides later points of earlier files."""
+        if jax.process_index() > 0:
+            return
         import tensorboardX
 
-        self._writer = tensorboardX.SummaryWriter(os.fspath(folder), purge_step=resume_step + 1)
+        self._writer = tensorboardX.SummaryWriter(
+            os.fspath(self._folder), purge_step=loop.progress.step + 1
+        )
 
     def log(self, step: int, metrics: MetricValues) -> None:
         """Adds a point to each curve."""
@@ -113,33 +138,8 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         """Flushes and closes the event file."""
-        self._writer.close()
-
-
-def make_metrics_loggers(
-    output: Path, *, tensorboard: bool, resume_step: int
-) -> list[JsonlMetricsLogger | TensorBoardLogger]:
-    """Returns the loggers that write to a run's folder; none in processes other than the first.
-
-    Args:
-        output: Folder of the run.
-        tensorboard: Whether to write TensorBoard event files too.
-        resume_step: Last step to keep of earlier files.
-    """
-    if jax.process_index() > 0:
-        return []
-    loggers: list[JsonlMetricsLogger | TensorBoardLogger] = [
-        JsonlMetricsLogger(output / METRICS_FILE, resume_step=resume_step)
-    ]
-    if tensorboard:
-        loggers.append(TensorBoardLogger(output / "tensorboard", resume_step=resume_step))
-    return loggers
-
-
-def log_metrics(loggers: Iterable[MetricsLogger], step: int, metrics: MetricValues) -> None:
-    """Sends the metrics of a step to every logger."""
-    for logger in loggers:
-        logger.log(step, metrics)
+        if self._writer is not None:
+            self._writer.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -7,14 +7,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 from tqdm import tqdm
 
 from jlora import _tree
 from jlora.quantization.quantize import quantization_summary
+from jlora.training.callbacks import Callback, MetricValues
 from jlora.training.metrics import (
+    eval_values,
     flops_per_token,
     is_train_line,
     peak_memory_gib,
@@ -22,6 +24,9 @@ from jlora.training.metrics import (
 )
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
+
+if TYPE_CHECKING:
+    from jlora.training.loop import TrainLoop
 
 _THROUGHPUT_WINDOW = 20  # Steps.
 
@@ -42,18 +47,6 @@ class Console:
         """Prints a line above the progress bar."""
         if not self.quiet:
             tqdm.write(text)
-
-    def progress_bar(
-        self, total_steps: int, initial_step: int, throughput: ThroughputMeter
-    ) -> ProgressBar:
-        """Returns the progress bar of a run.
-
-        Args:
-            total_steps: Steps of the complete run.
-            initial_step: Steps that were done before.
-            throughput: Formatter of the metrics of a step.
-        """
-        return ProgressBar(total_steps, initial_step, throughput, self)
 
 
 class ThroughputMeter:
@@ -86,45 +79,47 @@ class ThroughputMeter:
         return "  ".join([*parts, f"{peak_memory_gib():.1f} GiB"])
 
 
-class ProgressBar:
+class ProgressBar(Callback):
     """Display of steps and evaluations.
 
     On a terminal a bar shows the last step. Elsewhere a line is printed every 30 seconds and for
     the last step. Evaluations are lines in both cases.
     """
 
-    def __init__(
-        self, total_steps: int, initial_step: int, throughput: ThroughputMeter, console: Console
-    ) -> None:
+    def __init__(self, console: Console, throughput: ThroughputMeter) -> None:
+        """Prepares the display.
+
+        Args:
+            console: Printer of the lines.
+            throughput: Formatter of the metrics of a step.
+        """
+        self._console, self._throughput = console, throughput
         self._is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps,
-            initial=initial_step,
-            disable=console.quiet or not self._is_terminal,
-            file=sys.stderr,
-            bar_format="{bar:20} {desc}",
-            desc=f"step {initial_step}/{total_steps}",
-        )
-        self._total_steps = total_steps
-        self._throughput, self._console = throughput, console
+        self._bar: tqdm | None = None
         self._last_log_time = time.monotonic()
         self._first: tuple[int, float] | None = None  # Number and end time of the first step.
 
-    def __enter__(self) -> Self:
-        return self
+    def on_train_start(self, loop: TrainLoop) -> None:
+        """Opens the bar."""
+        self._bar = tqdm(
+            total=loop.total_steps,
+            initial=loop.progress.step,
+            disable=self._console.quiet or not self._is_terminal,
+            file=sys.stderr,
+            bar_format="{bar:20} {desc}",
+            desc=f"step {loop.progress.step}/{loop.total_steps}",
+        )
+        self._last_log_time = time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_step_end(self, loop: TrainLoop, step: int, metrics: MetricValues) -> None:
         """Shows the metrics of a training step."""
+        assert self._bar is not None
         text = self._throughput.format_step(metrics)  # Each step counts for the speed.
-        now = time.monotonic()
+        now, total = time.monotonic(), loop.total_steps
         self._first = self._first or (step, now)
-        is_due = step == self._total_steps or now - self._last_log_time >= _LOG_INTERVAL_S
-        if not self._is_terminal and not is_due:
+        if not self._is_terminal and step < total and now - self._last_log_time < _LOG_INTERVAL_S:
             return
-        line = f"{self._label('step', f'{step}/{self._total_steps}')}{text}{self._eta(step, now)}"
+        line = f"{_label(f'step {step}/{total}', total)}{text}{self._eta(step, total, now)}"
         if self._is_terminal:
             self._bar.set_description_str(line, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -132,31 +127,44 @@ class ProgressBar:
             self._last_log_time = now
             self._console(line)
 
-    def show_evaluation(self, step: int, metrics: Mapping[str, float], is_best: bool) -> None:
-        """Shows the metrics of an evaluation, such as `eval 120  loss 0.881  (best)`.
+    def on_evaluate_end(
+        self, loop: TrainLoop, step: int, metrics: MetricValues, is_best: bool
+    ) -> None:
+        """Shows the metrics of an evaluation."""
+        self._console(evaluation_line(step, loop.total_steps, eval_values(metrics), is_best))
 
-        Args:
-            step: Step after which the model was evaluated.
-            metrics: Means over the validation data, by name.
-            is_best: Whether it is the best evaluation so far.
-        """
-        parts = [f"{name} {value:.3f}" for name, value in metrics.items()]
-        text = "  ".join([*parts, "(best)"] if is_best else parts)
-        self._console(f"{self._label('eval', str(step))}{text}")
+    def close(self) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
 
-    def _eta(self, step: int, now: float) -> str:
+    def _eta(self, step: int, total_steps: int, now: float) -> str:
         """Returns the remaining time; the first step, which includes compilation, is left out."""
         assert self._first is not None
         first, end_time = self._first
-        left = self._total_steps - step
+        left = total_steps - step
         if left and step == first:
             return ""
         seconds = left * (now - end_time) / max(step - first, 1)
         return f"  ETA {datetime.timedelta(seconds=round(seconds))}"
 
-    def _label(self, kind: str, number: str) -> str:
-        """Returns the start of a line, padded so that the metrics of all lines are aligned."""
-        return f"{kind} {number}".ljust(len(f"step {self._total_steps}/{self._total_steps}  "))
+
+def evaluation_line(step: int, total_steps: int, means: Mapping[str, float], is_best: bool) -> str:
+    """Returns the line of an evaluation, such as `eval 120  loss 0.881  (best)`.
+
+    Args:
+        step: Step after which the model was evaluated.
+        total_steps: Steps of the complete run.
+        means: Means over the validation data, by name.
+        is_best: Whether it is the best evaluation so far.
+    """
+    parts = [f"{name} {value:.3f}" for name, value in means.items()]
+    return _label(f"eval {step}", total_steps) + "  ".join([*parts, "(best)"] if is_best else parts)
+
+
+def _label(text: str, total_steps: int) -> str:
+    """Returns the start of a line, padded so that the metrics of all lines are aligned."""
+    return text.ljust(len(f"step {total_steps}/{total_steps}  "))
 
 
 def trainable_params_line(setup: Setup) -> str:

@@ -42,7 +42,8 @@ class RunSummary(NamedTuple):
     """Outcome of a run.
 
     Attributes:
-        stop_reason: "max_steps", or "early_stopping" when evaluations no longer improved.
+        stop_reason: "max_steps", "early_stopping" when evaluations no longer improved, or the
+            `stop_reason` of the callback that requested the end.
         best_step: Step of the written adapter.
         total_steps: Steps of the recipe.
         data_wait_s: Seconds in which the devices waited for data since the last resume.

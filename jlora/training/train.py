@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +15,26 @@ from jax.sharding import Mesh
 
 from jlora.checkpoints import hub
 from jlora.training import export, report, sharding
-from jlora.training.checkpointing import CheckpointManager, check_writable
+from jlora.training.callbacks import Callback
+from jlora.training.checkpointing import CheckpointManager, CheckpointSaver, check_writable
 from jlora.training.data.batch_stream import StreamPosition
-from jlora.training.data_loader import local_rows, make_eval_fn, make_test_fn, prefetch_to_device
+from jlora.training.data_loader import local_rows, prefetch_to_device
 from jlora.training.datasets import Datasets, load_datasets
 from jlora.training.distributed import SignalHandler, initialize_distributed
-from jlora.training.loop import LoopCallbacks, TrainLoop, TrainProgress
+from jlora.training.evaluation import Evaluator, make_eval_fn, make_test_fn
+from jlora.training.loop import NonFiniteGuard, TrainLoop, TrainProgress
 from jlora.training.metrics import (
     METRICS_FILE,
+    JsonlMetricsLogger,
     MetricsLogger,
-    make_metrics_loggers,
+    TensorBoardLogger,
     read_metrics,
     to_strict_json,
 )
 from jlora.training.program_cache import ProgramCache
 from jlora.training.progress import (
     Console,
+    ProgressBar,
     ThroughputMeter,
     compilation_line,
     describe_quantized_base,
@@ -41,6 +45,7 @@ from jlora.training.report import RunSummary
 from jlora.training.resume import collect_run_metadata, resolve_defaults, restore_run
 from jlora.training.setup import Setup, build_setup, model_from_recipe
 from jlora.training.train_step import TrainState
+from jlora.training.wandb_logger import WandbLogger
 
 REPORT_FILE, RECIPE_FILE, RESULT_FILE = "report.html", "recipe.yaml", "result.json"
 
@@ -51,7 +56,8 @@ class TrainResult(NamedTuple):
     """Result of `train`.
 
     Attributes:
-        stop_reason: "max_steps", "early_stopping" when evaluations no longer improved, or "paused".
+        stop_reason: "max_steps", "early_stopping" when evaluations no longer improved, "paused", or
+            the `stop_reason` of the callback that requested the end.
         step: Last step.
         best_step: Step of the written adapter: that of the best evaluation, or the last one without
             evaluations. At a pause, the last step; its adapter is not written yet.
@@ -81,7 +87,7 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     pause_after_step: int | None = None,
-    metrics_loggers: Sequence[MetricsLogger] = (),
+    callbacks: Sequence[Callback] = (),
     devices: Sequence[Any] | None = None,
     program_cache: ProgramCache | None = None,
     quiet: bool = False,
@@ -96,8 +102,8 @@ def train(
             writes nothing else. The learning rate schedule stays that of all steps, and a resumed
             run gives the same bytes as one without a pause. None, or a step after the last one: no
             pause.
-        metrics_loggers: Further loggers of the metrics that metrics.jsonl has. They are closed at
-            the end.
+        callbacks: Further callbacks, such as loggers and stopping conditions. They are called after
+            those that write metrics.jsonl, and closed at the end.
         devices: Devices of the mesh; None: all devices.
         program_cache: Cache of data and compiled steps, shared with other runs of the process.
         quiet: Whether to print nothing.
@@ -108,6 +114,7 @@ def train(
     Raises:
         FileExistsError: The output folder has a run, and `resume` is false.
         FileNotFoundError: The base, data, or the checkpoint to resume from does not exist.
+        ImportError: The recipe logs to W&B, and wandb is not installed.
         ValueError: The recipe does not fit the base, data or devices; the checkpoint belongs to
             another run; or the run is past `pause_after_step`.
         RuntimeError: The devices compute wrong steps with an offloaded optimizer state.
@@ -124,108 +131,58 @@ def train(
     initialize_distributed(recipe.distributed)
     console = Console(quiet or jax.process_index() > 0)
     output = _prepare_output_folder(recipe, resume)
+    loggers = _make_metrics_loggers(recipe)
     mesh = _build_recipe_mesh(recipe, devices)
     recipe = resolve_defaults(recipe, output / RECIPE_FILE, resume, list(mesh.devices.flat))
-    datasets, setup, total_steps = _build(recipe, mesh, console, program_cache)
-    export.check_exports(recipe, setup)
-    prompts = export.tokenize_prompts(recipe, setup, datasets.tokenizer)
-    checkpoints = CheckpointManager(
-        output / CHECKPOINTS_DIR, save_total_limit=recipe.training.save_total_limit
-    )
-    run_metadata = collect_run_metadata(recipe, setup, datasets)
-    state, progress = setup.state, TrainProgress()
-    if resume:
-        state, progress = restore_run(checkpoints, setup, run_metadata, allow_changes)
-        console(f"Resuming after step {progress.step} of {total_steps}.")
+    run = _build_run(recipe, mesh, console, program_cache)
+    export.check_exports(recipe, run.setup)  # Fails before training, not after.
+    state, progress = _restore_or_init(run, console, resume, allow_changes)
     _check_pause_step(pause_after_step, progress.step)
     if jax.process_index() == 0:
         _write_recipe(output / RECIPE_FILE, recipe)
-    max_new_tokens = recipe.report.max_new_tokens
-    base_texts = export.generate_texts(setup, None, datasets.tokenizer, prompts, max_new_tokens)
-    test = None if datasets.test is None else make_test_fn(setup, datasets.test)
-    test_metrics = [] if test is None else [test(setup.state.trainable)]
+    measure = _make_measure_fn(run)
+    before = measure(run.setup.state, None)
 
-    evaluate = None if datasets.validation is None else make_eval_fn(setup, datasets.validation)
-    if progress.step < min(pause_after_step or total_steps, total_steps):
+    bar = ProgressBar(console, ThroughputMeter(recipe, run.setup))
+    saver = CheckpointSaver(run.checkpoints, run.metadata, recipe.training, mesh)
+    signals = SignalHandler(mesh, run.checkpoints)
+    evaluator = _make_evaluator(run, signals, console)
+    guard = NonFiniteGuard(recipe.training, run.checkpoints)
+    loop = TrainLoop(
+        recipe,
+        run.setup,
+        callbacks=[*loggers, *callbacks, bar, saver, evaluator, signals, guard],
+        total_steps=run.total_steps,
+        progress=progress,
+        pause_after_step=pause_after_step,
+    )
+    if progress.step < loop.last_step:
         console(compilation_line(read_metrics(output / METRICS_FILE)))
-    loggers = [
-        *make_metrics_loggers(
-            output, tensorboard=recipe.report.tensorboard, resume_step=progress.step
-        ),
-        *metrics_loggers,
-    ]
-    try:
-        with (
-            SignalHandler() as signals,
-            console.progress_bar(
-                total_steps, progress.step, ThroughputMeter(recipe, setup)
-            ) as progress_bar,
-            prefetch_to_device(
-                setup.mesh, datasets.train, StreamPosition(*progress.position)
-            ) as batches,
-        ):
-            callbacks = LoopCallbacks(
-                loggers, progress_bar.show_step, progress_bar.show_evaluation, evaluate
-            )
-            loop = TrainLoop(
-                recipe,
-                setup,
-                state,
-                progress,
-                checkpoints,
-                run_metadata,
-                callbacks,
-                signals,
-                total_steps,
-                pause_after_step,
-            )
-            stop_reason = loop.run(batches)
-    finally:
-        for logger in loggers:
-            logger.close()
+    position = StreamPosition(*progress.position)
+    with prefetch_to_device(mesh, run.datasets.train, position) as batches:
+        loop.run(state, batches)
+    if loop.stop_reason == "paused":
+        return _pause_result(run, loop, evaluator, before)
+    # Tests, exports and the report.
+    return _finish(run, loop, measure, before, batches.data_wait_s, console)
 
-    if stop_reason == "paused":
-        checkpoints.close()
-        step, last = progress.step, loop.last_metrics
-        return TrainResult(stop_reason, step, step, last, test_metrics, [], loop.eval_metrics)
-    state, best_step = _best_state(loop.state, progress, checkpoints)
-    checkpoints.close()
-    if test is not None:
-        test_metrics.append(test(state.trainable))
-    output_paths = export.save_adapter_and_head(
-        recipe, setup, state.trainable, run_metadata["base"], datasets.label_names
-    )
-    adapter = export.combine_adapter(setup, state.trainable)
-    texts = export.generate_texts(setup, adapter, datasets.tokenizer, prompts, max_new_tokens)
-    if jax.process_index() == 0:
-        metrics = read_metrics(output / METRICS_FILE)
-        run_summary = RunSummary(
-            stop_reason, best_step, total_steps, batches.data_wait_s, test_metrics, metrics
-        )
-        overview = report.make_run_overview(recipe, setup, datasets, run_summary)
-        versions = run_metadata["versions"]
-        report.write_report(
-            output / REPORT_FILE,
-            title=f"jlora: {output.name}",
-            run_overview=overview,
-            settings=report.make_settings_table(recipe, setup, report.collect_versions(versions)),
-            metrics=metrics,
-            best_step=best_step,
-            update_norms=_compute_update_norms(setup, state),
-            samples=list(map(report.PromptSample, recipe.report.sample_prompts, base_texts, texts)),
-        )
-        result = report.make_result_json(setup, run_summary)
-        _write_result(output / RESULT_FILE, {**result, "versions": versions})
-        output_paths += [output / REPORT_FILE, output / RESULT_FILE]
-        for name, value in overview.items():
-            console(f"{name}: {value}")
-    # Last, because an export may fail where all other steps succeed.
-    output_paths += export.write_exports(recipe, setup, state.trainable, datasets.label_names)
-    for path in output_paths:
-        console(f"Wrote {path}.")
-    return TrainResult(
-        stop_reason, progress.step, best_step, loop.last_metrics, test_metrics, output_paths, {}
-    )
+
+class _Run(NamedTuple):
+    """Parts of a run that do not change with its steps."""
+
+    recipe: Recipe
+    datasets: Datasets
+    setup: Setup
+    total_steps: int
+    checkpoints: CheckpointManager
+    metadata: dict[str, Any]
+
+
+class _Measurement(NamedTuple):
+    """Test metrics and sample texts of a model."""
+
+    test_metrics: list[dict[str, float]]
+    texts: list[str]
 
 
 def _check_pause_step(pause_after_step: int | None, step: int = 0) -> None:
@@ -265,6 +222,17 @@ def _prepare_output_folder(recipe: Recipe, resume: bool) -> Path:
     return output
 
 
+def _make_metrics_loggers(recipe: Recipe) -> list[MetricsLogger]:
+    """Returns the loggers that write to the output folder of a recipe, and to W&B."""
+    output, options = Path(recipe.output), recipe.report
+    loggers: list[MetricsLogger] = [JsonlMetricsLogger(output / METRICS_FILE)]
+    if options.tensorboard:
+        loggers.append(TensorBoardLogger(output / "tensorboard"))
+    if options.wandb is not None:
+        loggers.append(WandbLogger(**options.wandb.model_dump()))
+    return loggers
+
+
 def _build_recipe_mesh(recipe: Recipe, devices: Sequence[Any] | None) -> Mesh:
     """Returns the mesh of a recipe, checked to divide its batches."""
     sizes = {name: size for name, size in recipe.mesh if size is not None}
@@ -274,10 +242,10 @@ def _build_recipe_mesh(recipe: Recipe, devices: Sequence[Any] | None) -> Mesh:
     return mesh
 
 
-def _build(
+def _build_run(
     recipe: Recipe, mesh: Mesh, console: Console, program_cache: ProgramCache | None
-) -> tuple[Datasets, Setup, int]:
-    """Returns the data, the setup, and the number of steps of a run."""
+) -> _Run:
+    """Returns the data, arrays, compiled steps and checkpoints of a run."""
     folder = hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
     config = model_from_recipe(recipe, folder).config
     if recipe.data.max_seq_length > config.max_seq_length:
@@ -310,7 +278,90 @@ def _build(
     console(trainable_params_line(setup))
     for name, value in describe_quantized_base(setup).items():
         console(f"{name}: {value}")
-    return datasets, setup, steps
+    checkpoints = CheckpointManager(
+        Path(recipe.output) / CHECKPOINTS_DIR, save_total_limit=recipe.training.save_total_limit
+    )
+    metadata = collect_run_metadata(recipe, setup, datasets)
+    return _Run(recipe, datasets, setup, steps, checkpoints, metadata)
+
+
+def _restore_or_init(
+    run: _Run, console: Console, resume: bool, allow_changes: bool
+) -> tuple[TrainState, TrainProgress]:
+    """Returns the state and progress of the last checkpoint, or those of a new run."""
+    if not resume:
+        return run.setup.state, TrainProgress()
+    state, progress = restore_run(run.checkpoints, run.setup, run.metadata, allow_changes)
+    console(f"Resuming after step {progress.step} of {run.total_steps}.")
+    return state, progress
+
+
+def _make_measure_fn(run: _Run) -> Callable[[TrainState, Any], _Measurement]:
+    """Returns a function from a state and its adapter to its test metrics and sample texts."""
+    recipe, setup, datasets = run.recipe, run.setup, run.datasets
+    prompts = export.tokenize_prompts(recipe, setup, datasets.tokenizer)
+    test = None if datasets.test is None else make_test_fn(setup, datasets.test)
+
+    def measure(state: TrainState, adapter: Any) -> _Measurement:
+        texts = export.generate_texts(
+            setup, adapter, datasets.tokenizer, prompts, recipe.report.max_new_tokens
+        )
+        return _Measurement([] if test is None else [test(state.trainable)], texts)
+
+    return measure
+
+
+def _make_evaluator(run: _Run, signals: SignalHandler, console: Console) -> Evaluator:
+    """Returns the callback that evaluates on the validation data, until a signal arrives."""
+    stream = run.datasets.validation
+    evaluate = None if stream is None else make_eval_fn(run.setup, stream)
+    options = run.recipe.training
+    return Evaluator(evaluate, options, is_cancelled=signals.is_pending, console=console)
+
+
+def _pause_result(
+    run: _Run, loop: TrainLoop, evaluator: Evaluator, before: _Measurement
+) -> TrainResult:
+    """Closes the checkpoints of a paused run and returns its result."""
+    run.checkpoints.close()
+    step, last = loop.progress.step, loop.last_metrics
+    return TrainResult("paused", step, step, last, before.test_metrics, [], evaluator.means)
+
+
+def _finish(
+    run: _Run,
+    loop: TrainLoop,
+    measure: Callable[[TrainState, Any], _Measurement],
+    before: _Measurement,
+    data_wait_s: float,
+    console: Console,
+) -> TrainResult:
+    """Tests the best state, writes the adapter, report and exports, and returns the result."""
+    recipe, setup, label_names = run.recipe, run.setup, run.datasets.label_names
+    assert loop.stop_reason is not None
+    state, best_step = _best_state(loop.state, loop.progress, run.checkpoints)
+    run.checkpoints.close()
+    output_paths = export.save_adapter_and_head(
+        recipe, setup, state.trainable, run.metadata["base"], label_names
+    )
+    after = measure(state, export.combine_adapter(setup, state.trainable))
+    test_metrics = [*before.test_metrics, *after.test_metrics]
+    if jax.process_index() == 0:
+        metrics = read_metrics(Path(recipe.output) / METRICS_FILE)
+        summary = RunSummary(
+            loop.stop_reason, best_step, run.total_steps, data_wait_s, test_metrics, metrics
+        )
+        texts = zip(recipe.report.sample_prompts, before.texts, after.texts, strict=False)
+        samples = [report.PromptSample(*each) for each in texts]
+        output_paths += _write_results(run, state, summary, samples, console)
+    # Last, because an export may fail where all other steps succeed.
+    output_paths += export.write_exports(recipe, setup, state.trainable, label_names)
+    for path in output_paths:
+        console(f"Wrote {path}.")
+    step = loop.progress.step
+    return TrainResult(
+        loop.stop_reason, step, best_step, loop.last_metrics, test_metrics, output_paths, {}
+    )
 
 
 def _best_state(
@@ -328,6 +379,34 @@ def _best_state(
         )
         return state, progress.step
     return checkpoints.restore(state, best).state, best
+
+
+def _write_results(
+    run: _Run,
+    state: TrainState,
+    summary: RunSummary,
+    samples: Sequence[report.PromptSample],
+    console: Console,
+) -> list[Path]:
+    """Writes report.html and result.json, prints the summary, and returns the paths."""
+    recipe, setup, output = run.recipe, run.setup, Path(run.recipe.output)
+    overview = report.make_run_overview(recipe, setup, run.datasets, summary)
+    versions = run.metadata["versions"]
+    report.write_report(
+        output / REPORT_FILE,
+        title=f"jlora: {output.name}",
+        run_overview=overview,
+        settings=report.make_settings_table(recipe, setup, report.collect_versions(versions)),
+        metrics=summary.metrics,
+        best_step=summary.best_step,
+        update_norms=_compute_update_norms(setup, state),
+        samples=samples,
+    )
+    result = report.make_result_json(setup, summary)
+    _write_result(output / RESULT_FILE, {**result, "versions": versions})
+    for name, value in overview.items():
+        console(f"{name}: {value}")
+    return [output / REPORT_FILE, output / RESULT_FILE]
 
 
 def _compute_update_norms(setup: Setup, state: TrainState) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jlora.training import recipe
+from jlora.training import Callback, recipe
 from jlora.training.metrics import read_metrics
 from jlora.training.train import TrainResult, train
 
@@ -33,18 +33,15 @@ def measured(raw: dict[str, Any]) -> list[dict[str, float]]:
     return [{name: line[name] for name in line if name != "seconds"} for line in lines]
 
 
-class After:
+class After(Callback):
     """Calls something once a step was measured."""
 
     def __init__(self, step: int, call: Callable[[], Any]) -> None:
         self.step, self.call = step, call
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step == self.step and "train/loss" in metrics:
+    def on_step_end(self, loop: Any, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.step:
             self.call()
-
-    def close(self) -> None:
-        pass
 
 
 def stop() -> None:

@@ -6,15 +6,16 @@ import json
 import math
 import pathlib
 import types
+from typing import Any
 
 import pytest
 
 from jlora.training.metrics import (
     JsonlMetricsLogger,
+    TensorBoardLogger,
     eval_values,
     is_eval_line,
     is_train_line,
-    make_metrics_loggers,
     peak_tflops,
     read_metrics,
 )
@@ -22,13 +23,19 @@ from jlora.training.metrics import (
 STEP = {"train/loss": 2.5, "num_targets": 9.0, "seconds": 0.5}
 
 
+def opened(logger: Any, step: int = 0) -> Any:
+    """The logger at the start of a run that was restored after a step."""
+    logger.on_train_start(types.SimpleNamespace(progress=types.SimpleNamespace(step=step)))
+    return logger
+
+
 def test_jsonl_logger_resume_drops_later_steps(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = JsonlMetricsLogger(path)
+    first = opened(JsonlMetricsLogger(path))
     for step in (1, 2, 3):
         first.log(step, STEP)
     first.close()
-    second = JsonlMetricsLogger(path, resume_step=2)
+    second = opened(JsonlMetricsLogger(path), step=2)
     second.log(3, {**STEP, "train/loss": 1.5})
     second.close()
     lines = read_metrics(path)
@@ -45,7 +52,7 @@ def test_read_metrics_drops_an_incomplete_line(tmp_path: pathlib.Path) -> None:
 
 def test_nan_is_written_as_text_and_read_as_nan(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    logger = JsonlMetricsLogger(path)
+    logger = opened(JsonlMetricsLogger(path))
     logger.log(1, {"train/loss": math.nan})
     logger.close()
     assert json.loads(path.read_text()) == {"step": 1, "train/loss": "nan"}
@@ -61,8 +68,11 @@ def test_lines_are_classified_by_prefix() -> None:
 
 
 def test_tensorboard_has_the_same_names(tmp_path: pathlib.Path) -> None:
-    loggers = make_metrics_loggers(tmp_path, tensorboard=True, resume_step=0)
-    for logger in loggers:
+    loggers = (
+        JsonlMetricsLogger(tmp_path / "metrics.jsonl"),
+        TensorBoardLogger(tmp_path / "tensorboard"),
+    )
+    for logger in map(opened, loggers):
         logger.log(1, STEP)
         logger.log(1, {"eval/loss": 0.5})
         logger.close()

@@ -91,7 +91,7 @@ def test_resume_with_other_offload_is_bit_exact(
 ) -> None:
     raw = raw_of(recipe_of, tmp_path, offload=before)
     with pytest.raises(TrainingInterrupted):
-        run(raw, metrics_loggers=[After(3, stop)])
+        run(raw, callbacks=[After(3, stop)])
     assert measured(raw)[-1]["step"] < 5
     run(with_offload(raw, after), resume=True)
     assert_same(raw, whole)

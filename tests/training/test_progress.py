@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from jlora.training import progress
-from jlora.training.progress import Console, ThroughputMeter
+from jlora.training.progress import Console, ProgressBar, ThroughputMeter
 from jlora.training.sharding import make_mesh
 
 METRICS = {"train/loss": 0.9061, "tokens": 1340.0, "seconds": 1.0}
@@ -62,25 +63,40 @@ def test_compilation_line_has_first_step_time() -> None:
     assert found == "compiling the training step (once; 42 s last time)"
 
 
-def test_show_step_prints_every_30_s_and_the_last(clock: Any, lines: Any) -> None:
-    with Console(False).progress_bar(498, 118, Throughput()) as bar:  # type: ignore[arg-type]
+def loop_of(total_steps: int, step: int = 0) -> Any:
+    return types.SimpleNamespace(total_steps=total_steps, progress=types.SimpleNamespace(step=step))
+
+
+@contextlib.contextmanager
+def opened(loop: Any, console: Console | None = None) -> Iterator[ProgressBar]:
+    bar = ProgressBar(console or Console(False), Throughput())  # type: ignore[arg-type]
+    bar.on_train_start(loop)
+    yield bar
+    bar.close()
+
+
+def test_bar_prints_every_30_s_and_the_last(clock: Any, lines: Any) -> None:
+    loop = loop_of(498, 118)
+    with opened(loop) as bar:
         clock.now += 2
-        bar.show_step(119, METRICS)
+        bar.on_step_end(loop, 119, METRICS)
         assert lines() == []
         clock.now += 29
-        bar.show_step(120, METRICS)
+        bar.on_step_end(loop, 120, METRICS)
         # 378 steps are left, of 29 s each; the first step of the process does not count.
         assert lines() == ["step 120/498  loss 0.906  1,340 tok/s  1.2 GiB  ETA 3:02:42"]
-        bar.show_step(121, METRICS)
+        bar.on_step_end(loop, 121, METRICS)
         assert lines() == []
-        bar.show_step(498, METRICS)
+        bar.on_step_end(loop, 498, METRICS)
         assert lines() == ["step 498/498  loss 0.906  1,340 tok/s  1.2 GiB  ETA 0:00:00"]
 
 
-def test_show_evaluation_marks_the_best(lines: Any) -> None:
-    with Console(False).progress_bar(498, 0, Throughput()) as bar:  # type: ignore[arg-type]
-        bar.show_evaluation(120, {"loss": 0.8814, "accuracy": 0.7712}, True)
-        bar.show_evaluation(240, {"loss": 0.9, "accuracy": 0.75}, False)
+def test_bar_marks_the_best_evaluation(lines: Any) -> None:
+    loop = loop_of(498)
+    with opened(loop) as bar:
+        metrics = {"eval/loss": 0.8814, "eval/accuracy": 0.7712}
+        bar.on_evaluate_end(loop, 120, metrics, True)
+        bar.on_evaluate_end(loop, 240, {"eval/loss": 0.9, "eval/accuracy": 0.75}, False)
     assert lines() == [
         "eval 120      loss 0.881  accuracy 0.771  (best)",
         "eval 240      loss 0.900  accuracy 0.750",
@@ -88,11 +104,11 @@ def test_show_evaluation_marks_the_best(lines: Any) -> None:
 
 
 def test_quiet_console_prints_nothing(lines: Any) -> None:
-    console = Console(True)
+    console, loop = Console(True), loop_of(1)
     console("text")
-    with console.progress_bar(1, 0, Throughput()) as bar:  # type: ignore[arg-type]
-        bar.show_step(1, METRICS)
-        bar.show_evaluation(1, {"loss": 0.5}, True)
+    with opened(loop, console) as bar:
+        bar.on_step_end(loop, 1, METRICS)
+        bar.on_evaluate_end(loop, 1, {"eval/loss": 0.5}, True)
     assert lines() == []
 
 
@@ -100,12 +116,14 @@ def test_progress_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: Any
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Console(False).progress_bar(4, 0, Throughput()) as bar:  # type: ignore[arg-type]
+    loop = loop_of(4)
+    with opened(loop) as bar:
+        assert bar._bar is not None
         clock.now += 60
-        bar.show_step(1, METRICS)
+        bar.on_step_end(loop, 1, METRICS)
         bar._bar.refresh()
         clock.now += 1
-        bar.show_step(2, METRICS)
+        bar.on_step_end(loop, 2, METRICS)
         bar._bar.refresh()
     out, error = capsys.readouterr()
     assert out == ""

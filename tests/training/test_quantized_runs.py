@@ -107,7 +107,7 @@ def test_resume_quantized_is_bit_exact(recipe_of: Make, tmp_path: pathlib.Path) 
     run(whole)
     raw = {**whole, "output": str(tmp_path / "cut")}
     with pytest.raises(TrainingInterrupted):
-        run(raw, metrics_loggers=[After(2, stop)])
+        run(raw, callbacks=[After(2, stop)])
     for other, message in (
         (
             {"scheme": "int8", "block_size": 4},

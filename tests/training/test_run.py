@@ -216,7 +216,7 @@ def test_resume_after_signal_is_bit_exact(
 ) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(TrainingInterrupted, match="SIGTERM: step . of .* is saved") as caught:
-        run(raw, metrics_loggers=[After(step, stop)])
+        run(raw, callbacks=[After(step, stop)])
     assert caught.value.exit_status == 143
     assert not (output(raw) / "adapter.safetensors").exists()
     assert len(measured(raw)) < len(measured(whole))
@@ -272,7 +272,7 @@ def test_resume_keeps_evaluations_and_best(
     scripted(monkeypatch, [5.0, 1.0, 4.0, 3.0, 2.5, 2.0], 4 if stopped_in_evaluation else None)
     recorders = [] if stopped_in_evaluation else [After(4, stop)]
     with pytest.raises(TrainingInterrupted):
-        run(raw, metrics_loggers=recorders, quiet=False)
+        run(raw, callbacks=recorders, quiet=False)
     printed = capsys.readouterr().out
     assert "\ncompiling the training step (once)\n" in printed
     assert re.findall(r"^eval .*", printed, re.MULTILINE)[:2] == [
@@ -380,7 +380,7 @@ def test_resume_after_crash_is_bit_exact(whole: dict[str, Any], tmp_path: pathli
         raise KeyboardInterrupt  # Nothing catches it.
 
     with pytest.raises(KeyboardInterrupt):
-        run(raw, metrics_loggers=[After(5, die)])
+        run(raw, callbacks=[After(5, die)])
     assert measured(raw)[-1]["step"] == 5
     run(raw, resume=True)
     assert_same(raw, whole)
@@ -390,7 +390,7 @@ def test_resume_after_crash_is_bit_exact(whole: dict[str, Any], tmp_path: pathli
 def test_resume_on_another_mesh_is_close(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(TrainingInterrupted):
-        run(raw, metrics_loggers=[After(3, stop)])
+        run(raw, callbacks=[After(3, stop)])
     run({**raw, "mesh": {"fsdp": 2, "tensor": 2}}, resume=True, devices=4)
     for one, two in zip(measured(raw), measured(whole), strict=True):
         # Sums in another order, in float32.
@@ -465,7 +465,7 @@ def test_resume_other_base_raises(
 def test_resume_other_versions_warns(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = copied(whole, tmp_path)
     with pytest.raises(TrainingInterrupted):
-        run(raw, metrics_loggers=[After(2, stop)])
+        run(raw, callbacks=[After(2, stop)])
     step = measured(raw)[-1]["step"]
     path = output(raw) / f"checkpoints/{step}/run_metadata/metadata"
     facts = json.loads(path.read_text())

@@ -69,7 +69,7 @@ _TRANSFORMERS = {
     "load_best_model_at_end": ("training.metric", "the best adapter is always written"),
     "label_smoothing_factor": ("classification.label_smoothing",),
     "resume_from_checkpoint": ("--resume",),
-    "report_to": ("report.tensorboard",),
+    "report_to": ("report.tensorboard", "or report.wandb"),
     "fsdp": ("mesh.fsdp", "a number of devices"),
     "deepspeed": ("mesh.fsdp", "a number of devices"),
 }

@@ -421,11 +421,29 @@ class ExportSection(Section):
     vllm: bool = False
 
 
+class WandbSection(Section):
+    """Run of Weights & Biases.
+
+    Attributes:
+        project: Project of the W&B run.
+        entity: User or team of the project. null: the default one of the account.
+        name: Name of the W&B run. null: a random one.
+        mode: Upload of the data, or offline for files in the output folder. null: the environment
+            variable WANDB_MODE, or online.
+    """
+
+    project: NonEmptyStr = "jlora"
+    entity: NonEmptyStr | None = None
+    name: NonEmptyStr | None = None
+    mode: Literal["online", "offline"] | None = None
+
+
 class ReportSection(Section):
     """Contents of metrics.jsonl and report.html.
 
     Attributes:
         tensorboard: TensorBoard files, besides metrics.jsonl.
+        wandb: Weights & Biases run, besides metrics.jsonl, such as {project: NAME}. null: none.
         sample_prompts: Texts that a decoder continues before and after training.
         max_new_tokens: Maximum number of tokens of each continuation.
         peak_tflops: Peak TFLOP/s of one device, for the utilization. null: the known value of a
@@ -433,6 +451,7 @@ class ReportSection(Section):
     """
 
     tensorboard: bool = False
+    wandb: WandbSection | None = None
     sample_prompts: list[NonEmptyStr] = []
     max_new_tokens: PositiveInt = 64
     peak_tflops: PositiveFloat | None = None
