@@ -3,7 +3,7 @@
 Their rule must be kept: it may be a straight-through estimator, which differentiating the body
 would silently replace. So the rule itself is traced and evaluated with factored weights. The
 cotangent that it returns for the weight is usually one product, `x^T dy`. Kept as that product, it
-is contracted with `A` and `B` through the rank, and the gradient of the full weight is never formed.
+is contracted with `A` and `B` through the rank, and the full weight's gradient is never formed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _eval_custom_derivative(
 
 
 def _with_product_terms(value: Any, used_by: str) -> Any:
-    """Returns a value whose terms are plain products, which the rule's cotangent is contracted with.
+    """Returns a value whose terms are plain products, to contract the rule's cotangent with.
 
     Raises:
         ValueError: A term depends on the input, and the rule would see another one.
