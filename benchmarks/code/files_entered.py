@@ -25,7 +25,7 @@ from jax import lax
 
 import jlora
 
-PACKAGE = pathlib.Path(jlora.__file__).parent
+PACKAGE = pathlib.Path(inspect.getfile(jlora)).parent
 DECODER = PACKAGE.parent / "tests" / "models" / "data" / "decoders" / "llama"
 
 # Function that the compiled step traces, and that of the product it is traced up to.
