@@ -31,9 +31,6 @@ class RankSearchOptions:
         fix: Quantity that stays as in the recipe while ranks differ: alpha or scale.
         num_rungs: Rungs of successive halving over learning rate and alpha, each after twice as
             many steps; the worse half stops at each.
-        sampler: grid, or optuna, which samples learning rates and alphas between the ends of the
-            grid.
-        num_trials: Number of settings that optuna samples.
         timeout_minutes: Time in minutes after which no trial starts; no limit if omitted.
         overrides: Overrides of the recipe, as `--section.field value`.
     """
@@ -48,8 +45,6 @@ class RankSearchOptions:
     alpha_over_rank: str = "0.5,1,2,4"
     fix: str = "alpha"
     num_rungs: int = 3
-    sampler: str = "grid"
-    num_trials: int = 16
     timeout_minutes: float | None = None
     overrides: tuple[str, ...] = ()
     example = "jlora rank-search recipe.yaml --ranks 1,2,4,8 --steps 200 --output search"
@@ -75,8 +70,6 @@ def run_rank_search(options: RankSearchOptions) -> int:
                 "steps",
                 "fix",
                 "num_rungs",
-                "sampler",
-                "num_trials",
                 "timeout_minutes",
             )
         },

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,14 +74,14 @@ def lorahub(
 
     Raises:
         ValueError: A value is out of its range, or the loss of the base alone is not finite.
-        ModuleNotFoundError: Optuna or cmaes is not installed.
+        ModuleNotFoundError: The package cmaes is not installed.
 
     References:
         Huang et al., LoraHub, arXiv:2307.13269, section 3. The mean in the penalty, the bound and
         the initial weights of zero are those of its code (sail-sg/lorahub). LoraHub multiplies the
         sum of `w_i A_i` with the sum of `w_i B_i`, which multiplies every `A_i` with every `B_j`
         and requires one rank for all adapters; here each adapter's own update is weighted. The
-        search is Optuna's CMA-ES instead of Nevergrad's.
+        search is the CMA-ES of the package cmaes instead of Nevergrad's.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -97,23 +96,26 @@ def lorahub(
     _validation.check_positive_int("num_trials", num_trials)
     _validation.check_positive("bound", bound)
     _validation.check_nonnegative("l1_penalty", l1_penalty)
-    names = adapter_names(weighted_adapter)
+    optimizer = _cma_optimizer(len(adapter_names(weighted_adapter)), bound, seed)
     trials: list[tuple[np.ndarray, float, float]] = []  # weights, loss, loss with the penalty
-    with _cmaes_study(seed) as study:
-        study.enqueue_trial(dict.fromkeys(names, 0.0))
-        for _ in range(num_trials):
-            trial = study.ask()
-            weights = np.array([trial.suggest_float(name, -bound, bound) for name in names])
-            loss = float(loss_fn(with_weights(weighted_adapter, weights), *args))
-            penalized = loss + l1_penalty * float(np.abs(weights).mean())
-            if not trials and not math.isfinite(loss):
-                raise ValueError(
-                    f"loss={loss} of the base alone must be finite, since trials are compared with "
-                    f"it. Check the examples and the base."
-                )
-            # A trial that overflows counts as the worst, so that the search moves elsewhere.
-            trials.append((weights, loss, penalized if math.isfinite(penalized) else math.inf))
-            study.tell(trial, min(trials[-1][2], float(np.finfo(np.float64).max)))
+    generation: list[tuple[np.ndarray, float]] = []
+    for number in range(num_trials):
+        weights = optimizer.ask() if number else np.zeros(optimizer.dim)
+        loss = float(loss_fn(with_weights(weighted_adapter, weights), *args))
+        if not number and not math.isfinite(loss):
+            raise ValueError(
+                f"loss={loss} of the base alone must be finite, since trials are compared with "
+                f"it. Check the examples and the base."
+            )
+        penalized = loss + l1_penalty * float(np.abs(weights).mean())
+        # A trial that overflows counts as the worst, so that the search moves elsewhere.
+        penalized = penalized if math.isfinite(penalized) else math.inf
+        trials.append((weights, loss, penalized))
+        if number:  # The base alone is no sample of the search's distribution.
+            generation.append((weights, penalized))
+        if len(generation) == optimizer.population_size:
+            optimizer.tell(generation)
+            generation = []
     weights, loss, _ = min(trials, key=lambda one: one[2])
     return FusionResult(
         with_weights(weighted_adapter, weights), weights, loss, tuple(one[2] for one in trials)
@@ -230,22 +232,14 @@ def _require_uniform_weights(weighted_adapter: Mapping[str, Any]) -> jax.Array:
     return first.weights
 
 
-@contextlib.contextmanager
-def _cmaes_study(seed: int) -> Iterator[Any]:
-    """Yields an Optuna study that minimizes by CMA-ES, with Optuna's log messages off."""
+def _cma_optimizer(num_weights: int, bound: float, seed: int) -> Any:
+    """Returns a CMA-ES optimizer around zero with a sixth of the range as its deviation."""
     try:
-        import cmaes  # noqa: F401
-        import optuna
+        import cmaes
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"lorahub requires Optuna's CMA-ES, and {error.name!r} is not installed. Run "
-            f'`pip install "jlora[search]"`.'
+            "lorahub requires the package cmaes, which is not installed. Run "
+            '`pip install "jlora[search]"`.'
         ) from error
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        # A single weight has no covariance, so Optuna's sampler draws independently.
-        sampler = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        yield optuna.create_study(sampler=sampler)
-    finally:
-        optuna.logging.set_verbosity(before)
+    bounds = np.tile([-bound, bound], (num_weights, 1))  # (n, 2)
+    return cmaes.CMA(mean=np.zeros(num_weights), sigma=bound / 3, bounds=bounds, seed=seed)

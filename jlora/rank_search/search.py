@@ -20,7 +20,6 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
-from jlora.rank_search.optuna_sampler import import_optuna, tpe_search
 from jlora.rank_search.report import write_search_report
 from jlora.rank_search.selection import rung_steps
 from jlora.rank_search.stages import (
@@ -28,7 +27,6 @@ from jlora.rank_search.stages import (
     SearchStage,
     compare_settings,
     rank_ladder,
-    run_sampler_search,
     successive_halving,
 )
 from jlora.rank_search.study import SearchOptions, Study, TrialSetting
@@ -61,7 +59,6 @@ class StagedSearch:
 
         Raises:
             ValueError: A target is unknown, or the recipe's adapter family has no rank.
-            ModuleNotFoundError: The sampler is Optuna, which is not installed.
         """
         known = get_target_patterns(recipe)
         unknown = [name for name in options.targets if name not in known]
@@ -70,8 +67,6 @@ class StagedSearch:
                 f"targets={list(options.targets)} must be one or more of {list(known)}, got "
                 f"{unknown}."
             )
-        if options.sampler == "optuna":
-            import_optuna()
         self.recipe_setting = setting_from_recipe(recipe)
         self.rung_scores: RungScores = {}
         self._options = options
@@ -133,22 +128,9 @@ class StagedSearch:
         Its trials share a seed that no other stage uses. The winner was partly lucky with that
         seed, and is confirmed with the seeds of the other stages.
         """
-        seed, options = self._seeds[-1] + 1, self._options
-        if options.sampler == "optuna":
-            rates = [factor * center.learning_rate for factor in (1, *options.lr_multipliers)]
-            alphas = [center.alpha, *(ratio * center.rank for ratio in options.alpha_over_rank)]
-            search_fn = tpe_search(
-                center,
-                (min(rates), max(rates)),
-                (min(alphas), max(alphas)),
-                options.num_trials,
-                seed,
-            )
-            stage, self.rung_scores = run_sampler_search(runner, search_fn, seed, options.num_rungs)
-        else:
-            stage, self.rung_scores = successive_halving(
-                runner, self.grid(center), seed, options.num_rungs
-            )
+        stage, self.rung_scores = successive_halving(
+            runner, self.grid(center), self._seeds[-1] + 1, self._options.num_rungs
+        )
         return stage
 
     def describe_cost(self, steps: int) -> str:
@@ -163,15 +145,12 @@ class StagedSearch:
         full_trials += options.seeds  # Confirmation of the winner.
         if self.recipe_setting not in self.rank_settings():
             full_trials += options.seeds
-        num_settings = options.num_trials
-        if options.sampler == "grid":
-            num_settings = max(len(self.grid(setting)) for setting in self.rank_settings())
+        num_settings = max(len(self.grid(setting)) for setting in self.rank_settings())
         rungs = rung_steps(steps, options.num_rungs)
         remaining, previous_rung, halving_steps = num_settings, 0, 0
         for rung in rungs:
             halving_steps += remaining * (rung - previous_rung)
-            # Optuna's pruner may let all settings continue.
-            remaining = remaining if options.sampler == "optuna" else math.ceil(remaining / 2)
+            remaining = math.ceil(remaining / 2)
             previous_rung = rung
         return (
             f"At most {full_trials} trials of {steps} steps, and {num_settings} settings of "
@@ -234,13 +213,12 @@ def search(
         FileNotFoundError: There is no search to resume, or the base or data are missing.
         ValueError: The recipe has no validation data, a setting is not possible, all trials
             diverged, or the search to resume is of another recipe, data or number of rungs.
-        ModuleNotFoundError: The sampler is Optuna, which is not installed.
         TrainingInterrupted: SIGTERM or SIGINT arrived; all progress is saved.
 
     References:
         The one-standard-error rule of `jlora.rank_search.selection.one_standard_error_rule` selects
-        within a stage; successive halving, Jamieson and Talwalkar, arXiv:1502.07943, or Optuna's
-        TPE searches learning rate and alpha.
+        within a stage; successive halving, Jamieson and Talwalkar, arXiv:1502.07943, searches
+        learning rate and alpha.
 
     Example:
         >>> from jlora.rank_search import SearchOptions, search

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jlora.rank_search.selection import (
@@ -198,37 +198,6 @@ def successive_halving(
             rung_scores[setting].append(score)
         if step < runner.steps:
             remaining = [remaining[index] for index in select_better_half(scores)]
-    return _choose_at_last_rung(runner, rung_scores, seed, name, num_rungs), rung_scores
-
-
-SearchFn = Callable[[Callable[[TrialSetting, int], float], int], None]
-
-"""Black-box optimizer: a function of a score function (setting, rung) and the number of rungs."""
-
-
-def run_sampler_search(
-    runner: TrialRunner, search_fn: SearchFn, seed: int, num_rungs: int, *, name: str = "rates"
-) -> tuple[SearchStage, RungScores]:
-    """Runs a black-box optimizer that samples settings and prunes them at rungs.
-
-    Args:
-        runner: Runner of the trials.
-        search_fn: Optimizer; rungs are counted from 0.
-        seed: Random seed of all trials.
-        num_rungs: Number of rungs.
-        name: Name of the stage.
-    """
-    rung_scores: RungScores = {}
-    steps = rung_steps(runner.steps, num_rungs)
-
-    def score(setting: TrialSetting, rung: int) -> float:
-        value = runner.score(name, setting, seed, steps[rung])
-        scores = rung_scores.setdefault(setting, [])
-        if len(scores) == rung:  # An optimizer may sample a setting twice.
-            scores.append(value)
-        return value
-
-    search_fn(score, num_rungs)
     return _choose_at_last_rung(runner, rung_scores, seed, name, num_rungs), rung_scores
 
 

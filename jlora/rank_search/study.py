@@ -33,9 +33,6 @@ class SearchOptions:
         alpha_over_rank: Ratios alpha / rank to try besides that of the recipe.
         fix: Quantity that stays as in the recipe while ranks differ: "alpha", or "scale", the
             factor on the product of the adapter's factors.
-        sampler: "grid" for all pairs of learning rate and alpha, or "optuna" for samples between
-            the ends of the grid.
-        num_trials: Number of settings that Optuna samples.
         num_rungs: Number of rungs of successive halving over learning rate and alpha. Each rung is
             after twice as many steps as the one before, the last at the end of the trial.
         timeout_minutes: Time in minutes after which no trial starts; the search can be resumed.
@@ -65,8 +62,6 @@ class SearchOptions:
     lr_multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     alpha_over_rank: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     fix: str = "alpha"
-    sampler: str = "grid"
-    num_trials: int = 16
     num_rungs: int = 3
     timeout_minutes: float | None = None
 
@@ -80,7 +75,7 @@ class SearchOptions:
                 f"seeds={self.seeds} must be 2 or more: one seed has no noise to compare gains "
                 f"with."
             )
-        for name in ("steps", "num_trials", "num_rungs"):
+        for name in ("steps", "num_rungs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
@@ -90,11 +85,8 @@ class SearchOptions:
                 raise ValueError(
                     f"{name}={values} must be one or more positive numbers, such as 0.5,1,2."
                 )
-        for name, choices in (("fix", ("alpha", "scale")), ("sampler", ("grid", "optuna"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}."
-                )
+        if self.fix not in ("alpha", "scale"):
+            raise ValueError(f"fix={self.fix!r} must be one of alpha, scale.")
         if self.timeout_minutes is not None and not 0 < self.timeout_minutes < math.inf:
             raise ValueError(
                 f"timeout_minutes={self.timeout_minutes} must be positive and finite, or None for "

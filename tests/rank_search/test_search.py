@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -374,6 +373,10 @@ def test_killed_search_resumes_to_same_result(
     got = state_of(found.folder)
     assert got == want
     assert found.stages == whole.stages
+    count = len(runs.calls)
+    searched(other, small, resume=True)
+    assert len(runs.calls) == count
+    assert state_of(found.folder) == want
     same = [line for line in table.splitlines() if "±" in line and "|" in line]
     assert same == [
         line
@@ -562,60 +565,6 @@ def test_compilation_cache_keeps_user_folder(tmp_path: pathlib.Path, no_cache: N
         jax.config.update("jax_compilation_cache_dir", None)
 
 
-# --- Optuna ---------------------------------------------------------------------------------------
-
-needs_optuna = pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="needs the extra jlora[search]"
-)
-
-
-@needs_optuna
-def test_optuna_samples_within_range_and_prunes(
-    raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path
-) -> None:
-    asked = dataclasses.replace(WIDE, sampler="optuna", num_trials=12, ranks=(4,))
-    found = searched(raw, asked)
-    of_rates = [(given, at) for given, at in runs.calls if given.seed == 3]
-    rates = [given.optimizer.learning_rate for given, at in of_rates if at == 2]
-    assert len(rates) == 12
-    assert rates[0] == 0.01  # The recipe's comes first.
-    assert len(set(rates)) == 12
-    assert all(0.0025 <= rate <= 0.04 for rate in rates)
-    assert all(4 <= given.adapter.config_values()["alpha"] <= 8 for given, _ in of_rates)
-    ended = {given.output for given, at in of_rates if at == 8}
-    assert 1 <= len(ended) < 12
-    assert found.setting is not None
-    assert found.setting.learning_rate != 0.01
-    # The same scores lead to the same settings, so that the search can be resumed.
-    calls, state = len(runs.calls), state_of(found.folder)
-    searched(raw, asked, resume=True)
-    assert len(runs.calls) == calls
-    assert state_of(found.folder) == state
-
-
-@needs_optuna
-def test_optuna_prunes_diverged_trials(raw: dict[str, Any], runs: Runs) -> None:
-    runs.quality = lambda given, at: (
-        math.nan if given.optimizer.learning_rate > 0.012 else plausible(given, at)
-    )
-    found = searched(raw, dataclasses.replace(WIDE, sampler="optuna", num_trials=6, ranks=(4,)))
-    assert found.setting is not None
-    assert found.setting.learning_rate <= 0.012
-    assert found.finished
-
-
-def test_search_without_optuna_raises_early(
-    raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "jlora\[search\]"'):
-        searched(raw, dataclasses.replace(WIDE, sampler="optuna"))
-    assert not runs.calls
-    assert not pathlib.Path(raw["output"]).exists()
-
-
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -629,12 +578,10 @@ def test_search_without_optuna_raises_early(
         ({"seeds": 1}, "seeds=1 must be 2 or more"),
         ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"num_rungs": 0}, "num_rungs=0 must be 1 or more"),
-        ({"num_trials": 0}, "num_trials=0 must be 1 or more"),
         ({"lr_multipliers": ()}, r"lr_multipliers=\(\) must be one or more positive"),
         ({"lr_multipliers": (1.0, math.nan)}, "must be one or more positive numbers"),
         ({"alpha_over_rank": (0.0,)}, "must be one or more positive numbers"),
         ({"fix": "rank"}, "fix='rank' must be one of alpha, scale"),
-        ({"sampler": "random"}, "sampler='random' must be one of grid, optuna"),
         ({"timeout_minutes": 0.0}, r"timeout_minutes=0.0 must be positive"),
     ],
 )
