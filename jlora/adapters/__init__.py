@@ -28,6 +28,7 @@ from jlora.adapters.sora import SoRA
 from jlora.adapters.trainable_tokens import TrainableTokens
 from jlora.adapters.vb_lora import VBLoRA
 from jlora.adapters.vera import VeRA
+from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "TrainableTokens",
     "VBLoRA",
     "VeRA",
+    "WeightAxes",
     "array_field",
     "format_families_table",
     "register_family",

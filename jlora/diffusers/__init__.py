@@ -54,7 +54,7 @@ def load(
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import diffusers
-        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> from jlora.models import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> mapping = {"w": single_tensor_weight("mid.to_q.weight", (4, 3), (1, 0))}
@@ -107,7 +107,7 @@ def save(
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import diffusers
-        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> from jlora.models import single_tensor_weight
         >>> from safetensors.numpy import load_file
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
@@ -153,7 +153,7 @@ def save_pipeline(
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import diffusers
-        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> from jlora.models import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> mapping = {"w": single_tensor_weight("mid.to_q.weight", (4, 3), (1, 0))}

@@ -69,7 +69,7 @@ def allocate_ranks(
     Example:
         >>> import numpy as np, jlora
         >>> from jlora.importance import Importance, WeightScore, allocate_ranks
-        >>> from jlora.interpreter.usage import WeightAxes
+        >>> from jlora.adapters import WeightAxes
         >>> axes = WeightAxes((), (0,), (1,))
         >>> scores = {"q": np.array(3.0), "v": np.array(1.0)}
         >>> importance = Importance(
@@ -126,7 +126,7 @@ def trainable_params(rules: Mapping[str, AdapterConfig | None], importance: Impo
     Example:
         >>> import numpy as np, jlora
         >>> from jlora.importance import Importance, WeightScore, trainable_params
-        >>> from jlora.interpreter.usage import WeightAxes
+        >>> from jlora.adapters import WeightAxes
         >>> weight = WeightScore((12, 9), WeightAxes((), (0,), (1,)), np.array(1.0))
         >>> trainable_params({"^w$": jlora.LoRA(rank=2, alpha=4)}, Importance("m", {"w": weight}))
         42

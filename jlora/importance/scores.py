@@ -31,7 +31,7 @@ class WeightScore(NamedTuple):
     Example:
         >>> import numpy as np
         >>> from jlora.importance import WeightScore
-        >>> from jlora.interpreter.usage import WeightAxes
+        >>> from jlora.adapters import WeightAxes
         >>> stack = WeightScore((2, 6, 5), WeightAxes((0,), (1,), (2,)), np.array([1.0, 3.0]))
         >>> stack.score, stack.total, stack.max_rank
         (2.0, 4.0, 5)
@@ -82,7 +82,7 @@ class Importance:
     Example:
         >>> import numpy as np
         >>> from jlora.importance import Importance, WeightScore
-        >>> from jlora.interpreter.usage import WeightAxes
+        >>> from jlora.adapters import WeightAxes
         >>> axes = WeightAxes((), (0,), (1,))
         >>> weights = {"w": WeightScore((6, 5), axes, np.array(2.0))}
         >>> print(Importance("gradient_norm", weights, count=3, power=2))

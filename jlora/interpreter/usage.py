@@ -40,6 +40,11 @@ class WeightAxes(NamedTuple):
         batch: Axes with one matrix per index, such as the layers of a scan, or experts.
         inputs: Axes contracted with the activation; for an embedding, the axis that is indexed.
         outputs: Axes that appear in the result.
+
+    Example:
+        >>> from jlora.adapters import WeightAxes
+        >>> WeightAxes(batch=(0,), inputs=(1,), outputs=(2,)).inputs
+        (1,)
     """
 
     batch: tuple[int, ...]

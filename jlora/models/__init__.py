@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from jlora.models.decoder import Decoder, KVCache, init_cache
-from jlora.models.decoder_config import DecoderConfig
+from jlora.models.decoder_config import DecoderConfig, LayerKind, MoEConfig
 from jlora.models.encoder import Encoder, EncoderConfig, mean_pool
 from jlora.models.generate import GenerateOutput, SamplingParams, generate
+from jlora.models.hf.decoder_configs import decoder_config
 from jlora.models.hf.load import (
     LoadedModel,
     abstract_params,
@@ -15,7 +16,7 @@ from jlora.models.hf.load import (
     model_from_config,
 )
 from jlora.models.hf.save import save
-from jlora.models.hf.weight_mapping import make_tensor_getter
+from jlora.models.hf.weight_mapping import make_tensor_getter, single_tensor_weight
 from jlora.models.vit import ViT, ViTConfig
 
 __all__ = [
@@ -25,12 +26,15 @@ __all__ = [
     "EncoderConfig",
     "GenerateOutput",
     "KVCache",
+    "LayerKind",
     "LoadedModel",
+    "MoEConfig",
     "SamplingParams",
     "ViT",
     "ViTConfig",
     "abstract_params",
     "checkpoint_mapping",
+    "decoder_config",
     "eos_token_ids",
     "generate",
     "init_cache",
@@ -39,4 +43,5 @@ __all__ = [
     "mean_pool",
     "model_from_config",
     "save",
+    "single_tensor_weight",
 ]

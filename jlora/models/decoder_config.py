@@ -14,6 +14,11 @@ class LayerKind:
     Attributes:
         window: Number of tokens that a token attends to, itself included. None: all.
         rope: Rotary positions. None: the layer has no positions (NoPE).
+
+    Example:
+        >>> from jlora.models import LayerKind
+        >>> LayerKind(window=4).rope is None
+        True
     """
 
     window: int | None = None
@@ -29,6 +34,13 @@ class MoEConfig:
         num_experts_per_tok: Number of experts that process each token.
         intermediate_size: Width inside one expert.
         norm_topk_prob: Normalizes the weights of the chosen experts to a sum of one.
+
+    Example:
+        >>> from jlora.models import MoEConfig
+        >>> MoEConfig(
+        ...     num_experts=8, num_experts_per_tok=2, intermediate_size=64, norm_topk_prob=True
+        ... ).num_experts
+        8
     """
 
     num_experts: int
@@ -72,7 +84,7 @@ class DecoderConfig:
 
     Example:
         >>> from jlora import models
-        >>> from jlora.models.decoder_config import LayerKind
+        >>> from jlora.models import LayerKind
         >>> config = models.DecoderConfig(
         ...     vocab_size=32,
         ...     hidden_size=8,

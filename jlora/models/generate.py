@@ -136,7 +136,7 @@ def generate(
         >>> import jax
         >>> import jax.numpy as jnp
         >>> from jlora import models
-        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> from jlora.models import decoder_config
         >>> config = decoder_config(
         ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
         ...          num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)

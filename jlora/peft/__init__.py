@@ -56,7 +56,7 @@ def load(
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
-        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> from jlora.models import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> mapping = {"w": single_tensor_weight("net.proj.weight", (4, 3), (1, 0))}
@@ -119,7 +119,7 @@ def save(
         >>> import os, tempfile
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
-        >>> from jlora.models.hf.weight_mapping import single_tensor_weight
+        >>> from jlora.models import single_tensor_weight
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))
         >>> mapping = {"w": single_tensor_weight("net.proj.weight", (4, 3), (1, 0))}

@@ -18,7 +18,7 @@ from jlora.training.sharding import (
     use_mesh,
 )
 from jlora.training.train import RESULT_FILE, TrainResult, train
-from jlora.training.train_step import TrainState, init_train_state
+from jlora.training.train_step import ScheduledOptimizer, TrainState, init_train_state
 from jlora.training.wandb_logger import WandbLogger
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ProgramCache",
     "Recipe",
     "Request",
+    "ScheduledOptimizer",
     "Setup",
     "TrainResult",
     "TrainState",

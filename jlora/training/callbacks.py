@@ -22,6 +22,7 @@ class Request(enum.IntEnum):
         INTERRUPT: End of the run before any other request, such as an evaluation.
 
     Example:
+        >>> from jlora.training import Request
         >>> max(Request.SAVE, Request.EVALUATE)
         <Request.EVALUATE: 3>
     """
@@ -54,6 +55,7 @@ class Callback:
         stop_reason: Stop reason of the run if this callback requests its end.
 
     Example:
+        >>> from jlora.training import Callback, Request
         >>> class TargetLoss(Callback):
         ...     stop_reason = "target_loss"
         ...     loss = float("inf")

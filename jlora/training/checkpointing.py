@@ -60,7 +60,8 @@ class CheckpointManager:
 
     Example:
         >>> import tempfile
-        >>> import numpy as np
+        >>> import jax, numpy as np
+        >>> from jlora.training import CheckpointManager
         >>> state = {"a": jax.device_put(np.arange(3.0, dtype=np.float32))}
         >>> checkpoints = CheckpointManager(tempfile.mkdtemp(), save_total_limit=2)
         >>> checkpoints.save(7, state, {"note": "first"})

@@ -37,6 +37,7 @@ def initialize_distributed(options: DistributedSection) -> None:
         ValueError: An environment variable is not a number.
 
     Example:
+        >>> from jlora.training import initialize_distributed
         >>> from jlora.training.recipe.sections import DistributedSection
         >>> initialize_distributed(DistributedSection())  # One process: nothing to do.
     """
@@ -137,6 +138,7 @@ class TrainingInterrupted(Exception):
         exit_status: Exit status for the process: 143 after SIGTERM, 130 after SIGINT.
 
     Example:
+        >>> from jlora.training import TrainingInterrupted
         >>> TrainingInterrupted("SIGTERM: step 3 of 9 is saved", 143).exit_status
         143
     """

@@ -271,6 +271,7 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient was NaN or infinite; weights and optimizer state are unchanged.
 
     Example:
+        >>> from jlora.training import NonFiniteError
         >>> issubclass(NonFiniteError, ArithmeticError)
         True
     """

@@ -32,6 +32,7 @@ class MetricsLogger(Callback):
     if it has to. With several processes only the first one logs.
 
     Example:
+        >>> from jlora.training import MetricsLogger
         >>> class LossHistory(MetricsLogger):
         ...     def __init__(self):
         ...         self.losses = []
@@ -154,6 +155,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Example:
         >>> import pathlib, tempfile
+        >>> from jlora.training import read_metrics
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
         >>> _ = path.write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "tra')
         >>> read_metrics(path)

@@ -67,6 +67,7 @@ class TrainResult(NamedTuple):
         paused_eval_metrics: Means on the validation data at a pause; empty otherwise.
 
     Example:
+        >>> from jlora.training import TrainResult
         >>> result = TrainResult("max_steps", 9, 6, {"train/loss": 0.9}, [], [], {})
         >>> result.best_step
         6

@@ -102,6 +102,12 @@ class ScheduledOptimizer(NamedTuple):
         transform: Gradient transformation of Optax for the gradients of a mean loss.
         schedule: Function from the number of updates to the learning rate.
         offload_state: Whether the state is in host memory between steps.
+
+    Example:
+        >>> import optax
+        >>> from jlora.training import ScheduledOptimizer
+        >>> ScheduledOptimizer(optax.sgd(0.1), optax.constant_schedule(0.1)).offload_state
+        False
     """
 
     transform: optax.GradientTransformationExtraArgs
@@ -119,7 +125,7 @@ def init_train_state(trainable: PyTree, scheduled_optimizer: ScheduledOptimizer)
         >>> import jax.numpy as jnp
         >>> import optax
         >>> from jlora.training import init_train_state
-        >>> from jlora.training.train_step import ScheduledOptimizer
+        >>> from jlora.training import ScheduledOptimizer
         >>> optimizer = ScheduledOptimizer(optax.adam(1e-3), optax.constant_schedule(1e-3))
         >>> state = init_train_state({"adapter": {"w": jnp.ones((6, 2))}}, optimizer)
         >>> int(state.step), state.trainable["adapter"]["w"].shape

@@ -38,8 +38,11 @@ def test_readme_code_blocks_run_in_order(
             assert capsys.readouterr().out in README
 
 
+# callbacks.md has tests of its own, with a stand-in for a package that it uses.
 PAGES = sorted(
-    path.name for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()
+    path.name
+    for path in (ROOT / "docs").glob("*.md")
+    if "```python" in path.read_text() and path.name != "callbacks.md"
 )
 
 

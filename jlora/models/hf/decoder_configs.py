@@ -51,7 +51,7 @@ def decoder_config(config_dict: Mapping[str, Any], location: str = "config.json"
         ValueError: The model type or the value of a field is not implemented.
 
     Example:
-        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> from jlora.models import decoder_config
         >>> config = decoder_config(
         ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
         ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)

@@ -88,6 +88,11 @@ def single_tensor_weight(
         key: Name of the tensor.
         shape: Shape of the weight.
         axis_order: Axis of the tensor for each axis of the weight. None: the same axes.
+
+    Example:
+        >>> from jlora.models import single_tensor_weight
+        >>> single_tensor_weight("proj.weight", (4, 3), (1, 0)).shape
+        (4, 3)
     """
     shape = tuple(shape)
     axes = tuple(axis_order) if axis_order is not None else tuple(range(len(shape)))
@@ -337,7 +342,7 @@ def make_tensor_getter(
         >>> import flax.traverse_util, jax, jax.numpy as jnp
         >>> from flax import linen as nn
         >>> from jlora import models
-        >>> from jlora.models.hf.decoder_configs import decoder_config
+        >>> from jlora.models import decoder_config
         >>> config = decoder_config(
         ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
         ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)

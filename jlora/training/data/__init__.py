@@ -27,7 +27,13 @@ from jlora.training.data.formats import (
 from jlora.training.data.packing import BatchConfig, EpochPlan, PlannedBatch, plan_epoch
 from jlora.training.data.prefetch import PrefetchIterator, prefetch
 from jlora.training.data.sources import load_rows
-from jlora.training.data.tokenized_dataset import TokenizeConfig, TokenizedDataset, TokenizeStats
+from jlora.training.data.tokenized_dataset import (
+    TokenizeConfig,
+    TokenizedDataset,
+    TokenizedDatasetBuilder,
+    TokenizeStats,
+    TokenSequence,
+)
 from jlora.training.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -43,9 +49,11 @@ __all__ = [
     "PrefetchIterator",
     "StreamBatch",
     "StreamPosition",
+    "TokenSequence",
     "TokenizeConfig",
     "TokenizeStats",
     "TokenizedDataset",
+    "TokenizedDatasetBuilder",
     "Tokenizer",
     "load_rows",
     "plan_epoch",

@@ -57,10 +57,10 @@ class StreamBatch(NamedTuple):
 
     Example:
         >>> from jlora.training import data
-        >>> from jlora.training.data import tokenized_dataset
+        >>> from jlora.training.data import TokenizedDatasetBuilder, TokenSequence
         >>> tokenize = data.TokenizeConfig(max_seq_length=4)
-        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(tokenize)
-        >>> builder.add(0, tokenized_dataset.TokenSequence([5, 6, 2], True))
+        >>> builder = TokenizedDatasetBuilder(tokenize)
+        >>> builder.add(0, TokenSequence([5, 6, 2], True))
         >>> config = data.BatchConfig(batch_size=1, seq_length=4)
         >>> _, batch = next(data.BatchStream([builder.build()], config).batches())
         >>> batch.example_ids
@@ -85,11 +85,11 @@ class BatchStream:
 
     Example:
         >>> from jlora.training import data
-        >>> from jlora.training.data import tokenized_dataset
+        >>> from jlora.training.data import TokenizedDatasetBuilder, TokenSequence
         >>> tokenize = data.TokenizeConfig(max_seq_length=4)
-        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(tokenize)
+        >>> builder = TokenizedDatasetBuilder(tokenize)
         >>> for row in range(3):
-        ...     builder.add(row, tokenized_dataset.TokenSequence([5, 6 + row, 2], True))
+        ...     builder.add(row, TokenSequence([5, 6 + row, 2], True))
         >>> config = data.BatchConfig(batch_size=2, seq_length=4, packing=False)
         >>> stream = data.BatchStream([builder.build()], config, seed=0)
         >>> position, batch = next(stream.batches())
@@ -250,10 +250,10 @@ class LMBatch(NamedTuple):
 
     Example:
         >>> from jlora.training import data
-        >>> from jlora.training.data import tokenized_dataset
+        >>> from jlora.training.data import TokenizedDatasetBuilder, TokenSequence
         >>> tokenize = data.TokenizeConfig(max_seq_length=4)
-        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(tokenize)
-        >>> builder.add(0, tokenized_dataset.TokenSequence([5, 6, 2], True))
+        >>> builder = TokenizedDatasetBuilder(tokenize)
+        >>> builder.add(0, TokenSequence([5, 6, 2], True))
         >>> config = data.BatchConfig(batch_size=1, seq_length=4)
         >>> _, batch = next(data.BatchStream([builder.build()], config).batches())
         >>> batch.arrays.targets.tolist(), batch.arrays.loss_mask.tolist()

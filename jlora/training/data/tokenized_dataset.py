@@ -22,6 +22,11 @@ class TokenSequence(NamedTuple):
         ids: Token ids, (tokens,).
         loss_mask: True for tokens that count for the loss, (tokens,), or one value for all.
         token_type_ids: 1 for tokens of the second of a pair of texts, (tokens,); None: all 0.
+
+    Example:
+        >>> from jlora.training.data import TokenSequence
+        >>> TokenSequence([5, 6, 2], True).ids
+        [5, 6, 2]
     """
 
     ids: Sequence[int] | np.ndarray
@@ -86,10 +91,10 @@ class TokenizedDataset(NamedTuple):
 
     Example:
         >>> from jlora.training import data
-        >>> from jlora.training.data import tokenized_dataset
+        >>> from jlora.training.data import TokenizedDatasetBuilder, TokenSequence
         >>> config = data.TokenizeConfig(max_seq_length=4)
-        >>> builder = tokenized_dataset.TokenizedDatasetBuilder(config)
-        >>> builder.add(0, tokenized_dataset.TokenSequence([5, 6, 2], True))
+        >>> builder = TokenizedDatasetBuilder(config)
+        >>> builder.add(0, TokenSequence([5, 6, 2], True))
         >>> dataset = builder.build()
         >>> dataset.num_examples, dataset.example_lengths().tolist(), dataset.loss_mask.tolist()
         (1, [3], [False, True, True])
@@ -164,7 +169,13 @@ class TokenizeConfig:
 
 
 class TokenizedDatasetBuilder:
-    """Collects examples in growing arrays, and truncates them as a `TokenizeConfig` sets."""
+    """Collects examples in growing arrays, and truncates them as a `TokenizeConfig` sets.
+
+    Example:
+        >>> from jlora.training.data import TokenizeConfig, TokenizedDatasetBuilder, TokenSequence
+        >>> builder = TokenizedDatasetBuilder(TokenizeConfig(max_seq_length=8, vocab_size=10))
+        >>> builder.add(0, TokenSequence([5, 6, 2], True))
+    """
 
     def __init__(self, config: TokenizeConfig) -> None:
         self.config = config
