@@ -11,8 +11,15 @@ import jax.numpy as jnp
 from jlora.adapters.base import AdapterLeaf, adapt_weight
 from jlora.adapters.lora import LoRALeaf
 from jlora.interpreter.factored_array import FactoredArray
-from jlora.interpreter.terms import Axis, Operand, ProductTerm, arrange, contract, flat_size
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import (
+    Axis,
+    Operand,
+    ProductTerm,
+    WeightAxes,
+    arrange,
+    contract,
+    flat_size,
+)
 from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
 
 _HIGHEST_PRECISION = jax.lax.Precision.HIGHEST

@@ -76,11 +76,6 @@ class QuantizedArray(abc.ABC):
         return 8 * self.nbytes / self.size
 
 
-def is_quantized(node: Any) -> bool:
-    """Whether a node of a tree is a quantized weight."""
-    return isinstance(node, QuantizedArray)
-
-
 def maybe_dequantize(value: Any) -> Any:
     """Returns a quantized weight as an array, and any other value unchanged."""
     return value.dequantize() if isinstance(value, QuantizedArray) else value
@@ -101,7 +96,7 @@ def abstract_with_sharding(abstract_array: Any, sharding: Sharding) -> Any:
         with_sharding,
         abstract_array,
         get_component_shardings(abstract_array, sharding)
-        if is_quantized(abstract_array)
+        if isinstance(abstract_array, QuantizedArray)
         else sharding,
     )
 

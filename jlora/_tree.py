@@ -13,7 +13,7 @@ import flax.core.meta
 import jax
 import numpy as np
 
-from jlora._quantized_array import QuantizedArray, is_quantized
+from jlora._quantized_array import QuantizedArray
 
 PyTree = Any
 
@@ -40,6 +40,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | QuantizedArray
     )
+
+
+def is_quantized(node: Any) -> bool:
+    """Whether a node of a tree is a quantized weight."""
+    return isinstance(node, QuantizedArray)
 
 
 def flatten_with_paths(tree: PyTree) -> FlatTree:

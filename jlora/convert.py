@@ -12,8 +12,7 @@ import numpy as np
 
 from jlora import _tree, _validation
 from jlora._delta import compute_dense_delta, svd_of_change
-from jlora._quantized_array import is_quantized
-from jlora._tree import PyTree
+from jlora._tree import PyTree, is_quantized
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import (
     AdapterLeaf,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from jlora._quantized_array import is_quantized
+from jlora._tree import is_quantized
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
@@ -14,7 +14,7 @@ from jlora.adapters.base import (
 )
 from jlora.interpreter import usage
 from jlora.interpreter.eval_jaxpr import TracedCall
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.rules import Adapter, Rules, abstract_adapter, match_rules
 
 

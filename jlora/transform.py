@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
-from jlora._quantized_array import is_quantized, maybe_dequantize
+from jlora._quantized_array import maybe_dequantize
 from jlora._tree import PyTree
 from jlora.adapters.base import (
     AdapterConfig,
@@ -258,7 +258,7 @@ def materialize_leaves(flat: _tree.FlatTree, dequantize: bool) -> list[Any]:
         ValueError: Some leaves are quantized, and `dequantize` is False.
     """
     quantized = [
-        path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_quantized(leaf)
+        path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if _tree.is_quantized(leaf)
     ]
     if quantized and not dequantize:
         raise ValueError(
@@ -295,7 +295,8 @@ def evaluate_adapted(
         else:
             values[index] = weight
     for place, index in traced.param_index.items():
-        if is_quantized(values[index]):  # Followed to where it is used, even without an adapter.
+        # Followed to where it is used, even without an adapter.
+        if _tree.is_quantized(values[index]):
             path, shape = traced.flat_params.paths[place], values[index].shape
             values[index] = FactoredArray.from_weight(values[index], path, shape)
     outputs = context.evaluate(traced.program, values)

@@ -28,7 +28,7 @@ from jlora.adapters.sora import SoRA
 from jlora.adapters.trainable_tokens import TrainableTokens
 from jlora.adapters.vb_lora import VBLoRA
 from jlora.adapters.vera import VeRA
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
 __all__ = [

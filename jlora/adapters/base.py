@@ -19,14 +19,12 @@ import jax.numpy as jnp
 
 from jlora import _tree, _validation
 from jlora.interpreter.factored_array import FactoredArray
-from jlora.interpreter.terms import Dropout
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import Dropout, WeightAxes
 from jlora.interpreter.weight import (
     MATRIX_KINDS,
     AdaptableWeight,
     AxisSizes,
     WeightKind,
-    get_axis_sizes,
 )
 
 FROZEN = "frozen"  # The label of arrays that are not trained.
@@ -230,7 +228,7 @@ class AdapterLeaf(AdapterArrays):
 
     @property
     def axis_sizes(self) -> AxisSizes:
-        return get_axis_sizes(self.shape, self.axes)
+        return self.axes.sizes(self.shape)
 
     def validate(self) -> None:
         super().validate()

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _validation
-from jlora._quantized_array import QuantizedArray, is_quantized, is_unpacked_along_first_axis
+from jlora._quantized_array import QuantizedArray, is_unpacked_along_first_axis
+from jlora._tree import is_quantized
 from jlora.adapters import low_rank
 from jlora.adapters.base import (
     LeafContext,
@@ -19,7 +20,7 @@ from jlora.adapters.base import (
 )
 from jlora.adapters.lora import LoRA, LoRALeaf
 from jlora.interpreter.factored_array import FactoredArray
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight, promote_to_float32, weight_to_matrices
 
 

@@ -17,7 +17,7 @@ from jlora.adapters.base import (
     register_family,
 )
 from jlora.interpreter.factored_array import FactoredArray
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
 

@@ -21,8 +21,8 @@ from jlora.adapters.base import (
 )
 from jlora.initializers import sample_fan_in_uniform
 from jlora.interpreter.factored_array import FactoredArray
-from jlora.interpreter.usage import WeightAxes
-from jlora.interpreter.weight import AdaptableWeight, get_axis_sizes
+from jlora.interpreter.terms import WeightAxes
+from jlora.interpreter.weight import AdaptableWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class LoHaLeaf(AdapterLeaf):
     ) -> dict[str, tuple[int, ...]]:
         """Returns the arrays' shapes for a weight of this shape; only cores use `window`."""
         del window
-        pair = low_rank.factor_shapes(get_axis_sizes(shape, axes), rank)
+        pair = low_rank.factor_shapes(axes.sizes(shape), rank)
         return {f"{name}{number}": pair[name] for number in (1, 2) for name in ("a", "b")}
 
 

@@ -22,7 +22,7 @@ from jlora.adapters.base import (
 )
 from jlora.initializers import sample_fan_in_uniform
 from jlora.interpreter.factored_array import FactoredArray, LabeledArray
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
 

@@ -30,12 +30,12 @@ from jlora.interpreter.terms import (
     Operand,
     ProductTerm,
     Term,
+    WeightAxes,
     WeightProduct,
     contract,
     flat_size,
     split_axes,
 )
-from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 
 

@@ -12,7 +12,7 @@ import jax
 from jlora.adapters.base import AdapterLeaf
 from jlora.initializers import FactorInit
 from jlora.interpreter.factored_array import LabeledArray
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight, AxisSizes, promote_to_float32
 
 

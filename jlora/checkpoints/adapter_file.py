@@ -33,7 +33,7 @@ from jlora.checkpoints.lineage import (
     describe_adapter,
 )
 from jlora.checkpoints.safetensors_io import serialize_safetensors
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
 
 FORMAT_VERSION = 1  # Incremented when an older reader would misread a newer file.

@@ -27,12 +27,12 @@ from jlora.interpreter.terms import (
     Axis,
     Operand,
     Term,
+    WeightAxes,
     WeightProduct,
     arrange,
     flat_size,
     split_axes,
 )
-from jlora.interpreter.usage import WeightAxes
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.transform import Rules, lora_transform
 

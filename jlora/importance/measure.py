@@ -12,12 +12,11 @@ import jax
 import numpy as np
 
 from jlora import _tree, _validation
-from jlora._quantized_array import is_quantized
-from jlora._tree import PyTree
+from jlora._tree import PyTree, is_quantized
 from jlora.adapters.lora import LoRA
 from jlora.importance.scores import Importance
-from jlora.interpreter.usage import WeightAxes
-from jlora.interpreter.weight import get_axis_sizes, weight_to_matrices
+from jlora.interpreter.terms import WeightAxes
+from jlora.interpreter.weight import weight_to_matrices
 from jlora.rules import Rules
 from jlora.transform import lora_transform
 
@@ -44,7 +43,7 @@ class TargetWeight(NamedTuple):
 
     @property
     def batch(self) -> tuple[int, ...]:
-        return get_axis_sizes(self.shape, self.axes).batch
+        return self.axes.sizes(self.shape).batch
 
 
 class MeasureRequest(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.interpreter.usage import WeightAxes
-from jlora.interpreter.weight import AxisSizes, get_axis_sizes
+from jlora.interpreter.terms import WeightAxes
+from jlora.interpreter.weight import AxisSizes
 
 _IMPORTANCE_FORMAT = "jlora importance"
 
@@ -44,7 +44,7 @@ class WeightScore(NamedTuple):
 
     @property
     def axis_sizes(self) -> AxisSizes:
-        return get_axis_sizes(self.shape, self.axes)
+        return self.axes.sizes(self.shape)
 
     @property
     def score(self) -> float:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,37 @@ class Axis:
     size: int
     weight_axis: int | None = None
     is_gathered: bool = False
+
+
+class AxisSizes(NamedTuple):
+    """Lengths of the axes of a weight by role."""
+
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class WeightAxes(NamedTuple):
+    """Axes of a weight by role: indices of its axes, in increasing order.
+
+    Attributes:
+        batch: Axes with one matrix per index, such as the layers of a scan, or experts.
+        inputs: Axes contracted with the activation; for an embedding, the axis that is indexed.
+        outputs: Axes that appear in the result.
+
+    Example:
+        >>> from jlora.adapters import WeightAxes
+        >>> WeightAxes(batch=(0,), inputs=(1,), outputs=(2,)).inputs
+        (1,)
+    """
+
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def sizes(self, shape: Sequence[int]) -> AxisSizes:
+        """Returns the lengths of the axes by role."""
+        return AxisSizes(*(tuple(shape[axis] for axis in group) for group in self))
 
 
 AxisGroups = tuple[tuple[Axis, ...], ...]  # One group for each array axis, slowest first.

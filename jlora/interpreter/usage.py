@@ -30,26 +30,7 @@ from jlora.interpreter.primitive_rules import (
     ProductRule,
     SubProgramRule,
 )
-from jlora.interpreter.terms import Axis
-
-
-class WeightAxes(NamedTuple):
-    """Axes of a weight by role: indices of its axes, in increasing order.
-
-    Attributes:
-        batch: Axes with one matrix per index, such as the layers of a scan, or experts.
-        inputs: Axes contracted with the activation; for an embedding, the axis that is indexed.
-        outputs: Axes that appear in the result.
-
-    Example:
-        >>> from jlora.adapters import WeightAxes
-        >>> WeightAxes(batch=(0,), inputs=(1,), outputs=(2,)).inputs
-        (1,)
-    """
-
-    batch: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+from jlora.interpreter.terms import Axis, WeightAxes
 
 
 class WeightUse(NamedTuple):

@@ -10,24 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora._quantized_array import maybe_dequantize
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import AxisSizes, WeightAxes
 
 WeightKind = Literal["linear", "convolution", "embedding", "bias", "other"]
 
 MATRIX_KINDS: frozenset[WeightKind] = frozenset({"linear", "convolution", "embedding"})
-
-
-class AxisSizes(NamedTuple):
-    """Lengths of the axes of a weight by role."""
-
-    batch: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-def get_axis_sizes(shape: Sequence[int], axes: WeightAxes) -> AxisSizes:
-    """Returns the lengths of the axes of each group, in the order of `axes`."""
-    return AxisSizes(*(tuple(shape[axis] for axis in group) for group in axes))
 
 
 class AdaptableWeight(NamedTuple):
@@ -70,7 +57,7 @@ class AdaptableWeight(NamedTuple):
 
     @property
     def axis_sizes(self) -> AxisSizes:
-        return get_axis_sizes(self.shape, self.axes)
+        return self.axes.sizes(self.shape)
 
     @property
     def fan_in(self) -> int:
@@ -104,7 +91,7 @@ class AdaptableWeight(NamedTuple):
 
 def weight_to_matrices(array: Any, axes: WeightAxes) -> jax.Array:
     """Returns an array with the layout of a weight as (batch, fan_in, fan_out)."""
-    sizes = get_axis_sizes(array.shape, axes)
+    sizes = axes.sizes(array.shape)
     transposed = jnp.transpose(
         jnp.asarray(maybe_dequantize(array)), [axis for group in axes for axis in group]
     )

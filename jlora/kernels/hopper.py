@@ -134,12 +134,12 @@ class TileConfig:
     snake_width: int = 8
 
 
-def fits_hopper_tiles(m: int, k: int, n: int, rank: int, dtype: Any) -> bool:
-    """Whether `hopper_matmul_add` supports products of these sizes and this type."""
+def fits_hopper_tiles(m: int, k: int, n: int, rank: int) -> bool:
+    """Whether `hopper_matmul_add` supports bfloat16 products of these sizes."""
     tiles = TileConfig()
     is_divisible = not (m % (2 * tiles.m) or n % tiles.n or k % tiles.k)
     is_nonempty = min(m, k, n, rank) > 0
-    return dtype == jnp.bfloat16 and is_divisible and is_nonempty and rank <= MAX_KERNEL_RANK
+    return is_divisible and is_nonempty and rank <= MAX_KERNEL_RANK
 
 
 def hopper_matmul_add(

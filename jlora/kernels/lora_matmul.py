@@ -32,6 +32,8 @@ from jlora.kernels._primitive import (
     transpose_linear_args,
 )
 
+KERNEL_DTYPES = (jnp.bfloat16,)
+
 _requested_kernels: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "requested_kernels", default=None
 )
@@ -97,19 +99,17 @@ def select_kernel_device(x: Any, w: Any, rank: int, *, transpose_rhs: bool) -> K
         The device kind, or None if JAX has no device with kernels for them.
     """
     requested = _requested_kernels.get()
-    if requested == "none" or x.dtype != w.dtype or jax.sharding.get_abstract_mesh().size > 1:
+    if requested == "none" or x.dtype != w.dtype or x.dtype not in KERNEL_DTYPES:
+        return None
+    if jax.sharding.get_abstract_mesh().size > 1:
         return None
     m, k = math.prod(x.shape[:-1]), x.shape[-1]
     n = w.shape[0] if transpose_rhs else w.shape[1]
     sizes = (k, n), (n, k)  # The gradient has the transposed product.
     if requested == "tpu":
-        return (
-            "tpu"
-            if all(tpu.fits_tpu_tiles(m, *k_and_n, rank, x.dtype) for k_and_n in sizes)
-            else None
-        )
+        return "tpu" if all(tpu.fits_tpu_tiles(m, *k_and_n, rank) for k_and_n in sizes) else None
     if all(
-        hopper.fits_hopper_tiles(m, *k_and_n, rank, x.dtype) for k_and_n in sizes
+        hopper.fits_hopper_tiles(m, *k_and_n, rank) for k_and_n in sizes
     ) and self_test.kernels_work(rank):
         return "hopper"
     return None

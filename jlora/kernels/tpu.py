@@ -16,11 +16,11 @@ _MAX_OUT_TILE = 1024  # Maximum of rows and of columns per tile of the result.
 _MAX_CONTRACTION_TILE = 512  # Maximum length of the contraction per step.
 
 
-def fits_tpu_tiles(m: int, k: int, n: int, rank: int, dtype: Any) -> bool:
-    """Whether `tpu_matmul_add` supports products of these sizes and this type."""
+def fits_tpu_tiles(m: int, k: int, n: int, rank: int) -> bool:
+    """Whether `tpu_matmul_add` supports bfloat16 products of these sizes."""
     is_divisible = not (m % 256 or n % 256 or k % 256)
     is_nonempty = min(m, k, n, rank) > 0
-    return dtype == jnp.bfloat16 and is_divisible and is_nonempty and rank <= 128
+    return is_divisible and is_nonempty and rank <= 128
 
 
 def tpu_matmul_add(

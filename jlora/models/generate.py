@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._quantized_array import is_quantized
+from jlora._tree import is_quantized
 from jlora.models.decoder import Decoder, KVCache, init_cache
 
 ModelApplyFn = Callable[..., Any]

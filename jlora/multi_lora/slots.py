@@ -35,10 +35,10 @@ from jlora.interpreter.terms import (
     Operand,
     ProductTerm,
     Term,
+    WeightAxes,
     WeightProduct,
     materialize_operands,
 )
-from jlora.interpreter.usage import WeightAxes
 
 SLOT_INDEX_KEY = "slot"  # Key of the slot index in the adapter that is applied.
 

@@ -49,6 +49,30 @@ def param_labels(params: PyTree) -> PyTree:
     return jax.tree.map(label, params, is_leaf=is_adapter_node)
 
 
+# Arrays that make the update smaller as they shrink; magnitudes and gates have another role.
+_DECAYED_LABELS = frozenset({"a", "b", "s", "core", "w1", "w2", "spectrum"})
+
+
+def weight_decay_mask(params: PyTree) -> PyTree:
+    """Returns a tree of the same structure, True for the factors, which weight decay should shrink.
+
+    Magnitudes, gates, scaling vectors, vector banks, routers and fully trained weights are False.
+    Use it as `optax.adamw(..., mask=jlora.weight_decay_mask)`.
+
+    Args:
+        params: Any tree that `jlora.param_labels` takes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.DoRA(rank=2, alpha=2))
+        >>> mask = jlora.weight_decay_mask(lora.init(jax.random.key(0), params, x))
+        >>> mask["w"].a, mask["w"].b, mask["w"].magnitude
+        (True, True, False)
+    """
+    return jax.tree.map(lambda label: label in _DECAYED_LABELS, param_labels(params))
+
+
 def lora_optimizer(
     transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     *,

@@ -1,4 +1,4 @@
-"""Regularizers: penalties to add to a loss, soft thresholds, and a mask for weight decay."""
+"""Regularizers: penalties to add to a loss, and soft thresholds."""
 
 from __future__ import annotations
 
@@ -14,29 +14,6 @@ from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import is_adapter_node
 from jlora.adapters.lora import LoRALeaf
 from jlora.optim.multi_transform import param_labels
-
-# Arrays that make the update smaller as they shrink; magnitudes and gates have another role.
-_DECAYED_LABELS = frozenset({"a", "b", "s", "core", "w1", "w2", "spectrum"})
-
-
-def weight_decay_mask(params: PyTree) -> PyTree:
-    """Returns a tree of the same structure, True for the factors, which weight decay should shrink.
-
-    Magnitudes, gates, scaling vectors, vector banks, routers and fully trained weights are False.
-    Use it as `optax.adamw(..., mask=jlora.weight_decay_mask)`.
-
-    Args:
-        params: Any tree that `jlora.param_labels` takes.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
-        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.DoRA(rank=2, alpha=2))
-        >>> mask = jlora.weight_decay_mask(lora.init(jax.random.key(0), params, x))
-        >>> mask["w"].a, mask["w"].b, mask["w"].magnitude
-        (True, True, False)
-    """
-    return jax.tree.map(lambda label: label in _DECAYED_LABELS, param_labels(params))
 
 
 def orthogonal_regularizer(adapter: PyTree) -> jax.Array:

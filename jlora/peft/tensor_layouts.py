@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.models.hf.weight_mapping import CheckpointWeight, TensorSlice
 
 # transformers 5 joins the experts of a mixture into two parameters of one module, whichever names

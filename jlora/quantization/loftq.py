@@ -20,7 +20,7 @@ from jlora.adapters.dora import DoRALeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.lora_fa import LoRAFALeaf
 from jlora.adapters.sora import SoRALeaf
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
 from jlora.quantization.qarray import QArray
 from jlora.quantization.quantize import check_finite_qarrays, match_schemes, quantize_weight

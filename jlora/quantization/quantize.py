@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jlora import _tree
-from jlora._quantized_array import is_quantized, maybe_dequantize
-from jlora._tree import PyTree
+from jlora._quantized_array import maybe_dequantize
+from jlora._tree import PyTree, is_quantized
 from jlora.quantization.qarray import QArray, quantize_array
 from jlora.quantization.schemes import QuantizationScheme
 

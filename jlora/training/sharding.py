@@ -242,7 +242,7 @@ def make_tree_shardings(mesh: Mesh, arrays: Any, specs: Any) -> Any:
         sharding = make_named_sharding(mesh, path, spec, leaf.shape)
         shardings.append(
             _quantized_array.get_component_shardings(leaf, sharding)
-            if _quantized_array.is_quantized(leaf)
+            if _tree.is_quantized(leaf)
             else sharding
         )
     return jax.tree.unflatten(flat.treedef, shardings)

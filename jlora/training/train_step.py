@@ -13,9 +13,9 @@ from jax import lax
 
 from jlora._tree import PyTree
 from jlora.optim.adalora import adalora_rank_allocator
-from jlora.optim.multi_transform import lora_optimizer
+from jlora.optim.multi_transform import lora_optimizer, weight_decay_mask
 from jlora.optim.offload import offload
-from jlora.optim.regularizers import soft_threshold, weight_decay_mask
+from jlora.optim.regularizers import soft_threshold
 from jlora.training.recipe.sections import OptimizerSection
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 
 # Shape and axis roles of the weight, by layout.
 LAYOUTS: dict[str, tuple[tuple[int, ...], WeightAxes]] = {

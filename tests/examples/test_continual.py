@@ -13,7 +13,7 @@ import pytest
 
 from jlora.adapters.lora import LoRALeaf
 from jlora.initializers import InputMoments
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 
 pytest.importorskip("matplotlib", reason="needs the extra jlora[train]")
 from examples import continual, quickstart

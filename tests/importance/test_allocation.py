@@ -25,7 +25,7 @@ from jlora.importance import (
     to_recipe,
     trainable_params,
 )
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.models import model_from_config
 from jlora.training import recipe
 from jlora.training.setup import rules_from_recipe

@@ -27,6 +27,7 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Selects kernels as on a device that has them, for products of any size."""
     monkeypatch.setattr(self_test, "kernels_work", lambda _: True)
     monkeypatch.setattr(hopper, "fits_hopper_tiles", lambda *_: True)
+    monkeypatch.setattr(lora_matmul, "KERNEL_DTYPES", (jnp.bfloat16, jnp.float32))
 
 
 def array(seed: int, *shape: int) -> jax.Array:
@@ -267,13 +268,12 @@ def test_disable_jit_runs_plain_products() -> None:
 
 
 def test_fits_hopper_tiles_needs_divisibility() -> None:
-    fits = functools.partial(hopper.fits_hopper_tiles, dtype=jnp.bfloat16)
+    fits = hopper.fits_hopper_tiles
     assert fits(8192, 2048, 512, 16)
     assert not fits(8192 + 128, 2048, 512, 16)
     assert not fits(8192, 2048 + 32, 512, 16)
     assert not fits(8192, 2048, 512 + 64, 16)
     assert not fits(8192, 2048, 512, 65)
-    assert not hopper.fits_hopper_tiles(8192, 2048, 512, 16, jnp.float32)
     assert not fits(0, 2048, 512, 16)
 
 

@@ -17,7 +17,7 @@ from jlora import merging
 from jlora._delta import depends_on_base
 from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 
 # Sums of at most 12 products of numbers below 20, in float32.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

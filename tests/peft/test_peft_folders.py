@@ -20,7 +20,7 @@ import safetensors.numpy
 
 import jlora
 from jlora import _tree, models, peft
-from jlora.interpreter.usage import WeightAxes
+from jlora.interpreter.terms import WeightAxes
 from jlora.models.hf import load
 from jlora.models.hf.weight_mapping import single_tensor_weight
 from jlora.peft.config import COMMON_DEFAULTS, match_target_modules
