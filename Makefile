@@ -17,7 +17,7 @@ FOREIGN_VENV ?= .venv-foreign
 LIVE := transformers==5.23.0 torch==2.13.0 peft==0.21.2
 LIVE_VENV ?= .venv-live
 
-.PHONY: quickstart test test-slow test-grid test-core test-docs test-foreign test-live lint format clean
+.PHONY: quickstart test test-slow test-core test-docs test-foreign test-live lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/prepare_data.py quickstart
@@ -29,11 +29,6 @@ test: lint
 # Every way to adapt on every kind of layer, long runs, and plans of large models.
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(TESTS)
-
-# Cases similar to those of the slow group: further pairs of family and layer, plans of further
-# models, a hundred kills.
-test-grid: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m grid $(TESTS)
 
 # The laws and the core, for a second Python and JAX, without the packages and files below.
 LATER := tests/benchmarks tests/cli tests/docs tests/examples tests/importance tests/kernels \

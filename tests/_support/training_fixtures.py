@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import shutil
@@ -71,23 +72,25 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 Make = Callable[..., dict[str, Any]]
 
 
+def make_recipe(
+    folder: pathlib.Path, base: pathlib.Path, chats: pathlib.Path, **sections: Any
+) -> dict[str, Any]:
+    """A recipe as a mapping, with other sections merged into it."""
+    raw: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "model": {"path": str(base), "dtype": "float32"},
+        "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
+        "data": {"train": [{"path": str(chats), "format": "chat"}], "max_seq_length": 64},
+        "batch": {"size": 2},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"steps": 6},
+    }
+    for name, value in sections.items():
+        held = raw.get(name)
+        raw[name] = {**held, **value} if isinstance(held, dict) else value
+    return raw
+
+
 @pytest.fixture
 def recipe_of(base: pathlib.Path, chats: pathlib.Path, tmp_path: pathlib.Path) -> Make:
-    """A recipe as a mapping, with other sections merged into it."""
-
-    def make(**sections: Any) -> dict[str, Any]:
-        raw: dict[str, Any] = {
-            "output": str(tmp_path / "run"),
-            "model": {"path": str(base), "dtype": "float32"},
-            "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
-            "data": {"train": [{"path": str(chats), "format": "chat"}], "max_seq_length": 64},
-            "batch": {"size": 2},
-            "optimizer": {"learning_rate": 1e-2},
-            "training": {"steps": 6},
-        }
-        for name, value in sections.items():
-            held = raw.get(name)
-            raw[name] = {**held, **value} if isinstance(held, dict) else value
-        return raw
-
-    return make
+    return functools.partial(make_recipe, tmp_path, base, chats)

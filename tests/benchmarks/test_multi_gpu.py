@@ -33,6 +33,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
+@pytest.mark.slow
 def test_meshes_have_losses_of_one_device(
     mesh: str, alone: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +53,7 @@ def test_meshes_have_losses_of_one_device(
 
 
 @pytest.mark.parametrize(("first", "second"), [("data=1", "fsdp=2"), ("fsdp=2", "data=1")])
+@pytest.mark.slow
 def test_restored_from_other_mesh_continues(
     first: str, second: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ def measured(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *options: st
         ),
     ],
 )
+@pytest.mark.slow
 def test_row_of_every_method(
     options: tuple[str, ...], name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

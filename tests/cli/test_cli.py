@@ -69,6 +69,7 @@ def test_inspect_prints_contents(capsys: pytest.CaptureFixture[str], adapter: pa
             assert part in out, (path, part)
 
 
+@pytest.mark.slow
 def test_export_hf_computes_as_adapter(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_export_hf_computes_as_adapter(
         np.testing.assert_allclose(model.apply(merged, ids), want, atol=1e-5)  # Logits of 4.
 
 
+@pytest.mark.slow
 def test_export_stacked_adapter_every_format(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
@@ -218,6 +220,7 @@ def test_init_prints_recipe_or_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert (status, json.loads(out)) == (0, recipe.json_schema())
 
 
+@pytest.mark.slow
 def test_generate_prints_continuation(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -353,6 +356,7 @@ def saved(path: pathlib.Path, seed: int, **options: Any) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_merge_writes_lineage_and_interference(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

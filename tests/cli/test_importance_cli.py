@@ -50,6 +50,7 @@ def test_inspect_importance_of_checkpoint(
     assert rows["params/layers_1/mlp/up/kernel"] == f"{(s**2).sum() / s[0] ** 2:.4g}"
 
 
+@pytest.mark.slow
 def test_inspect_budget_prints_recipe_sections(
     capsys: pytest.CaptureFixture[str], recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -35,6 +35,7 @@ def test_draw_balanced_half_of_users_packages():
 
 
 @needs_checkpoint
+@pytest.mark.slow
 def test_many_users_tiny_run_compiles_once(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["many_users.py", "--tiny", "--output", str(output)])

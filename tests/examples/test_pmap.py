@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from examples import pmap
 
 
+@pytest.mark.slow
 def test_pmap_and_shard_map_match_one_device() -> None:
     assert jax.local_device_count() == 8
     x = jax.random.normal(jax.random.key(0), (64, 16))

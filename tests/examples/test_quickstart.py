@@ -58,6 +58,7 @@ def test_is_test_one_fifth_and_deterministic(texts):
     assert chosen == ["8", "9"]
 
 
+@pytest.mark.slow
 def test_load_texts_limit_per_label():
     few = quickstart.load_texts(texts_per_package=2)
     for split in few.values():
@@ -154,6 +155,7 @@ def test_unused_folder_counts_up(tmp_path, monkeypatch):
 
 
 @needs_checkpoint
+@pytest.mark.slow
 def test_quickstart_tiny_run_writes_results(tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--tiny", f"--output={output}"])

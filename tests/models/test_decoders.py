@@ -445,6 +445,7 @@ def gradient(policy: str, scanned: bool) -> tuple[list[np.ndarray], int]:
 
 @pytest.mark.parametrize("policy", ["save_projections", "full"])
 @pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.slow
 def test_remat_policy_keeps_gradient(policy: str, scanned: bool) -> None:
     for one, two in zip(gradient("none", scanned)[0], gradient(policy, scanned)[0], strict=True):
         # The compiler fuses the two programs in other ways.

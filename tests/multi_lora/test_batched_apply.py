@@ -215,6 +215,7 @@ def test_apply_gradients_match_each_adapter(separate: Setting) -> None:
 @pytest.mark.parametrize(
     "scanned", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["separate", "scanned"]
 )
+@pytest.mark.slow
 def test_generate_with_slots_matches_each_alone(scanned: bool) -> None:
     layers = setting(scanned, "float32")
     model, params = layers.model, layers.params

@@ -12,6 +12,9 @@ import jlora
 from jlora.kernels import lora_matmul
 from jlora.planning import tpu_topology
 
+# The compiler for TPUs takes ten CPU seconds to start.
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("libtpu")
 
 ROWS, WIDTH, INNER = 1024, 512, 2048

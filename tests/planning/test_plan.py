@@ -47,6 +47,7 @@ def raw(tmp_path: pathlib.Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_plan_is_of_the_training_step(raw: dict[str, Any]) -> None:
     found = plan(recipe.validate(raw), "v5e:2x2")
     assert found.fits
@@ -107,6 +108,7 @@ def test_plan_offload_frees_the_chip(raw: dict[str, Any]) -> None:
         pytest.param({"scheme": "int8", "block_size": 32}, 8 + 32 / 32, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_plan_quantized_has_the_schemes_bits(
     raw: dict[str, Any], quantize: dict[str, Any], bits: float
 ) -> None:
@@ -125,6 +127,7 @@ def test_plan_quantized_has_the_schemes_bits(
     assert f"quantized: 7 of 12 weights as {quantize['scheme']}: {bits:.2f} bits" in str(found)
 
 
+@pytest.mark.slow
 def test_cli_plan_too_large_suggests_changes(
     raw: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

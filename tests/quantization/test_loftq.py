@@ -204,6 +204,7 @@ def test_loftq_is_nearer_than_quantize(name: str, family: str) -> None:
 )
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("config", [jlora.LoRA, jlora.DoRA, jlora.LoRAFA, jlora.SoRA])
+@pytest.mark.slow
 def test_loftq_error_falls_with_rank_to_zero(
     config: Any, steps: int, ranks: tuple[int, ...]
 ) -> None:

@@ -93,18 +93,18 @@ def kill_while_saving(folder: pathlib.Path, times: int) -> None:
     assert last
 
 
+@pytest.mark.slow
 def test_kill_during_save_keeps_the_last(tmp_path: pathlib.Path) -> None:
     kill_while_saving(tmp_path / "run", 4)
 
 
-@pytest.mark.parametrize(
-    "times", [pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.grid)]
-)
-def test_repeated_kills_keep_the_last(times: int, tmp_path: pathlib.Path) -> None:
-    kill_while_saving(tmp_path / "run", times)
+@pytest.mark.slow
+def test_repeated_kills_keep_the_last(tmp_path: pathlib.Path) -> None:
+    kill_while_saving(tmp_path / "run", 20)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_train_signal_saves_and_exits(
     recipe_of: Make, tmp_path: pathlib.Path, number: signal.Signals, status: int
 ) -> None:

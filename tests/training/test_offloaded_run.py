@@ -70,6 +70,7 @@ def test_offload_default_is_off() -> None:
     assert not OptimizerSection().offload
 
 
+@pytest.mark.slow
 def test_train_offload_is_bit_exact(
     whole: dict[str, Any], recipe_of: Make, tmp_path: pathlib.Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_train_offload_is_bit_exact(
         pytest.param(True, True, marks=pytest.mark.slow, id="from the host to the host"),
     ],
 )
+@pytest.mark.slow
 def test_resume_with_other_offload_is_bit_exact(
     whole: dict[str, Any], recipe_of: Make, tmp_path: pathlib.Path, before: bool, after: bool
 ) -> None:
@@ -97,6 +99,7 @@ def test_resume_with_other_offload_is_bit_exact(
     assert_same(raw, whole)
 
 
+@pytest.mark.slow
 def test_restore_keeps_offloaded_shardings(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     raw = recipe_of(batch={"size": 4})
     there = made(with_offload(raw, True), MESH)
@@ -115,6 +118,7 @@ def test_restore_keeps_offloaded_shardings(recipe_of: Make, tmp_path: pathlib.Pa
     saver.close()
 
 
+@pytest.mark.slow
 def test_train_step_offload_compiles_once(recipe_of: Make) -> None:
     setup = made(with_offload(recipe_of(batch={"size": 4}), True), MESH)
     described = made(with_offload(recipe_of(batch={"size": 4}), True), MESH, abstract=True)
@@ -148,6 +152,7 @@ def batch_of(setup: Setup) -> Any:
     ],
     ids=["AdaLoRA", "SoRA", "LoRA+"],
 )
+@pytest.mark.slow
 def test_build_setup_offloads_every_optimizer(
     recipe_of: Make, lora: dict[str, Any], optimizer: dict[str, Any]
 ) -> None:
@@ -170,6 +175,7 @@ def test_train_wrong_transfers_raise(recipe_of: Make, monkeypatch: pytest.Monkey
     assert not (output(raw) / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_train_without_host_memory_raises(recipe_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "HOST_MEMORY_KIND", "punched_cards")
     with pytest.raises(

@@ -42,6 +42,7 @@ def left_by(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_train_paused_is_bit_exact(
     recipe_of: Make, chats: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def on_quantized(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
 # --- outputs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_quantized_exports_the_trained(recipe_of: Make, monkeypatch: Any) -> None:
     made: list[Any] = []
     original = train.build_setup
@@ -155,6 +156,7 @@ def test_mesh_keeps_quantized_losses(recipe_of: Make, tmp_path: pathlib.Path) ->
         pytest.param(True, {"scheme": "int4", "block_size": 2, "axis": -1}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_build_setup_abstract_has_the_shapes(
     recipe_of: Make, scanned: bool, quantize: dict[str, Any]
 ) -> None:
@@ -271,6 +273,7 @@ def test_build_setup_unquantizable_raises(
 # --- other tasks and families ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_dpo_quantized_reference(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"the {a} is", "chosen": " good.", "rejected": " bad!"} for a in ANIMALS]
@@ -296,6 +299,7 @@ def test_train_dpo_quantized_reference(recipe_of: Make, tmp_path: pathlib.Path) 
         pytest.param({"family": "IA3"}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_train_classification_quantized(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, lora: dict[str, Any]
 ) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from _support.training_fixtures import ANIMALS, DATA, Make
+from _support.training_fixtures import ANIMALS, DATA, Make, make_recipe
 from _support.training_runs import After, assert_same, measured, output, run, stop
 
 import jlora
 from jlora import models
-from jlora.training import recipe
+from jlora.training import TrainResult, recipe
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.distributed import TrainingInterrupted
 from jlora.training.loop import NonFiniteError
@@ -34,8 +34,21 @@ from jlora.training.sharding import make_mesh
 # --- outputs ----------------------------------------------------------------------------
 
 
-def test_train_writes_all_outputs(recipe_of: Make, chats: pathlib.Path, base: pathlib.Path) -> None:
-    raw = recipe_of(
+class FinishedRun(NamedTuple):
+    raw: dict[str, Any]
+    result: TrainResult
+    base_files: dict[str, bytes]  # Before the run.
+
+
+@pytest.fixture(scope="module")
+def finished(
+    base: pathlib.Path, chats: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """A run with every kind of output."""
+    raw = make_recipe(
+        tmp_path_factory.mktemp("finished"),
+        base,
+        chats,
         data={
             "validation": [{"path": str(chats), "format": "chat"}],
             "test": [{"path": str(chats), "format": "chat", "max_examples": 9}],
@@ -49,45 +62,52 @@ def test_train_writes_all_outputs(recipe_of: Make, chats: pathlib.Path, base: pa
         export={"merged": True, "merged_dtype": "float32", "peft": True, "vllm": True},
     )
     files = {f.name: f.read_bytes() for f in base.iterdir()}
-    outcome = run(raw)
-    folder = output(raw)
-    lines = measured(raw)
+    return FinishedRun(raw, run(raw), files)
+
+
+def test_train_learns_and_keeps_the_best(finished: FinishedRun, base: pathlib.Path) -> None:
+    result, lines = finished.result, measured(finished.raw)
     rates = {"train/loss", "train/gradient_norm", "train/learning_rate"}
     names = ({"step", "num_targets", "tokens", *rates}, {"step", "eval/loss"})
     assert all(set(line) in names for line in lines)
-    assert set(outcome.last_metrics) == {"num_targets", "tokens", "seconds", *rates}
-    events = b"".join(f.read_bytes() for f in (folder / "tensorboard").iterdir())
+    assert set(result.last_metrics) == {"num_targets", "tokens", "seconds", *rates}
+    events = b"".join(f.read_bytes() for f in (output(finished.raw) / "tensorboard").iterdir())
     for name in (*rates, "num_targets", "eval/loss"):
         assert name.encode() in events
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     held = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
-    assert outcome.stop_reason == "max_steps"
-    assert len(losses) == outcome.step
-    assert sorted(held) == sorted({*range(4, outcome.step + 1, 4), outcome.step})
-    assert outcome.best_step == min(held, key=lambda step: held[step])
+    assert result.stop_reason == "max_steps"
+    assert len(losses) == result.step
+    assert sorted(held) == sorted({*range(4, result.step + 1, 4), result.step})
+    assert result.best_step == min(held, key=lambda step: held[step])
     assert min(held.values()) < losses[0] - 0.5
-    before, after = outcome.test_metrics
+    before, after = result.test_metrics
     assert after["loss"] < before["loss"] - 0.5
-    assert {f.name: f.read_bytes() for f in base.iterdir()} == files
+    assert {f.name: f.read_bytes() for f in base.iterdir()} == finished.base_files
+    written = json.loads((output(finished.raw) / "result.json").read_text())
+    assert written["test"] == {"before": before, "after": after}
+    assert written["steps"] == result.step
+    assert written["best_step"] == result.best_step
+    assert written["validation"]["loss"] == held[result.best_step]
 
+
+def test_train_exports_compute_the_same(finished: FinishedRun, base: pathlib.Path) -> None:
     # The adapter is that of the best evaluation, and the merged checkpoint computes the same.
+    folder = output(finished.raw)
     model, params = models.load(base, dtype="float32", scan_layers=True)
     adapter = jlora.load_adapter(folder / "adapter.safetensors", params)
     tokens = jnp.array([[3, 9, 17, 30]])
-    adapted = jlora.lora_transform(model.apply).apply(params, adapter, tokens)
+    apply, adapted_apply = jax.jit(model.apply), jax.jit(jlora.lora_transform(model.apply).apply)
+    adapted = adapted_apply(params, adapter, tokens)
     _, merged = models.load(folder / "merged", dtype="float32", scan_layers=True)
-    np.testing.assert_allclose(model.apply(merged, tokens), adapted, atol=2e-5)
+    np.testing.assert_allclose(apply(merged, tokens), adapted, atol=2e-5)
     for name in ("peft", "vllm"):
-        loaded = jlora.peft.load(folder / name, model, params)
-        out = jlora.lora_transform(model.apply).apply(*loaded, tokens)
+        out = adapted_apply(*jlora.peft.load(folder / name, model, params), tokens)
         np.testing.assert_allclose(out, adapted, atol=2e-5)
 
-    result = json.loads((folder / "result.json").read_text())
-    assert result["test"] == {"before": before, "after": after}
-    assert result["steps"] == outcome.step
-    assert result["best_step"] == outcome.best_step
-    assert result["validation"]["loss"] == held[outcome.best_step]
 
+def test_train_writes_report_and_recipe(finished: FinishedRun) -> None:
+    folder = output(finished.raw)
     page = (folder / "report.html").read_text()
     for text in (
         "learning rate",
@@ -99,10 +119,9 @@ def test_train_writes_all_outputs(recipe_of: Make, chats: pathlib.Path, base: pa
         "trainable params: ",
     ):
         assert text in page
-    assert list((folder / "tensorboard").iterdir())
-    kept = recipe.load(folder / "recipe.yaml")
     path = folder / "recipe.yaml"
-    assert kept == resolve_defaults(recipe.validate(raw), path, True, jax.devices())
+    validated = recipe.validate(finished.raw)
+    assert recipe.load(path) == resolve_defaults(validated, path, True, jax.devices())
 
 
 def test_train_existing_run_raises(recipe_of: Make) -> None:
@@ -210,7 +229,8 @@ def copied(whole: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     return {**whole, "output": str(folder / "run")}
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.slow
 def test_resume_after_signal_is_bit_exact(
     whole: dict[str, Any], tmp_path: pathlib.Path, step: int
 ) -> None:
@@ -257,9 +277,8 @@ def checkpoints(raw: dict[str, Any]) -> list[int]:
     return sorted(int(f.name) for f in (output(raw) / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(
-    "during", ["a step", pytest.param("an evaluation", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("during", ["a step", "an evaluation"])
+@pytest.mark.slow
 def test_resume_keeps_evaluations_and_best(
     recipe_of: Make,
     chats: pathlib.Path,
@@ -311,6 +330,7 @@ def test_resume_after_early_stopping_stops(
     assert (second.stop_reason, second.step, second.best_step) == ("early_stopping", 4, 2)
 
 
+@pytest.mark.slow
 def test_train_without_best_uses_the_last(
     recipe_of: Make, chats: pathlib.Path, monkeypatch: Any
 ) -> None:
@@ -649,6 +669,7 @@ def test_train_early_stopping_ends(recipe_of: Make, chats: pathlib.Path) -> None
 # --- other tasks ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_classification_learns(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -728,6 +749,7 @@ NAMES = {"0": "pos", "1": "neg", "2": "zed"}
 
 
 @pytest.mark.parametrize("named", [True, False])
+@pytest.mark.slow
 def test_train_keeps_the_heads_labels(
     recipe_of: Make, encoder: pathlib.Path, tmp_path: pathlib.Path, named: bool
 ) -> None:

@@ -120,6 +120,7 @@ def cross_entropies(batch: Text, logits: np.ndarray) -> np.ndarray:
     return -np.take_along_axis(log, np.asarray(batch.targets[0])[..., None], axis=-1)[..., 0]
 
 
+@pytest.mark.slow
 def test_train_step_loss_is_the_mean() -> None:
     given, batch = language(), text(3, 7, [7, 4, 2])
     model, params = decoder()
@@ -180,6 +181,7 @@ def test_eval_step_equals_train_loss() -> None:
 # --- updates --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_step_clips_the_gradient() -> None:
     given = language()
     plain = given._replace(
@@ -259,6 +261,7 @@ def test_train_step_keeps_frozen_factors() -> None:
         assert (old != new).any()
 
 
+@pytest.mark.slow
 def test_train_step_dropout_by_step_and_pass() -> None:
     model, params = decoder()
     rules = {r"layers/.*/kernel$": jlora.LoRA(rank=2, alpha=4, dropout=0.5)}
@@ -284,6 +287,7 @@ def test_train_step_dropout_by_step_and_pass() -> None:
 # --- other tasks ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dpo_objective_matches_numpy() -> None:
     model, params = decoder()
     asked = DPOSection(beta=0.3, label_smoothing=0.1)
@@ -443,6 +447,7 @@ def test_weight_decay_skips_heads() -> None:
     ],
     ids=["adalora", "mixture"],
 )
+@pytest.mark.slow
 def test_lm_objective_adds_regularizers(family: Any, options: Any, name: str) -> None:
     model, params = decoder()
     rules = {r"layers/.*/(q|up)/kernel$": family}
