@@ -24,7 +24,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-pytest_plugins = ["_support.training_fixtures", "_support.cpu_limit"]
+pytest_plugins = ["_support.training_fixtures", "_support.groups"]
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MAX_MAPS = 30_000

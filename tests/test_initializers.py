@@ -107,6 +107,7 @@ KINDS = ["dense_general", "kv_einsum", "linen_scan_axis_one", "conv_2d", "conv_g
 
 @pytest.mark.parametrize("layer", [*KINDS, "experts"])
 @pytest.mark.parametrize("name", STARTS)
+@pytest.mark.thin(3)
 def test_inits_start_at_base_on_all_layers(name: str, layer: str) -> None:
     made = BY_NAME[layer]
     fn, params, inputs = made.make(jnp.float32)
@@ -203,6 +204,7 @@ def test_input_moments_scan_is_per_layer() -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_input_moments_shard_map_sums_shards() -> None:
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(
@@ -263,6 +265,7 @@ CONVERTED = {
 
 @pytest.mark.parametrize("family", CONVERTED)
 @pytest.mark.parametrize("layer", ["kv_einsum", "linen_scan"])
+@pytest.mark.thin(3)
 def test_to_lora_is_best_approximation(family: str, layer: str) -> None:
     one = case(layer, "float32", family)
     changes = jlora.delta(one.params, one.adapter)

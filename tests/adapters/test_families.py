@@ -224,6 +224,7 @@ def test_lora_optimizer_skips_frozen_arrays(
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat", "conv_groups", "embed"])
+@pytest.mark.thin(2)
 def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
     one = case_or_skip(family, layer)
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]

@@ -390,6 +390,7 @@ def test_merge_writes_lineage_and_interference(
     assert "jlora merge: Linear()" in told
 
 
+@pytest.mark.slow
 def test_merge_method_options_match_library(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
@@ -420,6 +421,7 @@ def test_merge_method_options_match_library(
         assert read_lineage(out).method == f"jlora merge: {method}, {told}"
 
 
+@pytest.mark.slow
 def test_merge_different_layouts_raises(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -98,6 +98,7 @@ EAGER = {"apply", "grad of the input"}  # Compiled one operation at a time; the 
 
 @pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.thin(2)
 def test_kernels_transformed_equal_plain(name: str) -> None:
     adapter = moved(LORA)
     # A function of its own for each call, so that the second one is traced anew.

@@ -59,6 +59,7 @@ def least_squares() -> tuple[np.ndarray, float]:
 
 
 @needs_cmaes
+@pytest.mark.slow
 def test_lorahub_finds_least_squares() -> None:
     _, mix, loss, arguments = task()
     weights, least = least_squares()

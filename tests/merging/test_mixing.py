@@ -426,6 +426,7 @@ def test_compose_adapters_dropout_of_lower_is_off() -> None:
     assert alone[paths[1]].dropout == 0.5
 
 
+@pytest.mark.slow
 def test_compose_adapters_dylora_is_full_rank() -> None:
     one = case("attention", "float32")
     lora = jlora.lora_transform(one.fn, {one.layer.adapted: jlora.DyLoRA(rank=2, alpha=3)})

@@ -314,6 +314,7 @@ def test_decoder_packed_texts_are_separate(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", slow("gemma2")])  # The second: tied, with a soft cap.
+@pytest.mark.slow
 def test_losses_chunked_match_logits(name: str) -> None:
     model, params = loaded(name)
     known = expected(name)
@@ -343,6 +344,7 @@ def test_losses_chunked_match_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [slow("llama"), "gemma2"])  # The second has a soft cap.
+@pytest.mark.slow
 def test_losses_frozen_head_gradient_matches(name: str) -> None:
     model, params = loaded(name)
     ids = jnp.asarray(expected(name)["input_ids"])
@@ -565,6 +567,7 @@ def test_lora_decoder_stays_factored(name: str, scanned: bool) -> None:
     assert np.abs(np.asarray(out)[seen] - logits(name, scanned)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_generate_adapted_matches_merged() -> None:
     model, params = loaded("gemma2", True)
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))

@@ -124,6 +124,7 @@ def test_encoder_outputs_match_transformers(name: str, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(3)
 def test_encoder_bfloat16_as_near_as_transformers(name: str) -> None:
     model, params = loaded(name, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
@@ -138,6 +139,7 @@ def test_encoder_bfloat16_as_near_as_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(3)
 def test_encoder_dtype_bfloat16_rounds_weights(name: str) -> None:
     model, params = loaded(name)
     halved, rounded = loaded(name, "bfloat16")
@@ -258,6 +260,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("name", "field", "places"), PLACES)
+@pytest.mark.thin(3)
 def test_dropout_is_in_place_and_follows_key(
     name: str, field: str, places: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +469,7 @@ def test_encoder_axes_have_logical_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(4)
 def test_lora_encoder_stays_factored(name: str) -> None:
     model, params = loaded(name)
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))

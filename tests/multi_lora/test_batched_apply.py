@@ -67,6 +67,7 @@ def test_law_apply_per_example_matches_each_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 9], ids=["few_tokens", "many_tokens"])
+@pytest.mark.slow
 def test_bank_apply_decoder_matches_each_alone(layers: Setting, length: int) -> None:
     tokens = layers.tokens(len(NAMES), length)
     found = layers.shared.apply(layers.params, NAMES, tokens)
@@ -166,6 +167,7 @@ def test_select_slot_applies_and_merges(separate: Setting) -> None:
     )  # The scale is multiplied in before the product instead of after it.
 
 
+@pytest.mark.slow
 def test_apply_repeats_neither_base_nor_factors(
     layers: Setting,
 ) -> None:
@@ -186,6 +188,7 @@ def test_apply_repeats_neither_base_nor_factors(
         assert all_factors not in text
 
 
+@pytest.mark.slow
 def test_apply_gradients_match_each_adapter(separate: Setting) -> None:
     slots, index = separate.shared.slots_for(NAMES)
     tokens = separate.tokens(len(NAMES), 5)
@@ -246,6 +249,7 @@ def test_generate_with_slots_matches_each_alone(scanned: bool) -> None:
         np.testing.assert_array_equal(found.tokens[row], alone.tokens[0])
 
 
+@pytest.mark.slow
 def test_apply_sharded_batch_matches_each_alone(separate: Setting) -> None:
     slots, index = separate.shared.slots_for(["a", None, "c", "b"])
     tokens = separate.tokens(4, 5)

@@ -66,6 +66,7 @@ def run_alone(adapter: Any, optimizer: Any, x: Any, y: Any, steps: int) -> tuple
     ],
     ids=["adamw", "clipped", "lora_plus"],
 )
+@pytest.mark.slow
 def test_law_parallel_step_matches_separate_runs(optimizer: Any) -> None:
     _, _, adapters = make_model()
     trainer = multi_lora.train_in_parallel(loss, optimizer)

@@ -103,6 +103,7 @@ def same_bits(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["alone", "mesh"])
+@pytest.mark.thin(3)
 def test_offload_is_bit_identical(name: str, sharded: bool) -> None:
     params = parameters(mesh() if sharded else None)
     expected = stepped(OPTIMIZERS[name](), params)[:2]

@@ -82,6 +82,7 @@ BOTH = [
 
 
 @pytest.mark.parametrize(("name", "scanned"), BOTH)
+@pytest.mark.thin(2)
 def test_load_apply_agrees_with_peft(name: str, scanned: bool) -> None:
     model, _ = base_of(name, scanned)
     params, adapter = loaded(name, scanned)
@@ -96,6 +97,7 @@ def test_load_apply_agrees_with_peft(name: str, scanned: bool) -> None:
 
 
 @pytest.mark.parametrize(("name", "scanned"), BOTH)
+@pytest.mark.thin(2, 1)
 def test_save_writes_the_tensors_of_peft(name: str, scanned: bool, tmp_path: pathlib.Path) -> None:
     model, _ = base_of(name, scanned)
     params, adapter = loaded(name, scanned)
@@ -201,6 +203,7 @@ def trained(config: Any, pattern: str = r"(q|v|down)/kernel", name: str = "llama
     ],
     ids=lambda config: type(config).__name__,
 )
+@pytest.mark.thin(3)
 def test_save_load_computes_the_same_function(config: Any, tmp_path: pathlib.Path) -> None:
     model, params = base("llama")
     adapter = trained(config)

@@ -104,6 +104,7 @@ def algorithm_1(weight: np.ndarray, scheme: Any, rank: int, steps: int, axes: An
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.slow
 def test_loftq_matches_algorithm_1(steps: int, stabilized: bool) -> None:
     config = jlora.LoRA(rank=4, alpha=3, use_rslora=stabilized)
     _, params, adapter = fresh(config)
@@ -125,6 +126,7 @@ def test_loftq_matches_algorithm_1(steps: int, stabilized: bool) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.thin(2)
 def test_loftq_layer_kinds_match_algorithm_1(name: str, steps: int) -> None:
     one = case(name, "float32")
     base, initialized = jlora.loftq(one.params, one.fresh, rules_for(one), iterations=steps)
@@ -159,6 +161,7 @@ def test_loftq_rotated_axes_match_algorithm_1() -> None:
 
 
 @pytest.mark.parametrize("config", [jlora.DoRA, jlora.LoRAFA, jlora.SoRA])
+@pytest.mark.slow
 def test_loftq_methods_start_at_same_weight(config: Any) -> None:
     """DoRA's gains are one, so its magnitudes are the norms of the adapted weight."""
 
@@ -177,6 +180,7 @@ def test_loftq_methods_start_at_same_weight(config: Any) -> None:
     [(name, "lora") for name in KINDS]
     + [(name, family) for name in ("fused_qkv", "embed", "conv_2d") for family in STARTED[1:]],
 )
+@pytest.mark.thin(3)
 def test_loftq_is_nearer_than_quantize(name: str, family: str) -> None:
     one = case(name, "float32", family)
     plain = jlora.quantize(one.params, rules_for(one))
@@ -238,6 +242,7 @@ def test_loftq_more_iterations_reduce_error() -> None:
         pytest.param("linen_scan_remat", "dora", marks=pytest.mark.slow),  # Compiles for seconds.
     ],
 )
+@pytest.mark.slow
 def test_loftq_gradient_reaches_every_factor(name: str, family: str) -> None:
     one = case(name, "float32", family)
     base, initialized = jlora.loftq(one.params, one.fresh, rules_for(one), iterations=2)

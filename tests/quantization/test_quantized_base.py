@@ -38,6 +38,7 @@ def differences(values: Any, truth: Any) -> float:
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.thin(2)
 def test_apply_quantized_equals_dequantized(name: str) -> None:
     one = case(name, "float32")
     packed = quantized(one)
@@ -132,6 +133,7 @@ def stacked(model: Any) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("model", [scanned, unrolled])
+@pytest.mark.slow
 def test_grad_residuals_have_no_dense_weight(model: Any) -> None:
     lora, params, x = stacked(model)
     adapter = lora.init(jax.random.key(2), params, x)
@@ -290,6 +292,7 @@ def test_grad_custom_vjp_has_adapter_structure() -> None:
 
 @pytest.mark.parametrize("through_norm", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.slow
 def test_dora_dequantizes_one_layer_at_a_time(stacked: bool, through_norm: bool) -> None:
     layers = (5,) if stacked else ()
     params = {"w": normal(0, (*layers, 64, 48), np.float32)}

@@ -167,6 +167,7 @@ def test_qarray_bits_per_param(scheme: Any, shape: tuple[int, int], bits: float)
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("shape", [(64, 3), (3, 64), (65, 7), (5, 70), (2, 64, 6), (1,), (129,)])
+@pytest.mark.thin(3)
 def test_quantize_any_shape_roundtrips(name: str, shape: tuple[int, ...]) -> None:
     weight = normal(*shape)
     qarray = quantized(weight, SCHEMES[name])
@@ -211,6 +212,7 @@ def test_quantize_nonfinite_raises(name: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.slow
 def test_qarray_slice_and_stack_commute(name: str) -> None:
     scheme = SCHEMES[name]
     stack = normal(3, 64, 128)
@@ -224,6 +226,7 @@ def test_qarray_slice_and_stack_commute(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.slow
 def test_qarray_transpose_commutes(name: str) -> None:
     qarray = quantized(normal(3, 64, 128), SCHEMES[name])
     for order in ((0, 2, 1), (2, 0, 1), (1, 2, 0)):

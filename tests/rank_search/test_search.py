@@ -352,6 +352,7 @@ def test_describe_cost_bounds_steps(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["in a run", "after its result"])
+@pytest.mark.slow
 def test_killed_search_resumes_to_same_result(
     raw: dict[str, Any], runs: Runs, tmp_path: pathlib.Path, after: bool
 ) -> None:

@@ -149,6 +149,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_report", lambda *_, **__: None)  # Pictures, a second each.
 
 
+@pytest.mark.slow
 def test_train_callback_stops_the_run(recipe_of: Make, shared: ProgramCache) -> None:
     raw = recipe_of()
     outcome = run(raw, callbacks=[Asking({3: Request.STOP})], program_cache=shared)
@@ -251,6 +252,7 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_run_has_the_metrics(
     wandb: Any, recipe_of: Make, shared: ProgramCache
 ) -> None:

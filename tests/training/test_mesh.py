@@ -337,6 +337,7 @@ def on(mesh: Any, model: Decoder) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["each", "scanned"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.slow
 def test_mesh_keeps_loss_and_gradient(sizes: Any, scanned: bool) -> None:
     model = train_steps.decoder(scan_layers=scanned)
     lowered, arguments = on(sharding.make_mesh(sizes), model)

@@ -217,6 +217,7 @@ def test_explain_reports_quantization(base: pathlib.Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_generate_cache_has_the_weights_dtype(base: pathlib.Path) -> None:
     model, params = models.load(base, dtype="bfloat16", scan_layers=True)
     held = jlora.quantize(params, {"layers.*kernel|embed|head": jlora.NF4(block_size=2)})

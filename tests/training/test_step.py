@@ -144,6 +144,7 @@ def test_train_step_loss_is_the_mean() -> None:
     np.testing.assert_allclose(measured.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_step_accumulation_equals_one_batch() -> None:
     given = language()
     real = [7, 6, 2, 0]
@@ -158,6 +159,7 @@ def test_train_step_accumulation_equals_one_batch() -> None:
         np.testing.assert_allclose(one, two, atol=2e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_step_ignores_padding_rows() -> None:
     given = language()
     one, first = stepped(given, text(2, 7, [7, 3]))
@@ -215,6 +217,7 @@ spoilt.defjvp(lambda given, moved: (0 * given[0], given[1] * moved[0]))
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.slow
 def test_train_step_nonfinite_is_skipped(fault: str, value: float) -> None:
     given = language()
     loss = given.task.loss_fn
@@ -338,6 +341,7 @@ def labelled() -> Labelled:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.slow
 def test_classification_objective_matches_numpy(pooling: Any) -> None:
     model, params = load.load(ENCODERS / "distilbert", dtype="float32")
     asked = ClassificationSection(pooling=pooling, label_smoothing=0.1)
@@ -365,6 +369,7 @@ def test_classification_objective_matches_numpy(pooling: Any) -> None:
     np.testing.assert_allclose(measured.extra_metrics["accuracy"], right, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_classification_objective_keeps_own_head() -> None:
     model, params = load.load(ENCODERS / "bert_sequence", dtype="float32")
     labels = model.config.num_labels
@@ -408,6 +413,7 @@ def test_make_lr_schedule_one_step_is_peak() -> None:
     assert make_lr_schedule(OptimizerSection(learning_rate=3.0, warmup_ratio=0.5), 1)(0) == 3.0
 
 
+@pytest.mark.slow
 def test_weight_decay_skips_heads() -> None:
     model, params = load.load(ENCODERS / "distilbert", dtype="float32")
     rules = {r"layer_\d+/.*/kernel$": jlora.LoRA(rank=2, alpha=4)}

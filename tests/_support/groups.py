@@ -1,0 +1,84 @@
+"""Groups of tests: the limit of the default group, and cases that are split between groups."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+_CPU_SECONDS = pytest.StashKey[float]()
+# CPU seconds of `_measure_speed` on the machine that the limit is meant for.
+_REFERENCE_SECONDS = 0.04
+# The same test takes up to twice as long where other processes share the core and its caches.
+_NOISE = 2.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini(
+        "max_cpu_seconds", "CPU seconds that a test without a marker may take", default="0"
+    )
+
+
+def _measure_speed() -> float:
+    """Returns the CPU seconds of a fixed amount of work, which other work on the core adds to."""
+    start = time.process_time()
+    sum(number * number for number in range(1_000_000))
+    return time.process_time() - start
+
+
+class CpuLimit:
+    """The limit of one session, longer where the processor is slower than the reference."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, None]:
+        # CPU time of all threads of the process, so that waiting for other work does not count.
+        # Fixtures that several tests share are made outside of the call.
+        start = time.process_time()
+        yield
+        item.stash[_CPU_SECONDS] = time.process_time() - start
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Generator[None, Any, None]:
+        outcome = yield
+        report = outcome.get_result()
+        spent = item.stash.get(_CPU_SECONDS, 0.0)
+        if call.when != "call" or not report.passed or spent <= self._seconds:
+            return
+        if any(mark.name in ("slow", "foreign", "live", "gpu") for mark in item.iter_markers()):
+            return
+        limit = self._seconds * max(1.0, _measure_speed() / _REFERENCE_SECONDS)
+        if spent <= limit * _NOISE:
+            return
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} took {spent:.1f} CPU seconds, and a test of the default group may take "
+            f"{limit:.1f} (max_cpu_seconds), and twice as much for noise. Make its set-up cheaper, "
+            f"or mark it slow."
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of a test as slow, but for every n-th of those under `thin(n, first)`."""
+    counts: collections.Counter[str] = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        if mark is None:
+            continue
+        every, first = (*mark.args, 0)[:2]
+        name = item.nodeid.partition("[")[0]
+        if counts[name] % every != first:
+            item.add_marker(pytest.mark.slow)
+        counts[name] += 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seconds = float(config.getini("max_cpu_seconds"))
+    if seconds:
+        config.pluginmanager.register(CpuLimit(seconds))
