@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import pytest
-from _support.training_fixtures import Make
+from _support.training_fixtures import Make, make_recipe
 from _support.training_loops import looped
 from _support.training_runs import After, measured, output, run, stop
 
@@ -140,8 +140,14 @@ def test_process_maximum_acts_one_update_later(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def shared() -> ProgramCache:
-    return ProgramCache()
+def shared(
+    base: pathlib.Path, chats: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> ProgramCache:
+    """A cache that has the step of the plain recipe."""
+    cache = ProgramCache()
+    folder = tmp_path_factory.mktemp("shared")
+    run(make_recipe(folder, base, chats), pause_after_step=1, program_cache=cache)
+    return cache
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +155,6 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_report", lambda *_, **__: None)  # Pictures, a second each.
 
 
-@pytest.mark.slow
 def test_train_callback_stops_the_run(recipe_of: Make, shared: ProgramCache) -> None:
     raw = recipe_of()
     outcome = run(raw, callbacks=[Asking({3: Request.STOP})], program_cache=shared)
