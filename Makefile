@@ -42,7 +42,7 @@ test-core: $(VENV)/.tools
 
 # The code and tables of README.md and docs/, and the examples of docstrings.
 test-docs: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/docs tests/test_prose.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "" tests/docs tests/test_prose.py
 
 # The laws on models of transformers and google-tunix, and PyTorch's results.
 test-foreign: $(FOREIGN_VENV)/.installed
