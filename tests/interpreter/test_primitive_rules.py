@@ -1,4 +1,4 @@
-"""Rules that users register, and `allow_materialize=False`."""
+"""Rules that users register, `allow_materialize=False`, and programs that products share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import jlora
+from jlora.interpreter import _compat
+from jlora.interpreter.eval_jaxpr import make_context
+from jlora.interpreter.factored_array import FactoredArray
 
 # Axis lengths that all differ, so that a mixed-up axis changes a shape.
 X, W = (
@@ -169,3 +172,41 @@ def test_allow_materialize_false_spares_full() -> None:
     adapter = moved(lora.init(jax.random.key(0), PARAMS, X))
     expected = product_and_norm(lora.merge(PARAMS, adapter), X)
     np.testing.assert_allclose(lora.apply(PARAMS, adapter, X), expected, rtol=2e-5, atol=2e-5)
+
+
+# --- programs shared between equal products -------------------------------------------------------
+
+
+def test_products_of_equal_shapes_stay_apart() -> None:
+    """A square weight, with factors of the same shapes along other axes."""
+    rng = np.random.default_rng(3)
+    w, x = (jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for _ in range(2))
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 2), (2, 4)))
+    program = _compat.trace_program(lambda w, x: x @ w, w, x)
+    weight = FactoredArray.from_weight(w, "w", w.shape)
+    terms = {
+        "as A B": weight.add((a, (0, "r")), (b, ("r", 1))),
+        "transposed": weight.add((a, (1, "r")), (b, ("r", 0))),
+        "as a Hadamard product": weight.add((a, (0, "r")), (b, ("r", 0)), (w, (0, 1))),
+        "scaled": weight.add((a, (0, "r")), (b, ("r", 1))).multiply((a[:, 0], (1,))),
+    }
+    for name, adapted in terms.items():
+        (output,) = make_context().evaluate(program, [adapted, x])
+        np.testing.assert_allclose(output, x @ adapted.materialize(), rtol=1e-4, err_msg=name)
+
+
+def test_equal_products_are_traced_once() -> None:
+    def model(params: Any, x: Any) -> Any:
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params = [jnp.eye(6)] * 5
+    lora = jlora.lora_transform(model, jlora.LoRA(rank=2, alpha=2))
+    adapter = lora.init(jax.random.key(0), params, X)
+    jaxpr = jax.make_jaxpr(lora.apply)(params, adapter, X)
+    bodies = [
+        eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.params.get("name") == "_lora_product"
+    ]
+    assert len(bodies) == 5
+    assert len({id(body) for body in bodies}) == 1
