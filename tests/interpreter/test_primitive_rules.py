@@ -189,6 +189,7 @@ def test_products_of_equal_shapes_stay_apart() -> None:
         "transposed": weight.add((a, (1, "r")), (b, ("r", 0))),
         "as a Hadamard product": weight.add((a, (0, "r")), (b, ("r", 0)), (w, (0, 1))),
         "scaled": weight.add((a, (0, "r")), (b, ("r", 1))).multiply((a[:, 0], (1,))),
+        "scaled by entry": weight.add((a, (0, "r")), (b, ("r", 1))).multiply((w, (0, 1))),
     }
     for name, adapted in terms.items():
         (output,) = make_context().evaluate(program, [adapted, x])
