@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jlora._sharding import fit_sharding
+from jlora._mesh import fit_sharding
 
 
 class QuantizedArray(abc.ABC):

@@ -14,7 +14,6 @@ TESTS = pathlib.Path(__file__).parent
 HOMONYMS = {"load", "save", "Attention", "Block", "Embeddings", "Mlp"}
 # Terms of the field.
 GERUNDS = {
-    "_sharding",
     "checkpointing",
     "packing",
     "parallel_training",

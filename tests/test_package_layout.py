@@ -20,7 +20,7 @@ REPOSITORY = ROOT.parent
 # Each part of the package may import those above it.
 ORDER = [
     "_docstrings",
-    "_sharding",
+    "_mesh",
     "_validation",
     "kernels",
     "_quantized_array",

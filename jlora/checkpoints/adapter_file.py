@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 
 from jlora import _tree
-from jlora._sharding import fetch_global
+from jlora._mesh import fetch_global
 from jlora._tree import PyTree
 from jlora.adapters.base import (
     FAMILIES,

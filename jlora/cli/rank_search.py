@@ -55,7 +55,7 @@ def run_rank_search(options: RankSearchOptions) -> int:
     from jlora.rank_search.search import search
     from jlora.rank_search.study import SearchOptions
     from jlora.training import recipe as recipes
-    from jlora.training.distributed import TrainingInterrupted
+    from jlora.training.signals import TrainingInterrupted
 
     recipe = recipes.load(options.recipe, options.overrides)
     search_options = SearchOptions(

@@ -56,7 +56,7 @@ class InitOptions:
 def run_train(options: TrainOptions) -> int:
     """Trains; returns 0, or the exit status of the signal that ended the run."""
     from jlora.training import recipe
-    from jlora.training.distributed import TrainingInterrupted
+    from jlora.training.signals import TrainingInterrupted
     from jlora.training.train import train
 
     loaded = recipe.load(options.recipe, options.overrides)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jlora._sharding import num_shards
+from jlora._mesh import num_shards
 from jlora.interpreter import _compat
 from jlora.interpreter.factored_array import (
     FactoredArray,

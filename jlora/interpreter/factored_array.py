@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jlora._mesh import num_shards
 from jlora._quantized_array import QuantizedArray, is_unpacked_along_first_axis, maybe_dequantize
-from jlora._sharding import num_shards
 from jlora.interpreter import _compat
 from jlora.interpreter.terms import (
     Axis,

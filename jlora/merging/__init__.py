@@ -10,8 +10,8 @@ from __future__ import annotations
 from jlora.merging.combine import CombineResult, analogy, combine_adapters
 from jlora.merging.interference import Interference, PairStats, measure_interference, save_heatmap
 from jlora.merging.lorahub import FusionResult, fit_weights, lorahub
+from jlora.merging.merge_methods import DARE, DELLA, TIES, Linear, Magnitude, MergeMethod
 from jlora.merging.merge_to import MergeFidelity, MergeResult, UpdateLostWarning, merge_to_dtype
-from jlora.merging.methods import DARE, DELLA, TIES, Linear, Magnitude, MergeMethod
 from jlora.merging.routing import Router, apply_routed, fit_router, routing_weights
 from jlora.merging.weighted import (
     adapter_names,

@@ -35,7 +35,7 @@ from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.weighted_sum import WeightedSumLeaf
 from jlora.merging._validation import check_adapters, collect_bases
-from jlora.merging.methods import Linear, MergeMethod
+from jlora.merging.merge_methods import Linear, MergeMethod
 
 Adapter = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlora.training.callbacks import Callback, Request
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.distributed import TrainingInterrupted, initialize_distributed
+from jlora.training.distributed import initialize_distributed
 from jlora.training.loop import NonFiniteError
 from jlora.training.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from jlora.training.program_cache import ProgramCache
@@ -17,6 +17,7 @@ from jlora.training.sharding import (
     make_mesh,
     use_mesh,
 )
+from jlora.training.signals import TrainingInterrupted
 from jlora.training.train import RESULT_FILE, TrainResult, train
 from jlora.training.train_step import ScheduledOptimizer, TrainState, init_train_state
 from jlora.training.wandb_logger import WandbLogger

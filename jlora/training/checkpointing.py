@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from jlora._sharding import fetch_global
+from jlora._mesh import fetch_global
 from jlora._tree import PyTree
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.training.callbacks import Callback, Request

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from jlora import models, peft
-from jlora._sharding import fetch_global
+from jlora._mesh import fetch_global
 from jlora._tree import PyTree
 from jlora.checkpoints.adapter_file import write_adapter
 from jlora.checkpoints.lineage import Lineage

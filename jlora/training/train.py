@@ -20,7 +20,7 @@ from jlora.training.checkpointing import CheckpointManager, CheckpointSaver, che
 from jlora.training.data.batch_stream import StreamPosition
 from jlora.training.data_loader import local_rows, prefetch_to_device
 from jlora.training.datasets import Datasets, load_datasets
-from jlora.training.distributed import SignalHandler, initialize_distributed
+from jlora.training.distributed import initialize_distributed
 from jlora.training.evaluation import Evaluator, make_eval_fn, make_test_fn
 from jlora.training.loop import NonFiniteGuard, TrainLoop, TrainProgress
 from jlora.training.metrics import (
@@ -44,6 +44,7 @@ from jlora.training.recipe.sections import Recipe
 from jlora.training.report import RunSummary
 from jlora.training.resume import collect_run_metadata, resolve_defaults, restore_run
 from jlora.training.setup import Setup, build_setup, model_from_recipe
+from jlora.training.signals import SignalHandler
 from jlora.training.train_step import TrainState
 from jlora.training.wandb_logger import WandbLogger
 

@@ -18,7 +18,7 @@ import yaml
 from jlora import cli
 from jlora.cli import rank_search
 from jlora.rank_search.study import SearchOptions
-from jlora.training.distributed import TrainingInterrupted
+from jlora.training.signals import TrainingInterrupted
 
 # The package has a function of this name.
 main = importlib.import_module("jlora.cli.main")

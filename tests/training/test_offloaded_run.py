@@ -18,10 +18,10 @@ from jlora.training import recipe
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.data.batch_stream import LMBatch
 from jlora.training.data_loader import make_microbatch_sharding
-from jlora.training.distributed import TrainingInterrupted
 from jlora.training.recipe.sections import OptimizerSection
 from jlora.training.setup import Setup, build_setup
 from jlora.training.sharding import make_mesh
+from jlora.training.signals import TrainingInterrupted
 
 # The package has a function of this name.
 offload = importlib.import_module("jlora.optim.offload")

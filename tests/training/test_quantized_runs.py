@@ -18,9 +18,9 @@ import jlora
 from jlora import _tree, cli, models
 from jlora.quantization.quantize import choose_block_axis
 from jlora.training import recipe
-from jlora.training.distributed import TrainingInterrupted
 from jlora.training.setup import build_setup, schemes_from_recipe
 from jlora.training.sharding import make_mesh
+from jlora.training.signals import TrainingInterrupted
 
 # The package has a function of this name.
 train = importlib.import_module("jlora.training.train")

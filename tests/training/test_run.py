@@ -25,11 +25,11 @@ import jlora
 from jlora import models
 from jlora.training import TrainResult, recipe
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.distributed import TrainingInterrupted
 from jlora.training.loop import NonFiniteError
 from jlora.training.resume import resolve_defaults
 from jlora.training.setup import build_setup
 from jlora.training.sharding import make_mesh
+from jlora.training.signals import TrainingInterrupted
 
 # --- outputs ----------------------------------------------------------------------------
 

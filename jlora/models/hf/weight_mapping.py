@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora._mesh import fit_sharding
 from jlora._quantized_array import get_component_shardings
-from jlora._sharding import fit_sharding
 from jlora.checkpoints.safetensors_io import FLOAT_DTYPES, CheckpointReader, format_names
 from jlora.quantization.qarray import QArray
 from jlora.quantization.quantize import choose_block_axis, quantize_weight
