@@ -208,6 +208,7 @@ def test_offload_passes_extra_args() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.thin(5)
 def test_check_offload_correct_passes(name: str, passes: int) -> None:
     params = parameters(mesh())
     transform = OPTIMIZERS[name]()

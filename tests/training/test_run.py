@@ -442,6 +442,7 @@ def test_resume_on_another_mesh_is_close(whole: dict[str, Any], tmp_path: pathli
         (lambda raw: raw["adapter"].update(target_pattern="/q/kernel"), "has .* in addition"),
     ],
 )
+@pytest.mark.thin(3)
 def test_resume_changed_recipe_raises(
     whole: dict[str, Any], tmp_path: pathlib.Path, change: Any, message: str
 ) -> None:
