@@ -10,6 +10,13 @@ weights.
 
 from __future__ import annotations
 
+from jlora.interpreter import (  # noqa: F401  The modules register their rules.
+    control_flow,
+    conv,
+    custom_derivatives,
+    data_movement,
+    dot_products,
+)
 from jlora.interpreter.primitive_rules import register_rule
 
 __all__ = ["register_rule"]

@@ -10,14 +10,7 @@ import jax
 
 from jlora import _tree
 from jlora._tree import PyTree
-from jlora.interpreter import (  # noqa: F401  The modules register their rules.
-    _compat,
-    control_flow,
-    conv,
-    custom_derivatives,
-    data_movement,
-    dot_products,
-)
+from jlora.interpreter import _compat
 from jlora.interpreter.factored_array import FactoredArray, abstractify
 from jlora.interpreter.primitive_rules import RULES, EvalContext, MovementRule
 

@@ -12,14 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from jlora.interpreter import (  # noqa: F401  The modules register their rules.
-    _compat,
-    control_flow,
-    conv,
-    custom_derivatives,
-    data_movement,
-    dot_products,
-)
+from jlora.interpreter import _compat
 from jlora.interpreter.data_movement import match_scalar_scaling
 from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.primitive_rules import (
