@@ -27,18 +27,9 @@ class UnknownAdapterError(KeyError):
     """Raised when a bank has no adapter of a name.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> import jlora
-        >>> from jlora import multi_lora
-        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((2, 3), np.float32)
-        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
-        >>> adapter = lora.init(jax.random.key(0), params, x)
-        >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=2)
-        >>> bank.add("poems", adapter)
-        >>> bank.apply(params, ["poem", None], x)
-        Traceback (most recent call last):
-        jlora.multi_lora.bank.UnknownAdapterError: Unknown adapter 'poem'. Nearest: ...
+        >>> from jlora.multi_lora import UnknownAdapterError
+        >>> print(UnknownAdapterError("Unknown adapter 'poem'. Nearest: 'poems'."))
+        Unknown adapter 'poem'. Nearest: 'poems'.
     """
 
     def __str__(self) -> str:
@@ -49,19 +40,9 @@ class BankFullError(RuntimeError):
     """Raised when a batch uses more adapters than the bank has slots.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> import jlora
-        >>> from jlora import multi_lora
-        >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((2, 3), np.float32)
-        >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
-        >>> adapter = lora.init(jax.random.key(0), params, x)
-        >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=2)
-        >>> bank.add("poems", adapter)
-        >>> bank.add("news", adapter)
-        >>> bank.apply(params, ["poems", "news"], x)
-        Traceback (most recent call last):
-        jlora.multi_lora.bank.BankFullError: The batch uses 2 adapters, but slots=2, ...
+        >>> from jlora.multi_lora import BankFullError
+        >>> issubclass(BankFullError, RuntimeError)
+        True
     """
 
 

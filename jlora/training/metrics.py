@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
@@ -25,7 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 TRAIN_PREFIX, EVAL_PREFIX = "train/", "eval/"
 
 
-class MetricsLogger(Callback):
+class MetricsLogger(Callback, abc.ABC):
     """Base class of loggers: callbacks that write the metrics of steps and evaluations.
 
     A subclass defines `log`, and opens its destination in `on_train_start` and closes it in `close`
@@ -45,6 +46,7 @@ class MetricsLogger(Callback):
         [2.5]
     """
 
+    @abc.abstractmethod
     def log(self, step: int, metrics: MetricValues) -> None:
         """Records the metrics of a step or evaluation.
 
@@ -52,7 +54,6 @@ class MetricsLogger(Callback):
             step: Number of the training step, from 1.
             metrics: Values by name, as in metrics.jsonl.
         """
-        raise NotImplementedError
 
     def on_step_end(self, loop: TrainLoop, step: int, metrics: MetricValues) -> None:
         """Logs the metrics of a step."""
