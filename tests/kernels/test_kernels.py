@@ -278,6 +278,19 @@ def test_fits_hopper_tiles_needs_divisibility() -> None:
     assert not fits(0, 2048, 512, 16)
 
 
+def test_select_kernel_device_needs_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "kernels_work", lambda _: True)
+
+    def select(x_dtype: Any, w_dtype: Any) -> Any:
+        shapes = (((8192, 2048), x_dtype), ((2048, 512), w_dtype))
+        x, w = (jax.ShapeDtypeStruct(*each) for each in shapes)
+        return lora_matmul.select_kernel_device(x, w, 16, transpose_rhs=False)
+
+    assert select(jnp.bfloat16, jnp.bfloat16) == "hopper"
+    assert select(jnp.float32, jnp.float32) is None
+    assert select(jnp.bfloat16, jnp.float32) is None
+
+
 def test_kernels_work_is_false_on_cpu() -> None:
     assert not self_test.kernels_work(16)
 
