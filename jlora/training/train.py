@@ -278,8 +278,9 @@ def _build_run(
     if program_cache is not None:
         setup = program_cache.reuse_programs(recipe, setup, steps, num_labels)
     console(trainable_params_line(setup))
-    for name, value in describe_quantized_base(setup).items():
-        console(f"{name}: {value}")
+    if recipe.quantize is not None:
+        for name, value in describe_quantized_base(setup).items():
+            console(f"{name}: {value}")
     checkpoints = CheckpointManager(
         Path(recipe.output) / CHECKPOINTS_DIR, save_total_limit=recipe.training.save_total_limit
     )

@@ -136,7 +136,8 @@ def load(
         schemes = _match_quantization_schemes(quantize, weights)
         sharding = sharding or (lambda path, abstract_array: None)
         arrays = weight_mapping.load_weights(reader, weights, dtype, sharding, schemes)
-        check_finite_qarrays({path: arrays[path] for path in schemes})
+        if schemes:
+            check_finite_qarrays({path: arrays[path] for path in schemes})
     return LoadedModel(checkpoint_format.model, traverse_util.unflatten_dict(arrays, sep="/"))
 
 
