@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
 from collections.abc import Generator
 from typing import Any
@@ -29,6 +30,34 @@ def _measure_speed() -> float:
     return time.process_time() - start
 
 
+def _has_own_group(item: pytest.Item) -> bool:
+    return any(mark.name in ("slow", "foreign", "live", "gpu") for mark in item.iter_markers())
+
+
+def _run_again(item: pytest.Item) -> float | None:
+    """Returns the CPU seconds of a second run, so that a neighbor's burst fails no test.
+
+    The second run traces and compiles everything again. None where the test does not pass twice
+    with the same fixtures: a folder is not empty any more, a file exists.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = jax.config.jax_compilation_cache_dir
+    jax.clear_caches()
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    start = time.process_time()
+    try:
+        with contextlib.suppress(Exception):
+            item.runtest()
+            return time.process_time() - start
+        return None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
+
+
 class CpuLimit:
     """The limit of one session, longer where the processor is slower than the reference."""
 
@@ -40,8 +69,11 @@ class CpuLimit:
         # CPU time of all threads of the process, so that waiting for other work does not count.
         # Fixtures that several tests share are made outside of the call.
         start = time.process_time()
-        yield
-        item.stash[_CPU_SECONDS] = time.process_time() - start
+        outcome = yield
+        spent = time.process_time() - start
+        if spent > self._seconds * _NOISE and outcome.excinfo is None and not _has_own_group(item):
+            spent = min(spent, _run_again(item) or spent)
+        item.stash[_CPU_SECONDS] = spent
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Generator[None, Any, None]:
@@ -50,7 +82,7 @@ class CpuLimit:
         spent = item.stash.get(_CPU_SECONDS, 0.0)
         if call.when != "call" or not report.passed or spent <= self._seconds:
             return
-        if any(mark.name in ("slow", "foreign", "live", "gpu") for mark in item.iter_markers()):
+        if _has_own_group(item):
             return
         limit = self._seconds * max(1.0, _measure_speed() / _REFERENCE_SECONDS)
         if spent <= limit * _NOISE:
