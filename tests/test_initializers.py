@@ -116,7 +116,8 @@ def test_inits_start_at_base_on_all_layers(name: str, layer: str) -> None:
     adapter = lora.init(jax.random.key(1), params, *inputs)
     assert all(np.any(leaf.a) or layer == "embed" for leaf in adapter.values())
     base = jlora.residual_base(params, adapter) if STARTS[name].residual else params
-    started = jax.jit(lora.apply)(base, adapter, *inputs)
+    apply = jax.jit(lora.apply)
+    started = apply(base, adapter, *inputs)
     chex.assert_trees_all_close(started, jax.jit(fn)(params, *inputs), rtol=1e-4, atol=1e-4)
     if not STARTS[name].residual:
         with pytest.raises(ValueError, match="its base is params"):
@@ -127,8 +128,8 @@ def test_inits_start_at_base_on_all_layers(name: str, layer: str) -> None:
     plain = jlora.rebase_to_original(trained, adapter)
     assert {leaf.rank for leaf in plain.values()} == {4}
     chex.assert_trees_all_close(
-        jax.jit(lora.apply)(params, plain, *inputs),
-        jax.jit(lora.apply)(base, trained, *inputs),
+        apply(params, plain, *inputs),
+        apply(base, trained, *inputs),
         rtol=1e-4,
         atol=1e-4,
     )

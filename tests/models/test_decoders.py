@@ -550,6 +550,7 @@ def test_decoder_axes_have_logical_names(scanned: bool) -> None:
         *(slow("qwen3_moe", False), ("qwen3_moe", True)),
     ],
 )
+@pytest.mark.thin(2)
 def test_lora_decoder_stays_factored(name: str, scanned: bool) -> None:
     model, params = loaded(name, scanned)
     ids, mask = expected(name)["input_ids"], expected(name)["mask"]

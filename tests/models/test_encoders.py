@@ -261,6 +261,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("name", "field", "places"), PLACES)
 @pytest.mark.thin(3)
+@pytest.mark.thin(2)
 def test_dropout_is_in_place_and_follows_key(
     name: str, field: str, places: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +336,7 @@ def test_mean_pool_bfloat16_counts_past_256() -> None:
 @pytest.mark.parametrize(
     ("name", "most"), [("bert", 17), ("distilbert_sequence", 17), ("roberta", 15)]
 )
+@pytest.mark.thin(3)
 def test_encoder_too_long_text_raises(name: str, most: int) -> None:
     model, params = loaded(name)
     tokens = np.full((2, most + 1), 3, np.int32)
@@ -470,6 +472,7 @@ def test_encoder_axes_have_logical_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.thin(4)
+@pytest.mark.thin(2)
 def test_lora_encoder_stays_factored(name: str) -> None:
     model, params = loaded(name)
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
@@ -695,6 +698,7 @@ CARRIED = {
 
 
 @pytest.mark.parametrize(("name", "spelling"), WRITTEN)
+@pytest.mark.thin(2)
 def test_save_each_naming_is_bitwise_equal(
     name: str, spelling: str, tmp_path: pathlib.Path
 ) -> None:

@@ -32,6 +32,12 @@ def layers(request: pytest.FixtureRequest) -> Setting:
 
 
 @pytest.fixture
+def given(request: pytest.FixtureRequest) -> Setting:
+    """The decoder of (scanned, dtype)."""
+    return setting(*request.param)
+
+
+@pytest.fixture
 def separate() -> Setting:
     """The decoder with separate layers, in float32."""
     return setting(False, "float32")
@@ -75,17 +81,17 @@ def test_bank_apply_decoder_matches_each_alone(layers: Setting, length: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("scanned", "dtype", "length"),
+    ("given", "length"),
     [
-        *((scanned, "float32", length) for scanned in (False, True) for length in (1, 9)),
-        (False, "bfloat16", 1),
-        pytest.param(False, "bfloat16", 9, marks=pytest.mark.slow),
-        pytest.param(True, "bfloat16", 1, marks=pytest.mark.slow),
-        pytest.param(True, "bfloat16", 9, marks=pytest.mark.slow),
+        *(((scanned, "float32"), length) for scanned in (False, True) for length in (1, 9)),
+        ((False, "bfloat16"), 1),
+        pytest.param((False, "bfloat16"), 9, marks=pytest.mark.slow),
+        pytest.param((True, "bfloat16"), 1, marks=pytest.mark.slow),
+        pytest.param((True, "bfloat16"), 9, marks=pytest.mark.slow),
     ],
+    indirect=["given"],
 )
-def test_law_apply_slot_zero_is_base_bitwise(scanned: bool, dtype: str, length: int) -> None:
-    given = setting(scanned, dtype)
+def test_law_apply_slot_zero_is_base_bitwise(given: Setting, length: int) -> None:
     tokens = given.tokens(len(NAMES), length)
     found = np.asarray(given.shared.apply(given.params, NAMES, tokens))
     base = np.asarray(given.bare(given.params, tokens))
@@ -121,6 +127,7 @@ def test_bank_apply_permuted_batch_same_outputs(separate: Setting) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.thin(3)
 def test_law_nan_adapter_stays_in_its_examples(layers: Setting, length: int) -> None:
     broken = jax.tree.map(np.array, layers.adapters["a"])
     for leaf in jax.tree.leaves(broken):
@@ -137,21 +144,22 @@ def test_law_nan_adapter_stays_in_its_examples(layers: Setting, length: int) -> 
     np.testing.assert_allclose(found[~own], layers.expected(NAMES, tokens)[~own], **FLOAT32)
 
 
-@pytest.mark.parametrize("wrong", [-1, 4, 10**6])
 @pytest.mark.parametrize("length", [1, 9])
-def test_apply_nonexistent_slot_gives_nan(separate: Setting, wrong: int, length: int) -> None:
+def test_apply_nonexistent_slot_gives_nan(separate: Setting, length: int) -> None:
     slots, index = separate.shared.slots_for(["a", None, "c"])
-    index[1] = wrong
     tokens = separate.tokens(3, length)
+    expected = separate.expected(["a", None, "c"], tokens)
     run = jax.jit(
         lambda s, i: multi_lora.apply_per_example(separate.lora, separate.params, s, i, tokens)
     )
-    found = np.asarray(run(slots, index))
-    assert np.isnan(found[1]).all()
-    expected = separate.expected(["a", None, "c"], tokens)
-    np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], **FLOAT32)
-    with pytest.raises(ValueError, match=rf"index\[1\]={wrong} must be one of the slots 0 to 3"):
-        multi_lora.check_slot_index(index, slots)
+    for wrong in (-1, 4, 10**6):
+        index[1] = wrong
+        found = np.asarray(run(slots, index))
+        assert np.isnan(found[1]).all()
+        np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], **FLOAT32)
+        message = rf"index\[1\]={wrong} must be one of the slots 0 to 3"
+        with pytest.raises(ValueError, match=message):
+            multi_lora.check_slot_index(index, slots)
 
 
 def test_select_slot_applies_and_merges(separate: Setting) -> None:

@@ -96,6 +96,16 @@ def test_load_apply_agrees_with_peft(name: str, scanned: bool) -> None:
     np.testing.assert_allclose(out[seen], theirs[seen], atol=5e-5)
 
 
+def assert_same_function(model: Any, params: Any, one: Any, other: Any, given: Any) -> None:
+    """Compares outputs only where the arrays differ, because a program has to be compiled."""
+    equal = jax.tree.map(lambda a, b: np.array_equal(a, b), one, other)
+    if jax.tree.structure(one) != jax.tree.structure(other) or not all(jax.tree.leaves(equal)):
+        apply = jax.jit(jlora.lora_transform(model.apply).apply)
+        np.testing.assert_allclose(
+            apply(params, one, *given), apply(params, other, *given), atol=1e-5
+        )
+
+
 @pytest.mark.parametrize(("name", "scanned"), BOTH)
 @pytest.mark.thin(2, 1)
 def test_save_writes_the_tensors_of_peft(name: str, scanned: bool, tmp_path: pathlib.Path) -> None:
@@ -119,10 +129,7 @@ def test_save_writes_the_tensors_of_peft(name: str, scanned: bool, tmp_path: pat
         if exact:
             np.testing.assert_array_equal(ours[key], theirs[key].astype(ours[key].dtype), key)
     again = peft.load(tmp_path / "ours", model, params)
-    given = inputs(name)
-    apply = jax.jit(jlora.lora_transform(model.apply).apply)
-    one, two = (apply(params, a, *given) for a in (adapter, again.adapter))
-    np.testing.assert_allclose(one, two, atol=1e-5)
+    assert_same_function(model, params, adapter, again.adapter, inputs(name))
     written, known = config_of(tmp_path / "ours"), config_of(DATA / name)
     for field in ("bias", "peft_type", "task_type", "r", "init_r", "use_rslora", "use_dora"):
         if field in written and field in known:
@@ -536,6 +543,7 @@ def merged_by_vllm(folder: pathlib.Path, key: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["lora", "lora_rs", "lora_patterns", "lora_experts"])
 @pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.thin(3)
 def test_save_vllm_is_the_same_update(name: str, scanned: bool, tmp_path: pathlib.Path) -> None:
     model, _ = base_of(name, scanned)
     params, adapter = loaded(name, scanned)

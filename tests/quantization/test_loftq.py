@@ -126,7 +126,7 @@ def test_loftq_matches_algorithm_1(steps: int, stabilized: bool) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_loftq_layer_kinds_match_algorithm_1(name: str, steps: int) -> None:
     one = case(name, "float32")
     base, initialized = jlora.loftq(one.params, one.fresh, rules_for(one), iterations=steps)
