@@ -89,7 +89,7 @@ class Importance:
         weight  shape  gradient_norm   share
         ------  -----  -------------  ------
         w       6x5                2  100.0%
-        1 weights, measured on 3 batches.
+        1 weight, measured on 3 batches.
     """
 
     method: str
@@ -156,7 +156,8 @@ class Importance:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [_align_importance_row(row, widths) for row in cells]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(f"{len(self.weights)} weights{self._format_count()}.")
+        count = len(self.weights)
+        lines.append(f"{count} {'weight' if count == 1 else 'weights'}{self._format_count()}.")
         return "\n".join(lines)
 
     def _format_count(self) -> str:

@@ -63,9 +63,9 @@ def grid(layers: list[str]) -> list[Any]:
     return [pytest.param(*pair, id="-".join(pair)) for pair in pairs if pair not in UNTESTABLE]
 
 
-# Methods with the same kind of terms. On the other layers they alternate, so that each kind of term
-# is tested on every layer. tests/interpreter/test_rule_properties.py tests the rules on products
-# of drawn operands.
+# Methods with the same kind of terms. On the other layers those that support the layer alternate,
+# so that each kind of term is tested on every layer; the rest refuse it.
+# tests/interpreter/test_rule_properties.py tests the rules on products of drawn operands.
 RELATED = [
     ["lora_fa", "adalora", "vera"],
     ["dylora", "sora", "vb_lora"],
@@ -75,12 +75,12 @@ RELATED = [
     ["fourierft", "fourierft_whole"],
     ["ia3", "ia3_inputs"],
 ]
-TURNS = {family: (number, len(group)) for group in RELATED for number, family in enumerate(group)}
 
 
 def has_turn(family: str, layer: str) -> bool:
-    number, count = TURNS.get(family, (0, 1))
-    return OTHERS.index(layer) % count == number
+    group = next((group for group in RELATED if family in group), [family])
+    able = [name for name in group if kinds(layer) <= FAMILIES[name].config.supported_kinds]
+    return family not in able or able[OTHERS.index(layer) % len(able)] == family
 
 
 GRID = grid(LAYERS) + [

@@ -75,6 +75,15 @@ def test_apply_equals_merge(name: str, dtype: str) -> None:
     assert_as_accurate(one.output, merged, truth)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "custom" in name])
+def test_apply_without_gradient_equals_merge(name: str) -> None:
+    """Under `grad`, JAX evaluates the forward rule of a custom derivative and not its function."""
+    one = case(name, "float32")
+    apart = one.compiled(one.params, one.adapter, *one.inputs)
+    merged = jax.jit(one.fn)(one.lora.merge(one.params, one.adapter), *one.inputs)
+    chex.assert_trees_all_close(apart, merged, **FLOAT32)
+
+
 @pytest.mark.parametrize(("name", "dtype"), in_both_types(DIFFERENTIABLE))
 def test_apply_gradient_equals_merge(name: str, dtype: str) -> None:
     one = case(name, dtype)
