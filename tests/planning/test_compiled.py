@@ -163,6 +163,12 @@ def test_step_cost_agrees_with_arithmetic() -> None:
     check(small(), 0.03)
 
 
+@pytest.mark.slow
+def test_step_cost_of_replicas_agrees_with_arithmetic() -> None:
+    """Each of two replicas of the weights has half of the rows."""
+    check(plan(SMALL, "v5e:2x2", {"fsdp": 2}, rows=8, length=256, chunks=2), 0.03)
+
+
 def test_lowered_step_has_the_tpu_kernel() -> None:
     assert jax.default_backend() == "cpu"
     assert "tpu_custom_call" in small().lowered.as_text()
