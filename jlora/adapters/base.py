@@ -133,7 +133,10 @@ class AdapterConfig(abc.ABC):
             return f"its shape {weight.shape} has no elements"
         if weight.kind not in MATRIX_KINDS:
             by = ", ".join(weight.primitives) or "nothing"
-            return f"it feeds no product and no look-up that jlora can follow (it is used by: {by})"
+            return (
+                f"it feeds no product and no look-up that jlora can follow (it is used by: {by}; "
+                f"jlora.register_rule adds a primitive of your own)"
+            )
         if weight.kind not in self.supported_kinds:
             known = " and ".join(sorted(self.supported_kinds))
             return f"it is of the kind {weight.kind}, and {self.info.name} is defined for {known}"

@@ -55,8 +55,11 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
         return _inspect_peft_folder(path)
     if (path / "config.json").is_file():
         return _inspect_model_folder(path)
+    mend = "" if path.exists() else " It does not exist."
+    if (path / "adapter.safetensors").is_file():
+        mend = f" Inspect {path / 'adapter.safetensors'}, an adapter of jlora."
     raise FileNotFoundError(
-        f"{path} is neither an adapter file nor a folder with {CONFIG_NAME} or config.json."
+        f"{path} is neither an adapter file nor a folder with {CONFIG_NAME} or config.json.{mend}"
     )
 
 

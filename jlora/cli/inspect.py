@@ -39,6 +39,11 @@ def run_inspect(options: InspectOptions) -> None:
     if options.importance is None:
         flags = {"--batches": options.batches, "--budget": options.budget}
         reject_without_importance({**flags, " ".join(options.overrides): options.overrides})
+        if options.path.suffix in _RECIPE_SUFFIXES:
+            raise ValueError(
+                f"{options.path} is a recipe. Add --importance to measure the weights of its base, "
+                f"such as --importance stable_rank."
+            )
         from jlora.cli.checkpoint_contents import inspect_path
 
         print(inspect_path(options.path))

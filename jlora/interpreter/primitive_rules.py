@@ -84,8 +84,9 @@ class EvalContext:
         if weight.is_adapted and not self.allow_materialize:
             raise ValueError(
                 f"The adapted weight {weight.path!r} would be materialized for {used_by}, and "
-                f"allow_materialize=False forbids it. Leave the weight out of the rules, or allow "
-                f"it; lora.explain shows each use."
+                f"allow_materialize=False forbids it. Leave the weight out of the rules, allow it, "
+                f"or register a rule for a primitive of your own (jlora.register_rule); "
+                f"lora.explain shows each use."
             )
         self.materialized.append(weight.path)
 

@@ -152,6 +152,11 @@ def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
         ValueError: The config requires an unsupported feature, or has an unknown field.
     """
     path = folder / CONFIG_NAME
+    if not path.exists() and (folder / "adapter.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a PEFT folder: it has no {CONFIG_NAME}. Pass "
+            f"{folder / 'adapter.safetensors'}, an adapter of jlora."
+        )
     return validate_config(path, read_json(path))
 
 

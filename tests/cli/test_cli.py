@@ -262,6 +262,7 @@ def test_export_hf_rounded_update_warns(
     ("arguments", "message"),
     [
         (("inspect", "nothing"), "is neither an adapter file"),
+        (("inspect", "recipe.yaml"), "is a recipe. Add --importance"),
         (("inspect", BASE / "config.json"), "is damaged"),
         (
             ("inspect", BASE / "model.safetensors"),
@@ -492,3 +493,17 @@ def test_merge_modules_to_save_raises(
     status, _, error = run(capsys, "merge", BASE, out, adapter, PEFT / "lora_saved")
     assert status == 1
     assert "also replaces weights of the base" in error
+
+
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_main_run_folder_names_its_adapter(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "adapter.safetensors").write_bytes(b"")
+    arguments = {
+        "inspect": ("inspect", tmp_path),
+        "export": ("export", BASE, tmp_path, tmp_path / "out"),
+    }[command]
+    status, _, error = run(capsys, *arguments)
+    assert status == 1
+    assert str(tmp_path / "adapter.safetensors") in error
