@@ -431,7 +431,7 @@ def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[...
         It returns the primitive's output, or a list of them.
 
     Raises:
-        TypeError: `primitive` is neither a primitive nor a name.
+        TypeError: `primitive` is neither a primitive nor a name, or the rule is not a function.
         ValueError: jlora itself has a rule for the primitive.
 
     Example:
@@ -458,6 +458,12 @@ def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[...
         raise ValueError(f"jlora has a rule for the primitive {name!r}, which cannot be replaced.")
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if not callable(fn):
+            raise TypeError(
+                f"The rule of the primitive {name!r} must be a function of its inputs and "
+                f"parameters, got {fn!r}."
+            )
+
         def get_program(eqn: Any) -> _compat.TracedProgram:
             shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
             program = _compat.trace_program(
@@ -470,7 +476,8 @@ def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[...
             if returned != expected:
                 raise ValueError(
                     f"The rule of the primitive {name!r} returned outputs of the shapes and types "
-                    f"{_format_outputs(returned)}; the primitive has {_format_outputs(expected)}."
+                    f"{_format_outputs(returned)}; the primitive has {_format_outputs(expected)}. "
+                    f"Return its output, or a list of its outputs, from {fn!r}."
                 )
             return program
 

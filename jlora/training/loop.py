@@ -243,6 +243,11 @@ class TrainLoop:
             requests: dict[Request, Callback] = {}
             for callback in self._callbacks:
                 request = callback.request(self, ends_epoch)
+                if request is not None and not isinstance(request, Request):
+                    raise TypeError(
+                        f"{type(callback).__name__}.request must return a Request, such as "
+                        f"Request.STOP, or None, got {request!r}."
+                    )
                 if request is not None and request not in granted:
                     requests.setdefault(request, callback)
             if not requests:

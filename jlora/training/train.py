@@ -117,6 +117,7 @@ def train(
         FileExistsError: The output folder has a run, and `resume` is false.
         FileNotFoundError: The base, data, or the checkpoint to resume from does not exist.
         ImportError: The recipe logs to W&B, and wandb is not installed.
+        TypeError: `recipe` is not a Recipe, or `callbacks` not a list of callbacks.
         ValueError: The recipe does not fit the base, data or devices; the checkpoint belongs to
             another run; or the run is past `pause_after_step`.
         RuntimeError: The devices compute wrong steps with an offloaded optimizer state.
@@ -129,6 +130,7 @@ def train(
         >>> from jlora.training import recipe, train
         >>> train(recipe.load("recipe.yaml"))  # doctest: +SKIP
     """
+    _check_arguments(recipe, callbacks)
     _check_pause_step(pause_after_step)
     initialize_distributed(recipe.distributed)
     console = Console(quiet or jax.process_index() > 0)
@@ -185,6 +187,25 @@ class _Measurement(NamedTuple):
 
     test_metrics: list[dict[str, float]]
     texts: list[str]
+
+
+def _check_arguments(recipe: Any, callbacks: Any) -> None:
+    """Checks the types, before any file is written."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe must be a Recipe, got {type(recipe).__name__}. Use recipe.load(path) or "
+            f"recipe.validate(mapping) of jlora.training."
+        )
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(
+            f"callbacks must be a list of callbacks, got {type(callbacks).__name__}. Use "
+            f"callbacks=[callback]."
+        )
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks must be instances of jlora.training.Callback, got {callback!r}."
+            )
 
 
 def _check_pause_step(pause_after_step: int | None, step: int = 0) -> None:

@@ -124,6 +124,11 @@ def test_register_rule_bad_primitive_raises(primitive: Any, error: Any, message:
         jlora.register_rule(primitive)
 
 
+def test_register_rule_not_a_function_raises() -> None:
+    with pytest.raises(TypeError, match="'test_no_function' must be a function .*, got 3"):
+        jlora.register_rule("test_no_function")(3)  # pyright: ignore[reportArgumentType]
+
+
 def test_register_rule_again_replaces_the_users() -> None:
     primitive = make_primitive("test_matmul_twice")
     jlora.register_rule(primitive)(lambda x, w, *, factor: [0 * (x @ w.T), x.sum()])

@@ -16,7 +16,7 @@ from _support.training_fixtures import Make, make_recipe
 from _support.training_loops import looped
 from _support.training_runs import After, measured, output, run, stop
 
-from jlora.training import Callback, ProgramCache, Request, WandbLogger, report
+from jlora.training import Callback, ProgramCache, Request, WandbLogger, recipe, report, train
 from jlora.training.callbacks import Evaluation
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.distributed import ProcessMaximum
@@ -110,6 +110,31 @@ def test_loop_resume_does_what_was_due() -> None:
     looped(Recorder(calls), asking, progress=TrainProgress(step=2))
     assert calls[:3] == [("start", 2), ("evaluated", 2, 0.5, True), ("save", 2)]
     assert calls[3] == ("step", 3, 3.0)
+
+
+def test_loop_other_request_raises() -> None:
+    message = r"Asking\.request must return a Request.*, got 'stop'"
+    with pytest.raises(TypeError, match=message):
+        looped(Asking({2: "stop"}))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (Callback(), r"must be a list of callbacks, got Callback"),
+        ([Callback], r"must be instances of jlora\.training\.Callback, got <class"),
+    ],
+)
+def test_train_wrong_argument_raises(callbacks: Any, message: str) -> None:
+    least = {
+        "model": {"path": "base"},
+        "data": {"train": [{"path": "a", "format": "chat"}]},
+        "output": "run",
+    }
+    with pytest.raises(TypeError, match=message):
+        train(recipe.validate(least), callbacks=callbacks)
+    with pytest.raises(TypeError, match=r"must be a Recipe, got str. Use recipe\.load"):
+        train("recipe.yaml")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("method", ["on_train_start", "on_step_end", "on_train_end", "close"])
