@@ -11,11 +11,12 @@ from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
     count_trainable_elements,
+    get_adapter_leaves,
 )
 from jlora.interpreter import usage
 from jlora.interpreter.eval_jaxpr import TracedCall
 from jlora.interpreter.terms import WeightAxes
-from jlora.rules import Adapter, Rules, abstract_adapter, match_rules
+from jlora.rules import Rules, abstract_adapter, match_rules
 
 
 class ExplanationRow(NamedTuple):
@@ -130,15 +131,18 @@ def _format_explanation_row(row: ExplanationRow) -> tuple[str, ...]:
 
 
 def build_explanation(
-    rules: Rules, traced: TracedCall, find_materialized: Callable[[TracedCall, Adapter], set[str]]
+    rules: Rules,
+    traced: TracedCall,
+    find_materialized: Callable[..., set[str]],
+    allow_materialize: bool = True,
 ) -> Explanation:
     """Returns the table for a traced call of the model.
 
     Args:
         rules: Rules of the transform.
         traced: Traced call of the model.
-        find_materialized: Function from an adapter to the paths of the weights that its evaluation
-            materializes.
+        find_materialized: `jlora.transform.find_materialized`.
+        allow_materialize: Whether adapted weights may be materialized.
     """
     plan = match_rules(rules, traced)
     configs = {weight.path: config for weight, config in plan.adapted}
@@ -156,10 +160,16 @@ def build_explanation(
     except ValueError as error:  # LoRAMoE on a weight without a known input.
         plan.errors.append(error)
         materialized = set()
+    if materialized and not allow_materialize:
+        try:
+            find_materialized(traced, adapter, allow_materialize=False)
+        except ValueError as error:
+            plan.errors.append(error)
+    leaves = get_adapter_leaves(adapter)
     rows = []
     for index in traced.param_index:
         path, weight = traced.flat_params.paths[index], traced.flat_params.leaves[index]
-        leaf = adapter.get(path)
+        leaf = leaves.get(path)
         reasons = tuple(dict.fromkeys(use.dense_reason for use in uses[path] if use.dense_reason))
         is_full = leaf is not None and leaf.is_full
         if leaf is not None and path not in materialized:

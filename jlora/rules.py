@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -178,7 +179,8 @@ def _get_refusal(weight: AdaptableWeight, config: AdapterConfig) -> str | None:
 
 def _suggest_pattern(path: str) -> str:
     """Returns the shortest pattern for leaves like this one: its last key."""
-    return path.rsplit("/", 1)[-1] + "$"
+    key = path.rsplit("/", 1)[-1]
+    return (key if re.fullmatch(r"[\w-]+", key) else re.escape(key)) + "$"
 
 
 def abstract_adapter(plan: AdaptationPlan) -> Adapter:

@@ -68,7 +68,8 @@ class ExplainFn(Protocol):
 class LoraTransform(NamedTuple):
     """Pure functions of parameter trees that adapt one function with LoRA.
 
-    For every adapter and input, `apply(params, adapter, x) == fn(merge(params, adapter), x)`.
+    For every adapter that is a change of weights (all but `LoRAMoE`, which routes by the input)
+    and every input, `apply(params, adapter, x) == fn(merge(params, adapter), x)`.
     Train through `apply`, whose gradient never forms an array of a frozen weight's shape; deploy
     the result of `merge`.
 
@@ -209,7 +210,7 @@ def lora_transform(
 
     def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:
         traced = trace_call(fn, params, inputs, kwargs)
-        return build_explanation(rules or {}, traced, find_materialized)
+        return build_explanation(rules or {}, traced, find_materialized, allow_materialize)
 
     return LoraTransform(init, apply, apply_with_aux_loss, merge, explain)
 
@@ -326,7 +327,10 @@ def find_materialized(
 
 
 def _check_prng_key(name: str, key: Any) -> None:
-    if not isinstance(key, jax.Array | np.ndarray):
+    is_key = isinstance(key, jax.Array | np.ndarray) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
+    )
+    if not is_key:
         raise TypeError(
             f"{name}={key!r} must be a random key, such as jax.random.key(0), got "
             f"{type(key).__name__}."

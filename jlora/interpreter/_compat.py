@@ -57,9 +57,12 @@ def make_eqn_key(eqn: Any) -> Hashable:
 
 
 def get_varying_axes(array: Any) -> tuple[str, ...]:
-    """Returns the mesh axes over which an array varies, inside a shard_map that tracks this."""
+    """Returns the mesh axes over which an array varies, inside a shard_map that tracks this.
+
+    They are sorted, because the order of a set differs between the processes of a run.
+    """
     kind = getattr(jax.typeof(array), "manual_axis_type", None)
-    return tuple(getattr(kind, "varying", ()))
+    return tuple(sorted(getattr(kind, "varying", ())))
 
 
 def has_explicit_sharding(array: Any) -> bool:

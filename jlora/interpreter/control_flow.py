@@ -323,7 +323,8 @@ def _eval_shard_map(context: EvalContext, eqn: Any, values: Sequence[Any]) -> li
         else _ShardMapInput(value, spec, lambda x: x)
         for value, spec in zip(values, eqn.params["in_specs"], strict=True)
     ]
-    names = tuple(eqn.params["newly_manual_axes"])
+    # In the order of the mesh: that of a set differs between the processes of a run.
+    names = tuple(name for name in mesh.axis_names if name in eqn.params["newly_manual_axes"])
 
     def body(*shards: Any) -> tuple[list[Any], list[Any]]:
         nested = context.nested()

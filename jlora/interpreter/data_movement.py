@@ -29,9 +29,7 @@ from jlora.interpreter.primitive_rules import (
 from jlora.interpreter.terms import Axis, AxisGroups, Operand, Term, flat_size
 
 
-@movement_rule(
-    "copy", "name", "pvary", "reduce_precision", "sharding_constraint", "mesh_cast", "reshard"
-)
+@movement_rule("copy", "name", "pvary", "reduce_precision", "sharding_constraint", "reshard")
 def _identity_rule(
     eqn: Any, weights: OptionalWeights, values: Sequence[Any]
 ) -> list[FactoredArray] | None:

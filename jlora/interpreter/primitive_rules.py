@@ -238,8 +238,15 @@ def _add_products(
     def renumber(axes: Sequence[Axis]) -> tuple[Axis, ...]:
         return tuple(numbered.setdefault(a, _numbered_axis(len(numbered), a)) for a in axes)
 
+    def renumber_term(term: Term) -> Term:
+        term = term.map(lambda o: Operand(o.array, renumber(o.axes)))
+        # Such as the axis of the experts, which is a field of its own.
+        fields = {f.name: getattr(term, f.name) for f in dataclasses.fields(term)}  # type: ignore
+        axes = {name: renumber([a])[0] for name, a in fields.items() if isinstance(a, Axis)}
+        return dataclasses.replace(term, **axes)  # type: ignore
+
     groups = tuple(renumber(group) for group in weight.axis_groups)
-    terms = tuple(term.map(lambda o: Operand(o.array, renumber(o.axes))) for term in weight.terms)
+    terms = tuple(map(renumber_term, weight.terms))
     arrays, treedef = jax.tree.flatten(weight.terms)
     call = _ProductCall((key, groups, jax.tree.structure(terms)), product, treedef)
     return _lora_product(call, x, weight.base, arrays)
@@ -455,7 +462,10 @@ def register_rule(primitive: Any) -> Callable[[Callable[..., Any]], Callable[...
             f"'my_matmul'."
         )
     if name in RULES and name not in _user_rules:
-        raise ValueError(f"jlora has a rule for the primitive {name!r}, which cannot be replaced.")
+        raise ValueError(
+            f"jlora has a rule for the primitive {name!r}, which cannot be replaced. Give your own "
+            f"primitive another name."
+        )
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not callable(fn):

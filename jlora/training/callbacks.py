@@ -81,7 +81,8 @@ class Callback:
     def on_step_end(self, loop: TrainLoop, step: int, metrics: MetricValues) -> None:
         """Receives the metrics of a step.
 
-        The devices already compute the next step then, and `loop.state` is its result.
+        The devices may already compute the next step then, and `loop.state` is its result. Before a
+        checkpoint, an evaluation and the end, they do not.
 
         Args:
             loop: Loop of the run.
@@ -139,5 +140,5 @@ class Callback:
     def close(self) -> None:
         """Closes files and other resources.
 
-        It is always called: also after an exception, and if `on_train_start` was not reached.
+        It is also called after an exception in the loop, and if `on_train_start` was not reached.
         """

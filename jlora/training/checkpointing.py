@@ -8,7 +8,6 @@ that a run waits for the copy to the host only.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import os
 import shutil
@@ -97,9 +96,8 @@ class CheckpointManager:
 
     def all_steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order."""
-        with contextlib.suppress(Exception):  # `wait_until_finished` raises it.
-            if self._pending_write is not None:
-                self._pending_write[1].exception()
+        if self._pending_write is not None:
+            self._pending_write[1].exception()  # Waits; `wait_until_finished` raises it.
         return sorted(self._orbax_manager.all_steps())
 
     def save(
@@ -116,19 +114,24 @@ class CheckpointManager:
 
         Raises:
             OSError: An earlier checkpoint could not be written.
-            ValueError: The step has a checkpoint already.
+            ValueError: The step or a later one has a checkpoint already.
         """
         if step in self._started_steps:
             raise ValueError(
                 f"{self.folder} has a checkpoint of step {step} already, which was not changed."
             )
         self.wait_until_finished()
-        self._started_steps.add(step)
+        if self._started_steps and step < max(self._started_steps):
+            raise ValueError(
+                f"{self.folder} has a checkpoint of step {max(self._started_steps)}, and one of "
+                f"step {step} would be older. Save to another folder."
+            )
         # Copies: views would change with the caller's arrays and keep buffers of the next step.
         arrays = {
             name: np.array(fetch_global(array))
             for name, array in _flatten_state_by_keystr(state).items()
         }
+        self._started_steps.add(step)
         self._pending_write = (
             step,
             self._executor.submit(self._write_checkpoint, step, arrays, dict(metadata), best_step),
@@ -198,6 +201,7 @@ class CheckpointManager:
             args = ocp.args.Composite(**{_METADATA_ITEM: ocp.args.JsonRestore()})
             metadata = self._orbax_manager.restore(step, args=args)[_METADATA_ITEM]
         except Exception as error:
+            _reraise_unless_damage(error)
             raise ValueError(self._format_damage_message(step, _METADATA_ITEM, error)) from error
         version = metadata.get("format") if isinstance(metadata, dict) else None
         if not isinstance(version, int) or version > CHECKPOINT_FORMAT:
@@ -263,6 +267,7 @@ class CheckpointManager:
         try:
             return self._restore_named_arrays(step, list(target_arrays))
         except Exception as error:
+            _reraise_unless_damage(error)
             for name in target_arrays:
                 try:
                     self._restore_named_arrays(step, [name])
@@ -284,6 +289,14 @@ class CheckpointManager:
             remedy = f"Remove {self.folder / str(step)} to resume from step {others[-1]}"
         reason = str(cause).partition("\n")[0][:200]
         return f"Step {step} in {self.folder} is damaged at {item}: {reason}. {remedy}."
+
+
+def _reraise_unless_damage(error: Exception) -> None:
+    """Reraises an error of the machine: the advice for a damaged checkpoint is to remove it."""
+    if isinstance(error, (MemoryError, PermissionError)):
+        raise error
+    if "PERMISSION_DENIED" in str(error):  # TensorStore's, which is a ValueError.
+        raise PermissionError(str(error)) from error
 
 
 class _KeepLastAndBestPolicy:

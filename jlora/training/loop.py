@@ -104,6 +104,7 @@ class TrainLoop:
         last_metrics: Metrics of that step; empty before the first one.
         stop_reason: Reason of the end: "max_steps", "paused", or the `stop_reason` of the callback
             that requested it; None before the end.
+        is_finished: Whether the run ended without an exception.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class TrainLoop:
         self.finished_step: StepRecord | None = None
         self.last_metrics: dict[str, float] = {}
         self.stop_reason: str | None = None
+        self.is_finished = False
         self._callbacks = callbacks
         self.last_step = min(pause_after_step or total_steps, total_steps)
         self._dropout_key = make_dropout_key(recipe)
@@ -151,6 +153,7 @@ class TrainLoop:
 
         Raises:
             MemoryError: The devices are out of memory.
+            ValueError: The batches ended before the last step.
             Exception: An exception of a callback. All callbacks are closed before it is raised.
         """
         self.state = state
@@ -164,6 +167,7 @@ class TrainLoop:
             self.save()
             for callback in self._callbacks:
                 callback.on_train_end(self)
+            self.is_finished = True
         return self.stop_reason
 
     def save(self) -> None:
@@ -187,6 +191,11 @@ class TrainLoop:
             self._running_step = StepRecord(progress.step, batch, metrics)
             if reason := self._grant_requests(batch.ends_epoch):
                 return reason
+        if progress.step < self.last_step:
+            raise ValueError(
+                f"The batches ended after step {progress.step}, and the run has {self.last_step} "
+                f"steps. Iterate over the data again, or reduce total_steps."
+            )
         return "paused" if progress.step < self.total_steps else "max_steps"
 
     def _run_step(self, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:

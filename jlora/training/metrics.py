@@ -197,6 +197,8 @@ def to_strict_json(value: Any) -> Any:
     """Returns the value with NaN and infinities as text, because standard JSON has neither."""
     if isinstance(value, Mapping):
         return {name: to_strict_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_strict_json(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -50,7 +50,8 @@ def resolve_defaults(
     """
     saved: Any = {"data": {}, "model": {}}
     if resume and saved_recipe_path.is_file():
-        saved = yaml.safe_load(saved_recipe_path.read_text(encoding="utf-8"))
+        # A full disk may have left an empty file.
+        saved = yaml.safe_load(saved_recipe_path.read_text(encoding="utf-8")) or saved
     data, model = recipe.data, recipe.model
     if data.chat_template_date is None:
         date = saved["data"].get("chat_template_date") or datetime.date.today().isoformat()

@@ -70,7 +70,9 @@ class SignalHandler(Callback):
         """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_STATUS:
-                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
+                # A process in the background of a script ignores SIGINT.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous_handlers[number] = signal.signal(number, self._handle_signal)
 
     def request(self, loop: TrainLoop, ends_epoch: bool) -> Request | None:
         """Returns `INTERRUPT` once the processes agree that a signal arrived."""
@@ -81,13 +83,13 @@ class SignalHandler(Callback):
         return Request.INTERRUPT
 
     def on_train_end(self, loop: TrainLoop) -> None:
-        """Raises if a signal ended the run, or arrived while it was about to pause.
+        """Raises if a signal ended the run, or arrived during its last step and checkpoint.
 
         Raises:
             TrainingInterrupted: A signal arrived; the state is saved.
             OSError: The state could not be saved.
         """
-        if loop.stop_reason == "paused" and self.is_pending():
+        if self.is_pending():
             self._agreed = self.received
         if self._agreed is None:
             return
@@ -107,6 +109,6 @@ class SignalHandler(Callback):
         self._previous_handlers.clear()
 
     def _handle_signal(self, number: int, _: types.FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         # Saving may hang, so the next signal must have its usual effect.
-        signal.signal(number, self._previous_handlers[self.received])  # type: ignore[arg-type]
+        signal.signal(number, self._previous_handlers[signal.Signals(number)])  # type: ignore[arg-type]

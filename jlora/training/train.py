@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -442,8 +443,11 @@ def _compute_update_norms(setup: Setup, state: TrainState) -> dict[str, Any]:
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
+    # A resumed run reads it, so an interruption must leave the old file or the new one.
+    partial = path.with_suffix(".partial")
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _write_result(path: Path, result: dict[str, Any]) -> None:

@@ -58,10 +58,11 @@ class WandbLogger(MetricsLogger):
             ) from error
         self._settings = {"project": project, "entity": entity, "name": name, "mode": mode}
         self._run: Any = None
-        self._exit_code = 1
+        self._loop: TrainLoop | None = None
 
     def on_train_start(self, loop: TrainLoop) -> None:
         """Starts a W&B run, or continues that of a resumed run."""
+        self._loop = loop
         if jax.process_index() > 0:
             return
         output = Path(loop.recipe.output)
@@ -80,11 +81,8 @@ class WandbLogger(MetricsLogger):
         """Logs the values at a step."""
         self._run.log(dict(metrics), step=step)
 
-    def on_train_end(self, loop: TrainLoop) -> None:
-        """Marks the W&B run as finished; otherwise it is a failed one."""
-        self._exit_code = 0
-
     def close(self) -> None:
-        """Ends the W&B run."""
+        """Ends the W&B run: finished, or failed where the training raised an exception."""
         if self._run is not None:
-            self._run.finish(exit_code=self._exit_code)
+            assert self._loop is not None
+            self._run.finish(exit_code=0 if self._loop.is_finished else 1)

@@ -336,6 +336,9 @@ def test_share_name_clash_raises() -> None:
     rules = {"a": jlora.VeRA(rank=4, share="b")}
     with pytest.raises(ValueError, match=r"'b', which a weight of that path has"):
         jlora.lora_transform(fn, rules).init(jax.random.key(0), params, x)
+    rules = {"a": jlora.VeRA(rank=4), "b": jlora.VeRA(rank=4, share="b")}
+    (error,) = jlora.lora_transform(fn, rules).explain(params, x).errors
+    assert "'b', which a weight of that path has" in error
 
 
 def test_apply_missing_shared_arrays_raises() -> None:

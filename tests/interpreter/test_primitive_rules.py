@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import jlora
+from jlora import multi_lora
 from jlora.interpreter import _compat
 from jlora.interpreter.eval_jaxpr import make_context
 from jlora.interpreter.factored_array import FactoredArray
@@ -159,6 +160,16 @@ def test_allow_materialize_false_names_the_weight() -> None:
         lora.apply(PARAMS, adapter, X)
 
 
+def test_explain_lists_forbidden_materializations() -> None:
+    config = jlora.LoRA(rank=2, alpha=3)
+    explanation = jlora.lora_transform(product_and_norm, config).explain(PARAMS, X)
+    assert not explanation.errors
+    forbidden = jlora.lora_transform(product_and_norm, config, allow_materialize=False)
+    (error,) = forbidden.explain(PARAMS, X).errors
+    assert "weight 'w' would be materialized" in error
+    assert forbidden.explain(PARAMS, X).rows == explanation.rows
+
+
 def test_allow_materialize_false_keeps_factored() -> None:
     def model(params: Any, x: Any) -> Any:
         frozen = jnp.sqrt(jnp.sum(params["scale"] ** 2))  # Not adapted, so it may be used densely.
@@ -201,15 +212,22 @@ def test_products_of_equal_shapes_stay_apart() -> None:
         np.testing.assert_allclose(output, x @ adapted.materialize(), rtol=1e-4, err_msg=name)
 
 
-def test_equal_products_are_traced_once() -> None:
+@pytest.mark.parametrize(
+    "config", [jlora.LoRA(rank=2, alpha=2), jlora.LoRAMoE(num_experts=4, rank=2, alpha=2), None]
+)
+def test_equal_products_are_traced_once(config: Any) -> None:
+    """Also those whose terms name an axis: that of the experts, or of the slots."""
+
     def model(params: Any, x: Any) -> Any:
         for w in params:
             x = jnp.tanh(x @ w)
         return x
 
     params = [jnp.eye(6)] * 5
-    lora = jlora.lora_transform(model, jlora.LoRA(rank=2, alpha=2))
+    lora = jlora.lora_transform(model, config or jlora.LoRA(rank=2, alpha=2))
     adapter = lora.init(jax.random.key(0), params, X)
+    if config is None:
+        adapter = multi_lora.select_slot(multi_lora.empty_slots(adapter, 3, 2), 1)
     jaxpr = jax.make_jaxpr(lora.apply)(params, adapter, X)
     bodies = [
         eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.params.get("name") == "_lora_product"

@@ -14,6 +14,7 @@ from _support.layer_zoo import normal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
+from jlora.interpreter import _compat
 
 COMPOSED = ["dense_general", "conv_groups", "linen_scan_remat", "tied_embedding", "experts"]
 # Sums of at most 60 products of values near one in float32, in another order.
@@ -205,6 +206,30 @@ def test_shard_map_inside_shards_factors(rows: str | None, columns: str | None) 
     gradient = jax.jit(jax.grad(lambda a: total(lora.apply(params, a, x))))(adapter)
     through_merge = jax.grad(lambda a: total(x @ jlora.merge(params, a)["w"]))(adapter)
     chex.assert_trees_all_close(gradient, through_merge, **FLOAT32)
+
+
+def test_shard_map_mesh_axes_are_ordered() -> None:
+    """Sets of names have another order in each process, and a program must not."""
+    device_mesh = mesh((2, 2, 2), ("zeta", "eta", "alpha"))
+    orders = []
+
+    def product(w: jax.Array, x: jax.Array) -> jax.Array:
+        orders.append(_compat.get_varying_axes(x))
+        return x @ w
+
+    spec = PartitionSpec(("eta", "alpha", "zeta"))
+    run = jax.shard_map(product, mesh=device_mesh, in_specs=(PartitionSpec(), spec), out_specs=spec)
+    params, x = {"w": normal(0, (6, 5), np.float32)}, normal(1, (8, 6), np.float32)
+    config = jlora.LoRAMoE(num_experts=4, rank=2, alpha=2)
+    lora = jlora.lora_transform(lambda p, x: run(p["w"], x), config)
+    adapter = lora.init(jax.random.key(2), params, x)
+    (eqn,) = [
+        eqn
+        for eqn in jax.make_jaxpr(lora.apply_with_aux_loss)(params, adapter, x).eqns
+        if eqn.primitive.name == "shard_map"
+    ]
+    assert eqn.params["out_specs"][-1] == PartitionSpec(device_mesh.axis_names)
+    assert set(orders) == {("alpha", "eta", "zeta")}
 
 
 def test_shard_map_around_equals_apply() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from jlora.training.checkpointing import CheckpointManager
 from jlora.training.distributed import ProcessMaximum
 from jlora.training.loop import TrainLoop, TrainProgress
 from jlora.training.sharding import make_mesh
+from jlora.training.signals import SignalHandler, TrainingInterrupted
 
 # --- the loop, with a step that computes nothing ------------------------------------------------
 
@@ -110,6 +112,55 @@ def test_loop_resume_does_what_was_due() -> None:
     looped(Recorder(calls), asking, progress=TrainProgress(step=2))
     assert calls[:3] == [("start", 2), ("evaluated", 2, 0.5, True), ("save", 2)]
     assert calls[3] == ("step", 3, 3.0)
+
+
+def test_loop_finishes_without_an_exception_only() -> None:
+    class Failing(Callback):
+        loop: Any = None
+
+        def on_train_start(self, loop: TrainLoop) -> None:
+            self.loop = loop
+
+        def on_train_end(self, loop: TrainLoop) -> None:
+            raise OSError("full")
+
+    failing = Failing()
+    assert looped(Callback()).is_finished
+    with pytest.raises(OSError, match="full"):
+        looped(failing)
+    assert not failing.loop.is_finished
+
+
+def test_loop_too_few_batches_raises() -> None:
+    with pytest.raises(ValueError, match=r"ended after step 98, and the run has 200 steps"):
+        looped(Callback(), steps=200, losses=range(200))
+
+
+def test_signal_during_the_last_checkpoint_interrupts() -> None:
+    class Arriving(Callback):
+        signals = (signal.SIGTERM, signal.SIGINT)
+
+        def on_save(self, loop: TrainLoop) -> None:
+            for number in self.signals:
+                signal.raise_signal(number)
+            self.signals = ()
+
+    checkpoints: Any = types.SimpleNamespace(wait_until_finished=lambda: None, folder="run")
+    handler = SignalHandler(make_mesh({}, jax.devices()[:1]), checkpoints)
+    with pytest.raises(TrainingInterrupted, match="SIGTERM: step 3 of 3 is saved") as caught:
+        looped(handler, Arriving())
+    assert caught.value.exit_status == 143
+
+
+def test_signal_that_is_ignored_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        handler = SignalHandler(make_mesh({}, jax.devices()[:1]), None)  # type: ignore[arg-type]
+        looped(handler, After(2, lambda: signal.raise_signal(signal.SIGINT)))
+        assert handler.received is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_loop_other_request_raises() -> None:
@@ -324,10 +375,10 @@ def test_wandb_keeps_the_id_of_a_resumed_run(
     recipe = types.SimpleNamespace(output=str(tmp_path), model_dump=lambda mode: {"seed": 0})
     for step in (0, 4, 0):
         logger = WandbLogger("animals", mode="offline")
-        loop: Any = types.SimpleNamespace(recipe=recipe, progress=TrainProgress(step=step))
+        loop: Any = types.SimpleNamespace(
+            recipe=recipe, progress=TrainProgress(step=step), is_finished=bool(step)
+        )
         logger.on_train_start(loop)
-        if step:
-            logger.on_train_end(loop)
         logger.close()
     # The third one is a new run.
     first, resumed, new = (options["id"] for options in fake.runs)

@@ -52,6 +52,38 @@ def test_restore_latest_is_bit_exact(folder: pathlib.Path) -> None:
         saver.restore(state(0), 4)
 
 
+def test_save_older_step_raises(folder: pathlib.Path) -> None:
+    saver = CheckpointManager(folder, save_total_limit=5)
+    with pytest.raises(ValueError, match="has a checkpoint of step 7, and one of step 5 would be"):
+        saver.save(5, state(5), {})
+    assert saver.all_steps() == [3, 7]
+
+
+def test_save_failed_copy_can_be_retried(folder: pathlib.Path) -> None:
+    saver = CheckpointManager(folder, save_total_limit=5)
+    deleted = state(9)
+    deleted["count"].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        saver.save(9, deleted, {})
+    saver.save(9, state(9), {})
+    saver.wait_until_finished()
+    assert_equal(saver.restore(state(0)).state, state(9))
+
+
+@pytest.mark.parametrize("error", [MemoryError, PermissionError])
+def test_restore_machine_error_is_not_damage(
+    folder: pathlib.Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = CheckpointManager(folder, save_total_limit=5)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("injected")
+
+    monkeypatch.setattr(saver._orbax_manager, "restore", fail)
+    with pytest.raises(error, match="injected"):
+        saver.restore(state(0))
+
+
 def test_save_copies_the_state_at_the_call(tmp_path: pathlib.Path) -> None:
     saver = CheckpointManager(tmp_path, save_total_limit=1)
     changing = np.zeros(1_000_000, np.float32)
