@@ -62,10 +62,11 @@ class KVCache(NamedTuple):
         ... )
         >>> model = models.Decoder(config)
         >>> prompt = jnp.array([[3, 5, 2]])
-        >>> params = model.init(jax.random.key(0), prompt)
+        >>> params = jax.jit(model.init)(jax.random.key(0), prompt)
         >>> cache = models.init_cache(model, batch_size=1, capacity=8)
-        >>> logits, cache = model.apply(params, prompt, None, jnp.array([[0, 1, 2]]), cache)
-        >>> logits, cache = model.apply(params, jnp.array([[7]]), None, jnp.array([[3]]), cache)
+        >>> step = jax.jit(model.apply)
+        >>> logits, cache = step(params, prompt, None, jnp.array([[0, 1, 2]]), cache)
+        >>> logits, cache = step(params, jnp.array([[7]]), None, jnp.array([[3]]), cache)
         >>> int(cache.length)
         4
     """
@@ -317,7 +318,7 @@ class Decoder(nn.Module):
         ... )
         >>> model = models.Decoder(config)
         >>> input_ids = jnp.array([[3, 5, 2]])
-        >>> params = model.init(jax.random.key(0), input_ids)
+        >>> params = jax.jit(model.init)(jax.random.key(0), input_ids)
         >>> model.apply(params, input_ids).shape
         (1, 3, 32)
     """

@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         ... )
         >>> model = models.Encoder(config)
         >>> input_ids, mask = jnp.array([[3, 5, 2, 0]]), jnp.array([[1, 1, 1, 0]])
-        >>> params = model.init(jax.random.key(0), input_ids, mask)
+        >>> params = jax.jit(model.init)(jax.random.key(0), input_ids, mask)
         >>> model.apply(params, input_ids, mask).shape
         (1, 4, 8)
     """

@@ -144,7 +144,7 @@ def generate(
         >>> model = models.Decoder(config)
         >>> prompts = jnp.array([[3, 5, 2], [0, 4, 9]])
         >>> mask = jnp.array([[1, 1, 1], [0, 1, 1]])
-        >>> params = model.init(jax.random.key(0), prompts)
+        >>> params = jax.jit(model.init)(jax.random.key(0), prompts)
         >>> output = models.generate(model, params, prompts, mask, max_new_tokens=4)
         >>> output.tokens.shape, output.lengths.tolist()
         ((2, 4), [4, 4])

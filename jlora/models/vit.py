@@ -195,7 +195,7 @@ class ViT(nn.Module):
         ... )
         >>> model = models.ViT(config)
         >>> images = jnp.zeros((1, 8, 12, 3))
-        >>> params = model.init(jax.random.key(0), images)
+        >>> params = jax.jit(model.init)(jax.random.key(0), images)
         >>> model.apply(params, images).shape
         (1, 7, 8)
     """

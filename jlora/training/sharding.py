@@ -109,8 +109,8 @@ def _resolve_mesh_shape(axis_sizes: Mapping[str, int], num_devices: int) -> tupl
     if num_devices % product or (not rest and product != num_devices):
         raise ValueError(
             f"{mesh} has {product} devices, but {num_devices} are available. Use sizes whose "
-            f"product is {num_devices}, or divisors of {num_devices} without data, which gets the "
-            f"remaining devices."
+            f"product is {num_devices}, or -1 for one axis and divisors of {num_devices} for the "
+            f"others. Without data, that axis gets the remaining devices."
         )
     remaining = num_devices // product
     return tuple(remaining if axis in rest else axis_sizes.get(axis, 1) for axis in MESH_AXES)

@@ -164,7 +164,7 @@ def test_step_cost_agrees_with_arithmetic() -> None:
 
 
 @pytest.mark.slow
-def test_step_cost_of_replicas_agrees_with_arithmetic() -> None:
+def test_step_cost_of_replicas() -> None:
     """Each of two replicas of the weights has half of the rows."""
     check(plan(SMALL, "v5e:2x2", {"fsdp": 2}, rows=8, length=256, chunks=2), 0.03)
 

@@ -348,7 +348,7 @@ def make_tensor_getter(
         ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
         ... )
         >>> model = models.Decoder(config)
-        >>> params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+        >>> params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
         >>> arrays = flax.traverse_util.flatten_dict(params, sep="/")
         >>> get_tensor = models.make_tensor_getter(models.checkpoint_mapping(model)[0], arrays)
         >>> get_tensor("model.layers.0.mlp.up_proj.weight").shape
