@@ -85,6 +85,7 @@ def test_apply_without_gradient_equals_merge(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_both_types(DIFFERENTIABLE))
+@pytest.mark.thin(2)
 def test_apply_gradient_equals_merge(name: str, dtype: str) -> None:
     one = case(name, dtype)
 

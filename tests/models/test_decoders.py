@@ -89,6 +89,7 @@ def raw(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "scanned"), LAYOUTS)
+@pytest.mark.thin(2)
 def test_logits_match_transformers(name: str, scanned: bool) -> None:
     theirs = expected(name)["logits"][expected(name)["mask"] > 0]
     # Both round to float32, 1e-7 of logits up to 5, in each of some thirty products.
