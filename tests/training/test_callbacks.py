@@ -136,7 +136,7 @@ def test_loop_too_few_batches_raises() -> None:
         looped(Callback(), steps=200, losses=range(200))
 
 
-def test_signal_during_the_last_checkpoint_interrupts() -> None:
+def test_signal_in_last_checkpoint_interrupts() -> None:
     class Arriving(Callback):
         signals = (signal.SIGTERM, signal.SIGINT)
 
