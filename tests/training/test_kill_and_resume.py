@@ -45,9 +45,12 @@ def started(arguments: list[str], devices: int = 1, **options: Any) -> subproces
 
 
 def jlora(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-    return started(
-        ["-c", "import sys; from jlora.cli import main; sys.exit(main())", *arguments], devices
+    # Children of a job in the background ignore SIGINT, and with it the test of it would wait.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from jlora.cli import main; sys.exit(main())"
     )
+    return started(["-c", script, *arguments], devices)
 
 
 def written(raw: dict[str, Any], folder: pathlib.Path) -> str:
