@@ -308,6 +308,8 @@ def test_apply_out_of_range_token_finite_grads() -> None:
 
 
 def test_init_and_apply_invalid_key_raises() -> None:
+    with pytest.raises(TypeError, match="must be a random key, such as jax.random.key"):
+        transform().init(np.ones(2, np.float32), PARAMS, TOKENS)
     with pytest.raises(TypeError, match="key=0 must be a random key, .* got int"):
         transform().init(0, PARAMS, TOKENS)
     with pytest.raises(TypeError, match="dropout_key=0"):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,11 +31,13 @@ from jlora.checkpoints.lineage import (
     compute_content_hash,
     describe_adapter,
 )
-from jlora.checkpoints.safetensors_io import serialize_safetensors
+from jlora.checkpoints.safetensors_io import replace_file_atomically, serialize_safetensors
 from jlora.interpreter.terms import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
 
 FORMAT_VERSION = 1  # Incremented when an older reader would misread a newer file.
+
+ADAPTER_FILE = "adapter.safetensors"  # In the output folder of a run.
 
 _FINGERPRINT_SAMPLES = 64  # Entries of a weight that its fingerprint covers.
 
@@ -116,7 +117,7 @@ def write_adapter(
         "content": compute_content_hash(describe_adapter(adapter), tensors),
         "lineage": lineage.to_json(),
     }
-    _replace_file_atomically(pathlib.Path(path), serialize_safetensors(tensors, metadata))
+    replace_file_atomically(pathlib.Path(path), serialize_safetensors(tensors, metadata))
 
 
 def load_adapter(
@@ -335,21 +336,6 @@ def _adapted_weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, An
     """Returns the adapted weights by path, after checking that the adapter fits them."""
     flat = _tree.flatten_with_paths(params)
     return {path: flat.leaves[index] for path, index in weight_indices(flat, adapter).items()}
-
-
-def _replace_file_atomically(path: pathlib.Path, content: bytes) -> None:
-    # Readers see the old file or the new one, even after a crash in the middle.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        pathlib.Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_adapter_file(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -273,6 +274,21 @@ def write_shards(
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
             json.dumps(index, indent=2, sort_keys=True) + "\n"
         )
+
+
+def replace_file_atomically(path: Path, content: bytes) -> None:
+    """Writes a file of which readers see the old or the new content, even after a crash."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

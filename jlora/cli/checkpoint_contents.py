@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora.checkpoints.adapter_file import lineage_from_metadata
+from jlora.checkpoints.adapter_file import ADAPTER_FILE, lineage_from_metadata
 from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import (
     ITEM_BYTES,
@@ -56,8 +56,8 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
     if (path / "config.json").is_file():
         return _inspect_model_folder(path)
     mend = "" if path.exists() else " It does not exist."
-    if (path / "adapter.safetensors").is_file():
-        mend = f" Inspect {path / 'adapter.safetensors'}, an adapter of jlora."
+    if (path / ADAPTER_FILE).is_file():
+        mend = f" Inspect {path / ADAPTER_FILE}, an adapter of jlora."
     raise FileNotFoundError(
         f"{path} is neither an adapter file nor a folder with {CONFIG_NAME} or config.json.{mend}"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import _tree
+from jlora.checkpoints.adapter_file import ADAPTER_FILE
 from jlora.checkpoints.safetensors_io import format_names, read_json
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
 
@@ -152,10 +153,10 @@ def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
         ValueError: The config requires an unsupported feature, or has an unknown field.
     """
     path = folder / CONFIG_NAME
-    if not path.exists() and (folder / "adapter.safetensors").is_file():
+    if not path.exists() and (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} is not a PEFT folder: it has no {CONFIG_NAME}. Pass "
-            f"{folder / 'adapter.safetensors'}, an adapter of jlora."
+            f"{folder / ADAPTER_FILE}, an adapter of jlora."
         )
     return validate_config(path, read_json(path))
 

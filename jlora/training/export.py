@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from jax.sharding import SingleDeviceSharding
 from jlora import models, peft
 from jlora._mesh import fetch_global
 from jlora._tree import PyTree
-from jlora.checkpoints.adapter_file import write_adapter
+from jlora.checkpoints.adapter_file import ADAPTER_FILE, write_adapter
 from jlora.checkpoints.lineage import Lineage
-from jlora.checkpoints.safetensors_io import serialize_safetensors
+from jlora.checkpoints.safetensors_io import replace_file_atomically, serialize_safetensors
 from jlora.convert import rebase_to_original
 from jlora.merging.merge_to import merge_to_dtype
 from jlora.optim.multi_transform import combine
@@ -34,7 +33,7 @@ from jlora.transform import lora_transform, merge
 
 _PEFT_READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 
-ADAPTER_FILE, HEAD_FILE = "adapter.safetensors", "head.safetensors"
+HEAD_FILE = "head.safetensors"
 
 # Fields without influence on the adapter: runs with equal adapters write equal bytes.
 _LINEAGE_EXCLUDED_FIELDS: dict[str, Any] = {
@@ -155,11 +154,8 @@ def _write_head(
     is_decoder = isinstance(setup.model, models.Decoder)
     pooling = recipe.classification.pooling or ("last" if is_decoder else "mean")
     metadata = {"labels": json.dumps(list(label_names)), "pooling": pooling}
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(
-        serialize_safetensors({name: np.asarray(array) for name, array in head.items()}, metadata)
-    )
-    os.replace(partial, path)
+    tensors = {name: np.asarray(array) for name, array in head.items()}
+    replace_file_atomically(path, serialize_safetensors(tensors, metadata))
 
 
 def _write_export_folders(

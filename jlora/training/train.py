@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from jax.sharding import Mesh
 
 from jlora.checkpoints import hub
+from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.training import export, report, sharding
 from jlora.training.callbacks import Callback
 from jlora.training.checkpointing import CheckpointManager, CheckpointSaver, check_writable
@@ -443,12 +443,10 @@ def _compute_update_norms(setup: Setup, state: TrainState) -> dict[str, Any]:
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
-    # A resumed run reads it, so an interruption must leave the old file or the new one.
-    partial = path.with_suffix(".partial")
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    replace_file_atomically(path, text.encode())  # A resumed run reads it.
 
 
 def _write_result(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(to_strict_json(result), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(to_strict_json(result), indent=2) + "\n"
+    replace_file_atomically(path, text.encode())
