@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jlora.multi_lora.bank import AdapterBank, BankFullError, BankStats, UnknownAdapterError
+from jlora.multi_lora.adapter_bank import AdapterBank, BankFullError, BankStats, UnknownAdapterError
 from jlora.multi_lora.batched_apply import apply_per_example, check_slot_index, infer_batch_axes
 from jlora.multi_lora.parallel_training import (
     ParallelTrainer,
