@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from _support.cases import case, moved, total
 from _support.layer_zoo import normal
-from flax import nnx
 
 import jlora
 from jlora._tree import flatten_with_paths
@@ -535,53 +534,3 @@ def test_dropout_without_known_input_raises(name: str, reason: str) -> None:
     lora, adapter = dropped(0.5, name)
     with pytest.raises(ValueError, match=rf"Dropout .*'w'.*{reason}"):
         lora.apply(one.params, adapter, *one.inputs, dropout_key=jax.random.key(0))
-
-
-# --- NNX -----------------------------------------------------------------------------------------
-
-
-def test_update_nnx_merged_equals_apply() -> None:
-    module = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), jnp.tanh)
-    fn, params = jlora.from_nnx(module)
-    x = normal(1, (3, 6), np.float32)
-    chex.assert_trees_all_equal(fn(params, x), module(x))
-    lora = jlora.lora_transform(fn, CONFIG)
-    adapter = moved(lora.init(jax.random.key(1), params, x))
-    assert set(adapter) == {"layers/0/kernel"}
-    expected = lora.apply(params, adapter, x)
-    jlora.update_nnx(module, lora.merge(params, adapter))
-    chex.assert_trees_all_close(module(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_from_nnx_abstract_module_has_shapes() -> None:
-    build = lambda: nnx.Linear(6, 5, rngs=nnx.Rngs(0))
-    fn, shapes = jlora.from_nnx(nnx.eval_shape(build))
-    lora = jlora.lora_transform(fn, CONFIG)
-    x = jax.ShapeDtypeStruct((3, 6), jnp.float32)
-    adapter = lora.init(jax.random.key(0), shapes, x)
-    assert adapter["kernel"].a.shape == (6, 2)
-
-
-def test_nnx_invalid_module_or_params_raises() -> None:
-    module = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="model.apply"):
-        jlora.from_nnx(MODEL)
-    with pytest.raises(ValueError, match="method='encode'"):
-        jlora.from_nnx(module, method="encode")
-    _, other = jlora.from_nnx(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
-    before = np.asarray(module.kernel[...])
-    with pytest.raises(ValueError, match=r"'bias'.*\(4,\).*\(5,\)"):
-        jlora.update_nnx(module, other)
-    np.testing.assert_array_equal(module.kernel[...], before)
-
-
-def test_from_nnx_other_method_is_called() -> None:
-    class Two(nnx.Module):
-        def __init__(self) -> None:
-            self.linear = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
-
-        def encode(self, x: jax.Array) -> jax.Array:
-            return self.linear(x)
-
-    fn, params = jlora.from_nnx(Two(), method="encode")
-    assert fn(params, jnp.ones((2, 6))).shape == (2, 5)

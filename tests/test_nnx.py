@@ -1,0 +1,262 @@
+"""NNX modules as pure functions that share nothing with the module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _support.cases import moved
+from _support.layer_zoo import normal
+from flax import linen as nn
+from flax import nnx
+
+import jlora
+
+CONFIG = jlora.LoRA(rank=2, alpha=4)
+X = normal(1, (3, 6), np.float32)
+
+
+class Trained(nnx.Module):
+    """Batch statistics and random counts, which every call in training mode updates."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(self.drop(self.norm(x)))
+
+
+class Normalized(nnx.Module):
+    """A layer that writes its normalized kernel into the module."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer = nnx.WeightNorm(nnx.Linear(6, 5, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer(x)
+
+
+class Stack(nnx.Module):
+    """Layers with dropout in one scan, whose random streams have an axis of layers."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs: nnx.Rngs) -> nnx.Sequential:
+            return nnx.Sequential(nnx.Linear(6, 6, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+        self.layers = create(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def forward(x: jax.Array, layer: nnx.Sequential) -> jax.Array:
+            return layer(x)
+
+        return forward(x, self.layers)
+
+
+class Counted(nnx.Module):
+    """A layer that counts its calls."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer = nnx.Linear(6, 5, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.calls[...] += 1
+        return self.layer(x)
+
+
+class WithRngs(nnx.Module):
+    """A method that takes its random numbers as an argument."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer, self.drop = nnx.Linear(6, 40, rngs=rngs), nnx.Dropout(0.5)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        return self.drop(self.layer(x), rngs=rngs)
+
+
+MODULES = [Trained, Normalized, Stack, Counted]
+
+
+def values(tree: Any) -> list[np.ndarray]:
+    """Copies of all values of a module or of its variables."""
+    state = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    leaves = jax.tree.leaves(state)
+    return [np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in leaves]
+
+
+# --- what is handed out is the caller's own ------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .* is in training mode")
+@pytest.mark.parametrize("build", MODULES)
+def test_fn_changes_neither_params_nor_module(build: Callable[..., nnx.Module]) -> None:
+    module = build(nnx.Rngs(params=0, dropout=1))
+    fn, params = jlora.from_nnx(module)
+    before = values(params)
+    first = fn(params, X)
+    chex.assert_trees_all_equal(fn(params, X), first)
+    chex.assert_trees_all_equal(values(params), before)
+    chex.assert_trees_all_equal(values(module), before)
+    # As a constant of a compiled function and of a gradient.
+    chex.assert_trees_all_close(jax.jit(lambda x: fn(params, x))(X), first, rtol=1e-5, atol=1e-6)
+    assert jax.grad(lambda x: fn(params, x).sum())(X).shape == X.shape
+    # The module itself, called once, gives the same.
+    chex.assert_trees_all_close(module(X), first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .* is in training mode")
+@pytest.mark.parametrize("build", MODULES)
+def test_module_and_params_are_apart(build: Callable[..., nnx.Module]) -> None:
+    module = build(nnx.Rngs(params=0, dropout=1))
+    fn, params = jlora.from_nnx(module)
+    before, first = values(params), fn(params, X)
+    module(X)
+    jlora.update_nnx(module, jax.tree.map(jnp.zeros_like, jlora.from_nnx(module)[1]))
+    chex.assert_trees_all_equal(values(params), before)
+    chex.assert_trees_all_equal(fn(params, X), first)
+
+
+def test_numpy_variables_are_copied() -> None:
+    module = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    module.kernel = nnx.Param(np.ones((6, 5), np.float32))
+    _, params = jlora.from_nnx(module)
+    module.kernel.get_value()[...] = 7
+    np.testing.assert_array_equal(jax.tree.leaves(params["kernel"])[0], 1)
+
+
+def test_merged_update_is_applied_once() -> None:
+    module = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    fn, params = jlora.from_nnx(module)
+    lora = jlora.lora_transform(fn, CONFIG)
+    adapter = moved(lora.init(jax.random.key(1), params, X))
+    before = lora.apply(params, adapter, X)
+    jlora.update_nnx(module, lora.merge(params, adapter))
+    chex.assert_trees_all_equal(lora.apply(params, adapter, X), before)
+
+
+# --- randomness and mode -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [Trained, Stack, WithRngs])
+@pytest.mark.filterwarnings("ignore:The BatchNorm")
+def test_rngs_are_the_random_numbers(build: Callable[..., nnx.Module]) -> None:
+    fn, params = jlora.from_nnx(build(nnx.Rngs(params=0, dropout=1)))
+    lora = jlora.lora_transform(fn, CONFIG)
+    adapter = lora.init(jax.random.key(1), params, X, rngs=jax.random.key(2))
+    run = jax.jit(lambda rngs: lora.apply(params, adapter, X, rngs=rngs))
+    keys = [jax.random.key(0), {"dropout": jax.random.key(0)}, {"dropout": jax.random.key(1)}]
+    outputs = [np.array(run(key)) for key in keys]
+    again = [np.array(run(key)) for key in keys]
+    chex.assert_trees_all_equal(outputs, again)
+    assert not np.array_equal(outputs[1], outputs[2])
+
+
+def test_rngs_draw_what_flax_draws() -> None:
+    module = Trained(nnx.Rngs(params=0, dropout=1))
+    module.norm.use_running_average = True
+    fn, params = jlora.from_nnx(module)
+    outputs = fn(params, X, rngs={"dropout": jax.random.key(5)})
+    nnx.reseed(module, dropout=jax.random.key(5))
+    chex.assert_trees_all_equal(outputs, module(X))
+
+
+def test_train_selects_the_mode_of_the_call() -> None:
+    module = Trained(nnx.Rngs(params=0, dropout=1))
+    fn, params = jlora.from_nnx(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluated = fn(params, X, train=False)
+    module.eval()
+    chex.assert_trees_all_equal(evaluated, module(X))
+    fn, params = jlora.from_nnx(module)
+    with pytest.warns(UserWarning, match="BatchNorm 'norm' is in training mode"):
+        trained = fn(params, X, train=True, rngs=jax.random.key(0))
+    assert not np.array_equal(trained, evaluated)
+    chex.assert_trees_all_equal(fn(params, X), evaluated)
+
+
+@pytest.mark.filterwarnings("ignore:The BatchNorm")
+def test_frozen_randomness_warns_by_name() -> None:
+    fn, params = jlora.from_nnx(Trained(nnx.Rngs(params=0, dropout=1)))
+    with pytest.warns(UserWarning, match=r"Dropout 'drop' is in training mode.*rngs=key"):
+        fn(params, X)
+
+
+def test_arguments_of_the_method_stay_its_own() -> None:
+    class Own(nnx.Module):
+        def __call__(self, x: jax.Array, *, train: bool, rngs: nnx.Rngs) -> jax.Array:
+            return x + train + 0 * rngs.noise.normal(x.shape)
+
+    fn, params = jlora.from_nnx(Own())
+    keys = {"noise": jax.random.key(0)}
+    np.testing.assert_array_equal(fn(params, X, train=True, rngs=keys), X + 1)
+
+
+def test_wrong_random_numbers_raise() -> None:
+    fn, params = jlora.from_nnx(WithRngs(nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"Rngs.*Pass keys as rngs="):
+        fn(params, X, nnx.Rngs(dropout=1))
+    fn, params = jlora.from_nnx(Trained(nnx.Rngs(params=0, dropout=1)))
+    with pytest.raises(ValueError, match=r"key for 'droput'.*\['dropout'\]"):
+        fn(params, X, rngs={"droput": jax.random.key(0)})
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+
+def test_update_nnx_merged_equals_apply() -> None:
+    module = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), jnp.tanh)
+    fn, params = jlora.from_nnx(module)
+    chex.assert_trees_all_equal(fn(params, X), module(X))
+    lora = jlora.lora_transform(fn, CONFIG)
+    adapter = moved(lora.init(jax.random.key(1), params, X))
+    assert set(adapter) == {"layers/0/kernel"}
+    expected = lora.apply(params, adapter, X)
+    jlora.update_nnx(module, lora.merge(params, adapter))
+    chex.assert_trees_all_close(module(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_from_nnx_abstract_module_has_shapes() -> None:
+    build = lambda: nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    fn, shapes = jlora.from_nnx(nnx.eval_shape(build))
+    lora = jlora.lora_transform(fn, CONFIG)
+    x = jax.ShapeDtypeStruct((3, 6), jnp.float32)
+    adapter = lora.init(jax.random.key(0), shapes, x)
+    assert adapter["kernel"].a.shape == (6, 2)
+
+
+def test_nnx_invalid_module_or_params_raises() -> None:
+    module = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="model.apply"):
+        jlora.from_nnx(nn.Dense(3))
+    with pytest.raises(ValueError, match="method='encode'"):
+        jlora.from_nnx(module, method="encode")
+    _, other = jlora.from_nnx(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    before = np.asarray(module.kernel[...])
+    with pytest.raises(ValueError, match=r"'bias'.*\(4,\).*\(5,\)"):
+        jlora.update_nnx(module, other)
+    np.testing.assert_array_equal(module.kernel[...], before)
+
+
+def test_from_nnx_other_method_is_called() -> None:
+    class Two(nnx.Module):
+        def __init__(self) -> None:
+            self.linear = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+
+        def encode(self, x: jax.Array) -> jax.Array:
+            return self.linear(x)
+
+    fn, params = jlora.from_nnx(Two(), method="encode")
+    assert fn(params, jnp.ones((2, 6))).shape == (2, 5)
