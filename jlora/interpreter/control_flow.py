@@ -29,6 +29,8 @@ from jlora.interpreter.primitive_rules import (
     EvalContext,
     SubProgram,
     SubProgramRule,
+    find_forwarded,
+    find_forwarded_by_body,
     single_body,
 )
 from jlora.interpreter.terms import Axis, Operand
@@ -45,6 +47,24 @@ def _fold_in(values: Sequence[Any], data: Any) -> list[Any]:
 
 def _materialize_all(context: EvalContext, values: Sequence[Any], used_by: str) -> list[Any]:
     return [context.materialize(value, used_by) for value in values]
+
+
+def _list_computed(eqn: Any) -> list[int]:
+    """Lists the outputs of an equation that are not one of its inputs."""
+    rule = RULES[eqn.primitive.name]
+    assert isinstance(rule, SubProgramRule)
+    forwarded = rule.get_forwarded(eqn)
+    return [i for i in range(len(eqn.outvars)) if i not in forwarded]
+
+
+def _pick(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+    return [values[i] for i in numbers]
+
+
+def _place(eqn: Any, numbers: Sequence[int], outputs: Sequence[Any]) -> list[Any]:
+    """Returns all outputs of an equation, None for those that are one of its inputs."""
+    by_number = dict(zip(numbers, outputs, strict=True))
+    return [by_number.get(i) for i in range(len(eqn.outvars))]
 
 
 # --- jit, remat -----------------------------------------------------------------------------------
@@ -65,15 +85,16 @@ def _eval_jit(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any
 
 def _eval_remat(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any]:
     program = _compat.program_from_jaxpr(eqn.params["jaxpr"])
+    computed = _list_computed(eqn)
 
     def body(inputs: list[Any]) -> tuple[list[Any], list[Any]]:
         nested = context.nested()
-        return nested.evaluate(program, inputs), nested.losses
+        return _pick(nested.evaluate(program, inputs), computed), nested.losses
 
     rerun = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     outputs, losses = rerun(list(values))
     context.losses.extend(losses)
-    return outputs
+    return _place(eqn, computed, outputs)
 
 
 # --- loops ----------------------------------------------------------------------------------------
@@ -103,6 +124,7 @@ def _eval_scan(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[An
         for x in xs
     ]
     moving = carry.initial_arrays(eqn.invars[parts.num_consts : first])
+    stacked = [i for i in _list_computed(eqn) if i >= parts.num_carry]
 
     def body(state: tuple[Any, list[Any]], items: list[Any]) -> tuple[Any, Any]:
         step, arrays = state
@@ -113,7 +135,7 @@ def _eval_scan(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[An
         ]
         outputs = nested.evaluate(program, inputs)
         following = carry.changing_arrays(outputs[: parts.num_carry])
-        ys = _materialize_all(context, outputs[parts.num_carry :], "scan")
+        ys = _materialize_all(context, _pick(outputs, stacked), "scan")
         return (step + 1, following), (ys, nested.losses)
 
     (_, last), (ys, losses) = lax.scan(
@@ -125,7 +147,7 @@ def _eval_scan(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[An
         unroll=eqn.params["unroll"],
     )
     context.losses.extend(steps.sum() for steps in losses)
-    return [*carry.with_constants(last), *ys]
+    return [*carry.with_constants(last), *_place(eqn, stacked, ys)[parts.num_carry :]]
 
 
 class _LoopCarry:
@@ -173,24 +195,22 @@ def _find_unchanged_carries(
     program: _compat.TracedProgram, first_index: int, count: int
 ) -> dict[int, bool]:
     """For the inputs of a loop's body that are its carries, whether they stay what they are."""
+    forwarded = find_forwarded(program)
+    return {first_index + i: forwarded.get(i) == first_index + i for i in range(count)}
+
+
+def _get_scan_forwarded(eqn: Any) -> dict[int, int]:
+    parts = _compat.count_scan_inputs(eqn)
+    first_scanned = parts.num_consts + parts.num_carry
     return {
-        first_index + i: find_forwarded_input(program, program.outputs[i]) == first_index + i
-        for i in range(count)
+        output: source
+        for output, source in find_forwarded(
+            _compat.program_from_jaxpr(eqn.params["jaxpr"])
+        ).items()
+        # A carry stays the same, and the slices of a stack are stacked again.
+        if source == parts.num_consts + output
+        or (output >= parts.num_carry and source >= first_scanned)
     }
-
-
-def find_forwarded_input(program: _compat.TracedProgram, outvar: Any) -> int | None:
-    """Which input of the program an output is, unchanged; None when it is computed."""
-    if _compat.is_literal(outvar):
-        return None
-    if outvar in program.inputs:
-        return program.inputs.index(outvar)
-    for eqn in program.jaxpr.eqns:
-        if outvar in eqn.outvars and eqn.primitive.name == "jit":
-            inner = _compat.program_from_jaxpr(eqn.params["jaxpr"])
-            source = find_forwarded_input(inner, inner.outputs[eqn.outvars.index(outvar)])
-            return None if source is None else find_forwarded_input(program, eqn.invars[source])
-    return None
 
 
 class _ScanInput(NamedTuple):
@@ -233,6 +253,13 @@ def _make_scan_input(context: EvalContext, weight: FactoredArray) -> _ScanInput:
         return weight.map(replace).with_axis_groups(rest).with_base(base)
 
     return _ScanInput((base, operands), rebuild)
+
+
+def _get_while_forwarded(eqn: Any) -> dict[int, int]:
+    first = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    body = _compat.program_from_jaxpr(eqn.params["body_jaxpr"])
+    unchanged = _find_unchanged_carries(body, eqn.params["body_nconsts"], len(eqn.invars) - first)
+    return {i: first + i for i, same in enumerate(unchanged.values()) if same}
 
 
 def _get_while_subprograms(eqn: Any) -> list[SubProgram]:
@@ -287,15 +314,26 @@ def _is_platform_dependent(eqn: Any) -> bool:
     return eqn.params.get("branches_platforms") is not None
 
 
+def _get_cond_forwarded(eqn: Any) -> dict[int, int]:
+    """Outputs that all branches forward from the same operand."""
+    first, *others = (
+        find_forwarded(_compat.program_from_jaxpr(branch)).items()
+        for branch in eqn.params["branches"]
+    )
+    common = set(first).intersection(*others)
+    return {output: source + 1 for output, source in common}  # Input 0 is the index.
+
+
 def _eval_cond(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     if _is_platform_dependent(eqn):
         return None
     index, *operands = values
+    computed = _list_computed(eqn)
 
     def branch(program: _compat.TracedProgram) -> Callable[[], Any]:
         def run() -> tuple[list[Any], Any]:
             nested = context.nested()
-            outputs = nested.evaluate(program, operands)
+            outputs = _pick(nested.evaluate(program, operands), computed)
             # One loss for each branch, for they may hold different numbers of mixtures.
             return _materialize_all(context, outputs, "cond"), sum_losses(nested.losses)
 
@@ -303,7 +341,7 @@ def _eval_cond(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[An
 
     outputs, loss = lax.switch(index, [branch(body.program) for body in _get_cond_subprograms(eqn)])
     context.losses.append(loss)
-    return outputs
+    return _place(eqn, computed, outputs)
 
 
 def sum_losses(losses: Sequence[Any]) -> Any:
@@ -312,6 +350,15 @@ def sum_losses(losses: Sequence[Any]) -> Any:
 
 
 # --- shard_map ------------------------------------------------------------------------------------
+
+
+def _get_shard_map_forwarded(eqn: Any) -> dict[int, int]:
+    """Outputs that are an input, split over the mesh alike."""
+    return {
+        output: source
+        for output, source in find_forwarded_by_body("jaxpr")(eqn).items()
+        if eqn.params["in_specs"][source] == eqn.params["out_specs"][output]
+    }
 
 
 def _eval_shard_map(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -323,26 +370,29 @@ def _eval_shard_map(context: EvalContext, eqn: Any, values: Sequence[Any]) -> li
         else _ShardMapInput(value, spec, lambda x: x)
         for value, spec in zip(values, eqn.params["in_specs"], strict=True)
     ]
+    computed = _list_computed(eqn)
     # In the order of the mesh: that of a set differs between the processes of a run.
     names = tuple(name for name in mesh.axis_names if name in eqn.params["newly_manual_axes"])
 
     def body(*shards: Any) -> tuple[list[Any], list[Any]]:
         nested = context.nested()
         inputs = [part.rebuild(shard) for part, shard in zip(parts, shards, strict=True)]
-        outputs = _materialize_all(context, nested.evaluate(program, inputs), "shard_map")
-        return outputs, [loss[None] for loss in nested.losses]
+        outputs = _pick(nested.evaluate(program, inputs), computed)
+        return _materialize_all(context, outputs, "shard_map"), [
+            loss[None] for loss in nested.losses
+        ]
 
     run = jax.shard_map(
         body,
         mesh=mesh,
         in_specs=tuple(part.specs for part in parts),
-        out_specs=(list(eqn.params["out_specs"]), PartitionSpec(names)),
+        out_specs=(_pick(eqn.params["out_specs"], computed), PartitionSpec(names)),
         axis_names=set(eqn.params["newly_manual_axes"]),
         check_vma=eqn.params["check_vma"],
     )
     outputs, losses = run(*(part.arrays for part in parts))
     context.losses.extend(shards.mean() for shards in losses)
-    return outputs
+    return _place(eqn, computed, outputs)
 
 
 class _ShardMapInput(NamedTuple):
@@ -387,10 +437,10 @@ def _make_shard_map_input(
 
 
 RULES |= {
-    "jit": SubProgramRule(single_body("jaxpr"), _eval_jit),
-    "remat2": SubProgramRule(single_body("jaxpr"), _eval_remat),
-    "scan": SubProgramRule(_get_scan_subprograms, _eval_scan),
-    "while": SubProgramRule(_get_while_subprograms, _eval_while),
-    "cond": SubProgramRule(_get_cond_subprograms, _eval_cond),
-    "shard_map": SubProgramRule(single_body("jaxpr"), _eval_shard_map),
+    "jit": SubProgramRule(single_body("jaxpr"), _eval_jit, find_forwarded_by_body("jaxpr")),
+    "remat2": SubProgramRule(single_body("jaxpr"), _eval_remat, find_forwarded_by_body("jaxpr")),
+    "scan": SubProgramRule(_get_scan_subprograms, _eval_scan, _get_scan_forwarded),
+    "while": SubProgramRule(_get_while_subprograms, _eval_while, _get_while_forwarded),
+    "cond": SubProgramRule(_get_cond_subprograms, _eval_cond, _get_cond_forwarded),
+    "shard_map": SubProgramRule(single_body("jaxpr"), _eval_shard_map, _get_shard_map_forwarded),
 }

@@ -401,13 +401,22 @@ class SubProgramRule(Rule):
     Attributes:
         get_subprograms: The programs of an equation.
         run: The evaluation, with the signature of `Rule.evaluate`.
+        get_forwarded: Number of the input that an output of an equation is, unchanged, by the
+            number of the output. `run` may return None for these.
     """
 
     get_subprograms: Callable[[Any], list[SubProgram]]
     run: Callable[[EvalContext, Any, Sequence[Any]], list[Any] | None]
+    get_forwarded: Callable[[Any], dict[int, int]] = lambda eqn: {}
 
     def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-        return self.run(context, eqn, values)
+        outputs = self.run(context, eqn, values)
+        if outputs is None:
+            return None
+        forwarded = self.get_forwarded(eqn)
+        return [
+            values[forwarded[i]] if output is None else output for i, output in enumerate(outputs)
+        ]
 
 
 def single_body(param_name: str) -> Callable[[Any], list[SubProgram]]:
@@ -418,6 +427,40 @@ def single_body(param_name: str) -> Callable[[Any], list[SubProgram]]:
         return [SubProgram(program, range(len(eqn.invars)), returns_outputs=True)]
 
     return get_subprograms
+
+
+def find_forwarded(program: _compat.TracedProgram) -> dict[int, int]:
+    """Finds the outputs of a program that are one of its inputs, unchanged.
+
+    Programs return their weights when the model is an NNX module under `nnx.scan` or `nnx.remat`,
+    which returns the variables of the module too.
+
+    Returns:
+        The number of the input by the number of the output.
+    """
+    inputs = {var: i for i, var in enumerate(program.inputs)}
+    sources = {
+        var: (eqn, rule, i)
+        for eqn in program.jaxpr.eqns
+        if isinstance(rule := RULES.get(eqn.primitive.name), SubProgramRule)
+        for i, var in enumerate(eqn.outvars)
+    }
+    forwarded = {}
+    for number, atom in enumerate(program.outputs):
+        while not _compat.is_literal(atom) and atom in sources:
+            eqn, rule, i = sources[atom]
+            source = rule.get_forwarded(eqn).get(i)
+            if source is None:
+                break
+            atom = eqn.invars[source]
+        if not _compat.is_literal(atom) and atom in inputs:
+            forwarded[number] = inputs[atom]
+    return forwarded
+
+
+def find_forwarded_by_body(param_name: str) -> Callable[[Any], dict[int, int]]:
+    """Returns `get_forwarded` of an equation that runs the program of one parameter."""
+    return lambda eqn: find_forwarded(_compat.program_from_jaxpr(eqn.params[param_name]))
 
 
 _user_rules: set[str] = set()

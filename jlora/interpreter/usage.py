@@ -149,6 +149,7 @@ class UsageInterpreter:
     ) -> Sequence[AbstractValue]:
         name = eqn.primitive.name
         outputs: list[AbstractValue] = [default] * len(eqn.outvars)
+        forwarded = rule.get_forwarded(eqn)
         for subprogram in rule.get_subprograms(eqn):
             inputs = [
                 self._convert_subprogram_input(
@@ -160,13 +161,10 @@ class UsageInterpreter:
             if name == "shard_map":
                 continue
             if subprogram.returns_outputs:
-                return inner_outputs
-            first_carry = min(subprogram.carry_unchanged, default=0)
+                outputs = inner_outputs
+                break
             for i, value in enumerate(inner_outputs[: len(outputs)]):
-                if subprogram.carry_unchanged.get(first_carry + i) and i < len(
-                    subprogram.carry_unchanged
-                ):
-                    outputs[i] = inputs[first_carry + i]
+                if i in forwarded:
                     continue
                 for weight in _get_traced_weights(value):
                     self._record_dense(weight, f"returned by {name}")
@@ -175,7 +173,9 @@ class UsageInterpreter:
                         _add_dense_reason(weight, name) for weight in _get_traced_weights(value)
                     )
                     outputs[i] = (*_get_traced_weights(outputs[i]), *selected)
-        return outputs
+        return [
+            values[forwarded[i]] if i in forwarded else output for i, output in enumerate(outputs)
+        ]
 
     def _convert_subprogram_input(
         self, eqn: Any, value: AbstractValue, input_index: int, eqn_input: int, subprogram: Any
