@@ -158,10 +158,7 @@ def _infer_weight_kind(
     """Returns the kind of a weight from its uses in products and look-ups, and all primitives."""
     if not classified_uses:
         return "bias" if primitives and set(primitives) <= {"add", "sub", "add_any"} else "other"
-    if any(
-        use.primitive == "gather" and usage.is_embedding_lookup(use, classified_uses)
-        for use in classified_uses
-    ):
+    if any(usage.is_embedding_lookup(use, classified_uses) for use in classified_uses):
         return "embedding"
     is_convolved = any(use.primitive == "conv_general_dilated" for use in classified_uses)
     return "convolution" if is_convolved else "linear"

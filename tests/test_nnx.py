@@ -213,6 +213,50 @@ def test_wrong_random_numbers_raise() -> None:
         fn(params, X, rngs={"droput": jax.random.key(0)})
 
 
+# --- transforms of NNX in each other -------------------------------------------------------------
+
+
+class WrappedLayers(nnx.Module):
+    """A scan over layers in another transform, both of which return the layers' variables too."""
+
+    def __init__(self, rngs: nnx.Rngs, wrap: Callable[..., Any]) -> None:
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs: nnx.Rngs) -> nnx.Linear:
+            return nnx.Linear(6, 6, rngs=rngs)
+
+        self.layers, self.wrap = create(rngs), wrap
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        block = self.wrap(lambda layer, x: jnp.tanh(layer(x)))
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def forward(x: jax.Array, layer: nnx.Linear) -> jax.Array:
+            return block(layer, x)
+
+        return forward(x, self.layers)
+
+
+def in_cond(block: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda layer, x: nnx.cond(x.sum() > 0, block, lambda layer, x: x, layer, x)
+
+
+@pytest.mark.parametrize("wrap", [nnx.remat, nnx.jit, in_cond], ids=["remat", "jit", "cond"])
+def test_nested_transforms_stay_factored(wrap: Callable[..., Any]) -> None:
+    fn, params = jlora.from_nnx(WrappedLayers(nnx.Rngs(0), wrap))
+    lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=4, dropout=0.1))
+    adapter = moved(lora.init(jax.random.key(1), params, X))
+    merged = lora.apply(lora.merge(params, adapter), {}, X)
+    chex.assert_trees_all_close(lora.apply(params, adapter, X), merged, rtol=1e-5, atol=1e-5)
+    # Dropout and a mixture need the weight in products alone.
+    key = jax.random.key(2)
+    jax.eval_shape(lambda: lora.apply(params, adapter, X, dropout_key=key))
+    (row,) = [row for row in lora.explain(params, X).rows if row.path == "layers/kernel"]
+    assert row.dense_reasons == ()
+    mixture = jlora.lora_transform(fn, jlora.LoRAMoE(num_experts=2, rank=2, alpha=4))
+    jax.eval_shape(lambda: mixture.apply(params, mixture.init(key, params, X), X))
+
+
 # --- conversion ----------------------------------------------------------------------------------
 
 

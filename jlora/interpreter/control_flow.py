@@ -83,6 +83,11 @@ def _eval_jit(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any
     ]
 
 
+def _eval_custom_vmap(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    # A rule for batches computes what the function does, so vmap of the function will do.
+    return context.evaluate(_compat.program_from_jaxpr(eqn.params["call"]), values)
+
+
 def _eval_remat(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any]:
     program = _compat.program_from_jaxpr(eqn.params["jaxpr"])
     computed = _list_computed(eqn)
@@ -438,6 +443,9 @@ def _make_shard_map_input(
 
 RULES |= {
     "jit": SubProgramRule(single_body("jaxpr"), _eval_jit, find_forwarded_by_body("jaxpr")),
+    "custom_vmap_call": SubProgramRule(
+        single_body("call"), _eval_custom_vmap, find_forwarded_by_body("call")
+    ),
     "remat2": SubProgramRule(single_body("jaxpr"), _eval_remat, find_forwarded_by_body("jaxpr")),
     "scan": SubProgramRule(_get_scan_subprograms, _eval_scan, _get_scan_forwarded),
     "while": SubProgramRule(_get_while_subprograms, _eval_while, _get_while_forwarded),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -237,6 +238,20 @@ def _broadcast_in_dim_rule(
     return [squeeze_weight_axes(weight, stretched).with_axis_groups(axes)]
 
 
+@movement_rule("tile")
+def _tile_rule(
+    eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+) -> list[FactoredArray] | None:
+    """Copies of the whole weight, along new axes that no operand has."""
+    del values
+    (weight,) = weights
+    if weight is None:
+        return None
+    copies = [() if n == 1 else (Axis(n),) for n in eqn.params["reps"]]
+    groups = zip(copies, weight.axis_groups, strict=True)
+    return [weight.with_axis_groups([(*new, *group) for new, group in groups])]
+
+
 @movement_rule("rev")
 def _rev_rule(
     eqn: Any, weights: OptionalWeights, values: Sequence[Any]
@@ -303,6 +318,7 @@ def _dynamic_slice_rule(
     eqn: Any, weights: OptionalWeights, values: Sequence[Any]
 ) -> list[FactoredArray] | None:
     weight = weights[0]
+    is_lookup = weight is not None and _is_row_lookup(eqn, weight, values)
     for place, length in enumerate(eqn.params["slice_sizes"]):
         weight = weight and slice_weight_axis(
             weight,
@@ -312,7 +328,34 @@ def _dynamic_slice_rule(
                 array, start, length, dim
             ),
         )
+    if weight is not None and is_lookup:
+        # The axis that was cut goes with the next operation, so that the row's own is marked.
+        for axis in weight.axes:
+            marked = Axis(axis.size, axis.weight_axis, is_gathered=True)
+            weight = weight.replace_axis(axis, (marked,), lambda array, dim: array)
     return _wrap_weight(weight)
+
+
+def _is_row_lookup(eqn: Any, weight: FactoredArray, values: Sequence[Any]) -> bool:
+    """Whether one row is looked up by the inputs of the model (an embedding of one token).
+
+    A matrix is one of a stack (a layer, an expert) instead, and so is what a constant selects; the
+    analysis of uses has an empty tuple for that.
+    """
+    cut = list_sliced_dimensions(eqn)
+    row = [n for place, n in enumerate(weight.shape) if place not in cut and n > 1]
+    by_inputs = any(
+        not _compat.is_literal(eqn.invars[place + 1])
+        and not (isinstance(values[place + 1], tuple) and not values[place + 1])
+        for place in cut
+    )
+    return by_inputs and len(row) <= 1 and eqn.outvars[0].aval.size == math.prod(row)
+
+
+def list_sliced_dimensions(eqn: Any) -> list[int]:
+    """Lists the dimensions that a `dynamic_slice` makes shorter."""
+    sizes = zip(eqn.params["slice_sizes"], eqn.invars[0].aval.shape, strict=True)
+    return [place for place, (length, size) in enumerate(sizes) if length < size]
 
 
 def slice_weight_axis(
@@ -433,19 +476,32 @@ def _gather_rule(
 ) -> list[FactoredArray] | None:
     """Whole rows looked up along some dimensions (an embedding table, one expert per token)."""
     weight, indices = weights[0], values[1]
-    numbers = eqn.params["dimension_numbers"]
-    rows = numbers.start_index_map
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if weight is None or weights[1] is not None or numbers.operand_batching_dims:
         return None
+    # An index into a dimension that is taken whole has no effect (a batch of `dynamic_slice`).
+    is_clipped = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    rows = {
+        place: column
+        for column, place in enumerate(numbers.start_index_map)
+        if not (is_clipped and sizes[place] == weight.shape[place])
+    }
     row_sizes = [1 if place in rows else n for place, n in enumerate(weight.shape)]
     if (
-        tuple(eqn.params["slice_sizes"]) != tuple(row_sizes)
-        or set(numbers.collapsed_slice_dims) != set(rows)
+        tuple(sizes) != tuple(row_sizes)
         or any(len(weight.axis_groups[place]) != 1 for place in rows)
+        or any(weight.shape[place] != 1 for place in {*numbers.collapsed_slice_dims} - {*rows})
         or weight.is_gathered
     ):
         return None
+    if not rows:
+        rows = {
+            place: i for i, place in enumerate(numbers.start_index_map) if row_sizes[place] == 1
+        }
+    if not rows:
+        return None
     looked_up = [weight.axis_groups[place][0] for place in rows]
+    index_columns = list(rows.values())
     out_shape = eqn.outvars[0].aval.shape
     weight_axis = looked_up[0].weight_axis
     batch = {
@@ -453,7 +509,11 @@ def _gather_rule(
         for place, length in enumerate(out_shape)
         if place not in numbers.offset_dims
     }
-    offsets = iter(group for place, group in enumerate(weight.axis_groups) if place not in rows)
+    offsets = iter(
+        () if place in rows else group
+        for place, group in enumerate(weight.axis_groups)
+        if place not in numbers.collapsed_slice_dims
+    )
     groups = [
         (batch[place],) if place in batch else next(offsets) for place in range(len(out_shape))
     ]
@@ -477,7 +537,7 @@ def _gather_rule(
         has_all = len(own) == len(rows)  # Some columns alone may repeat where all of them do not.
         array = lax.gather(
             operand.array,
-            indices[..., jnp.array(columns)],
+            indices[..., jnp.array([index_columns[i] for i in columns])],
             lax.GatherDimensionNumbers(
                 offset_dims=tuple(range(len(batch), len(batch) + len(rest))),
                 collapsed_slice_dims=tuple(sorted(own)),

@@ -56,12 +56,19 @@ def _dot_axis_roles(eqn: Any, side: int, weight: FactoredArray) -> AxisRoles | D
         elif place in batch:
             role = AxisRole.BATCH
         roles.update(dict.fromkeys(group, role))
-    if any(axis.is_gathered and role is not AxisRole.BATCH for axis, role in roles.items()):
+    gathered = {role for axis, role in roles.items() if axis.is_gathered}
+    if gathered - {AxisRole.BATCH} and not is_matrix_lookup(roles):
         return DenseReason("looked-up rows, which are an activation")
     dtype = eqn.invars[1 - side].aval.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         return DenseReason(f"product with {dtype}")
     return roles
+
+
+def is_matrix_lookup(roles: AxisRoles) -> bool:
+    """Whether a weight that was looked up is a matrix for each index (an expert), and not a row."""
+    own = {role for axis, role in roles.items() if not axis.is_gathered and axis.size > 1}
+    return len(own) < len(roles) and {AxisRole.INPUT, AxisRole.OUTPUT} <= own
 
 
 class DotProduct(WeightProduct):

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jlora.interpreter import _compat
-from jlora.interpreter.data_movement import match_scalar_scaling
+from jlora.interpreter.data_movement import list_sliced_dimensions, match_scalar_scaling
+from jlora.interpreter.dot_products import is_matrix_lookup
 from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.primitive_rules import (
     RULES,
@@ -21,6 +22,7 @@ from jlora.interpreter.primitive_rules import (
     DenseReason,
     MovementRule,
     ProductRule,
+    SubProgram,
     SubProgramRule,
 )
 from jlora.interpreter.terms import Axis, WeightAxes
@@ -49,10 +51,15 @@ class _TracedWeight:
     Attributes:
         array: Its axes, as a factored array without a base.
         dense_reason: Reason for which it has been materialized. None: it is factored.
+        has_unknown_axes: Whether an operation arranged it in a way that is not followed. The axes
+            are those of the whole weight then.
+        is_reordered: Whether constant indices picked its entries.
     """
 
     array: FactoredArray
     dense_reason: str | None = None
+    has_unknown_axes: bool = False
+    is_reordered: bool = False
 
 
 class _DataValue:
@@ -138,7 +145,7 @@ class UsageInterpreter:
                     followed, moved_weights or [], strict=bool(moved_weights)
                 ):
                     followed_output.append(traced)
-        return [tuple(followed_output) or default for followed_output in followed]
+        return [_drop_unknown_copies(weights) or default for weights in followed]
 
     def _interpret_subprograms(
         self,
@@ -151,8 +158,11 @@ class UsageInterpreter:
         outputs: list[AbstractValue] = [default] * len(eqn.outvars)
         forwarded = rule.get_forwarded(eqn)
         for subprogram in rule.get_subprograms(eqn):
+            constant = _find_constant_carries(subprogram, values)
             inputs = [
-                self._convert_subprogram_input(
+                ()
+                if input_index in constant
+                else self._convert_subprogram_input(
                     eqn, values[eqn_input], input_index, eqn_input, subprogram
                 )
                 for input_index, eqn_input in enumerate(subprogram.eqn_inputs)
@@ -178,14 +188,19 @@ class UsageInterpreter:
         ]
 
     def _convert_subprogram_input(
-        self, eqn: Any, value: AbstractValue, input_index: int, eqn_input: int, subprogram: Any
+        self,
+        eqn: Any,
+        value: AbstractValue,
+        input_index: int,
+        eqn_input: int,
+        subprogram: SubProgram,
     ) -> AbstractValue:
         """Converts an input of an equation to the input of its inner program."""
         name = eqn.primitive.name
         if isinstance(value, _DataValue):
             return value
         if input_index in subprogram.carry_unchanged and not value:
-            return DATA  # The carry is constant in the first iteration alone.
+            return DATA  # The carry begins as a constant, and data are added in the loop.
         if (
             eqn_input in subprogram.materialized_inputs
             or subprogram.carry_unchanged.get(input_index) is False
@@ -198,7 +213,7 @@ class UsageInterpreter:
             spec = eqn.params["in_specs"][eqn_input]
             value = tuple(
                 self._record_dense(weight, "shard_map over merged axes")
-                if _shards_merged_axis(weight.array, spec)
+                if not weight.has_unknown_axes and _shards_merged_axis(weight.array, spec)
                 else weight
                 for weight in value
             )
@@ -214,6 +229,8 @@ class UsageInterpreter:
         self, eqn: Any, side: int, weight: _TracedWeight, values: Sequence[AbstractValue]
     ) -> list[_TracedWeight] | None:
         """Follows a weight through data movement; returns None for any other equation."""
+        if weight.has_unknown_axes:
+            return None
         name = eqn.primitive.name
         scaling = match_scalar_scaling(eqn)
         if scaling is not None and scaling.array_side == side:
@@ -228,10 +245,11 @@ class UsageInterpreter:
         if not moved or (moved[0].is_gathered and weight.dense_reason):
             return None
         if moved[0].is_gathered and not weight.array.is_gathered:
-            self._record_use(
-                weight, WeightUse(name, None, self._get_lookup_roles(weight, moved[0]))
-            )
-        return [_TracedWeight(array, weight.dense_reason) for array in moved]
+            by_data = any(_is_data_value(value) for value in values[1:])
+            roles = self._get_lookup_roles(eqn, weight, moved[0])
+            self._record_use(weight, WeightUse(name, None, roles, by_data))
+            weight = dataclasses.replace(weight, is_reordered=not by_data)
+        return [dataclasses.replace(weight, array=array) for array in moved]
 
     def _record_product(
         self,
@@ -250,11 +268,23 @@ class UsageInterpreter:
             for value in others
             for weight in _get_traced_weights(value)
         )
-        roles = rule.axis_roles(eqn, side, weight.array)
+        roles = None if weight.has_unknown_axes else rule.axis_roles(eqn, side, weight.array)
+        if roles is None or (isinstance(roles, DenseReason) and weight.is_reordered):
+            # Its place in the product is not known: inputs first, as in Flax.
+            ndim = len(self._weight_shapes[weight.array.path])
+            axis_roles = dict.fromkeys(range(ndim - 1), AxisRole.INPUT)
+            axis_roles[ndim - 1] = AxisRole.OUTPUT
+            reason = weight.dense_reason or "rows or columns in a fixed order"
+            self._record_use(weight, WeightUse(name, reason, axis_roles, has_data_operand))
+            return
         if isinstance(roles, DenseReason):
             if not weight.array.is_gathered:
                 self._record_use(weight, WeightUse(name, str(roles), None, has_data_operand))
             return
+        if weight.array.is_gathered and is_matrix_lookup(roles):
+            if not has_data_operand:
+                return  # Rows with several axes, which multiply another weight.
+            roles = {a: AxisRole.BATCH if a.is_gathered else role for a, role in roles.items()}
         axis_roles = self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
         dense_reason = weight.dense_reason
         if side > 0 and not has_data_operand:
@@ -262,16 +292,21 @@ class UsageInterpreter:
         self._record_use(weight, WeightUse(name, dense_reason, axis_roles, has_data_operand))
 
     def _get_lookup_roles(
-        self, weight: _TracedWeight, gathered: FactoredArray
+        self, eqn: Any, weight: _TracedWeight, gathered: FactoredArray
     ) -> dict[int, AxisRole]:
         """Returns the roles in a look-up: indexed axes are inputs, the others outputs."""
-        axes = gathered.axes
-        return self._fill_batch_roles(
-            weight,
-            _roles_by_weight_axis(
-                {a: AxisRole.INPUT if a.is_gathered else AxisRole.OUTPUT for a in axes}
-            ),
-        )
+        if eqn.primitive.name == "dynamic_slice":
+            indexed = {
+                axis
+                for place in list_sliced_dimensions(eqn)
+                for axis in weight.array.axis_groups[place]
+            }
+            axes = weight.array.axes
+        else:
+            axes = gathered.axes
+            indexed = {axis for axis in axes if axis.is_gathered}
+        roles = {a: AxisRole.INPUT if a in indexed else AxisRole.OUTPUT for a in axes}
+        return self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
 
     def _fill_batch_roles(
         self, weight: _TracedWeight, axis_roles: dict[int, AxisRole]
@@ -283,9 +318,9 @@ class UsageInterpreter:
     def _follow_arithmetic(
         self, eqn: Any, side: int, weight: _TracedWeight, rest: AbstractValue
     ) -> list[_TracedWeight] | None:
-        """Follows a weight, which is materialized here, through entrywise arithmetic with weights.
+        """Follows a weight, which is materialized here, through operations with weights alone.
 
-        Returns None for any other equation.
+        Returns None where data take part, and for a reduction.
         """
         if weight.array.is_gathered:
             return None  # Only the gathered rows are materialized, not the weight.
@@ -294,18 +329,71 @@ class UsageInterpreter:
             self._record_use(
                 weight, WeightUse(eqn.primitive.name, reason, None, _is_data_value(rest))
             )
-        shape = tuple(eqn.invars[side].aval.shape)
-        same_shape = [tuple(out.aval.shape) == shape for out in eqn.outvars]
-        if _is_data_value(rest) or same_shape != [True]:
+        source = eqn.invars[side].aval
+        results = [out.aval for out in eqn.outvars]
+        if _is_data_value(rest) or any(result.size < source.size for result in results):
             return None
-        return [_TracedWeight(weight.array, weight.dense_reason or reason)]
+        if [result.shape for result in results] == [source.shape]:
+            return [dataclasses.replace(weight, dense_reason=weight.dense_reason or reason)]
+        # Such as a weight that is written into a larger array.
+        whole = FactoredArray.from_weight(
+            None, weight.array.path, self._weight_shapes[weight.array.path]
+        )
+        return [_TracedWeight(whole, weight.dense_reason or reason, True) for _ in results]
 
     def _record_use(self, weight: _TracedWeight, use: WeightUse) -> None:
         self._uses[weight.array.path].append(use)
 
 
 def _add_dense_reason(weight: _TracedWeight, reason: str) -> _TracedWeight:
-    return _TracedWeight(weight.array, weight.dense_reason or reason)
+    return dataclasses.replace(weight, dense_reason=weight.dense_reason or reason)
+
+
+def _drop_unknown_copies(weights: Sequence[_TracedWeight]) -> tuple[_TracedWeight, ...]:
+    """Returns the weights without those of unknown axes that are among them a second time."""
+    kept: dict[tuple[str, int | None], _TracedWeight] = {}
+    known = {weight.array.path for weight in weights if not weight.has_unknown_axes}
+    for number, weight in enumerate(weights):
+        path = weight.array.path
+        if not weight.has_unknown_axes:
+            kept[path, number] = weight
+        elif path not in known:
+            kept[path, None] = weight
+    return tuple(kept.values())
+
+
+def _find_constant_carries(subprogram: SubProgram, values: Sequence[AbstractValue]) -> set[int]:
+    """Finds the inputs of a loop's body that are its carries and that no data enter (counters)."""
+    count = len(subprogram.carry_unchanged)
+    if not count:
+        return set()
+    first = min(subprogram.carry_unchanged)
+    inputs = [values[eqn_input] for eqn_input in subprogram.eqn_inputs]
+    depends = [value != () for value in inputs]
+    constant = {i for i in subprogram.carry_unchanged if not depends[i]}
+    if len(subprogram.program.outputs) < count:
+        return set()  # The condition of a loop, which returns no carry.
+    while True:
+        outputs = _propagate_dependence(subprogram.program, depends)
+        changed = {i for i in constant if outputs[i - first]}
+        if not changed:
+            return constant
+        constant -= changed
+        for i in changed:
+            depends[i] = True
+
+
+def _propagate_dependence(program: _compat.TracedProgram, inputs: Sequence[bool]) -> list[bool]:
+    """Returns which outputs of a program may depend on the inputs that are marked."""
+    marked = {var for var, depends in zip(program.inputs, inputs, strict=True) if depends}
+
+    def is_marked(atom: Any) -> bool:
+        return not _compat.is_literal(atom) and atom in marked
+
+    for eqn in program.jaxpr.eqns:
+        if any(map(is_marked, eqn.invars)):
+            marked.update(eqn.outvars)
+    return [is_marked(atom) for atom in program.outputs]
 
 
 def _shards_merged_axis(array: FactoredArray, spec: Any) -> bool:
@@ -339,7 +427,9 @@ def _drop_leading_axis(value: AbstractValue) -> AbstractValue:
     if isinstance(value, _DataValue):
         return value
     return tuple(
-        _TracedWeight(w.array.with_axis_groups(w.array.axis_groups[1:]), w.dense_reason)
+        w
+        if w.has_unknown_axes
+        else _TracedWeight(w.array.with_axis_groups(w.array.axis_groups[1:]), w.dense_reason)
         if len(w.array.axis_groups[0]) == 1
         else _TracedWeight(
             w.array.with_axis_groups(w.array.axis_groups[1:]),
@@ -355,6 +445,9 @@ def _to_shard_shapes(value: AbstractValue, var: Any) -> AbstractValue:
         return value
     followed = []
     for weight in value:
+        if weight.has_unknown_axes:
+            followed.append(weight)
+            continue
         groups = []
         for group, length in zip(weight.array.axis_groups, var.aval.shape, strict=True):
             unsharded = weight.array.with_axis_groups((group,)).shape[0] == length
@@ -402,15 +495,24 @@ def _use_priority(use: WeightUse, known: Sequence[WeightUse]) -> tuple[int, bool
     if is_embedding_lookup(use, known):
         return 0, False
     # Rows gathered for a product (one expert per token) leave the roles to the product.
-    return (2 if use.primitive == "gather" else 1), not use.has_data_operand
+    return (2 if use.primitive in _LOOKUPS else 1), not use.has_data_operand
+
+
+_LOOKUPS = ("gather", "dynamic_slice")
 
 
 def is_embedding_lookup(use: WeightUse, known: Sequence[WeightUse]) -> bool:
-    """Whether a use looks up embeddings: rows that are not matrices of a later product."""
-    return use.primitive == "gather" and not any(
-        other.primitive != "gather" and _get_use_batch_axes(other) >= _get_use_input_axes(use)
-        for other in known
-    )
+    """Whether a use looks up embeddings.
+
+    That is rows that are not matrices of a later product, looked up by data unless the weight has
+    no other use.
+    """
+    if use.primitive not in _LOOKUPS:
+        return False
+    products = [other for other in known if other.primitive not in _LOOKUPS]
+    if products and not use.has_data_operand:
+        return False  # Such as a fixed order of columns.
+    return not any(_get_use_batch_axes(other) >= _get_use_input_axes(use) for other in products)
 
 
 def _get_use_batch_axes(use: WeightUse) -> set[int]:
