@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
@@ -17,7 +18,14 @@ from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves, weight_indices
 from jlora.multi_lora.batched_apply import apply_per_example, check_slot_index
 from jlora.multi_lora.host_cache import CachedAdapter, HostCache
-from jlora.multi_lora.slots import Slots, empty_slots, pad_to_slot, set_slot
+from jlora.multi_lora.slots import (
+    PaddedFactors,
+    Slots,
+    copy_and_set_slot,
+    empty_slots,
+    pad_to_slot,
+    set_slot,
+)
 from jlora.transform import LoraTransform
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -89,6 +97,10 @@ class AdapterBank:
     `max_host_adapters` of them, in files. Methods are thread-safe: a batch uses each adapter either
     from before or from after a concurrent replacement.
 
+    A bank is state outside of any program, so its methods are refused inside `jax.jit` and other
+    transforms, which would keep the adapters of the first call. For a program of your own call
+    `slots_for` outside and `apply_per_example` inside.
+
     References:
         Adapters in host memory, of which those of the batch are on the device: Sheng et al.,
         S-LoRA, arXiv:2311.03285.
@@ -138,13 +150,22 @@ class AdapterBank:
         Raises:
             ValueError: `like` does not fit `params`, `slots`, `rank` or `max_host_adapters` leaves
                 no room for an adapter, or `folder` and `max_host_adapters` are not given together.
+            TypeError: `lora` is not a result of `lora_transform`, or the bank is built inside a
+                traced function.
         """
+        _refuse_trace("AdapterBank", params, like)
+        if not isinstance(lora, LoraTransform):
+            raise TypeError(
+                f"lora must be the result of jlora.lora_transform(fn, rules), got "
+                f"{type(lora).__name__}."
+            )
         flat = _tree.flatten_with_paths(params)
         indices = weight_indices(flat, like)
         max_rank = max(getattr(leaf, "rank", 1) for leaf in get_adapter_leaves(like).values())
         dtypes = {path: dtype or flat.leaves[index].dtype for path, index in indices.items()}
         self._slots = empty_slots(like, slots, max_rank if rank is None else rank, dtypes)
         self._num_slots = slots
+        self._slots_are_shared = False  # With a caller of slots_for.
         self._host_cache = HostCache(max_host_adapters, folder)
         self._slot_by_name: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._free_slots = list(range(slots - 1, 0, -1))
@@ -209,7 +230,9 @@ class AdapterBank:
             ValueError: The name is not valid or in use, or the adapter does not fit the slots or is
                 not finite; the bank is unchanged.
             OSError: Another adapter could not be evicted to a file; the bank is unchanged.
+            TypeError: Called inside a traced function.
         """
+        _refuse_trace("AdapterBank.add", adapter)
         if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(
                 f"name={name!r} is not a valid adapter name. Use 1 to 128 letters, digits, dots, "
@@ -232,7 +255,7 @@ class AdapterBank:
                 )
             self._host_cache.add(name, CachedAdapter.from_adapter(adapter, factors))
             if name in self._slot_by_name:
-                self._slots = set_slot(self._slots, self._slot_by_name[name], factors)
+                self._write_slot(self._slot_by_name[name], factors)
 
     def replace(self, name: str, adapter: Mapping[str, Any]) -> None:
         """Replaces an adapter, for all later batches.
@@ -244,6 +267,7 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: The bank has no adapter of that name.
             ValueError: The adapter does not fit or is not finite; the old one stays in use.
+            TypeError: Called inside a traced function.
         """
         with self._lock:
             self._check_known([name])
@@ -254,7 +278,9 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: The bank has no adapter of that name.
+            TypeError: Called inside a traced function.
         """
+        _refuse_trace("AdapterBank.remove")
         with self._lock:
             self._check_known([name])
             self._host_cache.remove(name)
@@ -265,11 +291,11 @@ class AdapterBank:
     # --- batches ------------------------------------------------------------------------------
 
     def slots_for(self, names: Sequence[str | None]) -> tuple[Slots, np.ndarray]:
-        """Loads the adapters of a batch into slots.
+        """Loads the adapters of a batch into slots, for a program of your own.
 
-        The two results belong together: pass both to one call of `apply_per_example`, or to a
-        compiled function of your own. The buffers of the slots are donated when the next adapter is
-        loaded or replaced, so do not use them after that.
+        The two results belong together: pass both to one call of `apply_per_example`, which may be
+        inside `jax.jit`. They stay as they are when other threads load, replace or remove adapters.
+        The next load then copies all slots once, because it cannot write into those of a batch.
 
         Args:
             names: Adapter name of each example; None for the bare base.
@@ -282,7 +308,36 @@ class AdapterBank:
             BankFullError: The batch uses more adapters than there are slots; nothing was loaded.
             OSError: An adapter's file could not be read, or another could not be evicted.
             ValueError: An adapter's file has changed.
+            TypeError: Called inside a traced function, or `names` is a string.
+
+        Example:
+            >>> import jax
+            >>> import numpy as np
+            >>> import jlora
+            >>> from jlora import multi_lora
+            >>> params, x = {"w": np.ones((3, 2), np.float32)}, np.ones((2, 3), np.float32)
+            >>> lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+            >>> adapter = lora.init(jax.random.key(0), params, x)
+            >>> bank = multi_lora.AdapterBank(lora, params, adapter, slots=2)
+            >>> bank.add("poems", adapter)
+            >>> @jax.jit
+            ... def step(params, slots, index, x):
+            ...     return multi_lora.apply_per_example(lora, params, slots, index, x) ** 2
+            >>> slots, index = bank.slots_for(["poems", None])
+            >>> step(params, slots, index, x).shape
+            (2, 2)
         """
+        slots, index = self._load_batch("AdapterBank.slots_for", names)
+        self._slots_are_shared = True
+        return slots, index
+
+    def _load_batch(self, caller: str, names: Sequence[str | None]) -> tuple[Slots, np.ndarray]:
+        _refuse_trace(caller)
+        if isinstance(names, str):
+            raise TypeError(
+                f"names={names!r} must be a sequence with one name for each example, such as "
+                f"[{names!r}]."
+            )
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         with self._lock:
             self._check_known(distinct)
@@ -330,13 +385,15 @@ class AdapterBank:
             OSError: An adapter's file could not be read, or another could not be evicted.
             ValueError: The inputs have another batch size than `names`, or an adapter's file has
                 changed.
+            TypeError: Called inside a traced function, or `names` is a string.
         """
+        _refuse_trace("AdapterBank.apply", params, inputs, kwargs)
         leaves, treedef = jax.tree.flatten((inputs, kwargs))
         arrays = [leaf for leaf in leaves if _tree.is_array(leaf)]
-        static = tuple(None if _tree.is_array(leaf) else (leaf,) for leaf in leaves)
+        static = tuple(None if _tree.is_array(leaf) else _StaticInput(leaf) for leaf in leaves)
         axes, axesdef = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
         with self._lock:
-            slots, index = self.slots_for(names)
+            slots, index = self._load_batch("AdapterBank.apply", names)
             index = check_slot_index(index, slots)
             structure = (treedef, static, tuple(axes), axesdef)
             return self._jitted_apply(structure, params, slots, index, arrays)
@@ -346,7 +403,7 @@ class AdapterBank:
             self._num_compilations += 1  # Runs only while tracing.
             treedef, static, axes, axesdef = structure
             remaining = iter(arrays)
-            leaves = [next(remaining) if leaf is None else leaf[0] for leaf in static]
+            leaves = [next(remaining) if leaf is None else leaf.value for leaf in static]
             inputs, kwargs = jax.tree.unflatten(treedef, leaves)
             batch_axes = jax.tree.unflatten(axesdef, axes)
             return apply_per_example(
@@ -363,9 +420,15 @@ class AdapterBank:
             _, evicted_slot = self._slot_by_name.popitem(last=False)
             self._free_slots.append(evicted_slot)
             self._num_evictions += 1
-        self._slots = set_slot(self._slots, self._free_slots[-1], factors)
+        self._write_slot(self._free_slots[-1], factors)
         self._slot_by_name[name] = self._free_slots.pop()
         self._num_loads += 1
+
+    def _write_slot(self, slot: int, factors: Mapping[str, PaddedFactors]) -> None:
+        # A batch of slots_for may still use the buffers, which set_slot would take.
+        write = copy_and_set_slot if self._slots_are_shared else set_slot
+        self._slots = write(self._slots, slot, factors)
+        self._slots_are_shared = False
 
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._host_cache.names
@@ -375,6 +438,36 @@ class AdapterBank:
                 f"Unknown adapter {unknown[0]!r}. Nearest: "
                 f"{_tree.closest_matches(str(unknown[0]), sorted(known))}. Add it first."
             )
+
+
+class _StaticInput:
+    """An input that is part of the compiled program. 1, 1.0 and True are equal and not the same."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._key = type(value), value, repr(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _StaticInput) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _refuse_trace(caller: str, *trees: Any) -> None:
+    """Raises inside a traced function, where a bank would be read or changed only once.
+
+    Raises:
+        TypeError: An operation would be traced now, or an array of the trees is.
+    """
+    tracers = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.core.Tracer)]
+    if tracers or isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise TypeError(
+            f"{caller} was called inside a traced function (jax.jit, vmap, grad, scan): the "
+            f"program would keep the adapters of this call. Call slots, index = "
+            f"bank.slots_for(names) outside, and multi_lora.apply_per_example(lora, params, slots, "
+            f"index, ...) inside."
+        )
 
 
 def _is_factor_finite(array: np.ndarray) -> bool:

@@ -188,8 +188,9 @@ def _resolve_batch_axes(
         if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != batch_size:
             raise ValueError(
                 f"Leaf {number} of the inputs has shape {leaf.shape}, but its axis {axis} must "
-                f"have size {batch_size}, the length of index. Set batch_axes to the inputs' batch "
-                f"axes, with None for inputs that all examples share."
+                f"have size {batch_size}, the length of index (of names, for a bank). Give one "
+                f"for each example, or set batch_axes to the inputs' batch axes, with None for "
+                f"inputs that all examples share."
             )
         resolved.append(axis % leaf.ndim)
     return resolved

@@ -395,3 +395,6 @@ def set_slot(slots: Slots, index: Any, factors: Mapping[str, PaddedFactors]) -> 
         )
         result[path] = dataclasses.replace(leaf, a=a, b=b)
     return result
+
+
+copy_and_set_slot = jax.jit(set_slot.__wrapped__)  # The given slots stay usable.

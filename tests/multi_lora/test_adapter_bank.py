@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import pathlib
@@ -347,6 +348,86 @@ def test_bank_apply_static_inputs_compile_once() -> None:
     np.testing.assert_allclose(two, 2 * one, rtol=1e-6)  # Times two is exact but for fusion.
     bank.apply(params, [None, "a"], X[:2], twice=True)
     assert bank.stats.compilations == 2
+
+
+def test_bank_apply_equal_static_inputs() -> None:
+    """1, 1.0 and True are equal and hash alike, and so are 0.0 and -0.0."""
+    params = {"w": np.full((4, 4), 0.5, np.float32)}
+    fn = lambda params, x, by: jnp.sign(1 / (x @ params["w"]).astype(type(by)) * by) * 2 * by
+    x = np.ones((2, 4), np.float32)
+    lora = jlora.lora_transform(fn, jlora.LoRA(rank=1, alpha=1))
+    bank = multi_lora.AdapterBank(lora, params, lora.init(jax.random.key(0), params, x, 1), slots=2)
+    for by in (1, 1.0, True, 0.0, -0.0):
+        actual, expected = bank.apply(params, [None, None], x, by), fn(params, x, by)
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(np.signbit(actual), np.signbit(expected))
+    assert bank.stats.compilations == 5
+
+
+def test_bank_methods_refuse_traces() -> None:
+    """A compiled program would keep the adapters of its first call, or a bank keep its tracers."""
+    _, params, _ = make_model()
+    bank = bank_of(2)
+    bank.add("a", adapter(1))
+    before = bank.apply(params, ["a"], X[:1])
+    calls = {
+        "AdapterBank.apply": lambda x: bank.apply(params, ["a"], x),
+        "AdapterBank.slots_for": lambda x: bank.slots_for([None]) and x,
+        "AdapterBank.add": lambda x: bank.add("b", jax.tree.map(lambda y: y + x.sum(), adapter(2))),
+        "AdapterBank.remove": lambda x: bank.remove("a"),
+        "AdapterBank was": lambda x: bank_of(2),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=f"{message}.*traced function.*bank.slots_for"):
+            jax.jit(call)(X[:1])
+    for transform in (jax.vmap, jax.grad):  # Only their inputs are traced.
+        with pytest.raises(TypeError, match="AdapterBank.apply"):
+            transform(lambda x: bank.apply(params, ["a"], x[None]).sum())(X[0])
+    assert bank.names == ["a"]
+    np.testing.assert_array_equal(bank.apply(params, ["a"], X[:1]), before)
+
+
+def test_slots_for_batch_outlives_later_loads() -> None:
+    lora, params, _ = make_model()
+    bank = bank_of(2)
+    for name, number in (("a", 1), ("b", 2)):
+        bank.add(name, adapter(number))
+    batch = bank.slots_for(["a"])
+    bank.slots_for(["b"])
+    bank.apply(params, ["a"], X[:1])
+    bank.replace("a", adapter(3))
+    actual = multi_lora.apply_per_example(lora, params, *batch, X[:1])
+    np.testing.assert_allclose(actual, lora.apply(params, adapter(1), X[:1]), **FLOAT32)
+
+
+def test_slots_for_threads_get_their_adapters() -> None:
+    lora, params, _ = make_model()
+    bank = bank_of(2)
+    names = {"a": 1, "b": 2, "c": 3}
+    expected = {}
+    for name, number in names.items():
+        bank.add(name, adapter(number))
+        expected[name] = lora.apply(params, adapter(number), X[:1])
+    step = jax.jit(
+        lambda slots, index: multi_lora.apply_per_example(lora, params, slots, index, X[:1])
+    )
+
+    def serve(name: str) -> None:
+        for _ in range(20):
+            np.testing.assert_allclose(step(*bank.slots_for([name])), expected[name], **FLOAT32)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(serve, names))
+
+
+def test_bank_of_wrong_types_raises() -> None:
+    lora, params, _ = make_model()
+    with pytest.raises(TypeError, match="must be the result of jlora.lora_transform"):
+        multi_lora.AdapterBank(lora.apply, params, adapter(1), slots=2)
+    bank = bank_of(2)
+    bank.add("a", adapter(1))
+    with pytest.raises(TypeError, match=r"names='a' must be a sequence.*\['a'\]"):
+        bank.apply(params, "a", X[:1])
 
 
 def test_bank_apply_wrong_name_count_raises() -> None:
