@@ -21,6 +21,7 @@ REPOSITORY = ROOT.parent
 ORDER = [
     "_docstrings",
     "_mesh",
+    "_serialization",
     "_validation",
     "kernels",
     "_quantized_array",

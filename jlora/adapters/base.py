@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _tree, _validation
+from jlora._serialization import register_serialization
 from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.terms import Dropout, WeightAxes
 from jlora.interpreter.weight import (
@@ -296,6 +297,7 @@ def register_arrays_pytree(cls: ArraysT) -> ArraysT:
     arrays = [field.name for field in get_array_fields(cls)]
     static = [f.name for f in dataclasses.fields(cls) if f.name not in arrays]  # type: ignore
     jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=static)
+    register_serialization(cls, arrays, static, decoders={"axes": lambda axes: WeightAxes(*axes)})
     return cls
 
 

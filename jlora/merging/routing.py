@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree, _validation
+from jlora._serialization import register_serialization
 from jlora._tree import PyTree
 from jlora.interpreter.weight import promote_to_float32
 from jlora.merging.weighted import adapter_names, check_mixing_finite, with_weights
@@ -43,6 +44,7 @@ class Router:
 jax.tree_util.register_dataclass(
     Router, data_fields=["centroids", "log_temperature"], meta_fields=["names"]
 )
+register_serialization(Router, ["centroids", "log_temperature"], ["names"])
 
 
 def fit_router(

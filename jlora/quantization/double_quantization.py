@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._serialization import register_serialization
+
 SCALES_PER_GROUP = 256  # Scales that share a scale of their own.
 
 
@@ -41,6 +43,9 @@ class QuantizedScales:
         table = jnp.asarray(dynamic_map())
         relative = table.at[self.codes].get(mode="promise_in_bounds")
         return relative * _broadcast_groups(self.absmax, self.codes.shape) + self.mean
+
+
+register_serialization(QuantizedScales, ["codes", "absmax", "mean"], [])
 
 
 def quantize_scales(scales: jax.Array, axis: int) -> QuantizedScales:

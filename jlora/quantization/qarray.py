@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._quantized_array import QuantizedArray
+from jlora._serialization import register_serialization
 from jlora.quantization.double_quantization import QuantizedScales, quantize_scales
 from jlora.quantization.schemes import (
     SCHEMES,
@@ -109,6 +110,20 @@ class QArray(QuantizedArray):
         if parts > 1 and self.axis_size % (parts * self.scheme.block_size):
             return None
         return dataclasses.replace(self, axis_size=self.axis_size // parts)
+
+
+def _decode_scheme(fields: Mapping[str, Any]) -> QuantizationScheme:
+    options = dict(fields)
+    return SCHEMES[options.pop("name")](**options)
+
+
+register_serialization(
+    QArray,
+    ["codes", "scales"],
+    ["scheme", "axis", "axis_size", "dtype_name"],
+    encoders={"scheme": lambda scheme: {"name": scheme.name, **dataclasses.asdict(scheme)}},
+    decoders={"scheme": _decode_scheme},
+)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
