@@ -19,6 +19,7 @@ from jlora.interpreter.terms import (
     arrange,
     contract,
     flat_size,
+    widest_dtype,
 )
 from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
 
@@ -140,7 +141,7 @@ def get_weight_delta(adapter: Mapping[str, Any], path: str, base: Any) -> Weight
         return WeightDelta(*factors)
     if base is None:
         arrays = jax.tree.leaves(weight.terms)
-        weight = weight.with_base(jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, *arrays)))
+        weight = weight.with_base(jnp.zeros(leaf.shape, widest_dtype(jnp.float32, *arrays)))
     update = compute_dense_delta(weight)
     return WeightDelta(dense=weight_to_matrices(update, matrix_axes(leaf)))
 

@@ -102,7 +102,8 @@ class DyLoRALeaf(LoRALeaf):
 
         a = freeze_earlier(self.a, a_ranks == step_rank - 1)
         b = freeze_earlier(self.b, b_ranks == step_rank - 1)
-        divisor = jnp.sqrt(step_rank) if self.use_rslora else step_rank
+        divisor = step_rank.astype(jnp.float32)
+        divisor = jnp.sqrt(divisor) if self.use_rslora else divisor
         scale = low_rank.lora_scaling(1, self.alpha) / divisor
         b = b * jnp.where(b_ranks < step_rank, scale, 0).astype(b.dtype)
         return weight.add(*low_rank.label_factors(self, a, b))

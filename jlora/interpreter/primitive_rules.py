@@ -26,7 +26,16 @@ from jax.custom_derivatives import SymbolicZero
 
 from jlora.interpreter import _compat
 from jlora.interpreter.factored_array import DeferredArray, FactoredArray, bind_on_bases
-from jlora.interpreter.terms import Axis, Operand, Term, WeightProduct, arrange, flat_size, reshape
+from jlora.interpreter.terms import (
+    Axis,
+    Operand,
+    Term,
+    WeightProduct,
+    arrange,
+    flat_size,
+    reshape,
+    widest_dtype,
+)
 
 # --- evaluation -----------------------------------------------------------------------------------
 
@@ -314,7 +323,7 @@ def scale_activation(array: Any, gain: Operand, groups: Sequence[tuple[Axis, ...
     along = [group for group in groups if set(group) & set(gain.axes)]
     factor = arrange(gain, [axis for group in along for axis in group])
     factor = reshape(factor, [flat_size(group) if group in along else 1 for group in groups])
-    factor = factor.astype(jnp.promote_types(array.dtype, jnp.float32))
+    factor = factor.astype(widest_dtype(array.dtype, jnp.float32))
     if jnp.finfo(array.dtype).tiny > _MIN_GAIN:
         return (array.astype(factor.dtype) * factor).astype(array.dtype)
     nearest = jnp.where(factor < 0, -_MIN_GAIN, _MIN_GAIN)

@@ -186,6 +186,12 @@ def arrange(operand: Operand, out_axes: Sequence[Axis], dtype: Any = None) -> An
     return array
 
 
+def widest_dtype(*dtypes: Any) -> Any:
+    """Returns the narrowest type that holds all of these, in strict dtype promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def _contract_pair(
     a: Operand, b: Operand, left: Sequence[Axis], precision: Any, dtype: Any
 ) -> Operand:
@@ -195,7 +201,7 @@ def _contract_pair(
         for one, other in ((a, b), (b, a))
         for kept in [[axis for axis in one.axes if axis in left or axis in other.axes]]
     )
-    common = jnp.promote_types(a.array.dtype, b.array.dtype)
+    common = widest_dtype(a.array.dtype, b.array.dtype)
     left_array, right_array = cast(a.array, common), cast(b.array, common)
     contracting = [axis for axis in a.axes if axis in b.axes and axis not in left]
     if not contracting:

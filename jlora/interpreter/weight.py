@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._quantized_array import maybe_dequantize
-from jlora.interpreter.terms import AxisSizes, WeightAxes
+from jlora.interpreter.terms import AxisSizes, WeightAxes, widest_dtype
 
 WeightKind = Literal["linear", "convolution", "embedding", "bias", "other"]
 
@@ -108,4 +108,4 @@ def matrices_to_weight(matrices: jax.Array, shape: Sequence[int], axes: WeightAx
 def promote_to_float32(array: Any) -> jax.Array:
     """Returns the array in float32, or in float64 if it is."""
     array = jnp.asarray(maybe_dequantize(array))
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(widest_dtype(array.dtype, jnp.float32))

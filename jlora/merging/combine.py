@@ -34,6 +34,7 @@ from jlora.adapters.base import AdapterLeaf, adapt_weight, get_adapter_leaves
 from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.weighted_sum import WeightedSumLeaf
+from jlora.interpreter.terms import widest_dtype
 from jlora.merging._validation import check_adapters, collect_bases
 from jlora.merging.merge_methods import Linear, MergeMethod
 
@@ -249,7 +250,7 @@ def _validate_adapter_weights(weights: Any, num_adapters: int) -> jax.Array:
         raise TypeError(f"weights={weights!r} must be real numbers, got {array.dtype}.")
     if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array, np.float64)).all():
         raise ValueError(f"weights={weights!r} must be finite. Pass finite numbers.")
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(widest_dtype(array.dtype, jnp.float32))
 
 
 def _check_combine_options(method: Any, rank: Any, energy: Any, key: Any) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora import _tree
 from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
+from jlora.interpreter.terms import widest_dtype
 from jlora.transform import materialize_leaves, merge
 
 # A gain or a cosine below this is worth a warning.
@@ -133,7 +134,7 @@ def merge_to_dtype(
     for path, position in positions.items():
         base = jnp.asarray(leaves[position])
         target = base.dtype if dtype is None else jnp.dtype(dtype)
-        wide = base.astype(jnp.promote_types(base.dtype, jnp.float32))
+        wide = base.astype(widest_dtype(base.dtype, jnp.float32))
         merged = merge({path: wide}, {path: adapter[path], **shared})[path]
         leaves[position], statistics = _round_merged_weight(wide, merged, target)
         is_finite, has_update, *fidelity = (float(value) for value in statistics)
