@@ -107,6 +107,13 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
             )
         return plan
     matches = _tree.match_patterns(rules, list(leaves))
+    if matches.errors and "all-linear" in rules:
+        plan.errors.append(
+            ValueError(
+                "The rule 'all-linear' is PEFT's word. Pass the config alone, without a mapping: "
+                "it adapts every weight that feeds a product."
+            )
+        )
     plan.errors.extend(ValueError(error) for error in matches.errors)
     for path in leaves:
         pattern, config = matches.rule_by_path.get(path, ("", None))

@@ -138,6 +138,7 @@ def test_init_named_embedding_is_adapted() -> None:
         ({"(": CONFIG}, ValueError, ["not a regular expression"]),
         ({1: CONFIG}, TypeError, ["must be a string"]),
         ({"kernel": 8}, TypeError, ["maps to 8"]),
+        ({"all-linear": CONFIG}, ValueError, ["PEFT's word", "Pass the config alone"]),
         ("kernel", TypeError, ["mapping of regular expressions"]),
         (8, TypeError, ["jlora.LoRA(rank=8, alpha=16)"]),
         (None, ValueError, ["was given no rules"]),

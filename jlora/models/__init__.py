@@ -16,6 +16,7 @@ from jlora.models.hf.load import (
     model_from_config,
 )
 from jlora.models.hf.save import save
+from jlora.models.hf.target_names import find_target_pattern
 from jlora.models.hf.weight_mapping import make_tensor_getter, single_tensor_weight
 from jlora.models.vit import ViT, ViTConfig
 
@@ -36,6 +37,7 @@ __all__ = [
     "checkpoint_mapping",
     "decoder_config",
     "eos_token_ids",
+    "find_target_pattern",
     "generate",
     "init_cache",
     "load",

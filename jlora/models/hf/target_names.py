@@ -1,0 +1,116 @@
+"""The names by which users call the weights of a checkpoint, as a pattern for adapter rules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jlora import _tree
+from jlora.models.hf.load import checkpoint_mapping
+from jlora.models.hf.weight_mapping import CheckpointWeight
+
+# The projections inside the layers, without heads, embeddings and the routers of experts.
+ALL_LINEAR_PATTERN = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
+
+
+def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
+    """Returns a pattern of the weights that users name, for the rules of `jlora.lora_transform`.
+
+    Args:
+        model: A model of `jlora.models`.
+        targets: One target or several. Each is a module of the checkpoint as in PEFT's
+            `target_modules`, by its last names (`q_proj`, `self_attn.q_proj`) or by all of them
+            (`model.layers.0.self_attn.q_proj`); a module of the model here (`q`); or a regular
+            expression to search in the paths of its parameters. `"all-linear"` is all projections
+            inside the layers.
+
+    Raises:
+        ValueError: A target matches nothing, is not a regular expression, or names some of the
+            modules that are one weight here, such as one layer of a stack.
+
+    References:
+        The matching of module names: PEFT, `LoraConfig.target_modules`.
+
+    Example:
+        >>> from jlora import models
+        >>> config = models.decoder_config(
+        ...     dict(model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...          num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+        ... )
+        >>> model = models.Decoder(config, scan_layers=True)
+        >>> models.find_target_pattern(model, ["q_proj", "v_proj"])
+        '^(params/layers/attention/q/kernel|params/layers/attention/v/kernel)$'
+        >>> models.find_target_pattern(model, "(q|v)/kernel")
+        '(q|v)/kernel'
+    """
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"targets={targets!r} must be one name or several, such as 'q_proj'.")
+    mappings = checkpoint_mapping(model)
+    patterns, paths = [], []
+    for name in names:
+        if name == "all-linear":
+            patterns.append(ALL_LINEAR_PATTERN)
+            continue
+        of_modules = _find_module_paths(name, mappings)
+        if of_modules:
+            paths.extend(of_modules)
+        elif _matches_a_path(name, mappings[0]):
+            patterns.append(name)
+        else:
+            raise ValueError(_format_unknown_target(name, mappings[0]))
+    if paths:
+        patterns.append(f"^({'|'.join(map(re.escape, dict.fromkeys(paths)))})$")
+    return patterns[0] if len(patterns) == 1 else "|".join(f"({p})" for p in patterns)
+
+
+def _find_module_paths(name: str, mappings: Sequence[Mapping[str, CheckpointWeight]]) -> list[str]:
+    """Returns the paths of the matrices of modules with a name; none if there are no such."""
+    for mapping in mappings:  # The namings of the releases of transformers.
+        named = {
+            path: [_has_last_names(part.key, name, "weight") for part in weight.slices]
+            for path, weight in mapping.items()
+        }
+        paths = [path for path, matches in named.items() if any(matches)]
+        partial = [path for path in paths if not all(named[path])]
+        if partial:
+            raise ValueError(
+                f"The target {name!r} names {sum(named[partial[0]])} of the "
+                f"{len(named[partial[0]])} tensors that are one weight here, {partial[0]!r}. Name "
+                f"them all, or keep the layers apart (scan_layers=False)."
+            )
+        if paths:
+            return paths
+    own = ((path, path.replace("/", ".")) for path in mappings[0])
+    return [path for path, dotted in own if _has_last_names(dotted, name, "kernel", "embedding")]
+
+
+def _has_last_names(tensor: str, name: str, *kinds: str) -> bool:
+    """Whether a tensor is of one of these kinds, in a module whose name ends with a name."""
+    module, _, kind = tensor.rpartition(".")
+    return kind in kinds and f".{module}".endswith(f".{name}")
+
+
+def _matches_a_path(pattern: str, mapping: Mapping[str, CheckpointWeight]) -> bool:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"The target {pattern!r} is neither the name of a module nor a regular expression: "
+            f"{error}. Escape special characters with a backslash."
+        ) from error
+    return any(compiled.search(path) for path in mapping)
+
+
+def _format_unknown_target(name: str, mapping: Mapping[str, CheckpointWeight]) -> str:
+    tensors = (part.key for weight in mapping.values() for part in weight.slices)
+    modules = {tensor.rpartition(".")[0].rpartition(".")[2] for tensor in tensors} - {""}
+    nearest = difflib.get_close_matches(name, sorted(modules), n=2, cutoff=0)
+    return (
+        f"The target {name!r} matches nothing. The nearest modules of the checkpoint are "
+        f"{nearest}, and the nearest paths of weights "
+        f"{_tree.closest_matches(name, mapping)}. 'all-linear' takes all projections inside the "
+        f"layers."
+    )
