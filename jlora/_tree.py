@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import difflib
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,12 +109,18 @@ def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
         return
     if not isinstance(rules, Mapping):
         raise TypeError(
-            f"rules={rules!r} must be one adapter config, such as jlora.LoRA(rank=8, alpha=16), or "
-            f"a mapping of regular expressions to configs or None, got {type(rules).__name__}."
+            f"rules={reprlib.repr(rules)} must be one adapter config, such as "
+            f"jlora.LoRA(rank=8, alpha=16), or a mapping of regular expressions to configs or "
+            f"None, got {type(rules).__name__}."
         )
     if not rules:
         raise ValueError(
             "rules={} adapts nothing. Map a pattern to a config, or pass a single config."
+        )
+    if all(config is None for config in rules.values()):
+        raise ValueError(
+            f"The rules {list(rules)} adapt nothing: all of them map to None. Map a pattern to a "
+            f"config."
         )
     for pattern, config in rules.items():
         if not isinstance(pattern, str):
@@ -129,8 +136,8 @@ def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
             ) from error
         if config is not None and not is_config(config):
             raise TypeError(
-                f"The rule {pattern!r} maps to {config!r}. Map it to an adapter config, or to None "
-                f"to leave its weights frozen."
+                f"The rule {pattern!r} maps to {reprlib.repr(config)}. Map it to an adapter "
+                f"config, or to None to leave its weights frozen."
             )
 
 

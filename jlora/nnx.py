@@ -107,6 +107,7 @@ def update_nnx(module: Any, params: PyTree) -> None:
         params: Parameter tree of `from_nnx`, with new values.
 
     Raises:
+        TypeError: The module is not an NNX module.
         ValueError: Paths or shapes differ from the module's; the module is not changed then.
 
     Example:
@@ -120,6 +121,11 @@ def update_nnx(module: Any, params: PyTree) -> None:
     """
     from flax import nnx
 
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"module must be a flax.nnx.Module, got {type(module).__name__}. Call "
+            f"update_nnx(module, params)."
+        )
     state = _tree.flatten_with_paths(nnx.state(module))
     new = _tree.flatten_with_paths(params)
     module_shapes = _leaf_shapes(state)

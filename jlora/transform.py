@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -143,8 +145,18 @@ def lora_transform(
     """
     if not callable(fn):
         raise TypeError(
-            f"fn={fn!r} must be a function whose first argument is the parameter tree, such as "
-            f"model.apply."
+            f"fn={reprlib.repr(fn)} must be a function whose first argument is the parameter tree, "
+            f"such as model.apply."
+        )
+    if _is_module(fn, "flax.linen"):
+        raise TypeError(
+            f"fn must be a function of a parameter tree, got the Linen module "
+            f"{type(fn).__name__}. Pass its apply: lora_transform(model.apply, rules)."
+        )
+    if _is_module(fn, "flax.nnx"):
+        raise TypeError(
+            f"fn must be a function of a parameter tree, got the NNX module {type(fn).__name__}. "
+            f"Convert it: fn, params = jlora.from_nnx(module)."
         )
     if rules is not None:
         _tree.check_rules(rules, lambda node: isinstance(node, AdapterConfig))
@@ -326,12 +338,17 @@ def find_materialized(
     return set(context.materialized)
 
 
+def _is_module(fn: Any, package: str) -> bool:
+    """Whether a value is a module of a package of Flax, which is not imported for the question."""
+    return package in sys.modules and isinstance(fn, sys.modules[package].Module)
+
+
 def _check_prng_key(name: str, key: Any) -> None:
     is_key = isinstance(key, jax.Array | np.ndarray) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
     )
     if not is_key:
         raise TypeError(
-            f"{name}={key!r} must be a random key, such as jax.random.key(0), got "
+            f"{name}={reprlib.repr(key)} must be a random key, such as jax.random.key(0), got "
             f"{type(key).__name__}."
         )

@@ -287,6 +287,8 @@ def test_nnx_invalid_module_or_params_raises() -> None:
         jlora.from_nnx(nn.Dense(3))
     with pytest.raises(ValueError, match="method='encode'"):
         jlora.from_nnx(module, method="encode")
+    with pytest.raises(TypeError, match="got State. Call update_nnx"):
+        jlora.update_nnx(jlora.from_nnx(module)[1], module)
     _, other = jlora.from_nnx(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     before = np.asarray(module.kernel[...])
     with pytest.raises(ValueError, match=r"'bias'.*\(4,\).*\(5,\)"):

@@ -1,9 +1,10 @@
-"""Rules, initialization, pass-through of arguments, dropout, NNX modules, and errors."""
+"""Rules, initialization, pass-through of arguments, dropout, and errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from _support.cases import case, moved, total
 from _support.layer_zoo import normal
+from flax import nnx
 
 import jlora
 from jlora._tree import flatten_with_paths
@@ -138,6 +140,7 @@ def test_init_named_embedding_is_adapted() -> None:
         ({"(": CONFIG}, ValueError, ["not a regular expression"]),
         ({1: CONFIG}, TypeError, ["must be a string"]),
         ({"kernel": 8}, TypeError, ["maps to 8"]),
+        ({".": None}, ValueError, ["adapt nothing", "Map a pattern to a config"]),
         ({"all-linear": CONFIG}, ValueError, ["PEFT's word", "Pass the config alone"]),
         ("kernel", TypeError, ["mapping of regular expressions"]),
         (8, TypeError, ["jlora.LoRA(rank=8, alpha=16)"]),
@@ -149,6 +152,37 @@ def test_init_invalid_rules_raise_with_fix(rules: Any, error: Any, parts: list[s
         jlora.lora_transform(MODEL.apply, rules).init(jax.random.key(1), PARAMS, TOKENS)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_modules_in_place_of_functions_raise() -> None:
+    with pytest.raises(TypeError, match=r"Linen module .*lora_transform\(model.apply, rules\)"):
+        jlora.lora_transform(MODEL, CONFIG)
+    with pytest.raises(TypeError, match=r"NNX module Linear.*jlora.from_nnx\(module\)"):
+        jlora.lora_transform(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), CONFIG)
+
+
+def test_error_of_the_model_has_a_note() -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        transform(CONFIG).explain(TOKENS, PARAMS)
+    note = caught.value.__notes__[-1]
+    assert "fn(params, ...) with params a ArrayImpl of 1 leaves, 1 inputs" in note
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 4, "lora_alpha": 8}, "PEFT's 'r' is the option 'rank' here"),
+        ({"rank": 4, "alpha": 8, "target_modules": "q"}, "is a mapping from patterns to configs"),
+        ({"rnk": 4, "alpha": 8}, "Its options are rank, alpha, dropout"),
+    ],
+)
+def test_config_of_unknown_options_raises(options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        jlora.LoRA(**options)
+    with pytest.raises(TypeError, match="LoRA takes its options by name, got 4 without one"):
+        jlora.LoRA(4, 8)  # type: ignore[misc]
+    config = jlora.IA3()
+    assert pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
 
 
 def test_explain_misspelt_rule_lists_weights() -> None:

@@ -72,6 +72,19 @@ class MethodInfo(NamedTuple):
     paper: str
 
 
+# Words of PEFT's configs for options of jlora's.
+_PEFT_OPTIONS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "target_modules": "rules",
+    "layers_to_transform": "rules",
+    "rank_pattern": "rules",
+    "modules_to_save": "rules",
+}
+
+
 class AdapterConfig(abc.ABC):
     """Hyperparameters of one adapter method, as users write them in rules.
 
@@ -120,6 +133,29 @@ class AdapterConfig(abc.ABC):
     info: ClassVar[MethodInfo]
     supported_kinds: ClassVar[frozenset[WeightKind]] = MATRIX_KINDS
     share: Any = None
+
+    def __new__(cls, *args: Any, **options: Any) -> AdapterConfig:
+        """Refuses names that are no options of the config, with the nearest or PEFT's meaning.
+
+        Raises:
+            TypeError: A name is none of the fields, or a value was given without a name.
+        """
+        names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore
+        unknown = [name for name in options if name not in names]
+        if args:
+            raise TypeError(
+                f"{cls.__name__} takes its options by name, got {args[0]!r} without one. They are "
+                f"{', '.join(names)}."
+            )
+        if unknown:
+            option = _PEFT_OPTIONS.get(unknown[0])
+            advice = f"Its options are {', '.join(names)}."
+            if option in names:
+                advice = f"PEFT's {unknown[0]!r} is the option {option!r} here."
+            elif option == "rules":
+                advice = f"PEFT's {unknown[0]!r} is a mapping from patterns to configs here."
+            raise TypeError(f"{cls.__name__} has no option {unknown[0]!r}. {advice}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _validation.check_fields(self)

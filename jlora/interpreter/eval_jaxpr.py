@@ -56,7 +56,15 @@ def trace_call(
         return [result for result in results if _tree.is_array(result)]
 
     arrays = [leaves[index] for index in indices]
-    program = _compat.trace_program(call, *map(abstractify, arrays))
+    try:
+        program = _compat.trace_program(call, *map(abstractify, arrays))
+    except Exception as error:
+        error.add_note(
+            f"The error is from the function that was given to lora_transform, called as "
+            f"fn(params, ...) with params a {type(params).__name__} of {len(flat.leaves)} leaves, "
+            f"{len(inputs)} inputs and the keyword arguments {sorted(kwargs)}."
+        )
+        raise
 
     def unflatten_outputs(computed: Sequence[Any]) -> Any:
         following = iter(computed)
