@@ -11,7 +11,7 @@ from jlora.models.hf.load import checkpoint_mapping as list_checkpoint_mappings
 from jlora.models.hf.load import example_inputs
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.load import LoadedAdapter, load_peft_folder
-from jlora.peft.modules_to_save import list_module_names
+from jlora.peft.modules_to_save import list_checkpoint_modules, list_target_names
 from jlora.peft.save import TASK_TYPES, convert_to_peft, write_peft_folder
 from jlora.peft.vllm import convert_to_vllm
 from jlora.rules import trace_weights
@@ -145,14 +145,14 @@ def save(
         save_embedding_layers=save_embedding_layers and not for_vllm,
         task_type=None if for_vllm else task_type,  # vLLM does not load a head.
     )
-    module_names = list_module_names(mappings[0])
+    target_names = list_target_names(mappings[0])
     if for_vllm:
         peft_adapter = convert_to_vllm(peft_adapter)
-        module_names = [module.parameter.module for module in peft_adapter.modules]
+        target_names = list_checkpoint_modules(mappings[0])
     write_peft_folder(
         folder,
         peft_adapter,
-        module_names,
+        target_names,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
     )

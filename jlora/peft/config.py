@@ -37,7 +37,6 @@ _IGNORED_FIELDS = {
     "lora_ga_config",
     "megatron_core",
     "module_dropout",
-    "n_frequency_pattern",
     "orth_reg_weight",
     "peft_type",
     "peft_version",
@@ -135,7 +134,8 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "vblora_dropout": _is_dropout_rate,
     "vera_dropout": _is_dropout_rate,
     **dict.fromkeys(
-        ("rank_pattern", "alpha_pattern"), lambda value: value == {} or _is_rank_pattern(value)
+        ("rank_pattern", "alpha_pattern", "n_frequency_pattern"),
+        lambda value: value == {} or _is_rank_pattern(value),
     ),
 }
 
@@ -279,27 +279,73 @@ def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
 
 
 def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str) -> dict[str, Any]:
-    """Returns the fields with a module's rank and alpha, from the first pattern that matches it."""
+    """Returns the fields with a module's own values, from the first pattern that matches it."""
     module_fields = dict(fields)
-    for name, pattern in (
-        (method.rank_field, "rank_pattern"),
-        (method.alpha_field, "alpha_pattern"),
-    ):
+    for name, pattern in method.patterns.items():
         for key, value in fields[pattern].items():
-            if name and re.match(rf"(.*\.)?({key})$", module):
+            if re.match(rf"(.*\.)?({key})$", module):
                 module_fields[name] = value
                 break
     return module_fields
 
 
-def check_rank_patterns(fields: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Checks that each entry of `rank_pattern` and `alpha_pattern` matches a module.
+def build_pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """Returns the pattern with which `fields_for_module` gives each module its value.
+
+    PEFT uses the first key that a name ends in, so longer keys come first, and a module whose name
+    ends in the name of another one has a key of its own.
+
+    Args:
+        values: Value of each module, by its name.
+        common: Value of modules that no key matches.
+    """
+    others = {module for module, value in values.items() if value != common}
+    listed = [
+        module
+        for module in values
+        if module in others or any(module.endswith(f".{other}") for other in others)
+    ]
+    listed.sort(key=len, reverse=True)
+    return {re.sub(r"[^\w.-]", r"\\\g<0>", module): values[module] for module in listed}
+
+
+def build_selector(
+    selected: Iterable[str], module_names: Sequence[str], num_parts: int = 1
+) -> list[str] | str:
+    """Returns the value of `target_modules` that matches exactly the selected modules.
+
+    It is a list of the shortest names. Where a module's complete name is also the end of another
+    name, it is a regular expression.
+
+    Args:
+        selected: Names of the modules to match.
+        module_names: Names of all modules.
+        num_parts: Number of parts between dots that a short name has.
+    """
+    wanted = set(selected)
+
+    def matches(entry: str) -> set[str]:
+        return {name for name in module_names if _matches_target([entry], name)}
+
+    names = set()
+    for name in wanted:
+        ending = ".".join(name.split(".")[-num_parts:])
+        names.add(ending if matches(ending) <= wanted else name)
+    if all(matches(name) <= wanted for name in names):
+        return sorted(names)
+    return "|".join(map(re.escape, sorted(wanted)))
+
+
+def check_rank_patterns(
+    fields: Mapping[str, Any], method: PeftMethod, modules: Iterable[str]
+) -> None:
+    """Checks that each entry of `rank_pattern` and the like matches a module.
 
     Raises:
         ValueError: An entry matches no module.
     """
     modules = list(modules)
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in method.patterns.values():
         for key in fields[name]:
             if not any(re.match(rf"(.*\.)?({key})$", module) for module in modules):
                 raise ValueError(

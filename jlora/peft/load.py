@@ -249,7 +249,8 @@ class _PeftFolderReader:
                 raise self.make_error(
                     f"target_parameters has {target!r}, for which the file has no tensor."
                 )
-        config.check_rank_patterns(self.fields, [*(p.module for p in parameters), *experts])
+        names = [*(p.module for p in parameters), *experts]
+        config.check_rank_patterns(self.fields, self.method, names)
 
     def _split_suffix(self, name: str) -> tuple[str | None, str]:
         """Returns a tensor's module and suffix; None and "" for a tensor of another kind."""

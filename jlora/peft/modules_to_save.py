@@ -60,6 +60,21 @@ def list_module_names(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> lis
     return list(dict.fromkeys(parameter.module for parameter in parameters))
 
 
+def list_target_names(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> list[str]:
+    """Returns the names of a mapping's modules, and of the parameters of modules of experts."""
+    names = [
+        p.module if p.name in ("weight", "bias") else f"{p.module}.{p.name}"
+        for p in list_module_parameters(checkpoint_mapping)
+    ]
+    return list(dict.fromkeys(names))
+
+
+def list_checkpoint_modules(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> list[str]:
+    """Returns the names of a mapping's modules as a checkpoint has them: one for each expert."""
+    keys = (part.key for weight in checkpoint_mapping.values() for part in weight.slices)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+
+
 def peft_tensor_name(modules: Sequence[PeftModule], module: PeftModule, suffix: str) -> str:
     """Returns the name of a tensor in the file, without the common prefix.
 

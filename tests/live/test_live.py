@@ -19,6 +19,7 @@ hf_peft = pytest.importorskip("peft")
 
 import jlora  # noqa: E402
 from jlora import models, peft  # noqa: E402
+from jlora.peft.methods import PEFT_METHODS  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -118,3 +119,58 @@ def test_save_decoder_adapter_in_peft(
     peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
     np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
+# The config of one weight, from a generator, by PEFT method. No setting that PEFT lacks differs.
+MIXED = {
+    "LORA": lambda r: jlora.LoRA(
+        rank=int(r.integers(1, 4)),
+        alpha=float(r.integers(1, 6)),
+        use_rslora=bool(r.integers(2)),
+    ),
+    "DORA": lambda r: jlora.DoRA(
+        rank=int(r.integers(1, 4)),
+        alpha=float(r.integers(1, 6)),
+        use_rslora=bool(r.integers(2)),
+    ),
+    "ADALORA": lambda r: jlora.AdaLoRA(rank=int(r.integers(1, 4)), alpha=float(r.integers(1, 6))),
+    "LOHA": lambda r: jlora.LoHa(rank=int(r.integers(1, 4)), alpha=float(r.integers(1, 6))),
+    "LOKR": lambda r: jlora.LoKr(
+        rank=1, alpha=float(r.integers(1, 6)), decompose_both=bool(r.integers(2))
+    ),
+    "HIRA": lambda r: jlora.HiRA(rank=int(r.integers(1, 4))),
+    "IA3": lambda r: jlora.IA3(apply_to="inputs" if r.integers(2) else "outputs"),
+    "VERA": lambda r: jlora.VeRA(rank=3),
+    "VBLORA": lambda r: jlora.VBLoRA(rank=2, num_vectors=5, vector_length=2),
+    "FOURIERFT": lambda r: jlora.FourierFT(
+        num_frequencies=int(r.integers(2, 9)), alpha=float(r.integers(1, 6)), seed=5
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", MIXED)
+def test_save_mixed_configs_in_peft(kind: str, seed: int, tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(seed)
+    names = [
+        f"layers_{n}/{part}/kernel$"
+        for n in range(2)
+        for part in ("attention/q", "attention/v", "attention/o", "mlp/up", "mlp/down")
+    ]
+    rules = {name: MIXED[kind](rng) for name in names if rng.random() < 0.7}
+    model, params, adapter, ours = adapted("llama", rules)
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
+    wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / "llama"), tmp_path / "out")
+    np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
+def test_config_defaults_are_those_of_peft() -> None:
+    configs = hf_peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    for name, method in PEFT_METHODS.items():
+        options = {"total_step": 1} if name == "ADALORA" else {}
+        config = configs[name](**options)
+        for field, default in method.defaults.items():
+            if field == "is_feedforward":
+                continue
+            known = getattr(config, field)
+            assert known == default or not (known or default), (name, field, known)
