@@ -24,7 +24,6 @@ _IGNORED_FIELDS = {
     "deltaT",
     "beta1",
     "beta2",
-    "ensure_weight_tying",
     "eva_config",
     "inference_mode",
     "init_weights",
@@ -114,6 +113,7 @@ def _is_bool(value: Any) -> bool:
 # Types of the fields. PEFT itself would fail on other values later, or not at all.
 _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "bias": lambda value: value in ("none", "all", "lora_only"),
+    "ensure_weight_tying": _is_bool,
     "exclude_modules": _allow_none(_is_module_selector),
     "fan_in_fan_out": _is_bool,
     "feedforward_modules": _allow_none(_is_module_selector),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
+from jlora._quantized_array import maybe_dequantize
 from jlora._tree import PyTree
 from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
@@ -31,6 +33,7 @@ from jlora.peft.tensor_layouts import (
     tensor_to_leaf,
     weight_region,
 )
+from jlora.peft.tied_weights import TiedPair, find_tied_pairs, join_tied_tensors
 from jlora.rules import trace_weights
 
 KEY_PREFIX = "base_model.model."
@@ -38,6 +41,9 @@ KEY_PREFIX = "base_model.model."
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 
 CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+
+# Module of the head in checkpoints of decoders.
+HEAD_MODULE = "lm_head"
 
 TRAINABLE_TOKENS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
@@ -67,6 +73,7 @@ def load_peft_folder(
     params: PyTree,
     inputs: tuple[Any, ...],
     checkpoint_mappings: Sequence[Mapping[str, CheckpointWeight]],
+    tied_modules: Mapping[str, str] = types.MappingProxyType({}),
 ) -> LoadedAdapter:
     """Implements `jlora.peft.load`.
 
@@ -77,6 +84,7 @@ def load_peft_folder(
         inputs: Example inputs, arrays or shapes.
         checkpoint_mappings: Checkpoint tensors of the weights, one mapping for each spelling of the
             names. The spelling that matches most names in the file is used.
+        tied_modules: Path of the weight that each tied module shares, by module.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -88,6 +96,7 @@ def load_peft_folder(
     mapping = max(checkpoint_mappings, key=lambda one: _count_known_names(one, tensors))
     reader = _PeftFolderReader(folder, fields, method, tensors, mapping)
     weights = trace_weights(fn, params, *inputs)
+    reader.join_tied_modules(tied_modules, weights)
     adapter = reader.build_adapter(weights)
     replacements = reader.collect_replacements(weights)
     reader.check_all_consumed()
@@ -160,6 +169,7 @@ class _PeftFolderReader:
         checkpoint_mapping: Checkpoint tensors of the model's weights.
         parameters: Parameters of the model's modules, by module and name.
         modules: Names of the model's modules.
+        tied_pairs: Pairs of modules that are one weight of the model.
         bias_gains: Biases that PEFT's IA3 scales with the outputs, and their gains.
     """
 
@@ -178,6 +188,7 @@ class _PeftFolderReader:
             for parameter in list_module_parameters(checkpoint_mapping)
         }
         self.modules = list(dict.fromkeys(module for module, _ in self.parameters))
+        self.tied_pairs: list[TiedPair] = []
         self.bias_gains: list[tuple[ModuleParameter, np.ndarray]] = []
 
     def make_error(self, reason: str) -> ValueError:
@@ -185,6 +196,34 @@ class _PeftFolderReader:
             f"{self.folder}: {reason} Use the two files of one `save_pretrained` call, with the "
             f"model of the adapter."
         )
+
+    def join_tied_modules(
+        self, tied_modules: Mapping[str, str], weights: Mapping[str, AdaptableWeight]
+    ) -> None:
+        """Removes tensors of modules that are one weight with another module.
+
+        Raises:
+            ValueError: The file has another update for the module than for the other one.
+        """
+        self.tied_pairs = find_tied_pairs(tied_modules, self.parameters)
+        for pair in self.tied_pairs:
+            names = (pair.head, pair.embedding.module)
+            if not any(name.startswith(tuple(f"{n}." for n in names)) for name in self.remaining):
+                continue
+            base = np.asarray(jax.device_get(maybe_dequantize(weights[pair.embedding.path].value)))
+            assert pair.embedding.tensor_slice is not None
+            head_fields, fields = (
+                config.fields_for_module(self.fields, self.method, name) for name in names
+            )
+            alpha_field = self.method.alpha_field or ""
+            join_tied_tensors(
+                self.folder,
+                pair,
+                self.remaining,
+                pair.embedding.tensor_slice.to_tensor(base),
+                (fields.get(alpha_field), head_fields.get(alpha_field)),
+                bool(self.fields.get("ensure_weight_tying")),
+            )
 
     # --- factors ----------------------------------------------------------------------------------
 
@@ -230,8 +269,14 @@ class _PeftFolderReader:
     def _check_targets(self, parameters: Sequence[ModuleParameter]) -> None:
         """Checks that the config targets exactly the parameters with tensors in the file."""
         candidates = [module for module, name in self.parameters if name == "weight"]
-        targets = config.match_target_modules(self.fields, candidates)
+        heads = [pair.head for pair in self.tied_pairs]
+        targets = config.match_target_modules(self.fields, [*candidates, *heads])
+        for pair in self.tied_pairs:
+            if pair.head in targets:  # Its update is that of the embedding.
+                targets = (targets - {pair.head}) | {pair.embedding.module}
         modules = {parameter.module for parameter in parameters if parameter.name == "weight"}
+        if self.fields.get("ensure_weight_tying"):
+            targets |= modules & {HEAD_MODULE}  # PEFT adds the head to the embedding.
         if self.fields["target_modules"] != "all-linear":
             missing, extra = sorted(targets - modules), sorted(modules - targets)
             if missing:
@@ -332,7 +377,9 @@ class _PeftFolderReader:
         replacements = _BaseReplacements({}, {})
         token_indices = self.fields["trainable_token_indices"]
         has_biases = self.fields["bias"] != "none"
-        saved_names = self.fields["modules_to_save"] or []
+        saved_names = list(self.fields["modules_to_save"] or [])
+        if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
+            saved_names.append(HEAD_MODULE)  # PEFT adds the head to the embedding.
         for parameter, gains in self.bias_gains:
             self._scale_bias(replacements, weights, parameter, gains)
         names = set(self.remaining)
@@ -367,7 +414,8 @@ class _PeftFolderReader:
             is_classification = self.fields["task_type"] in CLASSIFICATION_TASKS
             if saved_name in ("classifier", "score") and is_classification:
                 continue
-            if not any(_is_saved_module(module, saved_name) for module in self.modules):
+            modules = [*self.modules, *(pair.head for pair in self.tied_pairs)]
+            if not any(_is_saved_module(module, saved_name) for module in modules):
                 raise self.make_error(
                     f"modules_to_save has {saved_name!r}, which the model does not have."
                 )
@@ -424,15 +472,27 @@ class _PeftFolderReader:
                 f"{module} has {len(tensor)} trained tokens, which does not match "
                 f"trainable_token_indices={token_indices}."
             )
-        target = _writable_weight(replacements, weights, parameter)
-        if tensor.shape[1:] != target.shape[1:] or max(indices) >= len(target):
+        assert parameter.tensor_slice is not None
+        shape = parameter.tensor_slice.tensor_shape
+        if tensor.shape[1:] != shape[1:] or max(indices) >= shape[0]:
             raise self.make_error(
                 f"{module} has trained tokens of shape {tensor.shape} for the indices {indices} of "
-                f"an embedding of shape {target.shape}."
+                f"an embedding of shape {shape}."
             )
-        target[indices] = tensor.astype(target.dtype)
-        trainable_config = TrainableTokens(token_indices=tuple(indices))
-        replacements.trainable_configs[parameter.path] = trainable_config
+        head = self.parameters.get((HEAD_MODULE, "weight"))
+        changed = [parameter]
+        if head and head.path != parameter.path and _is_same_table(weights, head, parameter):
+            changed.append(head)  # PEFT changes the tokens of a tied head as well.
+        for one in changed:
+            assert one.tensor_slice is not None
+            target = _writable_weight(replacements, weights, one)
+            region = weight_region(one.tensor_slice)
+            table = one.tensor_slice.to_tensor(target[region])
+            table[indices] = tensor.astype(target.dtype)
+            target[region] = one.tensor_slice.to_weight_layout(table)
+        if weights[parameter.path].kind == "embedding":
+            trainable_config = TrainableTokens(token_indices=tuple(indices))
+            replacements.trainable_configs[parameter.path] = trainable_config
 
     def check_all_consumed(self) -> None:
         """Checks that no tensor of the file is unused.
@@ -454,8 +514,23 @@ def _writable_weight(
 ) -> np.ndarray:
     """Returns the replacement of a parameter's weight, which starts as a copy of the base."""
     if parameter.path not in replacements.arrays:
-        replacements.arrays[parameter.path] = np.array(weights[parameter.path].value)
+        value = maybe_dequantize(weights[parameter.path].value)
+        replacements.arrays[parameter.path] = np.array(jax.device_get(value))
     return replacements.arrays[parameter.path]
+
+
+def _is_same_table(
+    weights: Mapping[str, AdaptableWeight], head: ModuleParameter, embedding: ModuleParameter
+) -> bool:
+    """Returns True if a head has the values of an embedding, as where a checkpoint ties them."""
+    tables = []
+    for parameter in (head, embedding):
+        assert parameter.tensor_slice is not None
+        value = np.asarray(jax.device_get(maybe_dequantize(weights[parameter.path].value)))
+        tables.append(
+            parameter.tensor_slice.to_tensor(value[weight_region(parameter.tensor_slice)])
+        )
+    return np.array_equal(*tables)
 
 
 def _is_saved_module(module: str, saved_name: str) -> bool:

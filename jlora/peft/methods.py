@@ -264,6 +264,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "use_dora": False,
             "lora_dropout": 0.0,
             "fan_in_fan_out": False,
+            "ensure_weight_tying": False,
         },
         supported_values={
             "lora_bias": False,

@@ -147,10 +147,23 @@ def _to_checkpoint_tensor(parameter: ModuleParameter, value: np.ndarray) -> np.n
 
 
 def modules_to_save_tensors(
-    saved_modules: Collection[str], full_leaves: Mapping[str, Any], base: BaseWeights
+    saved_modules: Collection[str],
+    full_leaves: Mapping[str, Any],
+    base: BaseWeights,
+    tied_heads: Mapping[str, ModuleParameter],
 ) -> dict[str, np.ndarray]:
-    """Returns all parameters of the saved modules, trained or not: PEFT saves complete modules."""
+    """Returns all parameters of the saved modules, trained or not: PEFT saves complete modules.
+
+    Args:
+        saved_modules: Names of the modules.
+        full_leaves: Full updates, by path.
+        base: The base.
+        tied_heads: Embedding with the weight of each module that has none of its own, by module.
+    """
     tensors = {}
+    for head, parameter in tied_heads.items():
+        value = _merged_weight(parameter.path, full_leaves[parameter.path], base)
+        tensors[f"{head}.{parameter.name}"] = _to_checkpoint_tensor(parameter, value)
     for path in base.checkpoint_mapping:
         for parameter in base.parameters[path]:
             if parameter.module in saved_modules:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ from jlora.peft.tensor_layouts import (
     leaf_to_tensor,
     list_module_parameters,
 )
+from jlora.peft.tied_weights import TiedPair, head_tensors
 from jlora.peft.uniform_fields import unify_fields
 
 TASK_TYPES = (
@@ -84,6 +86,7 @@ def convert_to_peft(
     *,
     save_embedding_layers: bool,
     task_type: str | None = None,
+    tied_modules: Mapping[str, str] = types.MappingProxyType({}),
 ) -> PeftAdapter:
     """Converts an adapter to PEFT's modules and tensors.
 
@@ -95,6 +98,8 @@ def convert_to_peft(
         save_embedding_layers: True to include the base's embedding beside an embedding's factors.
         task_type: PEFT task type; None for none. The complete head is included for classification
             tasks, trained or not.
+        tied_modules: Path of the weight that each tied module shares, by module. Such a module gets
+            the update of the other module of its weight.
 
     Raises:
         ValueError: PEFT does not support a part of the adapter.
@@ -140,6 +145,13 @@ def convert_to_peft(
             "them as a merged checkpoint, with jlora.merge and jlora.models.save."
         )
     _check_ia3_biases(modules, base)
+    tied_pairs = [
+        TiedPair(head, base.parameters[path][0])
+        for head, path in tied_modules.items()
+        if path in leaves
+    ]
+    for pair in tied_pairs:
+        modules += _make_head_modules(pair, modules)
     target_modules = {module.parameter.module for module in modules}
     # A saved module includes its bias, so these are the biases of the other modules.
     trained_modules = {
@@ -148,6 +160,10 @@ def convert_to_peft(
         if weights[path].kind != "bias"
         for parameter in base.parameters[path]
     }
+    tied_heads = {
+        pair.head: pair.embedding for pair in tied_pairs if pair.embedding.module in trained_modules
+    }
+    trained_modules |= set(tied_heads)
     heads = find_head_modules(task_type, target_modules, base)
     saved_modules = trained_modules | heads
     bias_leaves = {
@@ -161,8 +177,11 @@ def convert_to_peft(
             f"{format_names(sorted(bias_leaves))}. Merge it, or do not train the biases."
         )
     fields: dict[str, Any] = {}
+    if peft_type == "LORA" and any(pair.embedding.path not in token_leaves for pair in tied_pairs):
+        fields["ensure_weight_tying"] = True
     if saved_modules:
-        names = shortest_saved_names(trained_modules - heads, list_module_names(checkpoint_mapping))
+        module_names = [*list_module_names(checkpoint_mapping), *tied_modules]
+        names = shortest_saved_names(trained_modules - heads, module_names)
         fields["modules_to_save"] = [*names, *(HEAD_NAMES if heads else ())]
     if bias_leaves:
         fields["bias"] = select_bias_mode(bias_leaves, target_modules, saved_modules, base)
@@ -173,7 +192,7 @@ def convert_to_peft(
         }
     extra_tensors = {
         **_shared_peft_tensors(method, adapter, method_leaves),
-        **modules_to_save_tensors(saved_modules, full_leaves, base),
+        **modules_to_save_tensors(saved_modules, full_leaves, base, tied_heads),
         **trained_bias_tensors(bias_leaves, target_modules, base),
         **trainable_token_tensors(token_leaves, base),
         **(embedding_layer_tensors(modules, base) if save_embedding_layers else {}),
@@ -330,6 +349,27 @@ def _split_leaf_into_modules(
         }
         modules.append(PeftModule(parameter, fields, tensors))
     return modules
+
+
+def _make_head_modules(pair: TiedPair, modules: Sequence[PeftModule]) -> list[PeftModule]:
+    """Returns the module of a tied head, if the embedding has factors.
+
+    Raises:
+        ValueError: PEFT cannot give the head the update of the embedding.
+    """
+    heads = []
+    for module in modules:
+        if module.parameter.module != pair.embedding.module:
+            continue
+        tensors = head_tensors(module.tensors)
+        if tensors is None:
+            raise ValueError(
+                f"The head shares the weight {pair.embedding.path!r} of the embedding, and PEFT's "
+                f"adapters of the two would differ, with {format_names(sorted(module.tensors))}. "
+                f"Use jlora.LoRA on that weight, or merge the adapter."
+            )
+        heads.append(PeftModule(pair.embedding._replace(module=pair.head), module.fields, tensors))
+    return heads
 
 
 def _check_ia3_biases(modules: Sequence[PeftModule], base: BaseWeights) -> None:

@@ -55,6 +55,7 @@ def test_save_head_that_differs_is_kept(tmp_path: pathlib.Path) -> None:
     tensors = checkpoint(tmp_path / "base", put_other_head)
     with pytest.warns(UserWarning, match="differs"):
         params = models.load(tmp_path / "base").params
+    with pytest.warns(UserWarning, match="differs"):
         models.save(tmp_path / "out", params, tmp_path / "base")
     written = read(tmp_path / "out")
     assert set(written) == set(tensors)
