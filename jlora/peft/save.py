@@ -9,7 +9,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +177,11 @@ def convert_to_peft(
             f"{format_names(sorted(bias_leaves))}. Merge it, or do not train the biases."
         )
     fields: dict[str, Any] = {}
-    if peft_type == "LORA" and any(pair.embedding.path not in token_leaves for pair in tied_pairs):
+    has_tied_uses = _check_tied_uses(
+        {**method_leaves, **full_leaves}, weights, {pair.embedding.path for pair in tied_pairs}
+    )
+    is_pair_adapted = any(pair.embedding.path not in token_leaves for pair in tied_pairs)
+    if peft_type == "LORA" and (is_pair_adapted or has_tied_uses):
         fields["ensure_weight_tying"] = True
     if saved_modules:
         module_names = [*list_module_names(checkpoint_mapping), *tied_modules]
@@ -349,6 +353,36 @@ def _split_leaf_into_modules(
         }
         modules.append(PeftModule(parameter, fields, tensors))
     return modules
+
+
+def _check_tied_uses(
+    leaves: Mapping[str, AdapterLeaf],
+    weights: Mapping[str, AdaptableWeight],
+    known_paths: Collection[str],
+) -> bool:
+    """Checks the weights of a function that are both an embedding and the factor of a product.
+
+    Returns:
+        Whether there are such weights, beside those at the known paths.
+
+    Raises:
+        ValueError: PEFT needs the name of the head to adapt it, which the mapping does not have.
+    """
+    paths = [
+        path
+        for path in leaves
+        if weights[path].kind == "embedding"
+        and "dot_general" in weights[path].primitives
+        and path not in known_paths
+    ]
+    for path in paths:
+        if leaves[path].family not in ("lora", "lora_fa", "dylora"):
+            raise ValueError(
+                f"{path!r} is an embedding and the weight of a head, and PEFT's adapter of family "
+                f"{leaves[path].family!r} would change the embedding alone. Use jlora.LoRA on it, "
+                f"or merge the adapter."
+            )
+    return bool(paths)
 
 
 def _make_head_modules(pair: TiedPair, modules: Sequence[PeftModule]) -> list[PeftModule]:

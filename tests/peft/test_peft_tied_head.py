@@ -198,3 +198,24 @@ def test_save_tied_table_unsupported_raises(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="vLLM adapts an embedding without the head"):
         peft.save(tmp_path / "out", adapter, *base(), file_format="vllm")
     assert not list(tmp_path.iterdir())
+
+
+def test_save_tied_use_of_a_function(tmp_path: pathlib.Path) -> None:
+    def fn(params: Any, tokens: Any) -> Any:
+        return params["table"][tokens] @ params["table"].T
+
+    params, tokens = {"table": np.ones((5, 3), np.float32)}, np.zeros(2, np.int32)
+    mapping = {"table": models.single_tensor_weight("embed_tokens.weight", (5, 3))}
+    weight = trace_weights(fn, params, tokens)["table"]
+    for config in (jlora.LoRA(rank=1, alpha=1), jlora.FullDelta(), jlora.HiRA(rank=1)):
+        leaf = make_template_leaf(config, weight)
+        arrays = {name: np.ones(shape, np.float32) for name, shape in leaf.shapes().items()}
+        adapter = {"table": dataclasses.replace(leaf, **arrays)}
+        folder = tmp_path / config.info.name
+        if isinstance(config, jlora.LoRA):
+            peft.save(folder, adapter, fn, params, tokens, checkpoint_mapping=mapping)
+            config_fields = json.loads((folder / "adapter_config.json").read_text())
+            assert config_fields["ensure_weight_tying"] is True
+            continue
+        with pytest.raises(ValueError, match="would change the embedding alone|must have factors"):
+            peft.save(folder, adapter, fn, params, tokens, checkpoint_mapping=mapping)
