@@ -256,7 +256,13 @@ _EMBEDDING_SUFFIXES = ("lora_embedding_A", "lora_embedding_B")
 
 PEFT_METHODS: dict[str, PeftMethod] = {
     "LORA": PeftMethod(
-        suffixes=("lora_A.weight", "lora_B.weight", *_EMBEDDING_SUFFIXES, "lora_magnitude_vector"),
+        suffixes=(
+            "lora_A.weight",
+            "lora_B.weight",
+            "lora_B.bias",
+            *_EMBEDDING_SUFFIXES,
+            "lora_magnitude_vector",
+        ),
         defaults={
             "r": 8,
             "lora_alpha": 8,
@@ -265,9 +271,9 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "lora_dropout": 0.0,
             "fan_in_fan_out": False,
             "ensure_weight_tying": False,
+            "lora_bias": False,
         },
         supported_values={
-            "lora_bias": False,
             "use_qalora": False,
             "use_bdlora": None,
             "kasa_config": None,

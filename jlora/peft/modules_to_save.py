@@ -17,11 +17,9 @@ from jlora.adapters.trainable_tokens import TrainableTokensLeaf
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
-from jlora.peft.load import CLASSIFICATION_TASKS, TRAINABLE_TOKENS_SUFFIX
+from jlora.peft.config import TASK_HEADS
+from jlora.peft.load import TRAINABLE_TOKENS_SUFFIX
 from jlora.peft.tensor_layouts import ModuleParameter, list_module_parameters, weight_region
-
-# In classification tasks, PEFT itself fully trains each module of such a name.
-HEAD_NAMES = ("classifier", "score")
 
 
 class PeftModule(NamedTuple):
@@ -86,9 +84,9 @@ def peft_tensor_name(modules: Sequence[PeftModule], module: PeftModule, suffix: 
     return f"{parameter.module}{'.base_layer' if is_inner else ''}.{suffix}"
 
 
-def _is_head_module(module: str) -> bool:
+def _is_head_module(module: str, names: tuple[str, ...]) -> bool:
     """Returns True if PEFT treats a module or one of its parents as a head, by the name's end."""
-    return any(part.endswith(HEAD_NAMES) for part in module.split("."))
+    return any(part.endswith(names) for part in module.split("."))
 
 
 def shortest_saved_names(saved_modules: Collection[str], module_names: Sequence[str]) -> list[str]:
@@ -116,10 +114,12 @@ def find_head_modules(
     Raises:
         ValueError: The adapter has factors on such a module.
     """
-    if task_type not in CLASSIFICATION_TASKS:
+    if task_type not in TASK_HEADS:
         return set()
     heads = {
-        module for module in list_module_names(base.checkpoint_mapping) if _is_head_module(module)
+        module
+        for module in list_module_names(base.checkpoint_mapping)
+        if _is_head_module(module, TASK_HEADS[task_type])
     }
     if target_modules & heads:
         raise ValueError(

@@ -26,11 +26,10 @@ from jlora.adapters.trainable_tokens import TrainableTokensLeaf
 from jlora.checkpoints.safetensors_io import create_folder_atomically, format_names
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
-from jlora.peft.config import CONFIG_NAME, build_pattern, build_selector
+from jlora.peft.config import CONFIG_NAME, TASK_HEADS, build_pattern, build_selector
 from jlora.peft.load import KEY_PREFIX, SAFETENSORS_WEIGHTS_NAME
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
 from jlora.peft.modules_to_save import (
-    HEAD_NAMES,
     BaseWeights,
     PeftModule,
     embedding_layer_tensors,
@@ -157,8 +156,8 @@ def convert_to_peft(
     trained_modules = {
         parameter.module
         for path in full_leaves
-        if weights[path].kind != "bias"
         for parameter in base.parameters[path]
+        if parameter.name != "bias"
     }
     tied_heads = {
         pair.head: pair.embedding for pair in tied_pairs if pair.embedding.module in trained_modules
@@ -186,7 +185,7 @@ def convert_to_peft(
     if saved_modules:
         module_names = [*list_module_names(checkpoint_mapping), *tied_modules]
         names = shortest_saved_names(trained_modules - heads, module_names)
-        fields["modules_to_save"] = [*names, *(HEAD_NAMES if heads else ())]
+        fields["modules_to_save"] = [*names, *(TASK_HEADS[str(task_type)] if heads else ())]
     if bias_leaves:
         fields["bias"] = select_bias_mode(bias_leaves, target_modules, saved_modules, base)
     if token_leaves:
