@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jlora._tree import PyTree
+from jlora.checkpoints.safetensors_io import format_names
 from jlora.models.hf.load import checkpoint_mapping as list_checkpoint_mappings
-from jlora.models.hf.load import example_inputs
+from jlora.models.hf.load import example_inputs, tied_modules
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.load import LoadedAdapter, load_peft_folder
-from jlora.peft.modules_to_save import list_module_names
+from jlora.peft.modules_to_save import list_checkpoint_modules, list_target_names
 from jlora.peft.save import TASK_TYPES, convert_to_peft, write_peft_folder
 from jlora.peft.vllm import convert_to_vllm
 from jlora.rules import trace_weights
@@ -30,7 +31,8 @@ def load(
     differ from the config, targets and patterns without a match, and non-finite entries. Layers
     that the model stacks may have different ranks: they are padded with zeros, which stay zero in
     training and which `save` removes. Biases that PEFT's IA3 scales with the outputs are scaled in
-    the base.
+    the base. An update of the embedding alone or of the head alone needs a weight for each: load a
+    base that ties them with `models.load(..., tie_word_embeddings=False)`.
 
     Args:
         folder: Folder with adapter_config.json and adapter_model.safetensors.
@@ -69,7 +71,7 @@ def load(
         2
     """
     fn, inputs, mappings = _resolve_model_fn(model, inputs, checkpoint_mapping)
-    return load_peft_folder(folder, fn, params, inputs, mappings)
+    return load_peft_folder(folder, fn, params, inputs, mappings, tied_modules(model))
 
 
 def save(
@@ -85,6 +87,11 @@ def save(
     file_format: Literal["peft", "vllm"] = "peft",
 ) -> None:
     """Saves an adapter as a folder that PEFT or vLLM can load.
+
+    Settings that PEFT has once for all modules, and in which the weights differ, are folded into
+    the tensors, such as `use_rslora`; those of training alone, such as the dropout, are refused. A
+    head that shares the embedding's weight is a module of its own in PEFT, and is written with the
+    same update.
 
     Args:
         folder: Path of the new folder, which must not exist. It is written atomically.
@@ -137,6 +144,13 @@ def save(
     if task_type is not None and task_type not in TASK_TYPES:
         raise ValueError(f"task_type={task_type!r} must be one of {', '.join(TASK_TYPES)}.")
     for_vllm = file_format == "vllm"
+    tied = tied_modules(model)
+    if for_vllm and set(tied.values()) & set(adapter):
+        raise ValueError(
+            f"vLLM adapts an embedding without the head that shares its weight, and this adapter "
+            f"has {format_names(sorted(set(tied.values()) & set(adapter)))}. Merge the adapter and "
+            f"serve the merged checkpoint."
+        )
     peft_adapter = convert_to_peft(
         adapter,
         params,
@@ -144,15 +158,16 @@ def save(
         mappings[0],
         save_embedding_layers=save_embedding_layers and not for_vllm,
         task_type=None if for_vllm else task_type,  # vLLM does not load a head.
+        tied_modules=tied,
     )
-    module_names = list_module_names(mappings[0])
+    target_names = [*list_target_names(mappings[0]), *tied]
     if for_vllm:
         peft_adapter = convert_to_vllm(peft_adapter)
-        module_names = [module.parameter.module for module in peft_adapter.modules]
+        target_names = list_checkpoint_modules(mappings[0])
     write_peft_folder(
         folder,
         peft_adapter,
-        module_names,
+        target_names,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
     )

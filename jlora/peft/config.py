@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,6 @@ _IGNORED_FIELDS = {
     "deltaT",
     "beta1",
     "beta2",
-    "ensure_weight_tying",
     "eva_config",
     "inference_mode",
     "init_weights",
@@ -37,7 +37,6 @@ _IGNORED_FIELDS = {
     "lora_ga_config",
     "megatron_core",
     "module_dropout",
-    "n_frequency_pattern",
     "orth_reg_weight",
     "peft_type",
     "peft_version",
@@ -114,13 +113,15 @@ def _is_bool(value: Any) -> bool:
 
 # Types of the fields. PEFT itself would fail on other values later, or not at all.
 _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
-    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "bias": lambda value: value in ("none", "all") or str(value).endswith("_only"),
+    "ensure_weight_tying": _is_bool,
     "exclude_modules": _allow_none(_is_module_selector),
     "fan_in_fan_out": _is_bool,
     "feedforward_modules": _allow_none(_is_module_selector),
     "hira_dropout": _is_dropout_rate,
     "layers_pattern": _allow_none(lambda value: isinstance(value, str) or _is_list_of(value)),
     "layers_to_transform": _allow_none(lambda value: type(value) is int or _is_list_of(value, int)),
+    "lora_bias": _is_bool,
     "lora_dropout": _is_dropout_rate,
     "modules_to_save": _allow_none(_is_list_of),
     "target_modules": _allow_none(_is_module_selector),
@@ -135,7 +136,8 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "vblora_dropout": _is_dropout_rate,
     "vera_dropout": _is_dropout_rate,
     **dict.fromkeys(
-        ("rank_pattern", "alpha_pattern"), lambda value: value == {} or _is_rank_pattern(value)
+        ("rank_pattern", "alpha_pattern", "n_frequency_pattern"),
+        lambda value: value == {} or _is_rank_pattern(value),
     ),
 }
 
@@ -158,6 +160,12 @@ def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
             f"{folder} is not a PEFT folder: it has no {CONFIG_NAME}. Pass "
             f"{folder / ADAPTER_FILE}, an adapter of jlora."
         )
+    others = [one.parent.name for one in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+    if not path.exists() and others:
+        raise FileNotFoundError(
+            f"{path} is missing. PEFT saves an adapter that is not called 'default' in a folder of "
+            f"its name: pass {folder / others[0]}."
+        )
     return validate_config(path, read_json(path))
 
 
@@ -174,6 +182,11 @@ def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any],
     Raises:
         ValueError: The config requires an unsupported feature, or has an unknown field.
     """
+    if "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw):
+        raise ValueError(
+            f"{path} is of MLX (fine_tune_type={raw.get('fine_tune_type')!r}), and not of PEFT. "
+            f"Convert the adapter to PEFT's format, or fuse it into its base with mlx_lm.fuse."
+        )
     peft_type = str(raw.get("peft_type", "")).upper()
     if peft_type not in PEFT_METHODS:
         raise ValueError(
@@ -228,29 +241,58 @@ def _check_supported_value(path: Path, name: str, value: Any, supported: Any) ->
         )
 
 
+# Modules that PEFT trains completely in a task, if the model has them.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+# Value of `target_modules` of a folder that has nothing but saved modules or tokens.
+_NO_TARGET_MODULES = "dummy-target-modules"
+
+
+def is_all_linear(fields: Mapping[str, Any]) -> bool:
+    """Returns True if a config targets all linear modules."""
+    target = fields["target_modules"]
+    return isinstance(target, str) and target.lower() == "all-linear"
+
+
+def saved_module_names(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Returns the names in `modules_to_save`, and those that PEFT adds for the task."""
+    names = list(fields["modules_to_save"] or [])
+    heads = TASK_HEADS.get(str(fields["task_type"]).removeprefix("TaskType."), ())
+    return names, [head for head in heads if head not in names]
+
+
+def is_inside_saved_module(fields: Mapping[str, Any], module: str) -> bool:
+    """Returns True if PEFT does not adapt a module because one around it is saved completely."""
+    names = itertools.chain(*saved_module_names(fields))
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
+
+
 def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> set[str]:
     """Returns the modules that a config targets, matched as PEFT matches them.
 
-    The fields are `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern`.
+    The fields are `target_modules`, `exclude_modules`, `modules_to_save`, `layers_to_transform` and
+    `layers_pattern`.
 
     Raises:
-        ValueError: An entry of `target_modules` matches no module.
+        ValueError: An entry of `target_modules` matches no module, or an entry of
+            `layers_to_transform` no layer.
     """
     target = fields["target_modules"] or []
-    if target == "all-linear":
-        return set(modules)
-    selected = {module for module in modules if _matches_target(target, module)}
+    if target == _NO_TARGET_MODULES:
+        return set()
     excluded = fields["exclude_modules"]
-    if excluded:
-        selected = {module for module in selected if not _matches_target(excluded, module)}
-    layers = fields["layers_to_transform"]
-    if layers is not None and not isinstance(target, str):
-        layer_indices = {layers} if isinstance(layers, int) else set(layers)
-        pattern = fields["layers_pattern"]
-        names = [pattern] if isinstance(pattern, str) else pattern
-        layers_name = "|".join(map(re.escape, names)) if names else r"[^.]*"
-        matches = {m: re.match(rf".*?\.?(?:{layers_name})\.(\d+)\.", m) for m in selected}
-        selected = {m for m in selected if (match := matches[m]) and int(match[1]) in layer_indices}
+    candidates = [
+        module
+        for module in modules
+        if not (excluded and _matches_target(excluded, module))
+        and not is_inside_saved_module(fields, module)
+    ]
+    if is_all_linear(fields):
+        return set(candidates)
     entries = [target] if isinstance(target, str) else target
     for entry in entries:
         matcher = entry if isinstance(target, str) else [entry]
@@ -261,7 +303,33 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
                 f"{_tree.closest_matches(entry, tuple(modules))}. This adapter belongs to another "
                 f"model."
             )
-    return selected
+    selected = {module for module in candidates if _matches_target(target, module)}
+    layers = fields["layers_to_transform"]
+    if isinstance(target, str) or layers is None or layers == []:
+        return selected
+    # A module that is listed with its complete name is selected in every layer.
+    indices = {module: _layer_index(fields, module) for module in selected - set(target)}
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    missing = sorted(wanted - set(indices.values()))
+    if missing:
+        raise ValueError(
+            f"layers_to_transform has {missing}, and the targets are in the layers "
+            f"{sorted({index for index in indices.values() if index is not None})}. This adapter "
+            f"belongs to another model."
+        )
+    return {module for module in selected if module in target or indices[module] in wanted}
+
+
+def _layer_index(fields: Mapping[str, Any], module: str) -> int | None:
+    """Returns the number of a module's layer; None for a module outside of the layers."""
+    patterns = fields["layers_pattern"] or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # Without a pattern, the list of layers is inside another module.
+        start = r"(?:^|.*?\.)" if fields["layers_pattern"] else r".*?\."
+        match = re.match(rf"{start}(?:{pattern})\.(\d+)\.", module)
+        if match:
+            return int(match[1])
+    return None
 
 
 def _matches_target(target: str | Iterable[str], module: str) -> bool:
@@ -272,34 +340,84 @@ def _matches_target(target: str | Iterable[str], module: str) -> bool:
 
 
 def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
-    """Returns True if IA3 scales the module's inputs and not its outputs."""
-    return bool(fields["feedforward_modules"]) and _matches_target(
-        fields["feedforward_modules"], module
-    )
+    """Returns True if IA3 scales the module's inputs and not its outputs.
+
+    PEFT compares the ends of names, without a dot before them.
+    """
+    entries = fields["feedforward_modules"] or []
+    if isinstance(entries, str):
+        return re.fullmatch(entries, module) is not None
+    return any(module.endswith(entry) for entry in entries)
 
 
 def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str) -> dict[str, Any]:
-    """Returns the fields with a module's rank and alpha, from the first pattern that matches it."""
+    """Returns the fields with a module's own values, from the first pattern that matches it."""
     module_fields = dict(fields)
-    for name, pattern in (
-        (method.rank_field, "rank_pattern"),
-        (method.alpha_field, "alpha_pattern"),
-    ):
+    for name, pattern in method.patterns.items():
         for key, value in fields[pattern].items():
-            if name and re.match(rf"(.*\.)?({key})$", module):
+            if re.match(rf"(.*\.)?({key})$", module):
                 module_fields[name] = value
                 break
     return module_fields
 
 
-def check_rank_patterns(fields: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Checks that each entry of `rank_pattern` and `alpha_pattern` matches a module.
+def build_pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """Returns the pattern with which `fields_for_module` gives each module its value.
+
+    PEFT uses the first key that a name ends in, so longer keys come first, and a module whose name
+    ends in the name of another one has a key of its own.
+
+    Args:
+        values: Value of each module, by its name.
+        common: Value of modules that no key matches.
+    """
+    others = {module for module, value in values.items() if value != common}
+    listed = [
+        module
+        for module in values
+        if module in others or any(module.endswith(f".{other}") for other in others)
+    ]
+    listed.sort(key=len, reverse=True)
+    return {re.sub(r"[^\w.-]", r"\\\g<0>", module): values[module] for module in listed}
+
+
+def build_selector(
+    selected: Iterable[str], module_names: Sequence[str], num_parts: int = 1
+) -> list[str] | str:
+    """Returns the value of `target_modules` that matches exactly the selected modules.
+
+    It is a list of the shortest names. Where a module's complete name is also the end of another
+    name, it is a regular expression.
+
+    Args:
+        selected: Names of the modules to match.
+        module_names: Names of all modules.
+        num_parts: Number of parts between dots that a short name has.
+    """
+    wanted = set(selected)
+
+    def matches(entry: str) -> set[str]:
+        return {name for name in module_names if _matches_target([entry], name)}
+
+    names = set()
+    for name in wanted:
+        ending = ".".join(name.split(".")[-num_parts:])
+        names.add(ending if matches(ending) <= wanted else name)
+    if all(matches(name) <= wanted for name in names):
+        return sorted(names)
+    return "|".join(map(re.escape, sorted(wanted)))
+
+
+def check_rank_patterns(
+    fields: Mapping[str, Any], method: PeftMethod, modules: Iterable[str]
+) -> None:
+    """Checks that each entry of `rank_pattern` and the like matches a module.
 
     Raises:
         ValueError: An entry matches no module.
     """
     modules = list(modules)
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in method.patterns.values():
         for key in fields[name]:
             if not any(re.match(rf"(.*\.)?({key})$", module) for module in modules):
                 raise ValueError(

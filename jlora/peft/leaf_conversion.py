@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,15 @@ from jlora.adapters.trainable_tokens import TrainableTokens
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.peft.methods import ConfigFields, PeftMethod
 from jlora.peft.tensor_layouts import ModuleParameter, WeightGeometry, tensor_to_leaf
+
+# Fields of configs that the modules of one weight have to agree in.
+_FIELDS_OF_STACKS = ("apply_to", "num_frequencies")
+
+# Arrays that are one, and not zero, where a layer of a stack is not adapted.
+_GAINS = {"l"}
+
+# Arrays without a value for a layer of a stack that is not adapted.
+_NEEDED_OF_ALL = {"magnitude", "logits_a"}
 
 ErrorFactory = Callable[[str], ValueError]
 
@@ -54,6 +64,13 @@ def leaf_from_modules(
     configs: list[Any] = [
         _make_module_config(method, module, weight, make_error) for module in modules
     ]
+    for name in _FIELDS_OF_STACKS:
+        values = {getattr(config, name, None) for config in configs}
+        if len(values) > 1:
+            raise make_error(
+                f"{weight.path} stacks modules, which differ in {name}: {sorted(values)}. Load the "
+                f"model with scan_layers=False."
+            )
     ranks = [getattr(config, "rank", 0) for config in configs]
     scales = [_config_scaling(config) for config in configs]
     config = configs[int(np.argmax(ranks))]
@@ -68,12 +85,18 @@ def leaf_from_modules(
     leaf = make_template_leaf(config, weight)
     # All modules are checked before memory is allocated, since a config may claim any rank.
     module_arrays = [_module_arrays(method, leaf, weight, module, make_error) for module in modules]
-    arrays = {name: np.zeros(shape, np.float32) for name, shape in leaf.shapes().items()}
-    if "magnitude" in arrays and len(modules) < int(np.prod(leaf.axis_sizes.batch)):
-        raise make_error(
-            f"{weight.path} stacks layers, and not all of them have a magnitude. Load the model "
-            f"with scan_layers=False."
-        )
+    arrays = {
+        name: np.full(shape, 1 if name in _GAINS else 0, np.float32)
+        for name, shape in leaf.shapes().items()
+    }
+    num_stacked = len(modules[0].parameter.stack_index)
+    if len(modules) < math.prod(leaf.axis_sizes.batch[:num_stacked]):
+        needed = sorted(_NEEDED_OF_ALL & set(arrays))
+        if needed:
+            raise make_error(
+                f"{weight.path} stacks layers, and not all of them have {needed[0]}. Load the "
+                f"model with scan_layers=False."
+            )
     for module, scale, values in zip(modules, scales, module_arrays, strict=True):
         for name, value in values.items():
             if name == "b" and scale != _config_scaling(config):
@@ -91,7 +114,7 @@ def _make_module_config(
         config = method.make_config(module.fields, weight)
     except TypeError as error:
         raise make_error(f"its config is invalid: {error}") from error
-    reason = config.unsupported_reason(weight)
+    reason = config.unsupported_reason(weight) or method.unsupported_reason(weight)
     if reason:
         raise make_error(f"{module.parameter.module} cannot be adapted: {reason}.")
     return config

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
+from jlora._quantized_array import maybe_dequantize
 from jlora._tree import PyTree
 from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
@@ -22,22 +25,31 @@ from jlora.checkpoints.safetensors_io import format_names, open_safetensors, rea
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft import config
+from jlora.peft.experts import ExpertTensors, join_expert_modules
 from jlora.peft.leaf_conversion import ModuleTensors, leaf_from_modules, make_template_leaf
 from jlora.peft.methods import ConfigFields, PeftMethod
 from jlora.peft.tensor_layouts import (
     ModuleParameter,
     WeightGeometry,
+    list_expert_modules,
     list_module_parameters,
     tensor_to_leaf,
     weight_region,
 )
+from jlora.peft.tied_weights import TiedPair, find_tied_pairs, join_tied_tensors
 from jlora.rules import trace_weights
 
 KEY_PREFIX = "base_model.model."
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 
-CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+# Modules whose complete weight PEFT may write without being asked.
+_TABLE_NAMES = ("embed_tokens", "lm_head")
+
+_TASK_HEAD_NAMES = {name for names in config.TASK_HEADS.values() for name in names}
+
+# Module of the head in checkpoints of decoders.
+HEAD_MODULE = "lm_head"
 
 TRAINABLE_TOKENS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
@@ -67,6 +79,7 @@ def load_peft_folder(
     params: PyTree,
     inputs: tuple[Any, ...],
     checkpoint_mappings: Sequence[Mapping[str, CheckpointWeight]],
+    tied_modules: Mapping[str, str] = types.MappingProxyType({}),
 ) -> LoadedAdapter:
     """Implements `jlora.peft.load`.
 
@@ -77,6 +90,7 @@ def load_peft_folder(
         inputs: Example inputs, arrays or shapes.
         checkpoint_mappings: Checkpoint tensors of the weights, one mapping for each spelling of the
             names. The spelling that matches most names in the file is used.
+        tied_modules: Path of the weight that each tied module shares, by module.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -88,6 +102,7 @@ def load_peft_folder(
     mapping = max(checkpoint_mappings, key=lambda one: _count_known_names(one, tensors))
     reader = _PeftFolderReader(folder, fields, method, tensors, mapping)
     weights = trace_weights(fn, params, *inputs)
+    reader.join_tied_modules(tied_modules, weights)
     adapter = reader.build_adapter(weights)
     replacements = reader.collect_replacements(weights)
     reader.check_all_consumed()
@@ -96,10 +111,17 @@ def load_peft_folder(
         adapter.setdefault(path, make_template_leaf(trainable_config, weights[path]))
     flat = _tree.flatten_with_paths(params)
     leaves = [
-        jnp.asarray(replacements.arrays[path], leaf.dtype) if path in replacements.arrays else leaf
+        _replace_leaf(leaf, replacements.arrays.get(path))
         for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
     return LoadedAdapter(jax.tree.unflatten(flat.treedef, leaves), adapter)
+
+
+def _replace_leaf(leaf: Any, array: np.ndarray | None) -> Any:
+    """Returns the replacement of a weight; the weight itself if the values are the same."""
+    if array is None or np.array_equal(jax.device_get(maybe_dequantize(leaf)), array):
+        return leaf
+    return jnp.asarray(array, leaf.dtype)
 
 
 def _count_known_names(
@@ -160,7 +182,13 @@ class _PeftFolderReader:
         checkpoint_mapping: Checkpoint tensors of the model's weights.
         parameters: Parameters of the model's modules, by module and name.
         modules: Names of the model's modules.
+        tied_pairs: Pairs of modules that are one weight of the model.
+        expert_modules: Parameter, index and projection of each module that a checkpoint has for one
+            expert, by the name of the module.
+        num_experts: Number of experts of each parameter of experts.
         bias_gains: Biases that PEFT's IA3 scales with the outputs, and their gains.
+        bias_updates: Biases to which the file adds, and the updates.
+        adapted_modules: Names of the modules with factors.
     """
 
     def __init__(
@@ -178,6 +206,14 @@ class _PeftFolderReader:
             for parameter in list_module_parameters(checkpoint_mapping)
         }
         self.modules = list(dict.fromkeys(module for module, _ in self.parameters))
+        # Parameter, number and projection of each module of one expert.
+        self.expert_modules = list_expert_modules(checkpoint_mapping)
+        self.num_experts = collections.Counter(
+            key for key, _, projection in self.expert_modules.values() if projection != "up_proj"
+        )
+        self.tied_pairs: list[TiedPair] = []
+        self.bias_updates: list[tuple[ModuleParameter, np.ndarray]] = []
+        self.adapted_modules: set[str] = set()
         self.bias_gains: list[tuple[ModuleParameter, np.ndarray]] = []
 
     def make_error(self, reason: str) -> ValueError:
@@ -186,12 +222,40 @@ class _PeftFolderReader:
             f"model of the adapter."
         )
 
+    def join_tied_modules(
+        self, tied_modules: Mapping[str, str], weights: Mapping[str, AdaptableWeight]
+    ) -> None:
+        """Removes tensors of modules that are one weight with another module.
+
+        Raises:
+            ValueError: The file has another update for the module than for the other one.
+        """
+        self.tied_pairs = find_tied_pairs(tied_modules, self.parameters)
+        for pair in self.tied_pairs:
+            names = (pair.head, pair.embedding.module)
+            if not any(name.startswith(tuple(f"{n}." for n in names)) for name in self.remaining):
+                continue
+            base = np.asarray(jax.device_get(maybe_dequantize(weights[pair.embedding.path].value)))
+            assert pair.embedding.tensor_slice is not None
+            head_fields, fields = (
+                config.fields_for_module(self.fields, self.method, name) for name in names
+            )
+            alpha_field = self.method.alpha_field or ""
+            join_tied_tensors(
+                self.folder,
+                pair,
+                self.remaining,
+                pair.embedding.tensor_slice.to_tensor(base),
+                (fields.get(alpha_field), head_fields.get(alpha_field)),
+                bool(self.fields.get("ensure_weight_tying")),
+            )
+
     # --- factors ----------------------------------------------------------------------------------
 
     def build_adapter(self, weights: Mapping[str, AdaptableWeight]) -> dict[str, Any]:
         """Returns the leaves of the PEFT method, without replacements of the base."""
         by_path: dict[str, list[ModuleTensors]] = {}
-        for module in self._collect_modules():
+        for module in self._collect_modules(weights):
             by_path.setdefault(module.parameter.path, []).append(module)
         adapter: dict[str, Any] = {}
         for path, modules in by_path.items():
@@ -203,59 +267,151 @@ class _PeftFolderReader:
             )
         return adapter
 
-    def _collect_modules(self) -> list[ModuleTensors]:
+    def _collect_modules(self, weights: Mapping[str, AdaptableWeight]) -> list[ModuleTensors]:
         """Consumes the tensors of each module and checks them against the config."""
         by_parameter: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        by_expert: dict[str, dict[str, np.ndarray]] = {}
         for name in list(self.remaining):
             module, suffix = self._split_suffix(name)
             if module is None:
                 continue
-            tensors = by_parameter.setdefault(self._find_parameter(module, name), {})
+            if module in self.expert_modules:
+                tensors = by_expert.setdefault(module, {})
+            else:
+                tensors = by_parameter.setdefault(self._find_parameter(module, name), {})
             tensors[suffix] = self.remaining.pop(name)
         parameters = [self.parameters[key] for key in by_parameter]
-        self._check_targets(parameters)
+        self._check_targets(parameters, by_expert, weights)
         modules = []
         for parameter, tensors in zip(parameters, by_parameter.values(), strict=True):
             name = parameter.module
-            if parameter.name != "weight":
+            is_parameter = self._is_target_parameter(parameter)
+            if is_parameter:
                 name = f"{parameter.module}.{parameter.name}"
+                if weights[parameter.path].kind == "embedding" and "lora_A.weight" in tensors:
+                    # PEFT adapts a parameter as (outputs, inputs), whatever its module.
+                    a, b = tensors.pop("lora_A.weight"), tensors.pop("lora_B.weight", None)
+                    tensors["lora_embedding_B"] = a.T
+                    if b is not None:
+                        tensors["lora_embedding_A"] = b.T
             fields = config.fields_for_module(self.fields, self.method, name)
             fields["is_feedforward"] = config.is_feedforward(self.fields, parameter.module)
-            modules.append(ModuleTensors(parameter, fields, tensors))
             bias = self.parameters.get((parameter.module, "bias"))
             if "ia3_l" in tensors and bias and not fields["is_feedforward"]:
                 self.bias_gains.append((bias, tensors["ia3_l"].astype(np.float32)))
+            self.adapted_modules.add(parameter.module)
+            if self.fields.get("lora_bias"):
+                self._collect_factor_bias(parameter, fields, tensors)
+            modules.append(ModuleTensors(parameter, fields, tensors))
+        if by_expert:
+            modules += self._join_experts(by_expert)
         return modules
 
-    def _check_targets(self, parameters: Sequence[ModuleParameter]) -> None:
+    def _collect_factor_bias(
+        self, parameter: ModuleParameter, fields: ConfigFields, tensors: dict[str, np.ndarray]
+    ) -> None:
+        """Consumes the bias of `B` (`lora_bias`), which is added to the module's own bias."""
+        value = tensors.pop("lora_B.bias", None)
+        bias = self.parameters.get((parameter.module, "bias"))
+        if value is None:
+            raise self.make_error(
+                f"{parameter.module} lacks lora_B.bias, which lora_bias=True adds."
+            )
+        if bias is None:
+            raise self.make_error(
+                f"{parameter.module} has lora_B.bias, and the model has no bias there to add it to."
+            )
+        scale = fields["lora_alpha"] / fields["r"] ** (0.5 if fields["use_rslora"] else 1)
+        self.bias_updates.append((bias, value.astype(np.float32) * np.float32(scale)))
+
+    def _join_experts(self, by_expert: Mapping[str, dict[str, np.ndarray]]) -> list[ModuleTensors]:
+        """Joins the tensors of one module for each expert to those of the experts' parameters."""
+        groups: dict[tuple[str, str], list[ExpertTensors]] = {}
+        for module, tensors in by_expert.items():
+            key, index, projection = self.expert_modules[module]
+            fields = config.fields_for_module(self.fields, self.method, module)
+            expert = ExpertTensors(module, index, projection, fields, tensors)
+            groups.setdefault(key, []).append(expert)
+        return [
+            join_expert_modules(
+                self.parameters[key], experts, self.num_experts[key], self.make_error
+            )
+            for key, experts in groups.items()
+        ]
+
+    def _is_target_parameter(self, parameter: ModuleParameter) -> bool:
+        """Returns True if an entry of `target_parameters` names a parameter."""
+        name = f"{parameter.module}.{parameter.name}"
+        targets = self.fields["target_parameters"] or []
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    def _check_targets(
+        self,
+        parameters: Sequence[ModuleParameter],
+        by_expert: Collection[str],
+        weights: Mapping[str, AdaptableWeight],
+    ) -> None:
         """Checks that the config targets exactly the parameters with tensors in the file."""
+        found = {p.module for p in parameters if p.name == "weight"} | set(by_expert)
+        if self.fields["target_modules"] is None and not self.fields["target_parameters"]:
+            return  # The targets are those of PEFT's table for the model's type.
         candidates = [module for module, name in self.parameters if name == "weight"]
-        targets = config.match_target_modules(self.fields, candidates)
-        modules = {parameter.module for parameter in parameters if parameter.name == "weight"}
-        if self.fields["target_modules"] != "all-linear":
-            missing, extra = sorted(targets - modules), sorted(modules - targets)
-            if missing:
-                raise self.make_error(
-                    f"the config targets {format_names(missing)}, for which the file has no tensor."
-                )
-            if extra:
-                raise self.make_error(
-                    f"the file has tensors for {format_names(extra)}, which the config does not "
-                    f"target."
-                )
-        experts = [f"{p.module}.{p.name}" for p in parameters if p.name != "weight"]
+        heads = [pair.head for pair in self.tied_pairs]
+        expert_modules = list(self.expert_modules)
+        targets = config.match_target_modules(self.fields, [*candidates, *heads, *expert_modules])
+        for pair in self.tied_pairs:
+            if pair.head in targets:  # Its update is that of the embedding.
+                targets = (targets - {pair.head}) | {pair.embedding.module}
+        if self.fields.get("ensure_weight_tying"):
+            targets |= found & {HEAD_MODULE}  # PEFT adds the head to the embedding.
+        required = targets
+        if config.is_all_linear(self.fields):
+            required = {module for module in targets if self._is_linear(module, weights)}
+        elif self.fields["target_parameters"]:
+            # Modules of experts that transformers 5 has joined are parameters.
+            required = targets - set(expert_modules)
+        whole = [parameter for parameter in self.parameters.values() if parameter.name != "bias"]
+        wanted = {p for p in whole if self._is_target_parameter(p)}
+        missing = sorted(
+            required - found | {f"{p.module}.{p.name}" for p in wanted - set(parameters)}
+        )
+        if missing:
+            raise self.make_error(
+                f"the config targets {format_names(missing)}, for which the file has no tensor."
+            )
+        extra = sorted(found - targets - {p.module for p in wanted})
+        if extra:
+            raise self.make_error(
+                f"the file has tensors for {format_names(extra)}, which the config does not target."
+            )
         for target in self.fields["target_parameters"] or []:
-            if not any(name == target or name.endswith(f".{target}") for name in experts):
+            names = [f"{p.module}.{p.name}" for p in wanted]
+            if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise self.make_error(
-                    f"target_parameters has {target!r}, for which the file has no tensor."
+                    f"target_parameters has {target!r}, which the model does not have."
                 )
-        config.check_rank_patterns(self.fields, [*(p.module for p in parameters), *experts])
+        names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
+        config.check_rank_patterns(self.fields, self.method, names | set(by_expert))
+
+    def _is_linear(self, module: str, weights: Mapping[str, AdaptableWeight]) -> bool:
+        """Returns True for a module of PEFT's `all-linear`: not a head, an expert or a router."""
+        parameter = self.parameters.get((module, "weight"))
+        if parameter is None or module == HEAD_MODULE or parameter.tensor_slice is None:
+            return False
+        return weights[parameter.path].kind == "linear" and "/router/" not in parameter.path
 
     def _split_suffix(self, name: str) -> tuple[str | None, str]:
         """Returns a tensor's module and suffix; None and "" for a tensor of another kind."""
+        name = name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
         for suffix in self.method.suffixes:
             if name.endswith(f".{suffix}"):
                 return name[: -len(suffix) - 1], suffix
+            first, dot, last = suffix.partition(".")
+            if re.search(rf"\.{first}\.[^.]+{re.escape(dot + last)}$", name):
+                raise self.make_error(
+                    f"{name!r} has the name of an adapter after {first}, as in a model's memory: "
+                    f"the file was not written by `save_pretrained`. Remove that part of the keys."
+                )
         return None, ""
 
     def _find_parameter(self, module: str, name: str) -> tuple[str, str]:
@@ -331,10 +487,15 @@ class _PeftFolderReader:
         replacements = _BaseReplacements({}, {})
         token_indices = self.fields["trainable_token_indices"]
         has_biases = self.fields["bias"] != "none"
-        saved_names = self.fields["modules_to_save"] or []
+        saved_names, heads = config.saved_module_names(self.fields)
+        if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
+            saved_names.append(HEAD_MODULE)  # PEFT adds the head to the embedding.
         for parameter, gains in self.bias_gains:
-            self._scale_bias(replacements, weights, parameter, gains)
+            self._change_bias(replacements, weights, parameter, lambda bias, g: bias * g, gains)
+        for parameter, update in self.bias_updates:
+            self._change_bias(replacements, weights, parameter, lambda bias, u: bias + u, update)
         names = set(self.remaining)
+        replaced, tokens = set(), set()
         for name in list(self.remaining):
             module, _, parameter_name = name.rpartition(".")
             if name.endswith(f".{TRAINABLE_TOKENS_SUFFIX}"):
@@ -342,6 +503,7 @@ class _PeftFolderReader:
                 self._replace_token_embeddings(
                     replacements, weights, module, token_indices, self.remaining.pop(name)
                 )
+                tokens.add(module)
                 continue
             copied = re.fullmatch(r"(.*)\.(modules_to_save|original_module)", module)
             if copied and has_biases and f"{copied[1]}.{parameter_name}" in names:
@@ -349,28 +511,84 @@ class _PeftFolderReader:
                 continue
             is_wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-            is_saved = any(_is_saved_module(module, saved_name) for saved_name in saved_names)
+            is_saved = any(
+                _is_saved_module(module, saved_name) for saved_name in [*saved_names, *heads]
+            )
             is_trained_bias = parameter_name == "bias" and has_biases
+            # PEFT writes complete embeddings and heads whose vocabulary was resized.
+            is_table = module.rpartition(".")[2] in _TABLE_NAMES
             parameter = self.parameters.get((module, parameter_name))
             # A copy of the full embedding beside its factors is the base's, possibly resized.
-            if parameter is None or not (is_saved or is_wrapped or is_trained_bias):
+            if parameter is None or not (is_saved or is_wrapped or is_trained_bias or is_table):
                 continue
             self._replace_slice(replacements, weights, parameter, self.remaining.pop(name))
+            replaced.add((module, parameter_name))
             if is_saved or is_trained_bias:
-                is_bias = weights[parameter.path].kind == "bias"
+                is_bias = parameter_name == "bias" and weights[parameter.path].kind == "bias"
                 replacements.trainable_configs[parameter.path] = (
                     BitFit() if is_bias else FullDelta()
                 )
-        for saved_name in saved_names:
-            # PEFT itself adds the usual names of heads for tasks that have one.
-            is_classification = self.fields["task_type"] in CLASSIFICATION_TASKS
-            if saved_name in ("classifier", "score") and is_classification:
-                continue
-            if not any(_is_saved_module(module, saved_name) for module in self.modules):
+        self._check_saved_modules(saved_names, heads, replaced)
+        self._check_tokens(tokens)
+        if has_biases:
+            self._check_biases(replaced)
+        return replacements
+
+    def _check_saved_modules(
+        self,
+        saved_names: Sequence[str],
+        heads: Sequence[str],
+        replaced: Collection[tuple[str, str]],
+    ) -> None:
+        """Checks that the file has all parameters of the modules that are trained completely."""
+        tied_heads = {pair.head: pair.embedding for pair in self.tied_pairs}
+        missing = []
+        for saved_name in [*saved_names, *heads]:
+            matches = [k for k in self.parameters if _is_saved_module(k[0], saved_name)]
+            tied = [one for head, one in tied_heads.items() if _is_saved_module(head, saved_name)]
+            matches += [(parameter.module, parameter.name) for parameter in tied]
+            if not matches and saved_name in saved_names and saved_name not in heads:
+                if saved_name in _TASK_HEAD_NAMES and self.fields["task_type"] in config.TASK_HEADS:
+                    continue  # PEFT adds all usual names of a head to the config.
                 raise self.make_error(
                     f"modules_to_save has {saved_name!r}, which the model does not have."
                 )
-        return replacements
+            missing += [f"{module}.{name}" for module, name in set(matches) - set(replaced)]
+        if missing:
+            raise self.make_error(
+                f"modules_to_save or the task have modules, of which the file lacks "
+                f"{format_names(sorted(set(missing)))}."
+            )
+
+    def _check_tokens(self, found: Collection[str]) -> None:
+        """Checks that the file has the tokens that the config names."""
+        indices = self.fields["trainable_token_indices"]
+        if not indices:
+            return
+        names = list(indices) if isinstance(indices, Mapping) else [None]
+        for name in names:
+            heads = {p.head for p in self.tied_pairs if name and p.head.endswith(name)}
+            known = {p.embedding.module for p in self.tied_pairs} if heads else set(found)
+            if not any(
+                name is None or heads or module.endswith(name) for module in known & set(found)
+            ):
+                raise self.make_error(
+                    f"trainable_token_indices={indices} has {name or 'tokens'}, for which the file "
+                    f"has no rows."
+                )
+
+    def _check_biases(self, replaced: Collection[tuple[str, str]]) -> None:
+        """Checks that the file has the biases of the config's mode."""
+        biases = {module for module, name in self.parameters if name == "bias"}
+        biases = {m for m in biases if not config.is_inside_saved_module(self.fields, m)}
+        if self.fields["bias"] != "all":
+            biases &= self.adapted_modules
+        missing = sorted(module for module in biases if (module, "bias") not in replaced)
+        if missing:
+            raise self.make_error(
+                f"bias={self.fields['bias']!r} trains the biases of {format_names(missing)}, which "
+                f"the file lacks."
+            )
 
     def _replace_slice(
         self,
@@ -391,19 +609,20 @@ class _PeftFolderReader:
         values = parameter.tensor_slice.to_weight_layout(tensor)
         target[weight_region(parameter.tensor_slice)] = values.astype(target.dtype)
 
-    def _scale_bias(
+    def _change_bias(
         self,
         replacements: _BaseReplacements,
         weights: Mapping[str, AdaptableWeight],
         parameter: ModuleParameter,
-        gains: np.ndarray,
+        change: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        values: np.ndarray,
     ) -> None:
-        """Scales a bias by the gains of its outputs: PEFT's IA3 scales biases, jlora's does not."""
+        """Changes a bias of the base, which jlora's adapter on the weight does not."""
         assert parameter.tensor_slice is not None
         target = _writable_weight(replacements, weights, parameter)
         region = weight_region(parameter.tensor_slice)
-        weight_gains = parameter.tensor_slice.to_weight_layout(gains.reshape(-1))
-        target[region] = (target[region].astype(np.float32) * weight_gains).astype(target.dtype)
+        changes = parameter.tensor_slice.to_weight_layout(values.reshape(-1))
+        target[region] = change(target[region].astype(np.float32), changes).astype(target.dtype)
 
     def _replace_token_embeddings(
         self,
@@ -423,15 +642,27 @@ class _PeftFolderReader:
                 f"{module} has {len(tensor)} trained tokens, which does not match "
                 f"trainable_token_indices={token_indices}."
             )
-        target = _writable_weight(replacements, weights, parameter)
-        if tensor.shape[1:] != target.shape[1:] or max(indices) >= len(target):
+        assert parameter.tensor_slice is not None
+        shape = parameter.tensor_slice.tensor_shape
+        if tensor.shape[1:] != shape[1:] or max(indices) >= shape[0]:
             raise self.make_error(
                 f"{module} has trained tokens of shape {tensor.shape} for the indices {indices} of "
-                f"an embedding of shape {target.shape}."
+                f"an embedding of shape {shape}."
             )
-        target[indices] = tensor.astype(target.dtype)
-        trainable_config = TrainableTokens(token_indices=tuple(indices))
-        replacements.trainable_configs[parameter.path] = trainable_config
+        head = self.parameters.get((HEAD_MODULE, "weight"))
+        changed = [parameter]
+        if head and head.path != parameter.path and _is_same_table(weights, head, parameter):
+            changed.append(head)  # PEFT changes the tokens of a tied head as well.
+        for one in changed:
+            assert one.tensor_slice is not None
+            target = _writable_weight(replacements, weights, one)
+            region = weight_region(one.tensor_slice)
+            table = one.tensor_slice.to_tensor(target[region])
+            table[indices] = tensor.astype(target.dtype)
+            target[region] = one.tensor_slice.to_weight_layout(table)
+        if weights[parameter.path].kind == "embedding":
+            trainable_config = TrainableTokens(token_indices=tuple(indices))
+            replacements.trainable_configs[parameter.path] = trainable_config
 
     def check_all_consumed(self) -> None:
         """Checks that no tensor of the file is unused.
@@ -453,8 +684,23 @@ def _writable_weight(
 ) -> np.ndarray:
     """Returns the replacement of a parameter's weight, which starts as a copy of the base."""
     if parameter.path not in replacements.arrays:
-        replacements.arrays[parameter.path] = np.array(weights[parameter.path].value)
+        value = maybe_dequantize(weights[parameter.path].value)
+        replacements.arrays[parameter.path] = np.array(jax.device_get(value))
     return replacements.arrays[parameter.path]
+
+
+def _is_same_table(
+    weights: Mapping[str, AdaptableWeight], head: ModuleParameter, embedding: ModuleParameter
+) -> bool:
+    """Returns True if a head has the values of an embedding, as where a checkpoint ties them."""
+    tables = []
+    for parameter in (head, embedding):
+        assert parameter.tensor_slice is not None
+        value = np.asarray(jax.device_get(maybe_dequantize(weights[parameter.path].value)))
+        tables.append(
+            parameter.tensor_slice.to_tensor(value[weight_region(parameter.tensor_slice)])
+        )
+    return np.array_equal(*tables)
 
 
 def _is_saved_module(module: str, saved_name: str) -> bool:

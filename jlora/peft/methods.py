@@ -36,10 +36,13 @@ class PeftMethod(NamedTuple):
         make_config: Function from the fields of one module to jlora's config.
         tensor_layouts: Function from a leaf and its weight to the tensors in a file.
         families: Families of the leaves that are written as this method.
-        config_fields: Function from a leaf to its config fields.
+        config_fields: Function from a leaf and its weight to its config fields. A field is None
+            where the module does not depend on it.
         supported_values: Fields with a single supported value, or a tuple of supported values.
-        rank_field: Field that `rank_pattern` overrides; None for no such field.
-        alpha_field: Field that `alpha_pattern` overrides; None for no such field.
+        rank_field: Field of the rank of a module; None for no such field.
+        alpha_field: Field of the alpha of a module; None for no such field.
+        patterns: Field with values by module for each config field that has one.
+        window_sizes: Numbers of window axes of the convolutions that PEFT adapts.
         supports_bias: True if the config has a field for trained biases.
         shared_tensors: Name and layout of each tensor that all modules share, by array.
     """
@@ -49,12 +52,24 @@ class PeftMethod(NamedTuple):
     make_config: Callable[[ConfigFields, AdaptableWeight], AdapterConfig]
     tensor_layouts: Callable[[AdapterLeaf, AdaptableWeight], LayoutsByArray]
     families: tuple[str, ...]
-    config_fields: Callable[[Any], dict[str, Any]]
+    config_fields: Callable[[Any, AdaptableWeight], dict[str, Any]]
     supported_values: ConfigFields = types.MappingProxyType({})
     rank_field: str | None = "r"
     alpha_field: str | None = None
+    patterns: Mapping[str, str] = types.MappingProxyType({})
+    window_sizes: tuple[int, ...] = ()
     supports_bias: bool = False
     shared_tensors: Mapping[str, tuple[str, TensorLayout]] = types.MappingProxyType({})
+
+    def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
+        """Returns why PEFT cannot adapt a weight as jlora does; None if it can."""
+        sizes = self.window_sizes
+        if weight.kind != "convolution" or len(weight.window) in sizes:
+            return None
+        return (
+            f"PEFT's method supports convolutions with {' or '.join(map(str, sizes)) or 'no'} "
+            f"window axes, and {weight.path!r} has {len(weight.window)}"
+        )
 
 
 def _low_rank_layouts(
@@ -103,7 +118,8 @@ def _is_expert_weight(weight: AdaptableWeight) -> bool:
     return any(primitive.startswith("ragged_dot") for primitive in weight.primitives)
 
 
-def _lora_fields(leaf: Any) -> dict[str, Any]:
+def _lora_fields(leaf: Any, weight: AdaptableWeight) -> dict[str, Any]:
+    del weight
     return {
         "r": leaf.rank,
         "lora_alpha": leaf.alpha,
@@ -125,14 +141,18 @@ def _adalora_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArr
     return {**_low_rank_layouts(weight, suffix=""), "s": ("lora_E", TensorLayout("r", "r u"))}
 
 
+def _core_layout(weight: AdaptableWeight) -> TensorLayout:
+    """Returns the layout of a Tucker core, which has two window axes in PEFT's files."""
+    return TensorLayout("q r w", "r q w u" if len(weight.window) == 1 else "r q w")
+
+
 def _loha_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
-    del weight
     tensors: LayoutsByArray = {}
     for n in (1, 2):
         if leaf.family == "loha_tucker":
             tensors[f"a{n}"] = (f"hada_w{n}_b", TensorLayout("c r", "r c"))
             tensors[f"b{n}"] = (f"hada_w{n}_a", TensorLayout("r o", "r o"))
-            tensors[f"core{n}"] = (f"hada_t{n}", TensorLayout("q r w", "r q w"))
+            tensors[f"core{n}"] = (f"hada_t{n}", _core_layout(weight))
         else:
             tensors[f"a{n}"] = (f"hada_w{n}_b", TensorLayout("i r", "r c*w"))
             tensors[f"b{n}"] = (f"hada_w{n}_a", TensorLayout("r o", "o r"))
@@ -140,7 +160,6 @@ def _loha_layouts(leaf: AdapterLeaf, weight: AdaptableWeight) -> LayoutsByArray:
 
 
 def _lokr_layouts(leaf: Any, weight: AdaptableWeight) -> LayoutsByArray:
-    del weight
     tensors = {
         "w1": ("lokr_w1", TensorLayout("x y", "y x")),
         "a1": ("lokr_w1_b", TensorLayout("x r", "r x")),
@@ -152,12 +171,27 @@ def _lokr_layouts(leaf: Any, weight: AdaptableWeight) -> LayoutsByArray:
     if leaf.w2_form == "core":
         tensors["a2"] = ("lokr_w2_b", TensorLayout("x r", "r x"))
         tensors["b2"] = ("lokr_w2_a", TensorLayout("r y", "r y"))
-        tensors["core2"] = ("lokr_t2", TensorLayout("q r w", "r q w"))
+        tensors["core2"] = ("lokr_t2", _core_layout(weight))
     return {name: tensors[name] for name in leaf.shapes()}
 
 
-def _lokr_fields(leaf: Any) -> dict[str, Any]:
+def _has_window(leaf: Any, weight: AdaptableWeight) -> bool:
+    return math.prod(leaf.shape[axis] for axis in weight.window) > 1
+
+
+def _loha_fields(leaf: Any, weight: AdaptableWeight) -> dict[str, Any]:
+    is_tucker = leaf.family == "loha_tucker"
+    return {
+        "r": leaf.rank,
+        "alpha": leaf.alpha,
+        "use_effective_conv2d": is_tucker if _has_window(leaf, weight) else None,
+    }
+
+
+def _lokr_fields(leaf: Any, weight: AdaptableWeight) -> dict[str, Any]:
     d1, k1 = leaf.w1_shape
+    can_decompose = leaf.rank < max(d1, k1) / 2
+    can_have_core = _has_window(leaf, weight) and leaf.w2_form != "full"
     window = math.prod(leaf.shape[axis] for axis in leaf.window)
     channels, outputs = (
         math.prod(leaf.axis_sizes.inputs) // window,
@@ -167,11 +201,11 @@ def _lokr_fields(leaf: Any) -> dict[str, Any]:
         "r": leaf.rank,
         "alpha": leaf.alpha,
         "module_dropout": 0.0,
-        "decompose_both": leaf.decompose_w1,
+        "decompose_both": leaf.decompose_w1 if can_decompose else None,
         # The size of each side and its first factor. The config has one number for all modules,
         # which `save` finds from these.
         "decompose_factor": ((channels, d1), (outputs, k1)),
-        "use_effective_conv2d": leaf.w2_form == "core",
+        "use_effective_conv2d": leaf.w2_form == "core" if can_have_core else None,
     }
 
 
@@ -222,7 +256,13 @@ _EMBEDDING_SUFFIXES = ("lora_embedding_A", "lora_embedding_B")
 
 PEFT_METHODS: dict[str, PeftMethod] = {
     "LORA": PeftMethod(
-        suffixes=("lora_A.weight", "lora_B.weight", *_EMBEDDING_SUFFIXES, "lora_magnitude_vector"),
+        suffixes=(
+            "lora_A.weight",
+            "lora_B.weight",
+            "lora_B.bias",
+            *_EMBEDDING_SUFFIXES,
+            "lora_magnitude_vector",
+        ),
         defaults={
             "r": 8,
             "lora_alpha": 8,
@@ -230,9 +270,10 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "use_dora": False,
             "lora_dropout": 0.0,
             "fan_in_fan_out": False,
+            "ensure_weight_tying": False,
+            "lora_bias": False,
         },
         supported_values={
-            "lora_bias": False,
             "use_qalora": False,
             "use_bdlora": None,
             "kasa_config": None,
@@ -250,6 +291,8 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         families=("lora", "dora", "lora_fa", "dylora"),
         config_fields=_lora_fields,
         alpha_field="lora_alpha",
+        patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
+        window_sizes=(1, 2, 3),
         supports_bias=True,
     ),
     "ADALORA": PeftMethod(
@@ -264,7 +307,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         make_config=_adalora_config,
         tensor_layouts=_adalora_layouts,
         families=("adalora",),
-        config_fields=lambda leaf: {
+        config_fields=lambda leaf, weight: {
             "init_r": leaf.rank,
             "target_r": leaf.rank,
             "lora_alpha": leaf.alpha,
@@ -283,12 +326,10 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         ),
         tensor_layouts=_loha_layouts,
         families=("loha", "loha_tucker"),
-        config_fields=lambda leaf: {
-            "r": leaf.rank,
-            "alpha": leaf.alpha,
-            "use_effective_conv2d": leaf.family == "loha_tucker",
-        },
+        config_fields=_loha_fields,
         alpha_field="alpha",
+        patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
+        window_sizes=(1, 2),
     ),
     "LOKR": PeftMethod(
         suffixes=tuple(
@@ -312,14 +353,19 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         families=("lokr",),
         config_fields=_lokr_fields,
         alpha_field="alpha",
+        patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
+        # With one window axis, PEFT orders the entries of a full `w2` in another way.
+        window_sizes=(2,),
     ),
     "HIRA": PeftMethod(
         suffixes=("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
-        defaults={"r": 8, "hira_dropout": 0.0, "fan_in_fan_out": False},
+        defaults={"r": 32, "hira_dropout": 0.0, "fan_in_fan_out": False},
         make_config=lambda f, w: HiRA(rank=f["r"], dropout=f["hira_dropout"]),
         tensor_layouts=_hira_layouts,
         families=("hira",),
-        config_fields=lambda leaf: {"r": leaf.rank, "hira_dropout": leaf.dropout},
+        config_fields=lambda leaf, weight: {"r": leaf.rank, "hira_dropout": leaf.dropout},
+        patterns={"r": "rank_pattern"},
+        window_sizes=(1, 2, 3),
     ),
     "IA3": PeftMethod(
         suffixes=("ia3_l",),
@@ -327,8 +373,9 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         make_config=_ia3_config,
         tensor_layouts=_ia3_layouts,
         families=("ia3",),
-        config_fields=lambda leaf: {},
+        config_fields=lambda leaf, weight: {},
         rank_field=None,
+        window_sizes=(2, 3),
     ),
     "VERA": PeftMethod(
         suffixes=("vera_lambda_d", "vera_lambda_b"),
@@ -340,7 +387,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "b": ("vera_lambda_b", TensorLayout("o", "o")),
         },
         families=("vera",),
-        config_fields=lambda leaf: {
+        config_fields=lambda leaf, weight: {
             "r": leaf.rank,
             "vera_dropout": leaf.dropout,
             "save_projection": True,
@@ -369,7 +416,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "logits_b": ("vblora_logits_B", TensorLayout("r y v", "y r v")),
         },
         families=("vb_lora",),
-        config_fields=lambda leaf: {
+        config_fields=lambda leaf, weight: {
             "r": leaf.rank,
             "num_vectors": leaf.num_vectors,
             "vector_length": leaf.vector_length,
@@ -384,6 +431,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         suffixes=("fourierft_spectrum",),
         defaults={
             "n_frequency": 1000,
+            "n_frequency_pattern": {},
             "scaling": 150.0,
             "random_loc_seed": 777,
             "fan_in_fan_out": False,
@@ -393,12 +441,13 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "spectrum": ("fourierft_spectrum", TensorLayout("n", "n"))
         },
         families=("fourierft",),
-        config_fields=lambda leaf: {
+        config_fields=lambda leaf, weight: {
             "n_frequency": leaf.num_frequencies,
             "scaling": leaf.alpha,
             "random_loc_seed": leaf.seed,
         },
-        rank_field=None,
+        rank_field="n_frequency",
+        patterns={"n_frequency": "n_frequency_pattern"},
         supports_bias=True,
     ),
 }

@@ -17,11 +17,9 @@ from jlora.adapters.trainable_tokens import TrainableTokensLeaf
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
-from jlora.peft.load import CLASSIFICATION_TASKS, TRAINABLE_TOKENS_SUFFIX
+from jlora.peft.config import TASK_HEADS
+from jlora.peft.load import TRAINABLE_TOKENS_SUFFIX
 from jlora.peft.tensor_layouts import ModuleParameter, list_module_parameters, weight_region
-
-# In classification tasks, PEFT itself fully trains each module of such a name.
-HEAD_NAMES = ("classifier", "score")
 
 
 class PeftModule(NamedTuple):
@@ -60,6 +58,21 @@ def list_module_names(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> lis
     return list(dict.fromkeys(parameter.module for parameter in parameters))
 
 
+def list_target_names(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> list[str]:
+    """Returns the names of a mapping's modules, and of the parameters of modules of experts."""
+    names = [
+        p.module if p.name in ("weight", "bias") else f"{p.module}.{p.name}"
+        for p in list_module_parameters(checkpoint_mapping)
+    ]
+    return list(dict.fromkeys(names))
+
+
+def list_checkpoint_modules(checkpoint_mapping: Mapping[str, CheckpointWeight]) -> list[str]:
+    """Returns the names of a mapping's modules as a checkpoint has them: one for each expert."""
+    keys = (part.key for weight in checkpoint_mapping.values() for part in weight.slices)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+
+
 def peft_tensor_name(modules: Sequence[PeftModule], module: PeftModule, suffix: str) -> str:
     """Returns the name of a tensor in the file, without the common prefix.
 
@@ -71,9 +84,9 @@ def peft_tensor_name(modules: Sequence[PeftModule], module: PeftModule, suffix: 
     return f"{parameter.module}{'.base_layer' if is_inner else ''}.{suffix}"
 
 
-def _is_head_module(module: str) -> bool:
+def _is_head_module(module: str, names: tuple[str, ...]) -> bool:
     """Returns True if PEFT treats a module or one of its parents as a head, by the name's end."""
-    return any(part.endswith(HEAD_NAMES) for part in module.split("."))
+    return any(part.endswith(names) for part in module.split("."))
 
 
 def shortest_saved_names(saved_modules: Collection[str], module_names: Sequence[str]) -> list[str]:
@@ -101,10 +114,12 @@ def find_head_modules(
     Raises:
         ValueError: The adapter has factors on such a module.
     """
-    if task_type not in CLASSIFICATION_TASKS:
+    if task_type not in TASK_HEADS:
         return set()
     heads = {
-        module for module in list_module_names(base.checkpoint_mapping) if _is_head_module(module)
+        module
+        for module in list_module_names(base.checkpoint_mapping)
+        if _is_head_module(module, TASK_HEADS[task_type])
     }
     if target_modules & heads:
         raise ValueError(
@@ -132,10 +147,23 @@ def _to_checkpoint_tensor(parameter: ModuleParameter, value: np.ndarray) -> np.n
 
 
 def modules_to_save_tensors(
-    saved_modules: Collection[str], full_leaves: Mapping[str, Any], base: BaseWeights
+    saved_modules: Collection[str],
+    full_leaves: Mapping[str, Any],
+    base: BaseWeights,
+    tied_heads: Mapping[str, ModuleParameter],
 ) -> dict[str, np.ndarray]:
-    """Returns all parameters of the saved modules, trained or not: PEFT saves complete modules."""
+    """Returns all parameters of the saved modules, trained or not: PEFT saves complete modules.
+
+    Args:
+        saved_modules: Names of the modules.
+        full_leaves: Full updates, by path.
+        base: The base.
+        tied_heads: Embedding with the weight of each module that has none of its own, by module.
+    """
     tensors = {}
+    for head, parameter in tied_heads.items():
+        value = _merged_weight(parameter.path, full_leaves[parameter.path], base)
+        tensors[f"{head}.{parameter.name}"] = _to_checkpoint_tensor(parameter, value)
     for path in base.checkpoint_mapping:
         for parameter in base.parameters[path]:
             if parameter.module in saved_modules:

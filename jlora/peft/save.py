@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import types
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +26,10 @@ from jlora.adapters.trainable_tokens import TrainableTokensLeaf
 from jlora.checkpoints.safetensors_io import create_folder_atomically, format_names
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
-from jlora.peft.config import CONFIG_NAME
+from jlora.peft.config import CONFIG_NAME, TASK_HEADS, build_pattern, build_selector
 from jlora.peft.load import KEY_PREFIX, SAFETENSORS_WEIGHTS_NAME
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
 from jlora.peft.modules_to_save import (
-    HEAD_NAMES,
     BaseWeights,
     PeftModule,
     embedding_layer_tensors,
@@ -45,6 +48,8 @@ from jlora.peft.tensor_layouts import (
     leaf_to_tensor,
     list_module_parameters,
 )
+from jlora.peft.tied_weights import TiedPair, head_tensors
+from jlora.peft.uniform_fields import unify_fields
 
 TASK_TYPES = (
     "CAUSAL_LM",
@@ -80,6 +85,7 @@ def convert_to_peft(
     *,
     save_embedding_layers: bool,
     task_type: str | None = None,
+    tied_modules: Mapping[str, str] = types.MappingProxyType({}),
 ) -> PeftAdapter:
     """Converts an adapter to PEFT's modules and tensors.
 
@@ -91,6 +97,8 @@ def convert_to_peft(
         save_embedding_layers: True to include the base's embedding beside an embedding's factors.
         task_type: PEFT task type; None for none. The complete head is included for classification
             tasks, trained or not.
+        tied_modules: Path of the weight that each tied module shares, by module. Such a module gets
+            the update of the other module of its weight.
 
     Raises:
         ValueError: PEFT does not support a part of the adapter.
@@ -118,6 +126,13 @@ def convert_to_peft(
     }
     peft_type = _select_peft_type(method_leaves)
     method = PEFT_METHODS[peft_type]
+    for path, leaf in method_leaves.items():
+        _check_weight_support(peft_type, leaf, weights[path], base.parameters[path])
+    if token_leaves and peft_type != "LORA":
+        raise ValueError(
+            f"PEFT's {peft_type} has no trained tokens, and this adapter has them on "
+            f"{format_names(sorted(token_leaves))}. Merge that part of the adapter."
+        )
     modules = [
         module
         for path, leaf in method_leaves.items()
@@ -129,14 +144,25 @@ def convert_to_peft(
             "them as a merged checkpoint, with jlora.merge and jlora.models.save."
         )
     _check_ia3_biases(modules, base)
+    tied_pairs = [
+        TiedPair(head, base.parameters[path][0])
+        for head, path in tied_modules.items()
+        if path in leaves
+    ]
+    for pair in tied_pairs:
+        modules += _make_head_modules(pair, modules)
     target_modules = {module.parameter.module for module in modules}
     # A saved module includes its bias, so these are the biases of the other modules.
     trained_modules = {
         parameter.module
         for path in full_leaves
-        if weights[path].kind != "bias"
         for parameter in base.parameters[path]
+        if parameter.name != "bias"
     }
+    tied_heads = {
+        pair.head: pair.embedding for pair in tied_pairs if pair.embedding.module in trained_modules
+    }
+    trained_modules |= set(tied_heads)
     heads = find_head_modules(task_type, target_modules, base)
     saved_modules = trained_modules | heads
     bias_leaves = {
@@ -150,9 +176,16 @@ def convert_to_peft(
             f"{format_names(sorted(bias_leaves))}. Merge it, or do not train the biases."
         )
     fields: dict[str, Any] = {}
+    has_tied_uses = _check_tied_uses(
+        {**method_leaves, **full_leaves}, weights, {pair.embedding.path for pair in tied_pairs}
+    )
+    is_pair_adapted = any(pair.embedding.path not in token_leaves for pair in tied_pairs)
+    if peft_type == "LORA" and (is_pair_adapted or has_tied_uses):
+        fields["ensure_weight_tying"] = True
     if saved_modules:
-        names = shortest_saved_names(trained_modules - heads, list_module_names(checkpoint_mapping))
-        fields["modules_to_save"] = [*names, *(HEAD_NAMES if heads else ())]
+        module_names = [*list_module_names(checkpoint_mapping), *tied_modules]
+        names = shortest_saved_names(trained_modules - heads, module_names)
+        fields["modules_to_save"] = [*names, *(TASK_HEADS[str(task_type)] if heads else ())]
     if bias_leaves:
         fields["bias"] = select_bias_mode(bias_leaves, target_modules, saved_modules, base)
     if token_leaves:
@@ -162,7 +195,7 @@ def convert_to_peft(
         }
     extra_tensors = {
         **_shared_peft_tensors(method, adapter, method_leaves),
-        **modules_to_save_tensors(saved_modules, full_leaves, base),
+        **modules_to_save_tensors(saved_modules, full_leaves, base, tied_heads),
         **trained_bias_tensors(bias_leaves, target_modules, base),
         **trainable_token_tensors(token_leaves, base),
         **(embedding_layer_tensors(modules, base) if save_embedding_layers else {}),
@@ -173,7 +206,7 @@ def convert_to_peft(
 def write_peft_folder(
     folder: str | os.PathLike[str],
     peft_adapter: PeftAdapter,
-    module_names: Sequence[str],
+    target_names: Sequence[str],
     *,
     base_model_name_or_path: str | None,
     task_type: str | None,
@@ -183,7 +216,8 @@ def write_peft_folder(
     Args:
         folder: Path of the new folder.
         peft_adapter: Contents of the folder.
-        module_names: Names of all modules of the model, for the shortest unambiguous targets.
+        target_names: Names of all modules of the model, and of parameters of experts, for the
+            shortest unambiguous targets.
         base_model_name_or_path: Name or folder of the base; None for none.
         task_type: PEFT task type; None for none.
 
@@ -192,9 +226,13 @@ def write_peft_folder(
         ValueError: A tensor is not finite, or the modules differ in a field without a pattern.
     """
     method = PEFT_METHODS[peft_adapter.peft_type]
+    modules = unify_fields(peft_adapter.peft_type, peft_adapter.modules)
+    fields = _build_config_fields(method, modules, target_names)
+    if peft_adapter.peft_type == "IA3":
+        fields |= _build_feedforward_fields(modules, target_names)
     tensors = {
-        peft_tensor_name(peft_adapter.modules, module, suffix): tensor
-        for module in peft_adapter.modules
+        peft_tensor_name(modules, module, suffix): tensor
+        for module in modules
         for suffix, tensor in module.tensors.items()
     }
     tensors |= peft_adapter.extra_tensors
@@ -215,11 +253,12 @@ def write_peft_folder(
         "inference_mode": True,
         **({"bias": "none"} if method.supports_bias else {}),
         "modules_to_save": None,
-        **_build_config_fields(method, peft_adapter, module_names),
+        **fields,
         **peft_adapter.config_fields,
     }
     with create_folder_atomically(folder) as partial:
-        text = json.dumps(config, indent=2, sort_keys=True)
+        # PEFT sorts the fields. The keys inside a pattern have an order of their own.
+        text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         safetensors.numpy.save_file(
             file_tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"}
@@ -266,6 +305,25 @@ def _select_peft_type(leaves: Mapping[str, AdapterLeaf]) -> str:
     return peft_types.pop() if peft_types else "LORA"
 
 
+def _check_weight_support(
+    peft_type: str, leaf: Any, weight: AdaptableWeight, parameters: Sequence[ModuleParameter]
+) -> None:
+    """Checks that PEFT can adapt a weight with its method.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    has_experts = any(parameter.tensor_slice is None for parameter in parameters)
+    if has_experts and leaf.family not in ("lora", "lora_fa", "dylora"):
+        raise ValueError(
+            f"PEFT supports only LoRA on experts, and the adapter on {weight.path!r} is of the "
+            f"family {leaf.family!r}. Convert it with jlora.to_lora, or merge it."
+        )
+    reason = PEFT_METHODS[peft_type].unsupported_reason(weight)
+    if reason:
+        raise ValueError(f"{reason}. Convert the adapter with jlora.to_lora, or merge it.")
+
+
 def _split_leaf_into_modules(
     method: PeftMethod, leaf: Any, weight: AdaptableWeight, parameters: list[ModuleParameter]
 ) -> list[PeftModule]:
@@ -279,7 +337,7 @@ def _split_leaf_into_modules(
             name: np.asarray(jax.device_get(getattr(leaf, name)[parameter.stack_index]))
             for name in leaf.shapes()
         }
-        fields = method.config_fields(leaf)
+        fields = method.config_fields(leaf, weight)
         if parameter.stack_index and "a" in values and "b" in values and hasattr(leaf, "scale"):
             values, rank = _strip_rank_padding(leaf, values, len(stacked_axes))
             if not rank:
@@ -294,6 +352,57 @@ def _split_leaf_into_modules(
         }
         modules.append(PeftModule(parameter, fields, tensors))
     return modules
+
+
+def _check_tied_uses(
+    leaves: Mapping[str, AdapterLeaf],
+    weights: Mapping[str, AdaptableWeight],
+    known_paths: Collection[str],
+) -> bool:
+    """Checks the weights of a function that are both an embedding and the factor of a product.
+
+    Returns:
+        Whether there are such weights, beside those at the known paths.
+
+    Raises:
+        ValueError: PEFT needs the name of the head to adapt it, which the mapping does not have.
+    """
+    paths = [
+        path
+        for path in leaves
+        if weights[path].kind == "embedding"
+        and "dot_general" in weights[path].primitives
+        and path not in known_paths
+    ]
+    for path in paths:
+        if leaves[path].family not in ("lora", "lora_fa", "dylora"):
+            raise ValueError(
+                f"{path!r} is an embedding and the weight of a head, and PEFT's adapter of family "
+                f"{leaves[path].family!r} would change the embedding alone. Use jlora.LoRA on it, "
+                f"or merge the adapter."
+            )
+    return bool(paths)
+
+
+def _make_head_modules(pair: TiedPair, modules: Sequence[PeftModule]) -> list[PeftModule]:
+    """Returns the module of a tied head, if the embedding has factors.
+
+    Raises:
+        ValueError: PEFT cannot give the head the update of the embedding.
+    """
+    heads = []
+    for module in modules:
+        if module.parameter.module != pair.embedding.module:
+            continue
+        tensors = head_tensors(module.tensors)
+        if tensors is None:
+            raise ValueError(
+                f"The head shares the weight {pair.embedding.path!r} of the embedding, and PEFT's "
+                f"adapters of the two would differ, with {format_names(sorted(module.tensors))}. "
+                f"Use jlora.LoRA on that weight, or merge the adapter."
+            )
+        heads.append(PeftModule(pair.embedding._replace(module=pair.head), module.fields, tensors))
+    return heads
 
 
 def _check_ia3_biases(modules: Sequence[PeftModule], base: BaseWeights) -> None:
@@ -330,6 +439,8 @@ def _strip_rank_padding(
     a_axes = tuple(range(a.ndim - 1))
     b_axes = tuple(axis for axis in range(b.ndim) if axis != rank_axis)
     is_used = (a != 0).any(axis=a_axes) | (b != 0).any(axis=b_axes)  # (r,)
+    if leaf.family == "dora" and not is_used.any():
+        is_used[0] = True  # The magnitude alone changes the weight.
     if is_used.all() or leaf.family not in ("lora", "dora"):
         return values, leaf.rank
     stripped = {**values, "a": a[..., is_used], "b": b.compress(is_used, axis=rank_axis)}
@@ -353,6 +464,15 @@ def _shared_peft_tensors(
             f"{sorted(names)}. Save the leaves of each set to a folder of their own."
         )
     shared = adapter[names.pop()]
+    if "fan_in" in {field.name for field in dataclasses.fields(shared)}:
+        # PEFT's arrays are as large as the largest adapted weight.
+        sizes = [leaf.axis_sizes for leaf in leaves.values()]
+        fan_in, fan_out = (
+            max(math.prod(getattr(one, group)) for one in sizes) for group in ("inputs", "outputs")
+        )
+        shared = dataclasses.replace(
+            shared, a=shared.a[:fan_in], b=shared.b[:, :fan_out], fan_in=fan_in, fan_out=fan_out
+        )
     no_axes = next(iter(leaves.values())).axes._replace(batch=(), inputs=(), outputs=())
     geometry = WeightGeometry((), no_axes, (), ())
     return {
@@ -362,45 +482,68 @@ def _shared_peft_tensors(
 
 
 def _build_config_fields(
-    method: PeftMethod, peft_adapter: PeftAdapter, module_names: Sequence[str]
+    method: PeftMethod, modules: Sequence[PeftModule], target_names: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the most common fields of the modules, and patterns for other ranks and alphas.
 
     Raises:
         ValueError: The modules differ in a field without a pattern.
     """
-    modules = peft_adapter.modules
     names = [m.parameter.module for m in modules if m.parameter.name == "weight"]
     experts = sorted(_target_name(m) for m in modules if m.parameter.name != "weight")
-    fields: dict[str, Any] = {"target_modules": sorted(_shortest_target_names(names, module_names))}
+    fields: dict[str, Any] = {"target_modules": build_selector(names, target_names)}
     if experts:
-        targets = _shortest_target_names(experts, experts, num_parts=3)
-        fields["target_parameters"] = sorted(targets)
-    patterns = {method.rank_field: "rank_pattern", method.alpha_field: "alpha_pattern"}
+        fields["target_parameters"] = build_selector(experts, target_names, num_parts=3)
     for name in modules[0].fields:
         if name == "decompose_factor":
             fields[name] = _find_decompose_factor(modules)
             continue
-        counts = collections.Counter(_normalize_number(m.fields[name]) for m in modules)
-        common = max(counts, key=lambda value: counts[value])
-        by_module = {_target_name(m): m.fields[name] for m in modules}
-        fields[name] = next(v for v in by_module.values() if _normalize_number(v) == common)
-        others = {m: v for m, v in by_module.items() if _normalize_number(v) != common}
-        if not others:
+        by_module = {_target_name(m): _normalize_number(m.fields[name]) for m in modules}
+        known = [value for value in by_module.values() if value is not None]
+        counts = collections.Counter(known)
+        common = max(counts, key=lambda value: counts[value], default=False)
+        fields[name] = common
+        if len(counts) < 2:
             continue
-        if name in patterns:
-            fields[patterns[name]] = others
-        elif all(isinstance(value, bool) for value in by_module.values()):
-            fields[name] = True  # The field applies only to some kinds of modules.
-        else:
+        if name not in method.patterns:
             raise ValueError(
                 f"PEFT has one {name} for all modules, and this adapter has {sorted(counts)}. Save "
                 f"the modules of each value to a folder of their own."
             )
-    if peft_adapter.peft_type == "IA3":
-        feedforward = {m.parameter.module for m in modules if m.tensors["ia3_l"].shape[0] == 1}
-        fields["feedforward_modules"] = sorted(_shortest_target_names(sorted(feedforward), names))
+        pattern = build_pattern(by_module, common)
+        fields[method.patterns[name]] = pattern
+        if name == "n_frequency" and any(
+            one.endswith(f".{other}") for one in pattern for other in pattern
+        ):
+            # PEFT finds these keys by another rule: one without a dot before it is not the first.
+            raise ValueError(
+                f"PEFT cannot tell the n_frequency of {sorted(pattern)} apart, since one name is "
+                f"the end of another. Use the same num_frequencies for both."
+            )
     return fields
+
+
+def _build_feedforward_fields(
+    modules: Sequence[PeftModule], target_names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns IA3's lists of modules.
+
+    Each entry of `feedforward_modules` has to be one of `target_modules`, and matches all names
+    that end in it, even without a dot before it.
+    """
+    names = {m.parameter.module for m in modules}
+    inputs = {m.parameter.module for m in modules if m.tensors["ia3_l"].shape[0] == 1}
+    entries = build_selector(inputs, target_names)
+    others = build_selector(names - inputs, target_names)
+    if isinstance(entries, str) or any(name.endswith(tuple(entries)) for name in names - inputs):
+        entries = "|".join(map(re.escape, sorted(inputs)))
+    if isinstance(entries, str) or isinstance(others, str):
+        target = build_selector(names, target_names)
+    else:
+        target = sorted({*entries, *others})
+    if isinstance(entries, list) and isinstance(target, str):
+        entries = "|".join(map(re.escape, sorted(inputs)))
+    return {"target_modules": target, "feedforward_modules": entries}
 
 
 def _normalize_number(value: Any) -> Any:
@@ -412,18 +555,6 @@ def _target_name(module: PeftModule) -> str:
     if parameter.name == "weight":
         return parameter.module
     return f"{parameter.module}.{parameter.name}"
-
-
-def _shortest_target_names(
-    selected: Sequence[str], module_names: Sequence[str], num_parts: int = 1
-) -> set[str]:
-    """Returns the shortest names that PEFT matches with exactly the selected modules."""
-    endings = set()
-    for name in selected:
-        ending = ".".join(name.split(".")[-num_parts:])
-        matches = {m for m in module_names if m == ending or m.endswith(f".{ending}")}
-        endings.add(ending if matches <= set(selected) else name)
-    return endings
 
 
 def _find_decompose_factor(modules: Sequence[PeftModule]) -> int:

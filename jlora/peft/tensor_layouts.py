@@ -74,6 +74,26 @@ def list_module_parameters(
     return list(parameters.values())
 
 
+def list_expert_modules(
+    checkpoint_mapping: Mapping[str, CheckpointWeight],
+) -> dict[str, tuple[tuple[str, str], int, str]]:
+    """Returns the modules that a checkpoint has for single experts.
+
+    Returns:
+        By the module's name: module and name of the parameter of all experts, the expert's number,
+        and its projection, such as "gate_proj".
+    """
+    modules = {}
+    for weight in checkpoint_mapping.values():
+        for part in weight.slices:
+            match = _EXPERT_KEY.fullmatch(part.key)
+            if match:
+                parameter = (match[1], _EXPERT_PARAMETERS[match[2]])
+                number = part.start_indices[part.num_stack_axes - 1]
+                modules[part.key.removesuffix(".weight")] = (parameter, number, match[2])
+    return modules
+
+
 def weight_region(tensor_slice: TensorSlice) -> tuple[slice, ...]:
     """Returns the index of the region of a weight that a tensor fills."""
     bounds = zip(tensor_slice.start_indices, tensor_slice.slice_sizes, strict=True)

@@ -19,6 +19,7 @@ hf_peft = pytest.importorskip("peft")
 
 import jlora  # noqa: E402
 from jlora import models, peft  # noqa: E402
+from jlora.peft.methods import PEFT_METHODS  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -118,3 +119,151 @@ def test_save_decoder_adapter_in_peft(
     peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
     np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("llama_linear", {"embed": jlora.LoRA(rank=2, alpha=3)}),
+        (
+            "llama_linear",
+            {
+                "embed": jlora.LoRA(rank=2, alpha=3, use_rslora=True),
+                "/q/": jlora.LoRA(rank=1, alpha=1),
+            },
+        ),
+        ("gemma3", {"embed|/q/": jlora.LoRA(rank=2, alpha=3)}),
+        ("smollm3", {"embed": jlora.FullDelta(), "/q/": jlora.LoRA(rank=2, alpha=3)}),
+        ("qwen2_sliding", {"embed": jlora.FullDelta(), "/q/kernel": jlora.HiRA(rank=2)}),
+        ("llama_linear", {"embed": jlora.HiRA(rank=2), "/q/": jlora.HiRA(rank=1)}),
+        (
+            "llama_linear",
+            {
+                "embed": jlora.TrainableTokens(token_indices=(3, 40)),
+                "/q/": jlora.LoRA(rank=2, alpha=3),
+            },
+        ),
+    ],
+    ids=["lora", "rslora", "scaled", "full", "full_hira", "hira", "tokens"],
+)
+def test_save_tied_table_in_peft(name: str, rules: Any, tmp_path: pathlib.Path) -> None:
+    model, params, adapter, ours = adapted(name, rules)
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
+    wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
+    np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+    again = peft.load(tmp_path / "out", model, params)
+    merged = jlora.merge(again.params, again.adapter)
+    np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), ours, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_refused"),
+    [
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"target_modules": ["lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, True),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "modules_to_save": ["embed_tokens"],
+                "ensure_weight_tying": True,
+            },
+            False,
+        ),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 9]}},
+            False,
+        ),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 9]}}, True),
+    ],
+    ids=str,
+)
+def test_load_adapter_of_tied_pair(fields: Any, is_refused: bool, tmp_path: pathlib.Path) -> None:
+    config = hf_peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **fields)
+    wrapped = hf_peft.get_peft_model(theirs(DECODERS / "llama_linear"), config)
+    torch.manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    expected = logits(wrapped.eval(), tokens())
+    wrapped.save_pretrained(tmp_path / "out")
+    for options in ({}, {"tie_word_embeddings": False}):
+        model, params = models.load(DECODERS / "llama_linear", dtype=jnp.float32, **options)
+        if is_refused and not options:
+            with pytest.raises(ValueError, match="one weight for .*tie_word_embeddings=False"):
+                peft.load(tmp_path / "out", model, params)
+            continue
+        loaded = peft.load(tmp_path / "out", model, params)
+        merged = jlora.merge(loaded.params, loaded.adapter)
+        np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)
+
+
+def test_load_other_head_in_transformers(tmp_path: pathlib.Path) -> None:
+    model = theirs(DECODERS / "llama_linear")
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 0.3
+    model.save_pretrained(tmp_path / "base", state_dict=tensors)
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    ours, params = models.load(tmp_path / "base")
+    expected = logits(theirs(tmp_path / "base"), tokens())
+    np.testing.assert_allclose(np.asarray(ours.apply(params, tokens())), expected, **CLOSE)
+
+
+# The config of one weight, from a generator, by PEFT method. No setting that PEFT lacks differs.
+MIXED = {
+    "LORA": lambda r: jlora.LoRA(
+        rank=int(r.integers(1, 4)),
+        alpha=float(r.integers(1, 6)),
+        use_rslora=bool(r.integers(2)),
+    ),
+    "DORA": lambda r: jlora.DoRA(
+        rank=int(r.integers(1, 4)),
+        alpha=float(r.integers(1, 6)),
+        use_rslora=bool(r.integers(2)),
+    ),
+    "ADALORA": lambda r: jlora.AdaLoRA(rank=int(r.integers(1, 4)), alpha=float(r.integers(1, 6))),
+    "LOHA": lambda r: jlora.LoHa(rank=int(r.integers(1, 4)), alpha=float(r.integers(1, 6))),
+    "LOKR": lambda r: jlora.LoKr(
+        rank=1, alpha=float(r.integers(1, 6)), decompose_both=bool(r.integers(2))
+    ),
+    "HIRA": lambda r: jlora.HiRA(rank=int(r.integers(1, 4))),
+    "IA3": lambda r: jlora.IA3(apply_to="inputs" if r.integers(2) else "outputs"),
+    "VERA": lambda r: jlora.VeRA(rank=3),
+    "VBLORA": lambda r: jlora.VBLoRA(rank=2, num_vectors=5, vector_length=2),
+    "FOURIERFT": lambda r: jlora.FourierFT(
+        num_frequencies=int(r.integers(2, 9)), alpha=float(r.integers(1, 6)), seed=5
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", MIXED)
+def test_save_mixed_configs_in_peft(kind: str, seed: int, tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(seed)
+    names = [
+        f"layers_{n}/{part}/kernel$"
+        for n in range(2)
+        for part in ("attention/q", "attention/v", "attention/o", "mlp/up", "mlp/down")
+    ]
+    rules = {name: MIXED[kind](rng) for name in names if rng.random() < 0.7}
+    model, params, adapter, ours = adapted("llama", rules)
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
+    wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / "llama"), tmp_path / "out")
+    np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
+def test_config_defaults_are_those_of_peft() -> None:
+    configs = hf_peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    for name, method in PEFT_METHODS.items():
+        options = {"total_step": 1} if name == "ADALORA" else {}
+        config = configs[name](**options)
+        for field, default in method.defaults.items():
+            if field == "is_feedforward":
+                continue
+            known = getattr(config, field)
+            assert known == default or not (known or default), (name, field, known)

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import re
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from jlora._quantized_array import abstract_with_sharding
@@ -62,6 +64,7 @@ class CheckpointFormat(NamedTuple):
         key_renamers: Functions from the tensor names in `weights` to alternative names; a
             checkpoint uses the names of one of them throughout.
         tied_keys: Names of tensors that repeat a weight, with the name of the weight's tensor.
+        is_untied: Whether the head has a weight of its own, though config.json ties it.
     """
 
     model: Any
@@ -69,6 +72,7 @@ class CheckpointFormat(NamedTuple):
     passthrough_pattern: re.Pattern[str]
     key_renamers: Sequence[Callable[[str], str]]
     tied_keys: Mapping[str, str] = types.MappingProxyType({})
+    is_untied: bool = False
 
 
 def load(
@@ -95,10 +99,13 @@ def load(
         revision: Branch, tag or commit on the Hub. None: the default branch.
         **options: Fields of `Decoder`: `scan_layers`, `remat_policy`, `attention_implementation`.
             For a computation in another dtype than that of the parameters, use
-            `model.clone(dtype=...)`.
+            `model.clone(dtype=...)`. With `tie_word_embeddings=False`, a head that shares the
+            embedding's weight gets a copy of its own.
 
     Returns:
-        The model and its parameters.
+        The model and its parameters. Where config.json ties the head to the embedding and the files
+        have a head of other values, the head has its own weight, as in transformers, and a
+        `UserWarning` says so.
 
     Raises:
         FileNotFoundError: A file or the folder is missing.
@@ -129,7 +136,7 @@ def load(
     folder = hub.resolve_checkpoint_folder(folder, revision)
     with open_checkpoint(folder) as reader:
         checkpoint_format = read_checkpoint_format(folder, reader, options)
-        weights = match_checkpoint_names(checkpoint_format, reader)
+        weights = match_stored_tensors(checkpoint_format, reader)
         weight_mapping.check_checkpoint_tensors(
             reader, weights, checkpoint_format.passthrough_pattern
         )
@@ -144,7 +151,8 @@ def load(
 def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
     """Returns the model of a checkpoint without its parameters.
 
-    For a decoder, the folder needs no file except config.json.
+    For a decoder, the folder needs no file except config.json. If that ties the head to the
+    embedding, and the folder has weights, they decide as in `load`.
 
     Args:
         folder: Local folder, as for `load`.
@@ -167,9 +175,11 @@ def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
     """
     folder = Path(folder)
     config_dict = read_json(folder / "config.json")
+    location = str(folder / "config.json")
     if config_dict.get("model_type") in DECODER_PARSERS:
-        config = decoder_config(config_dict, str(folder / "config.json"))
-        return _instantiate_model(Decoder, config, options)
+        is_tied = decoder_config(config_dict, location).tie_word_embeddings
+        if not is_tied or not any(folder.glob("*.safetensors")):
+            return _build_decoder_format(config_dict, location, None, options).model
     with open_checkpoint(folder) as reader:
         return read_checkpoint_format(folder, reader, options).model
 
@@ -295,7 +305,7 @@ def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
     folder = Path(folder)
     with open_checkpoint(folder) as reader:
         checkpoint_format = read_checkpoint_format(folder, reader, options)
-        weights = match_checkpoint_names(checkpoint_format, reader)
+        weights = match_stored_tensors(checkpoint_format, reader)
         weight_mapping.check_checkpoint_tensors(
             reader, weights, checkpoint_format.passthrough_pattern
         )
@@ -349,6 +359,38 @@ def match_checkpoint_names(
     return _rename_tensors(checkpoint_format.weights, rename)
 
 
+def match_stored_tensors(
+    checkpoint_format: CheckpointFormat, reader: CheckpointReader
+) -> dict[str, CheckpointWeight]:
+    """Returns the weights with the names of the tensors to read them from.
+
+    They are those of `match_checkpoint_names`, unless the embedding or the head is not stored: one
+    is then read from the tensor of the other.
+    """
+    weights = match_checkpoint_names(checkpoint_format, reader)
+    is_tied = bool(checkpoint_format.tied_keys)
+    if not is_tied and not checkpoint_format.is_untied:
+        return weights
+    embedding_key = weights[_EMBEDDING_PATH].slices[0].key
+    missing = {_EMBEDDING_PATH: (embedding_key, _HEAD_KEY), _HEAD_PATH: (_HEAD_KEY, embedding_key)}
+    for path, (key, other) in missing.items():
+        if path in weights and key not in reader.headers and other in reader.headers:
+            part = weights[path].slices[0]._replace(key=other)
+            weights[path] = weights[path]._replace(slices=(part,))
+    return weights
+
+
+def tied_modules(model: Any) -> dict[str, str]:
+    """Returns the path of the weight that each tied module of a checkpoint shares, by module.
+
+    Args:
+        model: A model of `jlora.models`.
+    """
+    if isinstance(model, Decoder) and model.config.tie_word_embeddings:
+        return {_HEAD_KEY.removesuffix(".weight"): _EMBEDDING_PATH}
+    return {}
+
+
 def _match_quantization_schemes(
     quantize: Mapping[str, QuantizationScheme | None] | None,
     weights: Mapping[str, CheckpointWeight],
@@ -376,23 +418,81 @@ def _instantiate_model(model_class: Any, config: Any, options: Mapping[str, Any]
 # --- formats by model type ------------------------------------------------------------------------
 
 
+# The embedding and the head of a decoder, which may be one weight.
+_EMBEDDING_PATH, _HEAD_PATH = "params/embed/embedding", "params/head"
+_EMBEDDING_KEY, _HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def _build_decoder_format(
     config_dict: Mapping[str, Any],
     location: str,
-    reader: CheckpointReader,
+    reader: CheckpointReader | None,
     options: Mapping[str, Any],
 ) -> CheckpointFormat:
-    model = _instantiate_model(Decoder, decoder_config(config_dict, location), options)
+    config = decoder_config(config_dict, location)
+    options = dict(options)
+    keeps_tie = options.pop("tie_word_embeddings", config.tie_word_embeddings)
+    if keeps_tie not in (False, config.tie_word_embeddings):
+        raise ValueError(
+            f"tie_word_embeddings={keeps_tie!r} must be False, which gives the head of {location} "
+            f"its own weight. Leave it out to follow config.json."
+        )
+    is_untied = config.tie_word_embeddings and (not keeps_tie or _has_other_head(reader))
+    if is_untied:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    model = _instantiate_model(Decoder, config, options)
     # Early releases stored the frequencies of rotary positions, and some a head that repeats the
     # embedding.
     passthrough, tied_keys = r".*inv_freq", {}
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         passthrough = r".*rotary_emb\.inv_freq|lm_head\.weight"
-        tied_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        tied_keys = {_HEAD_KEY: _EMBEDDING_KEY}
     # Checkpoints of base models have names without the prefix.
     renamers = (str, _strip_model_prefix)
     weights = map_decoder_weights(model)
-    return CheckpointFormat(model, weights, re.compile(passthrough), renamers, tied_keys)
+    pattern = re.compile(passthrough)
+    return CheckpointFormat(model, weights, pattern, renamers, tied_keys, is_untied)
+
+
+def _has_other_head(reader: CheckpointReader | None) -> bool:
+    """Returns True if a checkpoint has a head that differs from its embedding.
+
+    Raises:
+        ValueError: The head has another shape.
+    """
+    if reader is None or _HEAD_KEY not in reader.headers:
+        return False
+    embedding_key = next(
+        (
+            key
+            for key in (_EMBEDDING_KEY, _strip_model_prefix(_EMBEDDING_KEY))
+            if key in reader.headers
+        ),
+        None,
+    )
+    if embedding_key is None:
+        return False
+    shape, expected = reader.headers[_HEAD_KEY].shape, reader.headers[embedding_key].shape
+    if shape != expected:
+        raise ValueError(
+            f"{reader.folder}: config.json has tie_word_embeddings=true, and {_HEAD_KEY} has shape "
+            f"{shape} instead of the {expected} of {embedding_key}. Set tie_word_embeddings=false "
+            f"if the head has a weight of its own, or use files that one `save_pretrained` wrote."
+        )
+    for start in range(0, shape[0], _ROWS_PER_READ):  # Not both tables at once.
+        rows = (slice(start, min(start + _ROWS_PER_READ, shape[0])), slice(None))
+        if not np.array_equal(reader.read(_HEAD_KEY, rows), reader.read(embedding_key, rows)):
+            warnings.warn(
+                f"{reader.folder}: config.json has tie_word_embeddings=true, and {_HEAD_KEY} "
+                f"differs from {embedding_key}. The head is loaded as a weight of its own. Set "
+                f"tie_word_embeddings=false in config.json.",
+                stacklevel=2,
+            )
+            return True
+    return False
+
+
+_ROWS_PER_READ = 4096
 
 
 def _build_encoder_format(

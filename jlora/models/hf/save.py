@@ -26,7 +26,11 @@ from jlora.checkpoints.safetensors_io import (
     write_shards,
 )
 from jlora.models.hf import weight_mapping
-from jlora.models.hf.load import match_checkpoint_names, read_checkpoint_format
+from jlora.models.hf.load import (
+    match_checkpoint_names,
+    match_stored_tensors,
+    read_checkpoint_format,
+)
 from jlora.models.hf.weight_mapping import CheckpointWeight
 
 MAX_SHARD_SIZE = 5_000_000_000
@@ -67,7 +71,8 @@ def save(
         folder: Folder to create.
         params: Parameters as `load` returns them, merged or trained.
         source: Checkpoint that they were loaded from. Its config and tokenizer are copied, and so
-            are tensors that the model does not use.
+            are tensors that the model does not use. Where `params` have a head of their own and
+            the config ties it, the copy of the config does not.
         dtype: dtype of the files. None: that of each tensor in the source.
         max_shard_size: Maximum size of a file, in bytes. A single larger tensor has a larger file.
         **options: Options that `params` were loaded with.
@@ -102,12 +107,19 @@ def save(
     with open_checkpoint(source) as reader, create_folder_atomically(folder) as partial_folder:
         checkpoint_format = read_checkpoint_format(source, reader, options)
         weights = match_checkpoint_names(checkpoint_format, reader)
+        stored = match_stored_tensors(checkpoint_format, reader)
         weight_mapping.check_checkpoint_tensors(
-            reader, weights, checkpoint_format.passthrough_pattern
+            reader, stored, checkpoint_format.passthrough_pattern
         )
+        stored_keys = {
+            part.key: stored_part.key
+            for path, weight in weights.items()
+            for part, stored_part in zip(weight.slices, stored[path].slices, strict=True)
+        }
         _check_params_match_source(arrays, weights)
         specs = weight_mapping.output_tensor_specs(
-            weights, lambda key: _resolve_save_dtype(reader.headers[key].dtype, dtype)
+            weights,
+            lambda key: _resolve_save_dtype(reader.headers[stored_keys[key]].dtype, dtype),
         )
         tied_keys = {
             key: original
@@ -137,8 +149,11 @@ def save(
             partial_folder, sizes, get_tensor, metadata=metadata, max_shard_size=max_shard_size
         )
         _copy_companion_files(source, partial_folder)
+        config_path = partial_folder / "config.json"
         if dtype is not None:
-            _write_config_dtype(partial_folder / "config.json", np.dtype(dtype).name)
+            _write_config_dtype(config_path, np.dtype(dtype).name)
+        if checkpoint_format.is_untied:
+            _write_config_fields(config_path, tie_word_embeddings=False)
 
 
 def _flatten_model_params(params: PyTree) -> dict[str, Any]:
@@ -176,7 +191,11 @@ def _write_config_dtype(config_path: Path, dtype_name: str) -> None:
     """Sets the dtype in a config.json, because readers round the weights to it."""
     config_dict = read_json(config_path)
     keys = [key for key in ("dtype", "torch_dtype") if key in config_dict] or ["dtype"]
-    text = json.dumps({**config_dict, **dict.fromkeys(keys, dtype_name)}, indent=2)
+    _write_config_fields(config_path, **dict.fromkeys(keys, dtype_name))
+
+
+def _write_config_fields(config_path: Path, **fields: Any) -> None:
+    text = json.dumps({**read_json(config_path), **fields}, indent=2)
     config_path.write_text(text + "\n", encoding="utf-8")
 
 

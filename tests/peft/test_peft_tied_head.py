@@ -1,0 +1,221 @@
+"""PEFT folders of models that tie the head to the embedding.
+
+PEFT adapts the two modules apart, unless its config says `ensure_weight_tying`. tests/live has the
+same cases with PEFT itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from _support.peft_numpy import PREFIX
+
+import jlora
+from jlora import models, peft
+from jlora.models.hf.load import example_inputs
+from jlora.peft.leaf_conversion import make_template_leaf
+from jlora.rules import trace_weights
+
+BASE = pathlib.Path(__file__).parent.parent / "models" / "data" / "decoders" / "llama_linear"
+TABLE = safetensors.numpy.load_file(BASE / "model.safetensors")["model.embed_tokens.weight"]
+TABLE = TABLE.astype(np.float32)
+V, H = TABLE.shape
+RNG = np.random.default_rng(0)
+A, B = np.float32(RNG.normal(size=(2, V))), np.float32(RNG.normal(size=(H, 2)))
+CHANGED = TABLE + 2 * (B @ A).T
+OTHER = np.float32(RNG.normal(size=(V, H)))
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+PATH = "params/embed/embedding"
+
+
+@functools.cache
+def base(is_tied: bool = True) -> models.LoadedModel:
+    options = {} if is_tied else {"tie_word_embeddings": False}
+    return models.load(BASE, dtype="float32", **options)
+
+
+def folder_of(folder: pathlib.Path, tensors: dict[str, np.ndarray], **config: Any) -> pathlib.Path:
+    folder.mkdir()
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    named = {f"{PREFIX}{key}": np.ascontiguousarray(value) for key, value in tensors.items()}
+    safetensors.numpy.save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+def tables(folder: pathlib.Path, is_tied: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The embedding and the head with a folder's adapter, laid out as in a checkpoint."""
+    loaded = peft.load(folder, *base(is_tied))
+    params = loaded.params["params"]
+    weights = {"embed": np.array(params["embed"]["embedding"])}
+    weights["head"] = weights["embed"] if is_tied else np.array(params["head"]).T
+    for path, leaf in loaded.adapter.items():
+        name = "head" if path == "params/head" else "embed"
+        if leaf.family == "lora":
+            delta = leaf.scale * np.asarray(leaf.a) @ np.asarray(leaf.b)
+            weights[name] = weights[name] + (delta.T if name == "head" and not is_tied else delta)
+            if is_tied:
+                weights["head"] = weights["embed"]
+    return weights["embed"], weights["head"]
+
+
+EMBED_FACTORS = {f"{EMBED}.lora_embedding_A": A, f"{EMBED}.lora_embedding_B": B}
+HEAD_FACTORS = {f"{HEAD}.lora_A.weight": B.T, f"{HEAD}.lora_B.weight": A.T}
+COPIES = {f"{EMBED}.base_layer.weight": TABLE, f"{HEAD}.base_layer.weight": TABLE}
+
+# Tensors, config fields, and the embedding and the head in PEFT.
+SAME = {
+    "factors of both": (
+        {**EMBED_FACTORS, **HEAD_FACTORS, **COPIES},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        (CHANGED, CHANGED),
+    ),
+    "tied by the config": (
+        {**EMBED_FACTORS, **HEAD_FACTORS, **COPIES},
+        {"target_modules": [EMBED, "embed_tokens"], "ensure_weight_tying": True},
+        (CHANGED, CHANGED),
+    ),
+    "both replaced": (
+        {f"{EMBED}.weight": OTHER, f"{HEAD}.weight": OTHER},
+        {"target_modules": [], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        (OTHER, OTHER),
+    ),
+    "both saved": (
+        {f"{EMBED}.weight": OTHER, f"{HEAD}.weight": OTHER},
+        {"target_modules": [], "modules_to_save": ["embed_tokens", "lm_head"]},
+        (OTHER, OTHER),
+    ),
+}
+APART = {
+    "embedding alone": (
+        {**EMBED_FACTORS, f"{EMBED}.base_layer.weight": TABLE},
+        {"target_modules": ["embed_tokens"]},
+        (CHANGED, TABLE),
+        "only model.embed_tokens",
+    ),
+    "head alone": (HEAD_FACTORS, {"target_modules": ["lm_head"]}, (TABLE, CHANGED), "only lm_head"),
+    "other alphas": (
+        {**EMBED_FACTORS, **HEAD_FACTORS},
+        {"target_modules": ["embed_tokens", "lm_head"], "alpha_pattern": {"lm_head": 8}},
+        (CHANGED, TABLE + 4 * (B @ A).T),
+        "each alone",
+    ),
+    "embedding saved": (
+        {f"{EMBED}.weight": OTHER},
+        {"target_modules": [], "modules_to_save": ["embed_tokens"]},
+        (OTHER, TABLE),
+        "only model.embed_tokens",
+    ),
+    "saved with drift": (
+        {f"{EMBED}.weight": OTHER, f"{HEAD}.weight": CHANGED},
+        {"target_modules": [], "modules_to_save": ["embed_tokens", "lm_head"]},
+        (OTHER, CHANGED),
+        "each alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_load_same_update_of_tied_pair(case: str, tmp_path: pathlib.Path) -> None:
+    tensors, fields, expected = SAME[case]
+    folder = folder_of(tmp_path / "in", tensors, **fields)
+    for is_tied in (True, False):
+        for ours, theirs in zip(tables(folder, is_tied), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32 sums of two products.
+
+
+@pytest.mark.parametrize("case", APART)
+def test_load_updates_of_tied_pair_apart(case: str, tmp_path: pathlib.Path) -> None:
+    tensors, fields, expected, message = APART[case]
+    folder = folder_of(tmp_path / "in", tensors, **fields)
+    with pytest.raises(ValueError, match=f"{message}.*tie_word_embeddings=False"):
+        peft.load(folder, *base())
+    for ours, theirs in zip(tables(folder, is_tied=False), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def filled(config: Any) -> dict[str, Any]:
+    """An adapter of the table with random numbers."""
+    model, params = base()
+    weight = trace_weights(model.apply, params, *example_inputs(model))[PATH]
+    leaf = make_template_leaf(config, weight)
+    arrays = {name: np.float32(RNG.normal(size=shape)) for name, shape in leaf.shapes().items()}
+    return {PATH: dataclasses.replace(leaf, **arrays)}
+
+
+@pytest.mark.parametrize("prefix", ["lora_", "hira_"])
+def test_save_tied_table_adapts_both(prefix: str, tmp_path: pathlib.Path) -> None:
+    is_lora = prefix == "lora_"
+    config = jlora.LoRA(rank=2, alpha=3) if is_lora else jlora.HiRA(rank=2)
+    adapter = filled(config)
+    peft.save(tmp_path / "out", adapter, *base())
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    end = ".weight" if is_lora else ""
+    embed = (
+        tensors[f"{PREFIX}{EMBED}.{prefix}embedding_B"]
+        @ (tensors[f"{PREFIX}{EMBED}.{prefix}embedding_A"])
+    )
+    head = tensors[f"{PREFIX}{HEAD}.{prefix}B{end}"] @ tensors[f"{PREFIX}{HEAD}.{prefix}A{end}"]
+    ours = np.asarray(adapter[PATH].a) @ np.asarray(adapter[PATH].b)
+    np.testing.assert_allclose(embed.T, ours, atol=1e-5)
+    np.testing.assert_allclose(head, ours, atol=1e-5)
+    assert fields["target_modules"] == ["embed_tokens", "lm_head"]
+    assert fields.get("ensure_weight_tying", False) is is_lora
+    again = peft.load(tmp_path / "out", *base()).adapter
+    np.testing.assert_array_equal(again[PATH].a, adapter[PATH].a)
+
+
+def test_save_tied_table_trained_whole(tmp_path: pathlib.Path) -> None:
+    adapter = filled(jlora.FullDelta())
+    q = "params/layers_0/attention/q/kernel"
+    model, params = base()
+    weight = trace_weights(model.apply, params, *example_inputs(model))[q]
+    adapter[q] = jlora.LoRA(rank=1, alpha=1).init_leaf(jax.random.key(0), weight)
+    peft.save(tmp_path / "out", adapter, model, params)
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = TABLE + np.asarray(adapter[PATH].delta)
+    for module in (EMBED, HEAD):
+        np.testing.assert_allclose(tensors[f"{PREFIX}{module}.weight"], expected, atol=1e-6)
+    assert fields["modules_to_save"] == ["embed_tokens", "lm_head"]
+    assert fields["ensure_weight_tying"] is True
+
+
+def test_save_tied_table_unsupported_raises(tmp_path: pathlib.Path) -> None:
+    adapter = filled(jlora.DoRA(rank=1, alpha=1))
+    with pytest.raises(ValueError, match="adapters of the two would differ, with lora_embedding_A"):
+        peft.save(tmp_path / "out", adapter, *base())
+    adapter = filled(jlora.LoRA(rank=1, alpha=1))
+    with pytest.raises(ValueError, match="vLLM adapts an embedding without the head"):
+        peft.save(tmp_path / "out", adapter, *base(), file_format="vllm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_tied_use_of_a_function(tmp_path: pathlib.Path) -> None:
+    def fn(params: Any, tokens: Any) -> Any:
+        return params["table"][tokens] @ params["table"].T
+
+    params, tokens = {"table": np.ones((5, 3), np.float32)}, np.zeros(2, np.int32)
+    mapping = {"table": models.single_tensor_weight("embed_tokens.weight", (5, 3))}
+    weight = trace_weights(fn, params, tokens)["table"]
+    for config in (jlora.LoRA(rank=1, alpha=1), jlora.FullDelta(), jlora.HiRA(rank=1)):
+        leaf = make_template_leaf(config, weight)
+        arrays = {name: np.ones(shape, np.float32) for name, shape in leaf.shapes().items()}
+        adapter = {"table": dataclasses.replace(leaf, **arrays)}
+        folder = tmp_path / config.info.name
+        if isinstance(config, jlora.LoRA):
+            peft.save(folder, adapter, fn, params, tokens, checkpoint_mapping=mapping)
+            config_fields = json.loads((folder / "adapter_config.json").read_text())
+            assert config_fields["ensure_weight_tying"] is True
+            continue
+        with pytest.raises(ValueError, match="would change the embedding alone|must have factors"):
+            peft.save(folder, adapter, fn, params, tokens, checkpoint_mapping=mapping)
