@@ -33,7 +33,8 @@ class Objective(NamedTuple):
         lora: LoRA transform of the model's part of the loss.
         example_inputs: Shapes of the inputs after the parameters.
         loss_fn: Loss function `(trainable, frozen, batch, key)`. `trainable` has "adapter", and
-            "head" for a new head; `frozen` has "base", and "adapter" with the frozen arrays.
+            "head" for a new head; `frozen` has "base", "adapter" with the frozen arrays, and
+            "reference" with the adapter that makes the base the checkpoint.
         init_head: Function from a key to a new head; None unless the objective adds one.
     """
 
@@ -83,7 +84,8 @@ def make_dpo_objective(
 ) -> Objective:
     """Returns the objective of direct preference optimization.
 
-    The reference policy is the base without the adapter.
+    The reference policy is the checkpoint: the base with `frozen["reference"]`, an adapter that is
+    empty unless initial updates were subtracted from the base.
 
     Raises:
         ValueError: The model is not a decoder.
@@ -102,8 +104,9 @@ def make_dpo_objective(
         losses, aux_loss = inner.lora.apply_with_aux_loss(
             frozen["base"], adapter, *texts, *layout, dropout_key=key
         )
-        # The empty adapter goes through the transform too, which dequantizes weights.
-        reference = jax.lax.stop_gradient(inner.lora.apply(frozen["base"], {}, *texts, *layout))
+        # An empty adapter goes through the transform too, which dequantizes weights.
+        reference = inner.lora.apply(frozen["base"], frozen["reference"], *texts, *layout)
+        reference = jax.lax.stop_gradient(reference)
         loss_mask = batch.loss_mask.reshape(losses.shape)
         # Log-probability ratios of policy and reference, (batch, 2).
         ratios = ((reference - losses) * loss_mask).sum(axis=-1).reshape(-1, 2)

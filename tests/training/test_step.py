@@ -88,7 +88,8 @@ def setting(task: objectives.Objective, params: Any, options: OptimizerSection =
     if task.init_head is not None:
         tree["head"] = moved(task.init_head(KEY))
     made = make_optimizer(options, 10)
-    return Setting(task, init_train_state(tree, made), {"base": params, "adapter": rest}, made)
+    frozen = {"base": params, "adapter": rest, "reference": {}}
+    return Setting(task, init_train_state(tree, made), frozen, made)
 
 
 @functools.cache
@@ -319,8 +320,28 @@ def test_dpo_objective_initial_loss_is_log_2() -> None:
     task = objectives.make_dpo_objective(model, RULES, PLAIN, DPOSection())
     fresh, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.example_inputs))
     batch = jax.tree.map(lambda x: x.reshape(1, 2, 2, 7), text(4, 7, [7, 5, 4, 6]))
-    frozen = {"base": params, "adapter": rest}
+    frozen = {"base": params, "adapter": rest, "reference": {}}
     sums = jax.jit(make_eval_step(task.loss_fn))({"adapter": fresh}, frozen, batch)
+    np.testing.assert_allclose(sums.loss / sums.num_targets, np.log(2), rtol=1e-5)
+
+
+def test_dpo_reference_is_the_checkpoint() -> None:
+    # On the residual base of PiSSA, the reference is the checkpoint and not the residual.
+    model, params = decoder()
+    config = jlora.LoRA(rank=2, alpha=4, init=jlora.initializers.pissa())
+    rules = {
+        r"layers/mlp/up/kernel$": config,
+        r"layers/mlp/down/kernel$": jlora.LoRA(rank=2, alpha=4),
+    }
+    task = objectives.make_dpo_objective(model, rules, PLAIN, DPOSection())
+    fresh = task.lora.init(jax.random.key(1), params, *task.example_inputs)
+    initial = {path: leaf for path, leaf in fresh.items() if "up" in path}
+    batch = jax.tree.map(lambda x: x.reshape(1, 2, 2, 7), text(4, 7, [7, 5, 4, 6]))
+    base = jlora.residual_base(params, initial)
+    frozen = {"base": base, "adapter": jlora.partition(fresh)[1], "reference": initial}
+    sums = jax.jit(make_eval_step(task.loss_fn))(
+        {"adapter": jlora.partition(fresh)[0]}, frozen, batch
+    )
     np.testing.assert_allclose(sums.loss / sums.num_targets, np.log(2), rtol=1e-5)
 
 
