@@ -145,7 +145,7 @@ def make_run_overview(
         overview["merged"] = _MERGE_DESCRIPTIONS[recipe.export.merge_into]
     if run_summary.skipped_steps:
         overview["steps"] += (
-            f", {run_summary.skipped_steps} of them skipped because loss or gradient was not finite"
+            f", {run_summary.skipped_steps} of them skipped because they were not finite"
         )
     if run_summary.stop_reason == "early_stopping":
         patience = recipe.training.early_stopping_patience
@@ -207,7 +207,8 @@ def collect_versions(versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_finite_step_line(line: Mapping[str, Any]) -> bool:
-    return math.isfinite(line["train/loss"]) and math.isfinite(line["train/gradient_norm"])
+    values = (line["train/loss"], line["train/gradient_norm"])
+    return "train/skipped" not in line and all(map(math.isfinite, values))
 
 
 def _format_mean_loss(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -286,7 +286,9 @@ def _build_run(
         local_rows(mesh, batch_size),
         local_rows(mesh, recipe.batch.eval_batch_size or batch_size),
     )
-    datasets = load() if program_cache is None else program_cache.get_datasets(recipe, mesh, load)
+    datasets = (
+        load() if program_cache is None else program_cache.get_datasets(recipe, folder, mesh, load)
+    )
     for path, counts in datasets.source_reports.items():
         console(f"{path}: {counts}")
     steps = recipe.training.steps or datasets.train.num_batches(recipe.training.epochs)

@@ -23,6 +23,7 @@ from jlora.training.recipe.sections import (
     RankBudgetSection,
 )
 from jlora.training.train_step import (
+    LossSums,
     ScheduledOptimizer,
     TrainState,
     init_train_state,
@@ -250,6 +251,36 @@ def test_train_step_nonfinite_is_skipped(fault: str, value: float) -> None:
     assert again.consecutive_skips == 2
     healed, _ = step(again, given.frozen, good, KEY)
     assert (healed.update_count, healed.consecutive_skips) == (2, 0)
+
+
+@pytest.mark.parametrize("fault", ["update", "state", "sum"])
+def test_train_step_nonfinite_result_is_skipped(fault: str) -> None:
+    # Loss and gradient are finite, and the update, the moments or the new weights are not.
+    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> LossSums:
+        del frozen, key
+        moved = trainable["w"] - jax.lax.stop_gradient(trainable["w"])
+        return LossSums((moved * batch).sum(), jnp.float32(1), {})
+
+    def update(gradient: Any, state: Any, params: Any = None) -> Any:
+        bad = gradient["w"] > 1
+        if fault == "state":
+            return gradient, state + jnp.where(bad, jnp.inf, 1)
+        size = {"update": jnp.nan, "sum": 3e38}[fault]
+        return {"w": jnp.where(bad, size, gradient["w"])}, state + 1
+
+    transform = optax.GradientTransformation(lambda params: jnp.zeros(3), update)
+    optimizer = ScheduledOptimizer(optax.with_extra_args_support(transform), lambda step: 1.0)
+    state = init_train_state({"w": jnp.full(3, 2e38)}, optimizer)
+    step = jax.jit(make_train_step(loss, optimizer, None))
+    for size, finite in ((1.0, True), (2.0, False), (1.0, True)):
+        after, metrics = step(state, {}, jnp.full((1, 3), size), KEY)
+        assert jnp.isfinite(metrics.loss + metrics.gradient_norm)
+        assert metrics.is_finite == finite
+        if not finite:
+            np.testing.assert_array_equal(after.trainable["w"], state.trainable["w"])
+            np.testing.assert_array_equal(after.opt_state, state.opt_state)
+            assert after.consecutive_skips == 1
+        state = after
 
 
 def test_train_step_keeps_frozen_factors() -> None:
