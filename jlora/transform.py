@@ -55,6 +55,7 @@ class ApplyWithAuxLossFn(Protocol):
         /,
         *inputs: Any,
         dropout_key: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
         **kwargs: Any,
     ) -> tuple[Any, jax.Array]: ...
 
@@ -83,7 +84,8 @@ class LoraTransform(NamedTuple):
         apply_with_aux_loss: Like `apply`, to `(outputs, load-balancing loss)`. The loss is a
             float32: the sum over all LoRA mixtures of experts, each of which contributes one where
             its experts are used equally; zero without mixtures. Mixtures inside a `while_loop` are
-            not counted.
+            not counted. `token_mask`, such as (batch, length), is zero for padding, which the loss
+            does not count; None: there is none.
         merge: `(params, adapter, dequantize=False)` to merged parameters for `fn`.
         explain: `(params, *inputs)` to a printable table of every weight and how it is computed.
 
@@ -188,6 +190,7 @@ def lora_transform(
         inputs: tuple[Any, ...],
         dropout_key: jax.Array | None,
         kwargs: dict[str, Any],
+        token_mask: jax.Array | None = None,
     ) -> tuple[Any, list[jax.Array]]:
         """Returns the outputs of `fn` for the adapted weights, and auxiliary losses."""
         if dropout_key is not None:
@@ -195,7 +198,7 @@ def lora_transform(
         # Before fn could fail on wrong params.
         indices = weight_indices(_tree.flatten_with_paths(params), adapter)
         traced = trace_call(fn, params, inputs, kwargs)
-        context = make_context(allow_materialize=allow_materialize)
+        context = make_context(allow_materialize=allow_materialize, token_mask=token_mask)
         outputs = evaluate_adapted(context, traced, indices, adapter, dropout_key)
         return traced.unflatten_outputs(outputs), context.losses
 
@@ -215,9 +218,10 @@ def lora_transform(
         /,
         *inputs: Any,
         dropout_key: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
         **kwargs: Any,
     ) -> tuple[Any, jax.Array]:
-        outputs, losses = evaluate(params, adapter, inputs, dropout_key, kwargs)
+        outputs, losses = evaluate(params, adapter, inputs, dropout_key, kwargs, token_mask)
         return outputs, sum_losses(losses)
 
     def explain(params: PyTree, /, *inputs: Any, **kwargs: Any) -> Explanation:

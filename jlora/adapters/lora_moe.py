@@ -33,6 +33,7 @@ from jlora.interpreter.terms import (
     WeightAxes,
     WeightProduct,
     contract,
+    fit_token_mask,
     flat_size,
     split_axes,
 )
@@ -200,7 +201,7 @@ class LoRAMoELeaf(AdapterLeaf):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["operands", "router", "dropout"],
+    data_fields=["operands", "router", "dropout", "token_mask"],
     meta_fields=["expert_axis", "top_k", "fan_in"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,7 @@ class RoutedTerm(Term):
         top_k: Number of experts that every input uses.
         fan_in: Number of entries of an input, all of which the router has to see.
         dropout: Dropout of the input of the updates; the router sees all of it.
+        token_mask: Mask of the tokens that count for the load-balancing loss; None: all.
     """
 
     operands: tuple[Operand, ...]
@@ -222,6 +224,7 @@ class RoutedTerm(Term):
     top_k: int
     fan_in: int
     dropout: Dropout | None = None
+    token_mask: jax.Array | None = None
 
     def map(self, fn: Callable[[Operand], Operand]) -> RoutedTerm:
         return dataclasses.replace(
@@ -275,8 +278,14 @@ class RoutedTerm(Term):
         weights = jax.nn.softmax(scores, axis=-1, where=is_used)
         # Each of a stack of matrices has a balance of its own.
         axes = tuple(i for i, axis in enumerate(tokens) if axis not in self.router.axes)
-        share = lax.stop_gradient(is_used.astype(jnp.float32).mean(axes)) / self.top_k
-        loss = count * jnp.sum(share * jax.nn.softmax(scores, -1).mean(axes))
+        mask: jax.Array | float = 1.0
+        num_tokens: jax.Array | float = math.prod(tokens[i].size for i in axes)
+        if self.token_mask is not None:
+            mask = fit_token_mask(self.token_mask, [tokens[i].size for i in axes], product.path)
+            num_tokens = jnp.maximum(mask.sum(), 1)
+            mask = jnp.expand_dims(mask, [i for i in range(scores.ndim) if i not in axes])
+        share = lax.stop_gradient((is_used * mask).sum(axes)) / num_tokens / self.top_k
+        loss = count * jnp.sum(share * (jax.nn.softmax(scores, -1) * mask).sum(axes) / num_tokens)
         return Operand(weights, (*tokens, self.expert_axis)), loss
 
     def add_materialized(self, total: Any, weight: Any) -> Any:
@@ -305,6 +314,9 @@ class RoutedTerm(Term):
 
     def with_dropout(self, dropout: Dropout) -> RoutedTerm:
         return dataclasses.replace(self, dropout=dropout)
+
+    def with_token_mask(self, token_mask: jax.Array) -> RoutedTerm:
+        return dataclasses.replace(self, token_mask=token_mask)
 
     def fold_in(self, data: Any) -> RoutedTerm:
         return dataclasses.replace(self, dropout=self.dropout and self.dropout.fold_in(data))

@@ -25,6 +25,7 @@ from jlora.adapters.base import (
     get_array_fields,
     weight_indices,
 )
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.lineage import (
     Lineage,
     adapter_arrays,
@@ -86,6 +87,7 @@ def write_adapter(
     adapter: Mapping[str, Any],
     fingerprints: Mapping[str, str],
     lineage: Lineage | None = None,
+    base_digest: BaseDigest | None = None,
 ) -> None:
     """Saves an adapter like `save_adapter`, given fingerprints instead of the base.
 
@@ -94,6 +96,7 @@ def write_adapter(
         adapter: Adapter, with all its arrays on this host.
         fingerprints: Fingerprints of the adapted weights, by path.
         lineage: Origin of the adapter. None: unknown.
+        base_digest: Digest of the base checkpoint, for `check_base_checkpoint`. None: unknown.
 
     Raises:
         TypeError: `adapter` is not an adapter, or `lineage` is not a `Lineage`.
@@ -117,6 +120,8 @@ def write_adapter(
         "content": compute_content_hash(describe_adapter(adapter), tensors),
         "lineage": lineage.to_json(),
     }
+    if base_digest is not None:
+        metadata["checkpoint"] = json.dumps(base_digest.summarize(), sort_keys=True)
     replace_file_atomically(pathlib.Path(path), serialize_safetensors(tensors, metadata))
 
 
@@ -174,6 +179,34 @@ def load_adapter(
         fingerprints = _read_json_metadata(path, metadata, "base")
         _check_base_fingerprints(path, fingerprints, weights, adapter)
     return adapter
+
+
+def check_base_checkpoint(path: str | os.PathLike[str], folder: pathlib.Path) -> None:
+    """Checks that a checkpoint folder is the one that a run trained an adapter on.
+
+    Files of `save_adapter`, which has no folder, are not checked.
+
+    Args:
+        path: Adapter file.
+        folder: Folder of the base, all of whose files are read.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the folder has other weights or another config.json.
+    """
+    path = pathlib.Path(path)
+    metadata, _ = _read_adapter_file(path)
+    if "checkpoint" not in metadata:
+        return
+    expected = _read_json_metadata(path, metadata, "checkpoint")
+    actual = BaseDigest.from_folder(folder).summarize()
+    changed = [name for name in actual if expected.get(name) != actual[name]]
+    if changed:
+        what = {"tensors": "other weights", "config": "another config.json"}[changed[0]]
+        raise ValueError(
+            f"{path} was trained on another base: {folder} has {what} than the base of its run, "
+            f"even where the adapter changes nothing. Use the base of the run."
+        )
 
 
 def adapted_weight_paths(path: str | os.PathLike[str]) -> list[str]:

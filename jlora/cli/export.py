@@ -19,6 +19,17 @@ def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple
     return model, params, load_adapter(path, params)
 
 
+def _load_checked_base_and_adapter(options: ExportOptions) -> tuple[Any, Any, Any]:
+    """Returns the same, after a check that the whole base is the one of the adapter's run."""
+    from jlora.checkpoints.adapter_file import check_base_checkpoint
+    from jlora.checkpoints.hub import resolve_checkpoint_folder
+
+    folder = resolve_checkpoint_folder(options.base)
+    if not options.adapter.is_dir():
+        check_base_checkpoint(options.adapter, folder)
+    return load_base_and_adapter(folder, options.adapter)
+
+
 def infer_layer_layout(path: Path) -> dict[str, Any]:
     """Returns the options of `models.load` for the layer layout that an adapter was trained on."""
     from jlora.checkpoints.adapter_file import adapted_weight_paths
@@ -106,7 +117,7 @@ def _export_hf(options: ExportOptions) -> None:
     from jlora.checkpoints.adapter_file import read_quantization_schemes
     from jlora.merging.merge_to import merge_to_dtype
 
-    _, params, adapter = load_base_and_adapter(options.base, options.adapter)
+    _, params, adapter = _load_checked_base_and_adapter(options)
     merged = merge_to_dtype(params, adapter, options.dtype)
     models.save(
         options.out,
@@ -130,7 +141,7 @@ def _export_peft(options: ExportOptions) -> None:
     """Writes the PEFT folder."""
     from jlora import peft
 
-    model, params, adapter = load_base_and_adapter(options.base, options.adapter)
+    model, params, adapter = _load_checked_base_and_adapter(options)
     peft.save(
         options.out,
         adapter,

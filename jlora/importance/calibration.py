@@ -30,6 +30,7 @@ from jlora.interpreter.terms import (
     WeightAxes,
     WeightProduct,
     arrange,
+    fit_token_mask,
     flat_size,
     split_axes,
 )
@@ -38,7 +39,12 @@ from jlora.transform import Rules, lora_transform
 
 
 def input_moments(
-    fn: Callable[..., Any], rules: Rules, params: PyTree, *inputs: Any, **kwargs: Any
+    fn: Callable[..., Any],
+    rules: Rules,
+    params: PyTree,
+    *inputs: Any,
+    token_mask: jax.Array | None = None,
+    **kwargs: Any,
 ) -> dict[str, InputMoments]:
     """Computes the moments of the inputs of every weight that the rules adapt.
 
@@ -51,14 +57,17 @@ def input_moments(
         rules: Rules that select weights, as in `lora_transform`; their configs are not used.
         params: Base parameters.
         *inputs: Calibration batch, passed to `fn`.
+        token_mask: Mask of the batch's tokens, such as (batch, length): zero for padding, which is
+            not counted. None: there is none.
         **kwargs: Keyword arguments of `fn`.
 
     Returns:
         Number, sum and sum of outer products of the inputs, by path.
 
     Raises:
-        ValueError: The rules select a convolution or an embedding, `fn` returns no floats, or a
-            weight has no input that leads to an output of `fn`.
+        ValueError: The rules select a convolution or an embedding, `fn` returns no floats, a
+            weight has no input that leads to an output of `fn`, or the mask does not have the shape
+            of the inputs of a weight.
 
     References:
         Paischer et al., EVA, arXiv:2410.07170, section 3.2, which takes the directions from these.
@@ -80,7 +89,11 @@ def input_moments(
     adapter = taps.init(jax.random.key(0), params, *inputs, **kwargs)
 
     def sum_outputs(adapter: Any) -> jax.Array:
-        leaves = jax.tree.leaves(taps.apply(params, adapter, *inputs, **kwargs))
+        # Unlike `apply`, it takes a mask.
+        outputs, _ = taps.apply_with_aux_loss(
+            params, adapter, *inputs, token_mask=token_mask, **kwargs
+        )
+        leaves = jax.tree.leaves(outputs)
         floats = [x for x in leaves if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact)]
         if not floats:
             raise ValueError(
@@ -102,8 +115,8 @@ def input_moments(
         if _has_known_zero(moments[path].num_inputs):
             raise ValueError(
                 f"input_moments: {path!r} has no input that leads to an output of fn. It is used "
-                f"behind a stop_gradient or an argmax, or inside a function with a custom "
-                f"derivative. Leave it out of the rules."
+                f"behind a stop_gradient or an argmax, inside a function with a custom "
+                f"derivative, or token_mask is zero everywhere. Leave it out of the rules."
             )
     return moments
 
@@ -171,7 +184,7 @@ class _InputMomentsLeaf(AdapterLeaf):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["num_inputs", "input_sum", "outer_product_sum"],
+    data_fields=["num_inputs", "input_sum", "outer_product_sum", "token_mask"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +192,21 @@ class _MomentsTerm(Term):
     """Nothing that is added: the backward pass of a product leaves moments of its inputs here.
 
     The gradients of the three operands become, for each of the weight's matrices, the number of
-    inputs, their sum, and the sum of their outer products. They are derivatives of nothing.
+    inputs, their sum, and the sum of their outer products. They are derivatives of nothing. Inputs
+    where `token_mask` is zero are left out.
     """
 
     num_inputs: Operand
     input_sum: Operand
     outer_product_sum: Operand
+    token_mask: jax.Array | None = None
 
     def map(self, fn: Callable[[Operand], Operand]) -> _MomentsTerm:
-        return _MomentsTerm(fn(self.num_inputs), fn(self.input_sum), fn(self.outer_product_sum))
+        sums = (self.num_inputs, self.input_sum, self.outer_product_sum)
+        return _MomentsTerm(*map(fn, sums), token_mask=self.token_mask)
+
+    def with_token_mask(self, token_mask: jax.Array) -> _MomentsTerm:
+        return dataclasses.replace(self, token_mask=token_mask)
 
     def prepare_input(self, x: Any, product: WeightProduct) -> Any:
         labeled = split_axes(x, product.x_groups)
@@ -201,31 +220,42 @@ class _MomentsTerm(Term):
         matrices = [a for a in self.input_sum.axes if a in labeled.axes and a not in inputs]
         tokens = [axis for axis in labeled.axes if axis not in (*matrices, *inputs)]
         sums = (self.num_inputs, self.input_sum, self.outer_product_sum)
+        mask = None
+        if self.token_mask is not None:
+            mask = fit_token_mask(self.token_mask, [a.size for a in tokens], product.path)
 
         @jax.custom_vjp
-        def tap(array: Any, sums: list[Any]) -> Any:
-            del sums
+        def tap(array: Any, mask: Any, sums: list[Any]) -> Any:
+            del mask, sums
             return array
 
-        def backward(array: Any, cotangent: Any) -> tuple[Any, list[Any]]:
+        def backward(residuals: tuple[Any, Any], cotangent: Any) -> tuple[Any, None, list[Any]]:
+            array, mask = residuals
             rows = arrange(Operand(array, labeled.axes), [*matrices, *tokens, *inputs])
             sizes = (flat_size(matrices), flat_size(tokens), flat_size(inputs))
             rows = rows.reshape(sizes).astype(jnp.float32)
-            # (matrices, tokens, inputs) with itself -> (matrices, inputs, inputs)
-            outer = jnp.einsum("bti,btj->bij", rows, rows, precision=jax.lax.Precision.HIGHEST)
             # A one for each input, made from it so that it varies over the same shards.
             ones = jnp.where(rows[:, :, 0] == 0, 1.0, 1.0)
+            if mask is not None:
+                ones = ones * mask.reshape(1, -1)
+                rows = jnp.where(ones[..., None] == 0, 0, rows)
+            # (matrices, tokens, inputs) with itself -> (matrices, inputs, inputs)
+            outer = jnp.einsum("bti,btj->bij", rows, rows, precision=jax.lax.Precision.HIGHEST)
             found = [ones.sum(1), rows.sum(1), outer]
             axes = get_varying_axes(rows)
             if axes:
                 found = jax.lax.psum(found, axes)
-            return cotangent, [
-                value.reshape(operand.array.shape).astype(operand.array.dtype)
-                for value, operand in zip(found, sums, strict=True)
-            ]
+            return (
+                cotangent,
+                None,
+                [
+                    value.reshape(operand.array.shape).astype(operand.array.dtype)
+                    for value, operand in zip(found, sums, strict=True)
+                ],
+            )
 
-        tap.defvjp(lambda array, sums: (array, array), backward)
-        return tap(labeled.array, [operand.array for operand in sums]).reshape(x.shape)
+        tap.defvjp(lambda array, mask, sums: (array, (array, mask)), backward)
+        return tap(labeled.array, mask, [operand.array for operand in sums]).reshape(x.shape)
 
     def add_product(
         self, total: Any, x: Any, product: WeightProduct

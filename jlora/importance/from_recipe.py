@@ -107,8 +107,10 @@ def measure_recipe_importance(
         **get_layer_layout_options(model),
     ).params
 
+    frozen: dict[str, Any] = {"adapter": {}, "reference": {}}
+
     def loss(params: PyTree, batch: Any) -> jax.Array:
-        sums = objective.loss_fn(trainable, {"base": params, "adapter": {}}, batch, None)
+        sums = objective.loss_fn(trainable, frozen | {"base": params}, batch, None)
         return sums.loss / jnp.maximum(sums.num_targets, 1)
 
     def forward_passes() -> Iterator[Any]:
@@ -123,7 +125,15 @@ def measure_recipe_importance(
     }
     with sharding.use_mesh(mesh):
         batches = itertools.islice(forward_passes(), num_batches)
-        return measure_importance(loss, params, batches, method=method, select=select, **options)
+        return measure_importance(
+            loss,
+            params,
+            batches,
+            method=method,
+            select=select,
+            token_mask=objective.token_mask,
+            **options,
+        )
 
 
 def allocate_recipe_ranks(recipe: Recipe, scores: Importance, budget: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class MeasureRequest(NamedTuple):
         first_batch: First of the batches.
         rules: Rules that select weights, as in `lora_transform`.
         max_pass_bytes: Maximum size of all weight-sized arrays in memory at a time.
+        token_mask: Function from a batch to the mask of its tokens; None: all count.
     """
 
     fn: Callable[[PyTree, Any], Any]
@@ -64,6 +65,7 @@ class MeasureRequest(NamedTuple):
     first_batch: Any
     rules: Rules
     max_pass_bytes: int
+    token_mask: Callable[[Any], jax.Array] | None = None
 
 
 class ImportanceMethod(abc.ABC):
@@ -92,6 +94,7 @@ def measure_importance(
     method: ImportanceMethod,
     select: Rules | str | None = None,
     max_pass_bytes: int = 2**30,
+    token_mask: Callable[[Any], jax.Array] | None = None,
 ) -> Importance:
     """Measures how important each weight is, on a few batches.
 
@@ -112,6 +115,10 @@ def measure_importance(
             configs are not used.
         max_pass_bytes: Maximum bytes of gradients (for `ActivationVariance`, of input moments) in
             one pass; a weight, with all layers of a stack, is never split.
+        token_mask: Function from a batch to the mask of its tokens, such as (batch, length): zero
+            for padding, which `ActivationVariance` does not count. Batches and, for `Fisher`,
+            examples without a token do not count either. None: there is no padding. (Gradient
+            methods take padding out of their loss in `fn`.)
 
     Raises:
         TypeError: `method` is not an `ImportanceMethod`, or `batches` is not an iterable of
@@ -146,7 +153,8 @@ def measure_importance(
         raise ValueError("batches is empty, and importance needs one or more.")
     all_batches = itertools.chain([first], remaining)
     rules = _resolve_select_rules(select)
-    return method.measure(MeasureRequest(fn, params, all_batches, first, rules, max_pass_bytes))
+    request = MeasureRequest(fn, params, all_batches, first, rules, max_pass_bytes, token_mask)
+    return method.measure(request)
 
 
 def _resolve_select_rules(select: Rules | str | None) -> Rules:

@@ -39,6 +39,9 @@ StatisticFn = Callable[[jax.Array, jax.Array], jax.Array]
 BackwardPassFn = Callable[[PyTree, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
+_NO_TOKENS = "No batch has a token that counts: token_mask is zero everywhere. Use other batches."
+
+
 @dataclasses.dataclass(frozen=True)
 class GradientMethod(ImportanceMethod):
     """Base of methods whose score is a mean over batches of a sum over a gradient's entries.
@@ -78,10 +81,13 @@ class GradientMethod(ImportanceMethod):
             for backward_pass in passes:
                 losses, statistics = jax.device_get(backward_pass(request.params, batch))
                 _check_gradients_finite(i, losses, statistics)
-                num_examples = len(losses)
+                counted = _examples_with_tokens(request, batch, len(losses))
+                num_examples = int(counted.sum())
                 for path, values in statistics.items():
-                    totals[path] += np.sum(values, axis=0, dtype=np.float64)
+                    totals[path] += np.sum(values[counted], axis=0, dtype=np.float64)
             count += num_examples
+        if not count:
+            raise ValueError(_NO_TOKENS)
         weights = {}
         for path, target in targets.items():
             mean = self.normalize(totals[path] / count, target)
@@ -157,6 +163,14 @@ class Sensitivity(GradientMethod):
 
     def normalize(self, total: np.ndarray, target: TargetWeight) -> np.ndarray:
         return total * math.prod(target.batch) / target.value.size
+
+
+def _examples_with_tokens(request: MeasureRequest, batch: Any, num_examples: int) -> np.ndarray:
+    """Returns which examples of a batch (or whether the batch as one) have a token that counts."""
+    if request.token_mask is None:
+        return np.ones(num_examples, bool)
+    mask = np.asarray(request.token_mask(batch)) != 0
+    return mask.reshape(num_examples, -1).any(axis=1)
 
 
 def make_backward_pass(
@@ -286,7 +300,7 @@ class ActivationVariance(ImportanceMethod):
             }
             return Importance(self.name, weights)
         shapes = jax.eval_shape(
-            _make_moments_fn(request.fn, request.rules), request.params, request.first_batch
+            _make_moments_fn(request, request.rules), request.params, request.first_batch
         )
         targets = find_target_weights(request._replace(rules=rules_for_paths(shapes)))
         sizes = {path: 4 * math.prod(shapes[path].outer_product_sum.shape) for path in targets}
@@ -294,14 +308,17 @@ class ActivationVariance(ImportanceMethod):
         batches = request.batches if len(passes) == 1 else list(request.batches)
         weights, count = {}, 0
         for paths in passes:
-            compute_moments = jax.jit(_make_moments_fn(request.fn, rules_for_paths(paths)))
+            compute_moments = jax.jit(_make_moments_fn(request, rules_for_paths(paths)))
             sums, count = None, 0
             for batch in batches:
+                if not _examples_with_tokens(request, batch, 1).all():
+                    continue
                 moments = compute_moments(request.params, batch)
                 sums = moments if sums is None else jax.tree.map(jnp.add, sums, moments)
                 count += 1
+            if sums is None:
+                raise ValueError(_NO_TOKENS)
             for path in paths:
-                assert sums is not None
                 weights[path] = self._score_weight(path, targets[path], sums[path])
         return Importance(self.name, weights, count)
 
@@ -335,9 +352,13 @@ class ActivationVariance(ImportanceMethod):
 
 
 def _make_moments_fn(
-    fn: Callable[..., Any], rules: Any
+    request: MeasureRequest, rules: Any
 ) -> Callable[[Any, Any], dict[str, InputMoments]]:
-    return lambda params, batch: input_moments(fn, rules, params, batch)
+    def compute(params: Any, batch: Any) -> dict[str, InputMoments]:
+        mask = None if request.token_mask is None else request.token_mask(batch)
+        return input_moments(request.fn, rules, params, batch, token_mask=mask)
+
+    return compute
 
 
 @jax.jit(static_argnames="center")

@@ -379,8 +379,18 @@ def _eval_shard_map(context: EvalContext, eqn: Any, values: Sequence[Any]) -> li
     # In the order of the mesh: that of a set differs between the processes of a run.
     names = tuple(name for name in mesh.axis_names if name in eqn.params["newly_manual_axes"])
 
+    mask = context.token_mask
+    for value in values if mask is not None else ():
+        terms = value.terms if _is_factored(value) else ()
+        if any(term.with_token_mask(mask) is not term for term in terms):
+            raise ValueError(
+                f"token_mask cannot be applied to {value.path!r} in a shard_map, whose shards of "
+                f"the tokens are not known. Leave this weight out of the rules, or pass no mask."
+            )
+
     def body(*shards: Any) -> tuple[list[Any], list[Any]]:
         nested = context.nested()
+        nested.token_mask = None
         inputs = [part.rebuild(shard) for part, shard in zip(parts, shards, strict=True)]
         outputs = _pick(nested.evaluate(program, inputs), computed)
         return _materialize_all(context, outputs, "shard_map"), [

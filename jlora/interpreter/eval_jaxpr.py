@@ -78,8 +78,10 @@ def trace_call(
     return TracedCall(program, flat, param_index, arrays, unflatten_outputs)
 
 
-def make_context(*, allow_materialize: bool = True) -> EvalContext:
-    return EvalContext(eval_program, allow_materialize=allow_materialize)
+def make_context(
+    *, allow_materialize: bool = True, token_mask: jax.Array | None = None
+) -> EvalContext:
+    return EvalContext(eval_program, allow_materialize=allow_materialize, token_mask=token_mask)
 
 
 def eval_program(

@@ -47,6 +47,7 @@ class EvalContext:
         losses: Auxiliary losses of the terms that were evaluated.
         materialized: Paths of the adapted weights that were materialized.
         allow_materialize: Whether a weight may be materialized.
+        token_mask: Mask of the tokens that count for losses and statistics; None: all.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class EvalContext:
         *,
         allow_materialize: bool = True,
         materialized: list[str] | None = None,
+        token_mask: jax.Array | None = None,
     ) -> None:
+        self.token_mask = token_mask
         self._evaluate = evaluate
         self.allow_materialize = allow_materialize
         self.losses: list[jax.Array] = []
@@ -74,6 +77,7 @@ class EvalContext:
             self._evaluate,
             allow_materialize=self.allow_materialize,
             materialized=self.materialized,
+            token_mask=self.token_mask,
         )
 
     def materialize(self, value: Any, used_by: str = "") -> Any:
@@ -214,6 +218,9 @@ def multiply_weight(
     context: EvalContext, product: WeightProduct, x: Any, weight: FactoredArray
 ) -> Any:
     """Returns `gains * (x W + sum of x terms)`, x (..., d) and the result (..., k) for W (d, k)."""
+    if context.token_mask is not None:
+        terms = tuple(term.with_token_mask(context.token_mask) for term in weight.terms)
+        weight = dataclasses.replace(weight, terms=terms)
     for term in weight.terms:
         x = term.prepare_input(x, product)
     out_axes = set(product.out_axes)

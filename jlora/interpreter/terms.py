@@ -401,6 +401,11 @@ class Term(abc.ABC):
         """Returns the term with its input dropped."""
         return DropoutTerm(self, dropout)
 
+    def with_token_mask(self, token_mask: jax.Array) -> Term:
+        """Returns the term with a mask of its inputs, for terms with statistics of them."""
+        del token_mask
+        return self
+
     def fold_in(self, data: Any) -> Term:
         """Returns the term with random keys of its own for a use, or a step of a loop."""
         del data
@@ -409,6 +414,31 @@ class Term(abc.ABC):
     def gather(self, look_up: Callable[[Operand], Operand]) -> Term:
         """Returns the term of rows that are looked up in the weight."""
         return self.map(look_up)
+
+
+def fit_token_mask(token_mask: jax.Array, shape: Sequence[int], path: str) -> jax.Array:
+    """Returns a mask of tokens in the shape that a product's inputs have, as float32.
+
+    Args:
+        token_mask: Mask of the tokens of a batch, such as (batch, length).
+        shape: Sizes of the inputs' axes that are not contracted: those of the mask; the first of
+            them, such as (batch,), where an input counts if any of its tokens does; or all of them
+            in one.
+        path: Path of the weight, for the error.
+
+    Raises:
+        ValueError: The shape is none of these.
+    """
+    mask = (token_mask != 0).astype(jnp.float32)
+    shape = tuple(shape)
+    if shape == mask.shape[: len(shape)]:
+        return mask.max(tuple(range(len(shape), mask.ndim)))
+    if shape == (mask.size,):
+        return mask.reshape(shape)
+    raise ValueError(
+        f"token_mask has shape {mask.shape}, but the inputs of {path!r} are {shape}, so its tokens "
+        f"cannot be assigned to them. Leave this weight out of the rules."
+    )
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=[])
@@ -547,6 +577,10 @@ class DropoutTerm(Term):
 
     def prepare_input(self, x: Any, product: WeightProduct) -> Any:
         return self.term.prepare_input(x, product)
+
+    def with_token_mask(self, token_mask: jax.Array) -> DropoutTerm:
+        term = self.term.with_token_mask(token_mask)
+        return self if term is self.term else DropoutTerm(term, self.dropout)
 
     def fold_in(self, data: Any) -> DropoutTerm:
         return DropoutTerm(self.term.fold_in(data), self.dropout.fold_in(data))

@@ -177,7 +177,11 @@ def plan(recipe: Recipe, topology: str) -> TrainingPlan:
     batch = _make_abstract_batch(recipe, mesh)
     groups = {
         "weights": setup.frozen["base"],
-        "adapter": (setup.state.trainable, setup.frozen["adapter"]),
+        "adapter": (
+            setup.state.trainable,
+            setup.frozen["adapter"],
+            setup.frozen["reference"],
+        ),
         "optimizer": setup.state._replace(trainable=None),
         "batch": batch,
     }

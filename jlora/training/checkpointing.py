@@ -52,6 +52,10 @@ class RestoredCheckpoint(NamedTuple):
     metadata: dict[str, Any]
 
 
+class _NonFiniteStateError(ValueError):
+    """A state with NaN or infinities, which no run can continue from."""
+
+
 class CheckpointManager:
     """Manager of the checkpoints in one folder.
 
@@ -114,7 +118,8 @@ class CheckpointManager:
 
         Raises:
             OSError: An earlier checkpoint could not be written.
-            ValueError: The step or a later one has a checkpoint already.
+            ValueError: The step or a later one has a checkpoint already, or the earlier state was
+                not finite.
         """
         if step in self._started_steps:
             raise ValueError(
@@ -144,6 +149,12 @@ class CheckpointManager:
         metadata: dict[str, Any],
         best_step: int | None,
     ) -> None:
+        if name := _find_nonfinite(arrays):
+            raise _NonFiniteStateError(
+                f"The state of step {step} is not saved: {name} is NaN or infinite. Earlier "
+                f"checkpoints in {self.folder} are intact. Resume from them with a lower "
+                f"optimizer.learning_rate (--allow-changes)."
+            )
         hashes = {name: _sha256(array) for name, array in arrays.items()}
         args = ocp.args.Composite(
             **{
@@ -161,6 +172,7 @@ class CheckpointManager:
 
         Raises:
             OSError: It could not be written. Earlier checkpoints are intact.
+            ValueError: Its state was not finite, and was not written.
         """
         pending, self._pending_write = self._pending_write, None
         if pending is None:
@@ -168,6 +180,9 @@ class CheckpointManager:
         step, future = pending
         try:
             future.result()
+        except _NonFiniteStateError:
+            self._started_steps.discard(step)
+            raise
         except Exception as error:
             self._started_steps.discard(step)  # It may be retried.
             raise OSError(
@@ -220,8 +235,8 @@ class CheckpointManager:
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
-            ValueError: The checkpoint is damaged, or has another structure. The message names the
-                arrays that are missing, additional, or of another shape or dtype.
+            ValueError: The checkpoint is damaged, is not finite, or has another structure. The
+                message names the arrays that are missing, additional, or of another shape or dtype.
         """
         steps = self.all_steps()
         if not steps or (step is not None and step not in steps):
@@ -255,6 +270,8 @@ class CheckpointManager:
                 raise ValueError(
                     self._format_damage_message(step, name, "the values differ from those saved")
                 )
+        if name := _find_nonfinite(arrays):
+            raise ValueError(self._format_damage_message(step, name, "it has NaN or infinities"))
         leaves, treedef = jax.tree.flatten(target)
         placed = [
             _place_restored_array(arrays[name], to)
@@ -437,6 +454,17 @@ def _flatten_state_by_keystr(state: PyTree) -> dict[str, Any]:
     """Returns the arrays of a state by their key paths."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): array for path, array in flat}
+
+
+def _find_nonfinite(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Returns the name of the first array with NaN or infinities; None if there is none."""
+    for name, array in arrays.items():
+        # Of numbers that NumPy does not have (bfloat16), a wider type.
+        is_float = jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
+        wide = array.astype(np.float32) if is_float and array.dtype.kind == "V" else array
+        if is_float and not np.isfinite(wide).all():
+            return name
+    return None
 
 
 def _sha256(array: np.ndarray) -> str:

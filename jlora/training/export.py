@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,9 +53,10 @@ def combine_adapter(setup: Setup, trainable: PyTree) -> dict[str, Any]:
 def gather_adapter(setup: Setup, trainable: PyTree) -> dict[str, Any]:
     """Returns the adapter for the original weights of the checkpoint, in host memory."""
     adapter = jax.tree.map(fetch_global, combine_adapter(setup, trainable))
-    if setup.initial_adapter is None:
+    reference = jax.tree.map(fetch_global, setup.frozen["reference"])
+    if not reference:
         return adapter
-    return rebase_to_original(adapter, jax.tree.map(fetch_global, setup.initial_adapter))
+    return {**adapter, **rebase_to_original({path: adapter[path] for path in reference}, reference)}
 
 
 def export_folders(recipe: Recipe) -> list[Path]:
@@ -86,7 +87,6 @@ def save_adapter_and_head(
     recipe: Recipe,
     setup: Setup,
     trainable: PyTree,
-    fingerprints: Mapping[str, str],
     label_names: Sequence[str] | None,
 ) -> list[Path]:
     """Writes the adapter and a new head, in the first process only.
@@ -95,7 +95,6 @@ def save_adapter_and_head(
         recipe: Recipe of the run.
         setup: Arrays of the run.
         trainable: Trained arrays.
-        fingerprints: Fingerprints of the adapted weights by path.
         label_names: Names of the labels; None unless the task is classification.
 
     Returns:
@@ -111,7 +110,7 @@ def save_adapter_and_head(
     if jax.process_index() == 0:
         fields = recipe.model_dump(mode="json", exclude=_LINEAGE_EXCLUDED_FIELDS)
         lineage = Lineage(method="jlora train", recipe=fields)
-        write_adapter(written[0], adapter, fingerprints, lineage)
+        write_adapter(written[0], adapter, setup.fingerprints, lineage, setup.base_digest)
         if head is not None:
             written.append(output / HEAD_FILE)
             _write_head(written[-1], recipe, setup, head, label_names)
@@ -135,7 +134,8 @@ def write_exports(
         Paths of the folders.
 
     Raises:
-        ValueError: An array is not finite, or PEFT does not support the adapter.
+        ValueError: An array is not finite, PEFT does not support the adapter, or the base's files
+            changed since the run began.
     """
     adapter = gather_adapter(setup, trainable)
     written = export_folders(recipe)
@@ -173,6 +173,8 @@ def _write_export_folders(
         model, params = models.load(
             setup.folder, sharding=lambda *_: host, **quantization, **layout
         )
+        assert setup.base_digest is not None
+        setup.base_digest.check_unchanged(setup.folder)
         if options.merged:
             dtype = options.merged_dtype
             merged = merge_to_dtype(params, adapter, dtype, dequantize=True)
@@ -181,6 +183,7 @@ def _write_export_folders(
                 has_head = getattr(model.config, "num_labels", None) is not None
                 if label_names is not None and has_head:
                     _write_label_names(folder / "config.json", label_names)
+                setup.base_digest.check_unchanged(setup.folder)  # `models.save` read it too.
         for reader in _PEFT_READERS:
             if getattr(options, reader):
                 with _replace_folder(output / reader) as folder:
@@ -258,7 +261,7 @@ def tokenize_prompts(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list
 
 def generate_texts(
     setup: Setup,
-    adapter: PyTree | None,
+    adapter: PyTree,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -267,7 +270,7 @@ def generate_texts(
 
     Args:
         setup: Arrays of the run.
-        adapter: Adapter of the run's base; None: the base alone.
+        adapter: Adapter of the run's base; `setup.frozen["reference"]` for the checkpoint.
         tokenizer: Tokenizer of the base.
         prompts: Tokens of each prompt.
         max_new_tokens: Maximum number of generated tokens.
@@ -281,7 +284,7 @@ def generate_texts(
         input_ids[row, length - len(tokens) :] = tokens
         mask[row, length - len(tokens) :] = 1
     lora = lora_transform(setup.model.apply)
-    params = {"base": setup.frozen["base"], "adapter": adapter or {}}
+    params = {"base": setup.frozen["base"], "adapter": adapter}
 
     def apply(params: Any, *inputs: Any) -> Any:
         return lora.apply(params["base"], params["adapter"], *inputs)

@@ -232,6 +232,8 @@ class TrainLoop:
             "learning_rate": values.learning_rate,
             **values.extra_metrics,
         }
+        if not values.is_finite:
+            means["skipped"] = 1.0
         self.last_metrics = {
             **{f"{TRAIN_PREFIX}{name}": float(value) for name, value in means.items()},
             "num_targets": float(values.num_targets),
@@ -282,7 +284,7 @@ class TrainLoop:
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient was NaN or infinite; weights and optimizer state are unchanged.
+    """A step was NaN or infinite; weights and optimizer state are unchanged.
 
     Example:
         >>> from jlora.training import NonFiniteError
@@ -292,7 +294,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class NonFiniteGuard(Callback):
-    """Callback that raises, or warns of a skipped step, when a loss or gradient is not finite.
+    """Callback that raises, or warns of a skipped step, when a step is not finite.
 
     It is the last of the callbacks, so that the others have the metrics of the step.
     """
@@ -320,6 +322,14 @@ class NonFiniteGuard(Callback):
             f"loss={float(values.loss)}, gradient_norm={float(values.gradient_norm)}. Its batch "
             f"has the examples {_format_example_ids(batch.example_ids)} (source:example)."
         )
+        remedy = "Check these examples, reduce optimizer.learning_rate"
+        if math.isfinite(values.loss) and math.isfinite(values.gradient_norm):
+            cause = (
+                f"Loss and gradient are finite (loss={float(values.loss)}, "
+                f"gradient_norm={float(values.gradient_norm)}), but the updated weights or "
+                f"optimizer state are not."
+            )
+            remedy = "Reduce optimizer.learning_rate, increase optimizer.epsilon"
         skips = int(values.consecutive_skips)
         options = self._options
         if options.on_nonfinite_loss == "skip" and skips <= options.max_consecutive_skips:
@@ -330,8 +340,7 @@ class NonFiniteGuard(Callback):
         series = f", the last of {skips} in a row" if skips > 1 else ""
         raise NonFiniteError(
             f"Step {step}{series} is not finite: {cause} It changed nothing. Last checkpoint: "
-            f"{last}. Check these examples, reduce optimizer.learning_rate, or set "
-            f"training.on_nonfinite_loss=skip."
+            f"{last}. {remedy}, or set training.on_nonfinite_loss=skip."
         )
 
 

@@ -33,13 +33,17 @@ class Objective(NamedTuple):
         lora: LoRA transform of the model's part of the loss.
         example_inputs: Shapes of the inputs after the parameters.
         loss_fn: Loss function `(trainable, frozen, batch, key)`. `trainable` has "adapter", and
-            "head" for a new head; `frozen` has "base", and "adapter" with the frozen arrays.
+            "head" for a new head; `frozen` has "base", "adapter" with the frozen arrays, and
+            "reference" with the adapter that makes the base the checkpoint.
+        token_mask: Function from a batch to the mask of its tokens, false for padding, in the shape
+            that they have in the model.
         init_head: Function from a key to a new head; None unless the objective adds one.
     """
 
     lora: LoraTransform
     example_inputs: tuple[Any, ...]
     loss_fn: LossFn
+    token_mask: Callable[[Any], jax.Array]
     init_head: Callable[[jax.Array], PyTree] | None = None
 
 
@@ -66,6 +70,7 @@ def make_lm_objective(model: Any, rules: Rules, options: OptimizerSection) -> Ob
             batch.segment_ids,
             batch.positions,
             dropout_key=key,
+            token_mask=_lm_token_mask(batch),
         )
         return _add_regularizers(
             LossSums((losses * batch.loss_mask).sum(), batch.loss_mask.sum(), {}),
@@ -75,7 +80,12 @@ def make_lm_objective(model: Any, rules: Rules, options: OptimizerSection) -> Ob
         )
 
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return Objective(lora, (tokens,) * 4, loss)
+    return Objective(lora, (tokens,) * 4, loss, _lm_token_mask)
+
+
+def _lm_token_mask(batch: Any) -> jax.Array:
+    """Returns the mask of a batch of texts or of pairs, (texts, length)."""
+    return batch.segment_ids.reshape(-1, batch.segment_ids.shape[-1]) > 0
 
 
 def make_dpo_objective(
@@ -83,7 +93,8 @@ def make_dpo_objective(
 ) -> Objective:
     """Returns the objective of direct preference optimization.
 
-    The reference policy is the base without the adapter.
+    The reference policy is the checkpoint: the base with `frozen["reference"]`, an adapter that is
+    empty unless initial updates were subtracted from the base.
 
     Raises:
         ValueError: The model is not a decoder.
@@ -100,10 +111,16 @@ def make_dpo_objective(
         texts = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.targets)]
         layout = [x.reshape(-1, x.shape[-1]) for x in (batch.segment_ids, batch.positions)]
         losses, aux_loss = inner.lora.apply_with_aux_loss(
-            frozen["base"], adapter, *texts, *layout, dropout_key=key
+            frozen["base"],
+            adapter,
+            *texts,
+            *layout,
+            dropout_key=key,
+            token_mask=_lm_token_mask(batch),
         )
-        # The empty adapter goes through the transform too, which dequantizes weights.
-        reference = jax.lax.stop_gradient(inner.lora.apply(frozen["base"], {}, *texts, *layout))
+        # An empty adapter goes through the transform too, which dequantizes weights.
+        reference = inner.lora.apply(frozen["base"], frozen["reference"], *texts, *layout)
+        reference = jax.lax.stop_gradient(reference)
         loss_mask = batch.loss_mask.reshape(losses.shape)
         # Log-probability ratios of policy and reference, (batch, 2).
         ratios = ((reference - losses) * loss_mask).sum(axis=-1).reshape(-1, 2)
@@ -152,7 +169,9 @@ def make_classification_objective(
         adapter = combine(trainable["adapter"], frozen["adapter"])
         token_types = (batch.token_type_ids,) if has_types else ()
         inputs = (batch.tokens, batch.attention_mask, *token_types)
-        out, aux_loss = lora.apply_with_aux_loss(frozen["base"], adapter, *inputs, dropout_key=key)
+        out, aux_loss = lora.apply_with_aux_loss(
+            frozen["base"], adapter, *inputs, dropout_key=key, token_mask=token_mask(batch)
+        )
         logits = (
             out
             if has_head
@@ -170,6 +189,9 @@ def make_classification_objective(
         )
         return _add_regularizers(sums, adapter, aux_loss, options)
 
+    def token_mask(batch: Any) -> jax.Array:
+        return batch.attention_mask > 0
+
     def init_head(key: jax.Array) -> PyTree:
         del key  # A head of zeros gives all labels the same logit.
         width = model.config.hidden_size
@@ -177,7 +199,7 @@ def make_classification_objective(
 
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     example_inputs = (tokens,) * (3 if has_types else 2)
-    return Objective(lora, example_inputs, loss, None if has_head else init_head)
+    return Objective(lora, example_inputs, loss, token_mask, None if has_head else init_head)
 
 
 def classifier_head_logits(

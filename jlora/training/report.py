@@ -145,7 +145,7 @@ def make_run_overview(
         overview["merged"] = _MERGE_DESCRIPTIONS[recipe.export.merge_into]
     if run_summary.skipped_steps:
         overview["steps"] += (
-            f", {run_summary.skipped_steps} of them skipped because loss or gradient was not finite"
+            f", {run_summary.skipped_steps} of them skipped because they were not finite"
         )
     if run_summary.stop_reason == "early_stopping":
         patience = recipe.training.early_stopping_patience
@@ -207,7 +207,8 @@ def collect_versions(versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_finite_step_line(line: Mapping[str, Any]) -> bool:
-    return math.isfinite(line["train/loss"]) and math.isfinite(line["train/gradient_norm"])
+    values = (line["train/loss"], line["train/gradient_norm"])
+    return "train/skipped" not in line and all(map(math.isfinite, values))
 
 
 def _format_mean_loss(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -219,7 +220,7 @@ def _format_mean_loss(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def relative_update_norms(
-    params: Any, adapter: Mapping[str, Any], initial_adapter: Mapping[str, Any] | None = None
+    params: Any, adapter: Mapping[str, Any], reference: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Returns the relative update norm of each weight, ‖ΔW‖ / ‖W‖, one value per stacked layer.
 
@@ -228,7 +229,7 @@ def relative_update_norms(
     Args:
         params: Base weights of the run.
         adapter: Adapter for the weights of the checkpoint.
-        initial_adapter: Adapter that was subtracted from those to give `params`; None: none was.
+        reference: Adapter that was subtracted from those to give `params`; empty: none was.
     """
     flat = _tree.flatten_with_paths(params)
     arrays = dict(zip(flat.paths, flat.leaves, strict=True))
@@ -238,8 +239,8 @@ def relative_update_norms(
             continue
         part = {path: leaf} if leaf.share is None else {path: leaf, leaf.share: adapter[leaf.share]}
         weight = maybe_dequantize(arrays[path])
-        if initial_adapter is not None and getattr(initial_adapter[path], "residual", False):
-            weight = weight + delta(params, {path: initial_adapter[path]})[path]
+        if path in reference:
+            weight = weight + delta(params, {path: reference[path]})[path]
         norms[path] = np.asarray(
             _norm_ratios_per_layer(weight, delta(params, part)[path], leaf.axes.batch)
         )

@@ -66,6 +66,7 @@ def resolve_defaults(
 
 def collect_run_metadata(recipe: Recipe, setup: Setup, datasets: Datasets) -> dict[str, Any]:
     """Returns the metadata of a run that every checkpoint contains."""
+    assert setup.base_digest is not None
     dumped = recipe.model_dump(mode="json")
     # Left out without quantization, so that such checkpoints are independent of this field.
     fields = [*_RESUME_CHECKED_FIELDS, *(["quantize"] if recipe.quantize is not None else [])]
@@ -78,7 +79,8 @@ def collect_run_metadata(recipe: Recipe, setup: Setup, datasets: Datasets) -> di
         "schedule": {name: dumped["training"][name] for name in ("epochs", "steps")},
         "data": datasets.train.fingerprint,
         "tokenizer": datasets.tokenizer.fingerprint,
-        "base": setup.fingerprints,
+        "config": setup.base_digest.config,
+        "base": setup.base_digest.tensors,
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED_PACKAGES},
     }
 

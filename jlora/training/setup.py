@@ -21,6 +21,7 @@ from jlora.adapters.full import FullDelta
 from jlora.adapters.sora import SoRALeaf
 from jlora.checkpoints import hub
 from jlora.checkpoints.adapter_file import fingerprint
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.convert import residual_base
 from jlora.models.hf.load import example_inputs
 from jlora.optim.multi_transform import partition
@@ -82,10 +83,11 @@ class Setup(NamedTuple):
         model: Flax module of the base.
         objective: Adapted function and loss.
         mesh: Mesh of the devices.
-        frozen: Frozen arrays: "base", and "adapter" with those of the adapter.
+        frozen: Frozen arrays: "base"; "adapter" with those of the adapter; and "reference", the
+            adapter with which "base" computes what the checkpoint computes. It is empty, except
+            where initial updates were subtracted from the checkpoint's weights (PiSSA, OLoRA).
         fingerprints: Fingerprints of the checkpoint's adapted weights by path; empty if abstract.
-        initial_adapter: Adapter that was subtracted from the checkpoint's weights to give the base
-            (PiSSA, OLoRA); None if the base is the checkpoint's own.
+        base_digest: Digest of the checkpoint's files; None if abstract.
         optimizer: Optimizer and its learning rate schedule.
         state: Initial training state.
         train_step: Function `(state, frozen, batch, key)` to the next state and `StepMetrics`. The
@@ -104,7 +106,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     frozen: PyTree
     fingerprints: dict[str, str]
-    initial_adapter: PyTree | None
+    base_digest: BaseDigest | None
     optimizer: ScheduledOptimizer
     state: TrainState
     train_step: MeshJitted
@@ -148,14 +150,16 @@ def build_setup(
     model = model_from_recipe(recipe, folder)
     specs = weight_specs(model, *example_inputs(model))
     objective = objective_from_recipe(recipe, model, num_labels)
+    # Before the weights are read: files that are replaced in between are then noticed.
+    digest = None if abstract else BaseDigest.from_folder(folder)
     base = _build_base_params(recipe, folder, model, specs, mesh, abstract)
     keys = {name: _derive_prng_key(recipe, name) for name in ("adapter", "head")}
     with use_mesh(mesh):
         adapter = _build_initial_adapter(keys["adapter"], objective, base, specs, mesh, abstract)
         fingerprints = {} if abstract else _fingerprint_weights(base, adapter)
-        initial_adapter = adapter if _uses_residual_base(adapter) else None
-        if initial_adapter is not None:
-            base = _jit_or_eval_shape(residual_base, abstract)(base, initial_adapter)
+        reference = _residual_leaves(adapter)
+        if reference:
+            base = _jit_or_eval_shape(residual_base, abstract)(base, reference)
         trainable_part, frozen_part = partition(adapter)
         trainable = {"adapter": trainable_part}
         if objective.init_head is not None:
@@ -181,9 +185,9 @@ def build_setup(
         model=model,
         objective=objective,
         mesh=mesh,
-        frozen={"base": base, "adapter": frozen_part},
+        frozen={"base": base, "adapter": frozen_part, "reference": reference},
         fingerprints=fingerprints,
-        initial_adapter=initial_adapter,
+        base_digest=digest,
         optimizer=optimizer,
         state=state,
         train_step=MeshJitted(mesh, jitted_step),
@@ -374,6 +378,7 @@ def _list_adapter_leaves(adapter: PyTree) -> list[Any]:
     ]
 
 
-def _uses_residual_base(adapter: PyTree) -> bool:
-    """Whether a leaf of the initial adapter has to be subtracted from the base weights."""
-    return any(getattr(leaf, "residual", False) for leaf in _list_adapter_leaves(adapter))
+def _residual_leaves(adapter: PyTree) -> dict[str, Any]:
+    """Returns the leaves of an initial adapter that are subtracted from the base weights."""
+    leaves = get_adapter_leaves(adapter)
+    return {path: leaf for path, leaf in leaves.items() if getattr(leaf, "residual", False)}

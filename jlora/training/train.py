@@ -146,7 +146,7 @@ def train(
     if jax.process_index() == 0:
         _write_recipe(output / RECIPE_FILE, recipe)
     measure = _make_measure_fn(run)
-    before = measure(run.setup.state, None)
+    before = measure(run.setup.state, run.setup.frozen["reference"])
 
     bar = ProgressBar(console, ThroughputMeter(recipe, run.setup))
     saver = CheckpointSaver(run.checkpoints, run.metadata, recipe.training, mesh)
@@ -286,7 +286,9 @@ def _build_run(
         local_rows(mesh, batch_size),
         local_rows(mesh, recipe.batch.eval_batch_size or batch_size),
     )
-    datasets = load() if program_cache is None else program_cache.get_datasets(recipe, mesh, load)
+    datasets = (
+        load() if program_cache is None else program_cache.get_datasets(recipe, folder, mesh, load)
+    )
     for path, counts in datasets.source_reports.items():
         console(f"{path}: {counts}")
     steps = recipe.training.steps or datasets.train.num_batches(recipe.training.epochs)
@@ -366,9 +368,7 @@ def _finish(
     assert loop.stop_reason is not None
     state, best_step = _best_state(loop.state, loop.progress, run.checkpoints)
     run.checkpoints.close()
-    output_paths = export.save_adapter_and_head(
-        recipe, setup, state.trainable, run.metadata["base"], label_names
-    )
+    output_paths = export.save_adapter_and_head(recipe, setup, state.trainable, label_names)
     after = measure(state, export.combine_adapter(setup, state.trainable))
     test_metrics = [*before.test_metrics, *after.test_metrics]
     if jax.process_index() == 0:
@@ -439,7 +439,7 @@ def _compute_update_norms(setup: Setup, state: TrainState) -> dict[str, Any]:
     if jax.process_count() > 1:
         return {}
     adapter = export.gather_adapter(setup, state.trainable)
-    return report.relative_update_norms(setup.frozen["base"], adapter, setup.initial_adapter)
+    return report.relative_update_norms(setup.frozen["base"], adapter, setup.frozen["reference"])
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

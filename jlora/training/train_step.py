@@ -78,7 +78,8 @@ class StepMetrics(NamedTuple):
         num_targets: Number of target tokens, pairs or texts.
         gradient_norm: Global norm of the gradient before clipping.
         learning_rate: Learning rate of the step.
-        is_finite: Whether loss and gradient are finite. If not, the step is skipped.
+        is_finite: Whether loss, gradient, and the arrays and optimizer state after the step are
+            finite. If not, the step is skipped.
         consecutive_skips: Number of skipped steps in a row, this one included.
         extra_metrics: Further means by name.
     """
@@ -140,8 +141,8 @@ def make_train_step(
 ) -> TrainStepFn:
     """Returns the function `(state, frozen, batch, key)` to the next state and the metrics.
 
-    Jit it with the state donated. A step whose loss or gradient is NaN or infinite leaves the
-    trainable arrays and the optimizer state unchanged.
+    Jit it with the state donated. A step whose loss, gradient or result is NaN or infinite leaves
+    the trainable arrays and the optimizer state unchanged.
 
     Args:
         loss_fn: Loss function of one forward pass.
@@ -171,6 +172,7 @@ def make_train_step(
             gradient, state.opt_state, state.trainable, finite=is_finite
         )
         updated = optax.apply_updates(state.trainable, updates)
+        is_finite &= _is_tree_finite(updated)
         consecutive_skips = jnp.where(is_finite, 0, state.consecutive_skips + 1)
         metrics = StepMetrics(
             loss=loss,
@@ -196,13 +198,26 @@ def make_train_step(
 def _apply_only_if_finite(
     transform: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation with an argument `finite`; if false, its state is unchanged."""
+    """Returns the transformation with an argument `finite`; if false, its state is unchanged.
+
+    The state is also unchanged, and all updates are NaN, where the new state or the updated
+    parameters would not be finite.
+    """
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> Any:
         updates, new_state = transform.update(updates, state, params)
-        return updates, _select_tree(extra["finite"], new_state, state)
+        finite = extra["finite"] & _is_tree_finite(new_state)
+        finite &= _is_tree_finite(optax.apply_updates(params, updates))
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan), updates)
+        return updates, _select_tree(finite, new_state, state)
 
     return optax.GradientTransformationExtraArgs(transform.init, update)
+
+
+def _is_tree_finite(tree: PyTree) -> jax.Array:
+    """Returns whether all floats of a tree are finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in floats), True)
 
 
 def _select_tree(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -562,6 +562,33 @@ def test_aux_loss_same_in_all_control_flow(fn: Any) -> None:
     np.testing.assert_allclose(loss, unrolled_aux_loss(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("fn", [unrolled, scanned, in_cond], ids=lambda fn: fn.__name__)
+def test_aux_loss_leaves_padding_out(fn: Any) -> None:
+    lora = jlora.lora_transform(fn, {"w": jlora.LoRAMoE(num_experts=3, rank=2, alpha=3)})
+    params, x = {"w": jax.device_put(THREE_LAYERS)}, np.asarray(X)
+    adapter = moved(jax.jit(lora.init)(jax.random.key(0), params, x))
+    padded = np.concatenate([x, np.full_like(x, 3.0)])
+    mask = jax.device_put(np.repeat([1, 0], len(x)))
+    run = jax.jit(
+        jax.value_and_grad(lambda a, x, m: lora.apply_with_aux_loss(params, a, x, token_mask=m)[1])
+    )
+    loss, gradient = run(adapter, x, None)
+    masked, masked_gradient = run(adapter, padded, mask)
+    np.testing.assert_allclose(masked, loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        masked_gradient["w"].router, gradient["w"].router, atol=1e-6, rtol=1e-4
+    )
+    assert abs(run(adapter, padded, None)[0] - loss) > 1e-3
+
+
+def test_aux_loss_mask_in_shard_map_raises() -> None:
+    params, x = {"w": jax.device_put(THREE_LAYERS)}, jax.device_put(X)
+    lora = jlora.lora_transform(mapped, {"w": jlora.LoRAMoE(num_experts=3, rank=2, alpha=3)})
+    adapter = lora.init(jax.random.key(0), params, x)
+    with pytest.raises(ValueError, match="token_mask cannot be applied to 'w' in a shard_map"):
+        lora.apply_with_aux_loss(params, adapter, x, token_mask=jax.device_put(np.ones(len(X))))
+
+
 def test_aux_loss_without_moe_is_zero() -> None:
     one = case("linen_scan_remat", "float32")
     output, loss = one.lora.apply_with_aux_loss(one.params, one.adapter, *one.inputs)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.training import checkpointing
 from jlora.training.checkpointing import CHECKPOINT_FORMAT, CheckpointManager, check_writable
 
 
@@ -57,6 +58,27 @@ def test_save_older_step_raises(folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="has a checkpoint of step 7, and one of step 5 would be"):
         saver.save(5, state(5), {})
     assert saver.all_steps() == [3, 7]
+
+
+@pytest.mark.parametrize("name", ["adapter", "narrow"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_save_nonfinite_state_is_refused(
+    folder: pathlib.Path, name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = CheckpointManager(folder, save_total_limit=5)
+    good = state(9)
+    bad = {**good, name: jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value), good[name])}
+    saver.save(9, bad, {})
+    with pytest.raises(ValueError, match=f"state of step 9 is not saved: .*{name}.* is NaN or inf"):
+        saver.wait_until_finished()
+    assert saver.all_steps() == [3, 7]
+    # One that another program wrote is not good either.
+    monkeypatch.setattr(checkpointing, "_find_nonfinite", lambda arrays: None)
+    saver.save(9, bad, {})
+    saver.wait_until_finished()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"Step 9 in .* is damaged .* resume from step 7"):
+        saver.restore(state(0))
 
 
 def test_save_failed_copy_can_be_retried(folder: pathlib.Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import pathlib
+import shutil
+import types
 from typing import Any
 
 import jax
 import pytest
 from _support.training_fixtures import Make
 
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.training import recipe, report
 from jlora.training.metrics import read_metrics
 from jlora.training.program_cache import ProgramCache
@@ -99,6 +103,37 @@ def test_train_paused_is_bit_exact(
     assert [step._fn._cache_size() for step in programs] == [1]
 
 
+def test_get_datasets_by_content(
+    recipe_of: Make, base: pathlib.Path, chats: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    data = tmp_path / "data.jsonl"
+    template = tmp_path / "template.jinja"
+    shutil.copy(chats, data)
+    template.write_text("{{ messages }}")
+    source = {"path": str(data), "format": "chat"}
+    sections = {"train": [source], "chat_template": str(template)}
+    given = recipe.validate(recipe_of(data=sections))
+    mesh, cache, reads = make_mesh({}, jax.devices()[:1]), ProgramCache(), []
+
+    def load() -> Any:
+        stream = types.SimpleNamespace(fingerprint="one")
+        reads.append(types.SimpleNamespace(train=stream, validation=None))
+        return reads[-1]
+
+    def get() -> Any:
+        return cache.get_datasets(given, folder, mesh, load)
+
+    assert get() is get()
+    for file in (data, folder / "tokenizer_config.json", template):
+        before = file.stat()
+        file.write_bytes(file.read_bytes().replace(b"s", b"S"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # Same size and time.
+        count = len(reads)
+        assert get() is get() is reads[-1]
+        assert len(reads) == count + 1
+
+
 def fake(name: str) -> Setup:
     """A setup with steps and without arrays."""
     mesh = make_mesh({}, jax.devices()[:1])
@@ -132,6 +167,13 @@ def test_reuse_programs_by_recipe(recipe_of: Make) -> None:
     ):
         assert step_of(f"{number}", **sections) == f"{number}"
         assert step_of("first again") == "first"
+    # The values of config.json are constants of a program.
+    config = {"rope_theta": 7.0}
+    changed = fake("config")._replace(base_digest=BaseDigest(config, {}))
+    given = recipe.validate(recipe_of())
+    found = ProgramCache(max_programs=2)
+    assert found.reuse_programs(given, fake("first"), 6, None).train_step._fn == "first"
+    assert found.reuse_programs(given, changed, 6, None).train_step._fn == "config"
     # Two are held: the one that was not used for longest went.
     assert step_of("new", steps=7) == "6"
     assert step_of("new", adapter={"rank": 3}) == "new"

@@ -280,6 +280,8 @@ def test_json_schema_agrees_on_adapters(rule: dict[str, Any], good: bool) -> Non
         ({"adapter": 5}, "adapter=5: Expected a mapping such as .family: LoRA., got int"),
         ({"optimizer": {"budget": {"interval": 0}}}, "interval=0: .* interval: Steps between two"),
         ({"output": ""}, "output='': .* at least 1 character"),
+        ({"optimizer": {"epsilon": 1e-300}}, "epsilon=1e-300: 1e-300 is zero in float32. Use a"),
+        ({"optimizer": {"weight_decay": 1e39}}, "weight_decay=1e.39: 1e.39 is infinite in float32"),
         ({"seed": -1}, "seed=-1: .* greater than or equal to 0"),
     ],
 )

@@ -478,8 +478,55 @@ def test_resume_other_base_raises(
     shutil.copytree(output(whole), tmp_path / "run")
     raw = {**whole, "output": str(tmp_path / "run"), "model": {"path": str(other)}}
     raw["model"]["dtype"] = "float32"
-    with pytest.raises(ValueError, match="the weight 'params/layers/mlp/up/kernel' has other val"):
+    with pytest.raises(ValueError, match=f"the weight '{key}' has other val"):
         run(raw, resume=True)
+
+
+def double_head(folder: pathlib.Path) -> None:
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    tensors[name] = 2 * tensors[name]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_rope(folder: pathlib.Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1e6}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (double_head, "the weight '(lm_head|model.embed_tokens).weight' has other values"),
+        (change_rope, "config .rope_theta: .* in the checkpoint, 1000000.0 now"),
+    ],
+)
+def test_resume_base_beside_the_adapter_raises(
+    recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path, change: Any, message: str
+) -> None:
+    # Neither the head nor config.json is adapted.
+    folder = shutil.copytree(base, tmp_path / "other")
+    raw = recipe_of(model={"path": str(folder)}, training={"steps": 2})
+    run(raw, pause_after_step=1)
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        run(raw, resume=True)
+
+
+@pytest.mark.slow
+def test_train_exports_only_its_own_base(
+    recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "other")
+    raw = recipe_of(
+        model={"path": str(folder)}, training={"steps": 2}, export={"merged": True, "peft": True}
+    )
+    with pytest.raises(ValueError, match=r"changed during the run .the weight .* is written"):
+        run(raw, callbacks=[After(1, lambda: double_head(folder))])
+    assert (output(raw) / "adapter.safetensors").exists()
+    assert not (output(raw) / "merged").exists()
+    assert not (output(raw) / "peft").exists()
 
 
 @pytest.mark.slow
@@ -698,7 +745,8 @@ def test_train_classification_learns(
 
 
 @pytest.mark.slow
-def test_train_dpo_learns(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("init", ["kaiming_uniform", "pissa"])
+def test_train_dpo_learns(recipe_of: Make, tmp_path: pathlib.Path, init: str) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"the {animal} is", "chosen": " good.", "rejected": " bad!"}
@@ -706,6 +754,7 @@ def test_train_dpo_learns(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = recipe_of(
+        adapter={"init": init, "dropout": 0.0},
         data={"train": [{"path": str(path), "format": "preference"}], "max_seq_length": 32},
         training={"epochs": 4, "steps": None},
         dpo={"beta": 0.5},
@@ -715,6 +764,29 @@ def test_train_dpo_learns(recipe_of: Make, tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(lines[0]["train/loss"], np.log(2), rtol=1e-5)
     assert lines[-1]["train/loss"] < 0.5
     assert lines[-1]["train/accuracy"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["pissa", "milora"])
+def test_train_samples_before_are_the_bases(
+    recipe_of: Make, init: str, monkeypatch: Any, tmp_path: pathlib.Path
+) -> None:
+    # A learning rate of nearly zero: before, after and a run with an update of zero agree.
+    written: list[Any] = []
+    monkeypatch.setattr(
+        "jlora.training.report.write_report", lambda *_, **options: written.append(options)
+    )
+    for name in ("kaiming_uniform", init):
+        raw = recipe_of(
+            output=str(tmp_path / name),
+            adapter={"init": name, "rank": 4, "dropout": 0.0},
+            optimizer={"learning_rate": 1e-12},
+            training={"steps": 2},
+            report={"sample_prompts": ["who is it?"], "max_new_tokens": 12},
+        )
+        run(raw)
+    texts = {text for made in written for text in made["samples"][0][1:]}
+    assert len(texts) == 1
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from jlora.training.recipe.sections import (
     RankBudgetSection,
 )
 from jlora.training.train_step import (
+    LossSums,
     ScheduledOptimizer,
     TrainState,
     init_train_state,
@@ -88,7 +89,8 @@ def setting(task: objectives.Objective, params: Any, options: OptimizerSection =
     if task.init_head is not None:
         tree["head"] = moved(task.init_head(KEY))
     made = make_optimizer(options, 10)
-    return Setting(task, init_train_state(tree, made), {"base": params, "adapter": rest}, made)
+    frozen = {"base": params, "adapter": rest, "reference": {}}
+    return Setting(task, init_train_state(tree, made), frozen, made)
 
 
 @functools.cache
@@ -251,6 +253,36 @@ def test_train_step_nonfinite_is_skipped(fault: str, value: float) -> None:
     assert (healed.update_count, healed.consecutive_skips) == (2, 0)
 
 
+@pytest.mark.parametrize("fault", ["update", "state", "sum"])
+def test_train_step_nonfinite_result_is_skipped(fault: str) -> None:
+    # Loss and gradient are finite, and the update, the moments or the new weights are not.
+    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> LossSums:
+        del frozen, key
+        moved = trainable["w"] - jax.lax.stop_gradient(trainable["w"])
+        return LossSums((moved * batch).sum(), jnp.float32(1), {})
+
+    def update(gradient: Any, state: Any, params: Any = None) -> Any:
+        bad = gradient["w"] > 1
+        if fault == "state":
+            return gradient, state + jnp.where(bad, jnp.inf, 1)
+        size = {"update": jnp.nan, "sum": 3e38}[fault]
+        return {"w": jnp.where(bad, size, gradient["w"])}, state + 1
+
+    transform = optax.GradientTransformation(lambda params: jnp.zeros(3), update)
+    optimizer = ScheduledOptimizer(optax.with_extra_args_support(transform), lambda step: 1.0)
+    state = init_train_state({"w": jnp.full(3, 2e38)}, optimizer)
+    step = jax.jit(make_train_step(loss, optimizer, None))
+    for size, finite in ((1.0, True), (2.0, False), (1.0, True)):
+        after, metrics = step(state, {}, jnp.full((1, 3), size), KEY)
+        assert jnp.isfinite(metrics.loss + metrics.gradient_norm)
+        assert metrics.is_finite == finite
+        if not finite:
+            np.testing.assert_array_equal(after.trainable["w"], state.trainable["w"])
+            np.testing.assert_array_equal(after.opt_state, state.opt_state)
+            assert after.consecutive_skips == 1
+        state = after
+
+
 def test_train_step_keeps_frozen_factors() -> None:
     model, params = decoder()
     rules = {r"layers/.*/kernel$": jlora.LoRAFA(rank=2, alpha=4)}
@@ -319,8 +351,28 @@ def test_dpo_objective_initial_loss_is_log_2() -> None:
     task = objectives.make_dpo_objective(model, RULES, PLAIN, DPOSection())
     fresh, rest = jlora.partition(task.lora.init(jax.random.key(1), params, *task.example_inputs))
     batch = jax.tree.map(lambda x: x.reshape(1, 2, 2, 7), text(4, 7, [7, 5, 4, 6]))
-    frozen = {"base": params, "adapter": rest}
+    frozen = {"base": params, "adapter": rest, "reference": {}}
     sums = jax.jit(make_eval_step(task.loss_fn))({"adapter": fresh}, frozen, batch)
+    np.testing.assert_allclose(sums.loss / sums.num_targets, np.log(2), rtol=1e-5)
+
+
+def test_dpo_reference_is_the_checkpoint() -> None:
+    # On the residual base of PiSSA, the reference is the checkpoint and not the residual.
+    model, params = decoder()
+    config = jlora.LoRA(rank=2, alpha=4, init=jlora.initializers.pissa())
+    rules = {
+        r"layers/mlp/up/kernel$": config,
+        r"layers/mlp/down/kernel$": jlora.LoRA(rank=2, alpha=4),
+    }
+    task = objectives.make_dpo_objective(model, rules, PLAIN, DPOSection())
+    fresh = task.lora.init(jax.random.key(1), params, *task.example_inputs)
+    initial = {path: leaf for path, leaf in fresh.items() if "up" in path}
+    batch = jax.tree.map(lambda x: x.reshape(1, 2, 2, 7), text(4, 7, [7, 5, 4, 6]))
+    base = jlora.residual_base(params, initial)
+    frozen = {"base": base, "adapter": jlora.partition(fresh)[1], "reference": initial}
+    sums = jax.jit(make_eval_step(task.loss_fn))(
+        {"adapter": jlora.partition(fresh)[0]}, frozen, batch
+    )
     np.testing.assert_allclose(sums.loss / sums.num_targets, np.log(2), rtol=1e-5)
 
 

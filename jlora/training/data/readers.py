@@ -1,4 +1,7 @@
-"""Readers of CSV and JSON files into Arrow tables, whose errors name the file and line.
+"""Readers of data files into Arrow tables, whose errors name the file and line.
+
+Files are read anew every time: a cache that looks at names and times of modification, as that of
+`datasets` does, returns rows of a file that was replaced.
 
 CSV readers of other libraries guess types from the values: an answer `4,5` becomes 45, `NA`
 becomes null, and integer labels become floats once one is missing. Here every cell is the text of
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jlora.checkpoints.safetensors_io import format_names
 
@@ -95,6 +99,45 @@ def _iter_csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
             ) from error
         except UnicodeDecodeError as error:  # Decoding works on blocks: the line is unknown.
             raise ValueError(f"{file} is not UTF-8 ({error}). Save it in UTF-8.") from error
+
+
+def read_text_table(files: Sequence[Path]) -> pa.Table:
+    """Returns the lines of text files in the column `text`, without their line ends.
+
+    Raises:
+        ValueError: A file is not UTF-8, or there is no line.
+    """
+    schema = pa.schema({"text": pa.string()})
+    tables = []
+    for file in files:
+        # Some editors begin a text with a byte order mark, which does not belong to it.
+        with file.open(encoding="utf-8-sig") as content:
+            while part := list(itertools.islice(content, _ROWS_PER_CHUNK)):
+                lines = [line.removesuffix("\n") for line in part]
+                tables.append(pa.table({"text": lines}, schema=schema))
+    if not tables:
+        raise ValueError("there is no line")
+    return pa.concat_tables(tables)
+
+
+def read_parquet_table(files: Sequence[Path]) -> pa.Table:
+    """Returns the rows of Parquet files, in the columns and types of the first file.
+
+    Raises:
+        ValueError: A file has other columns, or a value does not fit the type of its column.
+        OSError: A file is damaged.
+    """
+    tables: list[pa.Table] = []
+    for file in files:
+        table = pq.read_table(file, partitioning=None)
+        first = tables[0] if tables else table
+        if set(table.column_names) != set(first.column_names):
+            raise ValueError(
+                f"{file} has the columns {format_names(table.column_names, 20)}, but {files[0]} "
+                f"has {format_names(first.column_names, 20)}"
+            )
+        tables.append(table.select(first.column_names).cast(first.schema))
+    return pa.concat_tables(tables)
 
 
 _KIND_BY_PYTHON_TYPE = {str: "text", bool: "booleans", int: "integers", float: "floats"}

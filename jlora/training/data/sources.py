@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jlora.checkpoints.safetensors_io import format_names
-from jlora.training.data.readers import read_csv_table, read_json_table
+from jlora.training.data.readers import (
+    read_csv_table,
+    read_json_table,
+    read_parquet_table,
+    read_text_table,
+)
 
 if TYPE_CHECKING:
     import datasets
 
-# Builder of the `datasets` library for each kind of file.
 _READER_BY_SUFFIX = {
     ".jsonl": "json",
     ".json": "json",
@@ -90,6 +95,32 @@ def load_rows(
     return rows if max_examples is None else rows.select(range(min(max_examples, len(rows))))
 
 
+def hash_local_files(path: str | os.PathLike[str], split: str) -> str | None:
+    """Returns the SHA-256 of the names and bytes of the files that `load_rows` reads.
+
+    None for a dataset on the Hub, which has revisions.
+
+    Args:
+        path: As in `load_rows`.
+        split: As in `load_rows`.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: No file belongs to the split.
+    """
+    if not _is_local_path(path) and _HUB_NAME_PATTERN.fullmatch(str(path)):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `load_rows` gives them.
+        files = _find_data_files(path, split)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            part = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file} {part}\n".encode())
+    return digest.hexdigest()
+
+
 def _is_local_path(path: str | os.PathLike[str]) -> bool:
     return (
         os.path.exists(path) or glob.has_magic(str(path)) or Path(path).suffix in _READER_BY_SUFFIX
@@ -160,7 +191,7 @@ def _split_words_in_names(files: list[Path], split_name: str) -> list[set[str]]:
 
 def _load_data_files(files: list[Path], split: str) -> datasets.Dataset:
     import datasets
-    from datasets import exceptions
+    import pyarrow as pa
 
     kinds = sorted({file.suffix for file in files})
     readers = {_READER_BY_SUFFIX.get(kind) for kind in kinds}
@@ -177,22 +208,19 @@ def _load_data_files(files: list[Path], split: str) -> datasets.Dataset:
     base = split.split("[")[0]
     if reader == "json":
         return _slice_split(datasets.Dataset(read_json_table(files)), base, split)
-    if reader == "csv":
-        # The builder's name marks tables without types, whose numeric labels are parsed.
-        info = datasets.DatasetInfo(builder_name="csv")
-        return _slice_split(datasets.Dataset(read_csv_table(files), info=info), base, split)
-    # Some editors begin a text with a byte order mark, which does not belong to it.
-    options: dict[str, Any] = {"encoding": "utf-8-sig"} if reader == "text" else {}
-    try:
-        return datasets.load_dataset(
-            str(reader), data_files={base: [str(file) for file in files]}, split=split, **options
-        )
-    except (ValueError, StopIteration, exceptions.DatasetGenerationError) as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{format_names([str(file) for file in files])}, split={split!r}, cannot be read as "
-            f"{reader} ({reason}). Use rows with the same columns, and one type per column."
-        ) from error
+    if reader in ("text", "parquet"):
+        read = read_text_table if reader == "text" else read_parquet_table
+        try:
+            dataset = datasets.Dataset(read(files))
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise ValueError(
+                f"{format_names([str(file) for file in files])}, split={split!r}, cannot be read "
+                f"as {reader} ({error}). Use rows with the same columns, and one type per column."
+            ) from error
+        return _slice_split(dataset, base, split)
+    # The builder's name marks tables without types, whose numeric labels are parsed.
+    info = datasets.DatasetInfo(builder_name="csv")
+    return _slice_split(datasets.Dataset(read_csv_table(files), info=info), base, split)
 
 
 def _slice_split(dataset: datasets.Dataset, split_name: str, split: str) -> datasets.Dataset:

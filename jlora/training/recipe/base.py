@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import pydantic
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
@@ -16,9 +17,24 @@ from jlora._docstrings import parse_attribute_docs
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_FLOAT32_MIN, _FLOAT32_MAX = (float(n) for n in (np.finfo("f4").tiny, np.finfo("f4").max))
 
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _check_float32(value: float) -> float:
+    """Rejects values that are zero or infinite in float32, the type of a step's numbers."""
+    if value and not _FLOAT32_MIN <= abs(value) <= _FLOAT32_MAX:
+        raise ValueError(
+            f"{value} is {'zero' if abs(value) < 1 else 'infinite'} in float32. Use a value "
+            f"between {_FLOAT32_MIN:.2g} and {_FLOAT32_MAX:.2g}"
+        )
+    return value
+
+
+_FITS_FLOAT32 = pydantic.AfterValidator(_check_float32)
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _FITS_FLOAT32]
+
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _FITS_FLOAT32]
 
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 

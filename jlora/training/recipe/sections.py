@@ -292,8 +292,8 @@ class TrainingSection(Section):
         metric: Criterion of the best evaluation: lowest loss, or highest accuracy.
         early_stopping_patience: Evaluations without improvement after which the run ends. null: no
             early stopping.
-        on_nonfinite_loss: Reaction to a NaN or infinite loss or gradient: raise an error, or skip
-            the step.
+        on_nonfinite_loss: Reaction to a NaN or infinite loss, gradient or update: raise an error,
+            or skip the step.
         max_consecutive_skips: Maximum number of steps skipped in a row; one more ends the run.
         on_save_error: Reaction to a checkpoint that cannot be written: raise an error, or warn and
             continue.

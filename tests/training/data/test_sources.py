@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pathlib
 
 import datasets
@@ -31,6 +32,50 @@ def test_load_rows_every_file_kind(tmp_path: pathlib.Path) -> None:
     assert sources.load_rows(tmp_path / "a.csv").to_list() == cells
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     assert sources.load_rows(tmp_path / "a.txt")["text"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".parquet", ".csv", ".jsonl", ".json"])
+def test_load_rows_reads_replaced_files(tmp_path: pathlib.Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    found, hashes = [], []
+    for text in ("the first", "another"):
+        if suffix == ".parquet":
+            datasets.Dataset.from_list([{"text": text}]).to_parquet(str(path))
+        else:
+            row = json.dumps([{"text": text}] if suffix == ".json" else {"text": text})
+            content = {".txt": text, ".csv": f"text\n{text}"}.get(suffix, row)
+            path.write_text(content + "\n")
+        os.utime(path, ns=(10**18, 10**18))  # As the files of a reproducible archive.
+        found.append(sources.load_rows(path)["text"][:])
+        hashes.append(sources.hash_local_files(path, "train"))
+    assert found == [["the first"], ["another"]]
+    assert hashes[0] != hashes[1]
+
+
+def test_load_rows_text_lines(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n  two \n\x0cthree")
+    want = ["one", "", "  two ", "\x0cthree"]
+    assert sources.load_rows(tmp_path / "a.txt")["text"][:] == want
+    assert sources.load_rows(tmp_path / "a.txt", split="train[2:3]")["text"][:] == ["  two "]
+
+
+def test_load_rows_parquet_files_agree(tmp_path: pathlib.Path) -> None:
+    labels = datasets.Features(
+        {"t": datasets.Value("string"), "y": datasets.ClassLabel(names=["a", "b"])}
+    )
+    first = datasets.Dataset.from_dict({"t": ["x"], "y": [1]}, features=labels)
+    first.to_parquet(str(tmp_path / "1.parquet"))
+    # The order of columns and the width of integers may differ.
+    datasets.Dataset.from_dict({"y": [0], "t": ["z"]}).to_parquet(str(tmp_path / "2.parquet"))
+    rows = sources.load_rows(tmp_path)
+    assert rows.to_list() == [{"t": "x", "y": 1}, {"t": "z", "y": 0}]
+    assert rows.features["y"].names == ["a", "b"]
+    datasets.Dataset.from_dict({"y": [0]}).to_parquet(str(tmp_path / "2.parquet"))
+    with pytest.raises(ValueError, match=r"2\.parquet has the columns y, but .* has t, y"):
+        sources.load_rows(tmp_path)
+    datasets.Dataset.from_dict({"y": ["?"], "t": ["z"]}).to_parquet(str(tmp_path / "2.parquet"))
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        sources.load_rows(tmp_path)
 
 
 def test_load_rows_skips_blank_lines(tmp_path: pathlib.Path) -> None:
