@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
@@ -19,7 +18,12 @@ from jlora.adapters.base import AdapterLeaf, check_adapter
 from jlora.adapters.full import FullDeltaLeaf
 from jlora.adapters.lokr import factorization
 from jlora.adapters.trainable_tokens import TrainableTokensLeaf
-from jlora.checkpoints.safetensors_io import create_folder_atomically, format_names
+from jlora.checkpoints.safetensors_io import (
+    TensorSpec,
+    create_folder_atomically,
+    format_names,
+    write_safetensors,
+)
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.config import CONFIG_NAME
@@ -221,8 +225,9 @@ def write_peft_folder(
     with create_folder_atomically(folder) as partial:
         text = json.dumps(config, indent=2, sort_keys=True)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        safetensors.numpy.save_file(
-            file_tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"}
+        specs = {key: TensorSpec.from_array(tensor) for key, tensor in file_tensors.items()}
+        write_safetensors(
+            partial / SAFETENSORS_WEIGHTS_NAME, specs, file_tensors.__getitem__, {"format": "pt"}
         )
 
 

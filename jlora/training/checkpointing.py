@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -145,12 +146,12 @@ class CheckpointManager:
         best_step: int | None,
     ) -> None:
         hashes = {name: _sha256(array) for name, array in arrays.items()}
+        metadata = {"format": CHECKPOINT_FORMAT, "sha256": hashes, **metadata}
+        metadata["checksum"] = _compute_checksum(metadata)
         args = ocp.args.Composite(
             **{
                 _STATE_ITEM: ocp.args.PyTreeSave(arrays),
-                _METADATA_ITEM: ocp.args.JsonSave(
-                    {"format": CHECKPOINT_FORMAT, "sha256": hashes, **metadata}
-                ),
+                _METADATA_ITEM: ocp.args.JsonSave(metadata),
             }
         )
         self._preservation_policy.best_step = best_step
@@ -209,6 +210,10 @@ class CheckpointManager:
                 f"Step {step} in {self.folder} has format {version!r}; this release reads formats "
                 f"up to {CHECKPOINT_FORMAT}. Use the release that wrote it."
             )
+        checksum = metadata.pop("checksum", None)
+        if checksum != _compute_checksum(metadata):
+            cause = "the values differ from those saved"
+            raise ValueError(self._format_damage_message(step, _METADATA_ITEM, cause))
         return metadata
 
     def restore(self, target: PyTree, step: int | None = None) -> RestoredCheckpoint:
@@ -280,7 +285,11 @@ class CheckpointManager:
         restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         restored = self._orbax_manager.restore(step, args=ocp.args.Composite(**{_STATE_ITEM: args}))
-        return dict(restored[_STATE_ITEM])
+        arrays = dict(restored[_STATE_ITEM])
+        for name in names:
+            if not isinstance(arrays[name], np.ndarray):
+                raise ValueError(f"it is no array but {type(arrays[name]).__name__}")
+        return arrays
 
     def _format_damage_message(self, step: int, item: str, cause: Any) -> str:
         others = [other for other in self.all_steps() if other != step]
@@ -437,6 +446,12 @@ def _flatten_state_by_keystr(state: PyTree) -> dict[str, Any]:
     """Returns the arrays of a state by their key paths."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): array for path, array in flat}
+
+
+def _compute_checksum(metadata: Mapping[str, Any]) -> str:
+    """Returns a SHA-256 of metadata, which is the same after it was written and read as JSON."""
+    text = json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(array: np.ndarray) -> str:
