@@ -159,10 +159,11 @@ def open_locked(path: Path) -> Iterator[IO[bytes]]:
                     file.close()
                     raise
         if _is_same_file(file, path):
-            break
-        file.close()  # The writer before has renamed it.
+            if not os.fstat(file.fileno()).st_size:
+                break
+            path.unlink()  # The remains of a killed process, with its rights.
+        file.close()  # Otherwise, the writer before has renamed it.
     with file:
-        file.truncate(0)
         yield file
 
 

@@ -26,6 +26,11 @@ from jax.sharding import Mesh
 
 from jlora._mesh import fetch_global
 from jlora._tree import PyTree
+from jlora.checkpoints.output_lock import (
+    acquire_output_lock,
+    is_output_locked,
+    release_output_lock,
+)
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.training.callbacks import Callback, Request
 from jlora.training.distributed import ProcessMaximum
@@ -56,7 +61,8 @@ class RestoredCheckpoint(NamedTuple):
 class CheckpointManager:
     """Manager of the checkpoints in one folder.
 
-    The latest checkpoint is the complete one with the highest step; no file points to it.
+    The latest checkpoint is the complete one with the highest step; no file points to it. From its
+    first save to `close`, a manager holds the lock of the folder; reading needs none.
 
     Example:
         >>> import tempfile
@@ -72,7 +78,7 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, save_total_limit: int) -> None:
-        """Opens the folder and removes the remains of interrupted saves.
+        """Opens the folder and removes the remains of interrupted saves, unless it is locked.
 
         Args:
             folder: Folder of checkpoints, which is created if it does not exist.
@@ -83,7 +89,9 @@ class CheckpointManager:
         """
         self.folder = Path(folder).absolute()
         check_writable(self.folder)
-        _remove_partial_checkpoints(self.folder)
+        self._lock_path: Path | None = None
+        if not is_output_locked(self.folder):
+            _remove_partial_checkpoints(self.folder)
         self._preservation_policy = _KeepLastAndBestPolicy(save_total_limit)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preservation_policy,
@@ -114,6 +122,7 @@ class CheckpointManager:
                 without evaluations.
 
         Raises:
+            OutputInUseError: Another manager has saved to the folder and is not closed.
             OSError: An earlier checkpoint could not be written.
             ValueError: The step or a later one has a checkpoint already.
         """
@@ -127,6 +136,8 @@ class CheckpointManager:
                 f"{self.folder} has a checkpoint of step {max(self._started_steps)}, and one of "
                 f"step {step} would be older. Save to another folder."
             )
+        if self._lock_path is None and jax.process_index() == 0:
+            self._lock_path = acquire_output_lock(self.folder, owner=self)
         # Copies: views would change with the caller's arrays and keep buffers of the next step.
         arrays = {
             name: np.array(fetch_global(array))
@@ -188,6 +199,9 @@ class CheckpointManager:
         finally:
             self._executor.shutdown()
             self._orbax_manager.close()
+            if self._lock_path is not None:
+                release_output_lock(self._lock_path)
+                self._lock_path = None
 
     def load_metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint.
