@@ -11,9 +11,11 @@ from jlora.checkpoints.adapter_file import (
 )
 from jlora.checkpoints.hub import resolve_checkpoint_folder
 from jlora.checkpoints.lineage import Lineage, ParentAdapter, content_hash
+from jlora.checkpoints.output_lock import OutputInUseError
 
 __all__ = [
     "Lineage",
+    "OutputInUseError",
     "ParentAdapter",
     "adapted_weight_paths",
     "content_hash",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from jlora import _tree
 from jlora._mesh import fetch_global
@@ -32,7 +32,12 @@ from jlora.checkpoints.lineage import (
     compute_content_hash,
     describe_adapter,
 )
-from jlora.checkpoints.safetensors_io import replace_file_atomically, serialize_safetensors
+from jlora.checkpoints.safetensors_io import (
+    open_safetensors,
+    replace_file_atomically,
+    serialize_safetensors,
+)
+from jlora.checkpoints.text_files import name_file_in_errors, parse_json
 from jlora.interpreter.terms import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
 
@@ -158,26 +163,29 @@ def load_adapter(
     """
     path = pathlib.Path(path)
     metadata, tensors = _read_adapter_file(path)
-    description = _read_json_metadata(path, metadata, "adapter")
-    content = compute_content_hash(description, tensors)
-    adapter = {
-        weight_path: _build_leaf_from_description(path, weight_path, leaf_description, tensors)
-        for weight_path, leaf_description in description.items()
-    }
+    with name_file_in_errors(path):
+        description = _read_json_metadata(path, metadata, "adapter")
+        content = compute_content_hash(description, tensors)
+        adapter = {
+            weight_path: _build_leaf_from_description(path, weight_path, leaf_description, tensors)
+            for weight_path, leaf_description in description.items()
+        }
     if tensors:
         raise ValueError(
             f"{path} contains tensors that its description does not name: {sorted(tensors)[:3]}. "
             f"It was changed after jlora wrote it; save the adapter again."
         )
-    weights = _adapted_weights(params, adapter)
+    with name_file_in_errors(path):
+        weights = _adapted_weights(params, adapter)
     if metadata.get("content", content) != content:  # Files of an older jlora have no hash.
         raise ValueError(
             f"{path} does not have the content that jlora wrote to it. Copy it again; if it was "
             f"changed on purpose, save the adapter again."
         )
     if not allow_other_base:
-        fingerprints = _read_json_metadata(path, metadata, "base")
-        _check_base_fingerprints(path, fingerprints, weights, adapter)
+        with name_file_in_errors(path):
+            fingerprints = _read_json_metadata(path, metadata, "base")
+            _check_base_fingerprints(path, fingerprints, weights, adapter)
     return adapter
 
 
@@ -310,10 +318,10 @@ def read_quantization_schemes(path: str | os.PathLike[str]) -> list[str]:
     """
     path = pathlib.Path(path)
     metadata, _ = _read_adapter_file(path)
-    fingerprints = _read_json_metadata(path, metadata, "base").values()
-    descriptions = map(_quantization_description, fingerprints)
-    schemes = {json.loads(text).get("scheme") for text in descriptions if text}
-    return sorted(map(str, schemes))
+    with name_file_in_errors(path):
+        fingerprints = _read_json_metadata(path, metadata, "base").values()
+        specs = map(_quantization_spec, fingerprints)
+        return sorted({str(spec["scheme"]) for spec in specs if spec is not None})
 
 
 def fingerprint(weight: Any) -> str:
@@ -374,22 +382,17 @@ def _adapted_weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, An
 def _read_adapter_file(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file. Give the file that save_adapter wrote.")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
+    with open_safetensors(path) as file:
+        metadata = dict(file.metadata() or {})
+        with name_file_in_errors(path):  # The library has dtypes that NumPy has not.
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file: {error}. It may be truncated; copy it "
-            f"again."
-        ) from error
     if metadata.get("format") != "jlora":
         raise ValueError(
             f"{path} was not written by jlora.save_adapter (its format is "
             f"{metadata.get('format', 'unnamed')!r})."
         )
     version = metadata.get("version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version!r}, but this jlora reads versions up to "
             f"{FORMAT_VERSION}. Use a newer jlora."
@@ -400,12 +403,9 @@ def _read_adapter_file(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np
 def _read_json_metadata(
     path: pathlib.Path, metadata: Mapping[str, str], key: str
 ) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata[key])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} has no readable {key!r} in its metadata: {error!r}. Copy it again."
-        ) from error
+    if key not in metadata:
+        raise ValueError(f"{path} has no {key!r} in its metadata. Copy it again.")
+    value = parse_json(metadata[key], f"{path}: {key!r} in its metadata")
     if not isinstance(value, dict):
         raise ValueError(
             f"{path}: {key!r} in its metadata must be a JSON object, got {type(value).__name__}. "
@@ -499,9 +499,22 @@ def _check_base_fingerprints(
         )
 
 
-def _quantization_description(expected_fingerprint: Any) -> str:
-    """Returns the quantization of the weight of a fingerprint, as JSON; empty if it has none."""
-    return str(expected_fingerprint).rpartition(" ")[0]
+def _quantization_spec(expected_fingerprint: Any) -> dict[str, Any] | None:
+    """Returns the quantization of the weight of a fingerprint; None if it has none.
+
+    Raises:
+        ValueError: The fingerprint is not one that jlora writes.
+    """
+    text = str(expected_fingerprint).rpartition(" ")[0]
+    if not text:
+        return None
+    spec = parse_json(text, "The fingerprint of a weight")
+    if not isinstance(spec, dict) or "scheme" not in spec:
+        raise ValueError(
+            f"The fingerprint {expected_fingerprint!r:.200} of a weight does not describe a "
+            f"quantization. Save the adapter again."
+        )
+    return spec
 
 
 def _requires_quantized_base(leaf: Any, weight: Any, expected_fingerprint: Any) -> bool:
@@ -512,7 +525,7 @@ def _requires_quantized_base(leaf: Any, weight: Any, expected_fingerprint: Any) 
     """
     return (
         getattr(leaf, "residual", False)
-        and bool(_quantization_description(expected_fingerprint))
+        and _quantization_spec(expected_fingerprint) is not None
         and fingerprint(weight) != expected_fingerprint
     )
 
@@ -521,8 +534,8 @@ def _matches_fingerprint(weight: Any, expected_fingerprint: Any) -> bool:
     """Whether a fingerprint is that of a weight, or of the weight after quantization."""
     if fingerprint(weight) == expected_fingerprint:
         return True
-    description = _quantization_description(expected_fingerprint)
-    if isinstance(weight, QArray) or not description:
+    spec = _quantization_spec(expected_fingerprint)
+    if isinstance(weight, QArray) or spec is None:
         return False
-    quantized = quantize_like(weight, json.loads(description))
+    quantized = quantize_like(weight, spec)
     return quantized is not None and fingerprint(quantized) == expected_fingerprint

@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora import _validation
 from jlora.adapters.base import check_adapter, get_array_fields, static_field_values
+from jlora.checkpoints.text_files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +109,10 @@ class Lineage:
             ValueError: The text is not a lineage.
         """
         try:
-            fields = dict(json.loads(text))
+            fields = dict(parse_json(text, "the lineage"))
             parents = tuple(ParentAdapter(**parent) for parent in fields.pop("parents", ()))
             return cls(parents=parents, **fields)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
             raise ValueError(f"the lineage is damaged: {error}") from error
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
-import tempfile
-import uuid
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
+
+from jlora.checkpoints.output_lock import lock_output, open_locked
+from jlora.checkpoints.text_files import parse_json, read_json
 
 FLOAT_DTYPES: dict[str, Any] = {
     "F16": np.dtype(np.float16),
@@ -30,6 +33,24 @@ ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
+
+_SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    "bool": "BOOL",
+}
+
+# Ending of files and folders that are not complete; a killed process leaves them.
+PARTIAL_SUFFIX = ".partial"
+
+# Bytes that are read at a time from a tensor of which only some columns are kept.
+_READ_BYTES = 1 << 25
 
 SAFE_WEIGHTS_NAME = "model.safetensors"
 
@@ -54,11 +75,52 @@ class TensorHeader(NamedTuple):
         file: Name of the file.
         dtype: dtype in the notation of safetensors, such as "F32".
         shape: Shape of the stored tensor.
+        num_bytes: Size of the stored tensor in bytes.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    num_bytes: int
+
+
+class _TensorFile:
+    """One safetensors file, of which tensors are read to memory of their own.
+
+    The safetensors library maps files into memory, where pages that were read once count as memory
+    of the process until the file is closed.
+    """
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self.path = path
+        self._file = stack.enter_context(path.open("rb", buffering=0))
+        self._lock = threading.Lock()
+        with open_safetensors(path) as library_file:  # Validates the header.
+            self.metadata = dict(library_file.metadata() or {})
+        if not os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+            raise ValueError(f"{path} was replaced while it was opened. Load it again.")
+        length = int.from_bytes(self._file.read(8), "little")
+        header = parse_json(self._file.read(length), str(path))
+        header.pop("__metadata__", None)
+        self._starts = {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items()}
+        self.headers = {
+            key: TensorHeader(
+                path.name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for key, entry in header.items()
+        }
+
+    def read_bytes(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Returns a range of a tensor's bytes, (stop - start,) uint8."""
+        with self._lock:
+            self._file.seek(self._starts[key] + start)
+            data = np.fromfile(self._file, np.uint8, stop - start)
+        if data.size != stop - start:
+            raise ValueError(f"{self.path} became shorter while it was read. Load it again.")
+        return data
 
 
 class CheckpointReader:
@@ -70,35 +132,58 @@ class CheckpointReader:
         folder: Folder of the files, for error messages.
     """
 
-    def __init__(self, files: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, files: Mapping[str, _TensorFile], folder: Path) -> None:
         self.folder = folder
         self.headers: dict[str, TensorHeader] = {}
         self._files = files
         self.metadata: dict[str, str] = {}
         for name, file in files.items():
-            self.metadata = self.metadata or dict(file.metadata() or {})
-            for key in file.keys():  # noqa: SIM118 -- it is not a mapping
-                if key in self.headers:
-                    raise ValueError(
-                        f"{folder}: {key} is in {self.headers[key].file} and in {name}. Keep only "
-                        f"the files of one save."
-                    )
-                tensor = file.get_slice(key)
-                self.headers[key] = TensorHeader(
-                    name, tensor.get_dtype(), tuple(tensor.get_shape())
+            self.metadata = self.metadata or file.metadata
+            repeated = file.headers.keys() & self.headers.keys()
+            if repeated:
+                key = min(repeated)
+                raise ValueError(
+                    f"{folder}: {key} is in {self.headers[key].file} and in {name}. Keep only "
+                    f"the files of one save."
                 )
+            self.headers.update(file.headers)
 
     def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads a tensor, or only a slice of it.
 
         Args:
-            key: Name of the tensor.
+            key: Name of the tensor, whose dtype is one of `FLOAT_DTYPES`.
             index: Slice along each axis. None: the complete tensor.
         """
-        file = self._files[self.headers[key].file]
-        if index is None or not index:
-            return file.get_tensor(key)
-        return file.get_slice(key)[index]
+        header = self.headers[key]
+        dtype, shape = FLOAT_DTYPES[header.dtype], header.shape
+        if not shape:
+            return self.read_bytes(key).view(dtype).reshape(shape)
+        rows, *others = [
+            slice(*one.indices(size)[:2])
+            for one, size in zip(index or (slice(None),) * len(shape), shape, strict=True)
+        ]
+        row_bytes = header.num_bytes // max(shape[0], 1)
+        file = self._files[header.file]
+
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            data = file.read_bytes(key, start * row_bytes, stop * row_bytes)
+            return data.view(dtype).reshape(stop - start, *shape[1:])
+
+        if all(one == slice(0, size) for one, size in zip(others, shape[1:], strict=True)):
+            return read_rows(rows.start, rows.stop)
+        result = np.empty([one.stop - one.start for one in (rows, *others)], dtype)
+        step = max(1, _READ_BYTES // max(row_bytes, 1))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            block = read_rows(start, stop)[(slice(None), *others)]
+            result[start - rows.start : stop - rows.start] = block
+        return result
+
+    def read_bytes(self, key: str) -> np.ndarray:
+        """Reads the bytes of a tensor of any dtype, (bytes,) uint8."""
+        header = self.headers[key]
+        return self._files[header.file].read_bytes(key, 0, header.num_bytes)
 
 
 @contextlib.contextmanager
@@ -115,14 +200,21 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Iterator[CheckpointReader
     folder = Path(folder)
     file_names, weight_map = _checkpoint_file_names(folder)
     with contextlib.ExitStack() as stack:
-        files = {n: stack.enter_context(open_safetensors(folder / n)) for n in file_names}
+        for name in file_names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name}, which {SAFE_WEIGHTS_INDEX_NAME} names, is missing or not a "
+                    f"regular file. Copy the folder again from its source."
+                )
+        files = {name: _TensorFile(folder / name, stack) for name in file_names}
         reader = CheckpointReader(files, folder)
         if weight_map is not None:
             actual = {key: header.file for key, header in reader.headers.items()}
             different = sorted(set(actual.items()) ^ set(weight_map.items()))
             if different:
+                names = format_names(sorted({name for _, name in different}))
                 raise ValueError(
-                    f"{folder / SAFE_WEIGHTS_INDEX_NAME} and its files disagree about "
+                    f"{folder / SAFE_WEIGHTS_INDEX_NAME} and {names} disagree about "
                     f"{format_names([key for key, _ in different])}. Copy the folder again from "
                     f"its source."
                 )
@@ -142,11 +234,14 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or not a regular file.")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Copy it again from its source.") from error
+    with contextlib.ExitStack() as stack:
+        try:  # Without the block, which may fail for another reason.
+            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}). Copy it again from its source."
+            ) from error
+        yield file
 
 
 def read_finite_tensor(
@@ -202,7 +297,7 @@ def _checkpoint_file_names(folder: Path) -> tuple[list[str], dict[str, str] | No
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+        isinstance(name, str) and re.fullmatch(r"[^/\\\0]{1,240}\.safetensors", name)
         for name in weight_map.values()
     ):
         raise ValueError(
@@ -212,30 +307,9 @@ def _checkpoint_file_names(folder: Path) -> tuple[list[str], dict[str, str] | No
     return sorted(set(weight_map.values())), weight_map
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that contains an object.
-
-    Raises:
-        FileNotFoundError: The file is missing or not a regular file.
-        ValueError: The file is not JSON, or not an object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or not a regular file.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}). Copy it again from its source.") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} must contain a JSON object, got {type(content).__name__}. Copy it again from "
-            f"its source."
-        )
-    return content
-
-
 def write_shards(
     folder: Path,
-    tensor_bytes: Mapping[str, int],
+    specs: Mapping[str, TensorSpec],
     get_tensor: Callable[[str], np.ndarray],
     *,
     metadata: Mapping[str, str],
@@ -245,20 +319,20 @@ def write_shards(
 
     Args:
         folder: Existing folder.
-        tensor_bytes: Size of each tensor in bytes, by name.
-        get_tensor: Function from the name of a tensor to the tensor, called once per name. Only
-            the tensors of one file are in memory at a time.
+        specs: dtype, shape and size of each tensor, by name.
+        get_tensor: Function from the name of a tensor to the tensor, or to its bytes as uint8,
+            called once per name. Only one tensor is in memory at a time.
         metadata: Metadata of every file.
         max_shard_size: Maximum size of a file, in bytes. A single larger tensor has a larger file.
     """
     shards: list[list[str]] = [[]]
     shard_size = 0
-    for key, size in tensor_bytes.items():
-        if shards[-1] and shard_size + size > max_shard_size:
+    for key, spec in specs.items():
+        if shards[-1] and shard_size + spec.num_bytes > max_shard_size:
             shards.append([])
             shard_size = 0
         shards[-1].append(key)
-        shard_size += size
+        shard_size += spec.num_bytes
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
         name = (
@@ -266,72 +340,175 @@ def write_shards(
             if len(shards) > 1
             else SAFE_WEIGHTS_NAME
         )
-        tensors = {key: np.ascontiguousarray(get_tensor(key)) for key in keys}
-        safetensors.numpy.save_file(tensors, folder / name, metadata=dict(metadata))
+        write_safetensors(folder / name, {key: specs[key] for key in keys}, get_tensor, metadata)
         weight_map.update(dict.fromkeys(keys, name))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor_bytes.values())}, "weight_map": weight_map}
+        total_size = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n"
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
 
 
-def replace_file_atomically(path: Path, content: bytes) -> None:
-    """Writes a file of which readers see the old or the new content, even after a crash."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+class TensorSpec(NamedTuple):
+    """A tensor that is to be written.
+
+    Attributes:
+        dtype: dtype in the notation of safetensors, such as "F32".
+        shape: Shape.
+        num_bytes: Size in bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @classmethod
+    def from_array(cls, array: Any) -> TensorSpec:
+        """Returns the spec of an array or of its abstract value."""
+        dtype = np.dtype(array.dtype)
+        size = math.prod(array.shape) * dtype.itemsize
+        return cls(_SAFETENSORS_DTYPES[dtype.name], tuple(array.shape), size)
+
+
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    get_tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes one safetensors file, one tensor after another.
+
+    Equal tensors and metadata give equal bytes. The safetensors library does not guarantee this:
+    its order of the metadata differs between runs.
+
+    Args:
+        path: File to write.
+        specs: dtype, shape and size of each tensor, by name.
+        get_tensor: Function from the name of a tensor to the tensor, or to its bytes as uint8,
+            called once per name in the order of `specs`, wider dtypes first.
+        metadata: Metadata of the file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    order, header = _safetensors_header(specs, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for key in order:
+            data = _tensor_bytes(get_tensor(key))
+            if data.nbytes != specs[key].num_bytes:
+                raise ValueError(f"{key} has {data.nbytes} bytes, expected {specs[key]}.")
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Returns the bytes of a safetensors file; equal tensors and metadata give equal bytes.
+    """Returns the bytes of a safetensors file; equal tensors and metadata give equal bytes."""
+    specs = {key: TensorSpec.from_array(tensors[key]) for key in sorted(tensors)}
+    order, header = _safetensors_header(specs, metadata)
+    return b"".join([header, *(_tensor_bytes(tensors[key]) for key in order)])
 
-    The safetensors library does not guarantee this: its order of the metadata differs between runs.
-    """
-    content = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()})
-    size = int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + size])}
+
+def _safetensors_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+) -> tuple[list[str], bytes]:
+    """Returns the order of the tensors in a file, and the bytes before them."""
+
+    def item_bytes(key: str) -> int:
+        return specs[key].num_bytes // max(math.prod(specs[key].shape), 1)
+
+    # Wider dtypes first, so that every tensor begins at a multiple of its items' size.
+    order = sorted(specs, key=item_bytes, reverse=True)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for key in order:
+        dtype, shape, num_bytes = specs[key]
+        offsets = [start, start + num_bytes]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        start += num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # Tensors begin at multiples of 8.
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+    return order, len(text).to_bytes(8, "little") + text
+
+
+def _tensor_bytes(array: np.ndarray) -> memoryview:
+    # bfloat16 has no buffer of its own.
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def replace_file_atomically(path: Path, content: bytes) -> None:
+    """Writes a file of which readers see the old or the new content, even after a crash.
+
+    The rights of a new file follow the umask. The content is first written to a file of a fixed
+    name next to it, so that the next write cleans up after a killed one; writers of one file wait
+    for each other.
+
+    Raises:
+        OSError: The file cannot be written; the old one is unchanged.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    with open_locked(partial) as file:
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
 def create_folder_atomically(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Creates a folder atomically: it appears when the block ends, and not at all if it fails.
 
+    The remains of a killed process that wrote the same folder are removed first.
+
     Yields:
         A temporary folder, which is renamed when the block ends.
 
     Raises:
         FileExistsError: A file or folder of that name exists; it remains unchanged.
+        OutputInUseError: Another process is writing it.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
+    with lock_output(folder):
+        _check_not_exists(folder)
+        partial = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
+        remove_path(partial)
+        partial.mkdir()
+        try:
+            yield partial
+            sync_folder(partial)
+            os.rename(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the files of a folder to the disk, before the folder is renamed."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def remove_path(path: Path) -> None:
+    """Removes a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_not_exists(path: Path) -> None:
+    if os.path.lexists(path):
         raise FileExistsError(
-            f"folder={str(folder)!r} exists and is left as it was. Choose another name."
+            f"path={str(path)!r} exists and is left as it was. Choose another name."
         )
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (path for path in partial.rglob("*") if path.is_file()):
-            # The safetensors library creates files that only their owner can read.
-            path.chmod(0o666 & ~_get_umask())
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_new_safetensors(
@@ -341,30 +518,12 @@ def write_new_safetensors(
 
     Raises:
         FileExistsError: A file or folder of that name exists; it remains unchanged.
+        OutputInUseError: Another process is writing it.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        safetensors.numpy.save_file(dict(tensors), partial, metadata=dict(metadata))
-        partial.chmod(0o666 & ~_get_umask())
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        # A link, unlike a rename, does not replace a file that was created in the meantime.
-        os.link(partial, path)
-    except FileExistsError as error:
-        raise FileExistsError(
-            f"path={str(path)!r} exists and is left as it was. Choose another name."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _get_umask() -> int:
-    # The only way to read it is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with lock_output(path):
+        _check_not_exists(path)
+        replace_file_atomically(path, serialize_safetensors(tensors, metadata))
 
 
 def format_names(names: list[str], max_names: int = 6) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 import os
 import re
@@ -17,6 +16,11 @@ from jlora.checkpoints.safetensors_io import (
     ITEM_BYTES,
     open_checkpoint,
     open_safetensors,
+)
+from jlora.checkpoints.text_files import (
+    escape_control_characters,
+    name_file_in_errors,
+    parse_json,
     read_json,
 )
 from jlora.peft.config import CONFIG_NAME, read_peft_config
@@ -36,7 +40,8 @@ class InspectResult(NamedTuple):
 
     def __str__(self) -> str:
         width = max(map(len, self.details))
-        return "\n".join([self.kind, *(f"  {n:{width}}  {v}" for n, v in self.details.items())])
+        lines = [self.kind, *(f"  {n:{width}}  {v}" for n, v in self.details.items())]
+        return escape_control_characters("\n".join(lines))
 
 
 def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
@@ -49,12 +54,14 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
         ValueError: If a file is damaged.
     """
     path = Path(path)
-    if path.is_file():
-        return _inspect_adapter_file(path)
-    if (path / CONFIG_NAME).is_file():
-        return _inspect_peft_folder(path)
-    if (path / "config.json").is_file():
-        return _inspect_model_folder(path)
+    for file, inspect_file in (
+        (path, _inspect_adapter_file),
+        (path / CONFIG_NAME, _inspect_peft_folder),
+        (path / "config.json", _inspect_model_folder),
+    ):
+        if file.is_file():
+            with name_file_in_errors(file):
+                return inspect_file(path)
     mend = "" if path.exists() else " It does not exist."
     if (path / ADAPTER_FILE).is_file():
         mend = f" Inspect {path / ADAPTER_FILE}, an adapter of jlora."
@@ -95,13 +102,12 @@ def _inspect_adapter_file(path: Path) -> InspectResult:
             f"{path} is not an adapter written by jlora.save_adapter (its format is "
             f"{metadata.get('format')!r}). If it belongs to a folder, inspect the folder."
         )
-    try:
-        weights: dict[str, dict[str, Any]] = json.loads(metadata["adapter"])
-        families = collections.Counter(str(weight["family"]) for weight in weights.values())
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}). Copy it again.") from error
+    weights: dict[str, dict[str, Any]] = parse_json(
+        metadata["adapter"], f"{path}: 'adapter' in its metadata"
+    )
+    families = collections.Counter(str(weight["family"]) for weight in weights.values())
     ranks = collections.Counter(
-        weight["rank"] for weight in weights.values() if weight.get("rank") is not None
+        str(weight["rank"]) for weight in weights.values() if weight.get("rank") is not None
     )
     targets = collections.Counter(_mask_layer_numbers(weight_path, "/") for weight_path in weights)
     content = {"content": metadata["content"]} if "content" in metadata else {}
@@ -190,7 +196,7 @@ def _inspect_model_folder(path: Path) -> InspectResult:
         loadable = f"no: {error}"
     details = {
         "model type": str(raw.get("model_type")),
-        "architectures": ", ".join(raw.get("architectures") or []),
+        "architectures": ", ".join(map(str, raw.get("architectures") or [])),
         "layers": str(raw.get("num_hidden_layers", raw.get("n_layers"))),
         "width": str(raw.get("hidden_size", raw.get("dim"))),
         **_summarize_tensors(shapes, dtypes),

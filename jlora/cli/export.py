@@ -92,7 +92,10 @@ def run_export(options: ExportOptions) -> None:
     Raises:
         ValueError: If the format is unknown, or an option does not apply to it.
         FileExistsError: If the output exists.
+        OutputInUseError: If another process is writing it.
     """
+    from jlora.checkpoints.output_lock import lock_output
+
     if options.format not in FORMATS:
         raise ValueError(f"format={options.format!r} must be one of {', '.join(FORMATS)}.")
     for name, formats in _FORMATS_BY_OPTION.items():
@@ -102,12 +105,14 @@ def run_export(options: ExportOptions) -> None:
                 f"--format {options.format}. Leave it out."
             )
     check_output_is_new(options.out)
-    if options.format == "hf":
-        _export_hf(options)
-    elif options.format == "jlora":
-        _export_jlora(options)
-    else:
-        _export_peft(options)
+    with lock_output(options.out):
+        check_output_is_new(options.out)  # Another process may just have written it.
+        if options.format == "hf":
+            _export_hf(options)
+        elif options.format == "jlora":
+            _export_jlora(options)
+        else:
+            _export_peft(options)
     print(f"Wrote {options.out}.")
 
 

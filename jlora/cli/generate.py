@@ -47,17 +47,15 @@ def run_generate(options: GenerateOptions) -> None:
     """
     import jax
     import numpy as np
-    from tokenizers import Tokenizer
 
     from jlora import models
     from jlora.checkpoints.hub import resolve_checkpoint_folder
+    from jlora.checkpoints.text_files import name_file_in_errors
+    from jlora.training.data.tokenizer import load_tokenizer_json
     from jlora.transform import lora_transform
 
     folder = resolve_checkpoint_folder(options.model)
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing. `jlora generate` requires the tokenizer.")
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = load_tokenizer_json(folder)
     params: Any = None
     apply: Callable[..., Any] | None = None
     if options.adapter is None:
@@ -75,7 +73,8 @@ def run_generate(options: GenerateOptions) -> None:
         top_p=options.top_p,
         eos_token_ids=models.eos_token_ids(folder),
     )
-    ids = tokenizer.encode(options.prompt).ids
+    with name_file_in_errors(folder / "tokenizer.json"):
+        ids = tokenizer.encode(options.prompt).ids
     generated = models.generate(
         model,
         params,

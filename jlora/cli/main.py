@@ -14,6 +14,7 @@ from typing import Any
 import jlora
 from jlora import cli
 from jlora._docstrings import parse_attribute_docs
+from jlora.checkpoints.text_files import escape_control_characters
 from jlora.cli import export, generate, inspect, merge, rank_search, train
 
 _CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "format": export.FORMATS}
@@ -115,6 +116,15 @@ def split_overrides(options: type, arguments: Sequence[str]) -> tuple[list[str],
     return command_arguments, overrides
 
 
+# Errors whose messages are complete; those of other types begin with the type.
+_DESCRIBED_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, ModuleNotFoundError)
+
+
+def _format_error(error: Exception) -> str:
+    is_described = isinstance(error, _DESCRIBED_ERRORS) and str(error)
+    return f"error: {error}" if is_described else f"error: {type(error).__name__}: {error}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -149,18 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(
+            escape_control_characters(f"warning: {message}"), file=sys.stderr
+        )
         try:
             return run(options(**values)) or 0
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            MemoryError,
-            ModuleNotFoundError,
-        ) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            print(escape_control_characters(_format_error(error)), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)

@@ -48,16 +48,26 @@ def run_merge(options: MergeOptions) -> None:
     Raises:
         ValueError: If options are invalid, or an adapter cannot be combined.
         FileExistsError: If an output exists.
+        OutputInUseError: If another process is writing it.
         ModuleNotFoundError: If a heat map is requested without matplotlib.
     """
+    from jlora.checkpoints.output_lock import lock_output
+
+    method = _build_merge_method(options)
+    _check_merge_options(options)
+    with lock_output(options.out):
+        _check_merge_options(options)  # Another process may just have written the output.
+        _merge_adapters(options, method)
+
+
+def _merge_adapters(options: MergeOptions, method: Any) -> None:
+    """Combines the adapters of the options, whose outputs no other process writes."""
     import jax
 
     from jlora import merging, models
     from jlora.checkpoints.adapter_file import read_quantization_schemes, save_adapter
     from jlora.checkpoints.lineage import Lineage, ParentAdapter, content_hash
 
-    method = _build_merge_method(options)
-    _check_merge_options(options)
     model, params = models.load(options.base, **_common_layer_layout(options.adapters))
     adapters = [_load_adapter_of_any_format(path, model, params) for path in options.adapters]
     weights = [1.0] * len(adapters) if options.weights is None else list(options.weights)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.checkpoints.text_files import parse_json
 from jlora.interpreter.terms import WeightAxes
 from jlora.interpreter.weight import AxisSizes
 
@@ -196,7 +197,7 @@ class Importance:
             ValueError: The text is not from `to_json`.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text, "it")
             if raw["format"] != _IMPORTANCE_FORMAT:
                 raise ValueError(f"its format is {raw['format']!r}")
             weights = {
@@ -204,7 +205,7 @@ class Importance:
             }
             count, power = int(raw["count"]), raw["power"]
             return cls(str(raw["method"]), weights, count, power and int(power))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # Any value of a damaged file.
             raise ValueError(
                 f"The text must be from Importance.to_json ({error!r}). Measure again."
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from jlora._delta import WeightDelta, get_weight_delta, is_matrix, materialize_delta, svd
 from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves
+from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.merging._validation import check_adapters, collect_bases
 
 Adapter = Mapping[str, Any]
@@ -369,7 +371,9 @@ def save_heatmap(interference: Interference, path: str | os.PathLike[str]) -> No
     for image, panels in ((cosine, axes[:1]), (shared[0], axes[1:])):
         colorbar = figure.colorbar(image, ax=panels, aspect=30, fraction=0.05, pad=0.02)
         colorbar.ax.tick_params(labelsize=7)
-    figure.savefig(Path(path), format="png", dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    replace_file_atomically(Path(path), image.getvalue())
 
 
 def _draw_heatmap_panel(ax: Any, interference: Interference, measure: str, title: str) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import gc
 import hashlib
-import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,17 @@ import numpy as np
 import safetensors
 
 from jlora.checkpoints.lineage import content_hash
-from jlora.checkpoints.safetensors_io import FLOAT_DTYPES, serialize_safetensors
+from jlora.checkpoints.output_lock import (
+    OutputInUseError,
+    acquire_output_lock,
+    release_output_lock,
+)
+from jlora.checkpoints.safetensors_io import (
+    FLOAT_DTYPES,
+    PARTIAL_SUFFIX,
+    replace_file_atomically,
+    serialize_safetensors,
+)
 from jlora.multi_lora.slots import PaddedFactors
 
 _SAFETENSORS_DTYPES = {**FLOAT_DTYPES, "F64": np.dtype(np.float64)}
@@ -69,6 +80,7 @@ class HostCache:
 
         Raises:
             ValueError: `max_adapters` is less than 1, or only one of the two is given.
+            OutputInUseError: Another cache uses the folder.
         """
         if max_adapters is not None and max_adapters < 1:
             raise ValueError(
@@ -83,6 +95,15 @@ class HostCache:
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # Until the cache is garbage: another one would delete and replace its files.
+            try:
+                lock_path = acquire_output_lock(self._folder, owner=object())
+            except OutputInUseError:
+                gc.collect()  # A bank that is no longer used, but refers to itself.
+                lock_path = acquire_output_lock(self._folder, owner=object())
+            weakref.finalize(self, release_output_lock, lock_path)
+            for partial in self._folder.glob(f".*{PARTIAL_SUFFIX}"):
+                partial.unlink(missing_ok=True)  # Of a process that was killed.
         self._in_memory: collections.OrderedDict[str, CachedAdapter] = collections.OrderedDict()
         self._files: dict[str, _AdapterFile] = {}
         self.disk_writes = 0
@@ -161,13 +182,7 @@ class HostCache:
         }
         data = serialize_safetensors(tensors, {"content": adapter.content_hash})
         path = self._folder / f"{name}-{adapter.content_hash[:16]}.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)  # A full disk needs the room.
-            raise
+        replace_file_atomically(path, data)
         return _AdapterFile(path, adapter.content_hash, hashlib.sha256(data).digest())
 
     def _read_file(self, name: str) -> CachedAdapter:

@@ -11,7 +11,8 @@ from typing import Any
 
 from jlora import _tree
 from jlora.checkpoints.adapter_file import ADAPTER_FILE
-from jlora.checkpoints.safetensors_io import format_names, read_json
+from jlora.checkpoints.safetensors_io import format_names
+from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
 
 CONFIG_NAME = "adapter_config.json"
@@ -166,7 +167,9 @@ def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
             f"{path} is missing. PEFT saves an adapter that is not called 'default' in a folder of "
             f"its name: pass {folder / others[0]}."
         )
-    return validate_config(path, read_json(path))
+    raw = read_json(path)
+    with name_file_in_errors(path):
+        return validate_config(path, raw)
 
 
 def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], PeftMethod]:

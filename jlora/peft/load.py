@@ -22,6 +22,7 @@ from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
 from jlora.adapters.trainable_tokens import TrainableTokens
 from jlora.checkpoints.safetensors_io import format_names, open_safetensors, read_finite_tensor
+from jlora.checkpoints.text_files import name_file_in_errors
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft import config
@@ -102,10 +103,11 @@ def load_peft_folder(
     mapping = max(checkpoint_mappings, key=lambda one: _count_known_names(one, tensors))
     reader = _PeftFolderReader(folder, fields, method, tensors, mapping)
     weights = trace_weights(fn, params, *inputs)
-    reader.join_tied_modules(tied_modules, weights)
-    adapter = reader.build_adapter(weights)
-    replacements = reader.collect_replacements(weights)
-    reader.check_all_consumed()
+    with name_file_in_errors(folder / config.CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME):
+        reader.join_tied_modules(tied_modules, weights)
+        adapter = reader.build_adapter(weights)
+        replacements = reader.collect_replacements(weights)
+        reader.check_all_consumed()
     for path, trainable_config in replacements.trainable_configs.items():
         # A weight with trained factors keeps those; its replacement stays frozen.
         adapter.setdefault(path, make_template_leaf(trainable_config, weights[path]))
@@ -218,7 +220,8 @@ class _PeftFolderReader:
 
     def make_error(self, reason: str) -> ValueError:
         return ValueError(
-            f"{self.folder}: {reason} Use the two files of one `save_pretrained` call, with the "
+            f"{self.folder / config.CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}: {reason} Use "
+            f"the two files of one `save_pretrained` call, with the "
             f"model of the adapter."
         )
 

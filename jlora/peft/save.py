@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
@@ -23,7 +22,12 @@ from jlora.adapters.base import AdapterLeaf, check_adapter
 from jlora.adapters.full import FullDeltaLeaf
 from jlora.adapters.lokr import factorization
 from jlora.adapters.trainable_tokens import TrainableTokensLeaf
-from jlora.checkpoints.safetensors_io import create_folder_atomically, format_names
+from jlora.checkpoints.safetensors_io import (
+    TensorSpec,
+    create_folder_atomically,
+    format_names,
+    write_safetensors,
+)
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.config import CONFIG_NAME, TASK_HEADS, build_pattern, build_selector
@@ -260,8 +264,9 @@ def write_peft_folder(
         # PEFT sorts the fields. The keys inside a pattern have an order of their own.
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        safetensors.numpy.save_file(
-            file_tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"}
+        specs = {key: TensorSpec.from_array(tensor) for key, tensor in file_tensors.items()}
+        write_safetensors(
+            partial / SAFETENSORS_WEIGHTS_NAME, specs, file_tensors.__getitem__, {"format": "pt"}
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.rank_search.selection import (
     DIVERGED,
     ScoreSummary,
@@ -58,13 +60,13 @@ def write_search_report(
         Paths of the files.
     """
     table, plot, best = (study.folder / name for name in (TABLE_FILE, PLOT_FILE, BEST_RECIPE_FILE))
-    table.write_text(
-        format_search_table(recipe, study, stages, rung_scores, finished), encoding="utf-8"
-    )
+    text = format_search_table(recipe, study, stages, rung_scores, finished)
+    replace_file_atomically(table, text.encode())
     if not stages:
         return [table]
     plot_search(plot, recipe, study, stages, rung_scores)
-    best.write_text(format_best_recipe(recipe, study, stages, finished), encoding="utf-8")
+    text = format_best_recipe(recipe, study, stages, finished)
+    replace_file_atomically(best, text.encode())
     return [table, plot, best]
 
 
@@ -302,7 +304,9 @@ def plot_search(
     ticks = sorted({c.trainable_params for c in stages[0].candidates if c.trainable_params})
     size_axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=9)
     size_axes.minorticks_off()
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
+    replace_file_atomically(path, image.getvalue())
 
 
 def _set_search_plot_labels(

@@ -20,6 +20,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
+from jlora.checkpoints.output_lock import lock_output
 from jlora.rank_search.report import write_search_report
 from jlora.rank_search.selection import rung_steps
 from jlora.rank_search.stages import (
@@ -38,6 +39,7 @@ from jlora.rank_search.trials import (
     get_target_patterns,
     setting_from_recipe,
 )
+from jlora.training.checkpointing import check_writable
 from jlora.training.progress import Console
 from jlora.training.recipe.sections import Recipe
 
@@ -213,6 +215,7 @@ def search(
         FileNotFoundError: There is no search to resume, or the base or data are missing.
         ValueError: The recipe has no validation data, a setting is not possible, all trials
             diverged, or the search to resume is of another recipe, data or number of rungs.
+        OutputInUseError: Another process is writing the output folder.
         TrainingInterrupted: SIGTERM or SIGINT arrived; all progress is saved.
 
     References:
@@ -238,6 +241,26 @@ def search(
     for setting in staged.rank_settings():
         apply_setting(recipe, setting)
     check_settings(recipe, staged.extreme_settings())
+    check_writable(Path(recipe.output))
+    with lock_output(recipe.output):
+        return _search_locked(
+            recipe, options, staged, start, console, resume=resume, command=command, devices=devices
+        )
+
+
+def _search_locked(
+    recipe: Recipe,
+    options: SearchOptions,
+    staged: StagedSearch,
+    start: float,
+    console: Console,
+    *,
+    resume: bool,
+    command: str | None,
+    devices: Sequence[Any] | None,
+) -> SearchResult:
+    """Runs the search in an output folder that no other process writes."""
+    steps = _get_trial_steps(recipe, options)
     study = _open_study(recipe, options, steps, resume, command, devices or jax.devices())
     timeout = math.inf if options.timeout_minutes is None else 60 * options.timeout_minutes
     runner = TrialRunner(

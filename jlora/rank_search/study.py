@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from jlora.checkpoints.safetensors_io import format_names
+from jlora.checkpoints.safetensors_io import format_names, replace_file_atomically
+from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.rank_search.selection import DIVERGED
 
 STUDY_FILE = "search.json"
@@ -92,6 +93,29 @@ class SearchOptions:
                 f"timeout_minutes={self.timeout_minutes} must be positive and finite, or None for "
                 f"no limit."
             )
+
+
+# Types of the values that search.json has and a search computes with.
+_SAVED_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("recipe", "data"), (dict,)),
+    "date": (str,),
+    "seconds": (int, float),
+}
+_SAVED_TRIAL_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rank", "seed", "total_steps"), (int,)),
+    **dict.fromkeys(("targets", "stage", "stop_reason"), (str,)),
+    **dict.fromkeys(("learning_rate", "alpha", "seconds"), (int, float)),
+    "trainable_params": (int, NoneType),
+    "step_ms": (int, float, NoneType),
+}
+
+
+def _check_saved_type(name: str, value: Any, types: tuple[type, ...]) -> None:
+    if type(value) not in types:
+        raise ValueError(
+            f"{name}={value!r:.200} must be {' or '.join(one.__name__ for one in types)}. Set "
+            f"another --output and start a new search."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +217,19 @@ class Trial:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trial:
-        """Returns the trial that `to_dict` wrote, read back from JSON."""
+        """Returns the trial that `to_dict` wrote, read back from JSON.
+
+        Raises:
+            ValueError: A value has another type. Other errors of damaged data are possible.
+        """
         values = {int(step): float(value) for step, value in data["values"].items()}
-        return cls(**{**data, "setting": TrialSetting(**data["setting"]), "values": values})
+        trial = cls(**{**data, "setting": TrialSetting(**data["setting"]), "values": values})
+        for part in (trial, trial.setting):
+            for field in dataclasses.fields(part):
+                if field.name in _SAVED_TRIAL_TYPES:
+                    types = _SAVED_TRIAL_TYPES[field.name]
+                    _check_saved_type(field.name, getattr(part, field.name), types)
+        return trial
 
 
 class Study:
@@ -264,16 +298,14 @@ class Study:
             raise FileNotFoundError(
                 f"{path} is missing: there is no search to resume. Start without --resume."
             )
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+        with name_file_in_errors(path):
+            saved = read_json(path)
             saved_format, saved_recipe = saved["format"], saved["recipe"]
             saved_rungs = saved["options"]["num_rungs"] if saved_format <= STUDY_FORMAT else None
             trials = [Trial.from_dict(trial) for trial in saved.pop("trials")]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is not a valid state of a search ({type(error).__name__}: {error}). Set "
-                f"another --output and start a new search."
-            ) from error
+            for name, types in _SAVED_TYPES.items():
+                if name in saved:
+                    _check_saved_type(name, saved[name], types)
         if saved_format > STUDY_FORMAT:
             raise ValueError(
                 f"{path} has format={saved_format}, but this release reads up to {STUDY_FORMAT}. "
@@ -315,24 +347,19 @@ class Study:
             name = f"{use} of seed {seed}" if use == "train" else use
             if recorded.setdefault(name, fingerprint) != fingerprint:
                 raise ValueError(
-                    f"The {use} data differs from that of earlier trials in {self.folder}, so that "
-                    f"scores cannot be compared. Restore the data, or start a new search with "
-                    f"another --output."
+                    f"The {use} data differs from that of earlier trials in "
+                    f"{self.folder / STUDY_FILE}, so that scores cannot be compared. Restore the "
+                    f"data, or start a new search with another --output."
                 )
 
     def save(self) -> None:
         """Writes the file atomically: it is complete at every moment, even if killed."""
-        path = self.folder / STUDY_FILE
-        partial = path.with_suffix(".partial")
         self.metadata["seconds"] = round(
             self._previous_seconds + time.monotonic() - self._start_time, 1
         )
         state = {**self.metadata, "trials": [trial.to_dict() for trial in self.trials.values()]}
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(_to_finite_json(state), indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        text = json.dumps(_to_finite_json(state), indent=1, allow_nan=False) + "\n"
+        replace_file_atomically(self.folder / STUDY_FILE, text.encode())
 
 
 def diff_nested_mappings(old: Any, new: Any, prefix: str = "") -> list[str]:

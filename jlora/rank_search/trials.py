@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -14,6 +13,7 @@ import jax
 
 from jlora import models
 from jlora.checkpoints import hub
+from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.rank_search.selection import DIVERGED, ScoreSummary, summarize_scores
 from jlora.rank_search.study import Study, Trial, TrialSetting
 from jlora.training import recipe as recipes
@@ -170,7 +170,7 @@ class TrialRunner:
         folder = self._study.folder / TRIALS_FOLDER / trial.name
         result = _read_run_result(folder) if until == self.steps else None
         if result is not None:  # The search was killed before it recorded the result.
-            _record_run_result(trial, result, self.metric)
+            _record_run_result(trial, result, self.metric, folder)
             trial.seconds = trial.seconds or result["seconds"]
         else:
             if time.monotonic() > self._deadline:
@@ -207,7 +207,7 @@ class TrialRunner:
             else:
                 result = _read_run_result(folder)
                 assert result is not None
-                _record_run_result(trial, result, self.metric)
+                _record_run_result(trial, result, self.metric, folder)
 
     def _format_result(self, trial: Trial, until: int) -> str:
         score = trial.score(until, self.metric)
@@ -224,17 +224,23 @@ def _record_trial_value(trial: Trial, step: int, value: float, stop_reason: str)
 
 
 def _read_run_result(folder: Path) -> Mapping[str, Any] | None:
-    """Returns result.json of a run that ended; None if there is none."""
-    try:
-        return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # A run may be killed while it writes.
-        return None
+    """Returns result.json of a run that ended; None if there is none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / RESULT_FILE
+    return read_json(path) if path.is_file() else None
 
 
-def _record_run_result(trial: Trial, result: Mapping[str, Any], metric: str) -> None:
-    # JSON has numbers that are not finite as text.
-    _record_trial_value(trial, trial.total_steps, float(result["validation"][metric]), "max_steps")
-    trial.trainable_params = result["trainable_params"]
+def _record_run_result(trial: Trial, result: Mapping[str, Any], metric: str, folder: Path) -> None:
+    with name_file_in_errors(folder / RESULT_FILE):
+        # JSON has numbers that are not finite as text.
+        value, params = float(result["validation"][metric]), result["trainable_params"]
+        if type(params) is not int or not 0 <= result["seconds"] < math.inf:
+            raise ValueError("its numbers are damaged. Remove it to measure the trial again.")
+    _record_trial_value(trial, trial.total_steps, value, "max_steps")
+    trial.trainable_params = params
 
 
 def check_settings(recipe: Recipe, settings: Sequence[TrialSetting]) -> None:

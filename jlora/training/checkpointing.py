@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -25,6 +26,11 @@ from jax.sharding import Mesh
 
 from jlora._mesh import fetch_global
 from jlora._tree import PyTree
+from jlora.checkpoints.output_lock import (
+    acquire_output_lock,
+    is_output_locked,
+    release_output_lock,
+)
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.training.callbacks import Callback, Request
 from jlora.training.distributed import ProcessMaximum
@@ -59,7 +65,8 @@ class _NonFiniteStateError(ValueError):
 class CheckpointManager:
     """Manager of the checkpoints in one folder.
 
-    The latest checkpoint is the complete one with the highest step; no file points to it.
+    The latest checkpoint is the complete one with the highest step; no file points to it. From its
+    first save to `close`, a manager holds the lock of the folder; reading needs none.
 
     Example:
         >>> import tempfile
@@ -75,7 +82,7 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, save_total_limit: int) -> None:
-        """Opens the folder and removes the remains of interrupted saves.
+        """Opens the folder and removes the remains of interrupted saves, unless it is locked.
 
         Args:
             folder: Folder of checkpoints, which is created if it does not exist.
@@ -86,7 +93,9 @@ class CheckpointManager:
         """
         self.folder = Path(folder).absolute()
         check_writable(self.folder)
-        _remove_partial_checkpoints(self.folder)
+        self._lock_path: Path | None = None
+        if not is_output_locked(self.folder):
+            _remove_partial_checkpoints(self.folder)
         self._preservation_policy = _KeepLastAndBestPolicy(save_total_limit)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preservation_policy,
@@ -117,6 +126,7 @@ class CheckpointManager:
                 without evaluations.
 
         Raises:
+            OutputInUseError: Another manager has saved to the folder and is not closed.
             OSError: An earlier checkpoint could not be written.
             ValueError: The step or a later one has a checkpoint already, or the earlier state was
                 not finite.
@@ -131,6 +141,8 @@ class CheckpointManager:
                 f"{self.folder} has a checkpoint of step {max(self._started_steps)}, and one of "
                 f"step {step} would be older. Save to another folder."
             )
+        if self._lock_path is None and jax.process_index() == 0:
+            self._lock_path = acquire_output_lock(self.folder, owner=self)
         # Copies: views would change with the caller's arrays and keep buffers of the next step.
         arrays = {
             name: np.array(fetch_global(array))
@@ -156,12 +168,12 @@ class CheckpointManager:
                 f"optimizer.learning_rate (--allow-changes)."
             )
         hashes = {name: _sha256(array) for name, array in arrays.items()}
+        metadata = {"format": CHECKPOINT_FORMAT, "sha256": hashes, **metadata}
+        metadata["checksum"] = _compute_checksum(metadata)
         args = ocp.args.Composite(
             **{
                 _STATE_ITEM: ocp.args.PyTreeSave(arrays),
-                _METADATA_ITEM: ocp.args.JsonSave(
-                    {"format": CHECKPOINT_FORMAT, "sha256": hashes, **metadata}
-                ),
+                _METADATA_ITEM: ocp.args.JsonSave(metadata),
             }
         )
         self._preservation_policy.best_step = best_step
@@ -202,6 +214,9 @@ class CheckpointManager:
         finally:
             self._executor.shutdown()
             self._orbax_manager.close()
+            if self._lock_path is not None:
+                release_output_lock(self._lock_path)
+                self._lock_path = None
 
     def load_metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint.
@@ -224,6 +239,10 @@ class CheckpointManager:
                 f"Step {step} in {self.folder} has format {version!r}; this release reads formats "
                 f"up to {CHECKPOINT_FORMAT}. Use the release that wrote it."
             )
+        checksum = metadata.pop("checksum", None)
+        if checksum != _compute_checksum(metadata):
+            cause = "the values differ from those saved"
+            raise ValueError(self._format_damage_message(step, _METADATA_ITEM, cause))
         return metadata
 
     def restore(self, target: PyTree, step: int | None = None) -> RestoredCheckpoint:
@@ -297,7 +316,11 @@ class CheckpointManager:
         restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         restored = self._orbax_manager.restore(step, args=ocp.args.Composite(**{_STATE_ITEM: args}))
-        return dict(restored[_STATE_ITEM])
+        arrays = dict(restored[_STATE_ITEM])
+        for name in names:
+            if not isinstance(arrays[name], np.ndarray):
+                raise ValueError(f"it is no array but {type(arrays[name]).__name__}")
+        return arrays
 
     def _format_damage_message(self, step: int, item: str, cause: Any) -> str:
         others = [other for other in self.all_steps() if other != step]
@@ -465,6 +488,12 @@ def _find_nonfinite(arrays: Mapping[str, np.ndarray]) -> str | None:
         if is_float and not np.isfinite(wide).all():
             return name
     return None
+
+
+def _compute_checksum(metadata: Mapping[str, Any]) -> str:
+    """Returns a SHA-256 of metadata, which is the same after it was written and read as JSON."""
+    text = json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(array: np.ndarray) -> str:

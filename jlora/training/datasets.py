@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.training.data.batch_stream import BatchStream
 from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.formats import FORMATS, get_label_names
@@ -199,13 +199,18 @@ def _resolve_label_names(recipe: Recipe, folder: Path, vocab_size: int) -> Seque
 
 def read_head_labels(folder: Path) -> list[str] | None:
     """Returns the label names of a base's own head in its order; None without head or names."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    config = read_json(path)
     labels = config.get("id2label")
-    if not any("ForSequenceClassification" in name for name in config.get("architectures") or ()):
-        return None
-    if not isinstance(labels, dict) or all(str(n).startswith("LABEL_") for n in labels.values()):
-        return None
-    return [str(labels[number]) for number in sorted(labels, key=int)]
+    with name_file_in_errors(path):
+        architectures = config.get("architectures") or ()
+        if not any("ForSequenceClassification" in name for name in architectures):
+            return None
+        if not isinstance(labels, dict) or all(
+            str(name).startswith("LABEL_") for name in labels.values()
+        ):
+            return None
+        return [str(labels[number]) for number in sorted(labels, key=int)]
 
 
 def _format_dataset_report(dataset: TokenizedDataset) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,13 @@ from jlora._mesh import fetch_global
 from jlora._tree import PyTree
 from jlora.checkpoints.adapter_file import ADAPTER_FILE, write_adapter
 from jlora.checkpoints.lineage import Lineage
-from jlora.checkpoints.safetensors_io import replace_file_atomically, serialize_safetensors
+from jlora.checkpoints.safetensors_io import (
+    PARTIAL_SUFFIX,
+    remove_path,
+    replace_file_atomically,
+    serialize_safetensors,
+    sync_folder,
+)
 from jlora.convert import rebase_to_original
 from jlora.merging.merge_to import merge_to_dtype
 from jlora.optim.multi_transform import combine
@@ -226,12 +231,20 @@ def _peft_task_type(recipe: Recipe, model: Any) -> str:
 
 @contextlib.contextmanager
 def _replace_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to write to, which replaces `folder` at the end."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Yields a temporary folder to write to, which replaces `folder` at the end.
+
+    Whenever the process is killed, `folder` is the old one, the new one, or missing, and complete.
+    """
+    partial = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    remove_path(partial)
+    remove_path(replaced)
     yield partial
-    shutil.rmtree(folder, ignore_errors=True)
+    sync_folder(partial)
+    if folder.exists():
+        folder.rename(replaced)
     partial.rename(folder)
+    remove_path(replaced)
 
 
 def tokenize_prompts(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list[list[int]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import jax
 
 from jlora import _tree, models
+from jlora.checkpoints.text_files import name_file_in_errors, parse_json
 from jlora.optim.multi_transform import FULL, param_labels
 from jlora.training.callbacks import Callback, MetricValues
 
@@ -154,6 +155,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         Values by name; "step" is an int and the others are floats, NaN and infinities included.
         The list is empty if there is no file. An incomplete last line is left out.
 
+    Raises:
+        ValueError: Another line is damaged.
+
     Example:
         >>> import pathlib, tempfile
         >>> from jlora.training import read_metrics
@@ -165,12 +169,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not Path(path).is_file():
         return []
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break  # The run was killed while writing.
-        lines.append({key: float(v) if key != "step" else int(v) for key, v in line.items()})
+    *complete, _ = Path(path).read_bytes().split(b"\n")  # A kill leaves a part of the last line.
+    for number, text in enumerate(complete, start=1):
+        source = f"{path}, line {number},"
+        line = parse_json(text, source)
+        with name_file_in_errors(path):
+            lines.append({key: float(v) if key != "step" else int(v) for key, v in line.items()})
+            if "step" not in line:
+                raise ValueError(f"{source} has no step. Copy the file again from its source.")
     return lines
 
 

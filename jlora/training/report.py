@@ -21,6 +21,7 @@ import jlora
 from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
 from jlora.adapters.base import AdapterLeaf
+from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.convert import delta
 from jlora.quantization.quantize import quantization_summary
 from jlora.training.datasets import Datasets
@@ -296,7 +297,7 @@ def write_report(
         update_norms_svg=_figure_to_svg(_plot_update_norms(update_norms)) if update_norms else None,
         samples=samples,
     )
-    path.write_text(page, encoding="utf-8")
+    replace_file_atomically(path, page.encode())
 
 
 def _plot_training_curves(

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from jlora.checkpoints.text_files import name_file_in_errors, read_text
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.datasets import Datasets
 from jlora.training.loop import TrainProgress
+from jlora.training.recipe.load import parse_yaml
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
 from jlora.training.train_step import TrainState
@@ -47,20 +47,26 @@ def resolve_defaults(
         saved_recipe_path: Recipe that the run wrote at its start.
         resume: Whether the run is resumed.
         devices: Devices of the mesh.
+
+    Raises:
+        ValueError: The saved recipe is damaged.
     """
     saved: Any = {"data": {}, "model": {}}
     if resume and saved_recipe_path.is_file():
-        # A full disk may have left an empty file.
-        saved = yaml.safe_load(saved_recipe_path.read_text(encoding="utf-8")) or saved
+        saved = parse_yaml(read_text(saved_recipe_path), str(saved_recipe_path))
     data, model = recipe.data, recipe.model
-    if data.chat_template_date is None:
-        date = saved["data"].get("chat_template_date") or datetime.date.today().isoformat()
-        data = data.model_copy(update={"chat_template_date": date})
-    if model.scan_layers is None:
-        is_single_gpu = [device.platform for device in devices] == ["gpu"]
-        default = False if is_single_gpu else None
-        scan_layers = saved["model"].get("scan_layers") if resume else default
-        model = model.model_copy(update={"scan_layers": scan_layers})
+    with name_file_in_errors(saved_recipe_path):
+        if data.chat_template_date is None:
+            date = saved["data"].get("chat_template_date") or datetime.date.today().isoformat()
+            datetime.date.fromisoformat(date)
+            data = data.model_copy(update={"chat_template_date": date})
+        if model.scan_layers is None:
+            is_single_gpu = [device.platform for device in devices] == ["gpu"]
+            default = False if is_single_gpu else None
+            scan_layers = saved["model"].get("scan_layers") if resume else default
+            if scan_layers not in (None, True, False):
+                raise ValueError(f"model.scan_layers={scan_layers!r} must be true, false or null.")
+            model = model.model_copy(update={"scan_layers": scan_layers})
     return recipe.model_copy(update={"data": data, "model": model})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import warnings
@@ -14,6 +15,7 @@ import yaml
 from jax.sharding import Mesh
 
 from jlora.checkpoints import hub
+from jlora.checkpoints.output_lock import lock_output
 from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.training import export, report, sharding
 from jlora.training.callbacks import Callback
@@ -125,6 +127,7 @@ def train(
         NonFiniteError: A loss or gradient is not finite, and the recipe does not skip the step.
         TrainingInterrupted: SIGTERM or SIGINT arrived; the state is saved.
         MemoryError: The devices are out of memory.
+        OutputInUseError: Another process is writing the output folder.
         OSError: A file cannot be written.
 
     Example:
@@ -134,6 +137,33 @@ def train(
     _check_arguments(recipe, callbacks)
     _check_pause_step(pause_after_step)
     initialize_distributed(recipe.distributed)
+    lock = lock_output if jax.process_index() == 0 else contextlib.nullcontext
+    check_writable(Path(recipe.output))
+    with lock(recipe.output):
+        return _train_locked(
+            recipe,
+            resume=resume,
+            allow_changes=allow_changes,
+            pause_after_step=pause_after_step,
+            callbacks=callbacks,
+            devices=devices,
+            program_cache=program_cache,
+            quiet=quiet,
+        )
+
+
+def _train_locked(
+    recipe: Recipe,
+    *,
+    resume: bool,
+    allow_changes: bool,
+    pause_after_step: int | None,
+    callbacks: Sequence[Callback],
+    devices: Sequence[Any] | None,
+    program_cache: ProgramCache | None,
+    quiet: bool,
+) -> TrainResult:
+    """Implements `train` in an output folder that no other process writes."""
     console = Console(quiet or jax.process_index() > 0)
     output = _prepare_output_folder(recipe, resume)
     loggers = _make_metrics_loggers(recipe)

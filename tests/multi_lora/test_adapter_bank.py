@@ -241,7 +241,7 @@ def test_add_with_full_disk_changes_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             bank.add("b", adapter(2))
     assert bank.names == ["a"]

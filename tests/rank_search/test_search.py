@@ -433,8 +433,8 @@ def test_resume_other_data_raises(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a valid state of a search"),
-        ("[]", "is not a valid state of a search"),
+        ("{", "search.json is not JSON"),
+        ("[]", "search.json must contain a JSON object"),
         ('{"format": 99, "recipe": {}, "trials": []}', "has format=99"),
     ],
 )

@@ -217,8 +217,23 @@ def test_restore_wrong_hash_raises(folder: pathlib.Path) -> None:
     key = "['adapter']['w/b']"
     facts["sha256"][key] = "0" * 64
     path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="damaged at run_metadata: the values differ"):
+        CheckpointManager(folder, save_total_limit=5).restore(state(0))
+    facts["checksum"] = checkpointing._compute_checksum(
+        {name: value for name, value in facts.items() if name != "checksum"}
+    )
+    path.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"damaged at \['adapter'\]\['w/b'\]: the values differ"):
         CheckpointManager(folder, save_total_limit=5).restore(state(0))
+
+
+def test_restore_changed_metadata_raises(folder: pathlib.Path) -> None:
+    path = next((folder / "7" / "run_metadata").rglob("metadata"))
+    facts = json.loads(path.read_text())
+    for changed in ({**facts, "more": 1}, {k: v for k, v in facts.items() if k != "checksum"}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="Step 7 in .* is damaged at run_metadata"):
+            CheckpointManager(folder, save_total_limit=5).restore(state(0))
 
 
 def test_restore_later_format_raises(folder: pathlib.Path) -> None:

@@ -19,7 +19,8 @@ from flax import traverse_util
 from jlora._quantized_array import abstract_with_sharding
 from jlora._tree import PyTree
 from jlora.checkpoints import hub
-from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint, read_json
+from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint
+from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder
 from jlora.models.hf import weight_mapping
@@ -177,7 +178,9 @@ def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
     config_dict = read_json(folder / "config.json")
     location = str(folder / "config.json")
     if config_dict.get("model_type") in DECODER_PARSERS:
-        is_tied = decoder_config(config_dict, location).tie_word_embeddings
+        with name_file_in_errors(folder / "config.json"):
+            _check_declared_sizes(folder / "config.json", config_dict, 10_000, 1 << 20)
+            is_tied = decoder_config(config_dict, location).tie_word_embeddings
         if not is_tied or not any(folder.glob("*.safetensors")):
             return _build_decoder_format(config_dict, location, None, options).model
     with open_checkpoint(folder) as reader:
@@ -281,14 +284,17 @@ def eos_token_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
         >>> models.eos_token_ids(folder)
         (2, 7)
     """
-    token_ids: Any = None
+    token_ids: list[Any] = []
     for name in ("config.json", "generation_config.json"):
         path = Path(folder) / name
-        if path.is_file():
-            token_ids = read_json(path).get("eos_token_id", token_ids)
-    if token_ids is None:
-        return ()
-    return tuple(token_ids) if isinstance(token_ids, list) else (token_ids,)
+        value = read_json(path).get("eos_token_id", token_ids) if path.is_file() else token_ids
+        token_ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and token >= 0 for token in token_ids):
+            raise ValueError(
+                f"{path}: eos_token_id={value!r:.200} must be a token id, or a list of them. Copy "
+                f"the file again from its source."
+            )
+    return tuple(token_ids)
 
 
 def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
@@ -343,7 +349,35 @@ def read_checkpoint_format(
             f"{path}: model_type={model_type!r} is not implemented, must be one of "
             f"{sorted(_FORMAT_BUILDERS)}."
         )
+    axis_sizes = [size for header in reader.headers.values() for size in header.shape]
+    _check_declared_sizes(path, config_dict, len(reader.headers), max(axis_sizes, default=0))
     return _FORMAT_BUILDERS[model_type](config_dict, str(path), reader, options)
+
+
+# Of one layer; published models have up to 512.
+_MAX_EXPERTS = 4096
+
+
+def _check_declared_sizes(
+    path: Path, config_dict: Mapping[str, Any], num_tensors: int, max_axis_size: int
+) -> None:
+    """Checks the sizes in a config.json before anything of these sizes is built.
+
+    Raises:
+        ValueError: There are more layers than tensors, or a size exceeds that of every axis.
+    """
+    limits = (
+        ("^n(um)?(_hidden)?_layers$", num_tensors, "tensors of the files"),
+        ("experts$", _MAX_EXPERTS, "experts that a layer may have"),
+        ("^(qk_\\w+_|v_)?head_dim$", max_axis_size, "entries of the longest axis in the files"),
+    )
+    for name, value in config_dict.items():
+        for pattern, limit, meaning in limits:
+            if type(value) is int and value > limit and re.search(pattern, name):
+                raise ValueError(
+                    f"{path}: {name}={value} is more than the {limit} {meaning}. Use files that "
+                    f"one `save_pretrained` wrote."
+                )
 
 
 def match_checkpoint_names(
@@ -429,7 +463,8 @@ def _build_decoder_format(
     reader: CheckpointReader | None,
     options: Mapping[str, Any],
 ) -> CheckpointFormat:
-    config = decoder_config(config_dict, location)
+    with name_file_in_errors(location):
+        config = decoder_config(config_dict, location)
     options = dict(options)
     keeps_tie = options.pop("tie_word_embeddings", config.tie_word_embeddings)
     if keeps_tie not in (False, config.tie_word_embeddings):
@@ -449,7 +484,8 @@ def _build_decoder_format(
         tied_keys = {_HEAD_KEY: _EMBEDDING_KEY}
     # Checkpoints of base models have names without the prefix.
     renamers = (str, _strip_model_prefix)
-    weights = map_decoder_weights(model)
+    with name_file_in_errors(location):
+        weights = map_decoder_weights(model)
     pattern = re.compile(passthrough)
     return CheckpointFormat(model, weights, pattern, renamers, tied_keys, is_untied)
 
@@ -502,9 +538,11 @@ def _build_encoder_format(
     options: Mapping[str, Any],
 ) -> CheckpointFormat:
     naming = CHECKPOINT_NAMINGS[config_dict["model_type"]]
-    config = encoder_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
+    with name_file_in_errors(location):
+        config = encoder_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
     model = _instantiate_model(Encoder, config, options)
-    weights = map_encoder_weights(model, naming)
+    with name_file_in_errors(location):
+        weights = map_encoder_weights(model, naming)
     return CheckpointFormat(model, weights, naming.passthrough_pattern, naming.key_renamers)
 
 
@@ -515,9 +553,11 @@ def _build_vit_format(
     options: Mapping[str, Any],
 ) -> CheckpointFormat:
     naming = CHECKPOINT_NAMINGS["vit"]
-    config = vit_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
+    with name_file_in_errors(location):
+        config = vit_config(config_dict, location, has_pooler=naming.has_pooler(reader.headers))
     model = _instantiate_model(ViT, config, options)
-    weights = map_vit_weights(model, naming)
+    with name_file_in_errors(location):
+        weights = map_vit_weights(model, naming)
     return CheckpointFormat(model, weights, naming.passthrough_pattern, naming.key_renamers)
 
 

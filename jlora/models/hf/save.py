@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,13 +17,13 @@ from jlora._tree import PyTree
 from jlora.checkpoints import hub
 from jlora.checkpoints.safetensors_io import (
     FLOAT_DTYPES,
-    ITEM_BYTES,
+    TensorSpec,
     create_folder_atomically,
     format_names,
     open_checkpoint,
-    read_json,
     write_shards,
 )
+from jlora.checkpoints.text_files import read_json
 from jlora.models.hf import weight_mapping
 from jlora.models.hf.load import (
     match_checkpoint_names,
@@ -132,7 +131,7 @@ def save(
 
         def get_tensor(key: str) -> np.ndarray:
             if key in copied:
-                return reader.read(key)
+                return reader.read_bytes(key)
             with np.errstate(over="ignore"):  # An overflow raises an error below.
                 tensor = get_weight_tensor(tied_keys.get(key, key)).astype(specs[key][0])
             if not np.isfinite(tensor).all():
@@ -142,11 +141,20 @@ def save(
                 )
             return tensor
 
-        sizes = {key: math.prod(shape) * kind.itemsize for key, (kind, shape) in specs.items()}
-        sizes |= {key: math.prod(h.shape) * ITEM_BYTES[h.dtype] for key, h in copied.items()}
-        metadata = reader.metadata or {"format": "pt"}
+        tensor_specs = {
+            key: TensorSpec.from_array(jax.ShapeDtypeStruct(shape, kind))
+            for key, (kind, shape) in specs.items()
+        }
+        tensor_specs |= {
+            key: TensorSpec(header.dtype, header.shape, header.num_bytes)
+            for key, header in copied.items()
+        }
         write_shards(
-            partial_folder, sizes, get_tensor, metadata=metadata, max_shard_size=max_shard_size
+            partial_folder,
+            tensor_specs,
+            get_tensor,
+            metadata=reader.metadata or {"format": "pt"},
+            max_shard_size=max_shard_size,
         )
         _copy_companion_files(source, partial_folder)
         config_path = partial_folder / "config.json"

@@ -18,7 +18,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from jlora.checkpoints.safetensors_io import format_names, read_json
+from jlora.checkpoints.safetensors_io import format_names
+from jlora.checkpoints.text_files import read_json, read_text
 
 Message = Mapping[str, Any]
 
@@ -114,6 +115,7 @@ class ChatTemplate:
         now: Date and time for `strftime_now`; None: the clock. Set it if the template
             `depends_on_date` and the run may be resumed on another day, when the texts would
             change.
+        source: Name of the template in errors, such as its file.
 
     References:
         `apply_chat_template` of transformers, whose renderings are reproduced.
@@ -133,6 +135,7 @@ class ChatTemplate:
     text: str
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     now: datetime.datetime | None = None
+    source: str = "the chat template"
 
     @classmethod
     def from_folder(
@@ -155,7 +158,12 @@ class ChatTemplate:
         """
         folder = Path(folder)
         variables = {**load_special_tokens(folder), **(variables or {})}
-        return cls(_load_template_text(folder) if text is None else text, variables, now)
+        if text is not None:
+            return cls(text, variables, now)
+        file = folder / "chat_template.jinja"
+        if not file.is_file():
+            file = folder / "tokenizer_config.json"
+        return cls(_load_template_text(folder), variables, now, f"the chat template of {file}")
 
     @property
     def depends_on_date(self) -> bool:
@@ -265,9 +273,9 @@ class ChatTemplate:
         )
         if not through.startswith(before) or not text.startswith(through):
             raise ValueError(
-                f"{location}: the chat template renders message {turn_index} differently at the "
-                f"end of a chat and before further messages, so the assistant's span is ambiguous. "
-                f"Use data.train_on=last, or a template with {{% generation %}} tags."
+                f"{location}: {self.source} renders message {turn_index} differently at the end "
+                f"of a chat and before further messages, so the assistant's span is ambiguous. Use "
+                f"data.train_on=last, or a template with {{% generation %}} tags."
             )
         turn = through[len(before) :]
         stripped, content = turn.rstrip(), messages[turn_index].get("content", "").rstrip()
@@ -298,7 +306,7 @@ class ChatTemplate:
             )
         except Exception as error:  # A template can raise anything.
             raise ValueError(
-                f"{location}: the chat template rejects the messages ({error}). Change them to its "
+                f"{location}: {self.source} rejects the messages ({error}). Change them to its "
                 f"format, or use another template."
             ) from error
 
@@ -314,10 +322,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = self._strftime_now
         try:
             return environment.from_string(self.text)
-        except jinja2.TemplateSyntaxError as error:
+        except Exception as error:  # Jinja compiles to Python, which has limits of its own.
             raise ValueError(
-                f"The chat template's line {error.lineno} is not valid Jinja ({error}). Correct "
-                f"it, or use another template."
+                f"Line {getattr(error, 'lineno', 1)} of {self.source} is not valid Jinja "
+                f"({error}). Correct it, or use another template."
             ) from error
 
     def _strftime_now(self, date_format: str) -> str:
@@ -395,15 +403,28 @@ def find_chat_template(folder: Path) -> str | None:
     """Returns the text of a folder's chat template, or None.
 
     Raises:
-        ValueError: If the folder has several templates and none is named default.
+        ValueError: If the folder has several templates and none is named default, or its file is
+            damaged.
     """
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = read_json(config).get("chat_template") if config.is_file() else None
-    if not isinstance(template, list):
+    if template is None or isinstance(template, str):
         return template
-    by_name = {entry["name"]: entry["template"] for entry in template}
+    entries = template if isinstance(template, list) else [template]
+    by_name = {
+        entry["name"]: entry["template"]
+        for entry in entries
+        if isinstance(entry, dict) and {"name", "template"} <= entry.keys()
+    }
+    if len(by_name) != len(entries) or not all(
+        isinstance(text, str) for pair in by_name.items() for text in pair
+    ):
+        raise ValueError(
+            f"{config}: chat_template={_abbreviate_repr(template)} must be a text, or a list of "
+            f"mappings with distinct names and their templates. Copy it again from its source."
+        )
     if "default" not in by_name:
         raise ValueError(
             f"{config} has the chat templates {format_names(sorted(by_name))} and none named "

@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from jlora.checkpoints.safetensors_io import read_json
+from jlora.checkpoints.text_files import name_file_in_errors, read_json, read_text
 from jlora.training.data.chat_template import ChatTemplate, find_chat_template, load_special_tokens
+
+# Letters of several alphabets, most of which are not in a small vocabulary.
+_PROBE_TEXT = "a b\n\u00e9\u4e2d\U0001f600"
 
 
 class Tokenizer(NamedTuple):
@@ -74,7 +77,7 @@ class Tokenizer(NamedTuple):
             ValueError: If it is damaged.
         """
         folder = Path(folder)
-        full, plain = _load_tokenizer_json(folder), _load_tokenizer_json(folder)
+        full, plain = load_tokenizer_json(folder), load_tokenizer_json(folder)
         # Without special tokens, post-processing only trims blanks from offsets.
         plain.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
         config = _read_optional_json(folder, "tokenizer_config.json")
@@ -107,31 +110,38 @@ class Tokenizer(NamedTuple):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, without special tokens around it."""
-        return [
-            encoding.ids for encoding in self.without_special_tokens.encode_batch_fast(list(texts))
-        ]
+        with name_file_in_errors("tokenizer.json"):
+            encodings = self.without_special_tokens.encode_batch_fast(list(texts))
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, special tokens included."""
         return self.with_special_tokens.decode(list(ids), skip_special_tokens=False)
 
 
-def _load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
+def load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a folder's tokenizer.json, without truncation and padding.
+
+    Raises:
+        FileNotFoundError: If there is no tokenizer.json.
+        ValueError: If it is damaged, or cannot encode a text.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing. Use the folder of a checkpoint with its tokenizer; "
             f"`save_pretrained` of a fast tokenizer of transformers writes the file."
         )
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing more specific.
-        raise ValueError(
-            f"{file} is not a valid tokenizer ({error}). Copy it again from its source."
-        ) from error
-    # A file can request truncation at the length of the model's training.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    with name_file_in_errors(file):
+        tokenizer = tokenizers.Tokenizer.from_str(read_text(file))
+        # A file can request truncation at the length of the model's training.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Some parts of a tokenizer are first used here.
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        tokenizer.decode(tokenizer.encode(_PROBE_TEXT).ids)
+        if not vocabulary:
+            raise ValueError("it has no tokens. Copy it again from its source.")
     return tokenizer
 
 
@@ -144,11 +154,13 @@ def _find_special_token_id(
 ) -> int | None:
     """Returns the id of a special token, by its text or from a config of the model."""
     text = load_special_tokens(folder).get(f"{token_kind}_token")
-    token_id = None if text is None else tokenizer.token_to_id(text)
+    is_unicode = text is not None and not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
+    token_id = tokenizer.token_to_id(text) if text is not None and is_unicode else None
     if text is not None and token_id is None:
         raise ValueError(
-            f"{folder}: {token_kind}_token={text!r} is not a token of tokenizer.json. Use both "
-            f"files of one checkpoint."
+            f"{folder}: {token_kind}_token={text!r:.200} of tokenizer_config.json or "
+            f"special_tokens_map.json is not a token of tokenizer.json. Use the files of one "
+            f"checkpoint."
         )
     for name in ("generation_config.json", "config.json"):
         if token_id is None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
+from jlora.checkpoints.text_files import name_file_in_errors, read_text
 from jlora.training.recipe.base import UNKNOWN_TAG, Section, TaggedSection
 from jlora.training.recipe.config_sections import ADAPTER_SECTIONS, QUANTIZATION_SECTIONS
 from jlora.training.recipe.foreign_fields import FOREIGN_FIELDS
@@ -26,7 +27,11 @@ class _RecipeYamlLoader(yaml.SafeLoader):
     """YAML loader with 1e-4 as a float, 2026-01-31 as text, and an error for duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [
+            self.construct_object(key, deep=True)
+            for key, _ in node.value
+            if key.tag != "tag:yaml.org,2002:merge"  # Keys of a merge have lower precedence.
+        ]
         duplicates = {str(key) for key in keys if keys.count(key) > 1}
         if duplicates:
             raise yaml.constructor.ConstructorError(
@@ -34,6 +39,10 @@ class _RecipeYamlLoader(yaml.SafeLoader):
             )
         return super().construct_mapping(node, deep)
 
+
+_MAX_YAML_DEPTH = 100
+
+_MAX_YAML_VALUES = 1_000_000
 
 _RecipeYamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -80,7 +89,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file. Create one with `jlora init > {path}`.")
-    raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    raw = parse_yaml(read_text(path), str(path))
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must be a mapping of sections, got {type(raw).__name__}.")
     return validate(apply_overrides(raw, overrides), str(path))
@@ -185,7 +194,7 @@ def _parse_override_value(keys: Sequence[str], text: str, flag: str) -> Any:
         field_types = {inner for outer in field_types for inner in _field_types(outer, key)}
     not_text = {cls for cls in field_types if typing.get_origin(cls) is not Literal} - {str}
     if not field_types or not_text - {types.NoneType}:
-        return _parse_yaml(text, flag)
+        return parse_yaml(text, flag)
     return None if not_text and text in ("", "~", "null") else text
 
 
@@ -213,11 +222,64 @@ def _flatten_annotation(annotation: Any) -> set[Any]:
     return {annotation}
 
 
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _RecipeYamlLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {error}") from None
+def parse_yaml(text: str, source: str) -> Any:
+    """Parses YAML of an untrusted origin.
+
+    Args:
+        text: YAML.
+        source: Name of the file or flag in errors.
+
+    Raises:
+        ValueError: The text is not valid YAML, refers to its own parents, or has more than 100
+            levels or, with the repetitions of its anchors, a million values.
+    """
+    with name_file_in_errors(source):
+        try:
+            node = yaml.compose(text, _RecipeYamlLoader)
+            _count_yaml_values(node, {}, source)
+            return yaml.load(text, _RecipeYamlLoader)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{source} is not valid YAML: {error}") from None
+
+
+def _count_yaml_values(
+    node: yaml.Node | None, counts: dict[int, int], source: str, depth: int = 0
+) -> int:
+    """Returns the number of values of a YAML node, where anchors count each time they are used.
+
+    Args:
+        node: Node.
+        counts: Counts of nodes that were visited, by id; 0 for those that are being visited.
+        source: Name of the file in errors.
+        depth: Number of nodes that contain the node.
+
+    Raises:
+        ValueError: The node contains itself, has too many levels or too many values.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        children = [
+            child for item in node.value for child in (item if isinstance(item, tuple) else [item])
+        ]
+        if depth >= _MAX_YAML_DEPTH:
+            raise ValueError(f"{source} has more than {_MAX_YAML_DEPTH} levels. Remove some.")
+        counts[id(node)] = 1 + sum(
+            _count_yaml_values(child, counts, source, depth + 1) for child in children
+        )
+    count = counts[id(node)]
+    if not count:
+        raise ValueError(
+            f"{source} has an anchor in line {node.start_mark.line + 1} that contains itself. "
+            f"Write its values out."
+        )
+    if count > _MAX_YAML_VALUES:
+        raise ValueError(
+            f"{source} has more than {_MAX_YAML_VALUES:,} values after its anchors are repeated. "
+            f"Remove anchors."
+        )
+    return count
 
 
 def _format_validation_error(details: Any) -> str:

@@ -1,0 +1,140 @@
+"""JSON and text of untrusted files: bounded in size and depth, with errors that name the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# The files of a checkpoint nest about ten levels. Python's own limit depends on the caller's depth.
+_MAX_JSON_DEPTH = 100
+
+# The longest published index and vocabulary files are below 40 MB.
+_MAX_TEXT_BYTES = 256_000_000
+
+_COPY_AGAIN = "Copy it again from its source."
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Parses JSON of an untrusted origin.
+
+    Args:
+        text: JSON.
+        source: Name of the file, with which errors begin.
+
+    Raises:
+        ValueError: The text is not JSON, or has more than 100 levels.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON ({error}). {_COPY_AGAIN}") from error
+    if _exceeds_depth(value, _MAX_JSON_DEPTH):
+        raise ValueError(
+            f"{source} is not valid: it has more than {_MAX_JSON_DEPTH} levels of lists and "
+            f"objects. {_COPY_AGAIN}"
+        )
+    return value
+
+
+def _exceeds_depth(value: Any, limit: int) -> bool:
+    """Returns whether lists and objects contain each other deeper than a limit."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8.
+
+    Raises:
+        FileNotFoundError: The file is missing or not a regular file.
+        ValueError: The file is not UTF-8, or has more than 256 MB.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing or not a regular file.")
+    if path.stat().st_size > _MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, more than the {_MAX_TEXT_BYTES:,} that a "
+            f"text file may have. {_COPY_AGAIN}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}). {_COPY_AGAIN}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that contains an object.
+
+    Raises:
+        FileNotFoundError: The file is missing or not a regular file.
+        ValueError: The file is not JSON, has more than 100 levels, or is not an object.
+    """
+    content = parse_json(read_text(path), str(path))
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} must contain a JSON object, got {type(content).__name__}. {_COPY_AGAIN}"
+        )
+    return dict(content)
+
+
+@contextlib.contextmanager
+def name_file_in_errors(*paths: str | Path) -> Iterator[None]:
+    """Makes errors of the block, in which content of files is interpreted, name these files.
+
+    Any value of a damaged or hostile file ends as a `ValueError`, whichever operation it fails in.
+    `OSError` and `MemoryError` stay as they are, and so do errors that name a file already.
+
+    Args:
+        *paths: Files of the content.
+
+    Raises:
+        ValueError: The block failed; the message contains the names of the files.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic of the tokenizers library, which is written in Rust, is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        names = " and ".join(str(path) for path in paths)
+        if isinstance(error, ValueError) and any(_mentions(str(error), path) for path in paths):
+            raise
+        if not isinstance(error, ValueError):
+            raise ValueError(
+                f"{names}: a value has the wrong type or range ({type(error).__name__}: {error}). "
+                f"{_COPY_AGAIN}"
+            ) from error
+        raise ValueError(f"{names}: {error}") from error
+
+
+def _mentions(message: str, path: str | Path) -> bool:
+    """Returns whether a message names a file, or another one of its folder."""
+    folder = str(Path(path).parent)
+    return Path(path).name in message or (folder != "." and f"{folder}{os.sep}" in message)
+
+
+def escape_control_characters(text: str) -> str:
+    r"""Returns a text for a terminal, in which control characters have the form `\x1b`.
+
+    Names in files can contain commands to the terminal. Line breaks and tabs are kept.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+        for letter in text
+    )
