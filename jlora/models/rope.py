@@ -19,10 +19,10 @@ class Rope:
     Attributes:
         frequencies: Radians per token, one for each pair of rotated dimensions. Dimensions of a
             head past the pairs are not rotated.
-        long_frequencies: Frequencies for sequences longer than `switch_length`. None: `frequencies`
+        long_frequencies: Frequencies of texts longer than `switch_length`. None: `frequencies`
             apply at every length.
-        switch_length: Maximum length, in tokens, of sequences that use `frequencies`. Unused
-            without `long_frequencies`.
+        switch_length: Maximum length, in tokens, of texts that use `frequencies`. Unused without
+            `long_frequencies`.
         attention_scaling: Factor on the rotated queries and keys.
 
     References:
@@ -34,13 +34,21 @@ class Rope:
     switch_length: int = 0
     attention_scaling: float = 1.0
 
-    def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns cosines and sines (batch, length, pairs) of positions (batch, length)."""
+    def cos_sin(self, positions: jax.Array, text_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns cosines and sines (batch, length, pairs).
+
+        Args:
+            positions: (batch, length), the position of each token in its text.
+            text_lengths: (batch, length), the number of tokens in the text of each token, which
+                decides between the frequencies of short and of long texts. Required with
+                `long_frequencies`.
+        """
         frequencies = jnp.array(self.frequencies, jnp.float32)
         if self.long_frequencies is not None:
             long = jnp.array(self.long_frequencies, jnp.float32)
-            is_long = jnp.max(positions) + 1 > self.switch_length
-            frequencies = jnp.where(is_long, long, frequencies)
+            assert text_lengths is not None
+            is_long = text_lengths[..., None] > self.switch_length
+            frequencies = jnp.where(is_long, long, frequencies)  # (batch, length, pairs)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles) * self.attention_scaling, jnp.sin(angles) * self.attention_scaling
 

@@ -40,8 +40,8 @@ LAYOUTS = [
     for scanned in (False, True)
     if not (scanned and name == "qwen3_moe_some")  # Its layers differ.
 ]
-KNOWN = ("llama", "gemma2", "qwen3_moe")
-# All layouts of these three in the default group, and of the others in the slow one.
+KNOWN = ("llama", "gemma2", "qwen3_moe", "phi3")
+# All layouts of these four in the default group, and of the others in the slow one.
 KNOWN_LAYOUTS = [
     layout
     if layout.values[0] in KNOWN
@@ -217,7 +217,7 @@ def test_longrope_past_switch_uses_long_factors() -> None:
     amplitude = np.sqrt(1 + np.log(2) / np.log(8))  # arXiv:2402.13753, as transformers has it
     for length, factors in ((8, [1, 1]), (9, [2, 5])):
         positions = np.arange(length)[None]
-        cos, sin = made.cos_sin(jnp.asarray(positions))
+        cos, sin = made.cos_sin(jnp.asarray(positions), jnp.full((1, length), length))
         angles = positions[..., None] * base / factors
         # Angles up to 9 in float32.
         np.testing.assert_allclose(cos, amplitude * np.cos(angles), atol=2e-6)
@@ -287,28 +287,68 @@ def test_attend_unsupported_raises() -> None:
 
 # Of these, phi3 turns with other frequencies past 8 tokens of one text.
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("llama", "gemma2"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("qwen3_moe", "gemma3", "smollm3", "phi3")
-        ),
-    ],
+    "name", ["llama", "gemma2", "phi3", *map(slow, ("qwen3_moe", "gemma3", "smollm3"))]
 )
 def test_decoder_packed_texts_are_separate(name: str) -> None:
     model, params = loaded(name)
     apply = jax.jit(model.apply)
     rng = np.random.default_rng(1)
-    first, other, second = rng.integers(3, 44, (3, 1, 6))
-    segments = jnp.array([[1] * 6 + [2] * 6])
+    (first, other), second = rng.integers(3, 44, (2, 1, 10)), rng.integers(3, 44, (1, 6))
+    segments = jnp.array([[1] * 10 + [2] * 6])
     packed = apply(params, np.concatenate([first, second], axis=1), segments)
     changed = apply(params, np.concatenate([other, second], axis=1), segments)
-    np.testing.assert_array_equal(packed[:, 6:], changed[:, 6:])
-    assert np.abs(packed[:, :6] - changed[:, :6]).max() > 0.1
+    np.testing.assert_array_equal(packed[:, 10:], changed[:, 10:])
+    assert np.abs(packed[:, :10] - changed[:, :10]).max() > 0.1
     # Alone, with positions of its own; sums in another order, so rounding differs.
     alone = apply(params, second)
-    np.testing.assert_allclose(packed[:, 6:], alone, atol=2e-5)
+    np.testing.assert_allclose(packed[:, 10:], alone, atol=2e-5)
+
+
+# Other frequencies past 8 tokens of a text (phi3), and windows of 5 and 4 tokens.
+@pytest.mark.parametrize("name", ["phi3", "mistral"])
+def test_decoder_row_is_same_among_longer(name: str) -> None:
+    model, params = loaded(name)
+    apply = jax.jit(model.apply)
+    rng = np.random.default_rng(2)
+    short, long = rng.integers(3, 44, (1, 4)), rng.integers(3, 44, (1, 12))
+    alone = apply(params, short)
+    for start in (0, 8):  # Padding on the right, and on the left.
+        ids = np.full((2, 12), 99)  # Padding may be any id.
+        mask = np.zeros((2, 12), np.int32)
+        ids[0, start : start + 4], mask[0, start : start + 4] = short, 1
+        ids[1], mask[1] = long, 1
+        among = apply(params, ids, mask)
+        # Sums in another order; logits are below 10.
+        np.testing.assert_allclose(among[:1, start : start + 4], alone, atol=2e-5)
+        np.testing.assert_allclose(among[1:], apply(params, long), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "scanned"), [slow("phi3", False), ("phi3", True), ("mistral", True)]
+)
+def test_decoder_steps_match_no_cache(name: str, scanned: bool) -> None:
+    """Texts of 3 and 6 tokens, padded on the right, grow to 9 and 12 tokens in a cache."""
+    model, params = loaded(name, scanned)
+    apply = jax.jit(model.apply)
+    texts = np.random.default_rng(3).integers(3, 44, (2, 12))
+    starts = np.array([[3], [6]])
+    mask = np.arange(6) < starts
+    ids = np.where(mask, texts[:, :6], 99)
+    cache = models.init_cache(model, 2, 12)
+    positions = np.broadcast_to(np.arange(6), (2, 6))
+    _, cache = apply(params, ids, mask.astype(np.int32), positions, cache)
+    stepped = []
+    for step in range(6):
+        new = np.take_along_axis(texts, starts + step, axis=1)
+        out, cache = apply(params, new, np.ones((2, 1), np.int32), starts + step, cache)
+        stepped.append(out[:, 0])
+    lengths = np.concatenate([starts + step + 1 for step in range(6)])  # (12, 1)
+    seen = (np.arange(12) < lengths).astype(np.int32)
+    whole = np.asarray(apply(params, np.tile(texts, (6, 1)), seen))
+    # Sums in another order; logits are below 10.
+    np.testing.assert_allclose(
+        np.concatenate(stepped), whole[np.arange(12), lengths[:, 0] - 1], atol=4e-5
+    )
 
 
 # --- the model as a function ----------------------------------------------------------------------
@@ -569,11 +609,12 @@ def test_lora_decoder_stays_factored(name: str, scanned: bool) -> None:
     assert np.abs(np.asarray(out)[seen] - logits(name, scanned)).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])  # The second computes its cache again.
 @pytest.mark.slow
-def test_generate_adapted_matches_merged() -> None:
-    model, params = loaded("gemma2", True)
+def test_generate_adapted_matches_merged(name: str) -> None:
+    model, params = loaded(name, True)
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
-    ids = expected("gemma2")["input_ids"][:1]
+    ids = expected(name)["input_ids"][:1, :6]
     adapter = lora.init(jax.random.key(0), params, ids)
     adapter = shifted(adapter)
     adapted = lambda p, *args: lora.apply(p[0], p[1], *args)
