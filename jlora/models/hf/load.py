@@ -271,14 +271,19 @@ def eos_token_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
         >>> models.eos_token_ids(folder)
         (2, 7)
     """
-    token_ids: Any = None
-    for name in ("config.json", "generation_config.json"):
+    for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        if path.is_file():
-            token_ids = read_json(path).get("eos_token_id", token_ids)
-    if token_ids is None:
-        return ()
-    return tuple(token_ids) if isinstance(token_ids, list) else (token_ids,)
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        if value is None:
+            continue
+        token_ids = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in token_ids):
+            raise ValueError(
+                f"{path}: eos_token_id={value!r} must be a token id or a list of them. Copy it "
+                f"from the checkpoint's original files."
+            )
+        return tuple(token_ids)
+    return ()
 
 
 def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
@@ -333,7 +338,31 @@ def read_checkpoint_format(
             f"{path}: model_type={model_type!r} is not implemented, must be one of "
             f"{sorted(_FORMAT_BUILDERS)}."
         )
+    _check_numbers_of_layers(config_dict, path, reader)
     return _FORMAT_BUILDERS[model_type](config_dict, str(path), reader, options)
+
+
+# Fields of a config.json that count layers or experts, with the names of their tensors.
+_COUNTED_TENSORS = (
+    (("num_hidden_layers", "n_layers"), re.compile(r"(?:^|\.)layers?\.(\d+)\.")),
+    (("num_experts", "num_local_experts"), re.compile(r"\.experts\.(\d+)\.")),
+)
+
+
+def _check_numbers_of_layers(
+    config_dict: Mapping[str, Any], path: Path, reader: CheckpointReader
+) -> None:
+    """Raises an error for more layers or experts than the files hold, before a model of them."""
+    for names, pattern in _COUNTED_TENSORS:
+        indices = {int(match[1]) for key in reader.headers if (match := pattern.search(key))}
+        for name in names:
+            count = config_dict.get(name)
+            if type(count) is int and indices and count > max(indices) + 1:
+                raise ValueError(
+                    f"{path}: {name}={count}, but the files of the checkpoint hold only "
+                    f"{max(indices) + 1}. Use a config.json and files that one `save_pretrained` "
+                    f"wrote."
+                )
 
 
 def match_checkpoint_names(
