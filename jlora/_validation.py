@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+
+_FLOAT32 = np.finfo(np.float32)
 
 
 def check_fields(config: Any) -> None:
@@ -28,6 +31,11 @@ def check_fields(config: Any) -> None:
 def is_real_number(value: Any) -> bool:
     """Whether a value is a real number; a bool is not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_positive_float32(value: Any) -> bool:
+    """Whether a value is a positive number in float32's range: not rounded to zero or infinity."""
+    return is_real_number(value) and float(_FLOAT32.tiny) <= value <= float(_FLOAT32.max)
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -52,18 +60,20 @@ def check_positive_int(name: str, value: Any) -> None:
 
 
 def check_scale(name: str, value: Any) -> None:
-    """Raises ValueError unless a scale is positive and finite."""
-    if not is_real_number(value) or not math.isfinite(value) or value <= 0:
+    """Raises ValueError unless a scale is positive and finite in float32."""
+    if not is_positive_float32(value):
         raise ValueError(
-            f"{name}={value!r} must be a positive finite number, such as the rank or twice the "
-            f"rank."
+            f"{name}={value!r} must be a positive finite number in the range of float32, such as "
+            f"the rank or twice the rank."
         )
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless a value is positive and finite."""
-    if not is_real_number(value) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} must be a finite number above 0.")
+    """Raises ValueError unless a value is positive and finite in float32."""
+    if not is_positive_float32(value):
+        raise ValueError(
+            f"{name}={value!r} must be a finite number above 0, in the range of float32."
+        )
 
 
 def check_nonnegative(name: str, value: Any) -> None:

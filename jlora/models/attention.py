@@ -26,6 +26,8 @@ def attend(
     query_slots: jax.Array | None = None,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
+    query_positions: jax.Array | None = None,
+    key_positions: jax.Array | None = None,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
@@ -34,7 +36,7 @@ def attend(
     """Computes attention outputs (batch, queries, heads, dim), like the queries.
 
     A query attends to the keys of its own segment that are no later than itself and, with a
-    window, fewer than `window` slots before it. The output of a query in segment 0 (padding) is
+    window, fewer than `window` tokens before it. The output of a query in segment 0 (padding) is
     finite and has no meaning.
 
     Args:
@@ -47,6 +49,11 @@ def attend(
         query_segment_ids: (batch, queries), the text of each token; 0 for padding. None: all
             tokens are one text.
         key_segment_ids: (batch, keys), the text of each key. None: those of the queries.
+        query_positions: (batch, queries), the position of each token in its text. A window reaches
+            back over positions, so that padding between the tokens of a text does not count. None:
+            there is none, and slots are positions.
+        key_positions: (batch, keys), the position of each key in its text. None: as for
+            `query_positions`.
         causal: Hides later keys.
         window: Number of keys that a query attends to, itself included. None: all of them.
         softcap: Bound on the scores, applied by a tanh. None: no bound.
@@ -98,7 +105,11 @@ def attend(
             implementation=implementation,
         )
     slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
-    mask = _make_causal_mask(slots, key.shape[1], causal, window)
+    mask = _make_causal_mask(slots, key.shape[1], causal)
+    if window is not None:
+        positions = slots if query_positions is None else query_positions
+        keys = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
+        mask &= abs(positions[:, :, None] - keys[:, None, :]) < window
     if query_segment_ids is not None:
         key_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
         same_segment = (
@@ -112,13 +123,10 @@ def attend(
     return _softcapped_attention(query, key, value, mask, scale, softcap)
 
 
-def _make_causal_mask(
-    query_slots: jax.Array, num_keys: int, causal: bool, window: int | None
-) -> jax.Array:
+def _make_causal_mask(query_slots: jax.Array, num_keys: int, causal: bool) -> jax.Array:
     """Returns (batch or 1, queries, keys), True where a query may attend to a key."""
     distance = query_slots[:, :, None] - jnp.arange(num_keys)
-    mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
-    return mask if window is None else mask & (abs(distance) < window)
+    return distance >= 0 if causal else jnp.ones_like(distance, bool)
 
 
 def _select_attention_kernel(

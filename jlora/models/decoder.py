@@ -46,7 +46,9 @@ class KVCache(NamedTuple):
         keys: One array per layer, (batch, kv_heads, capacity, head_dim). With `scan_layers`, one
             array with a leading axis of layers.
         values: Same layout as `keys`.
+        input_ids: (batch, capacity) token ids.
         segment_ids: (batch, capacity), 0 in slots without a token.
+        positions: (batch, capacity), the position of each token in its text.
         length: Number of slots in use, the same for every text.
 
     Example:
@@ -73,7 +75,9 @@ class KVCache(NamedTuple):
 
     keys: Any
     values: Any
+    input_ids: jax.Array
     segment_ids: jax.Array
+    positions: jax.Array
     length: jax.Array
 
 
@@ -81,10 +85,13 @@ class _AttentionContext(NamedTuple):
     """Inputs of the attention that all layers share."""
 
     rope_tables: tuple[tuple[jax.Array, jax.Array] | None, ...]  # One per kind of layer.
-    query_slots: jax.Array | None  # (1, length); None without a cache
+    positions: jax.Array  # (batch, length)
     segment_ids: jax.Array | None  # (batch, length)
-    key_segment_ids: jax.Array | None  # (batch, capacity); None without a cache
-    cache_length: jax.Array | None  # Slots in use before this call; None without a cache
+    # None without a cache:
+    query_slots: jax.Array | None = None  # (1, length)
+    key_segment_ids: jax.Array | None = None  # (batch, capacity)
+    key_positions: jax.Array | None = None  # (batch, capacity)
+    cache_length: jax.Array | None = None  # Slots in use before this call
 
 
 class RMSNorm(nn.Module):
@@ -190,6 +197,8 @@ class Attention(nn.Module):
             query_slots=context.query_slots,
             query_segment_ids=context.segment_ids,
             key_segment_ids=context.key_segment_ids,
+            query_positions=None if kv is None else context.positions,
+            key_positions=context.key_positions,
             window=self.config.layer_kinds[kind].window,
             softcap=self.config.attention_softcap,
             # Initialization may use a text of one token, which no fused kernel takes.
@@ -397,13 +406,16 @@ class Decoder(nn.Module):
         """Returns logits (batch, length, vocabulary) in float32; with a cache, also the new cache.
 
         Args:
-            input_ids: (batch, length) token ids. An id outside the vocabulary makes its text NaN.
+            input_ids: (batch, length) token ids. An id outside the vocabulary makes its text NaN;
+                padding may have any id.
             attention_mask: (batch, length), 0 or False for padding. Texts packed into one row have
                 ids 1, 2, ..., and do not attend to each other. None: no padding.
             positions: (batch, length), the position of each token in its text. None: counted from
                 the first token of every text.
             cache: The result of `init_cache` or of an earlier call. All texts use the same slots,
-                padding included. A call that runs past its capacity returns NaN. None: no cache.
+                padding included. A call that runs past its capacity returns NaN. Where a text
+                outgrows the first frequencies of its rotary positions (longrope), the call computes
+                all keys and values again. None: no cache.
 
         Raises:
             ValueError: The shapes do not fit together, or a cache comes without positions.
@@ -470,7 +482,6 @@ class Decoder(nn.Module):
         positions: jax.Array | None,
         cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        c = self.config
         if input_ids.ndim != 2:
             raise ValueError(
                 f"input_ids must have shape (batch, length), got {input_ids.shape}. Pass a single "
@@ -488,43 +499,126 @@ class Decoder(nn.Module):
             if cache is not None:
                 raise ValueError("A cache needs positions: (batch, length), one per token.")
             positions = _segment_positions(segment_ids, input_ids.shape)
-        rope_tables = tuple(
-            kind.rope.cos_sin(positions) if kind.rope else None for kind in c.layer_kinds
+        if segment_ids is not None:  # Padding may be any id.
+            input_ids = jnp.where(segment_ids == 0, 0, input_ids)
+        if cache is None:
+            lengths = self._text_lengths(positions, segment_ids)
+            context = _AttentionContext(
+                self._rope_tables(positions, lengths), positions, segment_ids
+            )
+            return self._run_layers(input_ids, context, None)[0], None
+        capacity = cache.segment_ids.shape[1]
+        if length > capacity:
+            raise ValueError(
+                f"{length} tokens do not fit into a cache of capacity {capacity}. Build it with a "
+                f"larger capacity."
+            )
+        if segment_ids is None:
+            segment_ids = jnp.ones((batch, length), jnp.int32)
+        # JAX would overwrite the last slots and continue; an invalid id makes NaN.
+        input_ids = jnp.where(cache.length + length > capacity, -1, input_ids)
+        cached = {
+            name: lax.dynamic_update_slice(
+                getattr(cache, name), new.astype(jnp.int32), (0, cache.length)
+            )
+            for name, new in (
+                ("input_ids", input_ids),
+                ("segment_ids", segment_ids),
+                ("positions", positions),
+            )
+        }
+        updated = cache._replace(**cached, length=cache.length + length)
+        lengths = self._text_lengths(updated.positions, updated.segment_ids)
+
+        def extend_cache(module: Decoder, kv: Any) -> Any:
+            new = functools.partial(
+                lax.dynamic_slice_in_dim, start_index=cache.length, slice_size=length, axis=1
+            )
+            context = _AttentionContext(
+                rope_tables=module._rope_tables(
+                    positions, None if lengths is None else new(lengths)
+                ),
+                positions=positions,
+                segment_ids=segment_ids,
+                query_slots=cache.length + jnp.arange(length)[None],
+                key_segment_ids=updated.segment_ids,
+                key_positions=updated.positions,
+                cache_length=cache.length,
+            )
+            return module._run_layers(input_ids, context, kv)
+
+        def recompute_cache(module: Decoder, kv: Any) -> Any:
+            context = _AttentionContext(
+                rope_tables=module._rope_tables(updated.positions, lengths),
+                positions=updated.positions,
+                segment_ids=updated.segment_ids,
+                query_slots=jnp.arange(capacity)[None],
+                key_segment_ids=updated.segment_ids,
+                key_positions=updated.positions,
+                cache_length=jnp.zeros((), jnp.int32),
+            )
+            hidden, kv = module._run_layers(updated.input_ids, context, kv)
+            return lax.dynamic_slice_in_dim(hidden, cache.length, length, axis=1), kv
+
+        kv = (cache.keys, cache.values)
+        switches = [length for length in self._switch_lengths if length < capacity]
+        if switches and not self.is_initializing():
+            # All keys and values of a text change when its length selects other frequencies.
+            before = self._text_lengths(cache.positions, cache.segment_ids)
+            crosses = [((before > switch) != (lengths > switch)).any() for switch in switches]
+            crosses = functools.reduce(jnp.logical_or, crosses) & (cache.length > 0)
+            hidden, kv = nn.cond(crosses, recompute_cache, extend_cache, self, kv)
+        else:
+            hidden, kv = extend_cache(self, kv)
+        return hidden, updated._replace(keys=kv[0], values=kv[1])
+
+    @property
+    def _switch_lengths(self) -> list[int]:
+        """Lengths of texts past which a kind of layer has other rotary frequencies."""
+        ropes = [kind.rope for kind in self.config.layer_kinds if kind.rope is not None]
+        return sorted({rope.switch_length for rope in ropes if rope.long_frequencies is not None})
+
+    def _text_lengths(
+        self, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array | None:
+        """Returns (batch, length), one more than the last position in the segment of each token.
+
+        None if no layer depends on it.
+        """
+        if not self._switch_lengths:
+            return None
+        if segment_ids is None:
+            return jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
+        # The compiler fuses the comparison of all pairs into the maximum.
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (batch, length, length)
+        return jnp.where(same, positions[:, None, :], 0).max(axis=2) + 1
+
+    def _rope_tables(
+        self, positions: jax.Array, lengths: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array] | None, ...]:
+        """Returns the cosines and sines of each kind of layer."""
+        return tuple(
+            kind.rope.cos_sin(positions, lengths) if kind.rope else None
+            for kind in self.config.layer_kinds
         )
-        context = _AttentionContext(rope_tables, None, segment_ids, None, None)
-        if cache is not None:
-            capacity = cache.segment_ids.shape[1]
-            if length > capacity:
-                raise ValueError(
-                    f"{length} tokens do not fit into a cache of capacity {capacity}. Build it "
-                    f"with a larger capacity."
-                )
-            if segment_ids is None:
-                segment_ids = jnp.ones((batch, length), jnp.int32)
-            key_ids = lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
-            slots = cache.length + jnp.arange(length)[None]
-            context = _AttentionContext(rope_tables, slots, segment_ids, key_ids, cache.length)
-            # JAX would overwrite the last slots and continue; an invalid id makes NaN.
-            input_ids = jnp.where(cache.length + length > capacity, -1, input_ids)
-            cache = cache._replace(segment_ids=key_ids, length=cache.length + length)
+
+    def _run_layers(self, input_ids: jax.Array, context: _AttentionContext, kv: Any) -> Any:
+        """Returns the normalized hidden states, and the keys and values with the new ones."""
+        c = self.config
         x = self.embed(mark_invalid_ids(input_ids, c.vocab_size))
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
         if self.scan_layers:
-            kv = None if cache is None else (cache.keys, cache.values)
             x, kv = self.layers(x, jnp.array(c.layer_kind_ids), context, kv)
-        else:
-            layer_kvs: list[Any] = []
-            for index, (layer, kind) in enumerate(zip(self.layers, c.layer_kind_ids, strict=True)):
-                layer_kv = None if cache is None else (cache.keys[index], cache.values[index])
-                x, layer_kv = layer(x, kind, context, layer_kv)
-                layer_kvs.append(layer_kv)
-            kv = None if cache is None else tuple(zip(*layer_kvs, strict=True))
-        if cache is not None:
-            assert kv is not None
-            cache = cache._replace(keys=kv[0], values=kv[1])
-        return self.norm(x), cache
+            return self.norm(x), kv
+        layer_kvs: list[Any] = []
+        for index, (layer, kind) in enumerate(zip(self.layers, c.layer_kind_ids, strict=True)):
+            x, layer_kv = layer(
+                x, kind, context, None if kv is None else (kv[0][index], kv[1][index])
+            )
+            layer_kvs.append(layer_kv)
+        return self.norm(x), None if kv is None else tuple(zip(*layer_kvs, strict=True))
 
 
 def init_cache(
@@ -560,8 +654,10 @@ def init_cache(
             return jnp.zeros((num_layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
 
-    segment_ids = jnp.zeros((batch_size, capacity), jnp.int32)
-    return KVCache(zeros(), zeros(), segment_ids, jnp.zeros((), jnp.int32))
+    def empty() -> jax.Array:
+        return jnp.zeros((batch_size, capacity), jnp.int32)
+
+    return KVCache(zeros(), zeros(), empty(), empty(), empty(), jnp.zeros((), jnp.int32))
 
 
 def _segment_positions(segment_ids: jax.Array | None, shape: Sequence[int]) -> jax.Array:

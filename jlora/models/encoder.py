@@ -278,7 +278,12 @@ class Encoder(nn.Module):
     ) -> jax.Array:
         """Returns hidden states (batch, length, width), also with a head; arguments as above."""
         self._check_inputs(input_ids, attention_mask, token_type_ids)
-        mask = attention_mask.astype(bool)[:, None, None, :]  # (batch, heads, query, key)
+        is_token = attention_mask.astype(bool)
+        # Padding may be any id.
+        input_ids = jnp.where(is_token, input_ids, self.config.pad_token_id or 0)
+        if token_type_ids is not None:
+            token_type_ids = jnp.where(is_token, token_type_ids, 0)
+        mask = is_token[:, None, None, :]  # (batch, heads, query, key)
         hidden = self.embeddings(input_ids, token_type_ids, deterministic)
         for layer in self.layer:
             hidden = layer(hidden, mask, deterministic)

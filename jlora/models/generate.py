@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora._tree import is_quantized
@@ -59,6 +61,15 @@ class SamplingParams:
                 f"SamplingParams.top_p={self.top_p} must be above 0 and at most 1. Use 1 for all "
                 f"tokens."
             )
+        for name, tokens in (
+            ("eos_token_ids", self.eos_token_ids),
+            ("pad_token_id", (self.pad_token_id,)),
+        ):
+            if not all(isinstance(i, numbers.Integral) and 0 <= i < 2**31 for i in tokens):
+                raise ValueError(
+                    f"SamplingParams.{name}={getattr(self, name)!r} must be token ids: integers "
+                    f"of at least 0."
+                )
 
 
 class GenerateOutput(NamedTuple):
@@ -114,8 +125,8 @@ def generate(
         model: The decoder.
         params: First argument of `apply`.
         input_ids: (batch, length) token ids of the prompts.
-        attention_mask: (batch, length), 0 for padding, on the left or on the right of every prompt.
-            None: no padding.
+        attention_mask: (batch, length), 0 for padding, on the left or on the right of every prompt,
+            whose ids do not matter. None: no padding.
         max_new_tokens: Maximum number of tokens per continuation.
         sampling: How tokens are sampled; greedily by default.
         key: Random key of the draws, required at a temperature above 0.
@@ -129,8 +140,8 @@ def generate(
         The tokens after the prompts, and their number.
 
     Raises:
-        ValueError: There is no prompt, a prompt has no token, the tokens do not fit into the
-            model's context, or the key is missing.
+        ValueError: There is no prompt, a prompt has no token or one outside the model's
+            vocabulary, the tokens do not fit into the model's context, or the key is missing.
 
     Example:
         >>> import jax
@@ -149,23 +160,34 @@ def generate(
         >>> output.tokens.shape, output.lengths.tolist()
         ((2, 4), [4, 4])
     """
-    input_ids = jnp.asarray(input_ids, jnp.int32)
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
+    ids = np.asarray(jax.device_get(input_ids))
+    if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(
-            f"input_ids must have shape (batch, length) with at least one token, got "
-            f"{input_ids.shape}. Pass a single prompt as input_ids[None]."
+            f"input_ids must have shape (batch, length) with at least one token, got {ids.shape}. "
+            f"Pass a single prompt as input_ids[None]."
         )
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"input_ids must be integers, got {ids.dtype}. Pass the token ids.")
     mask = (
-        jnp.ones_like(input_ids)
+        np.ones(ids.shape, bool)
         if attention_mask is None
-        else jnp.asarray(attention_mask, jnp.int32)
+        else np.asarray(jax.device_get(attention_mask)) != 0
     )
-    if mask.shape != input_ids.shape:
+    if mask.shape != ids.shape:
         raise ValueError(
-            f"attention_mask has shape {mask.shape}, input_ids {input_ids.shape}. Pass one entry "
-            f"per token."
+            f"attention_mask has shape {mask.shape}, input_ids {ids.shape}. Pass one entry per "
+            f"token."
         )
-    empty = [row for row, count in enumerate(jax.device_get(mask.sum(axis=1))) if not count]
+    vocab_size = model.config.vocab_size
+    invalid = mask & ((ids < 0) | (ids >= vocab_size))
+    if invalid.any():
+        row, column = np.argwhere(invalid)[0]
+        raise ValueError(
+            f"input_ids[{row}, {column}]={ids[row, column]} is outside the model's vocabulary of "
+            f"{vocab_size} tokens. Use the tokenizer of this checkpoint without added tokens, or "
+            f"a checkpoint whose embedding was resized for them."
+        )
+    empty = np.flatnonzero(~mask.any(axis=1)).tolist()
     if empty:
         raise ValueError(
             f"The prompts {empty} have no tokens. Begin each one with the beginning-of-sequence "
@@ -173,9 +195,9 @@ def generate(
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if input_ids.shape[1] + max_new_tokens > model.config.max_seq_length:
+    if ids.shape[1] + max_new_tokens > model.config.max_seq_length:
         raise ValueError(
-            f"Prompts of {input_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed "
+            f"Prompts of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed "
             f"the model's max_seq_length={model.config.max_seq_length}. Shorten one of them."
         )
     if sampling.temperature and key is None:
@@ -191,7 +213,8 @@ def generate(
     hashable: Any = model  # A frozen dataclass, which hashes by its fields.
     apply = _cached_model_apply(hashable) if apply is None else apply
     run = _compile_generate(hashable, apply, max_new_tokens, sampling, jnp.dtype(cache_dtype))
-    return run(params, input_ids, mask, key)
+    ids = np.where(mask, ids, 0)  # Padding may be any id.
+    return run(params, ids.astype(np.int32), mask.astype(np.int32), key)
 
 
 @functools.cache
@@ -221,7 +244,6 @@ def _generate_tokens(
     key: jax.Array,
 ) -> GenerateOutput:
     batch, length = input_ids.shape
-    attention_mask = (attention_mask != 0).astype(jnp.int32)
     # Padding moves to the left: a window then reaches back over text alone, and all texts end in
     # the same slot.
     order = jnp.argsort(attention_mask, axis=1, stable=True)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._validation import is_positive_float32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -19,10 +21,10 @@ class Rope:
     Attributes:
         frequencies: Radians per token, one for each pair of rotated dimensions. Dimensions of a
             head past the pairs are not rotated.
-        long_frequencies: Frequencies for sequences longer than `switch_length`. None: `frequencies`
+        long_frequencies: Frequencies of texts longer than `switch_length`. None: `frequencies`
             apply at every length.
-        switch_length: Maximum length, in tokens, of sequences that use `frequencies`. Unused
-            without `long_frequencies`.
+        switch_length: Maximum length, in tokens, of texts that use `frequencies`. Unused without
+            `long_frequencies`.
         attention_scaling: Factor on the rotated queries and keys.
 
     References:
@@ -34,13 +36,21 @@ class Rope:
     switch_length: int = 0
     attention_scaling: float = 1.0
 
-    def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns cosines and sines (batch, length, pairs) of positions (batch, length)."""
+    def cos_sin(self, positions: jax.Array, text_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns cosines and sines (batch, length, pairs).
+
+        Args:
+            positions: (batch, length), the position of each token in its text.
+            text_lengths: (batch, length), the number of tokens in the text of each token, which
+                decides between the frequencies of short and of long texts. Required with
+                `long_frequencies`.
+        """
         frequencies = jnp.array(self.frequencies, jnp.float32)
         if self.long_frequencies is not None:
             long = jnp.array(self.long_frequencies, jnp.float32)
-            is_long = jnp.max(positions) + 1 > self.switch_length
-            frequencies = jnp.where(is_long, long, frequencies)
+            assert text_lengths is not None
+            is_long = text_lengths[..., None] > self.switch_length
+            frequencies = jnp.where(is_long, long, frequencies)  # (batch, length, pairs)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles) * self.attention_scaling, jnp.sin(angles) * self.attention_scaling
 
@@ -71,35 +81,90 @@ def rope_from_config(
         max_position_embeddings: The field `max_position_embeddings` of the config.json.
 
     Raises:
-        ValueError: The type or a parameter is not implemented, or a parameter is missing.
+        ValueError: The type is not implemented, or a parameter is missing or out of range. Unknown
+            parameters are ignored, as in transformers.
     """
     parameters = {name: value for name, value in parameters.items() if value is not None}
     rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
-    parameters.pop("type", None)
-    theta = parameters.pop("rope_theta")
-    dim = int(head_dim * parameters.pop("partial_rotary_factor", 1.0))
-    if rope_type not in _ROPE_TYPES:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_TYPES:
         raise ValueError(
             f"rope_type={rope_type!r} is not implemented, must be one of {sorted(_ROPE_TYPES)}. "
             f"With other rotary frequencies the model's outputs would be silently wrong."
         )
     compute, required, optional = _ROPE_TYPES[rope_type]
     missing = [name for name in required if name not in parameters]
-    # Parameters of other types are ignored, as in transformers.
-    known = {name for _, *groups in _ROPE_TYPES.values() for group in groups for name in group}
-    unknown = [name for name in parameters if name not in known]
-    if missing or unknown:
+    if missing:
         raise ValueError(
-            f"rope_type={rope_type!r} has unknown parameters {unknown} and lacks {missing}. Copy "
-            f"the rope parameters from the checkpoint's original config.json."
+            f"rope_type={rope_type!r} lacks {missing}. Copy the rope parameters from the "
+            f"checkpoint's original config.json."
+        )
+    names = ("rope_theta", "partial_rotary_factor", *required, *optional)
+    options = {name: parameters[name] for name in names if name in parameters}
+    for name, value in options.items():
+        is_valid, expected = _PARAMETER_RANGES.get(name, _POSITIVE)
+        if not is_valid(value):
+            raise ValueError(
+                f"{name}={value!r} must be {expected}. Copy the rope parameters from the "
+                f"checkpoint's original config.json."
+            )
+    theta = options.pop("rope_theta")
+    dim = int(head_dim * options.pop("partial_rotary_factor", 1.0))
+    if dim < 2 or dim % 2:
+        raise ValueError(
+            f"Rotary positions of {dim} dimensions (head_dim={head_dim} times "
+            f"partial_rotary_factor) must be of an even number of them, at least 2."
         )
     # In float32, as in training: positions multiply the rounding errors.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    inv_freq = np.float32(1) / np.float32(theta) ** exponents
-    options = {n: parameters[n] for n in (*required, *optional) if n in parameters}
-    return compute(
-        inv_freq, theta=theta, dim=dim, max_position_embeddings=max_position_embeddings, **options
-    )
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        inv_freq = np.float32(1) / np.float32(theta) ** exponents
+        rope = compute(
+            inv_freq,
+            theta=theta,
+            dim=dim,
+            max_position_embeddings=max_position_embeddings,
+            **options,
+        )
+        frequencies = np.array([rope.frequencies, rope.long_frequencies or rope.frequencies])
+    # Written so that NaN is out of range.
+    if not (frequencies > 0).all() or not frequencies.max() * max_position_embeddings < _MAX_ANGLE:
+        raise ValueError(
+            f"The rope parameters {dict(parameters)} make frequencies of {frequencies.min():g} to "
+            f"{frequencies.max():g} radians per token, which float32 cannot rotate by. Copy them "
+            f"from the checkpoint's original config.json."
+        )
+    return rope
+
+
+_MAX_ANGLE = 1e9  # Neighbours in float32 are tens of radians apart there.
+
+# Whether a value of a parameter is valid, and what it must be.
+_Range = tuple[Callable[[Any], bool], str]
+
+_POSITIVE: _Range = (is_positive_float32, "a finite number above 0, in the range of float32")
+_FACTORS: _Range = (
+    lambda value: isinstance(value, list | tuple) and all(map(is_positive_float32, value)),
+    "a list of finite numbers above 0",
+)
+_SCALE: _Range = (
+    lambda value: (value == 0 and not isinstance(value, bool)) or is_positive_float32(value),
+    "0 or a finite number above 0",
+)
+_PARAMETER_RANGES: dict[str, _Range] = {  # Of other parameters: _POSITIVE.
+    "long_factor": _FACTORS,
+    "mscale": _SCALE,
+    "mscale_all_dim": _SCALE,
+    "original_max_position_embeddings": (
+        lambda value: type(value) is int and 0 < value < 2**31,
+        "a positive integer",
+    ),
+    "partial_rotary_factor": (
+        lambda value: is_positive_float32(value) and value <= 1,
+        "a number above 0 and at most 1",
+    ),
+    "short_factor": _FACTORS,
+    "truncate": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def _build_rope(frequencies: Any, **fields: Any) -> Rope:
@@ -125,6 +190,11 @@ def _compute_llama3_rope(
     **_: Any,
 ) -> Rope:
     """Divides low frequencies by a factor and interpolates to unscaled high ones (Llama 3.1)."""
+    if high_freq_factor <= low_freq_factor:
+        raise ValueError(
+            f"high_freq_factor={high_freq_factor} must be above low_freq_factor="
+            f"{low_freq_factor}. Copy both from the checkpoint's original config.json."
+        )
     rotations = original_max_position_embeddings * inv_freq / np.float32(2 * math.pi)
     unscaled = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)
     unscaled = np.clip(unscaled, 0, 1)
@@ -149,6 +219,11 @@ def _compute_yarn_rope(
     """Interpolates by parts (Peng et al., YaRN, arXiv:2309.00071, sections 3.2 to 3.4)."""
     original = original_max_position_embeddings or max_position_embeddings
     factor = factor or max_position_embeddings / original
+    if theta <= 1 or beta_fast < beta_slow:
+        raise ValueError(
+            f"rope_type='yarn' must have rope_theta={theta} above 1 and beta_fast={beta_fast} of "
+            f"at least beta_slow={beta_slow}. Copy them from the checkpoint's original config.json."
+        )
 
     def correction_dim(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -194,6 +269,8 @@ def _compute_longrope(
             )
     original = original_max_position_embeddings
     factor = factor or max_position_embeddings / original
+    if original == 1:
+        raise ValueError("original_max_position_embeddings=1 must be at least 2 for longrope.")
     if attention_factor is None:
         growth = 1 + math.log(factor) / math.log(original) if factor > 1 else 1.0
         attention_factor = math.sqrt(growth)

@@ -19,6 +19,9 @@ hf_peft = pytest.importorskip("peft")
 
 import jlora  # noqa: E402
 from jlora import models, peft  # noqa: E402
+from jlora.models.hf.config_reader import ConfigReader  # noqa: E402
+from jlora.models.hf.decoder_configs import DECODER_PARSERS, decoder_config  # noqa: E402
+from jlora.models.hf.encoder_configs import encoder_config, vit_config  # noqa: E402
 from jlora.peft.methods import PEFT_METHODS  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
@@ -267,3 +270,37 @@ def test_config_defaults_are_those_of_peft() -> None:
                 continue
             known = getattr(config, field)
             assert known == default or not (known or default), (name, field, known)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "smollm3",
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "distilbert",
+        "vit",
+    ],
+)
+def test_config_every_field_is_read(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each field of the class of transformers is parsed, without effect, or of one value."""
+    config = transformers.AutoConfig.for_model(model_type)
+    known = {*config.to_dict(), *config.attribute_map}
+    readers: list[ConfigReader] = []
+    monkeypatch.setattr(ConfigReader, "warn_unread_fields", lambda self: readers.append(self))
+    fields = {**config.to_dict(), "architectures": None}
+    if model_type in DECODER_PARSERS:
+        decoder_config(fields)
+    else:
+        (vit_config if model_type == "vit" else encoder_config)(fields)
+    assert known - readers[0].fields_read == set()

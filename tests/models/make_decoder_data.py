@@ -151,33 +151,36 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(3, VOCABULARY, mask.shape) * mask, mask
 
 
-def turned(ids: torch.Tensor) -> torch.Tensor:
-    """The same texts padded on the left."""
-    rows = [row.roll(max(LENGTHS) - length) for row, length in zip(ids, LENGTHS, strict=True)]
-    return torch.stack(rows)
+def padded(rows: list[torch.Tensor], length: int) -> torch.Tensor:
+    """One row per text, with zeros on the right."""
+    pad = torch.nn.functional.pad
+    return torch.stack([pad(row, (0, 0) * (row.ndim - 1) + (0, length - len(row))) for row in rows])
 
 
 def expected(model: Any) -> dict[str, torch.Tensor]:
-    """Logits in float32 and bfloat16, and the tokens of greedy generation."""
+    """Logits in float32 and bfloat16, and the tokens of greedy generation, of each text alone."""
     ids, mask = inputs()
-    left_ids, left_mask = turned(ids), turned(mask)
+    texts = [row[:length][None] for row, length in zip(ids, LENGTHS, strict=True)]
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        tokens = model.generate(
-            input_ids=left_ids,
-            attention_mask=left_mask,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )[:, max(LENGTHS) :]
-        halved = model.to(torch.bfloat16)(input_ids=ids, attention_mask=mask).logits
+        logits = [model(input_ids=text).logits[0].float() for text in texts]
+        tokens = [
+            model.generate(
+                input_ids=text,
+                attention_mask=torch.ones_like(text),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )[0, text.shape[1] :]
+            for text in texts
+        ]
+        model.to(torch.bfloat16)
+        halved = [model(input_ids=text).logits[0].float() for text in texts]
         model.to(torch.float32)
-    tokens = torch.nn.functional.pad(tokens, (0, NEW_TOKENS - tokens.shape[1]))
     return {
         "input_ids": ids.int(),
         "mask": mask.int(),
-        "logits": logits.float(),
-        "logits_bfloat16": halved.float(),
-        "tokens": tokens.int(),
+        "logits": padded(logits, max(LENGTHS)),
+        "logits_bfloat16": padded(halved, max(LENGTHS)),
+        "tokens": padded(tokens, NEW_TOKENS).int(),
     }
 
 

@@ -40,8 +40,8 @@ LAYOUTS = [
     for scanned in (False, True)
     if not (scanned and name == "qwen3_moe_some")  # Its layers differ.
 ]
-KNOWN = ("llama", "gemma2", "qwen3_moe")
-# All layouts of these three in the default group, and of the others in the slow one.
+KNOWN = ("llama", "gemma2", "qwen3_moe", "phi3")
+# All layouts of these four in the default group, and of the others in the slow one.
 KNOWN_LAYOUTS = [
     layout
     if layout.values[0] in KNOWN
@@ -173,16 +173,14 @@ def test_decoder_config_ignores_generation() -> None:
         ("llama", {"hidden_act": "swishy"}, "activation 'swishy' is not implemented"),
         ("llama", {"rope_parameters": {"rope_type": "3d", "rope_theta": 1.0}}, "rope_type='3d'"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, r"lacks \['factor'\]"),
-        ("llama3", {"rope_parameters": {"rope_type": "llama3", "warp": 2}}, r"unknown .*'warp'"),
+        ("llama3", {"rope_parameters": {"rope_type": "llama3", "warp": 2}}, r"lacks \['factor'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config=.* not implemented"),
-        ("llama", {"residual_multiplier": 0.2}, "{'residual_multiplier': 0.2} is unknown"),
         ("llama", {"num_key_value_heads": 2}, "num_attention_heads=3 must be a multiple"),
         ("llama", {"head_dim": None, "hidden_size": 13}, "hidden_size=13 must be a multiple"),
         ("llama", {"hidden_size": 0}, "hidden_size=0 must be a positive integer"),
         ("llama", {"vocab_size": "44"}, "vocab_size='44' must be a positive integer"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"layer_types": ["full_attention"]}, "layer_types=.* must have 3 entries"),
-        ("phi3", {"rope_scaling": {"short_factor": [1.0]}}, None),  # rope_parameters come first.
         (
             "phi3",
             {"rope_parameters": {**raw("phi3")["rope_parameters"], "long_factor": [1.0]}},
@@ -190,15 +188,106 @@ def test_decoder_config_ignores_generation() -> None:
         ),
     ],
 )
-def test_decoder_config_unsupported_raises(
-    name: str, change: dict[str, Any], message: str | None
-) -> None:
-    changed = {**raw(name), **change}
-    if message is None:
-        assert decoder_config(changed) == decoder_config(raw(name))
-        return
+def test_decoder_config_unsupported_raises(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decoder_config(changed)
+        decoder_config({**raw(name), **change})
+
+
+def old(name: str, **changes: Any) -> dict[str, Any]:
+    return {**before_transformers_5(raw(name)), **changes}
+
+
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 6.0]}
+# Fields of one setting that differ.
+CONFLICTS: dict[str, dict[str, Any]] = {
+    "theta": {**raw("llama"), "rope_theta": 10.0},
+    "scaling": {**raw("phi3"), "rope_scaling": {"short_factor": [1.0, 1.4]}},
+    "type": old("llama", rope_scaling={"type": "linear", "rope_type": "llama3", "factor": 2.0}),
+    "partial": {**raw("phi3"), "partial_rotary_factor": 1.0},
+    "original": old("phi3", rope_scaling={**LONGROPE, "original_max_position_embeddings": 16}),
+    "local theta": {**raw("gemma3"), "rope_local_base_freq": 11.0},
+    "experts": {**raw("qwen3_moe"), "num_experts": 3, "num_local_experts": 4},
+    "activation": {**raw("gemma2"), "hidden_act": "silu"},
+    "first activation": {**raw("gemma"), "hidden_act": "gelu", "hidden_activation": "silu"},
+    "windows": {**raw("qwen2_sliding"), "use_sliding_window": False},
+    "first window": {**raw("qwen2_sliding"), "max_window_layers": 0},
+    "pattern": {**raw("gemma3"), "sliding_window_pattern": 3},
+    "no positions": {**raw("smollm3"), "no_rope_layer_interval": 3},
+}
+
+
+@pytest.mark.parametrize("case", CONFLICTS)
+def test_decoder_config_conflict_raises(case: str) -> None:
+    with pytest.raises(ValueError, match="two values of one setting. Keep the one"):
+        decoder_config(CONFLICTS[case])
+
+
+BAD_NUMBERS = [float("nan"), float("inf"), -1.0, 1e308, "4", [4], True]
+NUMBERS = [
+    *(("llama_linear", f"rope_parameters.{field}") for field in ("rope_theta", "factor")),
+    *(
+        ("llama3", f"rope_parameters.{field}")
+        for field in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+    ),
+    *(
+        ("qwen2", f"rope_parameters.{field}")
+        for field in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    ),
+    *(("phi3", f"rope_parameters.{field}") for field in ("partial_rotary_factor", "long_factor")),
+    *(
+        ("gemma2", field)
+        for field in (
+            *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+            *("rms_norm_eps", "sliding_window", "num_hidden_layers", "head_dim", "vocab_size"),
+        )
+    ),
+    ("qwen2_sliding", "max_window_layers"),
+    ("qwen3_moe", "num_experts_per_tok"),
+    ("qwen3_moe", "mlp_only_layers"),
+    ("gemma3", "sliding_window_pattern"),
+    ("smollm3", "no_rope_layers"),
+]
+
+
+@pytest.mark.parametrize(("name", "field"), NUMBERS)
+def test_decoder_config_bad_number_raises(name: str, field: str) -> None:
+    group, _, key = field.rpartition(".")
+    for value in BAD_NUMBERS:
+        config = raw(name)
+        (config[group] if group else config)[key] = value
+        with pytest.raises(ValueError, match=rf"config.json: .*{key}"):
+            decoder_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at most"),
+        ("llama", {"head_dim": 5}, "an even number"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e-30}}, "which float32 cannot rotate by"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters=.* must be an object"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters.full_att.* missing"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 must be at most 4"),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, "must be indices of the 2 layers"),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0 must be a positive"),
+        ("smollm3", {"no_rope_layers": [1, 1]}, "must have 3 entries"),
+        (
+            "llama3",
+            {"rope_parameters": {**raw("llama3")["rope_parameters"], "low_freq_factor": 4.0}},
+            "high_freq_factor=4.0 must be above",
+        ),
+    ],
+)
+def test_decoder_config_out_of_range_raises(
+    name: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_config({**raw(name), **change})
 
 
 def test_longrope_past_switch_uses_long_factors() -> None:
@@ -217,7 +306,7 @@ def test_longrope_past_switch_uses_long_factors() -> None:
     amplitude = np.sqrt(1 + np.log(2) / np.log(8))  # arXiv:2402.13753, as transformers has it
     for length, factors in ((8, [1, 1]), (9, [2, 5])):
         positions = np.arange(length)[None]
-        cos, sin = made.cos_sin(jnp.asarray(positions))
+        cos, sin = made.cos_sin(jnp.asarray(positions), jnp.full((1, length), length))
         angles = positions[..., None] * base / factors
         # Angles up to 9 in float32.
         np.testing.assert_allclose(cos, amplitude * np.cos(angles), atol=2e-6)
@@ -287,28 +376,68 @@ def test_attend_unsupported_raises() -> None:
 
 # Of these, phi3 turns with other frequencies past 8 tokens of one text.
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("llama", "gemma2"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("qwen3_moe", "gemma3", "smollm3", "phi3")
-        ),
-    ],
+    "name", ["llama", "gemma2", "phi3", *map(slow, ("qwen3_moe", "gemma3", "smollm3"))]
 )
 def test_decoder_packed_texts_are_separate(name: str) -> None:
     model, params = loaded(name)
     apply = jax.jit(model.apply)
     rng = np.random.default_rng(1)
-    first, other, second = rng.integers(3, 44, (3, 1, 6))
-    segments = jnp.array([[1] * 6 + [2] * 6])
+    (first, other), second = rng.integers(3, 44, (2, 1, 10)), rng.integers(3, 44, (1, 6))
+    segments = jnp.array([[1] * 10 + [2] * 6])
     packed = apply(params, np.concatenate([first, second], axis=1), segments)
     changed = apply(params, np.concatenate([other, second], axis=1), segments)
-    np.testing.assert_array_equal(packed[:, 6:], changed[:, 6:])
-    assert np.abs(packed[:, :6] - changed[:, :6]).max() > 0.1
+    np.testing.assert_array_equal(packed[:, 10:], changed[:, 10:])
+    assert np.abs(packed[:, :10] - changed[:, :10]).max() > 0.1
     # Alone, with positions of its own; sums in another order, so rounding differs.
     alone = apply(params, second)
-    np.testing.assert_allclose(packed[:, 6:], alone, atol=2e-5)
+    np.testing.assert_allclose(packed[:, 10:], alone, atol=2e-5)
+
+
+# Other frequencies past 8 tokens of a text (phi3), and windows of 5 and 4 tokens.
+@pytest.mark.parametrize("name", ["phi3", "mistral"])
+def test_decoder_row_is_same_among_longer(name: str) -> None:
+    model, params = loaded(name)
+    apply = jax.jit(model.apply)
+    rng = np.random.default_rng(2)
+    short, long = rng.integers(3, 44, (1, 4)), rng.integers(3, 44, (1, 12))
+    alone = apply(params, short)
+    for start in (0, 8):  # Padding on the right, and on the left.
+        ids = np.full((2, 12), 99)  # Padding may be any id.
+        mask = np.zeros((2, 12), np.int32)
+        ids[0, start : start + 4], mask[0, start : start + 4] = short, 1
+        ids[1], mask[1] = long, 1
+        among = apply(params, ids, mask)
+        # Sums in another order; logits are below 10.
+        np.testing.assert_allclose(among[:1, start : start + 4], alone, atol=2e-5)
+        np.testing.assert_allclose(among[1:], apply(params, long), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "scanned"), [slow("phi3", False), ("phi3", True), ("mistral", True)]
+)
+def test_decoder_steps_match_no_cache(name: str, scanned: bool) -> None:
+    """Texts of 3 and 6 tokens, padded on the right, grow to 9 and 12 tokens in a cache."""
+    model, params = loaded(name, scanned)
+    apply = jax.jit(model.apply)
+    texts = np.random.default_rng(3).integers(3, 44, (2, 12))
+    starts = np.array([[3], [6]])
+    mask = np.arange(6) < starts
+    ids = np.where(mask, texts[:, :6], 99)
+    cache = models.init_cache(model, 2, 12)
+    positions = np.broadcast_to(np.arange(6), (2, 6))
+    _, cache = apply(params, ids, mask.astype(np.int32), positions, cache)
+    stepped = []
+    for step in range(6):
+        new = np.take_along_axis(texts, starts + step, axis=1)
+        out, cache = apply(params, new, np.ones((2, 1), np.int32), starts + step, cache)
+        stepped.append(out[:, 0])
+    lengths = np.concatenate([starts + step + 1 for step in range(6)])  # (12, 1)
+    seen = (np.arange(12) < lengths).astype(np.int32)
+    whole = np.asarray(apply(params, np.tile(texts, (6, 1)), seen))
+    # Sums in another order; logits are below 10.
+    np.testing.assert_allclose(
+        np.concatenate(stepped), whole[np.arange(12), lengths[:, 0] - 1], atol=4e-5
+    )
 
 
 # --- the model as a function ----------------------------------------------------------------------
@@ -569,11 +698,12 @@ def test_lora_decoder_stays_factored(name: str, scanned: bool) -> None:
     assert np.abs(np.asarray(out)[seen] - logits(name, scanned)).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])  # The second computes its cache again.
 @pytest.mark.slow
-def test_generate_adapted_matches_merged() -> None:
-    model, params = loaded("gemma2", True)
+def test_generate_adapted_matches_merged(name: str) -> None:
+    model, params = loaded(name, True)
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
-    ids = expected("gemma2")["input_ids"][:1]
+    ids = expected(name)["input_ids"][:1, :6]
     adapter = lora.init(jax.random.key(0), params, ids)
     adapter = shifted(adapter)
     adapted = lambda p, *args: lora.apply(p[0], p[1], *args)
@@ -614,6 +744,23 @@ def test_sample_tokens_follows_probabilities() -> None:
     near(shares(), [1, 0, 0, 0])
 
 
+def test_generate_padding_may_be_any_id() -> None:
+    model, params = loaded("llama")
+    known = expected("llama")
+    ids = np.where(known["mask"], known["input_ids"], 99)
+    tokens = generate(model, params, ids, known["mask"], max_new_tokens=3).tokens
+    np.testing.assert_array_equal(tokens[:, :1], known["tokens"][:, :1])
+
+
+@pytest.mark.parametrize("value", [-1, [2, "3"], True, "2"])
+def test_eos_token_ids_invalid_raise(value: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert models.eos_token_ids(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id="):
+        models.eos_token_ids(tmp_path)
+
+
 def test_generate_second_prompt_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model, params = loaded("llama")
     ids = expected("llama")["input_ids"]
@@ -632,6 +779,13 @@ def test_generate_second_prompt_compiles_nothing(caplog: pytest.LogCaptureFixtur
         ({"attention_mask": np.array([[1, 1, 0], [0, 0, 0]])}, r"prompts \[1\] have no tokens"),
         ({"attention_mask": np.ones((2, 4))}, r"attention_mask has shape \(2, 4\)"),
         ({"sampling": SamplingParams(temperature=1.0)}, "needs a random key"),
+        (
+            {"input_ids": np.array([[3, 4], [5, 44]])},
+            r"input_ids\[1, 1\]=44 is outside",
+        ),
+        ({"input_ids": np.array([[3, -1]])}, r"input_ids\[0, 1\]=-1 is outside"),
+        ({"input_ids": np.array([[3, 2**32 + 3]])}, r"input_ids\[0, 1\]=4294967299 is outside"),
+        ({"input_ids": np.array([[3.0]])}, "input_ids must be integers, got float64"),
     ],
 )
 def test_generate_invalid_arguments_raise(change: dict[str, Any], message: str) -> None:
@@ -644,7 +798,15 @@ def test_generate_invalid_arguments_raise(change: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"eos_token_ids": (2, -1)},
+        {"pad_token_id": 0.5},
+    ],
 )
 def test_sampling_params_invalid_raise(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams.{next(iter(options))}="):
@@ -717,6 +879,17 @@ def test_load_other_tensors_raises_with_names(tmp_path: pathlib.Path) -> None:
         "lm_head.weight has dtype I32",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("llama", "num_hidden_layers"), ("qwen3_moe", "num_local_experts")]
+)
+def test_load_fewer_layers_raises_at_once(name: str, field: str, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(DATA / name, tmp_path / "copy")
+    # Of so many a model would not be built in this test's time.
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**raw(name), field: 1_000_000}))
+    with pytest.raises(ValueError, match=f"config.json: {field}=1000000, but the files .* only"):
+        load.load(tmp_path / "copy")
 
 
 def test_load_base_model_names(tmp_path: pathlib.Path) -> None:

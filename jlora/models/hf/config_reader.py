@@ -1,17 +1,21 @@
-"""Strict reader of a checkpoint's config.json.
+"""Reader of a checkpoint's config.json.
 
-A field that would change the outputs and is not implemented raises an error with its name. So does
-an unknown field, unless it is empty (null, false, 0, "", [], {}).
+Which fields matter is decided by the class that transformers has for the model type. A field that
+it reads is parsed, has no effect on the forward pass (`IGNORED_FIELDS`), or must have the only
+value that is implemented (`REQUIRED_VALUES`); any other value is an error with the field's name. A
+field that it does not read changes nothing in transformers either, and is ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from jlora._validation import is_positive_float32
 from jlora.models.layers import ACTIVATIONS
 
 # Fields that do not affect the forward pass of any model.
@@ -28,6 +32,7 @@ IGNORED_FIELDS = (
     "eos_token_id",
     "id2label",
     "initializer_range",
+    "is_encoder_decoder",
     "label2id",
     "length_penalty",
     "max_length",
@@ -35,6 +40,8 @@ IGNORED_FIELDS = (
     "num_beam_groups",
     "num_beams",
     "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
     "pad_token_id",
     "problem_type",
     "repetition_penalty",
@@ -59,6 +66,13 @@ REQUIRED_VALUES: dict[str, Any] = {
     "tie_encoder_decoder": False,
 }
 
+
+# The release of transformers whose config classes the parsers follow.
+_TRANSFORMERS_VERSION = (5, 23)
+
+MAX_LAYERS = 10_000  # A larger number in a config.json is an error of its writer.
+
+_MAX_INT = 2**31 - 1
 
 _COPY_FIELD = "Copy it from the checkpoint's original config.json."
 
@@ -100,24 +114,83 @@ class ConfigReader:
         value = self.config_dict.get(name)
         return default if value is None else value
 
-    def get_positive_int(self, name: str, default: int | None = None) -> int:
+    def get_same(self, *names: str) -> Any:
+        """Returns the value of a setting that has several names; None where it has none.
+
+        Raises:
+            ValueError: Two of the fields differ.
+        """
+        self.fields_read |= {*names}
+        values = {n: self.config_dict[n] for n in names if self.config_dict.get(n) is not None}
+        self.require_equal(values)
+        return next(iter(values.values()), None)
+
+    def require_equal(self, values: Mapping[str, Any]) -> None:
+        """Raises an error unless all sources of one setting, by name, have one value."""
+        for first, name in itertools.pairwise(values):
+            if values[first] != values[name]:
+                raise ValueError(
+                    f"{self.location}: {first}={values[first]!r} and {name}={values[name]!r} are "
+                    f"two values of one setting. Keep the one that the model was trained with."
+                )
+
+    def get_positive_int(
+        self, name: str, default: int | None = None, *, maximum: int = _MAX_INT
+    ) -> int:
         """Returns a field that must be a positive integer."""
         value = self.get(name, default)
         if type(value) is not int or value < 1:
             raise ValueError(
                 f"{self.location}: {name}={value!r} must be a positive integer. {_COPY_FIELD}"
             )
+        if value > maximum:
+            raise ValueError(
+                f"{self.location}: {name}={value} must be at most {maximum}. {_COPY_FIELD}"
+            )
         return value
 
     def get_float(self, name: str, default: float) -> float:
-        """Returns a field that must be a finite number of at least 0."""
+        """Returns a field that must be 0 or a positive number in the range of float32."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+        if type(value) not in (int, float) or not (value == 0 or is_positive_float32(value)):
             raise ValueError(
-                f"{self.location}: {name}={value!r} must be a finite number of at least 0. "
-                f"{_COPY_FIELD}"
+                f"{self.location}: {name}={value!r} must be a finite number of at least 0, in the "
+                f"range of float32. {_COPY_FIELD}"
             )
         return float(value)
+
+    def get_positive_float(self, name: str, default: float) -> float:
+        """Returns a field that must be a positive number in the range of float32."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not is_positive_float32(value):
+            raise ValueError(
+                f"{self.location}: {name}={value!r} must be a finite number above 0, in the range "
+                f"of float32. {_COPY_FIELD}"
+            )
+        return float(value)
+
+    def get_rate(self, name: str, default: float) -> float:
+        """Returns a field that must be a dropout rate: at least 0 and below 1."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise ValueError(
+                f"{self.location}: {name}={value!r} must be at least 0 and below 1. {_COPY_FIELD}"
+            )
+        return float(value)
+
+    def get_dict(self, name: str) -> dict[str, Any]:
+        """Returns a field that must be an object; empty where it is missing or null."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.location}: {name}={value!r} must be an object. {_COPY_FIELD}")
+        return dict(value)
+
+    def get_list(self, name: str, default: list[Any] | None = None) -> list[Any] | None:
+        """Returns a field that must be a list, or the default where it is missing or null."""
+        value = self.get(name, default)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{self.location}: {name}={value!r} must be a list. {_COPY_FIELD}")
+        return value
 
     def get_bool(self, name: str, default: bool) -> bool:
         """Returns a field that must be true or false."""
@@ -154,17 +227,20 @@ class ConfigReader:
             )
         return value
 
-    def reject_unread_fields(self) -> None:
-        """Raises an error for fields that were not read and are not empty."""
+    def warn_unread_fields(self) -> None:
+        """Warns of fields that were not read, if a newer transformers may know them."""
         empty = (None, False, 0, "", [], {})
-        unknown = {
-            name: value
+        unread = [
+            name
             for name, value in self.config_dict.items()
             if name not in self.fields_read and value not in empty
-        }
-        if unknown:
-            raise ValueError(
-                f"{self.location}: {unknown} is unknown to jlora and might change the model's "
-                f"outputs. If it does not, remove it from the config.json; otherwise jlora does "
-                f"not support this checkpoint."
+        ]
+        version = str(self.config_dict.get("transformers_version", ""))
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if unread and numbers > _TRANSFORMERS_VERSION:
+            warnings.warn(
+                f"{self.location}: {unread} are ignored: transformers "
+                f"{'.'.join(map(str, _TRANSFORMERS_VERSION))} does not read them, but the file is "
+                f"of transformers {version}. Compare the outputs with it once.",
+                stacklevel=2,
             )

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora.models.decoder_config import DecoderConfig, LayerKind, MoEConfig
-from jlora.models.hf.config_reader import REQUIRED_VALUES, ConfigReader, convert_to_value_error
+from jlora.models.hf.config_reader import (
+    MAX_LAYERS,
+    REQUIRED_VALUES,
+    ConfigReader,
+    convert_to_value_error,
+)
 from jlora.models.layers import ACTIVATIONS
 from jlora.models.rope import Rope, rope_from_config
 
-# Fields that do not affect the forward pass of a decoder, or that parsers read from `config_dict`.
+# Fields of transformers that do not affect the forward pass of a decoder, or only with others.
 _IGNORED_DECODER_FIELDS = (
     "_sliding_window_pattern",
-    "add_cross_attention",
     "attention_dropout",
     "embd_pdrop",
-    "hidden_dropout",
-    "is_decoder",
-    "is_encoder_decoder",
-    "layer_types",
-    "max_window_layers",
-    "num_local_experts",
     "output_router_logits",
-    "partial_rotary_factor",
     "pretraining_tp",
     "resid_pdrop",
-    "rope_interleaved",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
     "router_aux_loss_coef",
     "sliding_window",
-    "sliding_window_pattern",
-    "unsloth_fixed",
-    "unsloth_version",
-    "vocab_size",
 )
 
 
@@ -70,7 +60,7 @@ def decoder_config(config_dict: Mapping[str, Any], location: str = "config.json"
         reader.require_value(name, value)
     with convert_to_value_error(location):
         config = DECODER_PARSERS[model_type](reader)
-    reader.reject_unread_fields()
+    reader.warn_unread_fields()
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"{location}: num_attention_heads={config.num_heads} must be a multiple of "
@@ -112,15 +102,24 @@ def _parse_common_fields(reader: ConfigReader, **overrides: Any) -> dict[str, An
     return {**defaults, **overrides}
 
 
+def _num_layers(reader: ConfigReader) -> int:
+    return reader.get_positive_int("num_hidden_layers", maximum=MAX_LAYERS)
+
+
 def _parse_rope(
     reader: ConfigReader,
     head_dim: int,
     default_theta: float = 10_000.0,
+    *,
     layer_type: str | None = None,
+    theta_name: str = "rope_theta",
+    scaling_name: str = "rope_scaling",
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Rope:
     """Returns the rotary positions of a config.json of transformers 5 or earlier.
 
-    Transformers 5 has `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`.
+    Transformers 5 has `rope_parameters`, earlier releases `rope_theta`, `rope_scaling` and others.
+    Where a setting is in several of them, they have to be equal.
 
     Args:
         reader: Reader of the config.json.
@@ -128,25 +127,46 @@ def _parse_rope(
         default_theta: Base of the frequencies where the config.json has none.
         layer_type: Key of `rope_parameters` where layer types have separate sets of parameters.
             None: there is one set.
+        theta_name: Field of earlier releases with the base of the frequencies.
+        scaling_name: Field of earlier releases with the other parameters. Empty: there is none.
+        aliases: Other names of the rope types.
     """
-    parameters = dict(reader.config_dict.get("rope_parameters") or {})
-    if layer_type is not None:
-        parameters = dict(parameters.get(layer_type) or {})
-    parameters = {**(reader.config_dict.get("rope_scaling") or {}), **parameters}
-    theta = reader.config_dict.get("rope_theta")
-    parameters.setdefault("rope_theta", default_theta if theta is None else theta)
-    partial_rotary_factor = reader.config_dict.get("partial_rotary_factor")
-    if partial_rotary_factor is not None:
-        parameters.setdefault("partial_rotary_factor", partial_rotary_factor)
-    return _rope_from_parameters(reader, parameters, head_dim)
-
-
-def _rope_from_parameters(
-    reader: ConfigReader, parameters: Mapping[str, Any], head_dim: int
-) -> Rope:
+    parameters = reader.get_dict("rope_parameters")
+    location = "rope_parameters"
+    if layer_type is not None and parameters:
+        location = f"rope_parameters.{layer_type}"
+        if not isinstance(parameters.get(layer_type), dict):
+            raise ValueError(
+                f"{reader.location}: {location} is missing. rope_parameters must have an object "
+                f"for each type of layers."
+            )
+        parameters = dict(parameters[layer_type])
+    sources = {location: parameters}
+    if scaling_name:
+        sources[scaling_name] = reader.get_dict(scaling_name)
+    # Settings by name, with the value in each place that has one.
+    settings: dict[str, dict[str, Any]] = {}
+    for place, values in sources.items():
+        for name, value in values.items():
+            if name in ("type", "rope_type") and isinstance(value, str):
+                value = aliases.get(value, value)
+            if value is not None:
+                setting = "rope_type" if name == "type" else name
+                settings.setdefault(setting, {})[f"{place}.{name}"] = value
+    for name, setting in (
+        (theta_name, "rope_theta"),
+        ("partial_rotary_factor", "partial_rotary_factor"),
+        ("original_max_position_embeddings", "original_max_position_embeddings"),
+    ):
+        value = reader.get(name, None)
+        if value is not None:
+            settings.setdefault(setting, {})[name] = value
+    for values in settings.values():
+        reader.require_equal(values)
+    merged = {name: next(iter(values.values())) for name, values in settings.items()}
     try:
         return rope_from_config(
-            parameters,
+            {"rope_theta": default_theta, **merged},
             head_dim=head_dim,
             max_position_embeddings=reader.get_positive_int("max_position_embeddings"),
         )
@@ -158,7 +178,7 @@ def _uniform_layers(reader: ConfigReader, kind: LayerKind) -> dict[str, Any]:
     """Returns the fields of layers that are all of one kind."""
     return {
         "layer_kinds": (kind,),
-        "layer_kind_ids": (0,) * reader.get_positive_int("num_hidden_layers"),
+        "layer_kind_ids": (0,) * _num_layers(reader),
     }
 
 
@@ -166,7 +186,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _full_and_sliding_layers(
-    reader: ConfigReader, ropes: Mapping[str, Rope], layer_types: list[str]
+    reader: ConfigReader, ropes: Mapping[str, Rope], layer_types: list[str], *, given: bool
 ) -> dict[str, Any]:
     """Returns the fields of layers with full attention or a sliding window.
 
@@ -174,20 +194,32 @@ def _full_and_sliding_layers(
         reader: Reader of the config.json.
         ropes: Rotary positions of each layer type.
         layer_types: Types of the layers, unless the config.json has a field `layer_types`.
+        given: `layer_types` follows from other fields of the config.json, which then have to agree
+            with its `layer_types`.
     """
-    num_layers = reader.get_positive_int("num_hidden_layers")
-    layer_types = list(reader.config_dict.get("layer_types") or layer_types)
-    if len(layer_types) != num_layers or not set(layer_types) <= {_FULL, _SLIDING}:
-        raise ValueError(
-            f"{reader.location}: layer_types={layer_types} must have {num_layers} entries, each "
-            f"{_FULL!r} or {_SLIDING!r}."
-        )
+    layer_types = _parse_layer_types(reader, layer_types, given=given)
     used = [layer_type for layer_type in (_FULL, _SLIDING) if layer_type in layer_types]
     windows = {_SLIDING: reader.get_positive_int("sliding_window")} if _SLIDING in used else {}
     return {
         "layer_kinds": tuple(LayerKind(window=windows.get(t), rope=ropes[t]) for t in used),
         "layer_kind_ids": tuple(used.index(layer_type) for layer_type in layer_types),
     }
+
+
+def _parse_layer_types(reader: ConfigReader, default: list[str], *, given: bool) -> list[str]:
+    """Returns the field `layer_types`, or else the default; arguments as above."""
+    layer_types = reader.get_list("layer_types")
+    if not layer_types:
+        return default
+    if len(layer_types) != len(default) or not all(t in (_FULL, _SLIDING) for t in layer_types):
+        raise ValueError(
+            f"{reader.location}: layer_types={layer_types} must have {len(default)} entries, each "
+            f"{_FULL!r} or {_SLIDING!r}."
+        )
+    if given:
+        other = "the layer types that follow from the other fields about windows"
+        reader.require_equal({"layer_types": layer_types, other: default})
+    return layer_types
 
 
 def _parse_llama(reader: ConfigReader) -> DecoderConfig:
@@ -212,12 +244,22 @@ def _parse_mistral(reader: ConfigReader) -> DecoderConfig:
 def _parse_qwen_fields(reader: ConfigReader, **overrides: Any) -> DecoderConfig:
     common = _parse_common_fields(reader, **overrides)
     rope = _parse_rope(reader, common["head_dim"])
-    num_layers = reader.get_positive_int("num_hidden_layers")
-    first_sliding = reader.config_dict.get("max_window_layers", 28)
+    first_sliding = reader.get("max_window_layers", 28)
+    if type(first_sliding) is not int or first_sliding < 0:
+        raise ValueError(
+            f"{reader.location}: max_window_layers={first_sliding!r} must be an integer of at "
+            f"least 0. Copy it from the checkpoint's original config.json."
+        )
     use_window = reader.get_bool("use_sliding_window", False)
-    types = [_SLIDING if use_window and i >= first_sliding else _FULL for i in range(num_layers)]
+    layer_types = [
+        _SLIDING if use_window and i >= first_sliding else _FULL for i in range(_num_layers(reader))
+    ]
+    given = reader.config_dict.get("use_sliding_window") is not None and not (
+        use_window and reader.config_dict.get("max_window_layers") is None
+    )
+    ropes = {_FULL: rope, _SLIDING: rope}
     return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, {_FULL: rope, _SLIDING: rope}, types)
+        **common, **_full_and_sliding_layers(reader, ropes, layer_types, given=given)
     )
 
 
@@ -231,16 +273,23 @@ def _parse_qwen3(reader: ConfigReader) -> DecoderConfig:
 
 
 def _parse_qwen3_moe(reader: ConfigReader) -> DecoderConfig:
-    num_layers = reader.get_positive_int("num_hidden_layers")
+    num_layers = _num_layers(reader)
     moe_step = reader.get_positive_int("decoder_sparse_step", 1)
-    dense_layers = reader.get("mlp_only_layers", [])
+    dense_layers = reader.get_list("mlp_only_layers", []) or []
+    if not all(type(i) is int and 0 <= i < num_layers for i in dense_layers):
+        raise ValueError(
+            f"{reader.location}: mlp_only_layers={dense_layers} must be indices of the "
+            f"{num_layers} layers, from 0. Copy it from the checkpoint's original config.json."
+        )
     moe_layers = [i for i in range(num_layers) if i not in dense_layers and (i + 1) % moe_step == 0]
     bias = reader.get_bool("attention_bias", False)
+    names = ("num_experts", "num_local_experts")
+    reader.get_same(*names)
+    name = next((name for name in names if reader.get(name, None) is not None), names[0])
+    num_experts = reader.get_positive_int(name, 128, maximum=MAX_LAYERS)
     moe = MoEConfig(
-        num_experts=reader.get_positive_int(
-            "num_experts", reader.config_dict.get("num_local_experts", 128)
-        ),
-        num_experts_per_tok=reader.get_positive_int("num_experts_per_tok", 8),
+        num_experts=num_experts,
+        num_experts_per_tok=reader.get_positive_int("num_experts_per_tok", 8, maximum=num_experts),
         intermediate_size=reader.get_positive_int("moe_intermediate_size", 768),
         norm_topk_prob=reader.get_bool("norm_topk_prob", False),
     )
@@ -276,22 +325,37 @@ def _parse_gemma_fields(reader: ConfigReader, **overrides: Any) -> dict[str, Any
     )
 
 
+def _parse_gemma_activation(reader: ConfigReader, default: str | None = None) -> str:
+    """Returns the activation, which has one name in the first releases and another in later ones.
+
+    In the first releases, "gelu" stands for its approximation by a tanh.
+
+    Args:
+        reader: Reader of the config.json.
+        default: Value of `hidden_activation` where it is missing. None: that of `hidden_act`.
+    """
+    names = {
+        "hidden_activation": reader.get("hidden_activation", default),
+        "hidden_act": reader.get("hidden_act", None),
+    }
+    tanh = "gelu_pytorch_tanh"
+    values = {n: tanh if name == "gelu" else name for n, name in names.items() if name is not None}
+    reader.require_equal(values)
+    return next(iter(values.values()), tanh)
+
+
 def _parse_gemma(reader: ConfigReader) -> DecoderConfig:
-    # In the first releases, "gelu" stands for its approximation by a tanh.
-    name = reader.get("hidden_activation", None) or reader.get("hidden_act", "gelu_pytorch_tanh")
-    activation = "gelu_pytorch_tanh" if name == "gelu" else name
-    common = _parse_gemma_fields(reader, activation=activation)
+    common = _parse_gemma_fields(reader, activation=_parse_gemma_activation(reader))
     kind = LayerKind(rope=_parse_rope(reader, common["head_dim"]))
     return DecoderConfig(**common, **_uniform_layers(reader, kind))
 
 
 def _parse_gemma2_fields(reader: ConfigReader, **overrides: Any) -> dict[str, Any]:
-    reader.get("hidden_act", None)  # Marked as read: these models use hidden_activation instead.
     return _parse_gemma_fields(
         reader,
-        activation=reader.get("hidden_activation", "gelu_pytorch_tanh"),
+        activation=_parse_gemma_activation(reader, "gelu_pytorch_tanh"),
         post_norms=True,
-        query_scale=reader.get_float("query_pre_attn_scalar", 256) ** -0.5,
+        query_scale=reader.get_positive_float("query_pre_attn_scalar", 256) ** -0.5,
         **overrides,
     )
 
@@ -299,8 +363,9 @@ def _parse_gemma2_fields(reader: ConfigReader, **overrides: Any) -> dict[str, An
 def _parse_softcap(reader: ConfigReader, name: str, default: float | None) -> float | None:
     """Returns a soft cap; null in the config.json means no cap, unlike a missing field."""
     reader.fields_read.add(name)
-    value = reader.config_dict.get(name, default)
-    return None if value is None else float(value)
+    if default is None or name in reader.config_dict:
+        return None if reader.get(name, None) is None else reader.get_positive_float(name, 1.0)
+    return default
 
 
 def _parse_gemma2(reader: ConfigReader) -> DecoderConfig:
@@ -310,10 +375,10 @@ def _parse_gemma2(reader: ConfigReader) -> DecoderConfig:
         logit_softcap=_parse_softcap(reader, "final_logit_softcapping", 30.0),
     )
     rope = _parse_rope(reader, common["head_dim"])
-    num_layers = reader.get_positive_int("num_hidden_layers")
-    types = [_FULL if i % 2 else _SLIDING for i in range(num_layers)]
+    layer_types = [_FULL if i % 2 else _SLIDING for i in range(_num_layers(reader))]
+    ropes = {_FULL: rope, _SLIDING: rope}
     return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, {_FULL: rope, _SLIDING: rope}, types)
+        **common, **_full_and_sliding_layers(reader, ropes, layer_types, given=False)
     )
 
 
@@ -324,40 +389,32 @@ def _parse_gemma3(reader: ConfigReader) -> DecoderConfig:
         attention_softcap=_parse_softcap(reader, "attn_logit_softcapping", None),
         logit_softcap=_parse_softcap(reader, "final_logit_softcapping", None),
     )
-    head_dim, parameters = common["head_dim"], reader.config_dict.get("rope_parameters") or {}
-    local = dict(parameters.get(_SLIDING) or {})
-    local.setdefault("rope_theta", reader.get("rope_local_base_freq", 10_000.0))
+    head_dim = common["head_dim"]
     ropes = {
-        _FULL: _parse_rope(reader, head_dim, 1_000_000.0, _FULL),
-        _SLIDING: _rope_from_parameters(reader, local, head_dim),
+        _FULL: _parse_rope(reader, head_dim, 1_000_000.0, layer_type=_FULL),
+        _SLIDING: _parse_rope(
+            reader,
+            head_dim,
+            layer_type=_SLIDING,
+            theta_name="rope_local_base_freq",
+            scaling_name="",
+        ),
     }
-    pattern = reader.config_dict.get("sliding_window_pattern") or 6
-    num_layers = reader.get_positive_int("num_hidden_layers")
-    types = [_SLIDING if (i + 1) % pattern else _FULL for i in range(num_layers)]
-    return DecoderConfig(**common, **_full_and_sliding_layers(reader, ropes, types))
+    given = reader.config_dict.get("sliding_window_pattern") is not None
+    pattern = reader.get_positive_int("sliding_window_pattern", 6)
+    layer_types = [_SLIDING if (i + 1) % pattern else _FULL for i in range(_num_layers(reader))]
+    return DecoderConfig(
+        **common, **_full_and_sliding_layers(reader, ropes, layer_types, given=given)
+    )
 
 
 def _parse_phi3(reader: ConfigReader) -> DecoderConfig:
     common = _parse_common_fields(
         reader, fused_projections=True, norm_eps=reader.get_float("rms_norm_eps", 1e-5)
     )
-    scaling = {
-        **(reader.config_dict.get("rope_scaling") or {}),
-        **(reader.config_dict.get("rope_parameters") or {}),
-    }
-    original = reader.get("original_max_position_embeddings", None)
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type in ("su", "yarn"):  # Names of longrope in the first releases.
-        rope_type = "longrope"
-    parameters = {**scaling, "rope_type": rope_type}
-    parameters.pop("type", None)
-    for name, value in (
-        ("rope_theta", reader.config_dict.get("rope_theta") or 10_000.0),
-        ("partial_rotary_factor", reader.config_dict.get("partial_rotary_factor") or 1.0),
-        ("original_max_position_embeddings", original),
-    ):
-        parameters.setdefault(name, value)
-    rope = _rope_from_parameters(reader, parameters, common["head_dim"])
+    # Names of longrope in the first releases.
+    aliases = {"su": "longrope", "yarn": "longrope"}
+    rope = _parse_rope(reader, common["head_dim"], aliases=aliases)
     window = reader.get_optional_int("sliding_window", None)
     return DecoderConfig(**common, **_uniform_layers(reader, LayerKind(window=window, rope=rope)))
 
@@ -366,23 +423,32 @@ def _parse_smollm3(reader: ConfigReader) -> DecoderConfig:
     common = _parse_common_fields(
         reader, tie_word_embeddings=reader.get_bool("tie_word_embeddings", True)
     )
-    num_layers = reader.get_positive_int("num_hidden_layers")
+    num_layers = _num_layers(reader)
     interval = reader.get_positive_int("no_rope_layer_interval", 4)
     # In spite of its name, no_rope_layers has 1 for layers with rotary positions, and 0 without.
-    has_rope = reader.get("no_rope_layers", None)
-    if has_rope is None:
-        has_rope = [bool((i + 1) % interval) for i in range(num_layers)]
+    derived = [int((i + 1) % interval != 0) for i in range(num_layers)]
+    has_rope = reader.get_list("no_rope_layers", derived) or []
+    if len(has_rope) != num_layers or not all(flag in (0, 1) for flag in has_rope):
+        raise ValueError(
+            f"{reader.location}: no_rope_layers={has_rope} must have {num_layers} entries, 1 for "
+            f"layers with rotary positions and 0 for others."
+        )
+    if reader.get("no_rope_layer_interval", None) is not None:
+        other = f"the list of no_rope_layer_interval={interval}"
+        reader.require_equal({"no_rope_layers": [int(flag) for flag in has_rope], other: derived})
     rope = _parse_rope(reader, common["head_dim"], 2_000_000.0)
     use_window = reader.get_bool("use_sliding_window", False)
-    types = reader.config_dict.get("layer_types") or [
-        _SLIDING if use_window and not layer_has_rope else _FULL for layer_has_rope in has_rope
-    ]
+    layer_types = _parse_layer_types(
+        reader,
+        [_SLIDING if use_window and not layer_has_rope else _FULL for layer_has_rope in has_rope],
+        given=reader.config_dict.get("use_sliding_window") is not None,
+    )
     layers = [
         LayerKind(
             window=reader.get_positive_int("sliding_window") if layer_type == _SLIDING else None,
             rope=rope if layer_has_rope else None,
         )
-        for layer_type, layer_has_rope in zip(types, has_rope, strict=True)
+        for layer_type, layer_has_rope in zip(layer_types, has_rope, strict=True)
     ]
     kinds = list(dict.fromkeys(layers))
     bias = reader.get_bool("attention_bias", False)

@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from jlora.models.encoder import EncoderConfig
-from jlora.models.hf.config_reader import REQUIRED_VALUES, ConfigReader
+from jlora.models.hf.config_reader import (
+    MAX_LAYERS,
+    REQUIRED_VALUES,
+    ConfigReader,
+    convert_to_value_error,
+)
 from jlora.models.vit import ViTConfig
 
 HeadType = Literal["none", "sequence", "tokens", "image"]
@@ -32,27 +37,13 @@ _IMAGE_HEADS: dict[str, HeadType] = {
     "ForImageClassification": "image",
 }
 
-# Fields that do not affect the forward pass of an encoder, or that parsers read from `config_dict`.
+# Fields of transformers that do not affect the forward pass of an encoder.
 _IGNORED_ENCODER_FIELDS = (
-    "_num_labels",
-    "directionality",
     "encoder_stride",
-    "finetuning_task",
-    "gradient_checkpointing",
     "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "output_past",
-    "pooler_fc_size",
-    "pooler_num_attention_heads",
-    "pooler_num_fc_layers",
-    "pooler_size_per_head",
-    "pooler_type",
+    "pooler_act",
     "qa_dropout",
-    "sbert_ce_default_activation_function",
-    "sentence_transformers",
     "sinusoidal_pos_embds",  # Their values are in the checkpoint.
-    "tie_weights_",
     "tie_word_embeddings",
 )
 
@@ -101,8 +92,8 @@ def vit_config(
 def _parse_encoder_config(
     config_dict: Mapping[str, Any], location: str, parsers: Mapping[str, Any], has_pooler: bool
 ) -> Any:
-    model_type = config_dict.get("model_type", "")
-    if model_type not in parsers:
+    model_type = config_dict.get("model_type")
+    if not isinstance(model_type, str) or model_type not in parsers:
         raise ValueError(
             f"{location}: model_type={model_type!r} is not implemented, must be one of "
             f"{sorted(parsers)}."
@@ -110,8 +101,9 @@ def _parse_encoder_config(
     reader = ConfigReader(config_dict, location, _IGNORED_ENCODER_FIELDS)
     for name, value in _ENCODER_REQUIRED_VALUES.items():
         reader.require_value(name, value)
-    config = parsers[model_type](reader, has_pooler)
-    reader.reject_unread_fields()
+    with convert_to_value_error(location):
+        config = parsers[model_type](reader, has_pooler)
+    reader.warn_unread_fields()
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"{location}: the width {config.hidden_size} (hidden_size or dim) must be a multiple "
@@ -142,8 +134,14 @@ def _parse_head_type(
 
 def _parse_num_labels(reader: ConfigReader) -> int:
     """Returns the number of classes of a head; two by default, as in transformers."""
-    labels = reader.get("id2label", {})
-    return len(labels) if labels else reader.get_positive_int("num_labels", 2)
+    counts: dict[str, int] = {}
+    if reader.get_dict("id2label"):
+        counts["the number of labels in id2label"] = len(reader.get_dict("id2label"))
+    for name in ("num_labels", "_num_labels"):
+        if reader.get(name, None) is not None:
+            counts[name] = reader.get_positive_int(name)
+    reader.require_equal(counts)
+    return next(iter(counts.values()), 2)
 
 
 def _parse_bert(
@@ -151,25 +149,25 @@ def _parse_bert(
 ) -> EncoderConfig:
     """Parses BERT: a pooler, and a head on it or on each token."""
     head = _parse_head_type(reader, class_prefix, _TEXT_HEADS)
-    dropout = reader.get_float("hidden_dropout_prob", 0.1)
+    dropout = reader.get_rate("hidden_dropout_prob", 0.1)
     uses_pooler = head == "sequence" or (head == "none" and has_pooler)
     config = {
         "vocab_size": reader.get_positive_int("vocab_size"),
         "hidden_size": reader.get_positive_int("hidden_size"),
         "intermediate_size": reader.get_positive_int("intermediate_size"),
-        "num_layers": reader.get_positive_int("num_hidden_layers"),
+        "num_layers": reader.get_positive_int("num_hidden_layers", maximum=MAX_LAYERS),
         "num_heads": reader.get_positive_int("num_attention_heads"),
         "max_position_embeddings": reader.get_positive_int("max_position_embeddings"),
         "type_vocab_size": reader.get_positive_int("type_vocab_size", 2),
         "activation": reader.get_activation("hidden_act", "gelu"),
         "norm_eps": reader.get_float("layer_norm_eps", 1e-12),
         "dropout": dropout,
-        "attention_dropout": reader.get_float("attention_probs_dropout_prob", 0.1),
+        "attention_dropout": reader.get_rate("attention_probs_dropout_prob", 0.1),
         "output_dropout": dropout,
         "pooler_activation": "tanh" if uses_pooler else None,
         "num_labels": None if head == "none" else _parse_num_labels(reader),
         "is_token_classifier": head == "tokens",
-        "classifier_dropout": reader.get_float("classifier_dropout", dropout),
+        "classifier_dropout": reader.get_rate("classifier_dropout", dropout),
     }
     return EncoderConfig(model_type=reader.config_dict["model_type"], **{**config, **overrides})
 
@@ -197,21 +195,27 @@ def _parse_xlm_roberta(reader: ConfigReader, has_pooler: bool) -> EncoderConfig:
 
 def _parse_distilbert(reader: ConfigReader, has_pooler: bool) -> EncoderConfig:
     """Parses DistilBERT: no token types, and a head with a dense layer."""
+    for name, alias in (
+        ("dim", "hidden_size"),
+        ("n_heads", "num_attention_heads"),
+        ("n_layers", "num_hidden_layers"),
+    ):
+        reader.get_same(name, alias)
     head = _parse_head_type(reader, "DistilBert", _TEXT_HEADS)
-    dropout = reader.get_float("dropout", 0.1)
-    sequence_dropout = reader.get_float("seq_classif_dropout", 0.2)
+    dropout = reader.get_rate("dropout", 0.1)
+    sequence_dropout = reader.get_rate("seq_classif_dropout", 0.2)
     return EncoderConfig(
         model_type=reader.config_dict["model_type"],
         vocab_size=reader.get_positive_int("vocab_size"),
         hidden_size=reader.get_positive_int("dim"),
         intermediate_size=reader.get_positive_int("hidden_dim"),
-        num_layers=reader.get_positive_int("n_layers"),
+        num_layers=reader.get_positive_int("n_layers", maximum=MAX_LAYERS),
         num_heads=reader.get_positive_int("n_heads"),
         max_position_embeddings=reader.get_positive_int("max_position_embeddings"),
         type_vocab_size=0,
         activation=reader.get_activation("activation", "gelu"),
         dropout=dropout,
-        attention_dropout=reader.get_float("attention_dropout", 0.1),
+        attention_dropout=reader.get_rate("attention_dropout", 0.1),
         output_dropout=0.0,
         pooler_activation="relu" if head == "sequence" else None,
         num_labels=None if head == "none" else _parse_num_labels(reader),
@@ -232,13 +236,13 @@ def _parse_vit(reader: ConfigReader, has_pooler: bool) -> ViTConfig:
         num_channels=reader.get_positive_int("num_channels", 3),
         hidden_size=hidden_size,
         intermediate_size=reader.get_positive_int("intermediate_size"),
-        num_layers=reader.get_positive_int("num_hidden_layers"),
+        num_layers=reader.get_positive_int("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=reader.get_positive_int("num_attention_heads"),
-        qkv_bias=bool(reader.get("qkv_bias", True)),
+        qkv_bias=reader.get_bool("qkv_bias", True),
         activation=reader.get_activation("hidden_act", "gelu"),
         norm_eps=reader.get_float("layer_norm_eps", 1e-12),
-        dropout=reader.get_float("hidden_dropout_prob", 0.0),
-        attention_dropout=reader.get_float("attention_probs_dropout_prob", 0.0),
+        dropout=reader.get_rate("hidden_dropout_prob", 0.0),
+        attention_dropout=reader.get_rate("attention_probs_dropout_prob", 0.0),
         pooler_activation=pooler_activation if uses_pooler else None,
         pooler_output_size=pooler_output_size if uses_pooler else 0,
         num_labels=None if head == "none" else _parse_num_labels(reader),

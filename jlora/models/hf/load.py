@@ -284,17 +284,19 @@ def eos_token_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
         >>> models.eos_token_ids(folder)
         (2, 7)
     """
-    token_ids: list[Any] = []
-    for name in ("config.json", "generation_config.json"):
+    for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        value = read_json(path).get("eos_token_id", token_ids) if path.is_file() else token_ids
-        token_ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and token >= 0 for token in token_ids):
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        if value is None:
+            continue
+        token_ids = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in token_ids):
             raise ValueError(
-                f"{path}: eos_token_id={value!r:.200} must be a token id, or a list of them. Copy "
-                f"the file again from its source."
+                f"{path}: eos_token_id={value!r:.200} must be a token id or a list of "
+                f"them. Copy it from the checkpoint's original files."
             )
-    return tuple(token_ids)
+        return tuple(token_ids)
+    return ()
 
 
 def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
@@ -351,6 +353,7 @@ def read_checkpoint_format(
         )
     axis_sizes = [size for header in reader.headers.values() for size in header.shape]
     _check_declared_sizes(path, config_dict, len(reader.headers), max(axis_sizes, default=0))
+    _check_numbers_of_layers(config_dict, path, reader)
     return _FORMAT_BUILDERS[model_type](config_dict, str(path), reader, options)
 
 
@@ -377,6 +380,29 @@ def _check_declared_sizes(
                 raise ValueError(
                     f"{path}: {name}={value} is more than the {limit} {meaning}. Use files that "
                     f"one `save_pretrained` wrote."
+                )
+
+
+# Fields of a config.json that count layers or experts, with the names of their tensors.
+_COUNTED_TENSORS = (
+    (("num_hidden_layers", "n_layers"), re.compile(r"(?:^|\.)layers?\.(\d+)\.")),
+    (("num_experts", "num_local_experts"), re.compile(r"\.experts\.(\d+)\.")),
+)
+
+
+def _check_numbers_of_layers(
+    config_dict: Mapping[str, Any], path: Path, reader: CheckpointReader
+) -> None:
+    """Raises an error for more layers or experts than the files hold, before a model of them."""
+    for names, pattern in _COUNTED_TENSORS:
+        indices = {int(match[1]) for key in reader.headers if (match := pattern.search(key))}
+        for name in names:
+            count = config_dict.get(name)
+            if type(count) is int and indices and count > max(indices) + 1:
+                raise ValueError(
+                    f"{path}: {name}={count}, but the files of the checkpoint hold only "
+                    f"{max(indices) + 1}. Use a config.json and files that one `save_pretrained` "
+                    f"wrote."
                 )
 
 
