@@ -12,8 +12,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint, read_json
 
 # Fields of config.json that describe the file and not the model.
@@ -90,5 +88,5 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _hash_tensor(reader: CheckpointReader, name: str) -> str:
     header = reader.headers[name]
     digest = hashlib.sha256(f"{header.dtype} {header.shape} ".encode())
-    digest.update(np.ascontiguousarray(reader.read(name)).reshape(-1).view(np.uint8))
+    digest.update(reader.read_bytes(name))
     return digest.hexdigest()

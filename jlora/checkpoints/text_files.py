@@ -127,14 +127,3 @@ def _mentions(message: str, path: str | Path) -> bool:
     """Returns whether a message names a file, or another one of its folder."""
     folder = str(Path(path).parent)
     return Path(path).name in message or (folder != "." and f"{folder}{os.sep}" in message)
-
-
-def escape_control_characters(text: str) -> str:
-    r"""Returns a text for a terminal, in which control characters have the form `\x1b`.
-
-    Names in files can contain commands to the terminal. Line breaks and tabs are kept.
-    """
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
-        for letter in text
-    )

@@ -18,11 +18,11 @@ from jlora.checkpoints.safetensors_io import (
     open_safetensors,
 )
 from jlora.checkpoints.text_files import (
-    escape_control_characters,
     name_file_in_errors,
     parse_json,
     read_json,
 )
+from jlora.cli.terminal import escape_control_characters
 from jlora.peft.config import CONFIG_NAME, read_peft_config
 from jlora.peft.load import KEY_PREFIX, SAFETENSORS_WEIGHTS_NAME
 

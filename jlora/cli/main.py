@@ -14,8 +14,8 @@ from typing import Any
 import jlora
 from jlora import cli
 from jlora._docstrings import parse_attribute_docs
-from jlora.checkpoints.text_files import escape_control_characters
 from jlora.cli import export, generate, inspect, merge, rank_search, train
+from jlora.cli.terminal import escape_control_characters
 
 _CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "format": export.FORMATS}
 

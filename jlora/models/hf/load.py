@@ -351,9 +351,9 @@ def read_checkpoint_format(
             f"{path}: model_type={model_type!r} is not implemented, must be one of "
             f"{sorted(_FORMAT_BUILDERS)}."
         )
+    _check_numbers_of_layers(config_dict, path, reader)
     axis_sizes = [size for header in reader.headers.values() for size in header.shape]
     _check_declared_sizes(path, config_dict, len(reader.headers), max(axis_sizes, default=0))
-    _check_numbers_of_layers(config_dict, path, reader)
     return _FORMAT_BUILDERS[model_type](config_dict, str(path), reader, options)
 
 
