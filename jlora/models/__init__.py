@@ -16,11 +16,12 @@ from jlora.models.hf.load import (
     model_from_config,
 )
 from jlora.models.hf.save import save
-from jlora.models.hf.target_names import find_target_pattern
+from jlora.models.hf.target_names import ALL_LINEAR_PATTERN, find_target_pattern
 from jlora.models.hf.weight_mapping import make_tensor_getter, single_tensor_weight
 from jlora.models.vit import ViT, ViTConfig
 
 __all__ = [
+    "ALL_LINEAR_PATTERN",
     "Decoder",
     "DecoderConfig",
     "Encoder",

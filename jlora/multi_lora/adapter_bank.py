@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jlora import _tree
 from jlora._tree import PyTree
@@ -460,8 +461,8 @@ def _refuse_trace(caller: str, *trees: Any) -> None:
     Raises:
         TypeError: An operation would be traced now, or an array of the trees is.
     """
-    tracers = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.core.Tracer)]
-    if tracers or isinstance(jnp.zeros(()), jax.core.Tracer):
+    tracers = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, Tracer)]
+    if tracers or isinstance(jnp.zeros(()), Tracer):
         raise TypeError(
             f"{caller} was called inside a traced function (jax.jit, vmap, grad, scan): the "
             f"program would keep the adapters of this call. Call slots, index = "

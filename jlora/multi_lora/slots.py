@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -397,4 +398,4 @@ def set_slot(slots: Slots, index: Any, factors: Mapping[str, PaddedFactors]) -> 
     return result
 
 
-copy_and_set_slot = jax.jit(set_slot.__wrapped__)  # The given slots stay usable.
+copy_and_set_slot = jax.jit(inspect.unwrap(set_slot))  # The given slots stay usable.

@@ -41,7 +41,7 @@ class SearchTimeoutError(Exception):
     """Raised when a trial would have to start after the timeout of a search."""
 
 
-def get_target_patterns(recipe: Recipe) -> dict[str, str | None]:
+def get_target_patterns(recipe: Recipe) -> dict[str, str | list[str] | None]:
     """Returns the target modules of a search by name, those of the recipe first."""
     pattern = recipe.adapter.target_pattern
     if pattern is None:

@@ -168,7 +168,7 @@ def _write_export_folders(
 ) -> None:
     options, output = recipe.export, Path(recipe.output)
     layout = get_layer_layout_options(setup.model)
-    schemes = None if options.merge_into == "original" else schemes_from_recipe(recipe)
+    schemes = None if options.merge_into == "original" else schemes_from_recipe(recipe, setup.model)
     # The run quantized the weights in its own dtype; another one would give other codes.
     quantization = {} if schemes is None else {"dtype": recipe.model.dtype, "quantize": schemes}
     cpu = jax.local_devices(backend="cpu")[0]

@@ -49,8 +49,6 @@ from jlora.training.train_step import (
 
 # Weights of products inside layers, which are adapted and quantized by default. A router is left
 # out, because a change of it changes the choice of all experts.
-_DEFAULT_TARGET_PATTERN = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
-
 _FAMILY_TARGET_PATTERNS = {
     "BitFit": r"/layers?(_\d+)?/.*bias$",
     "TrainableTokens": r"/(embed|word)/embedding$",
@@ -243,28 +241,31 @@ def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | N
     rules: dict[str, AdapterConfig | None] = dict.fromkeys(recipe.frozen_modules)
     for rule in recipe.adapters:
         assert rule.target_pattern is not None
-        rules[rule.target_pattern] = rule.to_config()
+        rules[models.find_target_pattern(model, rule.target_pattern)] = rule.to_config()
     if recipe.task == "classification" and getattr(model.config, "num_labels", None) is not None:
         rules.setdefault(_CLASSIFIER_PATTERN, FullDelta())
     main = recipe.adapter
-    default = _FAMILY_TARGET_PATTERNS.get(main.family, _DEFAULT_TARGET_PATTERN)
-    rules[main.target_pattern or default] = main.to_config()
+    default = _FAMILY_TARGET_PATTERNS.get(main.family, models.ALL_LINEAR_PATTERN)
+    targets = main.target_pattern
+    pattern = default if targets is None else models.find_target_pattern(model, targets)
+    rules[pattern] = main.to_config()
     return rules
 
 
-def schemes_from_recipe(recipe: Recipe) -> dict[str, QuantizationScheme] | None:
+def schemes_from_recipe(recipe: Recipe, model: Any) -> dict[str, QuantizationScheme] | None:
     """Returns the quantization schemes of a recipe by pattern; None without quantization."""
     options = recipe.quantize
     if options is None:
         return None
-    return {options.target_pattern or _DEFAULT_TARGET_PATTERN: options.to_scheme()}
+    targets = "all-linear" if options.target_pattern is None else options.target_pattern
+    return {models.find_target_pattern(model, targets): options.to_scheme()}
 
 
 def _build_base_params(
     recipe: Recipe, folder: Path, model: Any, specs: WeightSpecs, mesh: Mesh, abstract: bool
 ) -> PyTree:
     """Returns the base weights, each loaded with its sharding."""
-    dtype, schemes = recipe.model.dtype, schemes_from_recipe(recipe)
+    dtype, schemes = recipe.model.dtype, schemes_from_recipe(recipe, model)
 
     def shard(path: str, weight: Any) -> NamedSharding:
         return make_named_sharding(mesh, path, specs[path], weight.shape)

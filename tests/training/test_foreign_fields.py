@@ -70,8 +70,8 @@ def test_foreign_fields_are_not_in_target_section() -> None:
         ({"adapter": {"r": 8}}, "'adapter.r'. Use adapter.rank, which corresponds to r of PEFT."),
         (
             {"adapter": {"target_modules": ["q"]}},
-            "'adapter.target_modules'. Use adapter.target_pattern (one regular expression, such as "
-            "'(query|value)'), which corresponds to target_modules of PEFT.",
+            "'adapter.target_modules'. Use adapter.target_pattern (the same names, such as "
+            "[q_proj, v_proj]), which corresponds to target_modules of PEFT.",
         ),
         (
             {"training": {"num_train_epochs": 3}},

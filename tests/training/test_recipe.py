@@ -488,6 +488,11 @@ def test_overrides_reach_nested_fields() -> None:
             "Say: 1",
         ),
         (["--seed", "7"], "seed", 7),
+        (
+            ["--adapter.target_pattern", "[q_proj, v_proj]"],
+            "adapter.target_pattern",
+            ["q_proj", "v_proj"],
+        ),
         (["--quantize.target_pattern", "[qv]"], "quantize.target_pattern", "[qv]"),
         (["--quantize.scheme", "int8"], "quantize.scheme", "int8"),
         (["--quantize.block_size", "32"], "quantize.block_size", 32),

@@ -14,6 +14,8 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 # The projections inside the layers, without heads, embeddings and the routers of experts.
 ALL_LINEAR_PATTERN = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
 
+_NAMES_PATTERN = re.compile(r"[\w.-]+(\|[\w.-]+)*")
+
 
 def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
     """Returns a pattern of the weights that users name, for the rules of `jlora.lora_transform`.
@@ -23,8 +25,8 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
         targets: One target or several. Each is a module of the checkpoint as in PEFT's
             `target_modules`, by its last names (`q_proj`, `self_attn.q_proj`) or by all of them
             (`model.layers.0.self_attn.q_proj`); a module of the model here (`q`); or a regular
-            expression to search in the paths of its parameters. `"all-linear"` is all projections
-            inside the layers.
+            expression to search in the paths of its parameters. `"q_proj|v_proj"` is two names, and
+            `"all-linear"` all projections inside the layers.
 
     Raises:
         ValueError: A target matches nothing, is not a regular expression, or names some of the
@@ -45,7 +47,10 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
         >>> models.find_target_pattern(model, "(q|v)/kernel")
         '(q|v)/kernel'
     """
-    names = [targets] if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str):
+        names = targets.split("|") if _NAMES_PATTERN.fullmatch(targets) else [targets]
+    else:
+        names = list(targets)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"targets={targets!r} must be one name or several, such as 'q_proj'.")
     mappings = checkpoint_mapping(model)

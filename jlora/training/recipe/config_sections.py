@@ -46,14 +46,15 @@ class AdapterSection(TaggedSection):
 
     Attributes:
         family: Adapter family: FAMILIES.
-        target_pattern: Regular expression of the weights to adapt, searched in their paths. null:
-            the projections inside the model's layers.
+        target_pattern: Weights to adapt: a module's name as in the checkpoint (q_proj), a regular
+            expression to search in the weights' paths, or a list of these. null or all-linear: the
+            projections inside the model's layers.
     """
 
     tag_field: ClassVar[str] = "family"
     default_tag: ClassVar[str] = "LoRA"
     family: str = "LoRA"
-    target_pattern: NonEmptyStr | None = None
+    target_pattern: NonEmptyStr | list[NonEmptyStr] | None = None
 
     def to_config(self) -> AdapterConfig:
         """Returns the adapter config for the rules of `jlora.lora_transform`."""
@@ -71,6 +72,11 @@ class AdapterSection(TaggedSection):
         except TypeError as error:
             raise ValueError(str(error)) from error
         return self
+
+
+def list_targets(target_pattern: str | list[str] | None) -> list[str]:
+    """Returns the targets of a section as a list, which is empty for null."""
+    return [target_pattern] if isinstance(target_pattern, str) else list(target_pattern or ())
 
 
 _ADAPTER_CONFIGS: dict[str, type[AdapterConfig]] = {
@@ -127,14 +133,14 @@ class QuantizationSection(TaggedSection):
 
     Attributes:
         scheme: Quantization scheme: SCHEMES.
-        target_pattern: Regular expression of the weights to quantize, searched in their paths.
-            null: the matrices of the model's layers.
+        target_pattern: Weights to quantize, as for an adapter. null or all-linear: the matrices of
+            the model's layers.
     """
 
     tag_field: ClassVar[str] = "scheme"
     default_tag: ClassVar[str] = "nf4"
     scheme: str = "nf4"
-    target_pattern: NonEmptyStr | None = None
+    target_pattern: NonEmptyStr | list[NonEmptyStr] | None = None
 
     def to_scheme(self) -> QuantizationScheme:
         """Returns the scheme for the rules of `jlora.quantize`."""

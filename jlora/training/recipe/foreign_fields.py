@@ -26,7 +26,7 @@ _PEFT = {
     "peft_type": ("adapter.family",),
     "use_dora": ("adapter.family", "family: DoRA"),
     "init_lora_weights": ("adapter.init", "true is kaiming_uniform"),
-    "target_modules": ("adapter.target_pattern", "one regular expression, such as '(query|value)'"),
+    "target_modules": ("adapter.target_pattern", "the same names, such as [q_proj, v_proj]"),
     "layers_to_transform": ("adapter.target_pattern", "layer numbers are part of a weight's path"),
     "exclude_modules": ("frozen_modules", "a list of regular expressions"),
     "modules_to_save": ("adapters", "[{family: FullDelta, target_pattern: ...}]"),

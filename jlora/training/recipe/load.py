@@ -193,6 +193,9 @@ def _parse_override_value(keys: Sequence[str], text: str, flag: str) -> Any:
     for key in keys:
         field_types = {inner for outer in field_types for inner in _field_types(outer, key)}
     not_text = {cls for cls in field_types if typing.get_origin(cls) is not Literal} - {str}
+    if str in field_types and not re.fullmatch(r"\[[\w.\- ]+(,[\w.\- ]+)+\]", text):
+        # [qv] is a regular expression, and [q_proj, v_proj] a list.
+        not_text = {cls for cls in not_text if typing.get_origin(cls) is not list}
     if not field_types or not_text - {types.NoneType}:
         return parse_yaml(text, flag)
     return None if not_text and text in ("", "~", "null") else text

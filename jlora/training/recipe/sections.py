@@ -23,6 +23,7 @@ from jlora.training.recipe.config_sections import (
     ADAPTER_SECTIONS,
     AnyAdapterSection,
     AnyQuantizationSection,
+    list_targets,
 )
 
 TaskName = Literal["language", "preference", "classification"]
@@ -521,9 +522,10 @@ class Recipe(Section):
                 )
         quantized = None if self.quantize is None else self.quantize.target_pattern
         targets = (rule.target_pattern for rule in (self.adapter, *self.adapters))
-        for pattern in (*targets, *self.frozen_modules, quantized):
+        targets = [one for target in (*targets, quantized) for one in list_targets(target)]
+        for pattern in (*targets, *self.frozen_modules):
             try:
-                re.compile(pattern or "")
+                re.compile(pattern)
             except re.error as error:
                 raise ValueError(
                     f"{pattern!r} is not a valid regular expression: {error}."
