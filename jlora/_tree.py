@@ -117,11 +117,6 @@ def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
         raise ValueError(
             "rules={} adapts nothing. Map a pattern to a config, or pass a single config."
         )
-    if all(config is None for config in rules.values()):
-        raise ValueError(
-            f"The rules {list(rules)} adapt nothing: all of them map to None. Map a pattern to a "
-            f"config."
-        )
     for pattern, config in rules.items():
         if not isinstance(pattern, str):
             raise TypeError(

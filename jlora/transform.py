@@ -174,6 +174,11 @@ def lora_transform(
         plan = match_rules(rules, traced)
         if plan.errors:
             raise plan.errors[0]
+        if not plan.adapted:
+            raise ValueError(
+                f"The rules {list(rules) if isinstance(rules, Mapping) else rules} adapt nothing: "
+                f"all weights are frozen. Map a pattern to a config."
+            )
         adapter: Adapter = {
             weight.path: config.init_leaf(key_for_path(key, weight.path), weight)
             for weight, config in plan.adapted

@@ -191,7 +191,7 @@ def test_train_long_prompt_raises(recipe_of: Make) -> None:
         ({"mesh": {"tensor": 8}}, r"The weight 'params/.* is not divisible by tensor=8"),
         ({"data": {"max_seq_length": 4096}}, "data.max_seq_length=4096 must be at most"),
         ({"data": {"max_seq_length": 20}}, "row 0: .* tokens are more than data.max_seq_length=20"),
-        ({"adapter": {"target_pattern": "atention"}}, "'atention' matches none of"),
+        ({"adapter": {"target_pattern": "atention"}}, "'atention' matches nothing"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
     ],
 )
