@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jlora.training.data.batch_stream import BatchStream
 from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.formats import FORMATS, get_label_names
@@ -27,6 +29,7 @@ class Datasets(NamedTuple):
         validation: Stream of batches of an evaluation; None without validation data.
         test: Stream of batches of the test; None without test data.
         label_names: Names of the labels; None unless the task is classification.
+        end_token_ids: Special tokens with which answers of the training chats end, sorted.
         source_reports: Counts of rows, examples and tokens as text, by split and path.
     """
 
@@ -35,6 +38,7 @@ class Datasets(NamedTuple):
     validation: BatchStream | None
     test: BatchStream | None
     label_names: tuple[str, ...] | None
+    end_token_ids: tuple[int, ...]
     source_reports: dict[str, str]
 
 
@@ -91,8 +95,33 @@ def load_datasets(
         validation=make_eval_stream(splits["validation"]),
         test=make_eval_stream(splits["test"]),
         label_names=splits["train"][0].label_names,
+        end_token_ids=tuple(
+            sorted(
+                token_id
+                for source, dataset in zip(recipe.data.train, splits["train"], strict=True)
+                if source.format == "chat"
+                for token_id in find_end_token_ids(dataset, tokenizer)
+            )
+        ),
         source_reports=reports,
     )
+
+
+def find_end_token_ids(dataset: TokenizedDataset, tokenizer: Tokenizer) -> set[int]:
+    """Returns the special tokens at the ends of the parts of chats that are learned.
+
+    With a loss on the whole chat, a blank may follow.
+    """
+    learned = np.append(dataset.loss_mask, False)
+    starts = np.zeros(len(learned), np.bool_)
+    starts[dataset.offsets] = True
+    # The first token of a sequence has no loss, so parts of two sequences do not touch.
+    ends = np.flatnonzero(learned[:-1] & ~learned[1:])
+    blanks = [n for n in np.unique(dataset.tokens[ends]) if not tokenizer.decode([n]).strip()]
+    ends = np.where(np.isin(dataset.tokens[ends], blanks) & ~starts[ends], ends - 1, ends)
+    added = tokenizer.with_special_tokens.get_added_tokens_decoder()
+    special = [token_id for token_id, token in added.items() if token.special]
+    return {int(n) for n in np.unique(dataset.tokens[ends]) if n in special}
 
 
 def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) -> BatchConfig:

@@ -331,7 +331,12 @@ def _make_measure_fn(run: _Run) -> Callable[[TrainState, Any], _Measurement]:
 
     def measure(state: TrainState, adapter: Any) -> _Measurement:
         texts = export.generate_texts(
-            setup, adapter, datasets.tokenizer, prompts, recipe.report.max_new_tokens
+            setup,
+            adapter,
+            datasets.tokenizer,
+            prompts,
+            recipe.report.max_new_tokens,
+            datasets.end_token_ids,
         )
         return _Measurement([] if test is None else [test(state.trainable)], texts)
 
@@ -380,7 +385,9 @@ def _finish(
         samples = [report.PromptSample(*each) for each in texts]
         output_paths += _write_results(run, state, summary, samples, console)
     # Last, because an export may fail where all other steps succeed.
-    output_paths += export.write_exports(recipe, setup, state.trainable, label_names)
+    output_paths += export.write_exports(
+        recipe, setup, state.trainable, label_names, run.datasets.end_token_ids
+    )
     for path in output_paths:
         console(f"Wrote {path}.")
     step = loop.progress.step

@@ -113,7 +113,8 @@ def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Returns a recipe's mapping with overrides of the form `--section.field value`.
 
-    Values are parsed as YAML, except those of text fields. Numbers index into lists:
+    Values are parsed as YAML, except those of text fields; a field of one text or several gets
+    several in brackets. Numbers index into lists:
     `--data.train.0.path other.jsonl`. An override of epochs removes the mapping's steps, and the
     reverse.
 
@@ -184,6 +185,9 @@ def _parse_override_value(keys: Sequence[str], text: str, flag: str) -> Any:
     for key in keys:
         field_types = {inner for outer in field_types for inner in _field_types(outer, key)}
     not_text = {cls for cls in field_types if typing.get_origin(cls) is not Literal} - {str}
+    kinds = {typing.get_origin(cls) or cls for cls in field_types}
+    if kinds >= {str, list}:  # A text, or several in brackets.
+        return _parse_yaml(text, flag) if text.startswith("[") else text
     if not field_types or not_text - {types.NoneType}:
         return _parse_yaml(text, flag)
     return None if not_text and text in ("", "~", "null") else text

@@ -74,7 +74,8 @@ class SourceSection(Section):
             (text), preference (prompt, chosen, rejected), classification (text, label, and
             text_pair for pairs of texts).
         columns: Names of the dataset's columns, by the names of the format, such as {messages:
-            conversation}.
+            conversation}. The texts of a list of names are joined by a blank line, without empty
+            ones: {prompt: [instruction, input]}.
         weight: Passes through the source in an epoch; 0.1 is a tenth of it in each epoch, a
             different one every time. Training sources only.
         max_examples: Maximum number of rows, the first ones. null: all.
@@ -87,7 +88,7 @@ class SourceSection(Section):
     format: Literal["chat", "completion", "text", "preference", "classification"] = Field(
         examples=["chat"]
     )
-    columns: dict[str, str] = {}
+    columns: dict[str, str | list[str]] = {}
     weight: SourceWeight = 1.0
     max_examples: PositiveInt | None = None
 
