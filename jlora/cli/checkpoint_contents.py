@@ -49,6 +49,11 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
         ValueError: If a file is damaged.
     """
     path = Path(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is not a safetensors file, or it is damaged. Inspect an adapter file, or the "
+            f"folder of a checkpoint or PEFT adapter."
+        )
     if path.is_file():
         return _inspect_adapter_file(path)
     if (path / CONFIG_NAME).is_file():

@@ -316,7 +316,10 @@ def generate_texts(
     for row, tokens in enumerate(prompts):
         input_ids[row, length - len(tokens) :] = tokens
         mask[row, length - len(tokens) :] = 1
-    lora = lora_transform(setup.model.apply)
+    # Kernels of training take no cache.
+    is_decoder = isinstance(setup.model, models.Decoder)
+    model = setup.model.clone(attention_implementation=None) if is_decoder else setup.model
+    lora = lora_transform(model.apply)
     params = {"base": setup.frozen["base"], "adapter": adapter}
 
     def apply(params: Any, *inputs: Any) -> Any:
@@ -324,7 +327,7 @@ def generate_texts(
 
     with sharding.use_mesh(setup.mesh):
         generated = models.generate(
-            setup.model,
+            model,
             params,
             input_ids,
             mask,

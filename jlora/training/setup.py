@@ -247,9 +247,13 @@ def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | N
     if recipe.task == "classification" and getattr(model.config, "num_labels", None) is not None:
         rules.setdefault(_CLASSIFIER_PATTERN, FullDelta())
     main = recipe.adapter
-    default = _FAMILY_TARGET_PATTERNS.get(main.family, _DEFAULT_TARGET_PATTERN)
-    rules[main.target_pattern or default] = main.to_config()
+    rules[main.target_pattern or default_target_pattern(main.family)] = main.to_config()
     return rules
+
+
+def default_target_pattern(family: str) -> str:
+    """Returns the pattern of the weights that a family of adapters changes by default."""
+    return _FAMILY_TARGET_PATTERNS.get(family, _DEFAULT_TARGET_PATTERN)
 
 
 def schemes_from_recipe(recipe: Recipe) -> dict[str, QuantizationScheme] | None:

@@ -86,6 +86,21 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     return validate(apply_overrides(raw, overrides), str(path))
 
 
+def find_replaced_length(path: str | os.PathLike[str], recipe: Recipe) -> str | None:
+    """Returns the length of the run that a file sets and an override replaced, as `field=value`.
+
+    Args:
+        path: YAML file of a recipe.
+        recipe: Recipe that `load` returned for it, with overrides.
+    """
+    raw = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path)).get("training") or {}
+    for name in ("steps", "epochs"):
+        default = type(recipe.training).model_fields[name].default
+        if raw.get(name, default) != default and getattr(recipe.training, name) == default:
+            return f"training.{name}={raw[name]}"
+    return None
+
+
 def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
     """Returns the recipe of a nested mapping.
 

@@ -520,14 +520,21 @@ class Recipe(Section):
                 raise ValueError(
                     f"adapters.{number} has no target_pattern. Give the pattern of its weights."
                 )
-        quantized = None if self.quantize is None else self.quantize.target_pattern
-        targets = (rule.target_pattern for rule in (self.adapter, *self.adapters))
-        for pattern in (*targets, *self.frozen_modules, quantized):
+        patterns = {
+            "adapter.target_pattern": self.adapter.target_pattern,
+            **{
+                f"adapters.{n}.target_pattern": r.target_pattern
+                for n, r in enumerate(self.adapters)
+            },
+            **{f"frozen_modules.{n}": pattern for n, pattern in enumerate(self.frozen_modules)},
+            "quantize.target_pattern": self.quantize and self.quantize.target_pattern,
+        }
+        for field, pattern in patterns.items():
             try:
                 re.compile(pattern or "")
             except re.error as error:
                 raise ValueError(
-                    f"{pattern!r} is not a valid regular expression: {error}."
+                    f"{field}={pattern!r} is not a valid regular expression: {error}."
                 ) from error
         adalora = "AdaLoRA" in {rule.family for rule in (self.adapter, *self.adapters)}
         if adalora != (self.optimizer.budget is not None):
