@@ -132,6 +132,13 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
                     f"{_suggest_pattern(path)!r}: None before it."
                 )
             )
+    if not plan.adapted and not plan.errors:
+        plan.errors.append(
+            ValueError(
+                f"rules={dict(rules)} adapts nothing: no pattern has a config. Give one, such as "
+                f"{{'kernel$': jlora.LoRA(rank=8, alpha=16)}}."
+            )
+        )
     return plan
 
 

@@ -74,7 +74,7 @@ class BaseDigest(NamedTuple):
             raise ValueError(
                 f"The base in {folder} changed during the run ({changed[0]}{more}), so nothing is "
                 f"exported with it; the adapter is written. Restore the files, then continue with "
-                f"--resume."
+                f"resume=True (--resume)."
             )
 
 

@@ -54,6 +54,11 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
         ValueError: If a file is damaged.
     """
     path = Path(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is not a safetensors file, or it is damaged. Inspect an adapter file, or the "
+            f"folder of a checkpoint or PEFT adapter."
+        )
     for file, inspect_file in (
         (path, _inspect_adapter_file),
         (path / CONFIG_NAME, _inspect_peft_folder),

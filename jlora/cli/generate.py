@@ -1,23 +1,29 @@
-"""`jlora generate`: the continuation of a prompt."""
+"""`jlora generate`: the answer to a prompt, or its continuation."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jlora.cli.export import load_base_and_adapter
+
+if TYPE_CHECKING:
+    from jlora.training.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Generate the continuation of a prompt.
+    """Generate the answer to a prompt, in the format that the model was trained in.
 
     Attributes:
         model: Folder of a decoder with its tokenizer.json, or its name on the Hub.
-        prompt: Text to continue.
+        prompt: Message to answer, or text to continue: without a chat template, with --raw, and
+            for an adapter that was trained on other data than chats.
         adapter: Adapter file of jlora, or PEFT folder; none by default.
+        raw: Continue the prompt as it is, without a chat template and a first token.
         max_new_tokens: Maximum number of new tokens.
         temperature: Sampling temperature; 0 is greedy decoding.
         top_k: Number of most likely tokens to sample from; all by default.
@@ -29,6 +35,7 @@ class GenerateOptions:
     model: str
     prompt: str
     adapter: Path | None = None
+    raw: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
@@ -38,24 +45,39 @@ class GenerateOptions:
     example = 'jlora generate base/ "Once upon a time" --adapter adapter.safetensors'
 
 
+class Prompt(NamedTuple):
+    """A prompt in tokens.
+
+    Attributes:
+        ids: Token ids.
+        is_chat: Whether a chat template wrote the prompt.
+        end_token_ids: Tokens that end an answer, besides those of the model.
+    """
+
+    ids: list[int]
+    is_chat: bool
+    end_token_ids: tuple[int, ...] = ()
+
+
 def run_generate(options: GenerateOptions) -> None:
-    """Prints the prompt and its continuation.
+    """Prints the answer of a chat model, or the prompt and its continuation.
 
     Raises:
         FileNotFoundError: If the model has no tokenizer.
-        ValueError: If the model is not a decoder.
+        ValueError: If the model is not a decoder, or the prompt has no tokens.
     """
     import jax
     import numpy as np
 
     from jlora import models
     from jlora.checkpoints.hub import resolve_checkpoint_folder
-    from jlora.checkpoints.text_files import name_file_in_errors
-    from jlora.training.data.tokenizer import load_tokenizer_json
     from jlora.transform import lora_transform
 
     folder = resolve_checkpoint_folder(options.model)
-    tokenizer = load_tokenizer_json(folder)
+    tokenizer, is_chat = load_tokenizer(folder, options.adapter)
+    prompt = tokenize_prompt(tokenizer, options.prompt, is_chat=is_chat, raw=options.raw)
+    if not prompt.ids:
+        raise ValueError(f"prompt={options.prompt!r} has no tokens. Use a longer one.")
     params: Any = None
     apply: Callable[..., Any] | None = None
     if options.adapter is None:
@@ -71,18 +93,80 @@ def run_generate(options: GenerateOptions) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        eos_token_ids=models.eos_token_ids(folder),
+        eos_token_ids=tuple({*models.eos_token_ids(folder), *prompt.end_token_ids}),
     )
-    with name_file_in_errors(folder / "tokenizer.json"):
-        ids = tokenizer.encode(options.prompt).ids
     generated = models.generate(
         model,
         params,
-        np.array([ids]),
+        np.array([prompt.ids]),
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         key=jax.random.key(options.seed),
         apply=apply,
     )
-    new_ids = np.asarray(generated.tokens[0, : int(generated.lengths[0])])
-    print(tokenizer.decode([*ids, *new_ids]))
+    new_ids = generated.tokens[0, : int(generated.lengths[0])].tolist()
+    shown = new_ids if prompt.is_chat else [*prompt.ids, *new_ids]
+    print(tokenizer.with_special_tokens.decode(shown))
+
+
+def load_tokenizer(folder: Path, adapter: Path | None) -> tuple[Tokenizer, bool]:
+    """Returns a model's tokenizer, and whether prompts are messages for its chat template.
+
+    An adapter of a run has the run's chat template beside it, and its data's format and date in
+    its lineage.
+
+    Args:
+        folder: Folder of the model.
+        adapter: Adapter file of jlora or PEFT folder; None: none.
+
+    Raises:
+        FileNotFoundError: If the model has no tokenizer.
+    """
+    from jlora.checkpoints.adapter_file import read_lineage
+    from jlora.training.data.chat_template import ChatTemplate
+    from jlora.training.data.tokenizer import Tokenizer
+    from jlora.training.export import CHAT_TEMPLATE_FILE
+
+    data: Mapping[str, Any] = {}
+    template = None
+    if adapter is not None and adapter.is_file():
+        data = (read_lineage(adapter).recipe or {}).get("data") or {}
+    date = data.get("chat_template_date")
+    now = None if date is None else datetime.datetime.fromisoformat(date)
+    if adapter is not None:
+        file = (adapter if adapter.is_dir() else adapter.parent) / CHAT_TEMPLATE_FILE
+        if file.is_file() and (adapter.is_dir() or data.get("chat_template") is not None):
+            template = ChatTemplate.from_folder(folder, text=file.read_text("utf-8"), now=now)
+    tokenizer = Tokenizer.from_folder(folder, template, now=now)
+    sources = data.get("train") or [{"format": "chat"}]
+    return tokenizer, sources[0]["format"] == "chat" and tokenizer.chat_template is not None
+
+
+def tokenize_prompt(tokenizer: Tokenizer, prompt: str, *, is_chat: bool, raw: bool) -> Prompt:
+    """Returns the tokens of a prompt, as training writes them before an answer.
+
+    Args:
+        tokenizer: Tokenizer of the model, with the chat template of training.
+        prompt: Text of the prompt.
+        is_chat: Whether the prompt is a message for the chat template.
+        raw: Whether the prompt is used as it is.
+    """
+    from jlora.training.data.formats import tokenize_chats
+    from jlora.training.data.tokenized_dataset import TokenizeConfig
+    from jlora.training.datasets import find_end_token_ids
+
+    if raw or not is_chat or tokenizer.chat_template is None:
+        ids = tokenizer.encode([prompt])[0]
+        return Prompt(ids if raw else tokenizer.add_prefix(ids), False)
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.chat_template.render(
+        messages, add_generation_prompt=True, location="the prompt"
+    )
+    ids = tokenizer.encode([text])[0]
+    answered = [{"messages": [*messages, {"role": "assistant", "content": prompt}]}]
+    config = TokenizeConfig(max_seq_length=2**20, data_name="the prompt")
+    try:
+        ends = find_end_token_ids(tokenize_chats(answered, tokenizer, config), tokenizer)
+    except ValueError:  # The template of a model whose answers have no end.
+        ends = set()
+    return Prompt(ids, True, tuple(sorted(ends)))

@@ -17,6 +17,8 @@ class InspectOptions:
             sensitivity or activation on a recipe's data; condition or stable_rank of a recipe's
             base or a checkpoint folder.
         batches: Number of a recipe's batches to measure on; 8 by default.
+        targets: Print every weight of a recipe's base or a checkpoint folder instead, with its path
+            for target_pattern, its adapter and how it is computed.
         budget: Maximum number of trainable parameters; prints sections for the recipe with ranks
             allocated within it.
         overrides: Overrides of recipe fields, as `--section.field value`.
@@ -26,6 +28,7 @@ class InspectOptions:
     importance: str | None = None
     batches: int | None = None
     budget: int | None = None
+    targets: bool = False
     overrides: tuple[str, ...] = ()
     example = "jlora inspect my-adapter/"
 
@@ -36,13 +39,19 @@ def run_inspect(options: InspectOptions) -> None:
     Raises:
         ValueError: If an option has no effect, or the importance measure is unknown.
     """
+    if options.targets:
+        if options.importance is not None:
+            raise ValueError("--targets and --importance print different tables. Leave one out.")
+        print_targets(options.path, options.overrides)
+        return
     if options.importance is None:
         flags = {"--batches": options.batches, "--budget": options.budget}
         reject_without_importance({**flags, " ".join(options.overrides): options.overrides})
         if options.path.suffix in _RECIPE_SUFFIXES:
             raise ValueError(
                 f"{options.path} is a recipe. Add --importance to measure the weights of its base, "
-                f"such as --importance stable_rank."
+                f"such as --importance stable_rank, or --targets to list them. It is not a "
+                f"safetensors file."
             )
         from jlora.cli.checkpoint_contents import inspect_path
 
@@ -106,6 +115,36 @@ def print_importance(
         sections = from_recipe.allocate_recipe_ranks(loaded, result, budget)
         print(f"\n# Sections for the recipe, with at most {budget:,} trainable parameters:")
         print(yaml.safe_dump(sections, sort_keys=False), end="")
+
+
+def print_targets(path: Path, overrides: Sequence[str]) -> None:
+    """Prints the weights of a base, and what a recipe's rules make of each.
+
+    Args:
+        path: Recipe, or checkpoint folder.
+        overrides: Overrides of recipe fields.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe or folder.
+        ValueError: If overrides are given for a folder.
+    """
+    from jlora import models
+    from jlora.checkpoints.hub import resolve_checkpoint_folder
+    from jlora.models.hf.load import example_inputs
+    from jlora.training import recipe
+    from jlora.training.recipe_checks import explain_targets
+    from jlora.transform import lora_transform
+
+    if path.suffix in _RECIPE_SUFFIXES:
+        loaded = recipe.load(path, overrides)
+        folder = resolve_checkpoint_folder(loaded.model.path, loaded.model.revision)
+        print(explain_targets(loaded, folder))
+        return
+    if overrides:
+        raise ValueError(f"{' '.join(overrides)} applies to a recipe, but {path} is not one.")
+    model = models.model_from_config(resolve_checkpoint_folder(str(path)))
+    params = models.abstract_params(model, "bfloat16")
+    print(lora_transform(model.apply).explain(params, *example_inputs(model)))
 
 
 def reject_without_importance(flags: dict[str, object]) -> None:

@@ -68,7 +68,7 @@ def _add_option_arguments(subparser: argparse.ArgumentParser, options: type) -> 
         type_name = str(field.type).removesuffix(" | None")
         sequence = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", type_name)
         type_name = sequence[1] if sequence else type_name
-        field_type = {"Path": Path, "int": int, "float": float}.get(type_name, str)
+        field_type = {"Path": _parse_path, "int": int, "float": float}.get(type_name, str)
         nargs: dict[str, Any] = {"nargs": "+"} if sequence else {}
         flag = flag_from_name(field.name)
         if type_name == "bool":
@@ -85,6 +85,13 @@ def _add_option_arguments(subparser: argparse.ArgumentParser, options: type) -> 
                 help=texts[field.name],
                 **nargs,
             )
+
+
+def _parse_path(text: str) -> Path:
+    """Returns a path; an empty text would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text is no path; leave the option out")
+    return Path(text)
 
 
 def flag_from_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,8 @@ class TrainOptions:
 
     Attributes:
         recipe: YAML file of the recipe; `jlora init` prints one with all fields.
-        resume: Resume from the last checkpoint.
+        resume: Resume from the last checkpoint, with the settings and overrides that the run began
+            with; further overrides change them.
         allow_changes: Resume even if data, base model or hyperparameters changed.
         overrides: Overrides of recipe fields, as `--section.field value`.
     """
@@ -55,17 +57,51 @@ class InitOptions:
 
 def run_train(options: TrainOptions) -> int:
     """Trains; returns 0, or the exit status of the signal that ended the run."""
-    from jlora.training import recipe
     from jlora.training.signals import TrainingInterrupted
     from jlora.training.train import train
 
-    loaded = recipe.load(options.recipe, options.overrides)
+    loaded = load_recipe(options)
     try:
         train(loaded, resume=options.resume, allow_changes=options.allow_changes)
     except TrainingInterrupted as error:
         print(error, file=sys.stderr)
         return error.exit_status
     return 0
+
+
+def load_recipe(options: TrainOptions) -> Any:
+    """Returns the recipe of a run, and prints what differs from the file.
+
+    A resumed run continues with the recipe in its output folder, which has the overrides of its
+    start.
+    """
+    from jlora.training import recipe
+    from jlora.training.recipe.load import find_replaced_length
+    from jlora.training.resume import list_changes
+    from jlora.training.train import RECIPE_FILE
+
+    loaded = recipe.load(options.recipe, options.overrides)
+    replaced = find_replaced_length(options.recipe, loaded)
+    saved = Path(loaded.output) / RECIPE_FILE
+    is_begun = saved.is_file() and saved.stat().st_size > 0  # A full disk leaves an empty file.
+    if not options.resume or not is_begun or saved.samefile(options.recipe):
+        if replaced is not None:
+            print(f"The overrides replace {replaced} of {options.recipe}.", file=sys.stderr)
+        return loaded
+    # The folder may have been moved since.
+    resumed = recipe.load(saved, [*options.overrides, "--output", loaded.output])
+    # The date and the layout of layers are filled in when a run begins.
+    changes = [
+        change
+        for change in list_changes(loaded.model_dump(mode="json"), resumed.model_dump(mode="json"))
+        if change[0] not in ("data.chat_template_date", "model.scan_layers")
+    ]
+    for field, in_file, in_run in changes:
+        print(
+            f"Resuming with {field}={in_run} of {saved}, not {in_file} of {options.recipe}.",
+            file=sys.stderr,
+        )
+    return resumed
 
 
 def run_plan(options: PlanOptions) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 
-_SPLASH_BLOCK_SIZE = 128  # The splash kernel takes lengths that are multiples of it.
+SPLASH_BLOCK_SIZE = 128  # The splash kernel takes lengths that are multiples of it.
 
 
 def attend(
@@ -136,7 +136,7 @@ def _select_attention_kernel(
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     _, length, _, dim = query.shape
-    if platform == "tpu" and is_full_sequence and length % _SPLASH_BLOCK_SIZE == 0:
+    if platform == "tpu" and is_full_sequence and length % SPLASH_BLOCK_SIZE == 0:
         return "splash"
     is_half = query.dtype in (jnp.bfloat16, jnp.float16)
     is_supported = is_full_sequence and not has_segments and dim % 8 == 0 and dim <= 128
@@ -182,9 +182,9 @@ def _splash_attention(
     each device runs the kernel on its shard; heads are replicated where the mesh does not divide
     them.
     """
-    if query.shape[1] % _SPLASH_BLOCK_SIZE:
+    if query.shape[1] % SPLASH_BLOCK_SIZE:
         raise ValueError(
-            f"implementation='splash' takes lengths that are multiples of {_SPLASH_BLOCK_SIZE}, "
+            f"implementation='splash' takes lengths that are multiples of {SPLASH_BLOCK_SIZE}, "
             f"got {query.shape[1]}. Pad the texts, or use 'xla'."
         )
     kernel = functools.partial(

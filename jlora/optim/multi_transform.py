@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jlora._tree import PyTree
@@ -81,7 +82,8 @@ def lora_optimizer(
     """Builds an optimizer for an adapter, alone or in one tree with its base and with new heads.
 
     It is `optax.multi_transform` by the labels of `jlora.param_labels`. Arrays with the label
-    `"frozen"` get `optax.set_to_zero`: no state and no change.
+    `"frozen"` get `optax.set_to_zero`: no state and no change, also where their gradients are of
+    JAX's type float0, as those of a quantized base.
 
     Args:
         transforms: One transformation for all trainable arrays, or a mapping with one for each
@@ -93,7 +95,8 @@ def lora_optimizer(
     Raises:
         TypeError: `transforms` is neither, or is a mapping and comes with `lr_multipliers`.
         ValueError: A multiplier is not positive. From `init`: the tree has a label that the mapping
-            lacks, or the mapping one that the tree lacks.
+            lacks, or the mapping one that the tree lacks; or it has the weights that its adapter
+            adapts outside a key "base", so that they would be trained.
 
     References:
         Hayou et al., LoRA+, arXiv:2402.12354, section 4, for the ratio of `B` to `A`.
@@ -156,9 +159,11 @@ def lora_optimizer(
         return optax.multi_transform({FROZEN: optax.set_to_zero(), **mapping}, labels)
 
     def init(params: PyTree) -> optax.OptState:
+        _reject_trained_base(params)
         return build(params).init(params)
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree = None, **extra: Any) -> Any:
+        updates = jax.tree.map(_replace_float0, updates, updates if params is None else params)
         labels = param_labels(updates)
         updates, state = build(updates).update(updates, state, params, **extra)
         multipliers = dict(lr_multipliers or {})
@@ -168,6 +173,36 @@ def lora_optimizer(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _replace_float0(update: Any, param: Any) -> Any:
+    """Returns zeros like a parameter for a gradient of the type float0, which has no values."""
+    if getattr(update, "dtype", None) != jax.dtypes.float0:
+        return update
+    dtype = jnp.int8 if param is update else param.dtype
+    return jnp.zeros(update.shape, dtype)
+
+
+def _reject_trained_base(params: PyTree) -> None:
+    """Raises if a tree has adapted weights among its fully trained arrays."""
+    if isinstance(params, Mapping):  # A base there is frozen.
+        params = {key: node for key, node in params.items() if key != "base"}
+    nodes, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapter_node)
+    adapted = {
+        str(getattr(path[-1], "key", "")): node.shape
+        for path, node in nodes
+        if path and is_adapter_node(node) and hasattr(node, "shape")
+    }
+    for path, array in nodes:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        for weight, shape in adapted.items() if not is_adapter_node(array) else ():
+            is_weight = f"/{name}".endswith(f"/{weight}") and array.shape == shape
+            # A quantized weight has arrays of its own.
+            if is_weight or f"/{weight}/" in f"/{name}":
+                raise ValueError(
+                    f"The tree has the adapted weight {weight!r} at {name!r}, where it would be "
+                    f"trained too. Put the base under the key 'base', or leave it out of the tree."
+                )
 
 
 def partition(

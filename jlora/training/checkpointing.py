@@ -165,7 +165,7 @@ class CheckpointManager:
             raise _NonFiniteStateError(
                 f"The state of step {step} is not saved: {name} is NaN or infinite. Earlier "
                 f"checkpoints in {self.folder} are intact. Resume from them with a lower "
-                f"optimizer.learning_rate (--allow-changes)."
+                f"optimizer.learning_rate (allow_changes=True, or --allow-changes)."
             )
         hashes = {name: _sha256(array) for name, array in arrays.items()}
         metadata = {"format": CHECKPOINT_FORMAT, "sha256": hashes, **metadata}

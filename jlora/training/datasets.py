@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
+from jlora.models.attention import SPLASH_BLOCK_SIZE
 from jlora.training.data.batch_stream import BatchStream
 from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.formats import FORMATS, get_label_names
@@ -27,6 +31,7 @@ class Datasets(NamedTuple):
         validation: Stream of batches of an evaluation; None without validation data.
         test: Stream of batches of the test; None without test data.
         label_names: Names of the labels; None unless the task is classification.
+        end_token_ids: Special tokens with which answers of the training chats end, sorted.
         source_reports: Counts of rows, examples and tokens as text, by split and path.
     """
 
@@ -35,6 +40,7 @@ class Datasets(NamedTuple):
     validation: BatchStream | None
     test: BatchStream | None
     label_names: tuple[str, ...] | None
+    end_token_ids: tuple[int, ...]
     source_reports: dict[str, str]
 
 
@@ -60,7 +66,8 @@ def load_datasets(
     reports = {}
     for split, datasets in splits.items():
         for source in getattr(recipe.data, split):
-            datasets.append(_tokenize_source(recipe, source, tokenizer, vocab_size, labels))
+            with _name_field(f"data.{split}.{len(datasets)}.path", source):
+                datasets.append(_tokenize_source(recipe, source, tokenizer, vocab_size, labels))
             part = "" if source.split == "train" else f" [{source.split}]"
             reports[f"{split} {source.path}{part}"] = _format_dataset_report(datasets[-1])
 
@@ -91,8 +98,33 @@ def load_datasets(
         validation=make_eval_stream(splits["validation"]),
         test=make_eval_stream(splits["test"]),
         label_names=splits["train"][0].label_names,
+        end_token_ids=tuple(
+            sorted(
+                token_id
+                for source, dataset in zip(recipe.data.train, splits["train"], strict=True)
+                if source.format == "chat"
+                for token_id in find_end_token_ids(dataset, tokenizer)
+            )
+        ),
         source_reports=reports,
     )
+
+
+def find_end_token_ids(dataset: TokenizedDataset, tokenizer: Tokenizer) -> set[int]:
+    """Returns the special tokens at the ends of the parts of chats that are learned.
+
+    With a loss on the whole chat, a blank may follow.
+    """
+    learned = np.append(dataset.loss_mask, False)
+    starts = np.zeros(len(learned), np.bool_)
+    starts[dataset.offsets] = True
+    # The first token of a sequence has no loss, so parts of two sequences do not touch.
+    ends = np.flatnonzero(learned[:-1] & ~learned[1:])
+    blanks = [n for n in np.unique(dataset.tokens[ends]) if not tokenizer.decode([n]).strip()]
+    ends = np.where(np.isin(dataset.tokens[ends], blanks) & ~starts[ends], ends - 1, ends)
+    added = tokenizer.with_special_tokens.get_added_tokens_decoder()
+    special = [token_id for token_id, token in added.items() if token.special]
+    return {int(n) for n in np.unique(dataset.tokens[ends]) if n in special}
 
 
 def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) -> BatchConfig:
@@ -101,7 +133,8 @@ def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) 
     packing = data.packing and recipe.task == "language"
     buckets = None
     if not packing:
-        lengths = data.buckets or _default_bucket_lengths(data.max_seq_length)
+        shortest = SPLASH_BLOCK_SIZE if recipe.model.attention_implementation == "splash" else 32
+        lengths = data.buckets or _default_bucket_lengths(shortest, data.max_seq_length)
         buckets = tuple(sorted({*lengths, data.max_seq_length}))
     return BatchConfig(
         batch_size=batch_size,
@@ -112,9 +145,10 @@ def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) 
     )
 
 
-def _default_bucket_lengths(max_length: int) -> Sequence[int]:
-    """Returns the powers of two from 32 on that are below a length."""
-    return [2**n for n in range(5, max_length.bit_length()) if 2**n < max_length]
+def _default_bucket_lengths(shortest: int, max_length: int) -> Sequence[int]:
+    """Returns a power of two and the further ones that are below a length."""
+    powers = range(shortest.bit_length() - 1, max_length.bit_length())
+    return [2**n for n in powers if 2**n < max_length]
 
 
 def _load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
@@ -127,6 +161,16 @@ def _load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
         text = Path(data.chat_template).read_text(encoding="utf-8")
         template = ChatTemplate.from_folder(folder, text=text, now=now)
     return Tokenizer.from_folder(folder, template, now=now)
+
+
+@contextlib.contextmanager
+def _name_field(field: str, source: SourceSection) -> Iterator[None]:
+    """Puts the field of a source before the errors about its files."""
+    try:
+        yield
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{field}={source.path!r}: {error}") from error
 
 
 def _load_source_rows(source: SourceSection) -> Any:

@@ -38,7 +38,7 @@ from jlora.transform import lora_transform, merge
 
 _PEFT_READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 
-HEAD_FILE = "head.safetensors"
+HEAD_FILE, CHAT_TEMPLATE_FILE = "head.safetensors", "chat_template.jinja"
 
 # Fields without influence on the adapter: runs with equal adapters write equal bytes.
 _LINEAGE_EXCLUDED_FIELDS: dict[str, Any] = {
@@ -94,7 +94,7 @@ def save_adapter_and_head(
     trainable: PyTree,
     label_names: Sequence[str] | None,
 ) -> list[Path]:
-    """Writes the adapter and a new head, in the first process only.
+    """Writes the adapter, a new head and the recipe's chat template, in the first process only.
 
     Args:
         recipe: Recipe of the run.
@@ -119,11 +119,18 @@ def save_adapter_and_head(
         if head is not None:
             written.append(output / HEAD_FILE)
             _write_head(written[-1], recipe, setup, head, label_names)
+        if recipe.data.chat_template is not None:
+            written.append(output / CHAT_TEMPLATE_FILE)
+            replace_file_atomically(written[-1], Path(recipe.data.chat_template).read_bytes())
     return written
 
 
 def write_exports(
-    recipe: Recipe, setup: Setup, trainable: PyTree, label_names: Sequence[str] | None
+    recipe: Recipe,
+    setup: Setup,
+    trainable: PyTree,
+    label_names: Sequence[str] | None,
+    end_token_ids: Sequence[int] = (),
 ) -> list[Path]:
     """Writes the export folders of a recipe, in the first process only.
 
@@ -134,6 +141,7 @@ def write_exports(
         setup: Arrays of the run.
         trainable: Trained arrays.
         label_names: Names of the labels; None unless the task is classification.
+        end_token_ids: Tokens that end the answers of the training data.
 
     Returns:
         Paths of the folders.
@@ -145,7 +153,7 @@ def write_exports(
     adapter = gather_adapter(setup, trainable)
     written = export_folders(recipe)
     if written and jax.process_index() == 0:
-        _write_export_folders(recipe, setup, adapter, label_names)
+        _write_export_folders(recipe, setup, adapter, label_names, end_token_ids)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jlora: written")
     return written
@@ -164,7 +172,11 @@ def _write_head(
 
 
 def _write_export_folders(
-    recipe: Recipe, setup: Setup, adapter: PyTree, label_names: Sequence[str] | None
+    recipe: Recipe,
+    setup: Setup,
+    adapter: PyTree,
+    label_names: Sequence[str] | None,
+    end_token_ids: Sequence[int],
 ) -> None:
     options, output = recipe.export, Path(recipe.output)
     layout = get_layer_layout_options(setup.model)
@@ -188,6 +200,7 @@ def _write_export_folders(
                 has_head = getattr(model.config, "num_labels", None) is not None
                 if label_names is not None and has_head:
                     _write_label_names(folder / "config.json", label_names)
+                _write_chat_format(folder, recipe, end_token_ids)
                 setup.base_digest.check_unchanged(setup.folder)  # `models.save` read it too.
         for reader in _PEFT_READERS:
             if getattr(options, reader):
@@ -220,6 +233,24 @@ def _write_label_names(path: Path, label_names: Sequence[str]) -> None:
     config["id2label"] = {str(number): name for number, name in enumerate(label_names)}
     config["label2id"] = {name: number for number, name in enumerate(label_names)}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_chat_format(folder: Path, recipe: Recipe, end_token_ids: Sequence[int]) -> None:
+    """Writes the chat template and the tokens that end an answer, where training had others."""
+    if recipe.data.chat_template is not None:
+        text = Path(recipe.data.chat_template).read_text(encoding="utf-8")
+        (folder / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
+        _update_json(folder / "tokenizer_config.json", {"chat_template": text})
+    known = models.eos_token_ids(folder)
+    if new := [token_id for token_id in end_token_ids if token_id not in known]:
+        _update_json(folder / "generation_config.json", {"eos_token_id": [*known, *new]})
+
+
+def _update_json(path: Path, fields: dict[str, Any]) -> None:
+    """Sets fields of a JSON file, which is created if it does not exist."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = json.dumps({**content, **fields}, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def _peft_task_type(recipe: Recipe, model: Any) -> str:
@@ -257,7 +288,7 @@ def tokenize_prompts(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list
     """
     prompts = recipe.report.sample_prompts if recipe.task != "classification" else []
     if recipe.data.train[0].format != "chat" or tokenizer.chat_template is None:
-        tokenized = [[*tokenizer.prefix_ids, *ids] for ids in tokenizer.encode(prompts)]
+        tokenized = [tokenizer.add_prefix(ids) for ids in tokenizer.encode(prompts)]
     else:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
         render = functools.partial(tokenizer.chat_template.render, add_generation_prompt=True)
@@ -278,6 +309,7 @@ def generate_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    end_token_ids: Sequence[int] = (),
 ) -> list[str]:
     """Returns the text that the model generates for each prompt.
 
@@ -287,6 +319,7 @@ def generate_texts(
         tokenizer: Tokenizer of the base.
         prompts: Tokens of each prompt.
         max_new_tokens: Maximum number of generated tokens.
+        end_token_ids: Tokens that end a text, besides those of the base.
     """
     if not prompts:
         return []
@@ -296,7 +329,10 @@ def generate_texts(
     for row, tokens in enumerate(prompts):
         input_ids[row, length - len(tokens) :] = tokens
         mask[row, length - len(tokens) :] = 1
-    lora = lora_transform(setup.model.apply)
+    # Kernels of training take no cache.
+    is_decoder = isinstance(setup.model, models.Decoder)
+    model = setup.model.clone(attention_implementation=None) if is_decoder else setup.model
+    lora = lora_transform(model.apply)
     params = {"base": setup.frozen["base"], "adapter": adapter}
 
     def apply(params: Any, *inputs: Any) -> Any:
@@ -304,12 +340,14 @@ def generate_texts(
 
     with sharding.use_mesh(setup.mesh):
         generated = models.generate(
-            setup.model,
+            model,
             params,
             input_ids,
             mask,
             max_new_tokens=max_new_tokens,
-            sampling=models.SamplingParams(eos_token_ids=models.eos_token_ids(setup.folder)),
+            sampling=models.SamplingParams(
+                eos_token_ids=tuple({*models.eos_token_ids(setup.folder), *end_token_ids})
+            ),
             apply=apply,
         )
     rows = zip(fetch_global(generated.tokens), fetch_global(generated.lengths), strict=True)

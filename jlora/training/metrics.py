@@ -6,7 +6,6 @@ import abc
 import json
 import math
 import os
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -270,6 +269,10 @@ def peak_memory_gib() -> float:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(stat.get("peak_bytes_in_use", 0) for stat in stats)
     if not peak:
+        try:
+            import resource
+        except ImportError:  # On Windows.
+            return 0.0
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = usage if sys.platform == "darwin" else 1024 * usage
     return peak / 2**30

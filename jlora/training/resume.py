@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,11 @@ def restore_run(
     """
     if not checkpoints.all_steps():
         raise FileNotFoundError(
-            f"{checkpoints.folder} has no checkpoint to resume from. Start without --resume."
+            f"{checkpoints.folder} has no checkpoint to resume from. Start without resume=True "
+            f"(--resume)."
         )
-    restored = checkpoints.restore(setup.state)
-    saved = restored.metadata
+    step = checkpoints.all_steps()[-1]
+    saved = checkpoints.load_metadata(step)
     changed = [
         name for name in run_metadata if run_metadata[name] != saved[name] and name != "versions"
     ]
@@ -120,10 +121,11 @@ def restore_run(
             _describe_metadata_change(name, saved[name], run_metadata[name]) for name in changed
         ]
         raise ValueError(
-            f"The checkpoint of step {restored.step} in {checkpoints.folder} differs in "
-            f"{'; '.join(changes)}. Restore these settings, or use --allow-changes to resume "
-            f"anyway."
+            f"The checkpoint of step {step} in {checkpoints.folder} differs in "
+            f"{'; '.join(changes)}. Restore these settings, or resume anyway with "
+            f"allow_changes=True (--allow-changes)."
         )
+    restored = checkpoints.restore(setup.state, step)
     if run_metadata["versions"] != saved["versions"]:
         warnings.warn(
             f"The checkpoint was written with {saved['versions']}, and this is "
@@ -138,10 +140,22 @@ def restore_run(
 
 def _describe_metadata_change(name: str, old: Any, new: Any) -> str:
     """Returns a short text about a changed entry of the metadata."""
-    if isinstance(old, dict) and isinstance(new, dict):
+    if name == "base":
         keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        if name == "base":
-            return f"base (the weight {keys[0]!r} has other values)"
-        parts = [f"{key}: {old.get(key)} in the checkpoint, {new.get(key)} now" for key in keys]
-        return f"{name} ({'; '.join(parts)})"
-    return name
+        return f"base (the weight {keys[0]!r} has other values)"
+    parts = [
+        f"{key}: {before} in the checkpoint, {now} now"
+        for key, before, now in list_changes(old, new)
+        if key
+    ]
+    return f"{name} ({'; '.join(parts)})" if parts else name
+
+
+def list_changes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted path of each field of nested mappings that differs, and its two values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{path}.{key}" if path else key
+            yield from list_changes(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield path, old, new

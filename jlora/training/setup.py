@@ -245,11 +245,14 @@ def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | N
     if recipe.task == "classification" and getattr(model.config, "num_labels", None) is not None:
         rules.setdefault(_CLASSIFIER_PATTERN, FullDelta())
     main = recipe.adapter
-    default = _FAMILY_TARGET_PATTERNS.get(main.family, models.ALL_LINEAR_PATTERN)
-    targets = main.target_pattern
-    pattern = default if targets is None else models.find_target_pattern(model, targets)
-    rules[pattern] = main.to_config()
+    targets = default_targets(main.family) if main.target_pattern is None else main.target_pattern
+    rules[models.find_target_pattern(model, targets)] = main.to_config()
     return rules
+
+
+def default_targets(family: str) -> str:
+    """Returns the targets that a family of adapters changes by default."""
+    return _FAMILY_TARGET_PATTERNS.get(family, "all-linear")
 
 
 def schemes_from_recipe(recipe: Recipe, model: Any) -> dict[str, QuantizationScheme] | None:

@@ -44,6 +44,7 @@ from jlora.training.progress import (
     trainable_params_line,
 )
 from jlora.training.recipe.sections import Recipe
+from jlora.training.recipe_checks import check_recipe
 from jlora.training.report import RunSummary
 from jlora.training.resume import collect_run_metadata, resolve_defaults, restore_run
 from jlora.training.setup import Setup, build_setup, model_from_recipe
@@ -263,14 +264,14 @@ def _prepare_output_folder(recipe: Recipe, resume: bool) -> Path:
         steps = [path for path in (output / CHECKPOINTS_DIR).glob("*") if path.name.isdigit()]
         if steps or (output / export.ADAPTER_FILE).exists():
             raise FileExistsError(
-                f"{output} has a run already, which was not changed. Continue it with --resume, or "
-                f"use another --output."
+                f"output={str(output)!r} has a run already, which was not changed. Continue it "
+                f"with resume=True (--resume), or use another output."
             )
         for folder in exports:
             if folder.exists():
                 raise FileExistsError(
                     f"{folder} exists already and was not changed. Remove it, or use another "
-                    f"--output."
+                    f"output."
                 )
     check_writable(output)
     return output
@@ -300,13 +301,9 @@ def _build_run(
     recipe: Recipe, mesh: Mesh, console: Console, program_cache: ProgramCache | None
 ) -> _Run:
     """Returns the data, arrays, compiled steps and checkpoints of a run."""
-    folder = hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
+    folder = _resolve_base_folder(recipe)
     config = model_from_recipe(recipe, folder).config
-    if recipe.data.max_seq_length > config.max_seq_length:
-        raise ValueError(
-            f"data.max_seq_length={recipe.data.max_seq_length} must be at most "
-            f"{config.max_seq_length}, the maximum sequence length of the base."
-        )
+    check_recipe(recipe, folder, mesh.devices.flat)
     batch_size = recipe.batch.size
     load = functools.partial(
         load_datasets,
@@ -342,6 +339,22 @@ def _build_run(
     return _Run(recipe, datasets, setup, steps, checkpoints, metadata)
 
 
+def _resolve_base_folder(recipe: Recipe) -> Path:
+    """Returns the folder of the base, which has a config.json."""
+    try:
+        folder = hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"model.path={recipe.model.path!r}: {error}") from error
+    if not (folder / "config.json").is_file():
+        reason = "is not a folder" if not folder.is_dir() else "has no config.json"
+        raise FileNotFoundError(
+            f"model.path={recipe.model.path!r} {reason}. Use the folder of a checkpoint, or its "
+            f"owner/name on the Hub."
+        )
+    return folder
+
+
 def _restore_or_init(
     run: _Run, console: Console, resume: bool, allow_changes: bool
 ) -> tuple[TrainState, TrainProgress]:
@@ -361,7 +374,12 @@ def _make_measure_fn(run: _Run) -> Callable[[TrainState, Any], _Measurement]:
 
     def measure(state: TrainState, adapter: Any) -> _Measurement:
         texts = export.generate_texts(
-            setup, adapter, datasets.tokenizer, prompts, recipe.report.max_new_tokens
+            setup,
+            adapter,
+            datasets.tokenizer,
+            prompts,
+            recipe.report.max_new_tokens,
+            datasets.end_token_ids,
         )
         return _Measurement([] if test is None else [test(state.trainable)], texts)
 
@@ -410,7 +428,9 @@ def _finish(
         samples = [report.PromptSample(*each) for each in texts]
         output_paths += _write_results(run, state, summary, samples, console)
     # Last, because an export may fail where all other steps succeed.
-    output_paths += export.write_exports(recipe, setup, state.trainable, label_names)
+    output_paths += export.write_exports(
+        recipe, setup, state.trainable, label_names, run.datasets.end_token_ids
+    )
     for path in output_paths:
         console(f"Wrote {path}.")
     step = loop.progress.step

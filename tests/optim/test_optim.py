@@ -148,3 +148,37 @@ def test_combine_bad_parts_raise() -> None:
         jlora.combine(one.adapter, one.adapter)
     with pytest.raises(ValueError, match="0 of the 2 parts"):
         jlora.combine(trained, trained)
+
+
+def adapter_and_base() -> tuple[Any, Any, Any]:
+    params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=2))
+    return lora, params, lora.init(jax.random.key(0), params, x)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora_optimizer_unseen_base_raises(quantized: bool) -> None:
+    _, params, adapter = adapter_and_base()
+    if quantized:
+        params = jlora.quantize(params, {"w": jlora.Int8()})
+    optimizer = jlora.lora_optimizer(optax.sgd(0.1))
+    for tree in ({"params": params, "adapter": adapter}, (params, adapter)):
+        with pytest.raises(ValueError, match=r"the adapted weight 'w' at .* Put the base under"):
+            optimizer.init(tree)
+    optimizer.init({"base": params, "adapter": adapter})
+    # A head of the same shape is not the weight.
+    optimizer.init({"head": jnp.ones((6, 5)), "adapter": adapter})
+
+
+def test_lora_optimizer_drops_float0() -> None:
+    lora, params, adapter = adapter_and_base()
+    base = jlora.quantize(params, {"w": jlora.Int8()})
+    tree, x = {"base": base, "adapter": adapter}, jnp.ones((2, 6))
+    loss = lambda t: lora.apply(t["base"], t["adapter"], x).sum()
+    gradient = jax.grad(loss, allow_int=True)(tree)
+    assert jax.dtypes.float0 in {leaf.dtype for leaf in jax.tree.leaves(gradient)}
+    optimizer = jlora.lora_optimizer(optax.sgd(0.1))
+    updates, _ = optimizer.update(gradient, optimizer.init(tree), tree)
+    after = optax.apply_updates(tree, updates)
+    jax.tree.map(np.testing.assert_array_equal, after["base"], base)
+    assert (after["adapter"]["w"].b != adapter["w"].b).any()

@@ -44,25 +44,64 @@ _JINJA_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def validate_messages(messages: Any, location: str) -> list[dict[str, Any]]:
-    """Returns the messages for a template: plain dicts, without null fields.
+# Marks of a message for training, in the formats of OpenAI and Axolotl: 0 or false leaves an
+# assistant's turn out of the loss.
+TRAINING_MARKS = ("weight", "train", "training")
 
-    Tables fill every message with nulls for the fields that only others have.
+# Roles of ShareGPT's `from`.
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def validate_messages(messages: Any, location: str) -> list[dict[str, Any]]:
+    """Returns the messages for a template, as plain dicts.
+
+    Fields reach the template as they are, with three exceptions. Null fields of a message or of a
+    tool call are left out, since tables fill every message with nulls for the fields that only
+    others have; `content` and everything in a call's arguments stay. Content in text parts is
+    joined. Messages of ShareGPT, with `from` and `value`, get `role` and `content`.
+
+    Args:
+        messages: Messages, or their JSON text.
+        location: Name of the messages in errors.
 
     Raises:
-        ValueError: If a message has no role of `ROLES`, or content that is not a string.
+        ValueError: If a message has no role of `ROLES`, or content that is not text.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if isinstance(messages, str):
+        messages = _parse_messages(messages, location)
+    if not isinstance(messages, Sequence) or not messages:
         raise ValueError(
             f"{location} must be a list of messages, got {_abbreviate_repr(messages)}. Use "
             f'[{{"role": "user", "content": "..."}}, ...].'
         )
-    for number, message in enumerate(messages):
-        _check_message(message, f"{location}, message {number}")
-    return drop_null_fields(messages, location)
+    return [
+        _normalize_message(message, f"{location}, message {number}")
+        for number, message in enumerate(messages)
+    ]
 
 
-def _check_message(message: Any, location: str) -> None:
+def _parse_messages(text: str, location: str) -> Any:
+    """Returns the messages in a text, which a cell of a .csv file has as JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{location} must be a list of messages, got {_abbreviate_repr(text)}. Use "
+            f'[{{"role": "user", "content": "..."}}, ...], or the format text for plain texts.'
+        ) from error
+
+
+def _normalize_message(message: Any, location: str) -> dict[str, Any]:
+    if isinstance(message, Mapping) and "role" not in message and "from" in message:
+        message = _from_sharegpt(message, location)
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(
             f"{location} must have the fields role and content, got {_abbreviate_repr(message)}."
@@ -71,33 +110,116 @@ def _check_message(message: Any, location: str) -> None:
         raise ValueError(
             f"{location}: role={message['role']!r} must be one of {', '.join(ROLES)}. Rename it."
         )
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+    _reject_generation_markers(message, location)
+    plain = {
+        key: _to_plain(value)
+        for key, value in message.items()
+        if value is not None or key == "content"
+    }
+    if isinstance(plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_drop_nulls_of_call(call) for call in plain["tool_calls"]]
+    if isinstance(plain.get("content"), list):
+        plain["content"] = _join_text_parts(plain["content"], location)
+    content = plain.get("content")
+    if not isinstance(content, str) and not (content is None and plain.get("tool_calls")):
         raise ValueError(
             f"{location}: content={_abbreviate_repr(content)} must be a string; only a message "
             f"with tool_calls may omit it."
         )
+    return plain
 
 
-def drop_null_fields(value: Any, location: str) -> Any:
-    """Returns nested dicts and lists without null entries.
+def _from_sharegpt(message: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """Returns a message of ShareGPT with role and content."""
+    role = _SHAREGPT_ROLES.get(str(message["from"]))
+    if role is None or "value" not in message:
+        raise ValueError(
+            f"{location}: a message with from needs one of {', '.join(_SHAREGPT_ROLES)} there, and "
+            f"a value, got {_abbreviate_repr(message)}. Use role and content."
+        )
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": role, "content": message["value"], **rest}
 
-    Raises:
-        ValueError: If a string contains a generation marker.
-    """
+
+def _join_text_parts(parts: list[Any], location: str) -> str:
+    """Returns the text of content in parts, `{"type": "text", "text": "..."}`."""
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"{location}: content={_abbreviate_repr(parts)} must be a string or a list of "
+                f'parts such as {{"type": "text", "text": "..."}}. Leave other parts out.'
+            )
+        if part.get("type", "text") != "text":
+            raise ValueError(
+                f"{location}: content has a part of type {part['type']!r}, which a language model "
+                f"does not read. Use parts of type text."
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _drop_nulls_of_call(call: Any) -> Any:
+    """Returns a tool call without null fields; those in its arguments are data."""
+    if not isinstance(call, Mapping):
+        return call
+    call = {key: value for key, value in call.items() if value is not None}
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        call["function"] = {key: value for key, value in function.items() if value is not None}
+    return call
+
+
+def _to_plain(value: Any) -> Any:
+    """Returns nested mappings and sequences as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_to_plain(item) for item in value]
+    return value
+
+
+def _reject_generation_markers(value: Any, location: str) -> None:
+    """Raises if a string contains a marker of generated text."""
     if isinstance(value, str):
         if GENERATION_MARKERS.search(value):
             raise ValueError(
                 f"{location} contains U+FDD0 or U+FDD1, which are not characters. Remove them."
             )
-        return value
-    if isinstance(value, Mapping):
-        return {
-            key: drop_null_fields(item, location) for key, item in value.items() if item is not None
-        }
-    if isinstance(value, Sequence):
-        return [drop_null_fields(item, location) for item in value]
-    return value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _reject_generation_markers(key, location)
+            _reject_generation_markers(item, location)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        for item in value:
+            _reject_generation_markers(item, location)
+
+
+def is_trained(message: Mapping[str, Any], location: str) -> bool | None:
+    """Returns the mark of a message for training; None without one.
+
+    Raises:
+        ValueError: The mark is neither 0 or 1 nor a boolean, or the message has two that differ.
+    """
+    marks = {name: message[name] for name in TRAINING_MARKS if name in message}
+    for name, mark in marks.items():
+        if not isinstance(mark, bool | int | float) or mark not in (0, 1):
+            raise ValueError(
+                f"{location}: {name}={mark!r} must be 0 or 1, or false or true: whether the "
+                f"message counts for the loss."
+            )
+    if len({bool(mark) for mark in marks.values()}) > 1:
+        raise ValueError(f"{location}: {marks} disagree. Keep one of them.")
+    return bool(next(iter(marks.values()))) if marks else None
+
+
+def _common_prefix(one: str, two: str) -> str:
+    """Returns what two texts begin with, without the start of a tag such as `<|user|>`."""
+    pairs = enumerate(zip(one, two, strict=False))
+    common = one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))]
+    if common in (one, two):
+        return common
+    opening = max(common.rfind("<"), common.rfind("["))
+    is_closed = opening < 0 or re.search(r"[>\]]", common[opening:])
+    return common if is_closed else common[:opening]
 
 
 def _abbreviate_repr(value: Any) -> str:
@@ -207,7 +329,8 @@ class ChatTemplate:
         The token that ends a turn belongs to its span; the blank or line break that a template
         writes after that token does not. In a template with `{% generation %}` tags, the tags
         define the spans. For other templates, the text up to an answer is rendered without and
-        with it.
+        with it. An assistant message with `weight: 0`, `train: false` or `training: false` has no
+        span.
 
         Args:
             messages: Messages, each with a role and content.
@@ -217,43 +340,72 @@ class ChatTemplate:
             location: Name of the messages in errors.
 
         Raises:
-            ValueError: If a message is invalid, the template raises, or it renders an earlier turn
-                differently once more messages follow.
+            ValueError: If a message is invalid, the template raises, renders an earlier turn
+                differently once more messages follow, or writes nothing after an answer.
         """
         if train_on not in get_args(TrainOn):
             raise ValueError(
                 f"train_on={train_on!r} must be one of {', '.join(get_args(TrainOn))}."
             )
         messages = validate_messages(messages, location)
+        marks = self._read_training_marks(messages, train_on, location)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "last" and turns:
             messages = messages[: turns[-1] + 1]
             turns = turns[-1:]
+        left_out = [turn for turn in turns if marks[turn] is False]
         marked = self._render_marked(messages, tools, False, location)
         text = GENERATION_MARKERS.sub("", marked)
         if train_on == "all":
-            return text, [(0, len(text))]
-        if not turns:
-            return text, []
-        if _GENERATION_TAG.search(self.text):
-            first = turns[0] if train_on == "last" else 0
-            return text, self._generated_spans(messages, first, marked, tools, location)
-        return text, [self._assistant_span(messages, turn, text, tools, location) for turn in turns]
+            gaps = self._assistant_spans(messages, left_out, marked, text, tools, location)
+            starts, ends = [0, *(gap[1] for gap in gaps)], [*(gap[0] for gap in gaps), len(text)]
+            return text, [span for span in zip(starts, ends, strict=True) if span[0] < span[1]]
+        turns = [turn for turn in turns if turn not in left_out]
+        return text, self._assistant_spans(messages, turns, marked, text, tools, location)
 
-    def _generated_spans(
+    def _read_training_marks(
+        self, messages: Sequence[Message], train_on: TrainOn, location: str
+    ) -> list[bool | None]:
+        """Returns the mark of each message for training."""
+        marks = []
+        for number, message in enumerate(messages):
+            where = f"{location}, message {number}"
+            mark = is_trained(message, where)
+            if message["role"] != "assistant" and mark is (train_on != "all"):
+                raise ValueError(
+                    f"{where}: a message of the {message['role']} is marked "
+                    f"{'for' if mark else 'out of'} the loss, but data.train_on={train_on} sets "
+                    f"that for all of them. Mark assistant messages only."
+                )
+            marks.append(mark)
+        return marks
+
+    def _assistant_spans(
         self,
         messages: list[dict[str, Any]],
-        first_message: int,
+        turns: Sequence[int],
         marked_text: str,
+        text: str,
         tools: Sequence[Mapping[str, Any]] | None,
         location: str,
     ) -> list[CharSpan]:
-        """Returns the spans that the template's tags mark, from `first_message` on."""
+        """Returns the spans of some assistant turns in the text of all messages."""
+        if not turns:
+            return []
+        if not _GENERATION_TAG.search(self.text):
+            return [self._assistant_span(messages, turn, text, tools, location) for turn in turns]
         spans = _find_marked_spans(marked_text)
-        if not first_message:
+        others = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in turns]
+        if not others:
             return spans
-        earlier = self._render_marked(messages[:first_message], tools, False, location)
-        return spans[len(_find_marked_spans(earlier)) :]
+        kept = []
+        for turn in turns:
+            before, through = (
+                len(_find_marked_spans(self._render_marked(part, tools, False, location)))
+                for part in (messages[:turn], messages[: turn + 1])
+            )
+            kept += spans[before:through]
+        return kept
 
     def _assistant_span(
         self,
@@ -264,25 +416,72 @@ class ChatTemplate:
         location: str,
     ) -> CharSpan:
         """Returns the span of one assistant turn in the text of all messages."""
+        raw = messages[turn_index].get("content") or ""
+        content = raw.strip()
+        through = text
+        if turn_index < len(messages) - 1:
+            through = self._render_through(messages[: turn_index + 1], text, tools, location)
         before = self._render_marked(messages[:turn_index], tools, True, location)
-        last = turn_index == len(messages) - 1
-        through = (
-            text
-            if last
-            else self._render_marked(messages[: turn_index + 1], tools, False, location)
-        )
-        if not through.startswith(before) or not text.startswith(through):
+        start = len(before)
+        is_found = True
+        if not through.startswith(before):
+            # The prompt of an answer has more than an answer begins with, such as `<think>`.
+            earlier = self._render_through(messages[:turn_index], text, tools, location)
+            turn = through[len(earlier) :] if through.startswith(earlier) else ""
+            header = len(_common_prefix(before[len(earlier) :], turn))
+            if content in turn:
+                header = min(header, turn.index(content))
+            start = len(earlier) + header
+            # Templates leave out the thoughts of an answer, which precede the rest.
+            is_found = content.rpartition("</think>")[2].strip() in turn[header:]
+        turn = through[start:]
+        if not is_found or not turn.strip() or not text.startswith(through):
             raise ValueError(
                 f"{location}: {self.source} renders message {turn_index} differently at the end "
                 f"of a chat and before further messages, so the assistant's span is ambiguous. Use "
                 f"data.train_on=last, or a template with {{% generation %}} tags."
             )
-        turn = through[len(before) :]
-        stripped, content = turn.rstrip(), messages[turn_index].get("content", "").rstrip()
+        stripped = turn.rstrip()
         # Without an end-of-turn token, the line break ends a turn and has to be learned.
-        if stripped == content or (content and stripped.endswith(content)):
+        if content and stripped.endswith(content):
+            if turn.endswith(raw) or turn == stripped:
+                raise ValueError(
+                    f"{location}: the chat template writes nothing after message {turn_index}, so "
+                    f"a model would not learn where an answer ends. Write {{{{ eos_token }}}} "
+                    f"after the content in a template of your own (data.chat_template)."
+                )
             stripped = turn
-        return len(before), len(before) + len(stripped)
+        return start, start + len(stripped)
+
+    def _render_through(
+        self,
+        messages: list[dict[str, Any]],
+        text: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        location: str,
+    ) -> str:
+        """Returns the text of the first messages of a chat.
+
+        Some templates end a chat in another way than a turn before further messages: with another
+        token (gpt-oss), or one more (Phi-3). The text is then the one that asks for a next answer,
+        without the prompt for it, or what it has in common with the one that ends.
+        """
+        if not messages:
+            return ""
+        ended = self._render_marked(messages, tools, False, location)
+        if text.startswith(ended):
+            return ended
+        prompted = self._render_marked(messages, tools, True, location)
+        if len(messages) > 1:
+            earlier, asked = (
+                self._render_marked(messages[:-1], tools, prompts, location)
+                for prompts in (False, True)
+            )
+            if asked.startswith(earlier) and text.startswith(
+                through := prompted.removesuffix(asked[len(earlier) :])
+            ):
+                return through
+        return _common_prefix(ended, prompted)
 
     def _render_marked(
         self,
@@ -292,14 +491,16 @@ class ChatTemplate:
         location: str,
     ) -> str:
         """Returns the text with markers around the parts in `{% generation %}` tags."""
+        for tool in tools or ():
+            _reject_generation_markers(tool, f"{location}, tools")
         try:
             return self._compiled.render(
                 {
                     **self.variables,
-                    "messages": messages,
-                    "tools": None
-                    if tools is None
-                    else drop_null_fields(tools, f"{location}, tools"),
+                    "messages": [
+                        {key: m[key] for key in m if key not in TRAINING_MARKS} for m in messages
+                    ],
+                    "tools": None if tools is None else _to_plain(tools),
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }

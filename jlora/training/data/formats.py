@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import tokenizers
 
 from jlora.checkpoints.safetensors_io import format_names
@@ -177,7 +178,8 @@ def tokenize_completions(
 ) -> TokenizedDataset:
     """Tokenizes prompts and completions, with a loss on the completion and its eos token.
 
-    Prompt and completion are tokenized separately, so that no token spans both.
+    Prompt and completion are tokenized separately, so that no token spans both. Special tokens that
+    the texts have already, as those that were rendered before, are not added again.
 
     Args:
         rows: Rows with columns `prompt` and `completion`.
@@ -204,23 +206,21 @@ def tokenize_completions(
     if train_on not in ("completion", "all"):
         raise ValueError(f"train_on={train_on!r} must be completion or all.")
     _reject_split_truncation(config)
-    end = _require_eos_token_id(tokenizer)
     builder = TokenizedDatasetBuilder(config)
     for start, columns in _iter_column_batches(rows, config, ("prompt", "completion")):
-        prompts, completions = (
-            tokenizer.encode(_get_string_column(columns, name, start, config))
-            for name in ("prompt", "completion")
-        )
-        for number, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
-            prefix = [*tokenizer.prefix_ids, *prompt]
+        texts = _tokenize_answers(columns, "completion", start, tokenizer, config)
+        for number, (prompt, completion) in enumerate(texts):
             builder.add(
-                start + number, _join_prompt_and_completion(prefix, [*ids, end], train_on == "all")
+                start + number,
+                _join_prompt_and_completion(prompt, completion, train_on == "all"),
             )
     return builder.build()
 
 
 def tokenize_texts(rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig) -> TokenizedDataset:
     """Tokenizes plain texts, with a loss on all tokens and the eos token.
+
+    Special tokens that a text has already are not added again.
 
     Args:
         rows: Rows with a column `text`.
@@ -242,14 +242,12 @@ def tokenize_texts(rows: Rows, tokenizer: Tokenizer, config: TokenizeConfig) -> 
         >>> dataset.tokens.tolist(), dataset.loss_mask.tolist()
         ([1, 2, 0], [False, True, True])
     """
-    end = _require_eos_token_id(tokenizer)
     builder = TokenizedDatasetBuilder(config)
     for start, columns in _iter_column_batches(rows, config, ("text",)):
         texts = tokenizer.encode(_get_string_column(columns, "text", start, config))
         for number, ids in enumerate(texts):
-            builder.add(
-                start + number, TokenSequence([*tokenizer.prefix_ids, *ids, end], bool(ids))
-            )
+            sequence = tokenizer.add_eos(tokenizer.add_prefix(ids))
+            builder.add(start + number, TokenSequence(sequence, bool(ids)))
     return builder.build()
 
 
@@ -337,9 +335,11 @@ def tokenize_classification(
         if "text_pair" in columns:
             pairs = _get_string_column(columns, "text_pair", start, config)
             inputs = list(zip(inputs, pairs, strict=True))
-        for number, encoding in enumerate(encoder.encode_batch_fast(inputs)):
+        for number, encoding in enumerate(encoder.encode_batch(inputs)):
             label = labels.encode(label_column[start + number], start + number)
-            sequence = TokenSequence(encoding.ids, False, encoding.type_ids)
+            added = _find_doubled_tokens(encoding)
+            ids, types = (np.delete(x, added) for x in (encoding.ids, encoding.type_ids))
+            sequence = TokenSequence(ids, False, types.tolist())
             builder.add_labeled(
                 start + number, sequence, label, truncated=bool(encoding.overflowing)
             )
@@ -355,6 +355,15 @@ FORMATS: dict[str, Callable[..., TokenizedDataset]] = {
 }
 
 
+_REQUIRED_COLUMNS = {
+    "chat": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "completion": ("prompt", "completion"),
+    "classification": ("text", "label"),
+    "text": ("text",),
+}
+
+
 def _iter_column_batches(
     rows: Rows, config: TokenizeConfig, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
@@ -366,23 +375,98 @@ def _iter_column_batches(
             f"columns of {config.data_name} contains {format_names(unknown)}, which the format "
             f"does not have. Expected names of {format_names([*required, *optional])}."
         )
-    names = {name: config.columns.get(name, name) for name in (*required, *optional)}
+    names = {name: _list_columns(config, name) for name in (*required, *optional)}
     expected = dict.fromkeys((*required, *config.columns))
-    missing = {name: names[name] for name in expected if names[name] not in present}
+    missing = {
+        name: [column for column in names[name] if column not in present] for name in expected
+    }
+    missing = {name: columns for name, columns in missing.items() if columns}
     if missing:
-        other = next((name for name in present if name not in names.values()), "NAME")
+        absent = [column for columns in missing.values() for column in columns]
         raise ValueError(
-            f"{config.data_name} has no column {format_names(list(missing.values()))}, only "
-            f"{format_names(present, 20)}. Map the names with the source's columns, such as "
-            f"`columns: {{{next(iter(missing))}: {other}}}`."
+            f"{config.data_name} has no column {format_names(absent)}, only "
+            f"{format_names(present, 20)}. {_advise_columns(next(iter(missing)), names, present)}"
         )
-    names = {name: column for name, column in names.items() if column in present}
+    names = {name: columns for name, columns in names.items() if set(columns) <= set(present)}
+    nested = {c for columns in names.values() for c in columns if _has_struct_type(rows, c)}
     for start in range(0, len(rows), _TOKENIZE_BATCH_SIZE):
         part: Any = rows[start : start + _TOKENIZE_BATCH_SIZE]
-        if isinstance(part, Mapping):
-            yield start, {name: list(part[column]) for name, column in names.items()}
-        else:
-            yield start, {n: [row.get(column) for row in part] for n, column in names.items()}
+
+        def read(column: str, part: Any = part) -> list[Any]:
+            if isinstance(part, Mapping):
+                values = list(part[column])
+            else:
+                values = [row.get(column) for row in part]
+            return [_drop_filled_nulls(v) for v in values] if column in nested else values
+
+        yield (
+            start,
+            {
+                name: read(columns[0])
+                if len(columns) == 1
+                else _join_columns({column: read(column) for column in columns}, start, config)
+                for name, columns in names.items()
+            },
+        )
+
+
+def _list_columns(config: TokenizeConfig, name: str) -> list[str]:
+    """Returns the columns of the data behind a name of the format."""
+    columns = config.columns.get(name, name)
+    return [columns] if isinstance(columns, str) else list(columns)
+
+
+def _join_columns(
+    columns: dict[str, list[Any]], first_row: int, config: TokenizeConfig
+) -> list[str]:
+    """Returns the texts of several columns, joined by a blank line."""
+    for name, values in columns.items():
+        for number, value in enumerate(values):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(
+                    f"{config.data_name}, row {first_row + number}: {name}={value!r} must be a "
+                    f"string to be joined with other columns. Correct or remove the row."
+                )
+    return ["\n\n".join(filter(None, texts)) for texts in zip(*columns.values(), strict=True)]
+
+
+def _advise_columns(missing: str, names: Mapping[str, list[str]], present: list[str]) -> str:
+    """Returns advice for data that lacks a column of the format."""
+    if {"instruction", "output"} <= set(present):
+        prompt = "[instruction, input]" if "input" in present else "instruction"
+        return (
+            f"These are the columns of Alpaca: use format: completion and "
+            f"`columns: {{prompt: {prompt}, completion: output}}`."
+        )
+    if missing == "messages" and "conversations" in present:
+        return "Map the names with the source's columns: `columns: {messages: conversations}`."
+    for name, required in _REQUIRED_COLUMNS.items():
+        if missing not in required and set(required) <= set(present):
+            return f"Use format: {name}."
+    used = {column for columns in names.values() for column in columns}
+    other = next((column for column in present if column not in used), "NAME")
+    return f"Map the names with the source's columns, such as `columns: {{{missing}: {other}}}`."
+
+
+def _has_struct_type(rows: Rows, column: str) -> bool:
+    """Returns whether a column of a table has a type of nested fields, rather than JSON."""
+    schema = getattr(getattr(rows, "data", None), "schema", None)
+    return schema is not None and pa.types.is_nested(schema.field(column).type)
+
+
+def _drop_filled_nulls(value: Any, keep: tuple[str, ...] = ("content",)) -> Any:
+    """Returns a value of nested fields without nulls.
+
+    Such a type has one set of fields, and null where a value lacks one, as every call of a tool
+    lacks the arguments of the others. Nulls of the data look the same, so that only
+    the content of a message is kept; JSON keeps all of them.
+    """
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {k: _drop_filled_nulls(v, ()) for k, v in items if v is not None or k in keep}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_drop_filled_nulls(item, keep) for item in value]
+    return value
 
 
 def _get_string_column(
@@ -418,18 +502,9 @@ def _require_chat_template(tokenizer: Tokenizer, config: TokenizeConfig) -> Chat
     return tokenizer.chat_template
 
 
-def _require_eos_token_id(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no eos token, so a model would not learn where a text ends. Add an "
-            "eos_token to tokenizer_config.json."
-        )
-    return tokenizer.eos_token_id
-
-
 def get_label_names(rows: Rows, config: TokenizeConfig) -> Sequence[str]:
     """Returns the label names of the table's features, or else those of its labels."""
-    column = config.columns.get("label", "label")
+    column = _list_columns(config, "label")[0]
     names = getattr(getattr(rows, "features", {}).get(column), "names", None)
     return (
         infer_label_names(_read_label_column(rows, config), config.data_name)
@@ -448,6 +523,23 @@ def _read_label_column(
     untyped = getattr(getattr(rows, "info", None), "builder_name", None) == "csv"
     strings = untyped and all(isinstance(label, str) for label in labels)
     return parse_numeric_labels(labels, label_names) if strings else labels
+
+
+def _find_doubled_tokens(encoding: tokenizers.Encoding) -> list[int]:
+    """Returns the places of special tokens that were added beside an equal one of the text."""
+    ids, texts = encoding.ids, encoding.sequence_ids
+    places = [place for place, text in enumerate(texts) if text is not None]
+    if not places:
+        return []
+    first, last = places[0], places[-1]
+    # The prefix and suffix are those of the whole text, or of both texts of a pair.
+    before, after = ids[:first], ids[last + 1 :]
+    doubled = []
+    if before and ids[first : first + len(before)] == before:
+        doubled += range(first)
+    if after and ids[last + 1 - len(after) : last + 1] == after and last >= first:
+        doubled += range(last + 1, len(ids))
+    return doubled
 
 
 def _make_truncating_tokenizer(
@@ -509,11 +601,27 @@ def _tokenize_text_answers(
     config: TokenizeConfig,
 ) -> Iterator[TokenSequence]:
     """Yields prompts with an answer each, tokenized separately."""
-    end = _require_eos_token_id(tokenizer)
-    prompts = tokenizer.encode(_get_string_column(columns, "prompt", first_row, config))
-    answers = tokenizer.encode(_get_string_column(columns, column_name, first_row, config))
-    for prompt, answer in zip(prompts, answers, strict=True):
-        yield _join_prompt_and_completion([*tokenizer.prefix_ids, *prompt], [*answer, end])
+    for prompt, answer in _tokenize_answers(columns, column_name, first_row, tokenizer, config):
+        yield _join_prompt_and_completion(prompt, answer)
+
+
+def _tokenize_answers(
+    columns: dict[str, list[Any]],
+    column_name: str,
+    first_row: int,
+    tokenizer: Tokenizer,
+    config: TokenizeConfig,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the tokens of prompts and of their answers, with the special tokens around both."""
+    prompts = _get_string_column(columns, "prompt", first_row, config)
+    answers = _get_string_column(columns, column_name, first_row, config)
+    continued = tokenizer.encode_continuations(answers)
+    alone = tokenizer.encode([answer for p, answer in zip(prompts, answers, strict=True) if not p])
+    remaining = iter(alone)  # Of answers that begin a text.
+    encoded = tokenizer.encode(prompts)
+    for text, prompt, ids in zip(prompts, encoded, continued, strict=True):
+        answer = ids if text else next(remaining)
+        yield tokenizer.add_prefix(prompt), tokenizer.add_eos(answer)
 
 
 def _tokenize_chat_answers(

@@ -136,7 +136,8 @@ class TokenizeConfig:
             "split", for plain text only, makes consecutive examples, each of which begins with
             the last token of the previous one, so that every token counts for the loss once.
         vocab_size: Vocabulary size of the model, which token ids must be below; None: no limit.
-        columns: Column names of the data, by the names of the format.
+        columns: Column names of the data, by the names of the format. The texts of several
+            columns are joined by a blank line, without empty ones.
         data_name: Name of the data in errors.
 
     Raises:
@@ -152,7 +153,7 @@ class TokenizeConfig:
     max_seq_length: int
     truncation: TruncationPolicy = "error"
     vocab_size: int | None = None
-    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     data_name: str = "the data"
 
     def __post_init__(self) -> None:

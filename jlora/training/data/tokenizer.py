@@ -114,9 +114,78 @@ class Tokenizer(NamedTuple):
             encodings = self.without_special_tokens.encode_batch_fast(list(texts))
         return [encoding.ids for encoding in encodings]
 
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts that continue another one, such as completions.
+
+        Some tokenizers write a blank before every text (SentencePiece). One in the middle of an
+        example would be in the tokens and not in the data, so these texts are encoded behind
+        another character.
+        """
+        if not _adds_blank(self.without_special_tokens):
+            return self.encode(texts)
+        found: list[list[int] | None] = [None] * len(texts)
+        for anchor in _ANCHORS:
+            missing = [number for number, ids in enumerate(found) if ids is None]
+            encodings = self.without_special_tokens.encode_batch(
+                [anchor + texts[number] for number in missing]
+            )
+            for number, encoding in zip(missing, encodings, strict=True):
+                first = [start for start, end in encoding.offsets if end > len(anchor)]
+                if not first or first[0] >= len(anchor):  # No token has parts of both.
+                    skipped = len(encoding.ids) - len(first)
+                    found[number] = encoding.ids[skipped:]
+        separate = self.encode(texts)
+        return [ids or alone for ids, alone in zip(found, separate, strict=True)]
+
+    def add_prefix(self, ids: Sequence[int]) -> list[int]:
+        """Returns the ids with `prefix_ids` before them, unless the text begins with these."""
+        prefix = list(self.prefix_ids)
+        return [*([] if list(ids[: len(prefix)]) == prefix else prefix), *ids]
+
+    def add_eos(self, ids: Sequence[int]) -> list[int]:
+        """Returns the ids with the eos token behind them, unless only blanks follow one.
+
+        Raises:
+            ValueError: If the tokenizer has no eos token.
+        """
+        if self.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no eos token, so a model would not learn where a text ends. Add "
+                "an eos_token to tokenizer_config.json."
+            )
+        ids = list(ids)
+        # Few tokens are looked at: the blanks behind an end are a line break or two.
+        for count, token_id in enumerate(reversed(ids[-_MAX_BLANKS:])):
+            if token_id == self.eos_token_id:
+                return ids if not self.decode(ids[len(ids) - count :]).strip() else [*ids, token_id]
+        return [*ids, self.eos_token_id]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, special tokens included."""
         return self.with_special_tokens.decode(list(ids), skip_special_tokens=False)
+
+
+# Texts that continuations are encoded behind; one of them is a token of its own.
+_ANCHORS = ("\n", ".", ":", "a", "1")
+
+_MAX_BLANKS = 8
+
+
+def _adds_blank(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Returns whether a tokenizer writes a blank before a text, which decoding shows."""
+    probe = _find_probe(tokenizer)
+    ids = tokenizer.encode(probe).ids
+    # The blank of the first text is removed in decoding, that of the second is not.
+    return bool(ids) and " " in tokenizer.decode([*ids, *ids]).strip()
+
+
+def _find_probe(tokenizer: tokenizers.Tokenizer) -> str:
+    """Returns a text that the tokenizer has tokens for; empty if there is none."""
+    tokens = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda pair: pair[1])
+    for text in ("a", "A", *(token for token, _ in tokens)):
+        if text.strip() == text and tokenizer.encode(text, add_special_tokens=False).ids:
+            return text
+    return ""
 
 
 def load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
@@ -171,8 +240,7 @@ def _find_special_token_id(
 
 def _find_prefix_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     """Returns the ids that the tokenizer adds before every text."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
-    starts = range(len(full) - len(plain) + 1)
-    start = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
-    return tuple(full[:start])
+    encoding = tokenizer.encode(_find_probe(tokenizer))
+    # Tokens that the tokenizer adds belong to no text.
+    texts = [number for number, text in enumerate(encoding.sequence_ids) if text is not None]
+    return tuple(encoding.ids[: texts[0]]) if texts else ()

@@ -95,6 +95,21 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     return validate(apply_overrides(raw, overrides), str(path))
 
 
+def find_replaced_length(path: str | os.PathLike[str], recipe: Recipe) -> str | None:
+    """Returns the length of the run that a file sets and an override replaced, as `field=value`.
+
+    Args:
+        path: YAML file of a recipe.
+        recipe: Recipe that `load` returned for it, with overrides.
+    """
+    raw = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path)).get("training") or {}
+    for name in ("steps", "epochs"):
+        default = type(recipe.training).model_fields[name].default
+        if raw.get(name, default) != default and getattr(recipe.training, name) == default:
+            return f"training.{name}={raw[name]}"
+    return None
+
+
 def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
     """Returns the recipe of a nested mapping.
 
@@ -122,7 +137,8 @@ def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Returns a recipe's mapping with overrides of the form `--section.field value`.
 
-    Values are parsed as YAML, except those of text fields. Numbers index into lists:
+    Values are parsed as YAML, except those of text fields; a field of one text or several gets
+    several in brackets. Numbers index into lists:
     `--data.train.0.path other.jsonl`. An override of epochs removes the mapping's steps, and the
     reverse.
 
@@ -193,9 +209,12 @@ def _parse_override_value(keys: Sequence[str], text: str, flag: str) -> Any:
     for key in keys:
         field_types = {inner for outer in field_types for inner in _field_types(outer, key)}
     not_text = {cls for cls in field_types if typing.get_origin(cls) is not Literal} - {str}
-    if str in field_types and not re.fullmatch(r"\[[\w.\- ]+(,[\w.\- ]+)+\]", text):
-        # [qv] is a regular expression, and [q_proj, v_proj] a list.
-        not_text = {cls for cls in not_text if typing.get_origin(cls) is not list}
+    kinds = {typing.get_origin(cls) or cls for cls in field_types}
+    if kinds >= {str, list}:  # A text, or several in brackets. [qv] is a regular expression.
+        is_list = text.startswith("[") and text.endswith("]")
+        if is_list and (keys[-1] != "target_pattern" or "," in text):
+            return parse_yaml(text, flag)
+        not_text = {types.NoneType} & kinds
     if not field_types or not_text - {types.NoneType}:
         return parse_yaml(text, flag)
     return None if not_text and text in ("", "~", "null") else text

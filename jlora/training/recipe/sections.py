@@ -75,7 +75,8 @@ class SourceSection(Section):
             (text), preference (prompt, chosen, rejected), classification (text, label, and
             text_pair for pairs of texts).
         columns: Names of the dataset's columns, by the names of the format, such as {messages:
-            conversation}.
+            conversation}. The texts of a list of names are joined by a blank line, without empty
+            ones: {prompt: [instruction, input]}.
         weight: Passes through the source in an epoch; 0.1 is a tenth of it in each epoch, a
             different one every time. Training sources only.
         max_examples: Maximum number of rows, the first ones. null: all.
@@ -88,7 +89,7 @@ class SourceSection(Section):
     format: Literal["chat", "completion", "text", "preference", "classification"] = Field(
         examples=["chat"]
     )
-    columns: dict[str, str] = {}
+    columns: dict[str, str | list[str]] = {}
     weight: SourceWeight = 1.0
     max_examples: PositiveInt | None = None
 
@@ -520,15 +521,22 @@ class Recipe(Section):
                 raise ValueError(
                     f"adapters.{number} has no target_pattern. Give the pattern of its weights."
                 )
-        quantized = None if self.quantize is None else self.quantize.target_pattern
-        targets = (rule.target_pattern for rule in (self.adapter, *self.adapters))
-        targets = [one for target in (*targets, quantized) for one in list_targets(target)]
-        for pattern in (*targets, *self.frozen_modules):
+        patterns = {
+            "adapter.target_pattern": self.adapter.target_pattern,
+            **{
+                f"adapters.{n}.target_pattern": r.target_pattern
+                for n, r in enumerate(self.adapters)
+            },
+            **{f"frozen_modules.{n}": pattern for n, pattern in enumerate(self.frozen_modules)},
+            "quantize.target_pattern": self.quantize and self.quantize.target_pattern,
+        }
+        named = ((field, one) for field, target in patterns.items() for one in list_targets(target))
+        for field, pattern in named:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(
-                    f"{pattern!r} is not a valid regular expression: {error}."
+                    f"{field}={pattern!r} is not a valid regular expression: {error}."
                 ) from error
         adalora = "AdaLoRA" in {rule.family for rule in (self.adapter, *self.adapters)}
         if adalora != (self.optimizer.budget is not None):

@@ -153,6 +153,82 @@ def test_from_folder_with_fixed_date(tmp_path: pathlib.Path) -> None:
     assert held.render(said("Hi")) == "01 Feb 2026"
 
 
+JSON_CALLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls is defined %}"
+    "{{ m.tool_calls | tojson }}{% endif %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_render_keeps_nulls_of_arguments() -> None:
+    arguments = {"city": "Paris", "unit": None, "near": [None, {"a": None}]}
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    tool = {"function": {"name": "f", "parameters": {"unit": {"default": None}}}}
+    messages = [*said("Hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    text = ChatTemplate(JSON_CALLS).render(messages, tools=[tool])
+    assert text.startswith(json.dumps(tool))
+    assert json.dumps(call["function"]) in text
+    assert '"id"' not in text  # As tables fill it.
+    # Templates ask whether there is content (DeepSeek).
+    assert ChatTemplate("{{ messages[1].content is none }}").render(messages) == "True"
+
+
+def test_render_keeps_every_field() -> None:
+    message = {"role": "user", "content": "Hi", "name": "Ada", "extra": {"a": [1, None]}}
+    text = "{{ messages[0].name }} {{ messages[0].extra | tojson }}"
+    assert ChatTemplate(text).render([message]) == 'Ada {"a": [1, null]}'
+
+
+def test_render_text_parts_and_sharegpt() -> None:
+    chat = template("chatml")
+    want = chat.render(said("one two", "three"))
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert chat.render([{"role": "user", "content": parts}, said("", "three")[1]]) == want
+    sharegpt = [{"from": "human", "value": "one two"}, {"from": "gpt", "value": "three"}]
+    assert chat.render(sharegpt) == want
+    assert chat.render(json.dumps(sharegpt)) == want  # A cell of a .csv file.
+    image = [{"role": "user", "content": [{"type": "image", "text": ""}]}]
+    with pytest.raises(ValueError, match="part of type 'image', which a language model does not"):
+        chat.render(image)
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation"])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0, "train": False}]
+)
+def test_spans_leave_out_marked_messages(name: str, mark: dict[str, Any]) -> None:
+    chat, messages = template(name), said("a", "b", "c", "d", "e", "f")
+    text, spans = chat.render_with_spans(messages)
+    marked = [*messages[:3], {**messages[3], **mark}, *messages[4:]]
+    marked[1] = {**messages[1], "weight": 1}
+    assert chat.render_with_spans(marked) == (text, [spans[0], spans[2]])
+    assert chat.render(marked) == text  # A mark is not part of the text.
+    last = [*messages[:5], {**messages[5], **mark}]
+    assert chat.render_with_spans(last, train_on="last") == (text, [])
+    _, rest = chat.render_with_spans(marked, train_on="all")
+    assert rest == [(0, spans[1][0]), (spans[1][1], len(text))]
+
+
+@pytest.mark.parametrize(
+    ("number", "mark", "train_on", "message"),
+    [
+        (1, {"weight": 0.5}, "assistant", r"row 3, message 1: weight=0.5 must be 0 or 1"),
+        (1, {"train": "no"}, "assistant", "train='no' must be 0 or 1, or false or true"),
+        (1, {"train": True, "weight": 0}, "assistant", "disagree. Keep one"),
+        (0, {"train": True}, "assistant", "message 0: a message of the user is marked for the"),
+        (0, {"weight": 0}, "all", "message of the user is marked out of the loss, but .*=all sets"),
+    ],
+)
+def test_spans_invalid_marks_raise(
+    number: int, mark: dict[str, Any], train_on: Any, message: str
+) -> None:
+    messages = said("a", "b")
+    messages[number] = {**messages[number], **mark}
+    with pytest.raises(ValueError, match=message):
+        template("chatml").render_with_spans(messages, train_on=train_on, location="row 3")
+
+
 def test_render_drops_null_fields() -> None:
     messages = [{**said("Hi")[0], "tool_calls": None}]
     text = "{{ messages[0].tool_calls is defined }}"
@@ -182,7 +258,9 @@ def test_render_invalid_template_raises(text: str, message: str) -> None:
         ("Hi", "row 3 must be a list of messages, got 'Hi'"),
         ([], r"row 3 must be a list of messages, got \[\]"),
         (["Hi"], "row 3, message 0 must have the fields role and content, got 'Hi'"),
-        ([{"from": "human", "value": "Hi"}], "message 0 must have the fields role and content"),
+        ([{"author": "human", "value": "Hi"}], "message 0 must have the fields role and content"),
+        ([{"from": "bot", "value": "Hi"}], "needs one of human, .* there, and a value"),
+        ([{"from": "human"}], "needs one of human, .* there, and a value"),
         ([{"role": "human", "content": "Hi"}], "role='human' must be one of system, .* Rename it"),
         ([*said("Hi"), {"role": "assistant"}], "row 3, message 1: content=None must be a string"),
         ([{"role": "user", "content": [{"type": "text"}]}], "content=.* must be a string"),

@@ -395,7 +395,125 @@ def test_json_labels_of_digits_stay_text(tmp_path: pathlib.Path) -> None:
     assert corpus.label_names == ("1", "2")
 
 
+# Special tokens and blanks
+
+
+@pytest.mark.parametrize("truncation", ["error", "truncate"])
+def test_tokenize_adds_no_special_token_twice(truncation: Any) -> None:
+    reading = TokenizeConfig(max_seq_length=400, truncation=truncation)
+    plain = {"text": "Hello", "prompt": "Q", "completion": "A", "chosen": "A", "rejected": "B"}
+    plain["label"] = "no"
+    rendered = {**plain, "text": "<s>Hello</s>", "prompt": "<s>Q", "completion": "A</s>"}
+    rendered |= {"chosen": "A</s>", "rejected": "B</s>"}
+    for name in ("text", "completion", "preference"):
+        want, got = (formats.FORMATS[name]([row], TINY, reading) for row in (plain, rendered))
+        assert got.fingerprint == want.fingerprint, name
+    # The end of a turn in a rendered chat is followed by a line break.
+    broken = formats.tokenize_texts([{"text": "Hello</s>\n"}], TINY, reading)
+    assert TINY.decode(broken.tokens.tolist()) == "<s>Hello</s>\n"
+    within = formats.tokenize_texts([{"text": "Hel</s>lo"}], TINY, reading)
+    assert TINY.decode(within.tokens.tolist()) == "<s>Hel</s>lo</s>"
+    rows = [{**plain, "label": label} for label in ("no", "yes")]
+    twice = [{**row, "text": "<s>Hello"} for row in rows]
+    want, got = (formats.tokenize_classification(r, TINY, reading) for r in (rows, twice))
+    assert got.tokens.tolist() == want.tokens.tolist()
+
+
+def sentencepiece(folder: pathlib.Path, scheme: str) -> Tokenizer:
+    """A tokenizer that writes a blank before a text, as those of Llama 2 and Mistral."""
+    characters = ["<unk>", "<s>", "</s>", "\u2581", *"ABCQabcq\n.:1"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {text: number for number, text in enumerate(characters)}, [], unk_token="<unk>"
+        )
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("answer", ["Ab", " Ab", "\n\nAb", ".a", "1", ""])
+def test_tokenize_completions_invents_no_blank(
+    tmp_path: pathlib.Path, scheme: str, answer: str
+) -> None:
+    tokenizer = sentencepiece(tmp_path, scheme)
+    rows = [{"prompt": "Q", "completion": answer}, {"prompt": "", "completion": "Ab"}]
+    dataset = formats.tokenize_completions(rows, tokenizer, READING)
+    decoder = tokenizer.with_special_tokens
+    text = decoder.decode(dataset.get_sequence(0)[0].tolist(), skip_special_tokens=True)
+    assert text == f"Q{answer}"
+    # A completion without a prompt begins a text.
+    begun = tokenizer.encode(["Ab"])[0]
+    assert dataset.get_sequence(1)[0].tolist() == [*begun, tokenizer.eos_token_id]
+
+
+def test_tokenizer_prefix_of_any_alphabet(tmp_path: pathlib.Path) -> None:
+    # A tokenizer of DNA has no token for the letter a.
+    vocab = {text: number for number, text in enumerate(["<s>", "</s>", *"ACGT"])}
+    for post in (
+        tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+        tokenizers.processors.BertProcessing(("</s>", 1), ("<s>", 0)),
+    ):
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        made.add_special_tokens(["<s>", "</s>"])
+        made.post_processor = post
+        made.save(str(tmp_path / "tokenizer.json"))
+        assert Tokenizer.from_folder(tmp_path).prefix_ids == (0,)
+
+
 # Rows and columns
+
+
+def test_tokenize_joins_columns() -> None:
+    reading = TokenizeConfig(
+        max_seq_length=400, columns={"prompt": ["instruction", "input"], "completion": "output"}
+    )
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say.", "input": "", "output": "x"},
+        {"instruction": "Say.", "input": None, "output": "y"},
+    ]
+    joined = [("Add.\n\n1 and 2", "3"), ("Say.", "x"), ("Say.", "y")]
+    want = [{"prompt": prompt, "completion": completion} for prompt, completion in joined]
+    for given in (rows, datasets.Dataset.from_list(rows)):
+        got = formats.tokenize_completions(given, TINY, reading)
+        assert got.fingerprint == formats.tokenize_completions(want, TINY, READING).fingerprint
+    with pytest.raises(ValueError, match=r"row 0: input=3 must be a string to be joined"):
+        formats.tokenize_completions([{**rows[0], "input": 3}], TINY, reading)
+
+
+ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "advice"),
+    [
+        ("chat", ALPACA, r"columns of Alpaca: .*`columns: {prompt: \[instruction, input\], compl"),
+        ("completion", {"instruction": "a", "output": "b"}, "{prompt: instruction, completion: ou"),
+        ("chat", {"conversations": []}, "`columns: {messages: conversations}`"),
+        ("chat", {"text": "a"}, "Use format: text."),
+        ("completion", {"text": "a"}, "Use format: text."),
+        ("text", {"messages": said("a")}, "Use format: chat."),
+        ("chat", {"prompt": "a", "completion": "b"}, "Use format: completion."),
+        ("chat", {"text": "a", "label": 1}, "Use format: classification."),
+    ],
+)
+def test_tokenize_advises_the_format(form: str, row: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        formats.FORMATS[form]([row], with_template("chatml"), READING)
+
+
+def test_tokenize_chats_json_keeps_nulls(tmp_path: pathlib.Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"a": None}}}
+    row = {"messages": [*said("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    tokenizer = with_template("llama3")
+    got = formats.tokenize_chats(sources.load_rows(tmp_path / "a.jsonl"), tokenizer, READING)
+    assert '{"a": null}' in tokenizer.decode(got.tokens.tolist())
 
 
 def test_tokenize_table_equals_list(monkeypatch: pytest.MonkeyPatch) -> None:

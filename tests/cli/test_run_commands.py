@@ -1,0 +1,236 @@
+"""`jlora train --resume`, `jlora generate` and `jlora inspect --targets`, run as users run them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from _support.training_fixtures import Make
+
+import jlora
+from jlora import cli, models
+from jlora.checkpoints.adapter_file import write_adapter
+from jlora.checkpoints.lineage import Lineage
+from jlora.training import data, recipe
+
+main = importlib.import_module("jlora.cli.main")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    out, error = capsys.readouterr()
+    return status, out, error
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[recipe.Recipe, dict[str, Any]]]:
+    """The calls of `train`, none of which trains."""
+    calls: list[tuple[recipe.Recipe, dict[str, Any]]] = []
+    module = importlib.import_module("jlora.training.train")
+    monkeypatch.setattr(module, "train", lambda given, **options: calls.append((given, options)))
+    return calls
+
+
+def write_recipe(path: pathlib.Path, raw: dict[str, Any]) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def begin(path: pathlib.Path, *overrides: str) -> recipe.Recipe:
+    """Writes what a run leaves of its recipe."""
+    begun = recipe.load(path, overrides)
+    write_recipe(pathlib.Path(begun.output) / "recipe.yaml", begun.model_dump(mode="json"))
+    return begun
+
+
+def test_train_resume_keeps_overrides(
+    recipe_of: Make, tmp_path: pathlib.Path, trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", recipe_of())
+    begun = begin(path, "--adapter.rank", "3", "--training.epochs", "2")
+    status, _, error = run(capsys, "train", path, "--resume")
+    assert (status, trained[-1][0], trained[-1][1]["resume"]) == (0, begun, True)
+    assert f"Resuming with adapter.rank=3 of {begun.output}/recipe.yaml, not 2 of {path}." in error
+    # An override changes the run; other folders are not affected.
+    run(capsys, "train", path, "--resume", "--adapter.rank", "4")
+    assert (trained[-1][0].adapter.rank, trained[-1][0].training.epochs) == (4, 2)
+    status, _, error = run(capsys, "train", path, "--output", tmp_path / "other")
+    assert (trained[-1][0].adapter.rank, error) == (2, "")
+    # The folder was moved.
+    shutil.move(begun.output, tmp_path / "moved")
+    run(capsys, "train", path, "--resume", "--output", tmp_path / "moved")
+    assert (trained[-1][0].adapter.rank, trained[-1][0].output) == (3, str(tmp_path / "moved"))
+    # A full disk left an empty file.
+    (tmp_path / "moved" / "recipe.yaml").write_text("")
+    run(capsys, "train", path, "--resume", "--output", tmp_path / "moved")
+    assert trained[-1][0].adapter.rank == 2
+
+
+def test_train_prints_replaced_length(
+    recipe_of: Make, tmp_path: pathlib.Path, trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", recipe_of(training={"steps": 6}))
+    error = run(capsys, "train", path, "--training.epochs", "3")[2]
+    assert f"The overrides replace training.steps=6 of {path}." in error
+    assert (trained[-1][0].training.epochs, trained[-1][0].training.steps) == (3, None)
+    assert run(capsys, "train", path, "--training.steps", "7")[2] == ""
+    path = write_recipe(path, recipe_of(training={"epochs": 2, "steps": None}))
+    assert "replace training.epochs=2" in run(capsys, "train", path, "--training.steps", "7")[2]
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], tuple[int, ...]]]:
+    """Tokens and ends of the calls of `generate`, which answers with the letters of yes."""
+    calls: list[tuple[list[int], tuple[int, ...]]] = []
+
+    def generate(_: Any, __: Any, ids: Any, *, sampling: Any, **___: Any) -> models.GenerateOutput:
+        calls.append((ids[0].tolist(), sampling.eos_token_ids))
+        answer = np.array([[5 + " abcdefghijklmnopqrstuvwxyz".index(c) for c in "yes"]])
+        return models.GenerateOutput(answer, np.array([3]))
+
+    monkeypatch.setattr(models, "generate", generate)
+    return calls
+
+
+def adapter_of_run(path: pathlib.Path, raw: dict[str, Any]) -> pathlib.Path:
+    lineage = Lineage(recipe=recipe.validate(raw).model_dump(mode="json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_adapter(path, {}, {}, lineage)
+    return path
+
+
+def test_generate_writes_prompts_as_training(
+    recipe_of: Make,
+    base: pathlib.Path,
+    chats: pathlib.Path,
+    tmp_path: pathlib.Path,
+    prompts: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = data.Tokenizer.from_folder(base)
+    config = data.TokenizeConfig(max_seq_length=99)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    dataset = data.tokenize_chats([{"messages": chat}], tokenizer, config)
+    tokens, learned = dataset.get_sequence(0)
+    status, out, error = run(capsys, "generate", base, "hi")
+    assert (status, out) == (0, "yes\n"), error
+    assert prompts[-1][0] == tokens[~learned].tolist()
+    assert prompts[-1][1] == (2,)
+    # As they are, and with the first tokens of training on texts.
+    assert run(capsys, "generate", base, "hi", "--raw")[1] == "hiyes\n"
+    assert prompts[-1][0] == tokenizer.encode(["hi"])[0]
+    texts = tmp_path / "a.txt"
+    texts.write_text("hi")
+    raw = recipe_of(data={"train": [{"path": str(texts), "format": "text"}]})
+    adapter = adapter_of_run(tmp_path / "text" / "adapter.safetensors", raw)
+    assert run(capsys, "generate", base, "hi", "--adapter", adapter)[1] == "hiyes\n"
+    assert prompts[-1][0] == tokenizer.add_prefix(tokenizer.encode(["hi"])[0])
+
+
+def test_generate_takes_the_runs_template(
+    recipe_of: Make,
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    prompts: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    text = "{% for m in messages %}{{ m.role + ':' + m.content + '<user>' }}{% endfor %}"
+    text += "{% if add_generation_prompt %}assistant:{% endif %}"
+    folder.mkdir()
+    (folder / "chat_template.jinja").write_text(text)
+    raw = recipe_of(data={"chat_template": str(folder / "chat_template.jinja")})
+    adapter = adapter_of_run(folder / "adapter.safetensors", raw)
+    run(capsys, "generate", base, "hi", "--adapter", adapter)
+    tokenizer = data.Tokenizer.from_folder(base)
+    assert tokenizer.decode(prompts[-1][0]) == "user:hi<user>assistant:"
+    # The template's end of a turn ends an answer, besides the base's.
+    assert set(prompts[-1][1]) == {2, 3}
+
+
+@pytest.mark.parametrize("flag", ["--adapter"])
+def test_main_empty_path_raises(
+    base: pathlib.Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(base), "hi", flag, ""])
+    assert f"argument {flag}: an empty text is no path" in capsys.readouterr().err
+
+
+def test_generate_empty_prompt_raises(
+    base: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, error = run(capsys, "generate", base, "", "--raw")
+    assert (status, error) == (1, "error: prompt='' has no tokens. Use a longer one.\n")
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_inspect_targets_lists_paths(
+    recipe_of: Make,
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", recipe_of())
+    status, out, error = run(capsys, "inspect", path, "--targets", "--adapter.rank", "3")
+    assert status == 0, error
+    assert "params/layers/attention/q/kernel" in out
+    assert "7 of " in out.splitlines()[-1]
+    status, out, _ = run(capsys, "inspect", base, "--targets")
+    assert status == 0
+    assert "params/layers_0/attention/q/kernel" in out
+    for arguments, message in (
+        ((base, "--targets", "--adapter.rank", "3"), "applies to a recipe, but"),
+        ((path, "--targets", "--importance", "fisher"), "print different tables"),
+        ((path,), "not a safetensors file"),
+    ):
+        status, _, error = run(capsys, "inspect", *arguments)
+        assert status == 1
+        assert message in error
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def known_flags() -> set[str]:
+    commands = {
+        main.flag_from_name(field.name)
+        for options, _ in main.COMMANDS.values()
+        for field in dataclasses.fields(options)
+    }
+    properties = json.dumps(recipe.json_schema())
+    fields = set(re.findall(r'"([a-z][a-z0-9_]*)": \{', properties))
+    return commands | {"--help", "--version"} | {f"--{name}" for name in fields}
+
+
+def test_messages_name_flags_that_exist() -> None:
+    known, unknown = known_flags(), []
+    for path in pathlib.Path(jlora.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+                continue
+            for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*[a-z])", node.value):
+                parts = f"--{flag}".split(".")
+                names = [parts[0], *(f"--{part}" for part in parts[1:])]
+                if any(name not in known for name in names if not name[2:].isdigit()):
+                    unknown.append(f"{path.name}: --{flag}")
+    # Stands for any field.
+    assert [each for each in unknown if not each.endswith("--section.field")] == []
