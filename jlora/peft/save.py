@@ -226,8 +226,11 @@ def write_peft_folder(
         ValueError: A tensor is not finite, or the modules differ in a field without a pattern.
     """
     method = PEFT_METHODS[peft_adapter.peft_type]
-    modules = unify_fields(peft_adapter.peft_type, peft_adapter.modules)
-    fields = _build_config_fields(method, modules, target_names)
+    parameter_modules = _modules_of_parameters(peft_adapter, target_names)
+    modules = unify_fields(
+        peft_adapter.peft_type, peft_adapter.modules, has_parameters=bool(parameter_modules)
+    )
+    fields = _build_config_fields(method, modules, target_names, parameter_modules)
     if peft_adapter.peft_type == "IA3":
         fields |= _build_feedforward_fields(modules, target_names)
     tensors = {
@@ -481,24 +484,61 @@ def _shared_peft_tensors(
     }
 
 
+# Modules of dense layers that PEFT takes for experts in a model that has some, since they have the
+# names that the experts' modules had before transformers 5.
+_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def _modules_of_parameters(peft_adapter: PeftAdapter, target_names: Sequence[str]) -> set[str]:
+    """Returns the modules that are adapted by `target_parameters`, and not by `target_modules`.
+
+    Raises:
+        ValueError: PEFT does not support a part of the adapter on such a module.
+    """
+    if peft_adapter.peft_type != "LORA":
+        return set()
+    has_experts = any(name.endswith(".experts.down_proj") for name in target_names)
+    dense = {
+        module.parameter.module
+        for module in peft_adapter.modules
+        if has_experts and module.parameter.module.endswith(_EXPERT_NAMES)
+    }
+    if dense and peft_adapter.modules[0].fields["use_dora"]:
+        raise ValueError(
+            f"PEFT takes {format_names(sorted(dense))} for experts, on which it does not support "
+            f"DoRA. Use jlora.LoRA on these weights, or merge the adapter."
+        )
+    experts = {m.parameter.module for m in peft_adapter.modules if m.parameter.name != "weight"}
+    return experts | dense
+
+
 def _build_config_fields(
-    method: PeftMethod, modules: Sequence[PeftModule], target_names: Sequence[str]
+    method: PeftMethod,
+    modules: Sequence[PeftModule],
+    target_names: Sequence[str],
+    parameter_modules: Collection[str],
 ) -> dict[str, Any]:
     """Returns the most common fields of the modules, and patterns for other ranks and alphas.
 
     Raises:
         ValueError: The modules differ in a field without a pattern.
     """
-    names = [m.parameter.module for m in modules if m.parameter.name == "weight"]
-    experts = sorted(_target_name(m) for m in modules if m.parameter.name != "weight")
+
+    def target_name(module: PeftModule) -> str:
+        name, parameter = module.parameter.module, module.parameter.name
+        return f"{name}.{parameter}" if name in parameter_modules else name
+
+    names = [target_name(m) for m in modules if m.parameter.module not in parameter_modules]
+    parameters = [target_name(m) for m in modules if m.parameter.module in parameter_modules]
     fields: dict[str, Any] = {"target_modules": build_selector(names, target_names)}
-    if experts:
-        fields["target_parameters"] = build_selector(experts, target_names, num_parts=3)
+    if parameters:
+        every = [*target_names, *(f"{name}.weight" for name in target_names)]
+        fields["target_parameters"] = build_selector(parameters, every, num_parts=3)
     for name in modules[0].fields:
         if name == "decompose_factor":
             fields[name] = _find_decompose_factor(modules)
             continue
-        by_module = {_target_name(m): _normalize_number(m.fields[name]) for m in modules}
+        by_module = {target_name(m): _normalize_number(m.fields[name]) for m in modules}
         known = [value for value in by_module.values() if value is not None]
         counts = collections.Counter(known)
         common = max(counts, key=lambda value: counts[value], default=False)
@@ -548,13 +588,6 @@ def _build_feedforward_fields(
 
 def _normalize_number(value: Any) -> Any:
     return value if not isinstance(value, float) or value != int(value) else int(value)
-
-
-def _target_name(module: PeftModule) -> str:
-    parameter = module.parameter
-    if parameter.name == "weight":
-        return parameter.module
-    return f"{parameter.module}.{parameter.name}"
 
 
 def _find_decompose_factor(modules: Sequence[PeftModule]) -> int:

@@ -93,7 +93,11 @@ def test_save_merged_decoder_in_transformers(name: str, tmp_path: pathlib.Path) 
         ),
         ("qwen3_moe", {EVERY: jlora.LoRA(rank=2, alpha=5)}),
         ("qwen3_moe", {r"moe/gate_up$|/q/": jlora.LoRA(rank=2, alpha=5)}),
+        ("qwen3_moe", {r"router/kernel$|/q/": jlora.LoRA(rank=2, alpha=5)}),
+        ("qwen3_moe", {r"router/kernel$|moe/down$": jlora.LoRA(rank=2, alpha=5, dropout=0.5)}),
         ("phi3", {EVERY: jlora.LoRA(rank=2, alpha=5)}),
+        ("gemma3", {r"/q/": jlora.LoRA(rank=2, alpha=5), "norm/scale": jlora.FullDelta()}),
+        ("gemma", {r"/q/": jlora.LoRA(rank=2, alpha=5), "^params/norm/scale": jlora.FullDelta()}),
         ("gemma3", {EVERY: jlora.LoRAFA(rank=2, alpha=5)}),
         ("llama", {EVERY: jlora.AdaLoRA(rank=2, alpha=5)}),
         ("llama", {EVERY: jlora.LoHa(rank=2, alpha=5)}),
@@ -118,6 +122,17 @@ def test_save_decoder_adapter_in_peft(
     model, params, adapter, ours = adapted(name, rules, scan_layers)
     peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
+    np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
+@pytest.mark.parametrize("pattern", [EVERY, r"mlp/down/kernel$", r"layers_0/mlp/(gate|up)/kernel$"])
+def test_save_dense_layers_of_mixture(pattern: str, tmp_path: pathlib.Path) -> None:
+    rules = {pattern: jlora.LoRA(rank=2, alpha=5, dropout=0.5)}
+    model, params, adapter, ours = adapted("qwen3_moe_some", rules)
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
+    wrapped = hf_peft.PeftModel.from_pretrained(
+        theirs(DECODERS / "qwen3_moe_some"), tmp_path / "out"
+    )
     np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
 
 

@@ -5,6 +5,7 @@ tests/live reads folders of the same rules with PEFT itself.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,6 +21,9 @@ from _support.peft_numpy import PREFIX
 import jlora
 from jlora import models, peft
 from jlora.adapters.full import FullDeltaLeaf
+from jlora.models.hf.load import example_inputs
+from jlora.peft.leaf_conversion import make_template_leaf
+from jlora.rules import trace_weights
 
 MODELS = pathlib.Path(__file__).parent.parent / "models" / "data"
 Tensors = dict[str, np.ndarray]
@@ -482,3 +486,76 @@ def test_load_wrong_expert_raises(change: Any, message: str, tmp_path: pathlib.P
     folder = write(tmp_path / "in", tensors, target_modules=["down_proj"], r=2 if change else 3)
     with pytest.raises(ValueError, match=message):
         peft.load(folder, *base(MOE))
+
+
+# --- written names ---
+
+
+def filled(name: str, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter of random numbers, with a config for each path."""
+    model, params = base(name)
+    weights = trace_weights(model.apply, params, *example_inputs(model))
+    rng = np.random.default_rng(4)
+    adapter = {}
+    for path, config in configs.items():
+        leaf = make_template_leaf(config, weights[path])
+        arrays = {n: np.float32(rng.normal(size=shape)) for n, shape in leaf.shapes().items()}
+        adapter[path] = dataclasses.replace(leaf, **arrays)
+    return adapter
+
+
+def saved(folder: pathlib.Path, name: str, adapter: Any, **options: Any) -> tuple[Any, Tensors]:
+    """Config and tensors of a folder that `save` wrote."""
+    peft.save(folder, adapter, *base(name), **options)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+
+
+def test_save_dense_layer_of_a_mixture(tmp_path: pathlib.Path) -> None:
+    name, path = "decoders/qwen3_moe_some", "params/layers_0/mlp/down/kernel"
+    adapter = filled(name, {path: jlora.LoRA(rank=2, alpha=3, dropout=0.5)})
+    config, tensors = saved(tmp_path / "out", name, adapter)
+    # By `target_modules`, PEFT with transformers 5 would adapt the experts instead.
+    assert config["target_modules"] == []
+    assert config["target_parameters"] == ["mlp.down_proj.weight"]
+    assert config["lora_dropout"] == 0
+    key = f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight"
+    np.testing.assert_array_equal(tensors[key], adapter[path].a.T)
+    again = peft.load(tmp_path / "out", *base(name)).adapter
+    np.testing.assert_array_equal(again[path].b, adapter[path].b)
+    config, _ = saved(tmp_path / "vllm", name, adapter, file_format="vllm")
+    assert config["target_modules"] == ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(ValueError, match="takes .*down_proj for experts"):
+        saved(tmp_path / "no", name, filled(name, {path: jlora.DoRA(rank=2, alpha=3)}))
+
+
+def test_save_router_of_a_mixture(tmp_path: pathlib.Path) -> None:
+    path = "params/layers_0/moe/router/kernel"
+    adapter = filled(MOE, {path: jlora.LoRA(rank=2, alpha=3)})
+    config, tensors = saved(tmp_path / "out", MOE, adapter)
+    assert config["target_modules"] == ["model.layers.0.mlp.gate"]
+    key = f"{PREFIX}model.layers.0.mlp.gate.lora_B.weight"
+    np.testing.assert_array_equal(tensors[key], adapter[path].b.T)
+    assert set(peft.load(tmp_path / "out", *base(MOE)).adapter) == {path}
+
+
+def test_save_experts_unsupported_raises(tmp_path: pathlib.Path) -> None:
+    path = "params/layers_0/moe/down"
+    for config in (jlora.DoRA(rank=1, alpha=1), jlora.HiRA(rank=1), jlora.LoKr(rank=1, alpha=1)):
+        with pytest.raises(ValueError, match="PEFT supports only LoRA on experts"):
+            saved(tmp_path / "out", MOE, filled(MOE, {path: config}))
+
+
+def test_save_gemma_norm_is_a_norm(tmp_path: pathlib.Path) -> None:
+    name, norm = "decoders/gemma3", "params/layers_1/mlp_norm/scale"
+    q = "params/layers_0/attention/q/kernel"
+    adapter = filled(name, {q: jlora.LoRA(rank=2, alpha=3), norm: jlora.FullDelta()})
+    config, tensors = saved(tmp_path / "out", name, adapter)
+    module = "model.layers.1.pre_feedforward_layernorm"
+    assert config["bias"] == "none"
+    assert config["modules_to_save"] == ["1.pre_feedforward_layernorm"]
+    expected = loaded_tensor(base(name).params, name, f"{module}.weight") + adapter[norm].delta
+    np.testing.assert_allclose(tensors[f"{PREFIX}{module}.weight"], expected, atol=1e-6)
+    again = peft.load(tmp_path / "out", *base(name))
+    assert again.adapter[norm].family == "full"
+    np.testing.assert_allclose(again.params["params"]["layers_1"]["mlp_norm"]["scale"], expected)
