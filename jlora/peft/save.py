@@ -322,6 +322,13 @@ def _check_weight_support(
             f"PEFT supports only LoRA on experts, and the adapter on {weight.path!r} is of the "
             f"family {leaf.family!r}. Convert it with jlora.to_lora, or merge it."
         )
+    for parameter in parameters:
+        part = parameter.tensor_slice
+        if part and part.slice_sizes[part.num_stack_axes :] != weight.shape[part.num_stack_axes :]:
+            raise ValueError(
+                f"{weight.path!r} consists of several tensors of the checkpoint, such as "
+                f"{part.key}, and its factors are not those of one. Merge the adapter."
+            )
     reason = PEFT_METHODS[peft_type].unsupported_reason(weight)
     if reason:
         raise ValueError(f"{reason}. Convert the adapter with jlora.to_lora, or merge it.")

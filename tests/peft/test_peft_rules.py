@@ -20,6 +20,7 @@ from _support.peft_numpy import PREFIX
 
 import jlora
 from jlora import models, peft
+from jlora._quantized_array import maybe_dequantize
 from jlora.adapters.full import FullDeltaLeaf
 from jlora.models.hf.load import example_inputs
 from jlora.peft.leaf_conversion import make_template_leaf
@@ -486,6 +487,78 @@ def test_load_wrong_expert_raises(change: Any, message: str, tmp_path: pathlib.P
     folder = write(tmp_path / "in", tensors, target_modules=["down_proj"], r=2 if change else 3)
     with pytest.raises(ValueError, match=message):
         peft.load(folder, *base(MOE))
+
+
+# --- replaced weights, however the base has them ---
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_load_replaces_weights_of_any_base(
+    is_quantized: bool, scan_layers: bool, tmp_path: pathlib.Path
+) -> None:
+    quantize = {r"(up|down)/kernel": jlora.NF4(), "embed": jlora.Int8()} if is_quantized else None
+    model, params = models.load(
+        MODELS / LLAMA, dtype="float32", scan_layers=scan_layers, quantize=quantize
+    )
+    whole = stored(LLAMA, "1.mlp.down_proj.weight", "lm_head.weight", "0.input_layernorm.weight")
+    rows = random((2, 12))
+    tokens = {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
+    folder = write(
+        tmp_path / "in",
+        factors(LLAMA, *QV) | whole | tokens,
+        target_modules=QV,
+        modules_to_save=["1.mlp.down_proj", "lm_head", "0.input_layernorm"],
+        trainable_token_indices={"embed_tokens": [3, 9]},
+    )
+    loaded = peft.load(folder, model, params)
+    mapping = models.checkpoint_mapping(model)[0]
+    flat = {
+        "/".join(str(k.key) for k in path): maybe_dequantize(value)
+        for path, value in jax.tree_util.tree_flatten_with_path(
+            loaded.params, is_leaf=lambda x: hasattr(x, "dequantize")
+        )[0]
+    }
+    get = models.make_tensor_getter(mapping, jax.device_get(flat))
+    for key, value in whole.items():
+        np.testing.assert_array_equal(get(key), value)
+    np.testing.assert_array_equal(get("model.embed_tokens.weight")[[3, 9]], rows)
+    # The other layer of a stack is as it was.
+    other = "model.layers.0.mlp.down_proj.weight"
+    before = jax.tree.map(maybe_dequantize, params, is_leaf=lambda x: hasattr(x, "dequantize"))
+    old = models.make_tensor_getter(
+        mapping,
+        {
+            "/".join(str(k.key) for k in path): np.asarray(value)
+            for path, value in jax.tree_util.tree_flatten_with_path(before)[0]
+        },
+    )
+    np.testing.assert_array_equal(get(other), old(other))
+
+
+@pytest.mark.parametrize("is_joined", [True, False], ids=["joined", "single"])
+def test_load_replaces_experts(is_joined: bool, tmp_path: pathlib.Path) -> None:
+    whole = stored(MOE, "gate_proj.weight", "up_proj.weight", "down_proj.weight", "mlp.gate.weight")
+    whole = {key: value for key, value in whole.items() if "layers.1." in key}
+    tensors = dict(whole)
+    if is_joined:  # As transformers 5 has them: (experts, out, in).
+        start = "model.layers.1.mlp.experts"
+        experts = range(4)
+        gate, up, down = (
+            np.stack([tensors.pop(f"{start}.{e}.{n}_proj.weight") for e in experts])
+            for n in ("gate", "up", "down")
+        )
+        tensors |= {f"{start}.gate_up_proj": np.concatenate([gate, up], 1)}
+        tensors |= {f"{start}.down_proj": down}
+    folder = write(
+        tmp_path / "in",
+        factors(MOE, "q_proj") | tensors,
+        target_modules=["q_proj"],
+        modules_to_save=["1.mlp"],
+    )
+    loaded = peft.load(folder, *base(MOE))
+    for key, value in whole.items():
+        np.testing.assert_array_equal(loaded_tensor(loaded.params, MOE, key), value)
 
 
 # --- written names ---
