@@ -216,6 +216,53 @@ def test_load_adapter_of_tied_pair(fields: Any, is_refused: bool, tmp_path: path
         np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "layers_to_transform": [], "layers_pattern": None},
+        ),
+        ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
+        ("llama", {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.0.mlp"]}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
+        ("llama", {"target_modules": [], "target_parameters": ["q_proj.weight", "lm_head.weight"]}),
+        ("llama", {"target_modules": [], "target_parameters": ["embed_tokens.weight"]}),
+        ("llama", {"target_modules": r".*(q|v)_proj", "exclude_modules": r".*\.0\..*q_proj"}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]}),
+        ("qwen2", {"target_modules": ["q_proj", "k_proj"], "lora_bias": True}),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["k_proj"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj", "gate"], "use_rslora": True}),
+        ("qwen3_moe", {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
+        ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("gemma3", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    ],
+    ids=str,
+)
+def test_load_folder_of_peft(name: str, fields: Any, tmp_path: pathlib.Path) -> None:
+    config = hf_peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **fields)
+    wrapped = hf_peft.get_peft_model(theirs(DECODERS / name), config)
+    torch.manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    expected = logits(wrapped.eval(), tokens())
+    wrapped.save_pretrained(tmp_path / "out")
+    for scan_layers in (False, True):
+        if scan_layers and "layers_to_transform" in fields:
+            continue
+        model, params = models.load(DECODERS / name, dtype=jnp.float32, scan_layers=scan_layers)
+        loaded = peft.load(tmp_path / "out", model, params)
+        merged = jlora.merge(loaded.params, loaded.adapter)
+        np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)
+
+
 def test_load_other_head_in_transformers(tmp_path: pathlib.Path) -> None:
     model = theirs(DECODERS / "llama_linear")
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
