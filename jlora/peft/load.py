@@ -27,7 +27,7 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft import config
 from jlora.peft.experts import ExpertTensors, join_expert_modules
 from jlora.peft.leaf_conversion import ModuleTensors, leaf_from_modules, make_template_leaf
-from jlora.peft.methods import ConfigFields, PeftMethod
+from jlora.peft.methods import PEFT_METHODS, ConfigFields, PeftMethod
 from jlora.peft.tensor_layouts import (
     ModuleParameter,
     WeightGeometry,
@@ -365,7 +365,9 @@ class _PeftFolderReader:
             return  # The targets are those of PEFT's table for the model's type.
         candidates = [module for module, name in self.parameters if name == "weight"]
         heads = [pair.head for pair in self.tied_pairs]
-        expert_modules = list(self.expert_modules)
+        # PEFT has no other method for experts.
+        is_lora = self.method is PEFT_METHODS["LORA"]
+        expert_modules = list(self.expert_modules) if is_lora else []
         targets = config.match_target_modules(self.fields, [*candidates, *heads, *expert_modules])
         for pair in self.tied_pairs:
             if pair.head in targets:  # Its update is that of the embedding.
@@ -399,7 +401,7 @@ class _PeftFolderReader:
                     f"target_parameters has {target!r}, which the model does not have."
                 )
         names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
-        config.check_rank_patterns(self.fields, self.method, names | set(by_expert))
+        config.check_rank_patterns(self.fields, self.method, names | set(by_expert) | set(heads))
 
     def _is_linear(self, module: str, weights: Mapping[str, AdaptableWeight]) -> bool:
         """Returns True for a module of PEFT's `all-linear`: not a head, an expert or a router."""

@@ -316,11 +316,11 @@ def _check_weight_support(
     Raises:
         ValueError: It cannot.
     """
-    has_experts = any(parameter.tensor_slice is None for parameter in parameters)
-    if has_experts and leaf.family not in ("lora", "lora_fa", "dylora"):
+    is_mixture = any(p.tensor_slice is None or p.module.endswith(".mlp.gate") for p in parameters)
+    if is_mixture and leaf.family not in ("lora", "lora_fa", "dylora"):
         raise ValueError(
-            f"PEFT supports only LoRA on experts, and the adapter on {weight.path!r} is of the "
-            f"family {leaf.family!r}. Convert it with jlora.to_lora, or merge it."
+            f"PEFT supports only LoRA on experts and routers, and the adapter on {weight.path!r} "
+            f"is of the family {leaf.family!r}. Convert it with jlora.to_lora, or merge it."
         )
     for parameter in parameters:
         part = parameter.tensor_slice
@@ -491,9 +491,9 @@ def _shared_peft_tensors(
     }
 
 
-# Modules of dense layers that PEFT takes for experts in a model that has some, since they have the
-# names that the experts' modules had before transformers 5.
-_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
+# Modules that PEFT takes for experts or for a router in a model that has them. Those of dense layers
+# have the names that the modules of experts had before transformers 5.
+_MIXTURE_NAMES = (".gate_proj", ".up_proj", ".down_proj", ".gate")
 
 
 def _modules_of_parameters(peft_adapter: PeftAdapter, target_names: Sequence[str]) -> set[str]:
@@ -508,12 +508,12 @@ def _modules_of_parameters(peft_adapter: PeftAdapter, target_names: Sequence[str
     dense = {
         module.parameter.module
         for module in peft_adapter.modules
-        if has_experts and module.parameter.module.endswith(_EXPERT_NAMES)
+        if has_experts and module.parameter.module.endswith(_MIXTURE_NAMES)
     }
     if dense and peft_adapter.modules[0].fields["use_dora"]:
         raise ValueError(
-            f"PEFT takes {format_names(sorted(dense))} for experts, on which it does not support "
-            f"DoRA. Use jlora.LoRA on these weights, or merge the adapter."
+            f"PEFT adapts {format_names(sorted(dense))} as parameters, on which it does not "
+            f"support DoRA. Use jlora.LoRA on these weights, or merge the adapter."
         )
     experts = {m.parameter.module for m in peft_adapter.modules if m.parameter.name != "weight"}
     return experts | dense

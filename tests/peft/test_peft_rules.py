@@ -598,7 +598,7 @@ def test_save_dense_layer_of_a_mixture(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(again[path].b, adapter[path].b)
     config, _ = saved(tmp_path / "vllm", name, adapter, file_format="vllm")
     assert config["target_modules"] == ["model.layers.0.mlp.down_proj"]
-    with pytest.raises(ValueError, match="takes .*down_proj for experts"):
+    with pytest.raises(ValueError, match="adapts .*down_proj as parameters"):
         saved(tmp_path / "no", name, filled(name, {path: jlora.DoRA(rank=2, alpha=3)}))
 
 
@@ -606,7 +606,7 @@ def test_save_router_of_a_mixture(tmp_path: pathlib.Path) -> None:
     path = "params/layers_0/moe/router/kernel"
     adapter = filled(MOE, {path: jlora.LoRA(rank=2, alpha=3)})
     config, tensors = saved(tmp_path / "out", MOE, adapter)
-    assert config["target_modules"] == ["model.layers.0.mlp.gate"]
+    assert config["target_parameters"] == ["model.layers.0.mlp.gate.weight"]
     key = f"{PREFIX}model.layers.0.mlp.gate.lora_B.weight"
     np.testing.assert_array_equal(tensors[key], adapter[path].b.T)
     assert set(peft.load(tmp_path / "out", *base(MOE)).adapter) == {path}
@@ -615,7 +615,7 @@ def test_save_router_of_a_mixture(tmp_path: pathlib.Path) -> None:
 def test_save_experts_unsupported_raises(tmp_path: pathlib.Path) -> None:
     path = "params/layers_0/moe/down"
     for config in (jlora.DoRA(rank=1, alpha=1), jlora.HiRA(rank=1), jlora.LoKr(rank=1, alpha=1)):
-        with pytest.raises(ValueError, match="PEFT supports only LoRA on experts"):
+        with pytest.raises(ValueError, match="PEFT supports only LoRA on experts and routers"):
             saved(tmp_path / "out", MOE, filled(MOE, {path: config}))
 
 

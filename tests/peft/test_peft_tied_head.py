@@ -219,3 +219,14 @@ def test_save_tied_use_of_a_function(tmp_path: pathlib.Path) -> None:
             continue
         with pytest.raises(ValueError, match="would change the embedding alone|must have factors"):
             peft.save(folder, adapter, fn, params, tokens, checkpoint_mapping=mapping)
+
+
+@pytest.mark.parametrize("config", [jlora.HiRA(rank=1), jlora.DoRA(rank=1, alpha=1)])
+def test_save_on_scaled_embedding_raises(config: Any, tmp_path: pathlib.Path) -> None:
+    folder = BASE.parent / "gemma"
+    model, params = models.load(folder, dtype="float32", tie_word_embeddings=False)
+    weight = trace_weights(model.apply, params, *example_inputs(model))[PATH]
+    leaf = make_template_leaf(config, weight)
+    arrays = {name: np.ones(shape, np.float32) for name, shape in leaf.shapes().items()}
+    with pytest.raises(ValueError, match="does not scale the update"):
+        peft.save(tmp_path / "out", {PATH: dataclasses.replace(leaf, **arrays)}, model, params)
