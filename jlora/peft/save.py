@@ -491,8 +491,8 @@ def _shared_peft_tensors(
     }
 
 
-# Modules that PEFT takes for experts or for a router in a model that has them. Those of dense layers
-# have the names that the modules of experts had before transformers 5.
+# Modules that PEFT takes for experts or a router, if a model has some. Those of dense layers have the
+# names of the modules of experts before transformers 5.
 _MIXTURE_NAMES = (".gate_proj", ".up_proj", ".down_proj", ".gate")
 
 
