@@ -491,8 +491,8 @@ def _shared_peft_tensors(
     }
 
 
-# Modules that PEFT takes for experts or a router, if a model has some. Those of dense layers have the
-# names of the modules of experts before transformers 5.
+# Modules that PEFT takes for experts or a router, if a model has some. Before transformers 5, the
+# modules of experts had the names that those of dense layers have.
 _MIXTURE_NAMES = (".gate_proj", ".up_proj", ".down_proj", ".gate")
 
 
