@@ -48,7 +48,7 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def random(shape: tuple[int, ...]) -> np.ndarray:
-    return np.float32(np.random.default_rng(sum(shape)).normal(size=shape))
+    return np.asarray(np.random.default_rng(sum(shape)).normal(size=shape), np.float32)
 
 
 def factors(name: str, *endings: str, rank: int = 2) -> Tensors:
@@ -434,7 +434,9 @@ MOE = "decoders/qwen3_moe"
 def test_load_one_module_for_each_expert(same_a: bool, tmp_path: pathlib.Path) -> None:
     tensors = factors(MOE, "gate_proj", "up_proj", "down_proj")
     rng = np.random.default_rng(3)
-    tensors = {key: np.float32(rng.normal(size=value.shape)) for key, value in tensors.items()}
+    tensors = {
+        key: np.asarray(rng.normal(size=value.shape), np.float32) for key, value in tensors.items()
+    }
     if same_a:
         for key in [key for key in tensors if "up_proj.lora_A" in key]:
             tensors[key] = tensors[key.replace("up_proj", "gate_proj")]
@@ -572,7 +574,9 @@ def filled(name: str, configs: Mapping[str, Any]) -> dict[str, Any]:
     adapter = {}
     for path, config in configs.items():
         leaf = make_template_leaf(config, weights[path])
-        arrays = {n: np.float32(rng.normal(size=shape)) for n, shape in leaf.shapes().items()}
+        arrays = {
+            n: np.asarray(rng.normal(size=shape), np.float32) for n, shape in leaf.shapes().items()
+        }
         adapter[path] = dataclasses.replace(leaf, **arrays)
     return adapter
 

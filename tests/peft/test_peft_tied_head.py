@@ -29,16 +29,19 @@ TABLE = safetensors.numpy.load_file(BASE / "model.safetensors")["model.embed_tok
 TABLE = TABLE.astype(np.float32)
 V, H = TABLE.shape
 RNG = np.random.default_rng(0)
-A, B = np.float32(RNG.normal(size=(2, V))), np.float32(RNG.normal(size=(H, 2)))
+A, B = (
+    np.asarray(RNG.normal(size=(2, V)), np.float32),
+    np.asarray(RNG.normal(size=(H, 2)), np.float32),
+)
 CHANGED = TABLE + 2 * (B @ A).T
-OTHER = np.float32(RNG.normal(size=(V, H)))
+OTHER = np.asarray(RNG.normal(size=(V, H)), np.float32)
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 PATH = "params/embed/embedding"
 
 
 @functools.cache
 def base(is_tied: bool = True) -> models.LoadedModel:
-    options = {} if is_tied else {"tie_word_embeddings": False}
+    options: dict[str, Any] = {} if is_tied else {"tie_word_embeddings": False}
     return models.load(BASE, dtype="float32", **options)
 
 
@@ -147,7 +150,10 @@ def filled(config: Any) -> dict[str, Any]:
     model, params = base()
     weight = trace_weights(model.apply, params, *example_inputs(model))[PATH]
     leaf = make_template_leaf(config, weight)
-    arrays = {name: np.float32(RNG.normal(size=shape)) for name, shape in leaf.shapes().items()}
+    arrays = {
+        name: np.asarray(RNG.normal(size=shape), np.float32)
+        for name, shape in leaf.shapes().items()
+    }
     return {PATH: dataclasses.replace(leaf, **arrays)}
 
 
