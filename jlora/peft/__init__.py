@@ -71,7 +71,9 @@ def load(
         2
     """
     fn, inputs, mappings = _resolve_model_fn(model, inputs, checkpoint_mapping)
-    return load_peft_folder(folder, fn, params, inputs, mappings, tied_modules(model))
+    loaded = load_peft_folder(folder, fn, params, inputs, mappings, tied_modules(model))
+    _check_scaled_embedding(model, loaded.adapter)
+    return loaded
 
 
 def save(
@@ -143,6 +145,7 @@ def save(
         raise ValueError(f"file_format={file_format!r} must be 'peft' or 'vllm'.")
     if task_type is not None and task_type not in TASK_TYPES:
         raise ValueError(f"task_type={task_type!r} must be one of {', '.join(TASK_TYPES)}.")
+    _check_scaled_embedding(model, adapter)
     for_vllm = file_format == "vllm"
     tied = tied_modules(model)
     if for_vllm and set(tied.values()) & set(adapter):
@@ -160,7 +163,9 @@ def save(
         task_type=None if for_vllm else task_type,  # vLLM does not load a head.
         tied_modules=tied,
     )
-    target_names = [*list_target_names(mappings[0]), *tied]
+    # With transformers 4, PEFT sees a module for each expert.
+    names = [*list_target_names(mappings[0]), *list_checkpoint_modules(mappings[0]), *tied]
+    target_names = list(dict.fromkeys(names))
     if for_vllm:
         peft_adapter = convert_to_vllm(peft_adapter)
         target_names = list_checkpoint_modules(mappings[0])
@@ -171,6 +176,23 @@ def save(
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
     )
+
+
+def _check_scaled_embedding(model: Any, adapter: Mapping[str, Any]) -> None:
+    """Checks that PEFT's adapter of an embedding is scaled with it, which only LoRA's is.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if getattr(getattr(model, "config", None), "embed_scale", None) is None:
+        return
+    for path, leaf in adapter.items():
+        if path.endswith("embed/embedding") and leaf.family in ("hira", "dora"):
+            raise ValueError(
+                f"The model multiplies its embeddings by {model.config.embed_scale:.4g}, and PEFT "
+                f"does not scale the update of an adapter of family {leaf.family!r} on {path!r}, "
+                f"so its outputs would differ. Use jlora.LoRA on that weight, or merge the adapter."
+            )
 
 
 def _resolve_model_fn(

@@ -21,14 +21,14 @@ class ExpertTensors(NamedTuple):
 
     Attributes:
         module: Name of the module.
-        index: Number of the expert.
+        number: Number of the expert.
         projection: "gate_proj", "up_proj" or "down_proj".
         fields: Fields of the config, with the module's own rank and alpha.
         tensors: Tensors, by the suffix of their names.
     """
 
     module: str
-    index: int
+    number: int
     projection: str
     fields: ConfigFields
     tensors: dict[str, np.ndarray]
@@ -82,18 +82,18 @@ def join_expert_modules(
     projections = ("down_proj",)
     if parameter.name == "gate_up_proj":
         projections = ("gate_proj", "up_proj")
-    by_place = {(expert.index, expert.projection): expert for expert in experts}
+    by_place = {(expert.number, expert.projection): expert for expert in experts}
     scale = max(expert.scaling for expert in experts)
     rank = max(expert.fields["r"] for expert in experts)
     (fan_in,), (fan_out,) = shapes[0][0][1:], shapes[0][1][:1]
     a = np.zeros((len(projections), num_experts, rank, fan_in), np.float32)
     b = np.zeros((len(projections), num_experts, fan_out, rank), np.float32)
-    for (index, projection), expert in by_place.items():
+    for (number, projection), expert in by_place.items():
         place, own = projections.index(projection), expert.fields["r"]
         gain = np.float32(expert.scaling / scale)
-        a[place, index, :own] = expert.tensors["lora_A.weight"]
-        b[place, index, :, :own] = expert.tensors["lora_B.weight"].astype(np.float32) * gain
-    if len(projections) == 2 and np.array_equal(*a):
+        a[place, number, :own] = expert.tensors["lora_A.weight"]
+        b[place, number, :, :own] = expert.tensors["lora_B.weight"].astype(np.float32) * gain
+    if len(projections) == 2 and np.array_equal(a[0], a[1]):
         a, b = a[:1], b.reshape(1, 2, num_experts, fan_out, rank).transpose(0, 2, 1, 3, 4)
         b = b.reshape(1, num_experts, 2 * fan_out, rank)
     blocks, height = len(a), b.shape[2]

@@ -68,8 +68,8 @@ def leaf_from_modules(
         values = {getattr(config, name, None) for config in configs}
         if len(values) > 1:
             raise make_error(
-                f"{weight.path} stacks modules, which differ in {name}: {sorted(values)}. Load the "
-                f"model with scan_layers=False."
+                f"{weight.path} stacks modules, which differ in {name}: "
+                f"{sorted(map(str, values))}. Load the model with scan_layers=False."
             )
     ranks = [getattr(config, "rank", 0) for config in configs]
     scales = [_config_scaling(config) for config in configs]

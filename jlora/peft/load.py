@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
-from jlora._tree import PyTree
+from jlora._tree import PyTree, is_quantized
 from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
 from jlora.adapters.trainable_tokens import TrainableTokens
@@ -28,11 +28,12 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft import config
 from jlora.peft.experts import ExpertTensors, join_expert_modules
 from jlora.peft.leaf_conversion import ModuleTensors, leaf_from_modules, make_template_leaf
-from jlora.peft.methods import ConfigFields, PeftMethod
+from jlora.peft.methods import PEFT_METHODS, ConfigFields, PeftMethod
 from jlora.peft.tensor_layouts import (
     ModuleParameter,
     WeightGeometry,
     list_expert_modules,
+    list_expert_parameters,
     list_module_parameters,
     tensor_to_leaf,
     weight_region,
@@ -59,7 +60,9 @@ class LoadedAdapter(NamedTuple):
     """The contents of a PEFT folder.
 
     Attributes:
-        params: The base, with the folder's fully trained modules, biases and tokens in place.
+        params: The base, with the folder's fully trained modules, biases and tokens in place. A
+            weight whose values do not change is that of the base; a quantized one that does change
+            is an array in the base's dtype.
         adapter: Adapter on `params`. Fully trained weights have updates of zero, so that training
             can continue with them.
 
@@ -123,7 +126,10 @@ def _replace_leaf(leaf: Any, array: np.ndarray | None) -> Any:
     """Returns the replacement of a weight; the weight itself if the values are the same."""
     if array is None or np.array_equal(jax.device_get(maybe_dequantize(leaf)), array):
         return leaf
-    return jnp.asarray(array, leaf.dtype)
+    replacement = array.astype(leaf.dtype)
+    # A quantized weight consists of arrays of other shapes, which have shardings of their own.
+    sharding = None if is_quantized(leaf) else getattr(leaf, "sharding", None)
+    return jax.device_put(replacement, sharding)
 
 
 def _count_known_names(
@@ -187,6 +193,7 @@ class _PeftFolderReader:
         tied_pairs: Pairs of modules that are one weight of the model.
         expert_modules: Parameter, index and projection of each module that a checkpoint has for one
             expert, by the name of the module.
+        expert_parameters: Weights of those modules, by module and name.
         num_experts: Number of experts of each parameter of experts.
         bias_gains: Biases that PEFT's IA3 scales with the outputs, and their gains.
         bias_updates: Biases to which the file adds, and the updates.
@@ -210,6 +217,7 @@ class _PeftFolderReader:
         self.modules = list(dict.fromkeys(module for module, _ in self.parameters))
         # Parameter, number and projection of each module of one expert.
         self.expert_modules = list_expert_modules(checkpoint_mapping)
+        self.expert_parameters = list_expert_parameters(checkpoint_mapping)
         self.num_experts = collections.Counter(
             key for key, _, projection in self.expert_modules.values() if projection != "up_proj"
         )
@@ -360,7 +368,9 @@ class _PeftFolderReader:
             return  # The targets are those of PEFT's table for the model's type.
         candidates = [module for module, name in self.parameters if name == "weight"]
         heads = [pair.head for pair in self.tied_pairs]
-        expert_modules = list(self.expert_modules)
+        # PEFT has no other method for experts.
+        is_lora = self.method is PEFT_METHODS["LORA"]
+        expert_modules = list(self.expert_modules) if is_lora else []
         targets = config.match_target_modules(self.fields, [*candidates, *heads, *expert_modules])
         for pair in self.tied_pairs:
             if pair.head in targets:  # Its update is that of the embedding.
@@ -394,7 +404,7 @@ class _PeftFolderReader:
                     f"target_parameters has {target!r}, which the model does not have."
                 )
         names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
-        config.check_rank_patterns(self.fields, self.method, names | set(by_expert))
+        config.check_rank_patterns(self.fields, self.method, names | set(by_expert) | set(heads))
 
     def _is_linear(self, module: str, weights: Mapping[str, AdaptableWeight]) -> bool:
         """Returns True for a module of PEFT's `all-linear`: not a head, an expert or a router."""
@@ -498,7 +508,8 @@ class _PeftFolderReader:
         for parameter, update in self.bias_updates:
             self._change_bias(replacements, weights, parameter, lambda bias, u: bias + u, update)
         names = set(self.remaining)
-        replaced, tokens = set(), set()
+        replaced: set[tuple[str, str]] = set()
+        tokens: set[str] = set()
         for name in list(self.remaining):
             module, _, parameter_name = name.rpartition(".")
             if name.endswith(f".{TRAINABLE_TOKENS_SUFFIX}"):
@@ -520,7 +531,8 @@ class _PeftFolderReader:
             is_trained_bias = parameter_name == "bias" and has_biases
             # PEFT writes complete embeddings and heads whose vocabulary was resized.
             is_table = module.rpartition(".")[2] in _TABLE_NAMES
-            parameter = self.parameters.get((module, parameter_name))
+            key = (module, parameter_name)
+            parameter = self.parameters.get(key) or self.expert_parameters.get(key)
             # A copy of the full embedding beside its factors is the base's, possibly resized.
             if parameter is None or not (is_saved or is_wrapped or is_trained_bias or is_table):
                 continue
@@ -531,6 +543,10 @@ class _PeftFolderReader:
                 replacements.trainable_configs[parameter.path] = (
                     BitFit() if is_bias else FullDelta()
                 )
+        by_parameter: dict[tuple[str, str], set[tuple[str, str]]] = {}
+        for module, (key, *_) in self.expert_modules.items():
+            by_parameter.setdefault(key, set()).add((module, "weight"))
+        replaced |= {key for key, experts in by_parameter.items() if experts <= replaced}
         self._check_saved_modules(saved_names, heads, replaced)
         self._check_tokens(tokens)
         if has_biases:
@@ -601,16 +617,20 @@ class _PeftFolderReader:
         tensor: np.ndarray,
     ) -> None:
         """Replaces the slice of a weight that one tensor fills."""
-        assert parameter.tensor_slice is not None
-        if tensor.shape != parameter.tensor_slice.tensor_shape:
-            raise self.make_error(
-                f"{parameter.module}.{parameter.name} has shape {tensor.shape} instead of "
-                f"{parameter.tensor_slice.tensor_shape}. If the vocabulary was resized, resize "
-                f"that of the base as well."
-            )
         target = _writable_weight(replacements, weights, parameter)
-        values = parameter.tensor_slice.to_weight_layout(tensor)
-        target[weight_region(parameter.tensor_slice)] = values.astype(target.dtype)
+        part = parameter.tensor_slice
+        # The tensor of all experts is (experts, out, in), and the weight (experts, in, out).
+        shape = (
+            part.tensor_shape if part else np.swapaxes(target[parameter.stack_index], 1, 2).shape
+        )
+        if tensor.shape != shape:
+            raise self.make_error(
+                f"{parameter.module}.{parameter.name} has shape {tensor.shape} instead of {shape}. "
+                f"If the vocabulary was resized, resize that of the base as well."
+            )
+        region = weight_region(part) if part else parameter.stack_index
+        values = part.to_weight_layout(tensor) if part else np.swapaxes(tensor, 1, 2)
+        target[region] = values.astype(target.dtype)
 
     def _change_bias(
         self,

@@ -230,8 +230,11 @@ def write_peft_folder(
         ValueError: A tensor is not finite, or the modules differ in a field without a pattern.
     """
     method = PEFT_METHODS[peft_adapter.peft_type]
-    modules = unify_fields(peft_adapter.peft_type, peft_adapter.modules)
-    fields = _build_config_fields(method, modules, target_names)
+    parameter_modules = _modules_of_parameters(peft_adapter, target_names)
+    modules = unify_fields(
+        peft_adapter.peft_type, peft_adapter.modules, has_parameters=bool(parameter_modules)
+    )
+    fields = _build_config_fields(method, modules, target_names, parameter_modules)
     if peft_adapter.peft_type == "IA3":
         fields |= _build_feedforward_fields(modules, target_names)
     tensors = {
@@ -318,12 +321,19 @@ def _check_weight_support(
     Raises:
         ValueError: It cannot.
     """
-    has_experts = any(parameter.tensor_slice is None for parameter in parameters)
-    if has_experts and leaf.family not in ("lora", "lora_fa", "dylora"):
+    is_mixture = any(p.tensor_slice is None or p.module.endswith(".mlp.gate") for p in parameters)
+    if is_mixture and leaf.family not in ("lora", "lora_fa", "dylora"):
         raise ValueError(
-            f"PEFT supports only LoRA on experts, and the adapter on {weight.path!r} is of the "
-            f"family {leaf.family!r}. Convert it with jlora.to_lora, or merge it."
+            f"PEFT supports only LoRA on experts and routers, and the adapter on {weight.path!r} "
+            f"is of the family {leaf.family!r}. Convert it with jlora.to_lora, or merge it."
         )
+    for parameter in parameters:
+        part = parameter.tensor_slice
+        if part and part.slice_sizes[part.num_stack_axes :] != weight.shape[part.num_stack_axes :]:
+            raise ValueError(
+                f"{weight.path!r} consists of several tensors of the checkpoint, such as "
+                f"{part.key}, and its factors are not those of one. Merge the adapter."
+            )
     reason = PEFT_METHODS[peft_type].unsupported_reason(weight)
     if reason:
         raise ValueError(f"{reason}. Convert the adapter with jlora.to_lora, or merge it.")
@@ -486,24 +496,61 @@ def _shared_peft_tensors(
     }
 
 
+# Modules that PEFT takes for experts or a router, if a model has some. Before transformers 5, the
+# modules of experts had the names that those of dense layers have.
+_MIXTURE_NAMES = (".gate_proj", ".up_proj", ".down_proj", ".gate")
+
+
+def _modules_of_parameters(peft_adapter: PeftAdapter, target_names: Sequence[str]) -> set[str]:
+    """Returns the modules that are adapted by `target_parameters`, and not by `target_modules`.
+
+    Raises:
+        ValueError: PEFT does not support a part of the adapter on such a module.
+    """
+    if peft_adapter.peft_type != "LORA":
+        return set()
+    has_experts = any(name.endswith(".experts.down_proj") for name in target_names)
+    dense = {
+        module.parameter.module
+        for module in peft_adapter.modules
+        if has_experts and module.parameter.module.endswith(_MIXTURE_NAMES)
+    }
+    if dense and peft_adapter.modules[0].fields["use_dora"]:
+        raise ValueError(
+            f"PEFT adapts {format_names(sorted(dense))} as parameters, on which it does not "
+            f"support DoRA. Use jlora.LoRA on these weights, or merge the adapter."
+        )
+    experts = {m.parameter.module for m in peft_adapter.modules if m.parameter.name != "weight"}
+    return experts | dense
+
+
 def _build_config_fields(
-    method: PeftMethod, modules: Sequence[PeftModule], target_names: Sequence[str]
+    method: PeftMethod,
+    modules: Sequence[PeftModule],
+    target_names: Sequence[str],
+    parameter_modules: Collection[str],
 ) -> dict[str, Any]:
     """Returns the most common fields of the modules, and patterns for other ranks and alphas.
 
     Raises:
         ValueError: The modules differ in a field without a pattern.
     """
-    names = [m.parameter.module for m in modules if m.parameter.name == "weight"]
-    experts = sorted(_target_name(m) for m in modules if m.parameter.name != "weight")
+
+    def target_name(module: PeftModule) -> str:
+        name, parameter = module.parameter.module, module.parameter.name
+        return f"{name}.{parameter}" if name in parameter_modules else name
+
+    names = [target_name(m) for m in modules if m.parameter.module not in parameter_modules]
+    parameters = [target_name(m) for m in modules if m.parameter.module in parameter_modules]
     fields: dict[str, Any] = {"target_modules": build_selector(names, target_names)}
-    if experts:
-        fields["target_parameters"] = build_selector(experts, target_names, num_parts=3)
+    if parameters:
+        every = [*target_names, *(f"{name}.weight" for name in target_names)]
+        fields["target_parameters"] = build_selector(parameters, every, num_parts=3)
     for name in modules[0].fields:
         if name == "decompose_factor":
             fields[name] = _find_decompose_factor(modules)
             continue
-        by_module = {_target_name(m): _normalize_number(m.fields[name]) for m in modules}
+        by_module = {target_name(m): _normalize_number(m.fields[name]) for m in modules}
         known = [value for value in by_module.values() if value is not None]
         counts = collections.Counter(known)
         common = max(counts, key=lambda value: counts[value], default=False)
@@ -553,13 +600,6 @@ def _build_feedforward_fields(
 
 def _normalize_number(value: Any) -> Any:
     return value if not isinstance(value, float) or value != int(value) else int(value)
-
-
-def _target_name(module: PeftModule) -> str:
-    parameter = module.parameter
-    if parameter.name == "weight":
-        return parameter.module
-    return f"{parameter.module}.{parameter.name}"
 
 
 def _find_decompose_factor(modules: Sequence[PeftModule]) -> int:

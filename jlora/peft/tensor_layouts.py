@@ -94,6 +94,19 @@ def list_expert_modules(
     return modules
 
 
+def list_expert_parameters(
+    checkpoint_mapping: Mapping[str, CheckpointWeight],
+) -> dict[tuple[str, str], ModuleParameter]:
+    """Returns the weights of the modules that a checkpoint has for single experts."""
+    return {
+        (module, "weight"): ModuleParameter(module, "weight", path, (), part)
+        for path, weight in checkpoint_mapping.items()
+        for part in weight.slices
+        if _EXPERT_KEY.fullmatch(part.key)
+        for module in [part.key.removesuffix(".weight")]
+    }
+
+
 def weight_region(tensor_slice: TensorSlice) -> tuple[slice, ...]:
     """Returns the index of the region of a weight that a tensor fills."""
     bounds = zip(tensor_slice.start_indices, tensor_slice.slice_sizes, strict=True)

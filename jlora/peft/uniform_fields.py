@@ -15,14 +15,19 @@ import numpy as np
 from jlora.peft.modules_to_save import PeftModule
 
 
-def unify_fields(peft_type: str, modules: Sequence[PeftModule]) -> list[PeftModule]:
+def unify_fields(
+    peft_type: str, modules: Sequence[PeftModule], *, has_parameters: bool
+) -> list[PeftModule]:
     """Returns modules with the same updates, which agree in all fields that can be folded.
 
     Args:
         peft_type: PEFT method of the modules.
         modules: Modules of an adapter.
+        has_parameters: Whether some are adapted as parameters, which have no dropout in PEFT.
     """
     unified = list(modules)
+    if has_parameters:
+        unified = [_replace_fields(module, lora_dropout=0.0) for module in unified]
     for fold in _FOLDS.get(peft_type, ()):
         unified = fold(unified)
     return unified
@@ -57,13 +62,6 @@ def _fold_rslora(modules: list[PeftModule]) -> list[PeftModule]:
         )
         for module in modules
     ]
-
-
-def _drop_dropout_of_experts(modules: list[PeftModule]) -> list[PeftModule]:
-    """Sets the dropout to zero where PEFT has none: in an adapter of parameters."""
-    if all(module.parameter.tensor_slice is not None for module in modules):
-        return modules
-    return [_replace_fields(module, lora_dropout=0.0) for module in modules]
 
 
 def _pad_ranks(modules: list[PeftModule]) -> list[PeftModule]:
@@ -165,7 +163,7 @@ def _fold_spectrum_scale(modules: list[PeftModule]) -> list[PeftModule]:
 
 
 _FOLDS: dict[str, tuple[Callable[[list[PeftModule]], list[PeftModule]], ...]] = {
-    "LORA": (_fold_rslora, _drop_dropout_of_experts),
+    "LORA": (_fold_rslora,),
     "ADALORA": (_fold_adalora,),
     "HIRA": (_pad_ranks,),
     "LOHA": (_fold_cores,),

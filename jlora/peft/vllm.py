@@ -82,4 +82,5 @@ def _pad_to_rank(module: PeftModule, rank: int) -> PeftModule:
             tensors[a] = np.pad(module.tensors[a], ((0, missing), (0, 0)))
             tensors[b] = np.pad(scaled, ((0, 0), (0, missing)))
     fields = {**module.fields, "r": rank, "lora_alpha": rank, "use_rslora": False}
+    fields["lora_dropout"] = 0.0  # vLLM does not train.
     return module._replace(fields=fields, tensors=tensors)

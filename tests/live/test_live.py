@@ -96,7 +96,11 @@ def test_save_merged_decoder_in_transformers(name: str, tmp_path: pathlib.Path) 
         ),
         ("qwen3_moe", {EVERY: jlora.LoRA(rank=2, alpha=5)}),
         ("qwen3_moe", {r"moe/gate_up$|/q/": jlora.LoRA(rank=2, alpha=5)}),
+        ("qwen3_moe", {r"router/kernel$|/q/": jlora.LoRA(rank=2, alpha=5)}),
+        ("qwen3_moe", {r"router/kernel$|moe/down$": jlora.LoRA(rank=2, alpha=5, dropout=0.5)}),
         ("phi3", {EVERY: jlora.LoRA(rank=2, alpha=5)}),
+        ("gemma3", {r"/q/": jlora.LoRA(rank=2, alpha=5), "norm/scale": jlora.FullDelta()}),
+        ("gemma", {r"/q/": jlora.LoRA(rank=2, alpha=5), "^params/norm/scale": jlora.FullDelta()}),
         ("gemma3", {EVERY: jlora.LoRAFA(rank=2, alpha=5)}),
         ("llama", {EVERY: jlora.AdaLoRA(rank=2, alpha=5)}),
         ("llama", {EVERY: jlora.LoHa(rank=2, alpha=5)}),
@@ -121,6 +125,17 @@ def test_save_decoder_adapter_in_peft(
     model, params, adapter, ours = adapted(name, rules, scan_layers)
     peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
+    np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
+@pytest.mark.parametrize("pattern", [EVERY, r"mlp/down/kernel$", r"layers_0/mlp/(gate|up)/kernel$"])
+def test_save_dense_layers_of_mixture(pattern: str, tmp_path: pathlib.Path) -> None:
+    rules = {pattern: jlora.LoRA(rank=2, alpha=5, dropout=0.5)}
+    model, params, adapter, ours = adapted("qwen3_moe_some", rules)
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
+    wrapped = hf_peft.PeftModel.from_pretrained(
+        theirs(DECODERS / "qwen3_moe_some"), tmp_path / "out"
+    )
     np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
 
 
@@ -199,6 +214,53 @@ def test_load_adapter_of_tied_pair(fields: Any, is_refused: bool, tmp_path: path
             with pytest.raises(ValueError, match="one weight for .*tie_word_embeddings=False"):
                 peft.load(tmp_path / "out", model, params)
             continue
+        loaded = peft.load(tmp_path / "out", model, params)
+        merged = jlora.merge(loaded.params, loaded.adapter)
+        np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "layers_to_transform": [], "layers_pattern": None},
+        ),
+        ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
+        ("llama", {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.0.mlp"]}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
+        ("llama", {"target_modules": [], "target_parameters": ["q_proj.weight", "lm_head.weight"]}),
+        ("llama", {"target_modules": [], "target_parameters": ["embed_tokens.weight"]}),
+        ("llama", {"target_modules": r".*(q|v)_proj", "exclude_modules": r".*\.0\..*q_proj"}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]}),
+        ("qwen2", {"target_modules": ["q_proj", "k_proj"], "lora_bias": True}),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["k_proj"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj", "gate"], "use_rslora": True}),
+        ("qwen3_moe", {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
+        ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("gemma3", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    ],
+    ids=str,
+)
+def test_load_folder_of_peft(name: str, fields: Any, tmp_path: pathlib.Path) -> None:
+    config = hf_peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **fields)
+    wrapped = hf_peft.get_peft_model(theirs(DECODERS / name), config)
+    torch.manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    expected = logits(wrapped.eval(), tokens())
+    wrapped.save_pretrained(tmp_path / "out")
+    for scan_layers in (False, True):
+        if scan_layers and "layers_to_transform" in fields:
+            continue
+        model, params = models.load(DECODERS / name, dtype=jnp.float32, scan_layers=scan_layers)
         loaded = peft.load(tmp_path / "out", model, params)
         merged = jlora.merge(loaded.params, loaded.adapter)
         np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)

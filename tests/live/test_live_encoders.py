@@ -141,3 +141,46 @@ def test_save_encoder_adapter_in_peft(case: str, tmp_path: pathlib.Path) -> None
     peft.save(tmp_path / "out", adapter, *base(name), task_type=task)
     wrapped = hf_peft.PeftModel.from_pretrained(theirs(ENCODERS / name), tmp_path / "out")
     np.testing.assert_allclose(outputs(wrapped.eval(), name), ours, **CLOSE)
+
+
+LORA_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("bert_sequence", {"target_modules": ["query"]}),
+    ("bert_sequence", {"target_modules": "all-linear"}),
+    ("bert_sequence", {"target_modules": ["query"], "bias": "all"}),
+    ("bert_sequence", {"target_modules": ["query"], "lora_bias": True, "use_rslora": True}),
+    ("bert_tokens", {"target_modules": ["query", "dense"]}),
+    ("roberta_sequence", {"target_modules": ["query", "dense"]}),
+    ("roberta_sequence", {"target_modules": "all-linear"}),
+    ("roberta_sequence", {"target_modules": ["query"], "bias": "lora_only"}),
+    ("roberta_tokens", {"target_modules": ["key"], "modules_to_save": ["LayerNorm"]}),
+    ("distilbert_sequence", {"target_modules": ["q_lin", "lin1"]}),
+    ("bert", {"target_modules": ["word_embeddings", "position_embeddings"]}),
+    ("bert", {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [3, 5]}}),
+    ("vit_image", {"target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"]}),
+    ("vit_image", {"target_modules": "all-linear"}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), LORA_CASES, ids=str)
+@pytest.mark.parametrize("is_old", [False, True], ids=["new", "old"])
+def test_load_encoder_folder_of_peft(
+    name: str, fields: Any, is_old: bool, tmp_path: pathlib.Path
+) -> None:
+    task = TASKS.get(name.rpartition("_")[2])
+    config = hf_peft.LoraConfig(r=2, lora_alpha=3, task_type=task, **fields)
+    wrapped = hf_peft.get_peft_model(theirs(ENCODERS / name), config)
+    torch.manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    expected = outputs(wrapped.eval(), name)
+    wrapped.save_pretrained(tmp_path / "out")
+    if is_old:  # Before peft 0.11 the head was not in the config.
+        path = tmp_path / "out" / "adapter_config.json"
+        written = json.loads(path.read_text())
+        path.write_text(json.dumps({**written, "modules_to_save": fields.get("modules_to_save")}))
+    model, params = base(name)
+    loaded = peft.load(tmp_path / "out", model, params)
+    merged = jlora.merge(loaded.params, loaded.adapter)
+    ours = seen(np.asarray(model.apply(merged, *batch(name).values())), name)
+    np.testing.assert_allclose(ours, expected, **CLOSE)

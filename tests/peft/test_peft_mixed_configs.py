@@ -55,7 +55,9 @@ def layers(*groups: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], 
     """Random weights, their checkpoint tensors, and example inputs."""
     rng = np.random.default_rng(5)
     known = {name: one for group in groups for name, one in group.items()}
-    params = {name: np.float32(rng.normal(size=shape)) for name, (_, shape) in known.items()}
+    params: dict[str, np.ndarray] = {
+        name: np.asarray(rng.normal(size=shape), np.float32) for name, (_, shape) in known.items()
+    }
     stored = {
         name: single_tensor_weight(
             f"{module}.weight",
@@ -64,7 +66,7 @@ def layers(*groups: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], 
         )
         for name, (module, shape) in known.items()
     }
-    first = next(iter(params.values()))
+    first: np.ndarray = next(iter(params.values()))
     x = np.zeros((1, 3, 3, 4) if "image" in params else (1, first.shape[0]), np.float32)
     return params, stored, np.zeros((2,), np.int32) if "table" in params else x
 
@@ -76,7 +78,7 @@ def filled(configs: Mapping[str, Any], params: Any, x: Any, seed: int) -> dict[s
     adapter: dict[str, Any] = {}
 
     def fill(leaf: Any) -> Any:
-        arrays = {n: np.float32(rng.normal(size=s)) for n, s in leaf.shapes().items()}
+        arrays = {n: np.asarray(rng.normal(size=s), np.float32) for n, s in leaf.shapes().items()}
         return dataclasses.replace(leaf, **arrays)
 
     for name, config in configs.items():

@@ -29,16 +29,19 @@ TABLE = safetensors.numpy.load_file(BASE / "model.safetensors")["model.embed_tok
 TABLE = TABLE.astype(np.float32)
 V, H = TABLE.shape
 RNG = np.random.default_rng(0)
-A, B = np.float32(RNG.normal(size=(2, V))), np.float32(RNG.normal(size=(H, 2)))
+A, B = (
+    np.asarray(RNG.normal(size=(2, V)), np.float32),
+    np.asarray(RNG.normal(size=(H, 2)), np.float32),
+)
 CHANGED = TABLE + 2 * (B @ A).T
-OTHER = np.float32(RNG.normal(size=(V, H)))
+OTHER = np.asarray(RNG.normal(size=(V, H)), np.float32)
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 PATH = "params/embed/embedding"
 
 
 @functools.cache
 def base(is_tied: bool = True) -> models.LoadedModel:
-    options = {} if is_tied else {"tie_word_embeddings": False}
+    options: dict[str, Any] = {} if is_tied else {"tie_word_embeddings": False}
     return models.load(BASE, dtype="float32", **options)
 
 
@@ -147,7 +150,10 @@ def filled(config: Any) -> dict[str, Any]:
     model, params = base()
     weight = trace_weights(model.apply, params, *example_inputs(model))[PATH]
     leaf = make_template_leaf(config, weight)
-    arrays = {name: np.float32(RNG.normal(size=shape)) for name, shape in leaf.shapes().items()}
+    arrays = {
+        name: np.asarray(RNG.normal(size=shape), np.float32)
+        for name, shape in leaf.shapes().items()
+    }
     return {PATH: dataclasses.replace(leaf, **arrays)}
 
 
@@ -219,3 +225,14 @@ def test_save_tied_use_of_a_function(tmp_path: pathlib.Path) -> None:
             continue
         with pytest.raises(ValueError, match="would change the embedding alone|must have factors"):
             peft.save(folder, adapter, fn, params, tokens, checkpoint_mapping=mapping)
+
+
+@pytest.mark.parametrize("config", [jlora.HiRA(rank=1), jlora.DoRA(rank=1, alpha=1)])
+def test_save_on_scaled_embedding_raises(config: Any, tmp_path: pathlib.Path) -> None:
+    folder = BASE.parent / "gemma"
+    model, params = models.load(folder, dtype="float32", tie_word_embeddings=False)
+    weight = trace_weights(model.apply, params, *example_inputs(model))[PATH]
+    leaf = make_template_leaf(config, weight)
+    arrays = {name: np.ones(shape, np.float32) for name, shape in leaf.shapes().items()}
+    with pytest.raises(ValueError, match="does not scale the update"):
+        peft.save(tmp_path / "out", {PATH: dataclasses.replace(leaf, **arrays)}, model, params)
