@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -308,13 +309,18 @@ def fingerprint(weight: Any) -> str:
 
 def _sample_weight_entries(array: Any) -> np.ndarray:
     if not array.ndim:
-        return fetch_global(array.reshape(1))
-    indices = (
-        np.arange(array.size)
-        if array.size <= _FINGERPRINT_SAMPLES
-        else _draw_sample_indices(array.size)
-    )
-    return fetch_global(array[np.unravel_index(indices, array.shape)])
+        array = array.reshape(1)
+    indices = np.unravel_index(_choose_sample_indices(array.size), array.shape)
+    if isinstance(array, jax.Array):
+        is_on_host = array.is_fully_addressable and len(array.devices()) == 1
+        if not is_on_host or next(iter(array.devices())).platform != "cpu":
+            return fetch_global(_take_entries(array, indices)).reshape(-1)
+    return np.asarray(array)[indices].reshape(-1)  # Without a copy of the array.
+
+
+@jax.jit
+def _take_entries(array: jax.Array, indices: tuple[np.ndarray, ...]) -> jax.Array:
+    return array[indices]
 
 
 def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
@@ -322,8 +328,11 @@ def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _draw_sample_indices(size: int) -> np.ndarray:
+@functools.lru_cache(maxsize=1024)
+def _choose_sample_indices(size: int) -> np.ndarray:
     """Returns pseudorandom indices below `size`, the same in every release and process."""
+    if size <= _FINGERPRINT_SAMPLES:
+        return np.arange(size)
     state, indices = size, []
     for _ in range(_FINGERPRINT_SAMPLES):
         # Knuth's MMIX generator, exact in Python's integers.
