@@ -237,7 +237,7 @@ def test_save_adapter_of_10000_weights_is_fast(tmp_path: pathlib.Path) -> None:
 
 def test_fingerprint_of_device_and_host_arrays() -> None:
     rng = np.random.default_rng(0)
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     for shape in ((2, 3), (30, 40), (4,)):
         array = rng.normal(size=shape).astype(np.float32)
