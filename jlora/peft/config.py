@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jlora.checkpoints.adapter_file import ADAPTER_FILE
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
+from jlora.peft.name_patterns import check_pattern, full_match
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -74,8 +75,8 @@ COMMON_DEFAULTS: dict[str, Any] = {
 def _is_regex(value: Any) -> bool:
     """Returns True for a valid regular expression."""
     try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, OverflowError):
+        return isinstance(value, str) and check_pattern(value) is None
+    except ValueError:
         return False
 
 
@@ -242,9 +243,12 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     target = fields["target_modules"] or []
     if target == "all-linear":
         return set(modules)
+    if not isinstance(target, str):
+        target = dict.fromkeys(target)  # Names in their order, which are looked up fast.
     selected = {module for module in modules if _matches_target(target, module)}
     excluded = fields["exclude_modules"]
     if excluded:
+        excluded = excluded if isinstance(excluded, str) else dict.fromkeys(excluded)
         selected = {module for module in selected if not _matches_target(excluded, module)}
     layers = fields["layers_to_transform"]
     if layers is not None and not isinstance(target, str):
@@ -254,12 +258,14 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
         layers_name = "|".join(map(re.escape, names)) if names else r"[^.]*"
         matches = {m: re.match(rf".*?\.?(?:{layers_name})\.(\d+)\.", m) for m in selected}
         selected = {m for m in selected if (match := matches[m]) and int(match[1]) in layer_indices}
-    entries = [target] if isinstance(target, str) else target
-    for entry in entries:
-        matcher = entry if isinstance(target, str) else [entry]
-        if not any(_matches_target(matcher, module) for module in modules):
+    if isinstance(target, str):
+        matched = {target} if any(full_match(target, module) for module in modules) else set()
+    else:
+        matched = {ending for module in modules for ending in _name_endings(module)}
+    for entry in [target] if isinstance(target, str) else target:
+        if entry not in matched:
             raise ValueError(
-                f"target_modules has {entry!r}, which matches none of the model's "
+                f"target_modules has {_tree.shorten(entry)}, which matches none of the model's "
                 f"{len(modules)} modules. The nearest are "
                 f"{_tree.closest_matches(entry, tuple(modules))}. This adapter belongs to another "
                 f"model."
@@ -267,11 +273,17 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     return selected
 
 
-def _matches_target(target: str | Iterable[str], module: str) -> bool:
+def _matches_target(target: str | Container[str], module: str) -> bool:
     """Returns True if a module matches a regular expression, or ends in a name of a list."""
     if isinstance(target, str):
-        return re.fullmatch(target, module) is not None
-    return any(module == entry or module.endswith(f".{entry}") for entry in target)
+        return full_match(target, module)
+    return any(ending in target for ending in _name_endings(module))
+
+
+def _name_endings(module: str) -> Iterator[str]:
+    """Yields the name of a module, and its parts after each dot."""
+    yield module
+    yield from (module[place + 1 :] for place, letter in enumerate(module) if letter == ".")
 
 
 def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
@@ -289,7 +301,7 @@ def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str
         (method.alpha_field, "alpha_pattern"),
     ):
         for key, value in fields[pattern].items():
-            if name and re.match(rf"(.*\.)?({key})$", module):
+            if name and full_match(rf"(.*\.)?({key})", module):
                 module_fields[name] = value
                 break
     return module_fields
@@ -304,8 +316,8 @@ def check_rank_patterns(fields: Mapping[str, Any], modules: Iterable[str]) -> No
     modules = list(modules)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in fields[name]:
-            if not any(re.match(rf"(.*\.)?({key})$", module) for module in modules):
+            if not any(full_match(rf"(.*\.)?({key})", module) for module in modules):
                 raise ValueError(
-                    f"{name} has {key!r}, which matches none of the adapter's {len(modules)} "
+                    f"{name} has {_tree.shorten(key)}, which matches none of the adapter's {len(modules)} "
                     f"modules. {_SAVE_PRETRAINED_HINT}"
                 )
