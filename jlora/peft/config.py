@@ -318,6 +318,6 @@ def check_rank_patterns(fields: Mapping[str, Any], modules: Iterable[str]) -> No
         for key in fields[name]:
             if not any(full_match(rf"(.*\.)?({key})", module) for module in modules):
                 raise ValueError(
-                    f"{name} has {_tree.shorten(key)}, which matches none of the adapter's {len(modules)} "
-                    f"modules. {_SAVE_PRETRAINED_HINT}"
+                    f"{name} has {_tree.shorten(key)}, which matches none of the adapter's "
+                    f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
                 )
