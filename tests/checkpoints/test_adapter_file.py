@@ -232,7 +232,6 @@ def test_save_adapter_of_10000_weights_is_fast(tmp_path: pathlib.Path) -> None:
     start = time.process_time()
     jlora.save_adapter(path, dict.fromkeys(names, leaf), dict.fromkeys(names, weight))
     assert time.process_time() - start < 3  # 0.9 s alone on the machine; it was 7.
-    assert jlora.checkpoints.adapted_weight_paths(path) == sorted(names)
 
 
 def test_fingerprint_of_device_and_host_arrays() -> None:
