@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import difflib
+import heapq
+import itertools
 import re
 import reprlib
 import sys
@@ -173,8 +175,31 @@ def match_patterns(rules: Mapping[str, Any], paths: Sequence[str]) -> PatternMat
     return PatternMatches(rule_by_path, tuple(errors))
 
 
+# A query comes from a user or from a file, and an error message must not take longer than the work.
+_MAX_QUERY_LETTERS = 200
+_MAX_CANDIDATES = 20_000
+_MAX_COMPARED = 50
+
+
+def shorten(text: Any, max_letters: int = _MAX_QUERY_LETTERS) -> str:
+    """Returns the representation of a value for an error message, with a bounded length."""
+    text = repr(text)
+    return text if len(text) <= max_letters else f"{text[: max_letters - 3]}..."
+
+
 def closest_matches(query: str, candidates: Iterable[str], count: int = 2) -> list[str]:
-    """Returns the candidates that contain the substrings most similar to `query`, best first."""
+    """Returns the candidates that contain the substrings most similar to `query`, best first.
+
+    The time is bounded: the query is cut off after 200 letters, and of more than 50 candidates, up
+    to 20,000, those with the most triples of letters in common are compared.
+    """
+    query = query[:_MAX_QUERY_LETTERS]
+    names = [name[:1000] for name in itertools.islice(candidates, _MAX_CANDIDATES)]
+    if len(names) > _MAX_COMPARED:
+        triples = {query[start : start + 3] for start in range(len(query) - 2)}
+        names = heapq.nlargest(
+            _MAX_COMPARED, names, key=lambda name: sum(triple in name for triple in triples)
+        )
 
     def similarity(path: str) -> float:
         num_windows = max(1, len(path) - len(query) + 1)
@@ -186,4 +211,4 @@ def closest_matches(query: str, candidates: Iterable[str], count: int = 2) -> li
                 best = max(best, matcher.ratio())
         return best
 
-    return sorted(candidates, key=similarity, reverse=True)[:count]
+    return sorted(names, key=similarity, reverse=True)[:count]

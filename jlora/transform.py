@@ -263,18 +263,19 @@ def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTr
     """
     flat = _tree.flatten_with_paths(params)
     indices = weight_indices(flat, adapter)
-    leaves = materialize_leaves(flat, dequantize)
+    check_not_quantized(flat, dequantize)
+    leaves = [maybe_dequantize(leaf) for leaf in flat.leaves]
     for path, index in indices.items():
         leaves[index] = adapt_weight(adapter, path, jnp.asarray(leaves[index])).materialize()
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
-def materialize_leaves(flat: _tree.FlatTree, dequantize: bool) -> list[Any]:
-    """Returns the leaves of parameters as arrays, to merge an adapter into them.
+def check_not_quantized(flat: _tree.FlatTree, dequantize: bool) -> None:
+    """Checks that an adapter can be merged into the leaves of parameters.
 
     Args:
         flat: Flattened parameters.
-        dequantize: Whether quantized leaves are dequantized.
+        dequantize: Whether quantized leaves will be dequantized.
 
     Raises:
         ValueError: Some leaves are quantized, and `dequantize` is False.
@@ -288,7 +289,6 @@ def materialize_leaves(flat: _tree.FlatTree, dequantize: bool) -> list[Any]:
             f"update cannot be added to quantized codes. Merge into the weights before "
             f"quantization, or pass dequantize=True to merge into dequantized arrays."
         )
-    return [maybe_dequantize(leaf) for leaf in flat.leaves]
 
 
 def evaluate_adapted(

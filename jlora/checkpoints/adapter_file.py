@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ from jlora.checkpoints.safetensors_io import (
     replace_file_atomically,
     serialize_safetensors,
 )
+from jlora.checkpoints.stored_weight import read_weight
 from jlora.checkpoints.text_files import name_file_in_errors, parse_json
 from jlora.interpreter.terms import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
@@ -331,6 +333,7 @@ def fingerprint(weight: Any) -> str:
     has the same fingerprint. The fingerprint of a quantized weight hashes its codes, and begins
     with a description of its quantization.
     """
+    weight = read_weight(weight)
     if not isinstance(weight, QArray):
         return _hash_arrays(
             [_sample_weight_entries(weight).astype(ml_dtypes.bfloat16)], weight.shape
@@ -341,13 +344,18 @@ def fingerprint(weight: Any) -> str:
 
 def _sample_weight_entries(array: Any) -> np.ndarray:
     if not array.ndim:
-        return fetch_global(array.reshape(1))
-    indices = (
-        np.arange(array.size)
-        if array.size <= _FINGERPRINT_SAMPLES
-        else _draw_sample_indices(array.size)
-    )
-    return fetch_global(array[np.unravel_index(indices, array.shape)])
+        array = array.reshape(1)
+    indices = np.unravel_index(_choose_sample_indices(array.size), array.shape)
+    if isinstance(array, jax.Array):
+        is_on_host = array.is_fully_addressable and len(array.devices()) == 1
+        if not is_on_host or next(iter(array.devices())).platform != "cpu":
+            return fetch_global(_take_entries(array, indices)).reshape(-1)
+    return np.asarray(array)[indices].reshape(-1)  # Without a copy of the array.
+
+
+@jax.jit
+def _take_entries(array: jax.Array, indices: tuple[np.ndarray, ...]) -> jax.Array:
+    return array[indices]
 
 
 def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
@@ -355,8 +363,11 @@ def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _draw_sample_indices(size: int) -> np.ndarray:
+@functools.lru_cache(maxsize=1024)
+def _choose_sample_indices(size: int) -> np.ndarray:
     """Returns pseudorandom indices below `size`, the same in every release and process."""
+    if size <= _FINGERPRINT_SAMPLES:
+        return np.arange(size)
     state, indices = size, []
     for _ in range(_FINGERPRINT_SAMPLES):
         # Knuth's MMIX generator, exact in Python's integers.
@@ -470,11 +481,16 @@ def _check_base_fingerprints(
             f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
-    residual = [
-        name
-        for name in expected
-        if _requires_quantized_base(leaves[name], weights[name], expected[name])
-    ]
+    residual: list[str] = []
+    other: list[str] = []
+    quantized_as: str | None = None
+    for name in expected:
+        weight = read_weight(weights[name])  # Once for all comparisons.
+        if _requires_quantized_base(leaves[name], weight, expected[name]):
+            residual.append(name)
+        if not _matches_fingerprint(weight, expected[name]):
+            quantized_as = quantized_as or (str(weight) if isinstance(weight, QArray) else None)
+            other.append(name)
     if residual:
         raise ValueError(
             f"{path} needs {residual[0]!r} ({len(residual)} of {len(expected)} adapted weights) in "
@@ -483,11 +499,10 @@ def _check_base_fingerprints(
             f"jlora.quantize of jlora.residual_base) returned. For the original weights, save the "
             f"result of jlora.rebase_to_original."
         )
-    other = [name for name in expected if not _matches_fingerprint(weights[name], expected[name])]
-    if other and isinstance(weights[other[0]], QArray):
+    if quantized_as is not None:
         raise ValueError(
             f"{path} was not trained on {other[0]!r} ({len(other)} of {len(expected)} adapted "
-            f"weights) as it is quantized in params: {weights[other[0]]}. If these are the same "
+            f"weights) as it is quantized in params: {quantized_as}. If these are the same "
             f"weights before quantization, pass allow_other_base=True: the outputs then differ by "
             f"the quantization error."
         )

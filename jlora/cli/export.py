@@ -9,25 +9,36 @@ from typing import Any
 
 def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple[Any, Any, Any]:
     """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder."""
-    from jlora import models, peft
-    from jlora.checkpoints.adapter_file import load_adapter
+    from jlora import models
 
     model, params = models.load(base, **infer_layer_layout(path), **options)
+    return load_adapter_on_base(path, model, params)
+
+
+def load_adapter_on_base(path: Path, model: Any, params: Any) -> tuple[Any, Any, Any]:
+    """Returns the model, its parameters, and an adapter.
+
+    Args:
+        path: Adapter file of jlora, or PEFT folder, which may replace parameters.
+        model: The model.
+        params: Its parameters, of arrays or of stored weights.
+    """
+    from jlora import peft
+    from jlora.checkpoints.adapter_file import load_adapter
+
     if path.is_dir():
         loaded = peft.load(path, model, params)
         return model, loaded.params, loaded.adapter
     return model, params, load_adapter(path, params)
 
 
-def _load_checked_base_and_adapter(options: ExportOptions) -> tuple[Any, Any, Any]:
-    """Returns the same, after a check that the whole base is the one of the adapter's run."""
+def _check_run_base(options: ExportOptions) -> None:
+    """Checks that the base is the one of the adapter's run, with all of its weights."""
     from jlora.checkpoints.adapter_file import check_base_checkpoint
     from jlora.checkpoints.hub import resolve_checkpoint_folder
 
-    folder = resolve_checkpoint_folder(options.base)
     if not options.adapter.is_dir():
-        check_base_checkpoint(options.adapter, folder)
-    return load_base_and_adapter(folder, options.adapter)
+        check_base_checkpoint(options.adapter, resolve_checkpoint_folder(options.base))
 
 
 def infer_layer_layout(path: Path) -> dict[str, Any]:
@@ -120,18 +131,23 @@ def _export_hf(options: ExportOptions) -> None:
     """Writes the merged checkpoint, and prints how much of each update remains after rounding."""
     from jlora import models
     from jlora.checkpoints.adapter_file import read_quantization_schemes
-    from jlora.merging.merge_to import merge_to_dtype
+    from jlora.merging.merge_to import merge_stored, warn_lost_updates
+    from jlora.models.hf.load import open_model
 
-    _, params, adapter = _load_checked_base_and_adapter(options)
-    merged = merge_to_dtype(params, adapter, options.dtype)
-    models.save(
-        options.out,
-        merged.params,
-        options.base,
-        dtype=options.dtype,
-        max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
-        **infer_layer_layout(options.adapter),
-    )
+    _check_run_base(options)
+    layout = infer_layer_layout(options.adapter)
+    with open_model(options.base, **layout) as (model, stored):
+        _, params, adapter = load_adapter_on_base(options.adapter, model, stored)
+        merged = merge_stored(params, adapter, options.dtype)
+        models.save(
+            options.out,
+            merged.params,
+            options.base,
+            dtype=options.dtype,
+            max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
+            **layout,
+        )
+    warn_lost_updates(merged.report)
     print(merged)
     schemes = [] if options.adapter.is_dir() else read_quantization_schemes(options.adapter)
     if schemes:
@@ -145,37 +161,41 @@ def _export_hf(options: ExportOptions) -> None:
 def _export_peft(options: ExportOptions) -> None:
     """Writes the PEFT folder."""
     from jlora import peft
+    from jlora.models.hf.load import open_model
 
-    model, params, adapter = _load_checked_base_and_adapter(options)
-    peft.save(
-        options.out,
-        adapter,
-        model,
-        params,
-        base_model_name_or_path=options.base_name or options.base,
-        task_type=options.task,
-        file_format="vllm" if options.format == "vllm" else "peft",
-    )
+    _check_run_base(options)
+    with open_model(options.base, **infer_layer_layout(options.adapter)) as (model, stored):
+        _, params, adapter = load_adapter_on_base(options.adapter, model, stored)
+        peft.save(
+            options.out,
+            adapter,
+            model,
+            params,
+            base_model_name_or_path=options.base_name or options.base,
+            task_type=options.task,
+            file_format="vllm" if options.format == "vllm" else "peft",
+        )
 
 
 def _export_jlora(options: ExportOptions) -> None:
     """Writes the adapter file."""
-    from jlora import models, peft
+    from jlora import peft
     from jlora.checkpoints.adapter_file import save_adapter
+    from jlora.models.hf.load import open_model
 
     if not options.adapter.is_dir():
         raise ValueError(
             f"{options.adapter} must be a PEFT folder for --format jlora. An adapter file of jlora "
             f"can be exported to hf, peft or vllm."
         )
-    model, params = models.load(options.base)
-    loaded = peft.load(options.adapter, model, params)
-    if replaces_base_weights(loaded.params, params):
-        raise ValueError(
-            f"{options.adapter} also replaces weights of the base, which an adapter file cannot "
-            f"contain. Use --format hf."
-        )
-    save_adapter(options.out, loaded.adapter, params)
+    with open_model(options.base) as (model, params):
+        loaded = peft.load(options.adapter, model, params)
+        if replaces_base_weights(loaded.params, params):
+            raise ValueError(
+                f"{options.adapter} also replaces weights of the base, which an adapter file "
+                f"cannot contain. Use --format hf."
+            )
+        save_adapter(options.out, loaded.adapter, params)
 
 
 def replaces_base_weights(loaded_params: Any, params: Any) -> bool:

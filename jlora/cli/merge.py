@@ -62,13 +62,21 @@ def run_merge(options: MergeOptions) -> None:
 
 def _merge_adapters(options: MergeOptions, method: Any) -> None:
     """Combines the adapters of the options, whose outputs no other process writes."""
+    from jlora.models.hf.load import open_model
+
+    layout = _common_layer_layout(options.adapters)
+    with open_model(options.base, **layout) as (model, params):
+        _merge_on_base(options, method, model, params)
+
+
+def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) -> None:
+    """Combines the adapters of the options on their base, of stored weights."""
     import jax
 
-    from jlora import merging, models
+    from jlora import merging
     from jlora.checkpoints.adapter_file import read_quantization_schemes, save_adapter
     from jlora.checkpoints.lineage import Lineage, ParentAdapter, content_hash
 
-    model, params = models.load(options.base, **_common_layer_layout(options.adapters))
     adapters = [_load_adapter_of_any_format(path, model, params) for path in options.adapters]
     weights = [1.0] * len(adapters) if options.weights is None else list(options.weights)
     combined = merging.combine_adapters(

@@ -34,6 +34,7 @@ from jlora.adapters.base import AdapterLeaf, adapt_weight, get_adapter_leaves
 from jlora.adapters.full import BitFitLeaf, FullDeltaLeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.weighted_sum import WeightedSumLeaf
+from jlora.checkpoints.stored_weight import read_weight
 from jlora.interpreter.terms import widest_dtype
 from jlora.merging._validation import check_adapters, collect_bases
 from jlora.merging.merge_methods import Linear, MergeMethod
@@ -142,7 +143,8 @@ def combine_adapters(
     for path in dict.fromkeys(path for adapter in adapters for path in get_adapter_leaves(adapter)):
         indices = [index for index, adapter in enumerate(adapters) if path in adapter]
         deltas = tuple(
-            get_weight_delta(adapters[index], path, bases.get(path)) for index in indices
+            get_weight_delta(adapters[index], path, read_weight(bases.get(path)))
+            for index in indices
         )
         leaves = [adapters[index][path] for index in indices]
         inputs = _WeightInputs(

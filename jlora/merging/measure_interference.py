@@ -18,6 +18,7 @@ from jlora._delta import WeightDelta, get_weight_delta, is_matrix, materialize_d
 from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves
 from jlora.checkpoints.safetensors_io import replace_file_atomically
+from jlora.checkpoints.stored_weight import read_weight
 from jlora.merging._validation import check_adapters, collect_bases
 
 Adapter = Mapping[str, Any]
@@ -173,7 +174,8 @@ def measure_interference(
     for path in paths:
         indices = [index for index, adapter in enumerate(adapter_list) if path in adapter]
         deltas = tuple(
-            get_weight_delta(adapter_list[index], path, bases.get(path)) for index in indices
+            get_weight_delta(adapter_list[index], path, read_weight(bases.get(path)))
+            for index in indices
         )
         low_rank = is_matrix(adapter_list[indices[0]][path].axes)
         stats = jax.device_get(_compute_weight_stats(deltas))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jlora import _tree
+from jlora._quantized_array import maybe_dequantize
 from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
+from jlora.checkpoints.stored_weight import StoredWeight, read_weight
 from jlora.interpreter.terms import widest_dtype
-from jlora.transform import materialize_leaves, merge
+from jlora.transform import check_not_quantized, lora_transform, merge
 
 # A gain or a cosine below this is worth a warning.
 _MIN_FIDELITY = 0.9
@@ -126,73 +131,178 @@ def merge_to_dtype(
         >>> jlora.merge_to_dtype(params, adapter, jnp.float32).params["b"]
         Array([1.0001, 1.0001, 1.0001], dtype=float32)
     """
+    result = merge_stored(params, adapter, dtype, dequantize=dequantize)
+    merged = jax.tree.map(read_weight, result.params)
+    warn_lost_updates(result.report, stacklevel=3)
+    return MergeResult(merged, result.report)
+
+
+def merge_stored(
+    params: PyTree,
+    adapter: Mapping[str, Any],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    dequantize: bool = False,
+) -> MergeResult:
+    """Prepares the merge of `merge_to_dtype`, in which a weight is computed when it is read.
+
+    Args:
+        params: The base, of arrays or of stored weights.
+        adapter: Trained adapter.
+        dtype: As for `merge_to_dtype`.
+        dequantize: As for `merge_to_dtype`.
+
+    Returns:
+        Parameters of which those that change are `StoredWeight`s, and the report, which gets the
+        fidelity of a weight when it is read. Reading raises a `ValueError` for a weight that is not
+        finite.
+
+    Raises:
+        ValueError: The adapter does not fit `params`, or weights are quantized and `dequantize` is
+            False.
+    """
     flat = _tree.flatten_with_paths(params)
     positions = weight_indices(flat, adapter)
     shared = {name: node for name, node in adapter.items() if name not in positions}
-    leaves = materialize_leaves(flat, dequantize)
+    leaves = list(flat.leaves)
+    check_not_quantized(flat, dequantize)
     report: dict[str, MergeFidelity] = {}
+
+    def read_merged(path: str, leaf: Any, target: Any) -> jax.Array:
+        base = jnp.asarray(maybe_dequantize(read_weight(leaf)))
+        merged, fidelity = _merge_weight(path, base, {path: adapter[path], **shared}, target)
+        if fidelity is not None:
+            report[path] = fidelity
+        return merged
+
     for path, position in positions.items():
-        base = jnp.asarray(leaves[position])
-        target = base.dtype if dtype is None else jnp.dtype(dtype)
-        wide = base.astype(widest_dtype(base.dtype, jnp.float32))
-        merged = merge({path: wide}, {path: adapter[path], **shared})[path]
-        leaves[position], statistics = _round_merged_weight(wide, merged, target)
-        is_finite, has_update, *fidelity = (float(value) for value in statistics)
-        if not is_finite:
-            raise ValueError(
-                f"The merged weight {path!r} has NaN or infinite entries in {target}. Train with a "
-                f"lower learning rate, or merge to a dtype of wider range."
-            )
-        if has_update:
-            report[path] = MergeFidelity(*fidelity)
-    lost = [path for path, fidelity in report.items() if fidelity.is_lost]
-    if lost:
-        worst = min(lost, key=lambda path: min(report[path].gain, report[path].cosine))
-        fidelity = report[worst]
-        warnings.warn(
-            f"{len(lost)} of {len(report)} updates are lost by rounding. The worst is {worst!r}: "
-            f"{fidelity.gain:.0%} of the update remains, and its cosine with the exact update is "
-            f"{fidelity.cosine:.2f}. Merge to float32, or serve the adapter without merging.",
-            UpdateLostWarning,
-            stacklevel=2,
-        )
-    if dtype is not None:
-        leaves = [_cast_if_float(leaf, dtype) for leaf in leaves]
+        leaf = leaves[position]
+        target = leaf.dtype if dtype is None else jnp.dtype(dtype)
+        read = functools.partial(read_merged, path, leaf, target)
+        leaves[position] = StoredWeight(tuple(leaf.shape), target, read)
+    for position in set(range(len(leaves))) - set(positions.values()):
+        leaves[position] = _cast_lazily(leaves[position], dtype)
     return MergeResult(jax.tree.unflatten(flat.treedef, leaves), report)
 
 
-def _cast_if_float(leaf: Any, dtype: jax.typing.DTypeLike) -> Any:
+def warn_lost_updates(report: Mapping[str, MergeFidelity], stacklevel: int = 2) -> None:
+    """Warns if rounding removes a large part of an update.
+
+    Args:
+        report: Fidelities of the updates, by path.
+        stacklevel: Level of the caller in the warning.
+    """
+    lost = [path for path, fidelity in report.items() if fidelity.is_lost]
+    if not lost:
+        return
+    worst = min(lost, key=lambda path: min(report[path].gain, report[path].cosine))
+    fidelity = report[worst]
+    warnings.warn(
+        f"{len(lost)} of {len(report)} updates are lost by rounding. The worst is {worst!r}: "
+        f"{fidelity.gain:.0%} of the update remains, and its cosine with the exact update is "
+        f"{fidelity.cosine:.2f}. Merge to float32, or serve the adapter without merging.",
+        UpdateLostWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def _cast_lazily(leaf: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+    """Returns a leaf that is not adapted, in the dtype if it is of floats."""
+    if _tree.is_quantized(leaf):
+        leaf = StoredWeight(leaf.shape, leaf.dtype, functools.partial(maybe_dequantize, leaf))
     is_float = _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.asarray(leaf).astype(dtype) if is_float else leaf
+    if dtype is None or not is_float:
+        return leaf
+
+    def read() -> jax.Array:
+        return jnp.asarray(read_weight(leaf)).astype(dtype)
+
+    return StoredWeight(tuple(leaf.shape), jnp.dtype(dtype), read)
+
+
+# Bytes of a weight in float32 that are merged at a time.
+_BLOCK_BYTES = 1 << 26
+
+
+def _merge_weight(
+    path: str, base: jax.Array, adapter: Mapping[str, Any], dtype: Any
+) -> tuple[jax.Array, MergeFidelity | None]:
+    """Merges one weight, a large one in blocks of its first axis.
+
+    Returns:
+        The merged weight, and the fidelity of its update; None if the update is zero.
+
+    Raises:
+        ValueError: The merged weight is not finite.
+    """
+    row_bytes = 4 * base.size // max(1, *base.shape[:1])
+    rows = max(1, _BLOCK_BYTES // max(row_bytes, 1))
+    if base.ndim < 2 or rows >= base.shape[0]:
+        wide = base.astype(widest_dtype(base.dtype, jnp.float32))
+        result, sums = _round_merged_weight(wide, merge({path: wide}, adapter)[path], dtype)
+        totals = np.asarray(sums, np.float64)
+    else:
+        result, totals = jnp.zeros(base.shape, dtype), np.zeros(6)
+        for start in range(0, base.shape[0], rows):
+            size = min(rows, base.shape[0] - start)
+            block, sums = _merge_block(base, adapter, start, path=path, size=size, dtype=dtype)
+            result = _write_block(result, block, start)
+            totals += np.asarray(sums, np.float64)
+    num_nonfinite, exact, rounded, squares, inner, unchanged = totals
+    if num_nonfinite:
+        raise ValueError(
+            f"The merged weight {path!r} has NaN or infinite entries in {jnp.dtype(dtype)}. Train "
+            f"with a lower learning rate, or merge to a dtype of wider range."
+        )
+    if not exact:
+        return result, None
+    fidelity = MergeFidelity(
+        gain=inner / exact,
+        cosine=inner / math.sqrt(exact * rounded) if rounded else 0.0,
+        unchanged=unchanged / base.size,
+        relative_norm=math.sqrt(exact / squares) if squares else 0.0,
+    )
+    return result, fidelity
+
+
+@functools.partial(jax.jit, static_argnames=("path", "size", "dtype"))
+def _merge_block(
+    base: jax.Array, adapter: Any, start: Any, *, path: str, size: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Merges rows of a weight, as `_round_merged_weight` does all."""
+
+    def take_rows(params: Any, start: Any) -> jax.Array:
+        return lax.dynamic_slice_in_dim(params[path], start, size)
+
+    wide = {path: base.astype(widest_dtype(base.dtype, jnp.float32))}
+    merged = lora_transform(take_rows).apply(wide, adapter, start)
+    return _round_merged_weight(take_rows(wide, start), merged, dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_block(array: jax.Array, block: jax.Array, start: Any) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(array, block, start, 0)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _round_merged_weight(
     base: jax.Array, merged: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Rounds a merged weight to a dtype and computes the statistics of its update.
+    """Rounds a merged weight to a dtype and computes sums over its entries.
 
     Returns:
-        The rounded weight; and (6,): whether it is finite, whether the exact update is nonzero,
-        and the four fields of `MergeFidelity`.
+        The rounded weight; and (6,): the number of entries that are not finite, the squared norms
+        of the exact update, the rounded update and the base, the inner product of the updates, and
+        the number of entries that the rounded update does not change.
     """
     rounded = merged.astype(dtype)
     exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
-    exact_norm, rounded_norm, base_norm = (
-        jnp.linalg.norm(x.ravel()) for x in (exact_update, rounded_update, base)
-    )
-    inner = jnp.vdot(rounded_update, exact_update)
-
-    def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-        is_positive = denominator > 0
-        return jnp.where(is_positive, numerator / jnp.where(is_positive, denominator, 1), 0)
-
-    statistics = [
-        jnp.isfinite(rounded).all(),
-        exact_norm > 0,
-        safe_divide(inner, exact_norm**2),
-        safe_divide(inner, exact_norm * rounded_norm),
-        (rounded_update == 0).mean(),
-        safe_divide(exact_norm, base_norm),
+    sums = [
+        (~jnp.isfinite(rounded)).sum(),
+        (exact_update**2).sum(),
+        (rounded_update**2).sum(),
+        (base**2).sum(),
+        (rounded_update * exact_update).sum(),
+        (rounded_update == 0).sum(),
     ]
-    return rounded, jnp.stack([value.astype(jnp.float32) for value in statistics])
+    return rounded, jnp.stack([value.astype(jnp.float32) for value in sums])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -180,7 +181,7 @@ class AdapterBank:
     def names(self) -> list[str]:
         """Names of all adapters, sorted."""
         with self._lock:
-            return sorted(self._host_cache.names)
+            return sorted(self._host_cache)
 
     @property
     def resident(self) -> dict[str, int]:
@@ -236,8 +237,8 @@ class AdapterBank:
         _refuse_trace("AdapterBank.add", adapter)
         if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(
-                f"name={name!r} is not a valid adapter name. Use 1 to 128 letters, digits, dots, "
-                f"dashes and underscores."
+                f"name={_tree.shorten(name)} is not a valid adapter name. Use 1 to 128 "
+                f"letters, digits, dots, dashes and underscores."
             )
         factors = pad_to_slot(adapter, self._slots)
         nonfinite = [
@@ -250,7 +251,7 @@ class AdapterBank:
                 f"checkpoint from before training diverged, or set allow_nonfinite=True."
             )
         with self._lock:
-            if name in self._host_cache.names and not replace:
+            if name in self._host_cache and not replace:
                 raise ValueError(
                     f"name={name!r} is in use by another adapter. Set replace=True to replace it."
                 )
@@ -432,12 +433,13 @@ class AdapterBank:
         self._slots_are_shared = False
 
     def _check_known(self, names: Sequence[str]) -> None:
-        known = self._host_cache.names
-        unknown = [name for name in names if name not in known]
-        if unknown:
+        unknown = next((name for name in names if name not in self._host_cache), None)
+        if unknown is not None:
+            # Other requests wait for this one, so not all of many adapters are compared.
+            some = itertools.islice(self._host_cache, 1000)
+            nearest = _tree.closest_matches(str(unknown), some)
             raise UnknownAdapterError(
-                f"Unknown adapter {unknown[0]!r}. Nearest: "
-                f"{_tree.closest_matches(str(unknown[0]), sorted(known))}. Add it first."
+                f"Unknown adapter {_tree.shorten(unknown)}. Nearest: {nearest}. Add it first."
             )
 
 

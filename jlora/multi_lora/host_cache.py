@@ -6,7 +6,7 @@ import collections
 import gc
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,10 +109,14 @@ class HostCache:
         self.disk_writes = 0
         self.disk_reads = 0
 
-    @property
-    def names(self) -> set[str]:
-        """Names of all adapters, in memory or in files."""
-        return {*self._in_memory, *self._files}
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an adapter of a name, in memory or in a file."""
+        return name in self._in_memory or name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all adapters."""
+        yield from self._in_memory
+        yield from (name for name in self._files if name not in self._in_memory)
 
     def content_hash(self, name: str) -> str:
         """Returns the hash of an adapter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jlora.checkpoints.adapter_file import ADAPTER_FILE
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
+from jlora.peft.name_patterns import check_pattern, full_match
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -73,8 +74,8 @@ COMMON_DEFAULTS: dict[str, Any] = {
 def _is_regex(value: Any) -> bool:
     """Returns True for a valid regular expression."""
     try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, OverflowError):
+        return isinstance(value, str) and check_pattern(value) is None
+    except ValueError:
         return False
 
 
@@ -287,7 +288,11 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     target = fields["target_modules"] or []
     if target == _NO_TARGET_MODULES:
         return set()
+    if not isinstance(target, str):
+        target = dict.fromkeys(target)  # Names in their order, which are looked up fast.
     excluded = fields["exclude_modules"]
+    if excluded and not isinstance(excluded, str):
+        excluded = dict.fromkeys(excluded)
     candidates = [
         module
         for module in modules
@@ -296,12 +301,14 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     ]
     if is_all_linear(fields):
         return set(candidates)
-    entries = [target] if isinstance(target, str) else target
-    for entry in entries:
-        matcher = entry if isinstance(target, str) else [entry]
-        if not any(_matches_target(matcher, module) for module in modules):
+    if isinstance(target, str):
+        matched = {target} if any(full_match(target, module) for module in modules) else set()
+    else:
+        matched = {ending for module in modules for ending in _name_endings(module)}
+    for entry in [target] if isinstance(target, str) else target:
+        if entry not in matched:
             raise ValueError(
-                f"target_modules has {entry!r}, which matches none of the model's "
+                f"target_modules has {_tree.shorten(entry)}, which matches none of the model's "
                 f"{len(modules)} modules. The nearest are "
                 f"{_tree.closest_matches(entry, tuple(modules))}. This adapter belongs to another "
                 f"model."
@@ -335,11 +342,17 @@ def _layer_index(fields: Mapping[str, Any], module: str) -> int | None:
     return None
 
 
-def _matches_target(target: str | Iterable[str], module: str) -> bool:
+def _matches_target(target: str | Container[str], module: str) -> bool:
     """Returns True if a module matches a regular expression, or ends in a name of a list."""
     if isinstance(target, str):
-        return re.fullmatch(target, module) is not None
-    return any(module == entry or module.endswith(f".{entry}") for entry in target)
+        return full_match(target, module)
+    return any(ending in target for ending in _name_endings(module))
+
+
+def _name_endings(module: str) -> Iterator[str]:
+    """Yields the name of a module, and its parts after each dot."""
+    yield module
+    yield from (module[place + 1 :] for place, letter in enumerate(module) if letter == ".")
 
 
 def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
@@ -358,7 +371,7 @@ def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str
     module_fields = dict(fields)
     for name, pattern in method.patterns.items():
         for key, value in fields[pattern].items():
-            if re.match(rf"(.*\.)?({key})$", module):
+            if full_match(rf"(.*\.)?({key})", module):
                 module_fields[name] = value
                 break
     return module_fields
@@ -422,8 +435,8 @@ def check_rank_patterns(
     modules = list(modules)
     for name in method.patterns.values():
         for key in fields[name]:
-            if not any(re.match(rf"(.*\.)?({key})$", module) for module in modules):
+            if not any(full_match(rf"(.*\.)?({key})", module) for module in modules):
                 raise ValueError(
-                    f"{name} has {key!r}, which matches none of the adapter's {len(modules)} "
-                    f"modules. {_SAVE_PRETRAINED_HINT}"
+                    f"{name} has {_tree.shorten(key)}, which matches none of the adapter's "
+                    f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
                 )

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 
 from jlora import models, peft
 from jlora._mesh import fetch_global
@@ -28,7 +27,8 @@ from jlora.checkpoints.safetensors_io import (
     sync_folder,
 )
 from jlora.convert import rebase_to_original
-from jlora.merging.merge_to import merge_to_dtype
+from jlora.merging.merge_to import merge_stored, warn_lost_updates
+from jlora.models.hf.load import open_model
 from jlora.optim.multi_transform import combine
 from jlora.training import sharding
 from jlora.training.data.tokenizer import Tokenizer
@@ -183,20 +183,18 @@ def _write_export_folders(
     schemes = None if options.merge_into == "original" else schemes_from_recipe(recipe, setup.model)
     # The run quantized the weights in its own dtype; another one would give other codes.
     quantization = {} if schemes is None else {"dtype": recipe.model.dtype, "quantize": schemes}
+    # Read again on the host, one weight after another: the devices hold shards, or another base.
     cpu = jax.local_devices(backend="cpu")[0]
-    host = SingleDeviceSharding(cpu)
-    with jax.default_device(cpu):
-        # Loaded again on the host: the devices hold shards, or another base.
-        model, params = models.load(
-            setup.folder, sharding=lambda *_: host, **quantization, **layout
-        )
+    opened = open_model(setup.folder, device=cpu, **quantization, **layout)
+    with jax.default_device(cpu), opened as (model, params):
         assert setup.base_digest is not None
         setup.base_digest.check_unchanged(setup.folder)
         if options.merged:
             dtype = options.merged_dtype
-            merged = merge_to_dtype(params, adapter, dtype, dequantize=True)
+            merged = merge_stored(params, adapter, dtype)
             with _replace_folder(output / "merged") as folder:
                 models.save(folder, merged.params, setup.folder, dtype=dtype, **layout)
+                warn_lost_updates(merged.report)
                 has_head = getattr(model.config, "num_labels", None) is not None
                 if label_names is not None and has_head:
                     _write_label_names(folder / "config.json", label_names)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _support.cases import FAMILIES, case
 
 import jlora
+from jlora.checkpoints.stored_weight import StoredWeight
+from jlora.merging import merge_to
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 WEIGHT = jax.random.normal(KEYS[0], (96, 80))
@@ -77,3 +81,46 @@ def test_merge_to_dtype_zero_update_not_reported() -> None:
 def test_merge_to_dtype_nonfinite_raises() -> None:
     with pytest.raises(ValueError, match=r"'w' has NaN or infinite entries in float16"):
         jlora.merge_to_dtype({"w": WEIGHT}, adapter(1e6), jnp.float16)
+
+
+MERGED = [name for name in FAMILIES if FAMILIES[name].merges and name != "token_rows"]
+
+
+@pytest.mark.parametrize("layer", ["dense", "linen_scan"])
+@pytest.mark.parametrize("family", MERGED)
+@pytest.mark.thin(7)
+def test_merge_to_dtype_in_blocks_is_the_merge(
+    family: str, layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = case(layer, "float32", family)
+    whole = jlora.merge_to_dtype(one.params, one.adapter, jnp.float32)
+    monkeypatch.setattr(merge_to, "_BLOCK_BYTES", 100)
+    blocked = jlora.merge_to_dtype(one.params, one.adapter, jnp.float32)
+    # Another order of the additions in a product.
+    chex.assert_trees_all_close(blocked.params, whole.params, rtol=2e-6, atol=2e-6)
+    assert blocked.report.keys() == whole.report.keys()
+    for path, fidelity in whole.report.items():
+        np.testing.assert_allclose(blocked.report[path], fidelity, rtol=1e-4, atol=1e-6)
+
+
+def test_merge_stored_reads_when_needed() -> None:
+    reads: list[str] = []
+
+    def stored(name: str, array: Any) -> StoredWeight:
+        def read() -> Any:
+            reads.append(name)
+            return array
+
+        return StoredWeight(array.shape, array.dtype, read)
+
+    base = {"w": WEIGHT.astype(jnp.bfloat16), "n": jnp.ones(3, jnp.bfloat16)}
+    params = {name: stored(name, array) for name, array in base.items()}
+    merged = merge_to.merge_stored(params, adapter(1e-1), jnp.float32)
+    assert not reads
+    assert not merged.report
+    expected = jlora.merge_to_dtype(base, adapter(1e-1), jnp.float32)
+    for name, weight in merged.params.items():
+        assert (weight.shape, weight.dtype) == (base[name].shape, jnp.float32)
+        np.testing.assert_array_equal(np.asarray(weight), expected.params[name])
+    assert sorted(reads) == ["n", "w"]
+    assert merged.report == expected.report

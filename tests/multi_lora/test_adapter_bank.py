@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import re
+import time
 from typing import Any
 
 import jax
@@ -467,3 +468,22 @@ def test_slots_for_10000_swaps_leak_nothing(tmp_path: pathlib.Path) -> None:
     assert bank.stats.loads == 10_000
     check_outputs(bank, ["b", None], adapters)
     assert params
+
+
+@pytest.mark.parametrize(
+    "name", ["z" * 10_000, "tenant-0001-adaptor", "x\n" * 3000, "\ud800" * 500]
+)
+def test_unknown_name_costs_little(name: str) -> None:
+    bank = bank_of(2)
+    bank.add("tenant-0", adapter(1))
+    held = bank._host_cache._in_memory["tenant-0"]
+    for number in range(1, 50_000):
+        bank._host_cache._in_memory[f"tenant-{number:05}-adapter"] = held
+    start = time.process_time()
+    with pytest.raises(multi_lora.UnknownAdapterError) as caught:
+        bank.slots_for([name])
+    assert time.process_time() - start < 0.2
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="not a valid adapter name") as refused:
+        bank.add(name + "!", adapter(1))
+    assert len(str(refused.value)) < 400

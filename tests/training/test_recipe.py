@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import time
 from typing import Any
 
 import jsonschema
@@ -577,3 +578,42 @@ def test_scan_layers_null_depends_on_layers(name: str, stacked: bool) -> None:
     assert open_ended.model.scan_layers is None
     model = model_from_recipe(open_ended, folder)
     assert (model.scan_layers, model.can_scan_layers) == (stacked, stacked)
+
+
+GOOD_YAML = "output: o\nmodel: {path: b}\ndata: {train: [{path: a, format: text}]}\n"
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join(['*' + old] * 10)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD_YAML + "seed: &a [*a]\n", "contains itself"),
+        (GOOD_YAML + "seed: &a {<<: *a}\n", "contains itself"),
+        ("[" * 20_000, "not valid YAML"),
+        (GOOD_YAML + "seed: " + "[" * 200 + "]" * 200 + "\n", "more than 100 levels"),
+        (GOOD_YAML + LAUGHS, "more than 1,000,000 values"),
+        ("a: !!python/object:os.system {}\n", "could not determine a constructor"),
+    ],
+)
+def test_load_hostile_yaml_raises(text: str, message: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        recipe.load(path)
+    assert str(path) in str(caught.value)
+    assert time.process_time() - start < 2
+
+
+def test_load_yaml_merges_anchors(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        GOOD_YAML + "adapter: &a {rank: 2, alpha: 3.0}\n"
+        "adapters: [{<<: *a, rank: 4, target_pattern: q}]\n"
+    )
+    (extra,) = recipe.load(path).adapters
+    assert extra.config_values()["rank"] == 4
+    assert extra.config_values()["alpha"] == 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jlora._quantized_array import abstract_with_sharding
+from jlora._quantized_array import abstract_with_sharding, maybe_dequantize
 from jlora._tree import PyTree
 from jlora.checkpoints import hub
 from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint
+from jlora.checkpoints.stored_weight import StoredWeight
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder
@@ -147,6 +150,59 @@ def load(
         if schemes:
             check_finite_qarrays({path: arrays[path] for path in schemes})
     return LoadedModel(checkpoint_format.model, traverse_util.unflatten_dict(arrays, sep="/"))
+
+
+@contextlib.contextmanager
+def open_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    quantize: Mapping[str, QuantizationScheme | None] | None = None,
+    device: Any = None,
+    **options: Any,
+) -> Iterator[LoadedModel]:
+    """Opens a checkpoint whose weights are read one by one, whenever one is needed.
+
+    Args:
+        folder: As for `load`.
+        dtype: As for `load`.
+        quantize: As for `load`; a weight that is read is quantized and dequantized.
+        device: Device of the arrays that are read. None: JAX's default device.
+        **options: As for `load`.
+
+    Yields:
+        The model and its parameters as `StoredWeight`s, which can be read in the block.
+
+    Raises:
+        FileNotFoundError: As from `load`.
+        ValueError: As from `load`.
+        TypeError: As from `load`.
+    """
+    folder = hub.resolve_checkpoint_folder(folder)
+    with open_checkpoint(folder) as reader:
+        checkpoint_format = read_checkpoint_format(folder, reader, options)
+        weights = match_checkpoint_names(checkpoint_format, reader)
+        weight_mapping.check_checkpoint_tensors(
+            reader, weights, checkpoint_format.passthrough_pattern
+        )
+        schemes = _match_quantization_schemes(quantize, weights)
+
+        sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+
+        def read(path: str) -> jax.Array:
+            one, chosen = {path: weights[path]}, {path: schemes[path]} if path in schemes else {}
+            arrays = weight_mapping.load_weights(reader, one, dtype, lambda *_: sharding, chosen)
+            return maybe_dequantize(arrays[path])
+
+        stored = {
+            path: StoredWeight(
+                weight.shape,
+                weight_mapping.stored_dtype(reader, weight, dtype),
+                functools.partial(read, path),
+            )
+            for path, weight in weights.items()
+        }
+        yield LoadedModel(checkpoint_format.model, traverse_util.unflatten_dict(stored, sep="/"))
 
 
 def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:

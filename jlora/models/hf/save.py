@@ -133,8 +133,9 @@ def save(
             if key in copied:
                 return reader.read_bytes(key)
             with np.errstate(over="ignore"):  # An overflow raises an error below.
-                tensor = get_weight_tensor(tied_keys.get(key, key)).astype(specs[key][0])
-            if not np.isfinite(tensor).all():
+                tensor = get_weight_tensor(tied_keys.get(key, key))
+                tensor = tensor.astype(specs[key][0], order="C", copy=False)
+            if not _is_finite(tensor):
                 raise ValueError(
                     f"{key} holds NaN or Inf in {tensor.dtype}; nothing was written. Export an "
                     f"earlier checkpoint, or use a dtype of a wider range."
@@ -162,6 +163,17 @@ def save(
             _write_config_dtype(config_path, np.dtype(dtype).name)
         if checkpoint_format.is_untied:
             _write_config_fields(config_path, tie_word_embeddings=False)
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    """Returns whether all entries are finite, without temporary arrays of the tensor's size."""
+    entries = tensor.reshape(-1)
+    starts = range(0, entries.size, _CHECKED_ENTRIES)
+    return all(np.isfinite(entries[start : start + _CHECKED_ENTRIES]).all() for start in starts)
+
+
+# Entries that are checked at a time.
+_CHECKED_ENTRIES = 1 << 22
 
 
 def _flatten_model_params(params: PyTree) -> dict[str, Any]:

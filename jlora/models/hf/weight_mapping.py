@@ -23,6 +23,7 @@ from jax import lax
 from jlora._mesh import fit_sharding
 from jlora._quantized_array import get_component_shardings
 from jlora.checkpoints.safetensors_io import FLOAT_DTYPES, CheckpointReader, format_names
+from jlora.checkpoints.stored_weight import StoredWeight
 from jlora.quantization.qarray import QArray
 from jlora.quantization.quantize import choose_block_axis, quantize_weight
 from jlora.quantization.schemes import QuantizationScheme
@@ -217,7 +218,7 @@ def _load_weight(
     dtype, target_sharding = _weight_dtype_and_sharding(reader, weight, dtype, sharding)
     if len(weight.slices) == 1:
         array = _load_tensor_slice(reader, weight.slices[0], target_sharding)
-        return _cast_tensor_slice(array, dtype)
+        return array if array.dtype == dtype else _cast_tensor_slice(array, dtype)
     array = _compile_zeros(weight.shape, dtype, target_sharding)()
     for part in weight.slices:
         update = _load_tensor_slice(reader, part, fit_sharding(target_sharding, part.slice_sizes))
@@ -236,6 +237,14 @@ def _compile_zeros(
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
+def stored_dtype(
+    reader: CheckpointReader, weight: CheckpointWeight, dtype: jax.typing.DTypeLike | None
+) -> Any:
+    """Returns the dtype of a loaded weight: the requested one, or that of its tensors."""
+    stored = [FLOAT_DTYPES[reader.headers[part.key].dtype] for part in weight.slices]
+    return jnp.dtype(functools.reduce(jnp.promote_types, stored) if dtype is None else dtype)
+
+
 def _weight_dtype_and_sharding(
     reader: CheckpointReader,
     weight: CheckpointWeight,
@@ -243,8 +252,7 @@ def _weight_dtype_and_sharding(
     sharding: Callable[[jax.ShapeDtypeStruct], Sharding | None],
 ) -> tuple[Any, Sharding]:
     """Returns the dtype and the sharding of a weight on its devices."""
-    stored = [FLOAT_DTYPES[reader.headers[part.key].dtype] for part in weight.slices]
-    dtype = jnp.dtype(functools.reduce(jnp.promote_types, stored) if dtype is None else dtype)
+    dtype = stored_dtype(reader, weight, dtype)
     target_sharding = sharding(jax.ShapeDtypeStruct(weight.shape, dtype))
     return dtype, target_sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -332,7 +340,8 @@ def make_tensor_getter(
 ) -> Callable[[str], np.ndarray]:
     """Returns a function from the name of a tensor to the tensor.
 
-    Each call copies one tensor from the model's arrays to the host.
+    Each call copies one tensor from the model's arrays to the host. A stored weight is read when
+    its first tensor is needed, and kept until its last one.
 
     Args:
         weights: Weights of the model, by path.
@@ -355,10 +364,18 @@ def make_tensor_getter(
         (16, 8)
     """
     slices = {part.key: (path, part) for path, weight in weights.items() for part in weight.slices}
+    last: dict[str, Any] = {}  # The weight that was read last: its other tensors follow.
 
     def get_tensor(key: str) -> np.ndarray:
         path, part = slices[key]
         array = arrays[path]
+        if isinstance(array, StoredWeight):
+            if path not in last:
+                last.clear()
+                last[path] = array.read()
+            array = last[path]
+            if part.key == weights[path].slices[-1].key:
+                last.clear()
         if part.slice_sizes != weights[path].shape:
             sizes = zip(part.start_indices, part.slice_sizes, strict=True)
             array = array[tuple(slice(start, start + size) for start, size in sizes)]

@@ -16,10 +16,10 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.checkpoints.text_files import read_json, read_text
+from jlora.training.data.bounded_jinja import BoundedEnvironment
 
 Message = Mapping[str, Any]
 
@@ -513,7 +513,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationExtension, jinja2.ext.loopcontrols],
@@ -525,8 +525,8 @@ class ChatTemplate:
             return environment.from_string(self.text)
         except Exception as error:  # Jinja compiles to Python, which has limits of its own.
             raise ValueError(
-                f"Line {getattr(error, 'lineno', 1)} of {self.source} is not valid Jinja "
-                f"({error}). Correct it, or use another template."
+                f"{self.source}, line {getattr(error, 'lineno', 1)} is not valid Jinja ({error}). "
+                f"Correct it, or use another template."
             ) from error
 
     def _strftime_now(self, date_format: str) -> str:

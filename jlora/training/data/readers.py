@@ -142,6 +142,9 @@ def read_parquet_table(files: Sequence[Path]) -> pa.Table:
 
 _KIND_BY_PYTHON_TYPE = {str: "text", bool: "booleans", int: "integers", float: "floats"}
 
+# Every column is an array of all rows, mostly of nulls where rows have different columns.
+_MAX_COLUMNS = 2_000
+
 _NESTED_KIND, _NULL_KIND = "lists or objects", "nulls"
 
 _ARROW_TYPE_BY_KIND = {
@@ -160,10 +163,16 @@ def read_json_table(files: Sequence[Path]) -> pa.Table:
     Columns missing from a row are null. Blank lines are skipped.
 
     Raises:
-        ValueError: If a line is not an object, or a column has values of two types.
+        ValueError: If a line is not an object, a column has values of two types, or there are more
+            than 2,000 columns.
     """
     kinds: dict[str, str] = {}
     for location, row in _iter_json_rows(files):
+        if len(kinds.keys() | row.keys()) > _MAX_COLUMNS:
+            raise ValueError(
+                f"{location}: up to here, the rows have more than {_MAX_COLUMNS:,} different "
+                f"columns. Nest the values under one column, or leave them out."
+            )
         for column, value in row.items():
             kinds[column] = _update_column_kind(
                 value, kinds.get(column, _NULL_KIND), f"{location}, column {column!r}"

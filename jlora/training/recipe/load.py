@@ -102,7 +102,7 @@ def find_replaced_length(path: str | os.PathLike[str], recipe: Recipe) -> str | 
         path: YAML file of a recipe.
         recipe: Recipe that `load` returned for it, with overrides.
     """
-    raw = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path)).get("training") or {}
+    raw = parse_yaml(read_text(Path(path)), str(path)).get("training") or {}
     for name in ("steps", "epochs"):
         default = type(recipe.training).model_fields[name].default
         if raw.get(name, default) != default and getattr(recipe.training, name) == default:
