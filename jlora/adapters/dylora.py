@@ -104,5 +104,5 @@ class DyLoRALeaf(LoRALeaf):
         b = freeze_earlier(self.b, b_ranks == step_rank - 1)
         divisor = jnp.sqrt(step_rank) if self.use_rslora else step_rank
         scale = low_rank.lora_scaling(1, self.alpha) / divisor
-        b = b * jnp.where(b_ranks < step_rank, scale, 0).astype(b.dtype)
+        b = low_rank.scale_factor(b, jnp.where(b_ranks < step_rank, scale, 0))
         return weight.add(*low_rank.label_factors(self, a, b))

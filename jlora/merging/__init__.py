@@ -8,13 +8,13 @@ top of another (`compose_adapters`). `measure_interference` compares them.
 from __future__ import annotations
 
 from jlora.merging.combine import CombineResult, analogy, combine_adapters
+from jlora.merging.lorahub import FusionResult, fit_weights, lorahub
 from jlora.merging.measure_interference import (
     Interference,
     PairStats,
     measure_interference,
     save_heatmap,
 )
-from jlora.merging.lorahub import FusionResult, fit_weights, lorahub
 from jlora.merging.merge_methods import DARE, DELLA, TIES, Linear, Magnitude, MergeMethod
 from jlora.merging.merge_to import MergeFidelity, MergeResult, UpdateLostWarning, merge_to_dtype
 from jlora.merging.routing import Router, apply_routed, fit_router, routing_weights

@@ -108,6 +108,13 @@ def test_logits_bfloat16_as_near_as_transformers(name: str, scanned: bool) -> No
     assert np.sqrt(np.mean((ours - exact) ** 2)) < bound
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", slow("qwen3_moe")])  # Two kinds of attention.
+def test_logits_float16_are_near_float32(name: str) -> None:
+    # Float16 rounds by 5e-4 of each entry, in some thirty products.
+    error = np.abs(logits(name, True, "float16") - logits(name, True)).max()
+    assert error < 5e-3 * np.abs(logits(name, True)).max()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("name", "scanned"), KNOWN_LAYOUTS)
 def test_generate_matches_transformers(name: str, scanned: bool, side: str) -> None:
