@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,15 @@ from jlora.adapters.base import (
     FAMILIES,
     AdapterLeaf,
     check_adapter,
+    get_adapter_leaves,
     get_array_fields,
     weight_indices,
+)
+from jlora.adapters.layer_layout import (
+    match_layer_layout,
+    split_layer_path,
+    unstack_layers,
+    unstack_leaf,
 )
 from jlora.checkpoints.lineage import (
     Lineage,
@@ -50,7 +58,8 @@ def save_adapter(
 ) -> None:
     """Saves an adapter to one safetensors file, atomically replacing a file of that name.
 
-    The metadata of the file contains the families, axes, ranks and scales; a fingerprint of every
+    The file names layers one by one, `layers_0/...`, also where the model stacks them, so that it
+    fits both. Its metadata contains the families, axes, ranks and scales; a fingerprint of every
     adapted weight of the base, so that `load_adapter` detects another base; the content hash; and
     the lineage.
 
@@ -78,7 +87,7 @@ def save_adapter(
         1
     """
     weights = _adapted_weights(params, adapter)
-    write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights}, lineage)
+    write_adapter(path, adapter, fingerprint_weights(weights, adapter), lineage)
 
 
 def write_adapter(
@@ -92,7 +101,7 @@ def write_adapter(
     Args:
         path: File to write; its folder must exist.
         adapter: Adapter, with all its arrays on this host.
-        fingerprints: Fingerprints of the adapted weights, by path.
+        fingerprints: Result of `fingerprint_weights` for the adapted weights.
         lineage: Origin of the adapter. None: unknown.
 
     Raises:
@@ -100,6 +109,7 @@ def write_adapter(
         ValueError: `adapter` contains an array that is not finite.
     """
     check_adapter(adapter)
+    adapter = unstack_layers(adapter)
     lineage = Lineage() if lineage is None else lineage
     if not isinstance(lineage, Lineage):
         raise TypeError(
@@ -123,7 +133,7 @@ def write_adapter(
 def load_adapter(
     path: str | os.PathLike[str], params: PyTree, *, allow_other_base: bool = False
 ) -> dict[str, Any]:
-    """Loads an adapter that `save_adapter` wrote.
+    """Loads an adapter that `save_adapter` wrote, for layers as `params` has them.
 
     Args:
         path: Adapter file.
@@ -164,6 +174,8 @@ def load_adapter(
             f"{path} contains tensors that its description does not name: {sorted(tensors)[:3]}. "
             f"It was changed after jlora wrote it; save the adapter again."
         )
+    separate = unstack_layers(adapter)
+    adapter = match_layer_layout(separate, params)
     weights = _adapted_weights(params, adapter)
     if metadata.get("content", content) != content:  # Files of an older jlora have no hash.
         raise ValueError(
@@ -172,7 +184,7 @@ def load_adapter(
         )
     if not allow_other_base:
         fingerprints = _read_json_metadata(path, metadata, "base")
-        _check_base_fingerprints(path, fingerprints, weights, adapter)
+        _check_base_fingerprints(path, fingerprints, weights, get_adapter_leaves(separate))
     return adapter
 
 
@@ -283,30 +295,51 @@ def read_quantization_schemes(path: str | os.PathLike[str]) -> list[str]:
     return sorted(map(str, schemes))
 
 
-def fingerprint(weight: Any) -> str:
+def fingerprint_weights(weights: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the fingerprints of the adapted weights, of each layer for stacked layers.
+
+    Args:
+        weights: Weights by path.
+        adapter: Adapter of these weights.
+    """
+    fingerprints: dict[str, str] = {}
+    for path, leaf in get_adapter_leaves(adapter).items():
+        layers = unstack_leaf(path, leaf)
+        if not layers:
+            fingerprints[path] = fingerprint(weights[path])
+        for index, layer_path in enumerate(layers):
+            fingerprints[layer_path] = fingerprint(weights[path], index)
+    return fingerprints
+
+
+def fingerprint(weight: Any, layer: int | None = None) -> str:
     """Returns a hash of a weight's shape and of entries spread over it.
 
     Entries are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16
     has the same fingerprint. The fingerprint of a quantized weight hashes its codes, and begins
     with a description of its quantization.
+
+    Args:
+        weight: Array or quantized weight.
+        layer: Index of a layer in a stack, whose fingerprint is that of the layer alone. None: the
+            weight is no stack.
     """
+    shape = weight.shape if layer is None else weight.shape[1:]
     if not isinstance(weight, QArray):
-        return _hash_arrays(
-            [_sample_weight_entries(weight).astype(ml_dtypes.bfloat16)], weight.shape
-        )
-    samples = [_sample_weight_entries(array) for array in jax.tree.leaves(weight)]
-    return f"{json.dumps(weight.spec, sort_keys=True)} {_hash_arrays(samples, weight.shape)}"
+        entries = _sample_weight_entries(weight, layer).astype(ml_dtypes.bfloat16)
+        return _hash_arrays([entries], shape)
+    samples = [_sample_weight_entries(array, layer) for array in jax.tree.leaves(weight)]
+    return f"{json.dumps(weight.spec, sort_keys=True)} {_hash_arrays(samples, shape)}"
 
 
-def _sample_weight_entries(array: Any) -> np.ndarray:
-    if not array.ndim:
-        return fetch_global(array.reshape(1))
-    indices = (
-        np.arange(array.size)
-        if array.size <= _FINGERPRINT_SAMPLES
-        else _draw_sample_indices(array.size)
-    )
-    return fetch_global(array[np.unravel_index(indices, array.shape)])
+def _sample_weight_entries(array: Any, layer: int | None) -> np.ndarray:
+    first = () if layer is None else (np.array(layer),)
+    shape = array.shape[len(first) :]
+    if not shape:
+        return fetch_global(array[first].reshape(1))
+    size = math.prod(shape)
+    indices = np.arange(size) if size <= _FINGERPRINT_SAMPLES else _draw_sample_indices(size)
+    return fetch_global(array[(*first, *np.unravel_index(indices, shape))])
 
 
 def _hash_arrays(arrays: Sequence[np.ndarray], shape: Sequence[int]) -> str:
@@ -431,16 +464,24 @@ def _check_base_fingerprints(
     weights: Mapping[str, Any],
     leaves: Mapping[str, Any],
 ) -> None:
-    if set(expected) != set(weights):
+    if set(expected) != set(leaves):
         raise ValueError(
             f"{path} has fingerprints of other weights than it adapts: "
-            f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
+            f"{sorted(set(expected) ^ set(leaves))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
+    stacks = {name: split_layer_path(name) for name in leaves if name not in weights}
+    # The weight of each leaf, and its index if it is one layer of a stack.
+    places = {name: (weights[name], None) for name in leaves if name in weights}
+    places |= {name: (weights[stack], index) for name, (index, stack) in stacks.items()}
+    found = {name: fingerprint(*place) for name, place in places.items()}
+    other = [name for name in expected if found[name] != expected[name]]
     residual = [
         name
-        for name in expected
-        if _requires_quantized_base(leaves[name], weights[name], expected[name])
+        for name in other
+        # Such a weight was quantized together with the leaf, so that the original weight cannot be
+        # recognized by its fingerprint.
+        if getattr(leaves[name], "residual", False) and _quantization_description(expected[name])
     ]
     if residual:
         raise ValueError(
@@ -450,11 +491,11 @@ def _check_base_fingerprints(
             f"jlora.quantize of jlora.residual_base) returned. For the original weights, save the "
             f"result of jlora.rebase_to_original."
         )
-    other = [name for name in expected if not _matches_fingerprint(weights[name], expected[name])]
-    if other and isinstance(weights[other[0]], QArray):
+    other = [name for name in other if not _matches_if_quantized(*places[name], expected[name])]
+    if other and isinstance(places[other[0]][0], QArray):
         raise ValueError(
             f"{path} was not trained on {other[0]!r} ({len(other)} of {len(expected)} adapted "
-            f"weights) as it is quantized in params: {weights[other[0]]}. If these are the same "
+            f"weights) as it is quantized in params: {places[other[0]][0]}. If these are the same "
             f"weights before quantization, pass allow_other_base=True: the outputs then differ by "
             f"the quantization error."
         )
@@ -471,25 +512,11 @@ def _quantization_description(expected_fingerprint: Any) -> str:
     return str(expected_fingerprint).rpartition(" ")[0]
 
 
-def _requires_quantized_base(leaf: Any, weight: Any, expected_fingerprint: Any) -> bool:
-    """Whether a leaf needs another, quantized weight, which contains the original minus the leaf.
-
-    Such a weight was quantized together with the leaf, so that the original weight cannot be
-    recognized by its fingerprint.
-    """
-    return (
-        getattr(leaf, "residual", False)
-        and bool(_quantization_description(expected_fingerprint))
-        and fingerprint(weight) != expected_fingerprint
-    )
-
-
-def _matches_fingerprint(weight: Any, expected_fingerprint: Any) -> bool:
-    """Whether a fingerprint is that of a weight, or of the weight after quantization."""
-    if fingerprint(weight) == expected_fingerprint:
-        return True
+def _matches_if_quantized(weight: Any, layer: int | None, expected_fingerprint: Any) -> bool:
+    """Whether a fingerprint is that of a weight, or of one layer of it, after quantization."""
     description = _quantization_description(expected_fingerprint)
     if isinstance(weight, QArray) or not description:
         return False
-    quantized = quantize_like(weight, json.loads(description))
+    original = weight if layer is None else weight[layer]
+    quantized = quantize_like(original, json.loads(description))
     return quantized is not None and fingerprint(quantized) == expected_fingerprint

@@ -12,21 +12,11 @@ def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple
     from jlora import models, peft
     from jlora.checkpoints.adapter_file import load_adapter
 
-    model, params = models.load(base, **infer_layer_layout(path), **options)
+    model, params = models.load(base, **options)
     if path.is_dir():
         loaded = peft.load(path, model, params)
         return model, loaded.params, loaded.adapter
     return model, params, load_adapter(path, params)
-
-
-def infer_layer_layout(path: Path) -> dict[str, Any]:
-    """Returns the options of `models.load` for the layer layout that an adapter was trained on."""
-    from jlora.checkpoints.adapter_file import adapted_weight_paths
-
-    if path.is_dir():
-        return {}
-    stacked = any("/layers/" in weight_path for weight_path in adapted_weight_paths(path))
-    return {"scan_layers": True} if stacked else {}
 
 
 def check_output_is_new(out: Path) -> None:
@@ -114,7 +104,6 @@ def _export_hf(options: ExportOptions) -> None:
         options.base,
         dtype=options.dtype,
         max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
-        **infer_layer_layout(options.adapter),
     )
     print(merged)
     schemes = [] if options.adapter.is_dir() else read_quantization_schemes(options.adapter)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora import _tree
 from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
+from jlora.adapters.layer_layout import match_layer_layout
 from jlora.transform import materialize_leaves, merge
 
 # A gain or a cosine below this is worth a warning.
@@ -126,6 +127,7 @@ def merge_to_dtype(
         Array([1.0001, 1.0001, 1.0001], dtype=float32)
     """
     flat = _tree.flatten_with_paths(params)
+    adapter = match_layer_layout(adapter, params)
     positions = weight_indices(flat, adapter)
     shared = {name: node for name, node in adapter.items() if name not in positions}
     leaves = materialize_leaves(flat, dequantize)

@@ -478,7 +478,7 @@ def test_resume_other_base_raises(
     shutil.copytree(output(whole), tmp_path / "run")
     raw = {**whole, "output": str(tmp_path / "run"), "model": {"path": str(other)}}
     raw["model"]["dtype"] = "float32"
-    with pytest.raises(ValueError, match="the weight 'params/layers/mlp/up/kernel' has other val"):
+    with pytest.raises(ValueError, match="weight 'params/layers_0/mlp/up/kernel' has other val"):
         run(raw, resume=True)
 
 
