@@ -107,9 +107,10 @@ def unstack_leaf(path: str, leaf: AdapterLeaf) -> dict[str, AdapterLeaf]:
         return {}
     names = [name for name in _stacked_array_names(leaf) if getattr(leaf, name) is not None]
     fields = _shift_axes(leaf, leaf.shape[1:], -1)
+    stack: Any = leaf  # A dataclass.
     return {
         _STACKED.sub(f"layers_{index}", path, count=1): dataclasses.replace(
-            leaf, **{name: getattr(leaf, name)[index] for name in names}, **fields
+            stack, **{name: getattr(leaf, name)[index] for name in names}, **fields
         )
         for index in range(leaf.shape[0])
     }
@@ -153,7 +154,7 @@ def _stack_leaves(
         )
     if all(type(leaf) is LoRALeaf for leaf in layers.values()):
         layers = _pad_ranks(layers)
-    first = layers[min(layers)]
+    first: Any = layers[min(layers)]  # A dataclass.
     if any(_settings(leaf) != _settings(first) for leaf in layers.values()):
         raise ValueError(_stack_error(path, "their methods or settings differ"))
     missing = [index for index in range(num_layers) if index not in layers]

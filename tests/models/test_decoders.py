@@ -895,8 +895,12 @@ def test_load_fewer_layers_raises_at_once(name: str, field: str, tmp_path: pathl
     shutil.copytree(DATA / name, tmp_path / "copy")
     # Of so many a model would not be built in this test's time.
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**raw(name), field: 1_000_000}))
-    with pytest.raises(ValueError, match=f"config.json: {field}=1000000, but the files .* only"):
+    message = f"config.json: {field}=1000000, but the files .* only"
+    with pytest.raises(ValueError, match=message):
         load.load(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**raw(name), field: 9_000}))
+    with pytest.raises(ValueError, match=message.replace("1000000", "9000")):
+        models.model_from_config(tmp_path / "copy")
 
 
 def test_load_base_model_names(tmp_path: pathlib.Path) -> None:

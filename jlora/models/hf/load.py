@@ -169,6 +169,9 @@ def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
     config_dict = read_json(folder / "config.json")
     if config_dict.get("model_type") in DECODER_PARSERS:
         config = decoder_config(config_dict, str(folder / "config.json"))
+        if any(folder.glob("*.safetensors")):
+            with open_checkpoint(folder) as reader:
+                _check_numbers_of_layers(config_dict, folder / "config.json", reader)
         return _instantiate_model(Decoder, config, options)
     with open_checkpoint(folder) as reader:
         return read_checkpoint_format(folder, reader, options).model
