@@ -167,6 +167,12 @@ def _cast_if_float(leaf: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jnp.asarray(leaf).astype(dtype) if is_float else leaf
 
 
+def _largest_entry(array: jax.Array) -> jax.Array:
+    """Returns the largest absolute value, or one where all are zero."""
+    largest = jnp.abs(array).max()
+    return jnp.where(largest > 0, largest, 1)
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _round_merged_weight(
     base: jax.Array, merged: jax.Array, dtype: Any
@@ -179,8 +185,11 @@ def _round_merged_weight(
     """
     rounded = merged.astype(dtype)
     exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
+    # Divided by their sizes, no square over- or underflows.
+    update_size, base_size = (_largest_entry(x) for x in (exact_update, base))
+    exact_update, rounded_update = exact_update / update_size, rounded_update / update_size
     exact_norm, rounded_norm, base_norm = (
-        jnp.linalg.norm(x.ravel()) for x in (exact_update, rounded_update, base)
+        jnp.linalg.norm(x.ravel()) for x in (exact_update, rounded_update, base / base_size)
     )
     inner = jnp.vdot(rounded_update, exact_update)
 
@@ -194,6 +203,6 @@ def _round_merged_weight(
         safe_divide(inner, exact_norm**2),
         safe_divide(inner, exact_norm * rounded_norm),
         (rounded_update == 0).mean(),
-        safe_divide(exact_norm, base_norm),
+        safe_divide(exact_norm, base_norm) * (update_size / base_size),
     ]
     return rounded, jnp.stack([value.astype(jnp.float32) for value in statistics])

@@ -155,3 +155,28 @@ def test_fourierft_float16_scale_is_not_lost() -> None:
     wide = lora.apply({"w": base.astype(np.float32)}, adapter, x.astype(np.float32))
     # Rounding of float16, 1e-3, in sums of 256.
     assert relative_error(lora.apply({"w": base}, adapter, x), wide) < 5e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_merge_and_combine_any_size_are_right(size: float) -> None:
+    size = np.float32(size)
+    params = {"w": WEIGHT * size}
+    lora = jlora.lora_transform(product, jlora.LoRA(rank=2, alpha=2))
+    leaf = lora.init(jax.random.key(0), params, INPUTS)["w"]
+    a, b = RNG.normal(size=(8, 2)).astype(np.float32), RNG.normal(size=(2, 6)).astype(np.float32)
+    root = np.sqrt(size)
+    adapter = {"w": dataclasses.replace(leaf, a=a * root, b=b * root)}
+    (fidelity,) = jlora.merge_to_dtype(params, adapter).report.values()
+    ratio = np.linalg.norm(a @ b) / np.linalg.norm(WEIGHT)
+    np.testing.assert_allclose(list(fidelity), [1, 1, 0, ratio], rtol=1e-4, atol=1e-4)
+    # The first singular triplet of the update.
+    u, s, vt = np.linalg.svd(np.float64(a) @ np.float64(b))
+    combined = jlora.merging.combine_adapters([adapter], rank=1).adapter["w"]
+    found = np.float64(combined.a) @ np.float64(combined.b)
+    assert relative_error(found, np.float64(size) * s[0] * np.outer(u[:, 0], vt[0])) < 1e-5
+    base, fitted = jlora.loftq({"w": params["w"]}, {"w": leaf}, {"w": jlora.Int8(block_size=8)})
+    near = np.float64(base["w"].dequantize()) + np.float64(fitted["w"].a) @ np.float64(
+        fitted["w"].b
+    )
+    quantized = np.float64(base["w"].dequantize())
+    assert np.abs(near - params["w"]).max() < np.abs(quantized - params["w"]).max()
