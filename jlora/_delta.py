@@ -21,7 +21,12 @@ from jlora.interpreter.terms import (
     flat_size,
     widest_dtype,
 )
-from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
+from jlora.interpreter.weight import (
+    divide_by_size,
+    matrices_to_weight,
+    promote_to_float32,
+    weight_to_matrices,
+)
 
 _HIGHEST_PRECISION = jax.lax.Precision.HIGHEST
 
@@ -180,15 +185,18 @@ def svd(delta: WeightDelta) -> tuple[jax.Array, jax.Array, jax.Array]:
     For factors it uses their QR decompositions: no array of the weight's size is formed.
     """
     if delta.dense is not None:
-        u, s, vt = jnp.linalg.svd(delta.dense, full_matrices=False)
-        return u, s, vt
+        matrices, size = divide_by_size(delta.dense)
+        u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+        return u, s * size[..., 0], vt
     assert delta.a is not None
     assert delta.b is not None
-    q_a, r_a = jnp.linalg.qr(delta.a)
-    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(delta.b, -1, -2))
+    (a, size_a), (b, size_b) = divide_by_size(delta.a), divide_by_size(delta.b)
+    q_a, r_a = jnp.linalg.qr(a)
+    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     core = jnp.matmul(r_a, jnp.swapaxes(r_b, -1, -2), precision=_HIGHEST_PRECISION)  # (batch, m, m)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     vt = jnp.matmul(vt, jnp.swapaxes(q_b, -1, -2), precision=_HIGHEST_PRECISION)
+    s = s * size_a[..., 0] * size_b[..., 0]
     return jnp.matmul(q_a, u, precision=_HIGHEST_PRECISION), s, vt
 
 

@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _tree, _validation
-from jlora.interpreter.weight import AdaptableWeight, promote_to_float32, weight_to_matrices
+from jlora.interpreter.weight import (
+    AdaptableWeight,
+    divide_by_size,
+    promote_to_float32,
+    weight_to_matrices,
+)
 
 # `(key, shape, dtype)` to an array, as in `jax.nn.initializers`.
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -229,7 +234,7 @@ def pissa(iterations: int | None = None) -> FactorInit:
         _validation.check_positive_int("initializers.pissa: iterations", iterations)
 
     def factors(key: jax.Array, weight: AdaptableWeight, rank: int, scale: float) -> Factors:
-        matrices = weight.to_matrices("initializers.pissa")
+        matrices, size = divide_by_size(weight.to_matrices("initializers.pissa"))
         _check_init_rank("pissa", weight, rank)
         if iterations is None:
             u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
@@ -237,7 +242,8 @@ def pissa(iterations: int | None = None) -> FactorInit:
             keys = jax.random.split(key, matrices.shape[0])
             decompose = functools.partial(randomized_svd, rank=rank, iterations=iterations)
             u, s, vt = jax.vmap(decompose)(keys, matrices)
-        return _split_singular_values(u[..., :rank], s[..., :rank] / scale, vt[..., :rank, :])
+        s = s[..., :rank] / scale
+        return _split_singular_values(u[..., :rank], s, vt[..., :rank, :], size)
 
     return FactorInit("pissa", factors, residual=True)
 
@@ -261,8 +267,10 @@ def milora() -> FactorInit:
     def factors(key: jax.Array, weight: AdaptableWeight, rank: int, scale: float) -> Factors:
         del key
         _check_init_rank("milora", weight, rank)
-        u, s, vt = jnp.linalg.svd(weight.to_matrices("initializers.milora"), full_matrices=False)
-        return _split_singular_values(u[..., -rank:], s[..., -rank:] / scale, vt[..., -rank:, :])
+        matrices, size = divide_by_size(weight.to_matrices("initializers.milora"))
+        u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+        s = s[..., -rank:] / scale
+        return _split_singular_values(u[..., -rank:], s, vt[..., -rank:, :], size)
 
     return FactorInit("milora", factors, residual=True)
 
@@ -288,16 +296,17 @@ def olora() -> FactorInit:
     def factors(key: jax.Array, weight: AdaptableWeight, rank: int, scale: float) -> Factors:
         del key, scale
         _check_init_rank("olora", weight, rank)
-        matrices = weight.to_matrices("initializers.olora")
+        matrices, size = divide_by_size(weight.to_matrices("initializers.olora"))
         q, r = jnp.linalg.qr(jnp.swapaxes(matrices, -1, -2))
-        a, b = r[..., :rank, :], q[..., :, :rank]
+        a, b = r[..., :rank, :] * size, q[..., :, :rank]
         return Factors(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2))
 
     return FactorInit("olora", factors, residual=True)
 
 
-def _split_singular_values(u: jax.Array, s: jax.Array, vt: jax.Array) -> Factors:
-    root = jnp.sqrt(s)
+def _split_singular_values(u: jax.Array, s: jax.Array, vt: jax.Array, size: jax.Array) -> Factors:
+    """Returns `A` and `B` of the product `u diag(s) vt size`."""
+    root = jnp.sqrt(s) * jnp.sqrt(size[..., 0])  # (batch, rank)
     return Factors(u * root[..., None, :], root[..., :, None] * vt)
 
 
@@ -457,6 +466,7 @@ def lora_ga(grads: Any, *, gamma: float = 16.0) -> FactorInit:
             )
         _check_init_rank("lora_ga", weight, 2 * rank)
         matrices = promote_to_float32(weight_to_matrices(by_path[weight.path], weight.axes))
+        matrices, _ = divide_by_size(matrices)
         u, _, vt = jnp.linalg.svd(matrices, full_matrices=False)
         size = weight.fan_out**0.25 / math.sqrt(gamma)
         return Factors(size * u[..., :rank], size * vt[..., rank : 2 * rank, :])

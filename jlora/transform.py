@@ -21,6 +21,7 @@ from jlora.adapters.base import (
     key_for_path,
     weight_indices,
 )
+from jlora.adapters.layer_layout import match_layer_layout
 from jlora.explain import Explanation, build_explanation
 from jlora.interpreter.control_flow import sum_losses
 from jlora.interpreter.eval_jaxpr import TracedCall, make_context, trace_call
@@ -243,7 +244,7 @@ def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTr
 
     Args:
         params: The base; it is not changed.
-        adapter: Trained adapter.
+        adapter: Trained adapter, for layers that are stacked or separate.
         dequantize: Whether all quantized weights become arrays, adapted or not. They are never
             quantized again, which would round the update away.
 
@@ -262,6 +263,7 @@ def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTr
         (6, 5)
     """
     flat = _tree.flatten_with_paths(params)
+    adapter = match_layer_layout(adapter, params)
     indices = weight_indices(flat, adapter)
     check_not_quantized(flat, dequantize)
     leaves = [maybe_dequantize(leaf) for leaf in flat.leaves]

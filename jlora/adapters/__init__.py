@@ -18,6 +18,7 @@ from jlora.adapters.fourierft import FourierFT
 from jlora.adapters.full import BitFit, FullDelta
 from jlora.adapters.hira import HiRA
 from jlora.adapters.ia3 import IA3
+from jlora.adapters.layer_layout import match_layer_layout
 from jlora.adapters.loha import LoHa
 from jlora.adapters.lokr import LoKr
 from jlora.adapters.lora import LoRA
@@ -59,5 +60,6 @@ __all__ = [
     "WeightAxes",
     "array_field",
     "format_families_table",
+    "match_layer_layout",
     "register_family",
 ]

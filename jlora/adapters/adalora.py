@@ -112,7 +112,7 @@ class AdaLoRALeaf(AdapterLeaf):
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Returns `W + scale * A diag(s) B`; `s` is folded into `B`."""
         del context
-        b = low_rank.apply_rank_gates(self, self.s * self.scale, self.b)
+        b = low_rank.apply_rank_gates(self, low_rank.scale_factor(self.s, self.scale), self.b)
         return weight.add(*low_rank.label_factors(self, self.a, b))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

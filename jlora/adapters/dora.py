@@ -79,7 +79,7 @@ class DoRA(LoRA):
             matrices = matrices + lora_leaf.scale * a @ b
         batch, _, outputs = weight.axis_sizes
         # Not narrower than float32: training changes it by little compared with the norm.
-        magnitude = jnp.linalg.norm(matrices, axis=-2).reshape(*batch, *outputs)
+        magnitude = _column_norms(matrices).reshape(*batch, *outputs)
         return DoRALeaf(**fields, magnitude=magnitude, through_norm=self.through_norm)
 
 
@@ -98,6 +98,17 @@ def _stacked_weight_norms(leaf: DoRALeaf, base: QuantizedArray) -> jax.Array:
 
     norms = jax.lax.map(entry_norm, (leaf.a, leaf.b, base))
     return norms.reshape(-1, norms.shape[-1])
+
+
+def _column_norms(matrices: jax.Array) -> jax.Array:
+    """Returns the norms over the inputs, (batch, fan_out); no square over- or underflows."""
+    size = _nonzero(jnp.abs(matrices).max(-2, keepdims=True))
+    return jnp.linalg.norm(matrices / size, axis=-2) * size[:, 0]
+
+
+def _nonzero(sizes: jax.Array) -> jax.Array:
+    """Replaces sizes of zero by one, so that they can divide."""
+    return jnp.where(sizes > 0, sizes, 1)
 
 
 def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -135,31 +146,45 @@ class DoRALeaf(LoRALeaf):
             norm = jax.lax.stop_gradient(norm)
         sizes = self.axis_sizes
         gain = self.magnitude / norm.reshape(*sizes.batch, *sizes.outputs)
-        factors = low_rank.label_factors(self, self.a, self.b * self.scale)
+        factors = low_rank.label_factors(self, self.a, low_rank.scale_factor(self.b, self.scale))
         return weight.add(*factors).multiply((gain, (*batch, *outputs)))
 
     def weight_norm(self, base: Any) -> jax.Array:
         """Returns `||W + s A B||` over the inputs of each output, (batch, fan_out).
 
         It is the root of `||w||^2 + 2 s (A^T W) . b + s^2 b^T (A^T A) b` for every output's columns
-        `w` and `b`, so no update of the weight's size is formed. The entries of a quantized stack
-        are dequantized one after another, and again in the gradient.
+        `w` and `b`, so no update of the weight's size is formed. `w` and `b` are divided by the
+        largest entry of both, and `A` by its own, so that no square over- or underflows. The
+        entries of a quantized stack are dequantized one after another, and again in the gradient.
         """
         if is_quantized(base):
             stacked = self.axes.batch[:1] == (0,) and is_unpacked_along_first_axis(base)
             norms = _stacked_weight_norms if stacked else _materialized_weight_norm
             return jax.checkpoint(norms)(self, base)
         matrices = weight_to_matrices(base, self.axes)
+        # (batch, 1, fan_out)
+        largest = promote_to_float32(jnp.abs(matrices).max(-2, keepdims=True))
         a, b = low_rank.factor_matrices(self)
+        size_a = _nonzero(jax.lax.stop_gradient(jnp.abs(a).max((-2, -1), keepdims=True)))
+        a, b = a / size_a, b * self.scale * size_a
+        size_b = jax.lax.stop_gradient(jnp.abs(b).max(-2, keepdims=True))
+        size = _nonzero(jnp.maximum(largest, size_b))  # (batch, 1, fan_out)
+        b = b / size
         highest = jax.lax.Precision.HIGHEST
-        cross = _transposed_product(a, matrices)  # (batch, rank, fan_out)
+        # W is not copied to divide its columns: the middle of their sizes divides all of them.
+        most = largest.max(-1, keepdims=True)
+        least = jnp.where(largest > 0, largest, most).min(-1, keepdims=True)
+        middle = jnp.sqrt(least) * jnp.sqrt(most)
+        middle = jnp.clip(middle, 1e-30, 1e30)  # (batch, 1, 1)
+        cross = _transposed_product(a / middle, matrices)  # (batch, rank, fan_out)
+        cross = cross * (middle / size)
         gram = jnp.einsum("nir,nis->nrs", a, a, precision=highest)  # (batch, rank, rank)
         gram_b = jnp.einsum("nrs,nso->nro", gram, b, precision=highest)  # (batch, rank, fan_out)
-        squared = (promote_to_float32(matrices) ** 2).sum(-2)
-        squared += ((2 * self.scale * cross + self.scale**2 * gram_b) * b).sum(-2)
+        squared = ((promote_to_float32(matrices) / size) ** 2).sum(-2)
+        squared += ((2 * cross + gram_b) * b).sum(-2)
         # A column of zeros has no direction, and rounding can make a square negative.
         tiny = jnp.finfo(squared.dtype).tiny
-        return jnp.sqrt(jnp.maximum(squared, tiny))
+        return jnp.sqrt(jnp.maximum(squared, tiny)) * size[:, 0]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, _, outputs = self.axis_sizes

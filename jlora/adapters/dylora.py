@@ -105,5 +105,5 @@ class DyLoRALeaf(LoRALeaf):
         divisor = step_rank.astype(jnp.float32)
         divisor = jnp.sqrt(divisor) if self.use_rslora else divisor
         scale = low_rank.lora_scaling(1, self.alpha) / divisor
-        b = b * jnp.where(b_ranks < step_rank, scale, 0).astype(b.dtype)
+        b = low_rank.scale_factor(b, jnp.where(b_ranks < step_rank, scale, 0))
         return weight.add(*low_rank.label_factors(self, a, b))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _validation
+from jlora.adapters import low_rank
 from jlora.adapters.base import (
     AdapterConfig,
     AdapterLeaf,
@@ -192,11 +193,13 @@ class FourierFTLeaf(AdapterLeaf):
         a, b = angles(rows, fan_in), angles(columns, fan_out)
         in_waves = jnp.stack([jnp.cos(a), jnp.sin(a)], -1)  # (fan_in, num_frequencies, 2)
         out_waves = jnp.stack([jnp.cos(b), -jnp.sin(b)], -1)  # (fan_out, num_frequencies, 2)
-        scale = self.alpha / (fan_in * fan_out)
+        # The scale, alpha / (fan_in fan_out), is less than float16 has on large weights; its parts
+        # are not.
+        in_waves, out_waves = in_waves / fan_in, out_waves / fan_out
         waves = ("wave", "part")
         return [
             (in_waves.reshape(*sizes.inputs, -1, 2), (*inputs, *waves)),
-            (self.spectrum * scale, (*batch, "wave")),
+            (low_rank.scale_factor(self.spectrum, self.alpha), (*batch, "wave")),
             (out_waves.reshape(*sizes.outputs, -1, 2), (*outputs, *waves)),
         ]
 
@@ -206,9 +209,9 @@ class FourierFTLeaf(AdapterLeaf):
         sizes = self.axis_sizes
         fan_in, fan_out = math.prod(sizes.inputs), math.prod(sizes.outputs)
         rows, columns = self._frequency_indices()
-        spectrum = jnp.zeros((*sizes.batch, fan_in, fan_out), self.spectrum.dtype)
-        spectrum = spectrum.at[..., rows, columns].set(self.spectrum)
-        update = self.alpha * jnp.fft.ifft2(spectrum).real.astype(self.spectrum.dtype)
+        values = low_rank.scale_factor(self.spectrum, self.alpha)
+        spectrum = jnp.zeros((*sizes.batch, fan_in, fan_out), values.dtype)
+        update = jnp.fft.ifft2(spectrum.at[..., rows, columns].set(values)).real
         update = update.reshape(*sizes.batch, *sizes.inputs, *sizes.outputs)
         return [(update, (*batch, *inputs, *outputs))]
 

@@ -129,7 +129,8 @@ class LoHaLeaf(AdapterLeaf):
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Returns all four factors as one term, with one rank axis per pair."""
         del context
-        first = low_rank.label_factors(self, self.a1, self.b1 * self.scale, "rank 1")
+        b1 = low_rank.scale_factor(self.b1, self.scale)
+        first = low_rank.label_factors(self, self.a1, b1, "rank 1")
         second = low_rank.label_factors(self, self.a2, self.b2, "rank 2")
         return weight.add(*first, *second)
 

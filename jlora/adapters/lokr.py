@@ -249,11 +249,11 @@ class LoKrLeaf(AdapterLeaf):
 
         if self.decompose_w1:
             first = [
-                operand(self.a1 * self.scale, rows.outer, [rank_1]),
+                operand(low_rank.scale_factor(self.a1, self.scale), rows.outer, [rank_1]),
                 operand(self.b1, [rank_1], columns.outer),
             ]
         else:
-            first = [operand(self.w1 * self.scale, rows.outer, columns.outer)]
+            first = [operand(low_rank.scale_factor(self.w1, self.scale), rows.outer, columns.outer)]
         if self.w2_form == "full":
             second = [operand(self.w2, window, rows.inner, columns.inner)]
         elif self.w2_form == "low_rank":

@@ -115,7 +115,8 @@ class LoRALeaf(AdapterLeaf):
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Returns `W + scale * A B`; the scale is folded into `B`, the smallest array."""
         del context
-        return weight.add(*low_rank.label_factors(self, self.a, self.b * self.scale))
+        b = low_rank.scale_factor(self.b, self.scale)
+        return weight.add(*low_rank.label_factors(self, self.a, b))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return low_rank.factor_shapes(self.axis_sizes, self.rank)

@@ -68,5 +68,5 @@ class LoRAFALeaf(LoRALeaf):
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Returns LoRA's update without a gradient of `A`, so that its input is not saved."""
         del context
-        a, b = jax.lax.stop_gradient(self.a), self.b * self.scale
+        a, b = jax.lax.stop_gradient(self.a), low_rank.scale_factor(self.b, self.scale)
         return weight.add(*low_rank.label_factors(self, a, b))

@@ -175,7 +175,7 @@ class LoRAMoELeaf(AdapterLeaf):
         del context
         batch, inputs, outputs = self.axes
         a = (self.a, (*batch, "expert", *inputs, "rank"))
-        b = (self.b * self.scale, (*batch, "expert", "rank", *outputs))
+        b = (low_rank.scale_factor(self.b, self.scale), (*batch, "expert", "rank", *outputs))
         router = (self.router, (*batch, *inputs, "expert"))
         *factors, scores = weight.label(a, b, router)
         return weight.add_term(

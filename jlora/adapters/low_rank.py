@@ -58,6 +58,14 @@ def factor_matrices(leaf: Any) -> tuple[jax.Array, jax.Array]:
     return a.reshape(count, -1, leaf.rank), b.reshape(count, leaf.rank, -1)
 
 
+def scale_factor(array: jax.Array, scale: Any) -> jax.Array:
+    """Returns an array times the scale of an update, in float32 or wider.
+
+    A scale may be outside the range of a narrower type although the product with it is not.
+    """
+    return promote_to_float32(array) * scale
+
+
 def label_factors(
     leaf: AdapterLeaf, a: Any, b: Any, rank: Hashable = "rank"
 ) -> tuple[LabeledArray, LabeledArray]:

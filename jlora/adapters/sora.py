@@ -77,7 +77,7 @@ class SoRALeaf(LoRALeaf):
     def adapt(self, weight: FactoredArray, context: LeafContext) -> FactoredArray:
         """Returns `W + scale * A diag(g) B`; the gates are folded into `B`."""
         del context
-        b = low_rank.apply_rank_gates(self, self.gate * self.scale, self.b)
+        b = low_rank.apply_rank_gates(self, low_rank.scale_factor(self.gate, self.scale), self.b)
         return weight.add(*low_rank.label_factors(self, self.a, b))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -23,8 +24,15 @@ from jlora.adapters.base import (
     FAMILIES,
     AdapterLeaf,
     check_adapter,
+    get_adapter_leaves,
     get_array_fields,
     weight_indices,
+)
+from jlora.adapters.layer_layout import (
+    match_layer_layout,
+    split_layer_path,
+    unstack_layers,
+    unstack_leaf,
 )
 from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.lineage import (
@@ -58,7 +66,8 @@ def save_adapter(
 ) -> None:
     """Saves an adapter to one safetensors file, atomically replacing a file of that name.
 
-    The metadata of the file contains the families, axes, ranks and scales; a fingerprint of every
+    The file names layers one by one, `layers_0/...`, also where the model stacks them, so that it
+    fits both. Its metadata contains the families, axes, ranks and scales; a fingerprint of every
     adapted weight of the base, so that `load_adapter` detects another base; the content hash; and
     the lineage.
 
@@ -86,7 +95,7 @@ def save_adapter(
         1
     """
     weights = _adapted_weights(params, adapter)
-    write_adapter(path, adapter, {p: fingerprint(weights[p]) for p in weights}, lineage)
+    write_adapter(path, adapter, fingerprint_weights(weights, adapter), lineage)
 
 
 def write_adapter(
@@ -101,7 +110,7 @@ def write_adapter(
     Args:
         path: File to write; its folder must exist.
         adapter: Adapter, with all its arrays on this host.
-        fingerprints: Fingerprints of the adapted weights, by path.
+        fingerprints: Result of `fingerprint_weights` for the adapted weights.
         lineage: Origin of the adapter. None: unknown.
         base_digest: Digest of the base checkpoint, for `check_base_checkpoint`. None: unknown.
 
@@ -110,6 +119,7 @@ def write_adapter(
         ValueError: `adapter` contains an array that is not finite.
     """
     check_adapter(adapter)
+    adapter = unstack_layers(adapter)
     lineage = Lineage() if lineage is None else lineage
     if not isinstance(lineage, Lineage):
         raise TypeError(
@@ -135,7 +145,7 @@ def write_adapter(
 def load_adapter(
     path: str | os.PathLike[str], params: PyTree, *, allow_other_base: bool = False
 ) -> dict[str, Any]:
-    """Loads an adapter that `save_adapter` wrote.
+    """Loads an adapter that `save_adapter` wrote, for layers as `params` has them.
 
     Args:
         path: Adapter file.
@@ -177,7 +187,9 @@ def load_adapter(
             f"{path} contains tensors that its description does not name: {sorted(tensors)[:3]}. "
             f"It was changed after jlora wrote it; save the adapter again."
         )
+    separate = unstack_layers(adapter)
     with name_file_in_errors(path):
+        adapter = match_layer_layout(separate, params)
         weights = _adapted_weights(params, adapter)
     if metadata.get("content", content) != content:  # Files of an older jlora have no hash.
         raise ValueError(
@@ -187,7 +199,7 @@ def load_adapter(
     if not allow_other_base:
         with name_file_in_errors(path):
             fingerprints = _read_json_metadata(path, metadata, "base")
-            _check_base_fingerprints(path, fingerprints, weights, adapter)
+            _check_base_fingerprints(path, fingerprints, weights, get_adapter_leaves(separate))
     return adapter
 
 
@@ -326,26 +338,51 @@ def read_quantization_schemes(path: str | os.PathLike[str]) -> list[str]:
         return sorted({str(spec["scheme"]) for spec in specs if spec is not None})
 
 
-def fingerprint(weight: Any) -> str:
+def fingerprint_weights(weights: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the fingerprints of the adapted weights, of each layer for stacked layers.
+
+    Args:
+        weights: Weights by path.
+        adapter: Adapter of these weights.
+    """
+    fingerprints: dict[str, str] = {}
+    for path, leaf in get_adapter_leaves(adapter).items():
+        layers = unstack_leaf(path, leaf)
+        if not layers:
+            fingerprints[path] = fingerprint(weights[path])
+        for index, layer_path in enumerate(layers):
+            fingerprints[layer_path] = fingerprint(weights[path], index)
+    return fingerprints
+
+
+def fingerprint(weight: Any, layer: int | None = None) -> str:
     """Returns a hash of a weight's shape and of entries spread over it.
 
     Entries are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16
     has the same fingerprint. The fingerprint of a quantized weight hashes its codes, and begins
     with a description of its quantization.
+
+    Args:
+        weight: Array or quantized weight.
+        layer: Index of a layer in a stack, whose fingerprint is that of the layer alone. None: the
+            weight is no stack.
     """
     weight = read_weight(weight)
+    shape = weight.shape if layer is None else weight.shape[1:]
     if not isinstance(weight, QArray):
-        return _hash_arrays(
-            [_sample_weight_entries(weight).astype(ml_dtypes.bfloat16)], weight.shape
-        )
-    samples = [_sample_weight_entries(array) for array in jax.tree.leaves(weight)]
-    return f"{json.dumps(weight.spec, sort_keys=True)} {_hash_arrays(samples, weight.shape)}"
+        entries = _sample_weight_entries(weight, layer).astype(ml_dtypes.bfloat16)
+        return _hash_arrays([entries], shape)
+    samples = [_sample_weight_entries(array, layer) for array in jax.tree.leaves(weight)]
+    return f"{json.dumps(weight.spec, sort_keys=True)} {_hash_arrays(samples, shape)}"
 
 
-def _sample_weight_entries(array: Any) -> np.ndarray:
-    if not array.ndim:
-        array = array.reshape(1)
-    indices = np.unravel_index(_choose_sample_indices(array.size), array.shape)
+def _sample_weight_entries(array: Any, layer: int | None) -> np.ndarray:
+    shape = array.shape if layer is None else array.shape[1:]
+    if not shape:
+        array, shape = array.reshape(*array.shape, 1), (1,)
+    indices = np.unravel_index(_choose_sample_indices(math.prod(shape)), shape)
+    if layer is not None:
+        indices = (np.array(layer), *indices)
     if isinstance(array, jax.Array):
         is_on_host = array.is_fully_addressable and len(array.devices()) == 1
         if not is_on_host or next(iter(array.devices())).platform != "cpu":
@@ -475,22 +512,31 @@ def _check_base_fingerprints(
     weights: Mapping[str, Any],
     leaves: Mapping[str, Any],
 ) -> None:
-    if set(expected) != set(weights):
+    if set(expected) != set(leaves):
         raise ValueError(
             f"{path} has fingerprints of other weights than it adapts: "
-            f"{sorted(set(expected) ^ set(weights))[:3]}. It was changed after jlora wrote it; "
+            f"{sorted(set(expected) ^ set(leaves))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
+    members: dict[str, list[tuple[str, int | None]]] = {}  # By the path of the weight.
+    for name in expected:
+        index, stack = (None, name) if name in weights else split_layer_path(name)
+        members.setdefault(stack, []).append((name, index))
     residual: list[str] = []
     other: list[str] = []
     quantized_as: str | None = None
-    for name in expected:
-        weight = read_weight(weights[name])  # Once for all comparisons.
-        if _requires_quantized_base(leaves[name], weight, expected[name]):
-            residual.append(name)
-        if not _matches_fingerprint(weight, expected[name]):
-            quantized_as = quantized_as or (str(weight) if isinstance(weight, QArray) else None)
-            other.append(name)
+    for weight_path, places in members.items():
+        weight = read_weight(weights[weight_path])  # Once for all comparisons.
+        for name, layer in places:
+            if fingerprint(weight, layer) == expected[name]:
+                continue
+            # A residual weight was quantized together with the leaf, so that the original weight
+            # cannot be recognized by its fingerprint.
+            if getattr(leaves[name], "residual", False) and _quantization_spec(expected[name]):
+                residual.append(name)
+            if not _matches_if_quantized(weight, layer, expected[name]):
+                quantized_as = quantized_as or (str(weight) if isinstance(weight, QArray) else None)
+                other.append(name)
     if residual:
         raise ValueError(
             f"{path} needs {residual[0]!r} ({len(residual)} of {len(expected)} adapted weights) in "
@@ -532,25 +578,10 @@ def _quantization_spec(expected_fingerprint: Any) -> dict[str, Any] | None:
     return spec
 
 
-def _requires_quantized_base(leaf: Any, weight: Any, expected_fingerprint: Any) -> bool:
-    """Whether a leaf needs another, quantized weight, which contains the original minus the leaf.
-
-    Such a weight was quantized together with the leaf, so that the original weight cannot be
-    recognized by its fingerprint.
-    """
-    return (
-        getattr(leaf, "residual", False)
-        and _quantization_spec(expected_fingerprint) is not None
-        and fingerprint(weight) != expected_fingerprint
-    )
-
-
-def _matches_fingerprint(weight: Any, expected_fingerprint: Any) -> bool:
-    """Whether a fingerprint is that of a weight, or of the weight after quantization."""
-    if fingerprint(weight) == expected_fingerprint:
-        return True
+def _matches_if_quantized(weight: Any, layer: int | None, expected_fingerprint: Any) -> bool:
+    """Whether a fingerprint is that of a weight, or of one layer of it, after quantization."""
     spec = _quantization_spec(expected_fingerprint)
     if isinstance(weight, QArray) or spec is None:
         return False
-    quantized = quantize_like(weight, spec)
+    quantized = quantize_like(weight if layer is None else weight[layer], spec)
     return quantized is not None and fingerprint(quantized) == expected_fingerprint

@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 # Weights in other formats are not downloaded: they are large, and some can run code.
-_ALLOW_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_ALLOW_PATTERNS = [
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.codes", "*.tiktoken"),
+    "LICENSE*",
+]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora import _validation
 from jlora.adapters.base import check_adapter, get_array_fields, static_field_values
+from jlora.adapters.layer_layout import unstack_layers
 from jlora.checkpoints.text_files import parse_json
 
 
@@ -119,7 +120,8 @@ class Lineage:
 def content_hash(adapter: Mapping[str, Any]) -> str:
     """Returns a hash of an adapter's content: its families, their static fields and all arrays.
 
-    It does not depend on the order of the dict, and is the same after saving and loading.
+    It does not depend on the order of the dict or on whether layers are stacked, and is the same
+    after saving and loading.
 
     Args:
         adapter: Adapter, as `init` returns it or trained.
@@ -142,6 +144,7 @@ def content_hash(adapter: Mapping[str, Any]) -> str:
         64
     """
     check_adapter(adapter)
+    adapter = unstack_layers(adapter)
     return compute_content_hash(describe_adapter(adapter), adapter_arrays(adapter))
 
 

@@ -11,7 +11,7 @@ def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple
     """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder."""
     from jlora import models
 
-    model, params = models.load(base, **infer_layer_layout(path), **options)
+    model, params = models.load(base, **options)
     return load_adapter_on_base(path, model, params)
 
 
@@ -39,16 +39,6 @@ def _check_run_base(options: ExportOptions) -> None:
 
     if not options.adapter.is_dir():
         check_base_checkpoint(options.adapter, resolve_checkpoint_folder(options.base))
-
-
-def infer_layer_layout(path: Path) -> dict[str, Any]:
-    """Returns the options of `models.load` for the layer layout that an adapter was trained on."""
-    from jlora.checkpoints.adapter_file import adapted_weight_paths
-
-    if path.is_dir():
-        return {}
-    stacked = any("/layers/" in weight_path for weight_path in adapted_weight_paths(path))
-    return {"scan_layers": True} if stacked else {}
 
 
 def check_output_is_new(out: Path) -> None:
@@ -135,8 +125,7 @@ def _export_hf(options: ExportOptions) -> None:
     from jlora.models.hf.load import open_model
 
     _check_run_base(options)
-    layout = infer_layer_layout(options.adapter)
-    with open_model(options.base, **layout) as (model, stored):
+    with open_model(options.base) as (model, stored):
         _, params, adapter = load_adapter_on_base(options.adapter, model, stored)
         merged = merge_stored(params, adapter, options.dtype)
         models.save(
@@ -145,7 +134,6 @@ def _export_hf(options: ExportOptions) -> None:
             options.base,
             dtype=options.dtype,
             max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
-            **layout,
         )
     warn_lost_updates(merged.report)
     print(merged)
@@ -164,7 +152,7 @@ def _export_peft(options: ExportOptions) -> None:
     from jlora.models.hf.load import open_model
 
     _check_run_base(options)
-    with open_model(options.base, **infer_layer_layout(options.adapter)) as (model, stored):
+    with open_model(options.base) as (model, stored):
         _, params, adapter = load_adapter_on_base(options.adapter, model, stored)
         peft.save(
             options.out,

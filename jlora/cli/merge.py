@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from jlora.cli.export import check_output_is_new, infer_layer_layout, replaces_base_weights
+from jlora.cli.export import check_output_is_new, replaces_base_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,7 @@ def _merge_adapters(options: MergeOptions, method: Any) -> None:
     """Combines the adapters of the options, whose outputs no other process writes."""
     from jlora.models.hf.load import open_model
 
-    layout = _common_layer_layout(options.adapters)
-    with open_model(options.base, **layout) as (model, params):
+    with open_model(options.base) as (model, params):
         _merge_on_base(options, method, model, params)
 
 
@@ -167,25 +166,6 @@ def _check_merge_options(options: MergeOptions) -> None:
             f"--weights must have one number for each of the {len(options.adapters)} adapters, got "
             f"{len(options.weights)}."
         )
-
-
-def _common_layer_layout(paths: tuple[Path, ...]) -> dict[str, Any]:
-    """Returns the layer layout of all adapter files; PEFT folders fit any.
-
-    Raises:
-        ValueError: If the layouts differ.
-    """
-    layouts = {path: infer_layer_layout(path) for path in paths if not path.is_dir()}
-    first = next(iter(layouts.values()), {})
-    for path, layout in layouts.items():
-        if layout != first:
-            other = next(iter(layouts))
-            stacked, separate = (path, other) if layout else (other, path)
-            raise ValueError(
-                f"{stacked} is for stacked layers, but {separate} for separate layers. Export one "
-                f"of them with jlora export --format peft, whose folder fits both."
-            )
-    return first
 
 
 def _load_adapter_of_any_format(path: Path, model: Any, params: Any) -> Any:

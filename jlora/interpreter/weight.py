@@ -109,3 +109,13 @@ def promote_to_float32(array: Any) -> jax.Array:
     """Returns the array in float32, or in float64 if it is."""
     array = jnp.asarray(maybe_dequantize(array))
     return array.astype(widest_dtype(array.dtype, jnp.float32))
+
+
+def divide_by_size(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns matrices divided by their largest entry, and that entry, (*batch, 1, 1).
+
+    Decompositions square entries, which over- or underflow in very large and small weights.
+    """
+    size = jnp.abs(matrices).max((-2, -1), keepdims=True)
+    size = jnp.where(size > 0, size, 1)
+    return matrices / size, size

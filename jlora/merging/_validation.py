@@ -13,6 +13,7 @@ from jlora import _tree
 from jlora._delta import depends_on_base
 from jlora._tree import PyTree
 from jlora.adapters.base import AdapterLeaf, get_adapter_leaves, get_array_fields, weight_indices
+from jlora.adapters.layer_layout import match_layer_layout, unstack_layers
 from jlora.adapters.lora_moe import LoRAMoELeaf
 
 Adapter = Mapping[str, Any]
@@ -54,6 +55,18 @@ def check_adapters(adapters: Any) -> None:
                 _check_leaf_array_finite(
                     f"adapters[{index}][{path!r}].{field.name}", node, field.name
                 )
+
+
+def unify_layer_layouts(
+    adapters: Sequence[Adapter], params: PyTree | None = None
+) -> list[dict[str, Any]]:
+    """Returns adapters whose layers have one layout: that of params, or else separate if any is."""
+    if params is not None:
+        return [match_layer_layout(adapter, params) for adapter in adapters]
+    unstacked = [unstack_layers(adapter) for adapter in adapters]
+    same = [set(adapter) == set(other) for adapter, other in zip(adapters, unstacked, strict=True)]
+    is_mixed = len(set(same)) > 1
+    return unstacked if is_mixed else [dict(adapter) for adapter in adapters]
 
 
 def collect_bases(adapters: Iterable[Adapter], params: PyTree | None) -> dict[str, Any]:

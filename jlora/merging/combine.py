@@ -36,7 +36,7 @@ from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.weighted_sum import WeightedSumLeaf
 from jlora.checkpoints.stored_weight import read_weight
 from jlora.interpreter.terms import widest_dtype
-from jlora.merging._validation import check_adapters, collect_bases
+from jlora.merging._validation import check_adapters, collect_bases, unify_layer_layouts
 from jlora.merging.merge_methods import Linear, MergeMethod
 
 Adapter = Mapping[str, Any]
@@ -135,6 +135,8 @@ def combine_adapters(
         >>> combine_adapters(adapters, [0.5, 0.5]).adapter["w"].rank
         2
     """
+    check_adapters(adapters)
+    adapters = unify_layer_layouts(adapters, params)
     check_adapters(adapters)
     mixing_weights = _validate_adapter_weights(weights, len(adapters))
     _check_combine_options(method, rank, energy, key)

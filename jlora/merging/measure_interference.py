@@ -19,7 +19,7 @@ from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves
 from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.checkpoints.stored_weight import read_weight
-from jlora.merging._validation import check_adapters, collect_bases
+from jlora.merging._validation import check_adapters, collect_bases, unify_layer_layouts
 
 Adapter = Mapping[str, Any]
 
@@ -167,6 +167,8 @@ def measure_interference(
             f"adapters={list(adapters)} must have at least two adapters to compare. Pass two or "
             f"more, by name."
         )
+    check_adapters(adapter_list)
+    adapter_list = unify_layer_layouts(adapter_list, params)
     check_adapters(adapter_list)
     bases = collect_bases(adapter_list, params)
     per_weight: dict[str, PairStats] = {}

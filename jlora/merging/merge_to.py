@@ -17,6 +17,7 @@ from jlora import _tree
 from jlora._quantized_array import maybe_dequantize
 from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
+from jlora.adapters.layer_layout import match_layer_layout
 from jlora.checkpoints.stored_weight import StoredWeight, read_weight
 from jlora.interpreter.terms import widest_dtype
 from jlora.transform import check_not_quantized, lora_transform, merge
@@ -162,6 +163,7 @@ def merge_stored(
             False.
     """
     flat = _tree.flatten_with_paths(params)
+    adapter = match_layer_layout(adapter, params)
     positions = weight_indices(flat, adapter)
     shared = {name: node for name, node in adapter.items() if name not in positions}
     leaves = list(flat.leaves)
@@ -240,14 +242,14 @@ def _merge_weight(
     if base.ndim < 2 or rows >= base.shape[0]:
         wide = base.astype(widest_dtype(base.dtype, jnp.float32))
         result, sums = _round_merged_weight(wide, merge({path: wide}, adapter)[path], dtype)
-        totals = np.asarray(sums, np.float64)
+        totals = _scale_sums(sums)
     else:
         result, totals = jnp.zeros(base.shape, dtype), np.zeros(6)
         for start in range(0, base.shape[0], rows):
             size = min(rows, base.shape[0] - start)
             block, sums = _merge_block(base, adapter, start, path=path, size=size, dtype=dtype)
             result = _write_block(result, block, start)
-            totals += np.asarray(sums, np.float64)
+            totals += _scale_sums(sums)
     num_nonfinite, exact, rounded, squares, inner, unchanged = totals
     if num_nonfinite:
         raise ValueError(
@@ -284,6 +286,19 @@ def _write_block(array: jax.Array, block: jax.Array, start: Any) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(array, block, start, 0)
 
 
+def _largest_entry(array: jax.Array) -> jax.Array:
+    """Returns the largest absolute value, or one where all are zero."""
+    largest = jnp.abs(array).max()
+    return jnp.where(largest > 0, largest, 1)
+
+
+def _scale_sums(sums: jax.Array) -> np.ndarray:
+    """Returns the first six sums of `_round_merged_weight`, in float64 without their scales."""
+    *totals, update_size, base_size = np.asarray(sums, np.float64)
+    update, square = update_size**2, base_size**2
+    return np.array(totals) * np.array([1, update, update, square, update, 1])
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _round_merged_weight(
     base: jax.Array, merged: jax.Array, dtype: Any
@@ -291,18 +306,25 @@ def _round_merged_weight(
     """Rounds a merged weight to a dtype and computes sums over its entries.
 
     Returns:
-        The rounded weight; and (6,): the number of entries that are not finite, the squared norms
-        of the exact update, the rounded update and the base, the inner product of the updates, and
-        the number of entries that the rounded update does not change.
+        The rounded weight; and (8,): the number of entries that are not finite; the squared norms
+        of the exact update, the rounded update and the base, and the inner product of the updates,
+        each divided by their sizes; the number of entries that the rounded update does not change;
+        and the sizes of update and base, their largest entries.
     """
     rounded = merged.astype(dtype)
     exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
+    # Divided by their sizes, no square over- or underflows.
+    update_size, base_size = (_largest_entry(x) for x in (exact_update, base))
+    exact, part = exact_update / update_size, base / base_size
+    kept = rounded_update / update_size
     sums = [
         (~jnp.isfinite(rounded)).sum(),
-        (exact_update**2).sum(),
-        (rounded_update**2).sum(),
-        (base**2).sum(),
-        (rounded_update * exact_update).sum(),
+        (exact**2).sum(),
+        (kept**2).sum(),
+        (part**2).sum(),
+        (kept * exact).sum(),
         (rounded_update == 0).sum(),
+        update_size,
+        base_size,
     ]
     return rounded, jnp.stack([value.astype(jnp.float32) for value in sums])

@@ -15,7 +15,7 @@ from jlora.adapters.base import AdapterLeaf, check_adapter, get_adapter_leaves
 from jlora.adapters.dylora import DyLoRALeaf
 from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.weighted_sum import WeightedSumLeaf
-from jlora.merging._validation import check_adapters
+from jlora.merging._validation import check_adapters, unify_layer_layouts
 from jlora.merging.combine import (
     concatenate_factors,
     lora_leaf_from_factors,
@@ -66,6 +66,9 @@ def weighted_sum(
     """
     names = _validate_adapter_names(adapters)
     check_adapters([adapters[name] for name in names])
+    matched = unify_layer_layouts([adapters[name] for name in names])
+    adapters = dict(zip(names, matched, strict=True))
+    check_adapters(matched)
     if isinstance(weights, Mapping):
         other = sorted(set(weights) ^ set(names))
         if other:
@@ -327,6 +330,8 @@ def compose_adapters(lower: Adapter, upper: Adapter) -> dict[str, Any]:
         >>> lora.apply(params, compose_adapters(lower, upper), x).shape
         (1, 3)
     """
+    check_adapters([lower, upper])
+    lower, upper = unify_layer_layouts([lower, upper])
     check_adapters([lower, upper])
     lower = jax.lax.stop_gradient(dict(lower))
     lower_leaves, upper_leaves = get_adapter_leaves(lower), get_adapter_leaves(upper)

@@ -90,6 +90,22 @@ def attend(
                 "Use 'xla' with a cache or with causal=False."
             )
         return _splash_attention(query, key, value, query_segment_ids, scale, window, softcap)
+    if implementation == "xla" and query.dtype == jnp.float16 and _get_platform() == "cpu":
+        # XLA for CPUs does not sum products of float16 in float32.
+        wide = (x.astype(jnp.float32) for x in (query, key, value))
+        return attend(
+            *wide,
+            scale=scale,
+            query_slots=query_slots,
+            query_segment_ids=query_segment_ids,
+            key_segment_ids=key_segment_ids,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            implementation="xla",
+        ).astype(query.dtype)
     if implementation == "cudnn" and softcap is not None:
         raise ValueError(
             f"implementation='cudnn' does not support softcap={softcap}. Use 'xla', or None."
@@ -129,12 +145,17 @@ def _make_causal_mask(query_slots: jax.Array, num_keys: int, causal: bool) -> ja
     return distance >= 0 if causal else jnp.ones_like(distance, bool)
 
 
+def _get_platform() -> str:
+    """Returns the platform of the devices that JAX computes on, or compiles for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _select_attention_kernel(
     query: jax.Array, *, is_full_sequence: bool, has_segments: bool, softcap: float | None
 ) -> AttentionImplementation:
     """Returns the fastest implementation for the devices that JAX computes on, or compiles for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    platform = _get_platform()
     _, length, _, dim = query.shape
     if platform == "tpu" and is_full_sequence and length % SPLASH_BLOCK_SIZE == 0:
         return "splash"

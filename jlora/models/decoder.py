@@ -565,6 +565,8 @@ class Decoder(nn.Module):
         if switches and not self.is_initializing():
             # All keys and values of a text change when its length selects other frequencies.
             before = self._text_lengths(cache.positions, cache.segment_ids)
+            assert before is not None
+            assert lengths is not None
             crosses = [((before > switch) != (lengths > switch)).any() for switch in switches]
             crosses = functools.reduce(jnp.logical_or, crosses) & (cache.length > 0)
             hidden, kv = nn.cond(crosses, recompute_cache, extend_cache, self, kv)

@@ -36,7 +36,9 @@ class Rope:
     switch_length: int = 0
     attention_scaling: float = 1.0
 
-    def cos_sin(self, positions: jax.Array, text_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def cos_sin(
+        self, positions: jax.Array, text_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns cosines and sines (batch, length, pairs).
 
         Args:

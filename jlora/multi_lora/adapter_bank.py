@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jlora import _tree
 from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves, weight_indices
+from jlora.adapters.layer_layout import match_weight_shapes
 from jlora.multi_lora.batched_apply import apply_per_example, check_slot_index
 from jlora.multi_lora.host_cache import CachedAdapter, HostCache
 from jlora.multi_lora.slots import (
@@ -166,6 +167,7 @@ class AdapterBank:
         max_rank = max(getattr(leaf, "rank", 1) for leaf in get_adapter_leaves(like).values())
         dtypes = {path: dtype or flat.leaves[index].dtype for path, index in indices.items()}
         self._slots = empty_slots(like, slots, max_rank if rank is None else rank, dtypes)
+        self._weight_shapes = {path: flat.leaves[index].shape for path, index in indices.items()}
         self._num_slots = slots
         self._slots_are_shared = False  # With a caller of slots_for.
         self._host_cache = HostCache(max_host_adapters, folder)
@@ -224,7 +226,8 @@ class AdapterBank:
 
         Args:
             name: 1 to 128 ASCII letters, digits, dots, dashes and underscores.
-            adapter: Adapter of the bank's base. Its arrays are copied.
+            adapter: Adapter of the bank's base, for layers that are stacked or separate. Its arrays
+                are copied.
             replace: Replace an adapter of that name, which keeps its slot.
             allow_nonfinite: Accept NaN and Inf, which reach only examples of this adapter.
 
@@ -240,6 +243,7 @@ class AdapterBank:
                 f"name={_tree.shorten(name)} is not a valid adapter name. Use 1 to 128 "
                 f"letters, digits, dots, dashes and underscores."
             )
+        adapter = match_weight_shapes(adapter, self._weight_shapes)
         factors = pad_to_slot(adapter, self._slots)
         nonfinite = [
             path for path, pair in factors.items() if not all(_is_factor_finite(x) for x in pair)

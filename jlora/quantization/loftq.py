@@ -21,7 +21,12 @@ from jlora.adapters.lora import LoRALeaf
 from jlora.adapters.lora_fa import LoRAFALeaf
 from jlora.adapters.sora import SoRALeaf
 from jlora.interpreter.terms import WeightAxes
-from jlora.interpreter.weight import matrices_to_weight, promote_to_float32, weight_to_matrices
+from jlora.interpreter.weight import (
+    divide_by_size,
+    matrices_to_weight,
+    promote_to_float32,
+    weight_to_matrices,
+)
 from jlora.quantization.qarray import QArray
 from jlora.quantization.quantize import check_finite_qarrays, match_schemes, quantize_weight
 from jlora.quantization.schemes import QuantizationScheme
@@ -149,8 +154,9 @@ def _quantization_error_svd(
     """Returns the best approximation of `weight - base` of a rank."""
 
     def leading_triplets(matrix: jax.Array) -> _SingularTriplets:
+        matrix, size = divide_by_size(matrix)
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        return _SingularTriplets(u[:, :rank], s[:rank], vt[:rank])
+        return _SingularTriplets(u[:, :rank], s[:rank] * size[0], vt[:rank])
 
     # One matrix at a time: all triplets of a stack at once would take three times its memory.
     error = promote_to_float32(weight) - promote_to_float32(base)

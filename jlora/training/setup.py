@@ -20,7 +20,7 @@ from jlora.adapters.base import AdapterConfig, get_adapter_leaves, is_adapter_no
 from jlora.adapters.full import FullDelta
 from jlora.adapters.sora import SoRALeaf
 from jlora.checkpoints import hub
-from jlora.checkpoints.adapter_file import fingerprint
+from jlora.checkpoints.adapter_file import fingerprint_weights
 from jlora.checkpoints.base_digest import BaseDigest
 from jlora.convert import residual_base
 from jlora.models.hf.load import example_inputs
@@ -370,10 +370,10 @@ def make_dropout_key(recipe: Recipe) -> jax.Array:
 
 
 def _fingerprint_weights(base: PyTree, adapter: PyTree) -> dict[str, str]:
-    """Returns the fingerprints of the adapted weights by path."""
+    """Returns the fingerprints of the adapted weights."""
     flat = _tree.flatten_with_paths(base)
     arrays = dict(zip(flat.paths, flat.leaves, strict=True))
-    return {path: fingerprint(arrays[path]) for path in get_adapter_leaves(adapter)}
+    return fingerprint_weights(arrays, adapter)
 
 
 def _list_adapter_leaves(adapter: PyTree) -> list[Any]:

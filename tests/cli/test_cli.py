@@ -423,20 +423,28 @@ def test_merge_method_options_match_library(
 
 
 @pytest.mark.slow
-def test_merge_different_layouts_raises(
+def test_merge_different_layouts_is_same(
     capsys: pytest.CaptureFixture[str], adapter: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
+    from jlora import merging
+
     stacked, out = (
         saved(tmp_path / "s.safetensors", 1, scan_layers=True),
         tmp_path / "out.safetensors",
     )
     status, _, error = run(capsys, "merge", BASE, out, adapter, stacked)
-    assert status == 1
-    assert f"{stacked} is for stacked layers, but {adapter} for separate layers" in error
-    # A folder of PEFT's is read for either.
-    status, text, error = run(capsys, "merge", BASE, out, PEFT / "lora", stacked)
     assert status == 0, error
-    assert "params/layers/attention/q/kernel" in text
+    _, params = models.load(BASE)
+    parts = [jlora.load_adapter(file, params) for file in (adapter, stacked)]
+    want = merging.combine_adapters(parts).adapter
+    got = jlora.load_adapter(out, params)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(one, two)
+    status, text, error = run(
+        capsys, "merge", BASE, tmp_path / "other.safetensors", PEFT / "lora", stacked
+    )
+    assert status == 0, error
+    assert "params/layers_0/attention/q/kernel" in text
 
 
 def test_merge_heat_map_without_matplotlib_raises(

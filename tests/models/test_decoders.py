@@ -108,6 +108,13 @@ def test_logits_bfloat16_as_near_as_transformers(name: str, scanned: bool) -> No
     assert np.sqrt(np.mean((ours - exact) ** 2)) < bound
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", slow("qwen3_moe")])  # Two kinds of attention.
+def test_logits_float16_are_near_float32(name: str) -> None:
+    # Float16 rounds by 5e-4 of each entry, in some thirty products.
+    error = np.abs(logits(name, True, "float16") - logits(name, True)).max()
+    assert error < 5e-3 * np.abs(logits(name, True)).max()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("name", "scanned"), KNOWN_LAYOUTS)
 def test_generate_matches_transformers(name: str, scanned: bool, side: str) -> None:
@@ -888,8 +895,12 @@ def test_load_fewer_layers_raises_at_once(name: str, field: str, tmp_path: pathl
     shutil.copytree(DATA / name, tmp_path / "copy")
     # Of so many a model would not be built in this test's time.
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**raw(name), field: 1_000_000}))
-    with pytest.raises(ValueError, match=f"config.json: {field}=1000000, but the files .* only"):
+    message = f"config.json: {field}=1000000, but the files .* only"
+    with pytest.raises(ValueError, match=message):
         load.load(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**raw(name), field: 9_000}))
+    with pytest.raises(ValueError, match=message.replace("1000000", "9000")):
+        models.model_from_config(tmp_path / "copy")
 
 
 def test_load_base_model_names(tmp_path: pathlib.Path) -> None:

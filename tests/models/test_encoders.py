@@ -767,13 +767,23 @@ def test_save_writes_each_weight_to_its_name(name: str, tmp_path: pathlib.Path) 
 def test_save_copies_config_and_tokenizer(tmp_path: pathlib.Path) -> None:
     source = edited(tmp_path / "source", lambda tensors: None)
     (source / "expected.safetensors").unlink()
-    (source / "1_Pooling").mkdir()
-    copied = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json"}
-    for file in copied | {"pytorch_model.bin", "tf_model.h5"}:
+    folders = {"1_Pooling", "2_Dense", "additional_chat_templates"}
+    for folder in folders:
+        (source / folder).mkdir()
+    copied = {
+        *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"),
+        *("generation_config.json", "chat_template.jinja", "chat_template.json"),
+        *("sentencepiece.bpe.model", "spiece.model", "processor_config.json", "bpe.codes"),
+        *("special_tokens_map.json", "added_tokens.json", "modules.json", "LICENSE"),
+        *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+        "additional_chat_templates/tool_use.jinja",
+    }
+    others = {"pytorch_model.bin", "tf_model.h5", "pytorch_model.bin.index.json", "README.md"}
+    for file in copied | others | {"adapter_config.json", "modeling.py", "training_args.bin"}:
         (source / file).write_text(file)
     save.save(tmp_path / "saved", load.load(source).params, source)
     saved = {p.relative_to(tmp_path / "saved").as_posix() for p in (tmp_path / "saved").rglob("*")}
-    assert saved == copied | {"1_Pooling", "config.json", "model.safetensors"}
+    assert saved == copied | folders | {"config.json", "model.safetensors"}
     for file in copied | {"config.json"}:
         assert (tmp_path / "saved" / file).read_bytes() == (source / file).read_bytes()
     modes = {file.stat().st_mode for file in (tmp_path / "saved").iterdir() if file.is_file()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,23 +35,12 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 
 MAX_SHARD_SIZE = 5_000_000_000
 
-# Files that accompany the weights and do not depend on them.
-_COMPANION_FILE_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "preprocessor_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-    "LICENSE*",
-)
+# Endings of the files that accompany the weights and do not depend on them: configs of the model,
+# generation, tokenizer and processor, vocabularies, chat templates.
+_COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".codes", ".tiktoken")
+
+# Files with such an ending that describe other weights.
+_OTHER_WEIGHTS_PATTERN = re.compile(r".*\.index\.json|adapter_.*|trainer_state\.json|README.*")
 
 
 def save(
@@ -69,9 +59,9 @@ def save(
     Args:
         folder: Folder to create.
         params: Parameters as `load` returns them, merged or trained.
-        source: Checkpoint that they were loaded from. Its config and tokenizer are copied, and so
-            are tensors that the model does not use. Where `params` have a head of their own and
-            the config ties it, the copy of the config does not.
+        source: Checkpoint that they were loaded from. Its configs, tokenizer files and chat
+            templates are copied, and so are tensors that the model does not use. Where `params`
+            have a head of their own and the config ties it, the copy of the config does not.
         dtype: dtype of the files. None: that of each tensor in the source.
         max_shard_size: Maximum size of a file, in bytes. A single larger tensor has a larger file.
         **options: Options that `params` were loaded with.
@@ -220,8 +210,19 @@ def _write_config_fields(config_path: Path, **fields: Any) -> None:
 
 
 def _copy_companion_files(source: Path, folder: Path) -> None:
-    """Copies the files that accompany the weights."""
-    for file in (file for pattern in _COMPANION_FILE_PATTERNS for file in source.glob(pattern)):
+    """Copies the files that accompany the weights.
+
+    Modules after the model, such as the pooling of a sentence encoder, are copied with theirs.
+    """
+    files = [
+        file
+        for file in source.iterdir()
+        if (file.suffix in _COMPANION_SUFFIXES or file.name.startswith("LICENSE"))
+        and not _OTHER_WEIGHTS_PATTERN.fullmatch(file.name)
+    ]
+    for subfolder in ("*_Pooling", "*_Dense", "*_LayerNorm", "additional_chat_templates"):
+        files += source.glob(f"{subfolder}/*")
+    for file in files:
         if file.is_file():
             copy = folder / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
