@@ -30,8 +30,8 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
     `module.eval()`); None keeps the mode in which the module was given. A method with an argument
     `train` gets it instead.
 
-    Variables that a call updates, such as batch statistics, are those of `params` again at the next
-    call, with a warning: evaluation mode uses the stored ones.
+    Variables that a call updates, such as batch statistics and caches, are those of `params` again
+    at the next call, with a warning: evaluation mode uses the stored statistics.
 
     Args:
         module: A `flax.nnx.Module`, with arrays or (from `nnx.eval_shape`) only shapes.
@@ -180,24 +180,47 @@ def _reseed(module: Any, rngs: Any, *, may_be_unused: bool) -> None:
     nnx.reseed(module, policy="match_shape", **rngs)
 
 
-def _updated_values(module: Any) -> dict[str, Any]:
-    """Values that layers of Flax update in a call, by path."""
+def _updated_values(module: Any) -> dict[str, tuple[type, Any]]:
+    """Values that a call may update, with the types of their variables, by path."""
     from flax import nnx
 
-    flat = _tree.flatten_with_paths(nnx.state(module, nnx.Any(nnx.BatchStat, nnx.RngCount)))
-    return dict(zip(flat.paths, flat.leaves, strict=True))
+    kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngKey, nnx.Intermediate))
+    state = nnx.state(module, kept)
+    variables = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    flat = _tree.flatten_with_paths(state)
+    return {
+        path: (type(variable), leaf)
+        for path, variable, leaf in zip(flat.paths, variables, flat.leaves, strict=True)
+    }
 
 
-def _warn_of_lost_updates(module: Any, before: Mapping[str, Any], *, has_new_rngs: bool) -> None:
-    """Warns if a layer in training mode updated its variables, which `fn` does not return."""
+def _warn_of_lost_updates(
+    module: Any, before: Mapping[str, tuple[type, Any]], *, has_new_rngs: bool
+) -> None:
+    """Warns if a call updated variables of the module, which `fn` does not return."""
     from flax import nnx
 
-    # A transform of NNX writes variables back that did not change, so the mode decides too.
     after = _updated_values(module)
-    changed = [path for path, value in before.items() if after.get(path) is not value]
+    changed = {
+        path: kind
+        for path, (kind, value) in after.items()
+        if path not in before or before[path][1] is not value
+    }
+    # A transform of NNX writes counts and statistics back that did not change, so the mode of their
+    # layer decides too.
+    by_mode = [path for path, kind in changed.items() if kind in (nnx.BatchStat, nnx.RngCount)]
+    others = {path: kind for path, kind in changed.items() if path not in by_mode}
+    if others:
+        path, kind = next(iter(others.items()))
+        warnings.warn(
+            f"A call updated the {kind.__name__} {path!r} ({len(others)} such variables), and the "
+            f"update is lost: fn is pure and returns the output alone. Take a method that returns "
+            f"the new value, and pass it in params.",
+            stacklevel=3,
+        )
     for parts, node in nnx.iter_graph(module):
         path = "/".join(map(str, parts))
-        if not any(f"/{name}".startswith(f"/{path}/") or not path for name in changed):
+        if not any(f"/{name}".startswith(f"/{path}/") or not path for name in by_mode):
             continue
         where = f"The {type(node).__name__} {path!r}" if path else f"The {type(node).__name__}"
         if getattr(node, "use_running_average", None) is False:

@@ -99,7 +99,7 @@ def values(tree: Any) -> list[np.ndarray]:
 # --- what is handed out is the caller's own ------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:The .* is in training mode")
+@pytest.mark.filterwarnings("ignore:(The .* is in training mode|A call updated)")
 @pytest.mark.parametrize("build", MODULES)
 def test_fn_changes_neither_params_nor_module(build: Callable[..., nnx.Module]) -> None:
     module = build(nnx.Rngs(params=0, dropout=1))
@@ -116,7 +116,7 @@ def test_fn_changes_neither_params_nor_module(build: Callable[..., nnx.Module]) 
     chex.assert_trees_all_close(module(X), first, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The .* is in training mode")
+@pytest.mark.filterwarnings("ignore:(The .* is in training mode|A call updated)")
 @pytest.mark.parametrize("build", MODULES)
 def test_module_and_params_are_apart(build: Callable[..., nnx.Module]) -> None:
     module = build(nnx.Rngs(params=0, dropout=1))
@@ -191,6 +191,17 @@ def test_train_selects_the_mode_of_the_call() -> None:
 def test_frozen_randomness_warns_by_name() -> None:
     fn, params = jlora.from_nnx(Trained(nnx.Rngs(params=0, dropout=1)))
     with pytest.warns(UserWarning, match=r"Dropout 'drop' is in training mode.*rngs=key"):
+        fn(params, X)
+
+
+def test_lost_cache_and_counts_warn_by_name() -> None:
+    attention = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=True, rngs=nnx.Rngs(0))
+    attention.init_cache((2, 5, 6))
+    fn, params = jlora.from_nnx(attention)
+    with pytest.warns(UserWarning, match=r"updated the Cache 'cache.*the update is lost"):
+        fn(params, jnp.ones((2, 1, 6)))
+    fn, params = jlora.from_nnx(Counted(nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="updated the Variable 'calls'"):
         fn(params, X)
 
 

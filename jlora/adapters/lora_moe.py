@@ -265,7 +265,8 @@ class RoutedTerm(Term):
             raise ValueError(
                 f"LoRAMoE on {product.path!r} gets {flat_size(seen)} of the {self.fan_in} input "
                 f"features at one of its uses (of a slice, a shard or the transpose of the "
-                f"weight). Its router needs all of them. Exclude this weight from the adapter "
+                f"weight, or of several looked-up matrices whose results one product sums). Its "
+                f"router needs exactly these. Exclude this weight from the adapter "
                 f"rules."
             )
         wide_x, router = (o.map(lambda array: array.astype(jnp.float32)) for o in (x, self.router))

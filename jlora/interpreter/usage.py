@@ -140,7 +140,7 @@ class UsageInterpreter:
                 if moved_weights is None and isinstance(rule, ProductRule):
                     self._record_product(rule, eqn, side, weight, values)
                 elif moved_weights is None:
-                    moved_weights = self._follow_arithmetic(eqn, side, weight, default)
+                    moved_weights = self._follow_arithmetic(eqn, side, weight, default, values)
                 for followed_output, traced in zip(
                     followed, moved_weights or [], strict=bool(moved_weights)
                 ):
@@ -183,6 +183,9 @@ class UsageInterpreter:
                         _add_dense_reason(weight, name) for weight in _get_traced_weights(value)
                     )
                     outputs[i] = (*_get_traced_weights(outputs[i]), *selected)
+                elif name == "scan" and i >= len(subprogram.carry_unchanged):
+                    stacks = [values[number] for number in sorted(subprogram.scanned_inputs)]
+                    outputs[i] = _stack_again(value, stacks)
         return [
             values[forwarded[i]] if i in forwarded else output for i, output in enumerate(outputs)
         ]
@@ -286,10 +289,9 @@ class UsageInterpreter:
                 return  # Rows with several axes, which multiply another weight.
             roles = {a: AxisRole.BATCH if a.is_gathered else role for a, role in roles.items()}
         axis_roles = self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
-        dense_reason = weight.dense_reason
-        if side > 0 and not has_data_operand:
-            dense_reason = dense_reason or "product of two weights"
-        self._record_use(weight, WeightUse(name, dense_reason, axis_roles, has_data_operand))
+        # On the left of a product of two weights is a learned activation, such as latent queries.
+        is_factor = side > 0 or has_data_operand
+        self._record_use(weight, WeightUse(name, weight.dense_reason, axis_roles, is_factor))
 
     def _get_lookup_roles(
         self, eqn: Any, weight: _TracedWeight, gathered: FactoredArray
@@ -315,8 +317,27 @@ class UsageInterpreter:
         axes = range(len(self._weight_shapes[weight.array.path]))
         return {axis: axis_roles.get(axis, AxisRole.BATCH) for axis in axes}
 
+    def _get_slice_roles(self, weight: _TracedWeight) -> dict[int, AxisRole] | None:
+        """Returns the roles of a table of which rows are added to data; None for other weights."""
+        if weight.has_unknown_axes:
+            return None
+        shape = self._weight_shapes[weight.array.path]
+        axes = [
+            axis for axis in weight.array.axes if axis.weight_axis is not None and axis.size > 1
+        ]
+        cut = {axis for axis in axes if axis.size < shape[axis.weight_axis or 0]}
+        if not cut or len(axes) == len(cut):
+            return None
+        roles = {axis: AxisRole.INPUT if axis in cut else AxisRole.OUTPUT for axis in axes}
+        return self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
+
     def _follow_arithmetic(
-        self, eqn: Any, side: int, weight: _TracedWeight, rest: AbstractValue
+        self,
+        eqn: Any,
+        side: int,
+        weight: _TracedWeight,
+        rest: AbstractValue,
+        values: Sequence[AbstractValue],
     ) -> list[_TracedWeight] | None:
         """Follows a weight, which is materialized here, through operations with weights alone.
 
@@ -325,16 +346,27 @@ class UsageInterpreter:
         if weight.array.is_gathered:
             return None  # Only the gathered rows are materialized, not the weight.
         reason = eqn.primitive.name
+        if reason == "select_n":  # Data may choose between weights, as a batch of `cond` does.
+            rest = DATA if any(value is DATA for value in values[1:]) else ()
         if weight.dense_reason is None:
-            self._record_use(
-                weight, WeightUse(eqn.primitive.name, reason, None, _is_data_value(rest))
-            )
+            lookup = None
+            if reason == "add" and _is_data_value(rest):
+                lookup = self._get_slice_roles(weight)
+            name = reason if lookup is None else "slice"
+            dense_reason = reason if lookup is None else None
+            self._record_use(weight, WeightUse(name, dense_reason, lookup, _is_data_value(rest)))
         source = eqn.invars[side].aval
         results = [out.aval for out in eqn.outvars]
-        if _is_data_value(rest) or any(result.size < source.size for result in results):
-            return None
+        is_repeated = any(result.size > source.size for result in results) or any(
+            axis.weight_axis is None and axis.size > 1 for axis in weight.array.axes
+        )
+        if _is_data_value(rest) or (reason in ("add", "sub") and is_repeated):
+            return None  # A bias is repeated along the other axes of what it is added to.
         if [result.shape for result in results] == [source.shape]:
             return [dataclasses.replace(weight, dense_reason=weight.dense_reason or reason)]
+        is_smaller = any(result.size < source.size for result in results)
+        if is_smaller and not (reason.startswith("reduce") and _are_matrices(results)):
+            return None  # A norm, or entries of the weight.
         # Such as a weight that is written into a larger array.
         whole = FactoredArray.from_weight(
             None, weight.array.path, self._weight_shapes[weight.array.path]
@@ -343,6 +375,10 @@ class UsageInterpreter:
 
     def _record_use(self, weight: _TracedWeight, use: WeightUse) -> None:
         self._uses[weight.array.path].append(use)
+
+
+def _are_matrices(results: Sequence[Any]) -> bool:
+    return all(sum(n > 1 for n in result.shape) > 1 for result in results)
 
 
 def _add_dense_reason(weight: _TracedWeight, reason: str) -> _TracedWeight:
@@ -423,6 +459,27 @@ def _get_traced_weights(value: AbstractValue) -> tuple[_TracedWeight, ...]:
     return () if isinstance(value, _DataValue) else value
 
 
+def _stack_again(value: AbstractValue, stacks: Sequence[AbstractValue]) -> AbstractValue:
+    """Returns the output of a scan that stacks weights which were slices of stacks before."""
+    if isinstance(value, _DataValue):
+        return value
+    reason = "returned by scan"
+    leading = {
+        weight.array.path: weight.array.axis_groups[0]
+        for stack in stacks
+        for weight in _get_traced_weights(stack)
+        if not weight.has_unknown_axes
+    }
+    result = []
+    for weight in value:
+        array, path = weight.array, weight.array.path
+        is_known = path in leading and not weight.has_unknown_axes
+        if is_known:
+            array = array.with_axis_groups([leading[path], *array.axis_groups])
+        result.append(_TracedWeight(array, weight.dense_reason or reason, not is_known))
+    return tuple(result)
+
+
 def _drop_leading_axis(value: AbstractValue) -> AbstractValue:
     if isinstance(value, _DataValue):
         return value
@@ -498,7 +555,7 @@ def _use_priority(use: WeightUse, known: Sequence[WeightUse]) -> tuple[int, bool
     return (2 if use.primitive in _LOOKUPS else 1), not use.has_data_operand
 
 
-_LOOKUPS = ("gather", "dynamic_slice")
+_LOOKUPS = ("gather", "dynamic_slice", "slice")
 
 
 def is_embedding_lookup(use: WeightUse, known: Sequence[WeightUse]) -> bool:

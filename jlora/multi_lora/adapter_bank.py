@@ -333,9 +333,10 @@ class AdapterBank:
             >>> step(params, slots, index, x).shape
             (2, 2)
         """
-        slots, index = self._load_batch("AdapterBank.slots_for", names)
-        self._slots_are_shared = True
-        return slots, index
+        with self._lock:
+            batch = self._load_batch("AdapterBank.slots_for", names)
+            self._slots_are_shared = True
+        return batch
 
     def _load_batch(self, caller: str, names: Sequence[str | None]) -> tuple[Slots, np.ndarray]:
         _refuse_trace(caller)

@@ -66,6 +66,21 @@ def _(size: int, batched: Any, w: jax.Array, x: jax.Array) -> tuple[jax.Array, b
     return x @ w, True
 
 
+QUERIES = {
+    "latents": normal(1, (4, 6), np.float32),
+    "wq": normal(2, (6, 4), np.float32),
+    "bq": normal(3, (4,), np.float32),
+    "wk": normal(4, (6, 4), np.float32),
+}
+PAIR = {"v": normal(1, (6, 4), np.float32), "w": normal(2, (6, 4), np.float32)}
+POSITIONS = {"table": normal(1, (10, 6), np.float32), "w": normal(2, (6, 4), np.float32)}
+
+
+def latent_queries(p: Any, x: jax.Array) -> jax.Array:
+    queries = p["latents"] @ p["wq"] + p["bq"]
+    return jax.nn.softmax(jnp.einsum("qd,sd->qs", queries, x @ p["wk"])) @ x
+
+
 W = {"w": ((), (0,), (1,))}
 LAYERS = {"w": ((0,), (1,), (2,))}
 ROUTED = {"experts": ((0,), (1,), (2,)), "router": ((), (0,), (1,))}
@@ -103,6 +118,42 @@ CASES = {
         lambda p, x, i: x @ p["experts"][i], EXPERTS, (X, TOKEN), {"experts": ((0,), (1,), (2,))}
     ),
     "loop_over_layers": Case(loop_over_layers, STACK, (X,), LAYERS),
+    "latent_queries": Case(
+        latent_queries, QUERIES, (X,), dict.fromkeys(("wk", "wq"), ((), (0,), (1,)))
+    ),
+    "cond_in_vmap": Case(
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(x.sum() > 0, lambda x: x @ p["v"], lambda x: x @ p["w"], x)
+        )(x),
+        PAIR,
+        (X,),
+        dict.fromkeys(PAIR, ((), (0,), (1,))),
+    ),
+    "chosen_by_data": Case(
+        lambda p, x: x @ jnp.where(x.sum() > 0, p["v"], p["w"]),
+        PAIR,
+        (X,),
+        dict.fromkeys(PAIR, ((), (0,), (1,))),
+    ),
+    "rows_from_an_offset": Case(
+        lambda p, x, i: (x + lax.dynamic_slice_in_dim(p["table"], i, 3)) @ p["w"],
+        POSITIONS,
+        (X, TOKEN),
+        W,
+        ("table",),
+    ),
+    "first_rows": Case(lambda p, x: (x + p["table"][:3]) @ p["w"], POSITIONS, (X,), W, ("table",)),
+    "normalized_by_map": Case(
+        lambda p, x: lax.fori_loop(
+            0, 3, lambda i, x: x @ lax.map(lambda w: w / jnp.linalg.norm(w), p["w"])[i], x
+        ),
+        STACK,
+        (X,),
+        LAYERS,
+    ),
+    "mean_of_a_stack": Case(
+        lambda p, x: x @ p["w"].mean(0), STACK, (X,), {"w": ((), (0, 1), (2,))}
+    ),
     "tile": Case(lambda p, x: x @ jnp.tile(p["w"], (1, 2)), MATRIX, (X,), W),
     "tile_inputs": Case(
         lambda p, x: jnp.concatenate([x, x], 1) @ jnp.tile(p["w"], (2, 1)), MATRIX, (X,), W

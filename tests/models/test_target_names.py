@@ -69,10 +69,35 @@ def test_regular_expressions_and_all_linear() -> None:
 def test_one_layer_of_a_stack_raises() -> None:
     name = "model.layers.0.self_attn.q_proj"
     stacked = models.model_from_config(DATA / "decoders" / "llama", scan_layers=True)
-    with pytest.raises(ValueError, match=r"names 1 of the 2 tensors that are one weight here"):
+    with pytest.raises(
+        ValueError,
+        match=r"name 1 of the 2 tensors that are one weight here.*layers.1.self_attn.q_proj",
+    ):
         models.find_target_pattern(stacked, name)
     apart = models.model_from_config(DATA / "decoders" / "llama", scan_layers=False)
     assert modules_of(apart, matched(apart, name)) == {name}
+
+
+def test_names_together_cover_a_fused_weight() -> None:
+    model = models.model_from_config(DATA / "decoders" / "qwen3_moe", scan_layers=True)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    assert modules_of(model, matched(model, names)) == peft_targets(model, names) != set()
+    with pytest.raises(ValueError, match=r"Name all of them, such as '.*up_proj' too"):
+        models.find_target_pattern(model, ["gate_proj"])
+    stacked = models.model_from_config(DATA / "decoders" / "llama", scan_layers=True)
+    layers = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert matched(stacked, layers) == {"params/layers/attention/q/kernel"}
+
+
+def test_names_of_any_release_match() -> None:
+    model = models.model_from_config(DATA / "encoders" / "vit")
+    known: set[str] = set()
+    for mapping in models.checkpoint_mapping(model):
+        for path, weight in mapping.items():
+            if any(part.key.endswith(".dense.weight") for part in weight.slices):
+                known.add(path)
+    assert matched(model, "dense") == known
+    assert len(known) > 3
 
 
 def test_unknown_targets_name_the_nearest() -> None:

@@ -29,8 +29,8 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
             `"all-linear"` all projections inside the layers.
 
     Raises:
-        ValueError: A target matches nothing, is not a regular expression, or names some of the
-            modules that are one weight here, such as one layer of a stack.
+        ValueError: A name matches nothing, a target is not a regular expression, or the targets
+            name some of the modules that are one weight here, such as one layer of a stack.
 
     References:
         The matching of module names: PEFT, `LoraConfig.target_modules`.
@@ -54,42 +54,42 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"targets={targets!r} must be one name or several, such as 'q_proj'.")
     mappings = checkpoint_mapping(model)
-    patterns, paths = [], []
+    patterns = []
+    named = {path: [False] * len(weight.slices) for path, weight in mappings[0].items()}
     for name in names:
         if name == "all-linear":
             patterns.append(ALL_LINEAR_PATTERN)
-            continue
-        of_modules = _find_module_paths(name, mappings)
-        if of_modules:
-            paths.extend(of_modules)
-        elif _matches_a_path(name, mappings[0]):
-            patterns.append(name)
-        else:
-            raise ValueError(_format_unknown_target(name, mappings[0]))
+        elif not _mark_modules(name, mappings, named):
+            patterns.append(_check_regular_expression(name, mappings[0]))
+    for path, matches in named.items():
+        if any(matches) and not all(matches):
+            raise ValueError(_format_partial_target(names, path, matches, mappings[0]))
+    paths = [path for path, matches in named.items() if all(matches)]
     if paths:
-        patterns.append(f"^({'|'.join(map(re.escape, dict.fromkeys(paths)))})$")
+        patterns.append(f"^({'|'.join(map(re.escape, paths))})$")
     return patterns[0] if len(patterns) == 1 else "|".join(f"({p})" for p in patterns)
 
 
-def _find_module_paths(name: str, mappings: Sequence[Mapping[str, CheckpointWeight]]) -> list[str]:
-    """Returns the paths of the matrices of modules with a name; none if there are no such."""
-    for mapping in mappings:  # The namings of the releases of transformers.
-        named = {
-            path: [_has_last_names(part.key, name, "weight") for part in weight.slices]
-            for path, weight in mapping.items()
-        }
-        paths = [path for path, matches in named.items() if any(matches)]
-        partial = [path for path in paths if not all(named[path])]
-        if partial:
-            raise ValueError(
-                f"The target {name!r} names {sum(named[partial[0]])} of the "
-                f"{len(named[partial[0]])} tensors that are one weight here, {partial[0]!r}. Name "
-                f"them all, or keep the layers apart (scan_layers=False)."
-            )
-        if paths:
-            return paths
-    own = ((path, path.replace("/", ".")) for path in mappings[0])
-    return [path for path, dotted in own if _has_last_names(dotted, name, "kernel", "embedding")]
+def _mark_modules(
+    name: str,
+    mappings: Sequence[Mapping[str, CheckpointWeight]],
+    named: Mapping[str, list[bool]],
+) -> bool:
+    """Marks the tensors of the matrices of modules with a name; returns whether there are such."""
+    found = False
+    for path, matches in named.items():
+        for i in range(len(matches)):
+            # In the naming of any release of transformers.
+            keys = (mapping[path].slices[i].key for mapping in mappings)
+            if any(_has_last_names(key, name, "weight") for key in keys):
+                matches[i] = found = True
+    if found:
+        return True
+    for path, matches in named.items():
+        if _has_last_names(path.replace("/", "."), name, "kernel", "embedding"):
+            matches[:] = [True] * len(matches)
+            found = True
+    return found
 
 
 def _has_last_names(tensor: str, name: str, *kinds: str) -> bool:
@@ -98,7 +98,12 @@ def _has_last_names(tensor: str, name: str, *kinds: str) -> bool:
     return kind in kinds and f".{module}".endswith(f".{name}")
 
 
-def _matches_a_path(pattern: str, mapping: Mapping[str, CheckpointWeight]) -> bool:
+def _check_regular_expression(pattern: str, mapping: Mapping[str, CheckpointWeight]) -> str:
+    """Returns a target that is not a module.
+
+    Raises:
+        ValueError: It is no regular expression, or looks like a name and matches no path.
+    """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -106,7 +111,25 @@ def _matches_a_path(pattern: str, mapping: Mapping[str, CheckpointWeight]) -> bo
             f"The target {pattern!r} is neither the name of a module nor a regular expression: "
             f"{error}. Escape special characters with a backslash."
         ) from error
-    return any(compiled.search(path) for path in mapping)
+    if not any(compiled.search(path) for path in mapping) and _NAMES_PATTERN.fullmatch(pattern):
+        raise ValueError(_format_unknown_target(pattern, mapping))
+    return pattern
+
+
+def _format_partial_target(
+    names: Sequence[str],
+    path: str,
+    matches: Sequence[bool],
+    mapping: Mapping[str, CheckpointWeight],
+) -> str:
+    keys = [part.key for part in mapping[path].slices]
+    missing = next(key for key, is_named in zip(keys, matches, strict=True) if not is_named)
+    apart = " or keep the layers apart (scan_layers=False)," if "/layers/" in path else ""
+    return (
+        f"The targets {list(names)} name {sum(matches)} of the {len(matches)} tensors that are one "
+        f"weight here, {path!r}. Name all of them, such as {missing.rpartition('.')[0]!r} too,"
+        f"{apart} or take none of them."
+    )
 
 
 def _format_unknown_target(name: str, mapping: Mapping[str, CheckpointWeight]) -> str:
