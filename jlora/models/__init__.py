@@ -16,7 +16,12 @@ from jlora.models.hf.load import (
     model_from_config,
 )
 from jlora.models.hf.save import save
-from jlora.models.hf.weight_mapping import make_tensor_getter, single_tensor_weight
+from jlora.models.hf.weight_mapping import (
+    concatenate_weights,
+    make_tensor_getter,
+    single_tensor_weight,
+    stack_weights,
+)
 from jlora.models.vit import ViT, ViTConfig
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "ViTConfig",
     "abstract_params",
     "checkpoint_mapping",
+    "concatenate_weights",
     "decoder_config",
     "eos_token_ids",
     "generate",
@@ -44,4 +50,5 @@ __all__ = [
     "model_from_config",
     "save",
     "single_tensor_weight",
+    "stack_weights",
 ]
