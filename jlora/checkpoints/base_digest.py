@@ -90,5 +90,5 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _hash_tensor(reader: CheckpointReader, name: str) -> str:
     header = reader.headers[name]
     digest = hashlib.sha256(f"{header.dtype} {header.shape} ".encode())
-    digest.update(np.ascontiguousarray(reader.read(name)).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(reader.read(name)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -119,12 +119,15 @@ def _make_objective(recipe: Recipe, model: Any) -> objectives.Objective:
 def _check_rules(recipe: Recipe, paths: list[str]) -> None:
     """Checks that every pattern of a recipe decides about a weight."""
     main = recipe.adapter.target_pattern
-    patterns = {
+    patterns: dict[str, str] = {
         **{f"frozen_modules.{n}": pattern for n, pattern in enumerate(recipe.frozen_modules)},
-        **{f"adapters.{n}.target_pattern": r.target_pattern for n, r in enumerate(recipe.adapters)},
+        **{
+            f"adapters.{n}.target_pattern": rule.target_pattern or ""
+            for n, rule in enumerate(recipe.adapters)
+        },
         "adapter.target_pattern": main or default_target_pattern(recipe.adapter.family),
     }
-    fields: dict[str | None, str] = {}
+    fields: dict[str, str] = {}
     for field, pattern in patterns.items():
         if pattern in fields:
             raise ValueError(
