@@ -88,5 +88,5 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _hash_tensor(reader: CheckpointReader, name: str) -> str:
     header = reader.headers[name]
     digest = hashlib.sha256(f"{header.dtype} {header.shape} ".encode())
-    digest.update(reader.read_bytes(name))
+    digest.update(reader.read_bytes(name).data)
     return digest.hexdigest()

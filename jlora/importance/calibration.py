@@ -166,12 +166,12 @@ class _InputMomentsLeaf(AdapterLeaf):
         del context
         batch, inputs, _ = self.axes
         again = [("again", axis) for axis in inputs]
-        sums = weight.label(
+        count, total, outer = weight.label(
             (self.num_inputs, batch),
             (self.input_sum, (*batch, *inputs)),
             (self.outer_product_sum, (*batch, *inputs, *again)),
         )
-        return weight.add_term(_MomentsTerm(*sums))
+        return weight.add_term(_MomentsTerm(count, total, outer))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         batch, inputs, _ = self.axis_sizes
@@ -202,8 +202,12 @@ class _MomentsTerm(Term):
     token_mask: jax.Array | None = None
 
     def map(self, fn: Callable[[Operand], Operand]) -> _MomentsTerm:
-        sums = (self.num_inputs, self.input_sum, self.outer_product_sum)
-        return _MomentsTerm(*map(fn, sums), token_mask=self.token_mask)
+        return dataclasses.replace(
+            self,
+            num_inputs=fn(self.num_inputs),
+            input_sum=fn(self.input_sum),
+            outer_product_sum=fn(self.outer_product_sum),
+        )
 
     def with_token_mask(self, token_mask: jax.Array) -> _MomentsTerm:
         return dataclasses.replace(self, token_mask=token_mask)

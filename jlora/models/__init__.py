@@ -17,7 +17,12 @@ from jlora.models.hf.load import (
 )
 from jlora.models.hf.save import save
 from jlora.models.hf.target_names import ALL_LINEAR_PATTERN, find_target_pattern
-from jlora.models.hf.weight_mapping import make_tensor_getter, single_tensor_weight
+from jlora.models.hf.weight_mapping import (
+    concatenate_weights,
+    make_tensor_getter,
+    single_tensor_weight,
+    stack_weights,
+)
 from jlora.models.vit import ViT, ViTConfig
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "ViTConfig",
     "abstract_params",
     "checkpoint_mapping",
+    "concatenate_weights",
     "decoder_config",
     "eos_token_ids",
     "find_target_pattern",
@@ -47,4 +53,5 @@ __all__ = [
     "model_from_config",
     "save",
     "single_tensor_weight",
+    "stack_weights",
 ]

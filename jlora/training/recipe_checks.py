@@ -123,7 +123,9 @@ def _check_rules(recipe: Recipe, model: Any, paths: list[str]) -> None:
         **{f"adapters.{n}.target_pattern": r.target_pattern for n, r in enumerate(recipe.adapters)},
         "adapter.target_pattern": main or default_targets(recipe.adapter.family),
     }
-    patterns = {f"frozen_modules.{n}": pattern for n, pattern in enumerate(recipe.frozen_modules)}
+    patterns: dict[str, str] = {
+        f"frozen_modules.{n}": pattern for n, pattern in enumerate(recipe.frozen_modules)
+    }
     for field, target in targets.items():
         assert target is not None
         try:

@@ -217,7 +217,7 @@ def _apply_only_if_finite(
 def _is_tree_finite(tree: PyTree) -> jax.Array:
     """Returns whether all floats of a tree are finite."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in floats), True)
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def _select_tree(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -23,8 +23,9 @@ from _support.training_runs import After, assert_same, measured, output, run, st
 
 import jlora
 from jlora import models
-from jlora.training import TrainResult, recipe
+from jlora.training import TrainResult, data, recipe
 from jlora.training.checkpointing import CheckpointManager
+from jlora.training.datasets import find_end_token_ids
 from jlora.training.loop import NonFiniteError
 from jlora.training.resume import resolve_defaults
 from jlora.training.setup import build_setup
@@ -122,6 +123,47 @@ def test_train_writes_report_and_recipe(finished: FinishedRun) -> None:
     path = folder / "recipe.yaml"
     validated = recipe.validate(finished.raw)
     assert recipe.load(path) == resolve_defaults(validated, path, True, jax.devices())
+
+
+@pytest.mark.slow
+def test_train_exports_the_trained_chat_format(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+    # Answers end with <user>, which is not the eos token of the base.
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<user>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    raw = recipe_of(
+        data={"chat_template": str(own)}, training={"steps": 1}, export={"merged": True}
+    )
+    run(raw)
+    merged = output(raw) / "merged"
+    for folder in (output(raw), merged):
+        assert (folder / "chat_template.jinja").read_text() == own.read_text()
+    assert models.eos_token_ids(merged) == (2, 3)
+    tokenizer = data.Tokenizer.from_folder(merged)
+    assert tokenizer.chat_template is not None
+    assert tokenizer.chat_template.text == own.read_text()
+    config = json.loads((merged / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == own.read_text()
+
+
+@pytest.mark.parametrize(
+    ("learned", "ends"),
+    [
+        ([5, 9, 2], {2}),
+        ([5, 9, 2, 5], {2}),  # With a blank behind it.
+        ([5, 9, 30], set()),  # Truncated.
+        ([3], {3}),
+    ],
+)
+def test_find_end_token_ids(base: pathlib.Path, learned: list[int], ends: set[int]) -> None:
+    tokenizer = data.Tokenizer.from_folder(base)
+    builder = data.TokenizedDatasetBuilder(data.TokenizeConfig(max_seq_length=20))
+    mask = np.array([False] * 2 + [True] * len(learned) + [False])
+    builder.add(0, data.TokenSequence([3, 20, *learned, 4], mask))
+    builder.add(1, data.TokenSequence([3, 20, *learned], mask[:-1]))
+    assert find_end_token_ids(builder.build(), tokenizer) == ends
 
 
 def test_train_existing_run_raises(recipe_of: Make) -> None:

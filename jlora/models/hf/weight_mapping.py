@@ -101,7 +101,17 @@ def single_tensor_weight(
 
 
 def stack_weights(weights: Sequence[CheckpointWeight]) -> CheckpointWeight:
-    """Stacks weights of one shape along a new first axis."""
+    """Stacks weights of one shape along a new first axis.
+
+    Args:
+        weights: One weight for each layer.
+
+    Example:
+        >>> from jlora import models
+        >>> layers = [models.single_tensor_weight(f"{n}.weight", (4, 3)) for n in range(2)]
+        >>> models.stack_weights(layers).shape
+        (2, 4, 3)
+    """
     slices = [
         part._replace(
             start_indices=(index, *part.start_indices), slice_sizes=(1, *part.slice_sizes)
@@ -113,7 +123,18 @@ def stack_weights(weights: Sequence[CheckpointWeight]) -> CheckpointWeight:
 
 
 def concatenate_weights(weights: Sequence[CheckpointWeight], axis: int = -1) -> CheckpointWeight:
-    """Concatenates weights along an axis."""
+    """Concatenates weights along an axis.
+
+    Args:
+        weights: Parts that the checkpoint has apart, in their order.
+        axis: Axis of the weight.
+
+    Example:
+        >>> from jlora import models
+        >>> parts = [models.single_tensor_weight(f"{n}.weight", (4, 3)) for n in ("gate", "up")]
+        >>> models.concatenate_weights(parts).shape
+        (4, 6)
+    """
     shape = list(weights[0].shape)
     axis %= len(shape)
     slices, offset = [], 0

@@ -258,7 +258,8 @@ def tokenize_preferences(
 
     Args:
         rows: Rows with columns `prompt`, `chosen` and `rejected`: strings, used unchanged; or
-            lists of messages for the chat template, where the answers may repeat the prompt.
+            lists of messages for the chat template, where the answers may repeat the prompt, and
+            then optionally `tools`, as for chats.
         tokenizer: Tokenizer with an eos token for strings, with a chat template for messages.
         config: Lengths and column names.
 
@@ -280,7 +281,8 @@ def tokenize_preferences(
     """
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
-    for start, columns in _iter_column_batches(rows, config, ("prompt", "chosen", "rejected")):
+    required = ("prompt", "chosen", "rejected")
+    for start, columns in _iter_column_batches(rows, config, required, ("tools",)):
         is_chat = not isinstance(columns["chosen"][0], str)
         tokenize = _tokenize_chat_answers if is_chat else _tokenize_text_answers
         chosen, rejected = (
@@ -639,7 +641,10 @@ def _tokenize_chat_answers(
     ):
         location = f"{config.data_name}, row {first_row + number}"
         messages = _join_prompt_and_answer(prompt, answer, column_name, location)
-        rendered.append(template.render_with_spans(messages, train_on="last", location=location))
+        tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
+        rendered.append(
+            template.render_with_spans(messages, tools=tools, train_on="last", location=location)
+        )
     return _tokenize_rendered_chats(tokenizer, rendered)
 
 

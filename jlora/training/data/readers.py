@@ -129,7 +129,7 @@ def read_parquet_table(files: Sequence[Path]) -> pa.Table:
     """
     tables: list[pa.Table] = []
     for file in files:
-        table = pq.read_table(file, partitioning=None)
+        table = pq.ParquetFile(file).read()
         first = tables[0] if tables else table
         if set(table.column_names) != set(first.column_names):
             raise ValueError(

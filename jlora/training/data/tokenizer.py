@@ -170,20 +170,27 @@ _ANCHORS = ("\n", ".", ":", "a", "1")
 
 _MAX_BLANKS = 8
 
+# How SentencePiece and tokenizers of bytes write a blank in a token.
+_BLANKS = ("\u2581", "\u0120")
+
 
 def _adds_blank(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Returns whether a tokenizer writes a blank before a text, which decoding shows."""
-    probe = _find_probe(tokenizer)
-    ids = tokenizer.encode(probe).ids
-    # The blank of the first text is removed in decoding, that of the second is not.
-    return bool(ids) and " " in tokenizer.decode([*ids, *ids]).strip()
+    """Returns whether a tokenizer writes a blank before every text."""
+    tokens = tokenizer.encode(_find_probe(tokenizer)).tokens
+    return bool(tokens) and tokens[0].startswith(_BLANKS)
 
 
 def _find_probe(tokenizer: tokenizers.Tokenizer) -> str:
     """Returns a text that the tokenizer has tokens for; empty if there is none."""
-    tokens = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda pair: pair[1])
-    for text in ("a", "A", *(token for token, _ in tokens)):
-        if text.strip() == text and tokenizer.encode(text, add_special_tokens=False).ids:
+    vocab = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda pair: pair[1])
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = (token for token, _ in vocab if token not in added and not token.startswith(_BLANKS))
+    for text in ("a", "A", *tokens):
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception:  # Some have no token for unknown texts, and the library no error type.
+            continue
+        if ids:
             return text
     return ""
 

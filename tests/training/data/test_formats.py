@@ -507,6 +507,17 @@ def test_tokenize_advises_the_format(form: str, row: dict[str, Any], advice: str
         formats.FORMATS[form]([row], with_template("chatml"), READING)
 
 
+def test_tokenize_preferences_render_tools() -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    messages, tokenizer = said("a", "b"), with_template("llama3")
+    row = {"prompt": messages[:1], "chosen": messages[1:], "rejected": said("", "c")[1:]}
+    chat = {"messages": messages}
+    for tools in ({"tools": [tool]}, {"tools": json.dumps([tool])}, {}):
+        pair = formats.tokenize_preferences([{**row, **tools}], tokenizer, READING)
+        want = formats.tokenize_chats([{**chat, **tools}], tokenizer, READING)
+        assert pieces(pair, 0) == pieces(want, 0)
+
+
 def test_tokenize_chats_json_keeps_nulls(tmp_path: pathlib.Path) -> None:
     call = {"function": {"name": "f", "arguments": {"a": None}}}
     row = {"messages": [*said("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
