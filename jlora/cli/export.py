@@ -8,15 +8,24 @@ from typing import Any
 
 
 def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple[Any, Any, Any]:
-    """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder."""
+    """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder.
+
+    The head of the base gets a weight of its own where a PEFT folder changes the head or the
+    embedding alone.
+    """
     from jlora import models, peft
     from jlora.checkpoints.adapter_file import load_adapter
+    from jlora.peft.tied_weights import TiedWeightsError
 
     model, params = models.load(base, **infer_layer_layout(path), **options)
-    if path.is_dir():
+    if not path.is_dir():
+        return model, params, load_adapter(path, params)
+    try:
         loaded = peft.load(path, model, params)
-        return model, loaded.params, loaded.adapter
-    return model, params, load_adapter(path, params)
+    except TiedWeightsError:
+        model, params = models.load(base, **options, tie_word_embeddings=False)
+        loaded = peft.load(path, model, params)
+    return model, loaded.params, loaded.adapter
 
 
 def infer_layer_layout(path: Path) -> dict[str, Any]:
@@ -106,7 +115,10 @@ def _export_hf(options: ExportOptions) -> None:
     from jlora.checkpoints.adapter_file import read_quantization_schemes
     from jlora.merging.merge_to import merge_to_dtype
 
-    _, params, adapter = load_base_and_adapter(options.base, options.adapter)
+    model, params, adapter = load_base_and_adapter(options.base, options.adapter)
+    layout = infer_layer_layout(options.adapter)
+    if getattr(model.config, "tie_word_embeddings", None) is False:
+        layout["tie_word_embeddings"] = False
     merged = merge_to_dtype(params, adapter, options.dtype)
     models.save(
         options.out,
@@ -114,7 +126,7 @@ def _export_hf(options: ExportOptions) -> None:
         options.base,
         dtype=options.dtype,
         max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
-        **infer_layer_layout(options.adapter),
+        **layout,
     )
     print(merged)
     schemes = [] if options.adapter.is_dir() else read_quantization_schemes(options.adapter)
