@@ -500,10 +500,6 @@ class _PeftFolderReader:
         saved_names, heads = config.saved_module_names(self.fields)
         if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
             saved_names.append(HEAD_MODULE)  # PEFT adds the head to the embedding.
-        for parameter, gains in self.bias_gains:
-            self._change_bias(replacements, weights, parameter, lambda bias, g: bias * g, gains)
-        for parameter, update in self.bias_updates:
-            self._change_bias(replacements, weights, parameter, lambda bias, u: bias + u, update)
         names = set(self.remaining)
         replaced: set[tuple[str, str]] = set()
         tokens: set[str] = set()
@@ -540,6 +536,11 @@ class _PeftFolderReader:
                 replacements.trainable_configs[parameter.path] = (
                     BitFit() if is_bias else FullDelta()
                 )
+        # After the biases that the file replaces.
+        for bias, gains in self.bias_gains:
+            self._change_bias(replacements, weights, bias, np.multiply, gains)
+        for bias, update in self.bias_updates:
+            self._change_bias(replacements, weights, bias, np.add, update)
         by_parameter: dict[tuple[str, str], set[tuple[str, str]]] = {}
         for module, (key, *_) in self.expert_modules.items():
             by_parameter.setdefault(key, set()).add((module, "weight"))
@@ -572,8 +573,8 @@ class _PeftFolderReader:
             missing += [f"{module}.{name}" for module, name in set(matches) - set(replaced)]
         if missing:
             raise self.make_error(
-                f"modules_to_save or the task have modules, of which the file lacks "
-                f"{format_names(sorted(set(missing)))}."
+                f"the file lacks {format_names(sorted(set(missing)))}, which modules_to_save or "
+                f"task_type promise."
             )
 
     def _check_tokens(self, found: Collection[str]) -> None:

@@ -326,6 +326,13 @@ def test_load_factor_bias_is_added(tmp_path: pathlib.Path) -> None:
     for key, value in expected.items():
         # One float32 product and sum.
         np.testing.assert_allclose(loaded_tensor(loaded.params, QWEN, key), value, atol=1e-6)
+    replaced = {key.replace(".bias", ".base_layer.bias"): v for key, v in expected.items()}
+    folder = write(tmp_path / "both", tensors | replaced, bias="lora_only", **fields)
+    loaded = peft.load(folder, *base(QWEN))
+    for key, value in expected.items():
+        update = value - loaded_tensor(base(QWEN).params, QWEN, key)
+        twice = loaded_tensor(loaded.params, QWEN, key)
+        np.testing.assert_allclose(twice, value + update, atol=1e-6)
     tensors = factors(LLAMA, "q_proj")
     tensors |= {k.replace("B.weight", "B.bias"): v[:, 0] for k, v in tensors.items() if "B.w" in k}
     with pytest.raises(ValueError, match="the model has no bias there"):
