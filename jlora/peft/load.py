@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import re
 import types
@@ -640,6 +641,11 @@ class _PeftFolderReader:
     ) -> None:
         """Changes a bias of the base, which jlora's adapter on the weight does not."""
         assert parameter.tensor_slice is not None
+        if values.size != math.prod(parameter.tensor_slice.tensor_shape):
+            raise self.make_error(
+                f"{parameter.module} has {values.size} numbers for a bias of shape "
+                f"{parameter.tensor_slice.tensor_shape}."
+            )
         target = _writable_weight(replacements, weights, parameter)
         region = weight_region(parameter.tensor_slice)
         changes = parameter.tensor_slice.to_weight_layout(values.reshape(-1))
