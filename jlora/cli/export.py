@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple[Any, Any, Any]:
-    """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder."""
+    """Returns the model, its parameters, and the adapter of a jlora file or a PEFT folder.
+
+    The head of the base gets a weight of its own where a PEFT folder changes the head or the
+    embedding alone.
+    """
     from jlora import models
+    from jlora.peft.tied_weights import TiedWeightsError
 
     model, params = models.load(base, **options)
-    return load_adapter_on_base(path, model, params)
+    try:
+        return load_adapter_on_base(path, model, params)
+    except TiedWeightsError:
+        model, params = models.load(base, **options, tie_word_embeddings=False)
+        return load_adapter_on_base(path, model, params)
 
 
 def load_adapter_on_base(path: Path, model: Any, params: Any) -> tuple[Any, Any, Any]:
@@ -30,6 +41,24 @@ def load_adapter_on_base(path: Path, model: Any, params: Any) -> tuple[Any, Any,
         loaded = peft.load(path, model, params)
         return model, loaded.params, loaded.adapter
     return model, params, load_adapter(path, params)
+
+
+@contextlib.contextmanager
+def _open_base_and_adapter(base: str, path: Path) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
+    """Yields the same with stored weights, and the options that the base was opened with."""
+    from jlora.models.hf.load import open_model
+    from jlora.peft.tied_weights import TiedWeightsError
+
+    for options in ({}, {"tie_word_embeddings": False}):
+        with open_model(base, **options) as (model, stored):
+            try:
+                loaded = load_adapter_on_base(path, model, stored)
+            except TiedWeightsError:
+                if options:
+                    raise
+                continue
+            yield (*loaded, options)
+            return
 
 
 def _check_run_base(options: ExportOptions) -> None:
@@ -122,11 +151,10 @@ def _export_hf(options: ExportOptions) -> None:
     from jlora import models
     from jlora.checkpoints.adapter_file import read_quantization_schemes
     from jlora.merging.merge_to import merge_stored, warn_lost_updates
-    from jlora.models.hf.load import open_model
 
     _check_run_base(options)
-    with open_model(options.base) as (model, stored):
-        _, params, adapter = load_adapter_on_base(options.adapter, model, stored)
+    opened = _open_base_and_adapter(options.base, options.adapter)
+    with opened as (_, params, adapter, load_options):
         merged = merge_stored(params, adapter, options.dtype)
         models.save(
             options.out,
@@ -134,6 +162,7 @@ def _export_hf(options: ExportOptions) -> None:
             options.base,
             dtype=options.dtype,
             max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
+            **load_options,
         )
     warn_lost_updates(merged.report)
     print(merged)
@@ -149,11 +178,10 @@ def _export_hf(options: ExportOptions) -> None:
 def _export_peft(options: ExportOptions) -> None:
     """Writes the PEFT folder."""
     from jlora import peft
-    from jlora.models.hf.load import open_model
 
     _check_run_base(options)
-    with open_model(options.base) as (model, stored):
-        _, params, adapter = load_adapter_on_base(options.adapter, model, stored)
+    opened = _open_base_and_adapter(options.base, options.adapter)
+    with opened as (model, params, adapter, _):
         peft.save(
             options.out,
             adapter,

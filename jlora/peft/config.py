@@ -79,6 +79,11 @@ def _is_regex(value: Any) -> bool:
         return False
 
 
+def _is_inner_regex(value: Any) -> bool:
+    """Returns True for a regular expression that can be a part of another one."""
+    return isinstance(value, str) and _is_regex(value) and _is_regex(f"(?:{value})")
+
+
 def _is_list_of(value: Any, item_type: type = str) -> bool:
     return isinstance(value, list) and all(type(one) is item_type for one in value)
 
@@ -86,7 +91,7 @@ def _is_list_of(value: Any, item_type: type = str) -> bool:
 def _is_rank_pattern(value: Any) -> bool:
     """Returns True for a mapping from regular expressions to positive finite numbers."""
     return isinstance(value, Mapping) and all(
-        _is_regex(key) and type(one) in (int, float) and 0 < one < math.inf
+        _is_inner_regex(key) and type(one) in (int, float) and 0 < one < math.inf
         for key, one in value.items()
     )
 
@@ -121,7 +126,11 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "fan_in_fan_out": _is_bool,
     "feedforward_modules": _allow_none(_is_module_selector),
     "hira_dropout": _is_dropout_rate,
-    "layers_pattern": _allow_none(lambda value: isinstance(value, str) or _is_list_of(value)),
+    "layers_pattern": _allow_none(
+        lambda value: (
+            _is_inner_regex(value) or (_is_list_of(value) and all(map(_is_inner_regex, value)))
+        )
+    ),
     "layers_to_transform": _allow_none(lambda value: type(value) is int or _is_list_of(value, int)),
     "lora_bias": _is_bool,
     "lora_dropout": _is_dropout_rate,

@@ -73,6 +73,7 @@ def join_expert_modules(
             widths != (shapes[0][0][1:], shapes[0][1][:1])
             or len(a_shape) != 2
             or a_shape[:1] != b_shape[1:]
+            or type(expert.fields["r"]) is not int
             or a_shape[0] != expert.fields["r"]
         ):
             raise make_error(

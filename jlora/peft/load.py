@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import re
 import types
@@ -503,10 +504,6 @@ class _PeftFolderReader:
         saved_names, heads = config.saved_module_names(self.fields)
         if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
             saved_names.append(HEAD_MODULE)  # PEFT adds the head to the embedding.
-        for parameter, gains in self.bias_gains:
-            self._change_bias(replacements, weights, parameter, lambda bias, g: bias * g, gains)
-        for parameter, update in self.bias_updates:
-            self._change_bias(replacements, weights, parameter, lambda bias, u: bias + u, update)
         names = set(self.remaining)
         replaced: set[tuple[str, str]] = set()
         tokens: set[str] = set()
@@ -543,6 +540,11 @@ class _PeftFolderReader:
                 replacements.trainable_configs[parameter.path] = (
                     BitFit() if is_bias else FullDelta()
                 )
+        # After the biases that the file replaces.
+        for bias, gains in self.bias_gains:
+            self._change_bias(replacements, weights, bias, np.multiply, gains)
+        for bias, update in self.bias_updates:
+            self._change_bias(replacements, weights, bias, np.add, update)
         by_parameter: dict[tuple[str, str], set[tuple[str, str]]] = {}
         for module, (key, *_) in self.expert_modules.items():
             by_parameter.setdefault(key, set()).add((module, "weight"))
@@ -575,8 +577,8 @@ class _PeftFolderReader:
             missing += [f"{module}.{name}" for module, name in set(matches) - set(replaced)]
         if missing:
             raise self.make_error(
-                f"modules_to_save or the task have modules, of which the file lacks "
-                f"{format_names(sorted(set(missing)))}."
+                f"the file lacks {format_names(sorted(set(missing)))}, which modules_to_save or "
+                f"task_type promise."
             )
 
     def _check_tokens(self, found: Collection[str]) -> None:
@@ -642,6 +644,11 @@ class _PeftFolderReader:
     ) -> None:
         """Changes a bias of the base, which jlora's adapter on the weight does not."""
         assert parameter.tensor_slice is not None
+        if values.size != math.prod(parameter.tensor_slice.tensor_shape):
+            raise self.make_error(
+                f"{parameter.module} has {values.size} numbers for a bias of shape "
+                f"{parameter.tensor_slice.tensor_shape}."
+            )
         target = _writable_weight(replacements, weights, parameter)
         region = weight_region(parameter.tensor_slice)
         changes = parameter.tensor_slice.to_weight_layout(values.reshape(-1))

@@ -27,6 +27,10 @@ _TRANSPOSED_SUFFIXES = {
 _WEIGHT_SUFFIXES = ("weight", "base_layer.weight")
 
 
+class TiedWeightsError(ValueError):
+    """An adapter changes one of two modules that are one weight of the model."""
+
+
 class TiedPair(NamedTuple):
     """Two modules of a checkpoint that are one weight of the model.
 
@@ -83,7 +87,7 @@ def join_tied_tensors(
             (`ensure_weight_tying`), so that the head's tensors may be missing.
 
     Raises:
-        ValueError: The two have different updates, which one weight cannot have.
+        TiedWeightsError: The two have different updates, which one weight cannot have.
     """
     head, embedding = pair.head, pair.embedding.module
     ours = _collect_changes(tensors, embedding, base_table)
@@ -103,7 +107,7 @@ def join_tied_tensors(
         is_same = False
     if not is_same and (theirs or not is_tied_by_config):
         change = f"only {embedding}" if not theirs else f"only {head}" if not ours else "each alone"
-        raise ValueError(
+        raise TiedWeightsError(
             f"{folder}: the model has one weight for {embedding} and {head}, and PEFT's adapter "
             f"changes {change}. Load the base with a weight for each: "
             f"jlora.models.load(..., tie_word_embeddings=False)."

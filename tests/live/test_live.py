@@ -22,6 +22,7 @@ from jlora import models, peft  # noqa: E402
 from jlora.models.hf.config_reader import ConfigReader  # noqa: E402
 from jlora.models.hf.decoder_configs import DECODER_PARSERS, decoder_config  # noqa: E402
 from jlora.models.hf.encoder_configs import encoder_config, vit_config  # noqa: E402
+from jlora.peft.config import read_peft_config  # noqa: E402
 from jlora.peft.methods import PEFT_METHODS  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
@@ -332,6 +333,16 @@ def test_config_defaults_are_those_of_peft() -> None:
                 continue
             known = getattr(config, field)
             assert known == default or not (known or default), (name, field, known)
+
+
+@pytest.mark.parametrize("kind", PEFT_METHODS)
+def test_config_of_peft_is_known(kind: str, tmp_path: pathlib.Path) -> None:
+    options = {"total_step": 1} if kind == "ADALORA" else {}
+    config = hf_peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](target_modules=["q"], **options)
+    config.save_pretrained(tmp_path)
+    fields, method = read_peft_config(tmp_path)
+    assert fields["target_modules"] == ["q"]
+    assert method is PEFT_METHODS[kind]
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,22 @@ def test_load_empty_fields_restrict_nothing(fields: Any, tmp_path: pathlib.Path)
     assert len(adapted(folder, LLAMA)) == 4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [0], "layers_pattern": "("},
+        {"layers_to_transform": [0], "layers_pattern": ["layers", "(?i)h"]},
+        {"rank_pattern": {"(?i)q_proj": 3}},
+        {"alpha_pattern": {"*": 3}},
+    ],
+    ids=str,
+)
+def test_load_invalid_pattern_raises(fields: Any, tmp_path: pathlib.Path) -> None:
+    folder = write(tmp_path / "in", factors(LLAMA, *QV), target_modules=QV, **fields)
+    with pytest.raises(ValueError, match=f"{list(fields)[-1]}=.* must have the type"):
+        peft.load(folder, *base(LLAMA))
+
+
 def test_load_layers_select_listed_layers(tmp_path: pathlib.Path) -> None:
     tensors = {k: v for k, v in factors(LLAMA, *QV).items() if ".1." in k}
     folder = write(tmp_path / "in", tensors, target_modules=QV, layers_to_transform=1)
@@ -326,6 +342,13 @@ def test_load_factor_bias_is_added(tmp_path: pathlib.Path) -> None:
     for key, value in expected.items():
         # One float32 product and sum.
         np.testing.assert_allclose(loaded_tensor(loaded.params, QWEN, key), value, atol=1e-6)
+    replaced = {key.replace(".bias", ".base_layer.bias"): v for key, v in expected.items()}
+    folder = write(tmp_path / "both", tensors | replaced, bias="lora_only", **fields)
+    loaded = peft.load(folder, *base(QWEN))
+    for key, value in expected.items():
+        update = value - loaded_tensor(base(QWEN).params, QWEN, key)
+        twice = loaded_tensor(loaded.params, QWEN, key)
+        np.testing.assert_allclose(twice, value + update, atol=1e-6)
     tensors = factors(LLAMA, "q_proj")
     tensors |= {k.replace("B.weight", "B.bias"): v[:, 0] for k, v in tensors.items() if "B.w" in k}
     with pytest.raises(ValueError, match="the model has no bias there"):

@@ -20,6 +20,7 @@ from _support.peft_numpy import PREFIX
 
 import jlora
 from jlora import models, peft
+from jlora.cli import export
 from jlora.models.hf.load import example_inputs
 from jlora.peft.leaf_conversion import make_template_leaf
 from jlora.rules import trace_weights
@@ -236,3 +237,19 @@ def test_save_on_scaled_embedding_raises(config: Any, tmp_path: pathlib.Path) ->
     arrays = {name: np.ones(shape, np.float32) for name, shape in leaf.shapes().items()}
     with pytest.raises(ValueError, match="does not scale the update"):
         peft.save(tmp_path / "out", {PATH: dataclasses.replace(leaf, **arrays)}, model, params)
+
+
+@pytest.mark.parametrize("case", ["embedding alone", "saved with drift"])
+def test_export_hf_unties_updates_apart(case: str, tmp_path: pathlib.Path) -> None:
+    tensors, fields, (embedding, head), _ = APART[case]
+    folder = folder_of(tmp_path / "in", tensors, **fields)
+    options = export.ExportOptions(
+        base=str(BASE), adapter=folder, out=tmp_path / "out", dtype="float32"
+    )
+    export.run_export(options)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    # The base and the replaced tables are bfloat16, of eight bits.
+    np.testing.assert_allclose(written[f"{EMBED}.weight"], embedding, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(written[f"{HEAD}.weight"], head, rtol=2**-8, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
