@@ -49,6 +49,9 @@ _SAFETENSORS_DTYPES = {
 # Ending of files and folders that are not complete; a killed process leaves them.
 PARTIAL_SUFFIX = ".partial"
 
+# Ending of a folder that is being replaced.
+REPLACED_SUFFIX = ".replaced"
+
 # Bytes that are read at a time from a tensor of which only some columns are kept.
 _READ_BYTES = 1 << 25
 
@@ -400,6 +403,7 @@ def write_safetensors(
             if data.nbytes != specs[key].num_bytes:
                 raise ValueError(f"{key} has {data.nbytes} bytes, expected {specs[key]}.")
             file.write(data)
+            del data  # Before the next tensor is made.
         file.flush()
         os.fsync(file.fileno())
 
@@ -502,6 +506,13 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_partial_outputs(folder: Path) -> None:
+    """Removes what a killed process has left in a folder, whose lock this process holds."""
+    for suffix in (PARTIAL_SUFFIX, REPLACED_SUFFIX):
+        for path in folder.glob(f".*{suffix}"):
+            remove_path(path)
 
 
 def _check_not_exists(path: Path) -> None:

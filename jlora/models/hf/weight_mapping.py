@@ -307,6 +307,8 @@ def _load_tensor_slice(
         index = index[num_stack_axes:]
         tensor_index = tuple(index[axis_order.index(axis)] for axis in range(len(axis_order)))
         shard = reader.read(tensor_slice.key, tensor_index).transpose(axis_order)
+        # JAX would copy while the tensor as it was read is still in memory.
+        shard = np.ascontiguousarray(shard)
         return shard.reshape((1,) * num_stack_axes + shard.shape)
 
     return jax.make_array_from_callback(tensor_slice.slice_sizes, sharding, read_shard)
