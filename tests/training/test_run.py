@@ -807,7 +807,7 @@ def test_train_labels_of_all_sources(
 
 
 @pytest.mark.slow
-def test_train_writes_the_same_bytes_on_another_day(
+def test_train_bytes_are_equal_on_another_day(
     recipe_of: Make, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
