@@ -26,15 +26,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 import jlora
 from benchmarks.speed._common import format_command, versions
 from jlora import cli, models
-from jlora.checkpoints.safetensors_io import TensorSpec, write_safetensors
-from jlora.models.hf.load import example_inputs, open_model
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256, "num_hidden_layers": 2}
-MEDIUM = {"hidden_size": 1024, "intermediate_size": 2752, "vocab_size": 8_000}
+MEDIUM = {"hidden_size": 1024, "intermediate_size": 2752, "vocab_size": 20_000}
 LARGE = {"hidden_size": 4096, "intermediate_size": 11_008, "vocab_size": 64_000}
 SHAPES = {
     "tiny": TINY,
@@ -75,32 +74,30 @@ def write_checkpoint(folder: pathlib.Path, shape: dict[str, int]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     weights = models.checkpoint_mapping(models.model_from_config(folder))[0].values()
     shapes = {part.key: part.tensor_shape for weight in weights for part in weight.slices}
-    specs = {
-        key: TensorSpec.from_array(jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16))
-        for key, shape in shapes.items()
-    }
     rng = np.random.default_rng(0)
-
-    def make_tensor(key: str) -> np.ndarray:
+    weight_map = {}
+    for number, (key, shape) in enumerate(shapes.items()):
         # Random mantissas and signs of numbers between 1/64 and 1/32.
-        bits = rng.integers(0, 2**16, specs[key].shape, np.uint16)
-        return (bits & 0x807F | 0x3C80).view(ml_dtypes.bfloat16)
+        bits = rng.integers(0, 2**16, shape, np.uint16)
+        tensor = (bits & 0x807F | 0x3C80).view(ml_dtypes.bfloat16)
+        weight_map[key] = f"model-{number}.safetensors"
+        safetensors.numpy.save_file({key: tensor}, folder / weight_map[key], {"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    write_safetensors(folder / "model.safetensors", specs, make_tensor, {"format": "pt"})
 
-
-def write_adapter_file(folder: pathlib.Path, path: pathlib.Path, seed: int) -> None:
-    """Writes an adapter of rank 8 on all projections of a checkpoint."""
-    model = models.model_from_config(folder)
-    params = models.abstract_params(model, "bfloat16")
+def write_adapter_files(folder: pathlib.Path) -> None:
+    """Writes two adapters of rank 8 on all projections of a checkpoint."""
+    model, params = models.load(folder / "base")
     lora = jlora.lora_transform(model.apply, {TARGETS: jlora.LoRA(rank=8, alpha=16)})
-    shapes = jax.eval_shape(lora.init, jax.random.key(0), params, *example_inputs(model))
-    rng = np.random.default_rng(seed)
-    adapter = jax.tree.map(
-        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(np.float32) / 64), shapes
-    )
-    with open_model(folder) as (_, stored):
-        jlora.save_adapter(path, adapter, stored)
+    tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
+    shapes = jax.eval_shape(lora.init, jax.random.key(0), params, tokens)
+    for seed, name in enumerate(("one", "two")):
+        rng = np.random.default_rng(seed)
+        adapter = jax.tree.map(
+            lambda leaf, rng=rng: rng.normal(size=leaf.shape).astype(np.float32) / 64, shapes
+        )
+        jlora.save_adapter(folder / f"{name}.safetensors", jax.device_put(adapter), params)
 
 
 def _load(folder: pathlib.Path, out: pathlib.Path) -> Any:
@@ -164,6 +161,15 @@ def measure_here(operation: str, folder: pathlib.Path, tiny: pathlib.Path) -> No
     print(json.dumps([peak, returned]))
 
 
+def run_child(operation: str, folder: pathlib.Path, tiny: pathlib.Path) -> str:
+    """Runs an operation in a process of its own, and returns what it prints."""
+    command = [sys.executable, "-m", "benchmarks.speed.host_memory", "--child", operation]
+    done = subprocess.run(
+        [*command, str(folder), str(tiny)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
+
+
 def measure(shape: dict[str, int], operations: Iterable[str]) -> list[Row]:
     """Returns the measurements on a checkpoint of a shape."""
     rows = []
@@ -172,20 +178,11 @@ def measure(shape: dict[str, int], operations: Iterable[str]) -> list[Row]:
         for folder, size in ((folders["tiny"], TINY), (folders["main"], shape)):
             folder.mkdir()
             write_checkpoint(folder / "base", size)
-            for seed, name in enumerate(("one", "two")):
-                write_adapter_file(folder / "base", folder / f"{name}.safetensors", seed)
+            run_child("adapters", folder, folder)
         largest = 2 * shape["vocab_size"] * shape["hidden_size"] / 1e6
         for operation in operations:
-            child = subprocess.run(
-                [
-                    *(sys.executable, "-m", "benchmarks.speed.host_memory", "--child", operation),
-                    *(str(folders["main"]), str(folders["tiny"])),
-                ],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            peak, returned = json.loads(child.stdout.splitlines()[-1])
+            child = run_child(operation, folders["main"], folders["tiny"])
+            peak, returned = json.loads(child.splitlines()[-1])
             extra = (peak - returned) / largest
             rows.append(Row(operation, round(peak, 1), round(returned, 1), round(extra, 2)))
             print(f"{operation:15} {peak:9.1f} MB  {returned:9.1f} MB  {extra:6.2f}", flush=True)
@@ -195,13 +192,16 @@ def measure(shape: dict[str, int], operations: Iterable[str]) -> list[Row]:
 def main() -> None:
     """Measures all operations, or one of them in a child process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a checkpoint of 240 MB")
+    parser.add_argument("--tiny", action="store_true", help="a checkpoint of 270 MB")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         operation, folder, tiny = options.child
-        measure_here(operation, pathlib.Path(folder), pathlib.Path(tiny))
+        if operation == "adapters":
+            write_adapter_files(pathlib.Path(folder))
+        else:
+            measure_here(operation, pathlib.Path(folder), pathlib.Path(tiny))
         return
     shape = SHAPES["medium" if options.tiny else "large"]
     print(f"{'operation':15} {'peak':>12}  {'returned':>12}  largest tensors")

@@ -49,8 +49,11 @@ _SAFETENSORS_DTYPES = {
 # Ending of files and folders that are not complete; a killed process leaves them.
 PARTIAL_SUFFIX = ".partial"
 
-# Bytes that are read at a time from a tensor of which only some columns are kept.
-_READ_BYTES = 1 << 25
+# Ending of a folder that is being replaced.
+REPLACED_SUFFIX = ".replaced"
+
+# Bytes that are read at a time from a tensor that is transposed, or of which columns are left out.
+_READ_BYTES = 1 << 23
 
 SAFE_WEIGHTS_NAME = "model.safetensors"
 
@@ -148,12 +151,18 @@ class CheckpointReader:
                 )
             self.headers.update(file.headers)
 
-    def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Reads a tensor, or only a slice of it.
+    def read(
+        self,
+        key: str,
+        index: tuple[slice, ...] | None = None,
+        axis_order: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        """Reads a tensor, or only a slice of it, to one contiguous array.
 
         Args:
             key: Name of the tensor, whose dtype is one of `FLOAT_DTYPES`.
-            index: Slice along each axis. None: the complete tensor.
+            index: Slice along each axis of the tensor. None: the complete tensor.
+            axis_order: Axis of the tensor for each axis of the result. None: the same axes.
         """
         header = self.headers[key]
         dtype, shape = FLOAT_DTYPES[header.dtype], header.shape
@@ -170,14 +179,21 @@ class CheckpointReader:
             data = file.read_bytes(key, start * row_bytes, stop * row_bytes)
             return data.view(dtype).reshape(stop - start, *shape[1:])
 
-        if all(one == slice(0, size) for one, size in zip(others, shape[1:], strict=True)):
+        order = tuple(range(len(shape))) if axis_order is None else axis_order
+        has_full_rows = all(
+            one == slice(0, size) for one, size in zip(others, shape[1:], strict=True)
+        )
+        if has_full_rows and order == tuple(range(len(shape))):
             return read_rows(rows.start, rows.stop)
-        result = np.empty([one.stop - one.start for one in (rows, *others)], dtype)
-        step = max(1, _READ_BYTES // max(row_bytes, 1))
+        sizes = [one.stop - one.start for one in (rows, *others)]
+        result = np.empty([sizes[axis] for axis in order], dtype)
+        target = result.transpose(np.argsort(order))  # A view in the order of the tensor.
+        block_bytes = min(_READ_BYTES, header.num_bytes // 8)
+        step = max(1, block_bytes // max(row_bytes, 1))
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             block = read_rows(start, stop)[(slice(None), *others)]
-            result[start - rows.start : stop - rows.start] = block
+            target[start - rows.start : stop - rows.start] = block
         return result
 
     def read_bytes(self, key: str) -> np.ndarray:
@@ -400,6 +416,7 @@ def write_safetensors(
             if data.nbytes != specs[key].num_bytes:
                 raise ValueError(f"{key} has {data.nbytes} bytes, expected {specs[key]}.")
             file.write(data)
+            del data  # Before the next tensor is made.
         file.flush()
         os.fsync(file.fileno())
 
@@ -502,6 +519,13 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_partial_outputs(folder: Path) -> None:
+    """Removes what a killed process has left in a folder, whose lock this process holds."""
+    for suffix in (PARTIAL_SUFFIX, REPLACED_SUFFIX):
+        for path in folder.glob(f".*{suffix}"):
+            remove_path(path)
 
 
 def _check_not_exists(path: Path) -> None:

@@ -15,7 +15,6 @@ import jlora
 from jlora import cli
 from jlora._docstrings import parse_attribute_docs
 from jlora.cli import export, generate, inspect, merge, rank_search, train
-from jlora.cli.terminal import escape_control_characters
 
 _CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "format": export.FORMATS}
 
@@ -127,6 +126,12 @@ def split_overrides(options: type, arguments: Sequence[str]) -> tuple[list[str],
 _DESCRIBED_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, ModuleNotFoundError)
 
 
+def _print_warning(message: Warning | str, *_: Any) -> None:
+    from jlora.checkpoints.text_files import escape_control_characters
+
+    print(escape_control_characters(f"warning: {message}"), file=sys.stderr)
+
+
 def _format_error(error: Exception) -> str:
     is_described = isinstance(error, _DESCRIBED_ERRORS) and str(error)
     return f"error: {error}" if is_described else f"error: {type(error).__name__}: {error}"
@@ -166,12 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print(
-            escape_control_characters(f"warning: {message}"), file=sys.stderr
-        )
+        warnings.showwarning = _print_warning
         try:
             return run(options(**values)) or 0
         except Exception as error:
+            from jlora.checkpoints.text_files import escape_control_characters
+
             print(escape_control_characters(_format_error(error)), file=sys.stderr)
             return 1
         except KeyboardInterrupt:

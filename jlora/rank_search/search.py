@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
 from jlora.checkpoints.output_lock import lock_output
+from jlora.checkpoints.safetensors_io import remove_partial_outputs
 from jlora.rank_search.report import write_search_report
 from jlora.rank_search.selection import rung_steps
 from jlora.rank_search.stages import (
@@ -260,6 +261,7 @@ def _search_locked(
     devices: Sequence[Any] | None,
 ) -> SearchResult:
     """Runs the search in an output folder that no other process writes."""
+    remove_partial_outputs(Path(recipe.output))
     steps = _get_trial_steps(recipe, options)
     study = _open_study(recipe, options, steps, resume, command, devices or jax.devices())
     timeout = math.inf if options.timeout_minutes is None else 60 * options.timeout_minutes

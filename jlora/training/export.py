@@ -21,6 +21,7 @@ from jlora.checkpoints.adapter_file import ADAPTER_FILE, write_adapter
 from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import (
     PARTIAL_SUFFIX,
+    REPLACED_SUFFIX,
     remove_path,
     replace_file_atomically,
     serialize_safetensors,
@@ -265,7 +266,7 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
     Whenever the process is killed, `folder` is the old one, the new one, or missing, and complete.
     """
     partial = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
-    replaced = folder.with_name(f".{folder.name}.replaced")
+    replaced = folder.with_name(f".{folder.name}{REPLACED_SUFFIX}")
     remove_path(partial)
     remove_path(replaced)
     yield partial

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import jax
 
 from jlora import _tree, models
+from jlora.checkpoints.safetensors_io import PARTIAL_SUFFIX
 from jlora.checkpoints.text_files import name_file_in_errors, parse_json
 from jlora.optim.multi_transform import FULL, param_labels
 from jlora.training.callbacks import Callback, MetricValues
@@ -90,7 +91,7 @@ class JsonlMetricsLogger(MetricsLogger):
             return
         lines = [line for line in read_metrics(self._path) if line["step"] <= loop.progress.step]
         # Written to another file and moved into place, so that a kill loses nothing.
-        temporary = self._path.with_suffix(".tmp")
+        temporary = self._path.with_name(f".{self._path.name}{PARTIAL_SUFFIX}")
         self._file = temporary.open("w", encoding="utf-8")
         for line in lines:
             self._write_line(self._file, line)

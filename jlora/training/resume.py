@@ -12,6 +12,7 @@ from typing import Any
 
 from jlora.checkpoints.text_files import name_file_in_errors, read_text
 from jlora.training.checkpointing import CheckpointManager
+from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.datasets import Datasets
 from jlora.training.loop import TrainProgress
 from jlora.training.recipe.load import parse_yaml
@@ -68,6 +69,23 @@ def resolve_defaults(
                 raise ValueError(f"model.scan_layers={scan_layers!r} must be true, false or null.")
             model = model.model_copy(update={"scan_layers": scan_layers})
     return recipe.model_copy(update={"data": data, "model": model})
+
+
+def forget_unused_date(recipe: Recipe, given_date: str | None, tokenizer: Tokenizer) -> Recipe:
+    """Returns the recipe without the date of a chat template that does not show it.
+
+    The recipe is part of the adapter file, and the same run writes the same bytes on any day.
+
+    Args:
+        recipe: Recipe that `resolve_defaults` returned.
+        given_date: The original recipe's `chat_template_date`, which is kept.
+        tokenizer: Tokenizer of the run.
+    """
+    template = tokenizer.chat_template
+    if given_date is not None or (template is not None and template.depends_on_date):
+        return recipe
+    data = recipe.data.model_copy(update={"chat_template_date": None})
+    return recipe.model_copy(update={"data": data})
 
 
 def collect_run_metadata(recipe: Recipe, setup: Setup, datasets: Datasets) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jlora.checkpoints import hub
 from jlora.checkpoints.output_lock import lock_output
-from jlora.checkpoints.safetensors_io import replace_file_atomically
+from jlora.checkpoints.safetensors_io import remove_partial_outputs, replace_file_atomically
 from jlora.training import export, report, sharding
 from jlora.training.callbacks import Callback
 from jlora.training.checkpointing import CheckpointManager, CheckpointSaver, check_writable
@@ -46,7 +46,12 @@ from jlora.training.progress import (
 from jlora.training.recipe.sections import Recipe
 from jlora.training.recipe_checks import check_recipe
 from jlora.training.report import RunSummary
-from jlora.training.resume import collect_run_metadata, resolve_defaults, restore_run
+from jlora.training.resume import (
+    collect_run_metadata,
+    forget_unused_date,
+    resolve_defaults,
+    restore_run,
+)
 from jlora.training.setup import Setup, build_setup, model_from_recipe
 from jlora.training.signals import SignalHandler
 from jlora.training.train_step import TrainState
@@ -167,10 +172,15 @@ def _train_locked(
     """Implements `train` in an output folder that no other process writes."""
     console = Console(quiet or jax.process_index() > 0)
     output = _prepare_output_folder(recipe, resume)
+    if jax.process_index() == 0:
+        remove_partial_outputs(output)
     loggers = _make_metrics_loggers(recipe)
     mesh = _build_recipe_mesh(recipe, devices)
+    given_date = recipe.data.chat_template_date
     recipe = resolve_defaults(recipe, output / RECIPE_FILE, resume, list(mesh.devices.flat))
     run = _build_run(recipe, mesh, console, program_cache)
+    recipe = forget_unused_date(recipe, given_date, run.datasets.tokenizer)
+    run = run._replace(recipe=recipe)
     export.check_exports(recipe, run.setup)  # Fails before training, not after.
     state, progress = _restore_or_init(run, console, resume, allow_changes)
     _check_pause_step(pause_after_step, progress.step)

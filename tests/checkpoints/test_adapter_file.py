@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -20,6 +21,12 @@ from _support.cases import BY_NAME, case, moved
 import jlora
 from jlora.adapters.lora import LoRALeaf
 from jlora.checkpoints import adapter_file
+from jlora.checkpoints.safetensors_io import (
+    TensorSpec,
+    open_checkpoint,
+    serialize_safetensors,
+    write_safetensors,
+)
 from jlora.interpreter.terms import WeightAxes
 
 NAMES = list(BY_NAME)
@@ -243,3 +250,45 @@ def test_fingerprint_of_device_and_host_arrays() -> None:
         on_device, sharded = jax.device_put(array), jax.device_put(array, sharding)
         prints = {adapter_file.fingerprint(one) for one in (array, on_device, sharded)}
         assert len(prints) == 1
+
+
+def test_reader_slices_agree_with_numpy(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "matrix": rng.normal(size=(37, 19)).astype(np.float32),
+        "stack": rng.normal(size=(3, 5, 7)).astype(np.float16),
+        "vector": rng.normal(size=11).astype(ml_dtypes.bfloat16),
+        "number": np.array(3, np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as reader:
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(reader.read(key), tensor)
+            assert reader.read_bytes(key).tobytes() == tensor.tobytes()
+            for _ in range(20):
+                bounds = [sorted(rng.integers(0, size + 1, 2)) for size in tensor.shape]
+                index = tuple(slice(int(start), int(stop)) for start, stop in bounds)
+                order = tuple(int(axis) for axis in rng.permutation(tensor.ndim))
+                found = reader.read(key, index, order)
+                np.testing.assert_array_equal(found, tensor[index].transpose(order))
+                assert found.flags.c_contiguous
+                assert found.dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64", "uint8", "bool"])
+def test_serialized_file_agrees_with_safetensors(dtype: str, tmp_path: pathlib.Path) -> None:
+    arrays = {"b": np.ones((2, 3), dtype), "a": np.zeros((), dtype), "c": np.ones(3, np.float32)}
+    content = serialize_safetensors(arrays, {"y": "1", "x": "\u00e9"})
+    assert content == serialize_safetensors(
+        dict(reversed(arrays.items())), {"x": "\u00e9", "y": "1"}
+    )
+    (tmp_path / "file").write_bytes(content)
+    with safetensors.safe_open(tmp_path / "file", framework="numpy") as file:
+        assert file.metadata() == {"x": "\u00e9", "y": "1"}
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+            assert file.get_tensor(name).dtype == array.dtype
+    specs = {name: TensorSpec.from_array(array) for name, array in sorted(arrays.items())}
+    write_safetensors(tmp_path / "file", specs, arrays.__getitem__, {"x": "\u00e9", "y": "1"})
+    assert (tmp_path / "file").read_bytes() == content

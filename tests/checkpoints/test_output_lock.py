@@ -305,3 +305,25 @@ def test_concurrent_replacements_are_complete(tmp_path: pathlib.Path) -> None:
         thread.join()
     assert path.read_bytes() in contents
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["models.save", "peft.save"])
+def test_save_removes_remains_of_a_killed_one(
+    name: str, tmp_path: pathlib.Path, recipe_of: Make
+) -> None:
+    (tmp_path / ".output.partial").mkdir()
+    (tmp_path / ".output.partial" / "half.safetensors").write_bytes(b"half")
+    (tmp_path / ".output.jlora.lock").write_text("{}")
+    WRITERS[name][0](tmp_path / "output", recipe_of)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    assert "half.safetensors" not in [path.name for path in (tmp_path / "output").iterdir()]
+
+
+def test_saved_folders_have_equal_bytes(tmp_path: pathlib.Path, recipe_of: Make) -> None:
+    for name in ("models.save", "peft.save"):
+        contents = []
+        for number in range(2):
+            folder = tmp_path / f"{name}-{number}"
+            WRITERS[name][0](folder, recipe_of)
+            contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
+        assert contents[0] == contents[1]

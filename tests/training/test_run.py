@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from _support.training_fixtures import ANIMALS, DATA, Make, make_recipe
+from _support.training_fixtures import ANIMALS, DATA, TEMPLATE, Make, make_recipe
 from _support.training_runs import After, assert_same, measured, output, run, stop
 
 import jlora
@@ -122,7 +124,9 @@ def test_train_writes_report_and_recipe(finished: FinishedRun) -> None:
         assert text in page
     path = folder / "recipe.yaml"
     validated = recipe.validate(finished.raw)
-    assert recipe.load(path) == resolve_defaults(validated, path, True, jax.devices())
+    resolved = resolve_defaults(validated, path, True, jax.devices())
+    data = resolved.data.model_copy(update={"chat_template_date": None})  # It shows no date.
+    assert recipe.load(path) == resolved.model_copy(update={"data": data})
 
 
 @pytest.mark.slow
@@ -396,8 +400,10 @@ def test_train_without_best_uses_the_last(
 
 
 @pytest.mark.slow
-def test_resolve_defaults_keeps_the_date(recipe_of: Make) -> None:
-    raw = recipe_of()
+def test_resolve_defaults_keeps_the_date(recipe_of: Make, tmp_path: pathlib.Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ strftime_now('%Y')[:0] }}" + TEMPLATE)
+    raw = recipe_of(data={"chat_template": str(template)})
     run(raw)
     path = output(raw) / "recipe.yaml"
     made = recipe.load(path)
@@ -918,3 +924,49 @@ def test_train_labels_of_all_sources(
     run(raw)
     head = safetensors.safe_open(output(raw) / "head.safetensors", framework="numpy")
     assert json.loads(head.metadata()["labels"]) == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_train_bytes_are_equal_on_another_day(
+    recipe_of: Make, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    for number, day in enumerate(("2026-01-31", "2027-02-01")):
+
+        class Day(datetime.date):
+            @classmethod
+            def today(cls) -> datetime.date:
+                return cls.fromisoformat(day)  # noqa: B023 -- called in this iteration
+
+        monkeypatch.setattr(datetime, "date", Day)
+        raw = recipe_of(output=str(tmp_path / str(number)), training={"steps": 1})
+        run(raw)
+        files = [path for path in output(raw).glob("*") if path.name.startswith("adapter")]
+        written.append({path.name: path.read_bytes() for path in files})
+        assert day not in (output(raw) / "recipe.yaml").read_text()
+    assert written[0] == written[1] != {}
+
+
+def test_train_removes_remains_of_a_killed_run(recipe_of: Make) -> None:
+    raw = recipe_of(training={"steps": 1})
+    folder = output(raw)
+    for name in (".merged.partial", ".peft.replaced"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    for name in (".recipe.yaml.partial", ".metrics.jsonl.partial", ".jlora.lock", "recipe.yaml"):
+        (folder / name).write_text("{hal")
+    run(raw)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert recipe.load(folder / "recipe.yaml")
+
+
+def test_train_outputs_follow_the_umask(recipe_of: Make) -> None:
+    raw = recipe_of(training={"steps": 1}, export={"peft": True})
+    previous = os.umask(0o027)
+    try:
+        run(raw)
+    finally:
+        os.umask(previous)
+    paths = [path for path in output(raw).rglob("*") if "checkpoints" not in path.parts]
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_file()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o750}

@@ -244,6 +244,8 @@ def _load_weight(
     for part in weight.slices:
         update = _load_tensor_slice(reader, part, fit_sharding(target_sharding, part.slice_sizes))
         array = _write_tensor_slice(array, update, part.start_indices)
+        # The update may be in the memory that the tensor was read to.
+        jax.block_until_ready(array)
     return array
 
 
@@ -327,7 +329,7 @@ def _load_tensor_slice(
     def read_shard(index: Any) -> np.ndarray:
         index = index[num_stack_axes:]
         tensor_index = tuple(index[axis_order.index(axis)] for axis in range(len(axis_order)))
-        shard = reader.read(tensor_slice.key, tensor_index).transpose(axis_order)
+        shard = reader.read(tensor_slice.key, tensor_index, axis_order)
         return shard.reshape((1,) * num_stack_axes + shard.shape)
 
     return jax.make_array_from_callback(tensor_slice.slice_sizes, sharding, read_shard)
