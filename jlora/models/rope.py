@@ -128,6 +128,12 @@ def rope_from_config(
             **options,
         )
         frequencies = np.array([rope.frequencies, rope.long_frequencies or rope.frequencies])
+    if not 1e-6 < rope.attention_scaling < 1e6:
+        raise ValueError(
+            f"The rope parameters {dict(parameters)} multiply queries and keys by "
+            f"attention_factor={rope.attention_scaling:g}, which must be between 1e-6 and 1e6. Copy "
+            f"them from the checkpoint's original config.json."
+        )
     # Written so that NaN is out of range.
     if not (frequencies > 0).all() or not frequencies.max() * max_position_embeddings < _MAX_ANGLE:
         raise ValueError(

@@ -278,6 +278,11 @@ def test_decoder_config_bad_number_raises(name: str, field: str) -> None:
         ("llama", {"head_dim": 5}, "an even number"),
         ("llama", {"rope_parameters": {"rope_theta": 1e-30}}, "which float32 cannot rotate by"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters=.* must be an object"),
+        (
+            "qwen2",
+            {"rope_parameters": {**raw("qwen2")["rope_parameters"], "attention_factor": 1e30}},
+            "attention_factor=1e[+]30, which must be between",
+        ),
         ("gemma3", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters.full_att.* missing"),
         ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 must be at most 4"),
         ("qwen3_moe", {"mlp_only_layers": [2]}, "must be indices of the 2 layers"),
