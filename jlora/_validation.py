@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import warnings
 from collections.abc import Callable
@@ -36,6 +35,11 @@ def is_real_number(value: Any) -> bool:
 def is_positive_float32(value: Any) -> bool:
     """Whether a value is a positive number in float32's range: not rounded to zero or infinity."""
     return is_real_number(value) and float(_FLOAT32.tiny) <= value <= float(_FLOAT32.max)
+
+
+def is_nonnegative_float32(value: Any) -> bool:
+    """Whether a value is zero, or a positive number in float32's range."""
+    return is_real_number(value) and (value == 0 or is_positive_float32(value))
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -77,9 +81,11 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_nonnegative(name: str, value: Any) -> None:
-    """Raises ValueError unless a value is finite and not negative."""
-    if not is_real_number(value) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} must be a finite number, 0.0 or more.")
+    """Raises ValueError unless a value is zero, or positive and finite in float32."""
+    if not is_nonnegative_float32(value):
+        raise ValueError(
+            f"{name}={value!r} must be a finite number, 0.0 or more, in the range of float32."
+        )
 
 
 def check_dropout_rate(name: str, value: Any) -> None:
@@ -91,10 +97,11 @@ def check_dropout_rate(name: str, value: Any) -> None:
 
 
 def check_std(name: str, value: Any) -> None:
-    """Raises ValueError unless a standard deviation is finite and not negative."""
-    if not is_real_number(value) or not math.isfinite(value) or value < 0:
+    """Raises ValueError unless a standard deviation is zero, or positive and finite in float32."""
+    if not is_nonnegative_float32(value):
         raise ValueError(
-            f"{name}={value!r} must be a standard deviation: a finite number, 0.0 or more."
+            f"{name}={value!r} must be a standard deviation: a finite number, 0.0 or more, in the "
+            f"range of float32."
         )
 
 

@@ -147,6 +147,9 @@ def gaussian(std: float | None = None) -> FactorInit:
     Args:
         std: Standard deviation of `A`. None: `1 / rank`, as in PEFT.
 
+    Raises:
+        ValueError: `std` is negative or not finite in float32.
+
     References:
         Hu et al., LoRA, arXiv:2106.09685, section 4.1.
 
@@ -155,6 +158,8 @@ def gaussian(std: float | None = None) -> FactorInit:
         >>> jlora.LoRA(rank=2, alpha=4, init=jlora.initializers.gaussian(std=0.02)).init
         initializers.gaussian
     """
+    if std is not None:
+        _validation.check_std("initializers.gaussian: std", std)
 
     def sample(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.normal(key, shape, dtype) * (1 / shape[-1] if std is None else std)
@@ -171,7 +176,7 @@ def orthogonal(std: float = 0.1) -> FactorInit:
         std: Standard deviation of their entries before the projection to the halves.
 
     Raises:
-        ValueError: From `init`: the rank is odd.
+        ValueError: `std` is negative or not finite in float32. From `init`: the rank is odd.
 
     References:
         PEFT's `init_lora_weights="orthogonal"`, whose factor of a tenth is `std`.
@@ -184,6 +189,7 @@ def orthogonal(std: float = 0.1) -> FactorInit:
         >>> bool(jnp.any(leaf.a)), bool(jnp.allclose(leaf.a @ leaf.b, 0, atol=1e-6))
         (True, True)
     """
+    _validation.check_std("initializers.orthogonal: std", std)
 
     def factors(key: jax.Array, weight: AdaptableWeight, rank: int, scale: float) -> Factors:
         del scale

@@ -455,7 +455,8 @@ def weight_indices(flat: _tree.FlatTree, adapter: Any) -> dict[str, int]:
         raise ValueError(
             f"The adapter has {missing[0]!r} ({len(missing)} such of {len(leaves)}), which params "
             f"does not. The nearest paths are {nearest}. Pass the tree that init was given, with "
-            f"the same outer keys."
+            f"the same outer keys. Where params stacks layers and the adapter does not, or the "
+            f"other way round, use jlora.adapters.match_layer_layout(adapter, params)."
         )
     for path, leaf in leaves.items():
         shape = tuple(flat.leaves[index[path]].shape)

@@ -73,10 +73,12 @@ class VeRA(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _validation.is_real_number(self.d_initial) or not 0 < self.d_initial < math.inf:
+        largest = float(jnp.finfo(self.dtype).max)
+        if not _validation.is_positive_float32(self.d_initial) or self.d_initial > largest:
             raise ValueError(
-                f"VeRA.d_initial={self.d_initial!r} must be positive and finite: a zero `d` blocks "
-                f"all gradients. Use a value such as 0.1."
+                f"VeRA.d_initial={self.d_initial!r} must be positive and finite in "
+                f"{jnp.dtype(self.dtype).name}: a zero `d` blocks all gradients. Use a value such "
+                f"as 0.1."
             )
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> VeRALeaf:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jlora._tree import is_quantized
+from jlora._validation import is_nonnegative_float32
 from jlora.models.decoder import Decoder, KVCache, init_cache
 
 ModelApplyFn = Callable[..., Any]
@@ -47,10 +48,10 @@ class SamplingParams:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not is_nonnegative_float32(self.temperature):
             raise ValueError(
-                f"SamplingParams.temperature={self.temperature} must be finite and at least 0. Use "
-                f"0 for greedy decoding."
+                f"SamplingParams.temperature={self.temperature} must be a finite number of at "
+                f"least 0, in the range of float32. Use 0 for greedy decoding."
             )
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._validation import is_positive_float32
+from jlora._validation import is_nonnegative_float32, is_positive_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,12 @@ def rope_from_config(
             **options,
         )
         frequencies = np.array([rope.frequencies, rope.long_frequencies or rope.frequencies])
+    if not 1e-6 < rope.attention_scaling < 1e6:
+        raise ValueError(
+            f"The rope parameters {dict(parameters)} multiply queries and keys by "
+            f"attention_factor={rope.attention_scaling:g}, which must be between 1e-6 and 1e6. "
+            f"Copy them from the checkpoint's original config.json."
+        )
     # Written so that NaN is out of range.
     if not (frequencies > 0).all() or not frequencies.max() * max_position_embeddings < _MAX_ANGLE:
         raise ValueError(
@@ -149,7 +155,7 @@ _FACTORS: _Range = (
     "a list of finite numbers above 0",
 )
 _SCALE: _Range = (
-    lambda value: (value == 0 and not isinstance(value, bool)) or is_positive_float32(value),
+    is_nonnegative_float32,
     "0 or a finite number above 0",
 )
 _PARAMETER_RANGES: dict[str, _Range] = {  # Of other parameters: _POSITIVE.

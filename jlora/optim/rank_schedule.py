@@ -17,6 +17,7 @@ from jlora._tree import PyTree
 from jlora.adapters import low_rank
 from jlora.adapters.base import check_adapter, is_adapter_node
 from jlora.adapters.lora import LoRALeaf
+from jlora.interpreter.weight import divide_by_size
 
 
 class RankScheduleState(NamedTuple):
@@ -250,12 +251,13 @@ def _project_updates_to_rank(updates: PyTree, params: PyTree, rank: jax.Array) -
 def _best_rank_approximation(leaf: LoRALeaf, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns factors of the best approximation of `A B`, with the leaf's shapes and dtypes."""
     exact = lax.Precision.HIGHEST
-    a, b = low_rank.factor_matrices(leaf)
+    (a, size_a), (b, size_b) = map(divide_by_size, low_rank.factor_matrices(leaf))
     q_a, r_a = jnp.linalg.qr(a)  # A = Q_a R_a
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))  # B^T = Q_b R_b
     core = jnp.matmul(r_a, jnp.swapaxes(r_b, -1, -2), precision=exact)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     root = jnp.where(jnp.arange(s.shape[-1]) < rank, jnp.sqrt(s), 0)
+    root = root * jnp.sqrt(size_a[..., 0]) * jnp.sqrt(size_b[..., 0])
     a = jnp.matmul(q_a, u * root[..., None, :], precision=exact)
     b = jnp.matmul(root[..., :, None] * vt, jnp.swapaxes(q_b, -1, -2), precision=exact)
     # A narrow weight has fewer directions than the pair has ranks.

@@ -22,6 +22,7 @@ from jlora.adapters.sora import SoRALeaf
 from jlora.checkpoints import hub
 from jlora.checkpoints.adapter_file import fingerprint_weights
 from jlora.checkpoints.base_digest import BaseDigest
+from jlora.checkpoints.safetensors_io import open_checkpoint
 from jlora.convert import residual_base
 from jlora.models.hf.load import example_inputs
 from jlora.optim.multi_transform import partition
@@ -209,7 +210,19 @@ def model_from_recipe(recipe: Recipe, folder: Path) -> Any:
             remat_policy=options.remat_policy,
             attention_implementation=options.attention_implementation,
         )
-    return model if options.compute_dtype is None else model.clone(dtype=options.compute_dtype)
+    dtype = options.compute_dtype
+    if dtype is None and _has_float16_weights(recipe, folder):
+        dtype = "float32"  # Gradients below 6e-8 are zero in float16.
+    return model if dtype is None else model.clone(dtype=dtype)
+
+
+def _has_float16_weights(recipe: Recipe, folder: Path) -> bool:
+    """Whether most weights of the base are in float16; False for a base without files."""
+    if recipe.model.dtype is not None or not any(folder.glob("*.safetensors")):
+        return recipe.model.dtype == "float16"
+    with open_checkpoint(folder) as reader:
+        stored = [header.dtype for header in reader.headers.values()]
+    return 2 * stored.count("F16") > len(stored)
 
 
 def objective_from_recipe(

@@ -118,6 +118,23 @@ def test_config_alpha_beyond_float32_raises(config: Any, alpha: float) -> None:
         dataclasses.replace(config, alpha=alpha)
 
 
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (lambda x: initializers.gaussian(std=x), 1e39),
+        (lambda x: initializers.orthogonal(std=x), 1e39),
+        (lambda x: jlora.FourierFT(num_frequencies=2, alpha=1, std=x), 1e39),
+        (lambda x: jlora.VeRA(rank=2, d_initial=x), 1e39),
+        (lambda x: jlora.VeRA(rank=2, d_initial=x, dtype=jnp.float16), 1e6),
+        (lambda x: jlora.models.SamplingParams(temperature=x), 1e39),
+        (lambda x: jlora.models.SamplingParams(temperature=x), 1e-46),
+    ],
+)
+def test_number_beyond_its_type_raises(make: Any, value: float) -> None:
+    with pytest.raises(ValueError, match=f"={value}".replace("+", "[+]")):
+        make(value)
+
+
 def test_load_adapter_alpha_beyond_float32_raises(tmp_path: pathlib.Path) -> None:
     lora = jlora.lora_transform(product, jlora.LoRA(rank=2, alpha=4))
     path = tmp_path / "adapter.safetensors"

@@ -278,6 +278,11 @@ def test_decoder_config_bad_number_raises(name: str, field: str) -> None:
         ("llama", {"head_dim": 5}, "an even number"),
         ("llama", {"rope_parameters": {"rope_theta": 1e-30}}, "which float32 cannot rotate by"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters=.* must be an object"),
+        (
+            "qwen2",
+            {"rope_parameters": {**raw("qwen2")["rope_parameters"], "attention_factor": 1e30}},
+            "attention_factor=1e[+]30, which must be between",
+        ),
         ("gemma3", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters.full_att.* missing"),
         ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 must be at most 4"),
         ("qwen3_moe", {"mlp_only_layers": [2]}, "must be indices of the 2 layers"),
@@ -719,6 +724,35 @@ def test_generate_adapted_matches_merged(name: str) -> None:
     base = generate(model, params, ids, max_new_tokens=5)
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
     assert (np.asarray(ours.tokens) != base.tokens).any()
+
+
+@pytest.mark.slow
+def test_generate_slots_past_switch_match_alone() -> None:
+    """Rows with adapters of their own, whose texts outgrow the first rotary frequencies."""
+    model, params = loaded("phi3", True)
+    lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
+    known = expected("phi3")
+    ids, mask = known["input_ids"][:, :6], np.array([[1] * 6, [1] * 4 + [0] * 2])
+    fresh = lora.init(jax.random.key(0), params, ids)
+    adapters = [shifted(fresh), shifted(fresh, -0.2)]
+    bank = jlora.multi_lora.AdapterBank(lora, params, fresh, slots=3, dtype=jnp.float32)
+    for name, adapter in zip("ab", adapters, strict=True):
+        bank.add(name, adapter)
+    slots, index = bank.slots_for(["a", "b"])
+    axes = jlora.multi_lora.infer_batch_axes(lambda rows: models.init_cache(model, rows, 6 + 7))
+
+    def apply_slots(given: Any, *args: Any) -> Any:
+        return jlora.multi_lora.apply_per_example(
+            lora, given[0], given[1], given[2], *args, batch_axes=(0, 0, 0, axes)
+        )
+
+    given = (params, slots, index)
+    ours = generate(model, given, ids, mask, max_new_tokens=7, apply=apply_slots).tokens
+    apply = lambda p, *args: lora.apply(p[0], p[1], *args)
+    for row, adapter in enumerate(adapters):
+        text = ids[row : row + 1, : mask[row].sum()]
+        alone = generate(model, (params, adapter), text, max_new_tokens=7, apply=apply)
+        np.testing.assert_array_equal(ours[row], alone.tokens[0])
 
 
 # --- generation -----------------------------------------------------------------------------------

@@ -773,7 +773,13 @@ def test_save_copies_config_and_tokenizer(tmp_path: pathlib.Path) -> None:
     copied = {
         *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"),
         *("generation_config.json", "chat_template.jinja", "chat_template.json"),
-        *("sentencepiece.bpe.model", "spiece.model", "processor_config.json", "bpe.codes"),
+        *(
+            "sentencepiece.bpe.model",
+            "spiece.model",
+            "tokenizer.model.v3",
+            "processor_config.json",
+            "bpe.codes",
+        ),
         *("special_tokens_map.json", "added_tokens.json", "modules.json", "LICENSE"),
         *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
         "additional_chat_templates/tool_use.jinja",

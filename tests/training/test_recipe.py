@@ -6,11 +6,14 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import time
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 
 import jlora
@@ -617,3 +620,24 @@ def test_load_yaml_merges_anchors(tmp_path: pathlib.Path) -> None:
     (extra,) = recipe.load(path).adapters
     assert extra.config_values()["rank"] == 4
     assert extra.config_values()["alpha"] == 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "expected"),
+    [
+        (np.float16, {}, "float32"),
+        (np.float16, {"dtype": "bfloat16"}, None),
+        (np.float16, {"compute_dtype": "bfloat16"}, "bfloat16"),
+        (np.float32, {}, None),
+        (np.float32, {"dtype": "float16"}, "float32"),
+    ],
+)
+def test_model_from_recipe_float16_computes_wider(
+    stored: Any, options: dict[str, Any], expected: str | None, tmp_path: pathlib.Path
+) -> None:
+    llama = pathlib.Path(__file__).parent.parent / "models/data/decoders/llama"
+    shutil.copy(llama / "config.json", tmp_path)
+    weights = {"model.layers.1.mlp.up_proj.weight": np.zeros((18, 12), stored)}
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    made = recipe.validate(with_(model={"path": str(tmp_path), **options}))
+    assert model_from_recipe(made, tmp_path).dtype == expected

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jlora._validation import is_positive_float32
+from jlora._validation import is_nonnegative_float32, is_positive_float32
 from jlora.models.layers import ACTIVATIONS
 
 # Fields that do not affect the forward pass of any model.
@@ -152,7 +152,7 @@ class ConfigReader:
     def get_float(self, name: str, default: float) -> float:
         """Returns a field that must be 0 or a positive number in the range of float32."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not (value == 0 or is_positive_float32(value)):
+        if type(value) not in (int, float) or not is_nonnegative_float32(value):
             raise ValueError(
                 f"{self.location}: {name}={value!r} must be a finite number of at least 0, in the "
                 f"range of float32. {_COPY_FIELD}"

@@ -39,7 +39,9 @@ MAX_SHARD_SIZE = 5_000_000_000
 # generation, tokenizer and processor, vocabularies, chat templates.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".codes", ".tiktoken")
 
-# Files with such an ending that describe other weights.
+_COMPANION_PREFIXES = ("LICENSE", "tokenizer", "vocab")
+
+# Files with such a name that describe other weights.
 _OTHER_WEIGHTS_PATTERN = re.compile(r".*\.index\.json|adapter_.*|trainer_state\.json|README.*")
 
 
@@ -217,7 +219,7 @@ def _copy_companion_files(source: Path, folder: Path) -> None:
     files = [
         file
         for file in source.iterdir()
-        if (file.suffix in _COMPANION_SUFFIXES or file.name.startswith("LICENSE"))
+        if (file.suffix in _COMPANION_SUFFIXES or file.name.startswith(_COMPANION_PREFIXES))
         and not _OTHER_WEIGHTS_PATTERN.fullmatch(file.name)
     ]
     for subfolder in ("*_Pooling", "*_Dense", "*_LayerNorm", "additional_chat_templates"):

@@ -44,7 +44,8 @@ class ModelSection(Section):
         path: Hugging Face folder of the base, or owner/name on the Hub.
         revision: Branch, tag or commit on the Hub. null: the default branch.
         dtype: Type of the frozen weights. null: that of the files.
-        compute_dtype: Type of activations and products. null: that of the weights.
+        compute_dtype: Type of activations and products. null: that of the weights, or float32 for
+            weights in float16, in which small gradients are zero.
         scan_layers: Stacking of a decoder's layers for a scan, which compiles in the time of one
             layer. null: true, except where layers differ in kind, and on a single GPU, where a
             step is faster with separate layers.
