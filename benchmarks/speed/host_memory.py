@@ -76,9 +76,9 @@ def write_checkpoint(folder: pathlib.Path, shape: dict[str, int]) -> None:
     shapes = {part.key: part.tensor_shape for weight in weights for part in weight.slices}
     rng = np.random.default_rng(0)
     weight_map = {}
-    for number, (key, shape) in enumerate(shapes.items()):
+    for number, (key, tensor_shape) in enumerate(shapes.items()):
         # Random mantissas and signs of numbers between 1/64 and 1/32.
-        bits = rng.integers(0, 2**16, shape, np.uint16)
+        bits = rng.integers(0, 2**16, tensor_shape, np.uint16)
         tensor = (bits & 0x807F | 0x3C80).view(ml_dtypes.bfloat16)
         weight_map[key] = f"model-{number}.safetensors"
         safetensors.numpy.save_file({key: tensor}, folder / weight_map[key], {"format": "pt"})

@@ -452,7 +452,7 @@ def _safetensors_header(
 
 def _tensor_bytes(array: np.ndarray) -> memoryview:
     # bfloat16 has no buffer of its own.
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def replace_file_atomically(path: Path, content: bytes) -> None:

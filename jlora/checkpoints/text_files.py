@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def name_file_in_errors(*paths: str | Path) -> Iterator[None]:
+def name_file_in_errors(*paths: str | os.PathLike[str]) -> Iterator[None]:
     """Makes errors of the block, in which content of files is interpreted, name these files.
 
     Any value of a damaged or hostile file ends as a `ValueError`, whichever operation it fails in.
@@ -123,7 +123,7 @@ def name_file_in_errors(*paths: str | Path) -> Iterator[None]:
         raise ValueError(f"{names}: {error}") from error
 
 
-def _mentions(message: str, path: str | Path) -> bool:
+def _mentions(message: str, path: str | os.PathLike[str]) -> bool:
     """Returns whether a message names a file, or another one of its folder."""
     folder = str(Path(path).parent)
     return Path(path).name in message or (folder != "." and f"{folder}{os.sep}" in message)

@@ -15,6 +15,7 @@ import jlora
 from jlora import cli
 from jlora._docstrings import parse_attribute_docs
 from jlora.cli import export, generate, inspect, merge, rank_search, train
+from jlora.cli.terminal import escape_control_characters
 
 _CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "format": export.FORMATS}
 
@@ -127,7 +128,6 @@ _DESCRIBED_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, ModuleNotF
 
 
 def _print_warning(message: Warning | str, *_: Any) -> None:
-    from jlora.checkpoints.text_files import escape_control_characters
 
     print(escape_control_characters(f"warning: {message}"), file=sys.stderr)
 
@@ -175,8 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(options(**values)) or 0
         except Exception as error:
-            from jlora.checkpoints.text_files import escape_control_characters
-
             print(escape_control_characters(_format_error(error)), file=sys.stderr)
             return 1
         except KeyboardInterrupt:

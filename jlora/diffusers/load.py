@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from jlora.checkpoints.safetensors_io import (
     open_safetensors,
     read_finite_tensor,
 )
+from jlora.checkpoints.text_files import name_file_in_errors, parse_json
 from jlora.diffusers.keys import KeyParser, TensorRole
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
@@ -57,6 +57,7 @@ def load_lora_file(
     def make_error(reason: str) -> ValueError:
         return ValueError(f"{path}: {reason} Use an unmodified file for this model.")
 
+<<<<<<< HEAD
     parameters = list_adaptable_modules(weights, checkpoint_mapping)
     key_parser = KeyParser(prefix, parameters, make_error)
     module_tensors, fields = _read_lora_modules(path, key_parser, prefix, make_error)
@@ -77,6 +78,29 @@ def load_lora_file(
         path: leaf_from_modules(method, weights[path], modules, make_error)
         for path, modules in by_path.items()
     }
+=======
+    with name_file_in_errors(path):
+        parameters = list_adaptable_modules(weights, checkpoint_mapping)
+        key_parser = KeyParser(prefix, parameters, make_error)
+        module_tensors, fields = _read_lora_modules(path, key_parser, prefix, make_error)
+        by_path: dict[str, list[ModuleTensors]] = {}
+        for module, tensors in module_tensors.items():
+            parameter = parameters[module]
+            weight = weights[parameter.path]
+            reason = unsupported_reason(weight, parameter)
+            if reason:
+                raise make_error(f"{module} cannot be adapted: {reason}.")
+            by_path.setdefault(parameter.path, []).append(
+                _make_module_tensors(parameter, weight, tensors, fields, make_error)
+            )
+        if fields:
+            config.check_rank_patterns(fields, module_tensors)
+        method = PEFT_METHODS["LORA"]
+        return {
+            path: leaf_from_modules(method, weights[path], modules, make_error)
+            for path, modules in by_path.items()
+        }
+>>>>>>> faults/faults
 
 
 def list_adaptable_modules(
@@ -150,12 +174,7 @@ def _parse_adapter_metadata(
     """Returns the fields of PEFT's config for this model; None if the metadata has none."""
     if metadata is None:
         return None
-    try:
-        content = json.loads(metadata)
-    except (ValueError, RecursionError) as error:
-        raise make_error(
-            f"its metadata {LORA_ADAPTER_METADATA_KEY} is not JSON ({error})."
-        ) from error
+    content = parse_json(metadata, f"{path}: {LORA_ADAPTER_METADATA_KEY} in its metadata")
     if not isinstance(content, dict):
         raise make_error(f"its metadata {LORA_ADAPTER_METADATA_KEY} must contain a JSON object.")
     start = f"{prefix}."

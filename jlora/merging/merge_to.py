@@ -227,7 +227,7 @@ _BLOCK_BYTES = 1 << 26
 
 
 def _merge_weight(
-    path: str, base: jax.Array, adapter: Mapping[str, Any], dtype: Any
+    path: str, base: jax.Array, adapter: dict[str, Any], dtype: Any
 ) -> tuple[jax.Array, MergeFidelity | None]:
     """Merges one weight, a large one in blocks of its first axis.
 

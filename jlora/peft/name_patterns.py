@@ -101,7 +101,8 @@ class _Matcher:
             _, added, removed, inner = argument
             return self.ends(inner, starts, (flags | added) & ~removed)
         if operation in (_nodes.MAX_REPEAT, _nodes.MIN_REPEAT):
-            return self._repeat_ends(*argument, starts, flags)
+            least, most, inner = argument
+            return self._repeat_ends(least, most, inner, starts, flags)
         if operation is _nodes.AT:
             return {start for start in starts if self._is_at(argument, start, flags)}
         if operation in (_nodes.ASSERT, _nodes.ASSERT_NOT):

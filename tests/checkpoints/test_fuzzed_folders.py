@@ -21,10 +21,12 @@ import yaml
 from _support.training_fixtures import TEMPLATE
 
 import jlora
-from jlora import cli, models, peft
+from jlora import cli, diffusers, models, peft
+from jlora.adapters import WeightAxes
 from jlora.checkpoints import adapter_file
 from jlora.checkpoints.safetensors_io import serialize_safetensors
 from jlora.cli.checkpoint_contents import inspect_path
+from jlora.importance import Importance, WeightScore
 from jlora.models.hf import load
 from jlora.models.hf.weight_mapping import single_tensor_weight
 from jlora.rank_search.study import Study, TrialSetting
@@ -184,6 +186,21 @@ def read_peft(folder: pathlib.Path) -> Any:
     return peft.load(folder / "peft", product, PARAMS, X, checkpoint_mapping=MAPPING)
 
 
+def read_diffusers(folder: pathlib.Path) -> Any:
+    return diffusers.load(
+        folder / "lora.safetensors", product, PARAMS, X, checkpoint_mapping=MAPPING
+    )
+
+
+def read_importance(folder: pathlib.Path) -> Any:
+    try:
+        return Importance.from_json((folder / "importance.json").read_text())
+    except UnicodeDecodeError:  # The text is the caller's.
+        raise ValueError("importance.json") from None
+    except ValueError as error:
+        raise ValueError(f"importance.json: {error}") from error
+
+
 def read_model(folder: pathlib.Path) -> Any:
     str(inspect_path(folder / "base"))
     load.check_loadable(folder / "base")
@@ -244,6 +261,8 @@ KINDS: dict[str, Kind] = {
     "adapter": Kind("adapter.safetensors", mutate_safetensors, read_adapter),
     "peft weights": Kind("peft/adapter_model.safetensors", mutate_safetensors, read_peft),
     "peft config": Kind("peft/adapter_config.json", mutate_json, read_peft),
+    "diffusers": Kind("lora.safetensors", mutate_safetensors, read_diffusers),
+    "importance": Kind("importance.json", mutate_json, read_importance),
     "model weights": Kind("base/model-00001-of-*.safetensors", mutate_safetensors, read_model),
     "model config": Kind("base/config.json", mutate_json, read_model),
     "model index": Kind("base/model.safetensors.index.json", mutate_json, read_model),
@@ -269,6 +288,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: pathlib.Path) -> path
     lineage = jlora.checkpoints.Lineage(method="trained", recipe={"model": {"path": "b"}})
     jlora.save_adapter(folder / "adapter.safetensors", adapter, PARAMS, lineage)
     peft.save(folder / "peft", adapter, product, PARAMS, X, checkpoint_mapping=MAPPING)
+    diffusers.save(
+        folder / "lora.safetensors", adapter, product, PARAMS, X, checkpoint_mapping=MAPPING
+    )
+    axes = WeightAxes((), (0,), (1,))
+    scores = {"w": WeightScore((6, 5), axes, np.array(2.0))}
+    text = Importance("gradient_norm", scores, count=3, power=2).to_json()
+    (folder / "importance.json").write_text(text)
     _, params = models.load(base)
     models.save(folder / "base", params, base, max_shard_size=6_000)
     (folder / "base" / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')

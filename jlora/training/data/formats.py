@@ -489,7 +489,7 @@ def _parse_tools(tools: Any, location: str) -> Any:
         return tools or None
     try:
         return json.loads(tools) or None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{location}: tools is not valid JSON ({error}). Use a list of schemas, or its JSON."
         ) from error
