@@ -57,28 +57,6 @@ def load_lora_file(
     def make_error(reason: str) -> ValueError:
         return ValueError(f"{path}: {reason} Use an unmodified file for this model.")
 
-<<<<<<< HEAD
-    parameters = list_adaptable_modules(weights, checkpoint_mapping)
-    key_parser = KeyParser(prefix, parameters, make_error)
-    module_tensors, fields = _read_lora_modules(path, key_parser, prefix, make_error)
-    by_path: dict[str, list[ModuleTensors]] = {}
-    for module, tensors in module_tensors.items():
-        parameter = parameters[module]
-        weight = weights[parameter.path]
-        reason = unsupported_reason(weight, parameter)
-        if reason:
-            raise make_error(f"{module} cannot be adapted: {reason}.")
-        by_path.setdefault(parameter.path, []).append(
-            _make_module_tensors(parameter, weight, tensors, fields, make_error)
-        )
-    if fields:
-        config.check_rank_patterns(fields, PEFT_METHODS["LORA"], module_tensors)
-    method = PEFT_METHODS["LORA"]
-    return {
-        path: leaf_from_modules(method, weights[path], modules, make_error)
-        for path, modules in by_path.items()
-    }
-=======
     with name_file_in_errors(path):
         parameters = list_adaptable_modules(weights, checkpoint_mapping)
         key_parser = KeyParser(prefix, parameters, make_error)
@@ -94,13 +72,12 @@ def load_lora_file(
                 _make_module_tensors(parameter, weight, tensors, fields, make_error)
             )
         if fields:
-            config.check_rank_patterns(fields, module_tensors)
+            config.check_rank_patterns(fields, PEFT_METHODS["LORA"], module_tensors)
         method = PEFT_METHODS["LORA"]
         return {
             path: leaf_from_modules(method, weights[path], modules, make_error)
             for path, modules in by_path.items()
         }
->>>>>>> faults/faults
 
 
 def list_adaptable_modules(
