@@ -126,4 +126,4 @@ def name_file_in_errors(*paths: str | os.PathLike[str]) -> Iterator[None]:
 def _mentions(message: str, path: str | os.PathLike[str]) -> bool:
     """Returns whether a message names a file, or another one of its folder."""
     folder = str(Path(path).parent)
-    return Path(path).name in message or (folder != "." and f"{folder}{os.sep}" in message)
+    return Path(path).name in message or (folder != "." and folder in message)

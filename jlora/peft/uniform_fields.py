@@ -64,7 +64,7 @@ def _fold_rslora(modules: list[PeftModule]) -> list[PeftModule]:
     ]
 
 
-def _pad_ranks(modules: list[PeftModule]) -> list[PeftModule]:
+def _pad_module_ranks(modules: list[PeftModule]) -> list[PeftModule]:
     """Pads all modules to one rank with zeros: PEFT's HiRA does not read `rank_pattern`."""
     rank = max(module.fields["r"] for module in modules)
     unified = []
@@ -165,7 +165,7 @@ def _fold_spectrum_scale(modules: list[PeftModule]) -> list[PeftModule]:
 _FOLDS: dict[str, tuple[Callable[[list[PeftModule]], list[PeftModule]], ...]] = {
     "LORA": (_fold_rslora,),
     "ADALORA": (_fold_adalora,),
-    "HIRA": (_pad_ranks,),
+    "HIRA": (_pad_module_ranks,),
     "LOHA": (_fold_cores,),
     "LOKR": (_fold_lokr_products, _fold_cores),
     "FOURIERFT": (_fold_spectrum_scale,),

@@ -11,6 +11,7 @@ import warnings
 import pytest
 
 from jlora.peft import config
+from jlora.peft.methods import PEFT_METHODS
 from jlora.peft.name_patterns import full_match
 
 PIECES = [*"ab._0x", "\n", r"\.", "[ab]", "[^a]", r"\d", r"\W", "[0-9.]", r"[^\d]", r"\s", "(?i:B)"]
@@ -94,7 +95,9 @@ def test_hostile_pattern_ends(pattern: str) -> None:
         with contextlib.suppress(ValueError):
             config.match_target_modules({**config.COMMON_DEFAULTS, **fields}, modules)
     with pytest.raises(ValueError, match=r"rank_pattern|steps"):
-        config.check_rank_patterns({"rank_pattern": {pattern: 4}, "alpha_pattern": {}}, modules)
+        config.check_rank_patterns(
+            {"rank_pattern": {pattern: 4}, "alpha_pattern": {}}, PEFT_METHODS["LORA"], modules
+        )
     assert time.process_time() - start < 10
 
 
