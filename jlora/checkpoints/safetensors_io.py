@@ -224,6 +224,11 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Iterator[CheckpointReader
                 )
         files = {name: _TensorFile(folder / name, stack) for name in file_names}
         reader = CheckpointReader(files, folder)
+        if not reader.headers:
+            names = [SAFE_WEIGHTS_INDEX_NAME] if weight_map is not None else file_names
+            raise ValueError(
+                f"{folder / names[0]} has no tensors. Copy the folder again from its source."
+            )
         if weight_map is not None:
             actual = {key: header.file for key, header in reader.headers.items()}
             different = sorted(set(actual.items()) ^ set(weight_map.items()))

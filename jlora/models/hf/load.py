@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import re
 import types
@@ -152,6 +153,9 @@ def load(
     return LoadedModel(checkpoint_format.model, traverse_util.unflatten_dict(arrays, sep="/"))
 
 
+_COLLECTED_BYTES = 1 << 26
+
+
 @contextlib.contextmanager
 def open_model(
     folder: str | os.PathLike[str],
@@ -192,6 +196,9 @@ def open_model(
         def read(path: str) -> jax.Array:
             one, chosen = {path: weights[path]}, {path: schemes[path]} if path in schemes else {}
             arrays = weight_mapping.load_weights(reader, one, dtype, lambda *_: sharding, chosen)
+            jax.block_until_ready(arrays)
+            if arrays[path].nbytes > _COLLECTED_BYTES:
+                gc.collect()  # A cycle in JAX's callback keeps the tensor as it was read.
             return maybe_dequantize(arrays[path])
 
         stored = {
