@@ -14,6 +14,7 @@ from jlora import _tree
 from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
 from jlora.adapters.layer_layout import match_layer_layout
+from jlora.interpreter.weight import as_divisor
 from jlora.transform import materialize_leaves, merge
 
 # A gain or a cosine below this is worth a warning.
@@ -167,12 +168,6 @@ def _cast_if_float(leaf: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jnp.asarray(leaf).astype(dtype) if is_float else leaf
 
 
-def _largest_entry(array: jax.Array) -> jax.Array:
-    """Returns the largest absolute value, or one where all are zero."""
-    largest = jnp.abs(array).max()
-    return jnp.where(largest > 0, largest, 1)
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _round_merged_weight(
     base: jax.Array, merged: jax.Array, dtype: Any
@@ -186,7 +181,7 @@ def _round_merged_weight(
     rounded = merged.astype(dtype)
     exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
     # Divided by their sizes, no square over- or underflows.
-    update_size, base_size = (_largest_entry(x) for x in (exact_update, base))
+    update_size, base_size = (as_divisor(jnp.abs(x).max()) for x in (exact_update, base))
     exact_update, rounded_update = exact_update / update_size, rounded_update / update_size
     exact_norm, rounded_norm, base_norm = (
         jnp.linalg.norm(x.ravel()) for x in (exact_update, rounded_update, base / base_size)
