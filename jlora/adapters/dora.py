@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jlora import _validation
 from jlora._quantized_array import QuantizedArray, is_unpacked_along_first_axis
@@ -21,7 +22,12 @@ from jlora.adapters.base import (
 from jlora.adapters.lora import LoRA, LoRALeaf
 from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.terms import WeightAxes
-from jlora.interpreter.weight import AdaptableWeight, promote_to_float32, weight_to_matrices
+from jlora.interpreter.weight import (
+    AdaptableWeight,
+    as_divisor,
+    promote_to_float32,
+    weight_to_matrices,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class DoRA(LoRA):
             (section 4.3), at no cost in accuracy.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range. From `init`: the norm of a column is not finite.
         TypeError: A value is of another type. From `init`: only the shapes of the parameters are
             known, but `m` starts as the weight's norm.
 
@@ -72,6 +78,7 @@ class DoRA(LoRA):
             leaf = DoRALeaf(**fields, magnitude=jnp.zeros(()), through_norm=self.through_norm)
             sizes = weight.axis_sizes
             norm = leaf.weight_norm(weight.value).reshape(*sizes.batch, *sizes.outputs)
+            _check_magnitude(weight.path, norm)
             return dataclasses.replace(leaf, magnitude=norm)
         matrices = weight.to_matrices("DoRA")
         if not lora_leaf.residual:  # The residual base plus the update is the original weight.
@@ -80,6 +87,7 @@ class DoRA(LoRA):
         batch, _, outputs = weight.axis_sizes
         # Not narrower than float32: training changes it by little compared with the norm.
         magnitude = _column_norms(matrices).reshape(*batch, *outputs)
+        _check_magnitude(weight.path, magnitude)
         return DoRALeaf(**fields, magnitude=magnitude, through_norm=self.through_norm)
 
 
@@ -102,13 +110,17 @@ def _stacked_weight_norms(leaf: DoRALeaf, base: QuantizedArray) -> jax.Array:
 
 def _column_norms(matrices: jax.Array) -> jax.Array:
     """Returns the norms over the inputs, (batch, fan_out); no square over- or underflows."""
-    size = _nonzero(jnp.abs(matrices).max(-2, keepdims=True))
+    size = as_divisor(jnp.abs(matrices).max(-2, keepdims=True))
     return jnp.linalg.norm(matrices / size, axis=-2) * size[:, 0]
 
 
-def _nonzero(sizes: jax.Array) -> jax.Array:
-    """Replaces sizes of zero by one, so that they can divide."""
-    return jnp.where(sizes > 0, sizes, 1)
+def _check_magnitude(path: str, magnitude: jax.Array) -> None:
+    """Raises ValueError for a norm that is not finite; under a trace it stays NaN."""
+    if not isinstance(magnitude, Tracer) and not jnp.isfinite(magnitude).all():
+        raise ValueError(
+            f"DoRA needs the norms of the columns of {path!r}, and one is not finite in "
+            f"{magnitude.dtype}. Adapt this weight with LoRA, or leave it frozen."
+        )
 
 
 def _transposed_product(a: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -165,10 +177,10 @@ class DoRALeaf(LoRALeaf):
         # (batch, 1, fan_out)
         largest = promote_to_float32(jnp.abs(matrices).max(-2, keepdims=True))
         a, b = low_rank.factor_matrices(self)
-        size_a = _nonzero(jax.lax.stop_gradient(jnp.abs(a).max((-2, -1), keepdims=True)))
+        size_a = as_divisor(jax.lax.stop_gradient(jnp.abs(a).max((-2, -1), keepdims=True)))
         a, b = a / size_a, b * self.scale * size_a
         size_b = jax.lax.stop_gradient(jnp.abs(b).max(-2, keepdims=True))
-        size = _nonzero(jnp.maximum(largest, size_b))  # (batch, 1, fan_out)
+        size = as_divisor(jnp.maximum(largest, size_b))  # (batch, 1, fan_out)
         b = b / size
         highest = jax.lax.Precision.HIGHEST
         # W is not copied to divide its columns: the middle of their sizes divides all of them.

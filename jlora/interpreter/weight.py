@@ -116,6 +116,13 @@ def divide_by_size(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Decompositions square entries, which over- or underflow in very large and small weights.
     """
-    size = jnp.abs(matrices).max((-2, -1), keepdims=True)
-    size = jnp.where(size > 0, size, 1)
+    size = as_divisor(jnp.abs(matrices).max((-2, -1), keepdims=True))
     return matrices / size, size
+
+
+def as_divisor(sizes: jax.Array) -> jax.Array:
+    """Returns sizes that can divide: one for zero, and none whose inverse is zero.
+
+    Compilers divide by multiplying with the inverse, which is zero past 2^126 in float32.
+    """
+    return jnp.where(sizes > 0, jnp.clip(sizes, jnp.finfo(sizes.dtype).tiny, 2.0**125), 1)

@@ -20,6 +20,7 @@ from jlora.adapters.base import weight_indices
 from jlora.adapters.layer_layout import match_layer_layout
 from jlora.checkpoints.stored_weight import StoredWeight, read_weight
 from jlora.interpreter.terms import widest_dtype
+from jlora.interpreter.weight import as_divisor
 from jlora.transform import check_not_quantized, lora_transform, merge
 
 # A gain or a cosine below this is worth a warning.
@@ -286,12 +287,6 @@ def _write_block(array: jax.Array, block: jax.Array, start: Any) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(array, block, start, 0)
 
 
-def _largest_entry(array: jax.Array) -> jax.Array:
-    """Returns the largest absolute value, or one where all are zero."""
-    largest = jnp.abs(array).max()
-    return jnp.where(largest > 0, largest, 1)
-
-
 def _scale_sums(sums: jax.Array) -> np.ndarray:
     """Returns the first six sums of `_round_merged_weight`, in float64 without their scales."""
     *totals, update_size, base_size = np.asarray(sums, np.float64)
@@ -314,7 +309,7 @@ def _round_merged_weight(
     rounded = merged.astype(dtype)
     exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
     # Divided by their sizes, no square over- or underflows.
-    update_size, base_size = (_largest_entry(x) for x in (exact_update, base))
+    update_size, base_size = (as_divisor(jnp.abs(x).max()) for x in (exact_update, base))
     exact, part = exact_update / update_size, base / base_size
     kept = rounded_update / update_size
     sums = [

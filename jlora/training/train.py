@@ -205,8 +205,13 @@ def _train_locked(
     if progress.step < loop.last_step:
         console(compilation_line(read_metrics(output / METRICS_FILE)))
     position = StreamPosition(*progress.position)
-    with prefetch_to_device(mesh, run.datasets.train, position) as batches:
-        loop.run(state, batches)
+    try:
+        with prefetch_to_device(mesh, run.datasets.train, position) as batches:
+            loop.run(state, batches)
+    except BaseException:
+        with contextlib.suppress(Exception):  # The first error is the reason.
+            run.checkpoints.close()
+        raise
     if loop.stop_reason == "paused":
         return _pause_result(run, loop, evaluator, before)
     # Tests, exports and the report.

@@ -22,8 +22,8 @@ from jlora.interpreter.terms import WeightAxes
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(8, 6)).astype(np.float32)
 INPUTS = RNG.normal(size=(3, 8)).astype(np.float32)
-# The last is a hundredth of float32's largest number: outputs still fit.
-SIZES = [1e-25, 1.0, 1e19, 3e36]
+# Outputs still fit with the last, whose columns have entries past 2^126.
+SIZES = [1e-25, 1.0, 1e19, 3e37]
 
 
 def product(params: Any, x: Any) -> Any:
@@ -70,7 +70,7 @@ def test_apply_any_weight_size_is_right(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_dora_norm_any_column_size_is_right(dtype: Any) -> None:
-    sizes = np.array([1e-25, 1e-10, 0.1, 1, 1e19, 1e37], np.float32)
+    sizes = np.array([1e-25, 1e-10, 0.1, 1, 1e19, 3e37], np.float32)
     weight = (WEIGHT * sizes).astype(dtype)
     a = RNG.normal(size=(8, 2)).astype(np.float32)
     b = (RNG.normal(size=(2, 6)) * sizes).astype(np.float32)
@@ -86,6 +86,13 @@ def test_dora_norm_any_column_size_is_right(dtype: Any) -> None:
     truth = np.linalg.norm(np.float64(weight) + 1.5 * np.float64(a) @ np.float64(b), axis=0)
     norm = jax.jit(lambda leaf, w: leaf.weight_norm(w))(leaf, weight)[0]
     np.testing.assert_allclose(norm, truth, rtol=2e-5)  # A's two bfloat16 parts keep 16 bits.
+
+
+def test_dora_norm_beyond_float32_raises() -> None:
+    lora = jlora.lora_transform(product, jlora.DoRA(rank=2, alpha=4))
+    params = {"w": np.full((8, 6), 3e38, np.float32)}  # Times the root of 8.
+    with pytest.raises(ValueError, match="norms of the columns of 'w', and one is not finite"):
+        lora.init(jax.random.key(0), params, INPUTS)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_fast", "milora", "olora"])

@@ -278,6 +278,7 @@ def test_decoder_config_bad_number_raises(name: str, field: str) -> None:
         ("llama", {"head_dim": 5}, "an even number"),
         ("llama", {"rope_parameters": {"rope_theta": 1e-30}}, "which float32 cannot rotate by"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters=.* must be an object"),
+        ("gemma2", {"final_logit_softcapping": 2e38}, "softcapping=2e.38 must be at most 1e.06"),
         (
             "qwen2",
             {"rope_parameters": {**raw("qwen2")["rope_parameters"], "attention_factor": 1e30}},

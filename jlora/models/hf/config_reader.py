@@ -159,13 +159,19 @@ class ConfigReader:
             )
         return float(value)
 
-    def get_positive_float(self, name: str, default: float) -> float:
+    def get_positive_float(
+        self, name: str, default: float, *, maximum: float = float("inf")
+    ) -> float:
         """Returns a field that must be a positive number in the range of float32."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not is_positive_float32(value):
             raise ValueError(
                 f"{self.location}: {name}={value!r} must be a finite number above 0, in the range "
                 f"of float32. {_COPY_FIELD}"
+            )
+        if value > maximum:
+            raise ValueError(
+                f"{self.location}: {name}={value} must be at most {maximum:g}. {_COPY_FIELD}"
             )
         return float(value)
 

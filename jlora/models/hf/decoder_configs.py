@@ -363,9 +363,11 @@ def _parse_gemma2_fields(reader: ConfigReader, **overrides: Any) -> dict[str, An
 def _parse_softcap(reader: ConfigReader, name: str, default: float | None) -> float | None:
     """Returns a soft cap; null in the config.json means no cap, unlike a missing field."""
     reader.fields_read.add(name)
-    if default is None or name in reader.config_dict:
-        return None if reader.get(name, None) is None else reader.get_positive_float(name, 1.0)
-    return default
+    if default is not None and name not in reader.config_dict:
+        return default
+    if reader.config_dict.get(name) is None:
+        return None
+    return reader.get_positive_float(name, 1.0, maximum=1e6)  # A larger one changes nothing.
 
 
 def _parse_gemma2(reader: ConfigReader) -> DecoderConfig:

@@ -185,7 +185,7 @@ def open_model(
     folder = hub.resolve_checkpoint_folder(folder)
     with open_checkpoint(folder) as reader:
         checkpoint_format = read_checkpoint_format(folder, reader, options)
-        weights = match_checkpoint_names(checkpoint_format, reader)
+        weights = match_stored_tensors(checkpoint_format, reader)
         weight_mapping.check_checkpoint_tensors(
             reader, weights, checkpoint_format.passthrough_pattern
         )
