@@ -58,7 +58,7 @@ def register_serialization(
 
     def to_state_dict(node: Any) -> dict[str, Any]:
         arrays = {name: getattr(node, name) for name in array_fields}
-        state = {
+        state: dict[str, Any] = {
             name: flax.serialization.to_state_dict(array)
             for name, array in arrays.items()
             if array is not None

@@ -49,7 +49,8 @@ def _open_base_and_adapter(base: str, path: Path) -> Iterator[tuple[Any, Any, An
     from jlora.models.hf.load import open_model
     from jlora.peft.tied_weights import TiedWeightsError
 
-    for options in ({}, {"tie_word_embeddings": False}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"tie_word_embeddings": False})
+    for options in choices:
         with open_model(base, **options) as (model, stored):
             try:
                 loaded = load_adapter_on_base(path, model, stored)

@@ -37,12 +37,12 @@ class Device:
     [
         (
             {"adapter": {"target_pattern": "atention"}},
-            r"adapter.target_pattern='atention': The rule 'atention' matches none of the .* "
-            r"nearest paths are .*attention.*`jlora inspect recipe.yaml --targets` lists them all",
+            r"adapter.target_pattern: The target 'atention' matches nothing.* "
+            r"nearest paths of weights .*attention.*`jlora inspect recipe.yaml --targets` lists them all",
         ),
         (
             {"adapters": [{"target_pattern": "nothing", "rank": 1}]},
-            "adapters.0.target_pattern='nothing': The rule 'nothing' matches none",
+            "adapters.0.target_pattern: The target 'nothing' matches nothing",
         ),
         ({"frozen_modules": ["q$", "no/such"]}, r"frozen_modules.0='q\$': .* matches none"),
         (

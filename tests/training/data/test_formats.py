@@ -86,7 +86,9 @@ def test_tokenizer_special_tokens_of_folder(tmp_path: pathlib.Path) -> None:
     ) == ((), 0, 7, 0, None)
     assert made.fingerprint != TINY.fingerprint
     config.write_text('{"eos_token": "<nothing>"}')
-    with pytest.raises(ValueError, match="eos_token='<nothing>' is not a token of tokenizer.json"):
+    with pytest.raises(
+        ValueError, match="eos_token='<nothing>'.* is not a token of tokenizer.json"
+    ):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a valid tokenizer"):
