@@ -175,11 +175,6 @@ def lora_transform(
         plan = match_rules(rules, traced)
         if plan.errors:
             raise plan.errors[0]
-        if not plan.adapted:
-            raise ValueError(
-                f"The rules {list(rules) if isinstance(rules, Mapping) else rules} adapt nothing: "
-                f"all weights are frozen. Map a pattern to a config."
-            )
         adapter: Adapter = {
             weight.path: config.init_leaf(key_for_path(key, weight.path), weight)
             for weight, config in plan.adapted
@@ -263,7 +258,8 @@ def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTr
         (6, 5)
     """
     flat = _tree.flatten_with_paths(params)
-    adapter = match_layer_layout(adapter, params)
+    if not set(flat.paths).issuperset(get_adapter_leaves(adapter)):
+        adapter = match_layer_layout(adapter, params)
     indices = weight_indices(flat, adapter)
     check_not_quantized(flat, dequantize)
     leaves = [maybe_dequantize(leaf) for leaf in flat.leaves]

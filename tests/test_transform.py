@@ -140,7 +140,7 @@ def test_init_named_embedding_is_adapted() -> None:
         ({"(": CONFIG}, ValueError, ["not a regular expression"]),
         ({1: CONFIG}, TypeError, ["must be a string"]),
         ({"kernel": 8}, TypeError, ["maps to 8"]),
-        ({".": None}, ValueError, ["adapt nothing", "Map a pattern to a config"]),
+        ({".": None}, ValueError, ["adapts nothing", "no pattern has a config"]),
         ({"all-linear": CONFIG}, ValueError, ["PEFT's word", "Pass the config alone"]),
         ("kernel", TypeError, ["mapping of regular expressions"]),
         (8, TypeError, ["jlora.LoRA(rank=8, alpha=16)"]),

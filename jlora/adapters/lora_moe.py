@@ -285,7 +285,11 @@ class RoutedTerm(Term):
             mask = fit_token_mask(self.token_mask, [tokens[i].size for i in axes], product.path)
             num_tokens = jnp.maximum(mask.sum(), 1)
             mask = jnp.expand_dims(mask, [i for i in range(scores.ndim) if i not in axes])
-        share = lax.stop_gradient((is_used * mask).sum(axes)) / num_tokens / self.top_k
+        share = (
+            lax.stop_gradient((is_used.astype(jnp.float32) * mask).sum(axes))
+            / num_tokens
+            / self.top_k
+        )
         loss = count * jnp.sum(share * (jax.nn.softmax(scores, -1) * mask).sum(axes) / num_tokens)
         return Operand(weights, (*tokens, self.expert_axis)), loss
 

@@ -8,11 +8,12 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora.adapters.base import AdapterLeaf
 from jlora.initializers import FactorInit
 from jlora.interpreter.factored_array import LabeledArray
-from jlora.interpreter.terms import WeightAxes
+from jlora.interpreter.terms import WeightAxes, cast, widest_dtype
 from jlora.interpreter.weight import AdaptableWeight, AxisSizes, promote_to_float32
 
 
@@ -63,7 +64,7 @@ def scale_factor(array: jax.Array, scale: Any) -> jax.Array:
 
     A scale may be outside the range of a narrower type although the product with it is not.
     """
-    return promote_to_float32(array) * scale
+    return cast(array, widest_dtype(array.dtype, jnp.float32)) * scale
 
 
 def label_factors(

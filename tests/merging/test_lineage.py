@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import types
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,10 @@ def test_lineage_has_recipe_without_output(tmp_path: Path, monkeypatch: pytest.M
         folder.mkdir()
         data = {"train": [{"path": "x.jsonl", "format": "chat"}]}
         made = Recipe.model_validate({"output": str(folder), "model": {"path": "b"}, "data": data})
-        export.save_adapter_and_head(made, None, {}, dict.fromkeys(ADAPTER, "0" * 32), None)  # type: ignore[arg-type]
+        setup: Any = types.SimpleNamespace(
+            fingerprints=dict.fromkeys(ADAPTER, "0" * 32), base_digest=None
+        )
+        export.save_adapter_and_head(made, setup, {}, None)
     one, two = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     recipe = read_lineage(one).recipe

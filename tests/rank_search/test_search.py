@@ -644,7 +644,7 @@ def test_search_impossible_setting_raises_early(
     monkeypatch.setattr(trials, "train", made.train)
     raw["adapter"]["target_pattern"] = "atention/query/kernel"
     with pytest.raises(
-        ValueError, match="A trial of rank 4, recipe,.* is not possible: .*matches nothing"
+        ValueError, match="A trial of rank 4, recipe,.* is not possible: .*matches none"
     ):
         searched(raw)
     assert not made.calls

@@ -254,7 +254,7 @@ def test_cli_export_reports_quantized_base(
     [
         (
             {"target_pattern": "/layers/atention/"},
-            "'/layers/atention/' matches nothing.* nearest paths",
+            "'/layers/atention/' matches none of .* nearest paths",
         ),
         (
             {"block_size": 4, "axis": -3, "target_pattern": "norm/scale"},

@@ -637,7 +637,8 @@ def test_model_from_recipe_float16_computes_wider(
 ) -> None:
     llama = pathlib.Path(__file__).parent.parent / "models/data/decoders/llama"
     shutil.copy(llama / "config.json", tmp_path)
-    weights = {"model.layers.1.mlp.up_proj.weight": np.zeros((18, 12), stored)}
+    zeros = np.zeros((18, 12), stored)
+    weights = {f"model.layers.{n}.mlp.up_proj.weight": zeros for n in range(2)}
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
     made = recipe.validate(with_(model={"path": str(tmp_path), **options}))
     assert model_from_recipe(made, tmp_path).dtype == expected

@@ -38,7 +38,8 @@ class Device:
         (
             {"adapter": {"target_pattern": "atention"}},
             r"adapter.target_pattern: The target 'atention' matches nothing.* "
-            r"nearest paths of weights .*attention.*`jlora inspect recipe.yaml --targets` lists them all",
+            r"nearest paths of weights .*attention.*`jlora inspect recipe.yaml --targets` lists "
+            r"them all",
         ),
         (
             {"adapters": [{"target_pattern": "nothing", "rank": 1}]},

@@ -239,13 +239,12 @@ def model_from_config(folder: str | os.PathLike[str], **options: Any) -> Any:
     """
     folder = Path(folder)
     config_dict = read_json(folder / "config.json")
-    location = str(folder / "config.json")
-    if config_dict.get("model_type") in DECODER_PARSERS:
-        with name_file_in_errors(folder / "config.json"):
-            _check_declared_sizes(folder / "config.json", config_dict, 10_000, 1 << 20)
-            is_tied = decoder_config(config_dict, location).tie_word_embeddings
-        if not is_tied or not any(folder.glob("*.safetensors")):
-            return _build_decoder_format(config_dict, location, None, options).model
+    is_decoder = config_dict.get("model_type") in DECODER_PARSERS
+    if is_decoder and not any(folder.glob("*.safetensors")):
+        path = folder / "config.json"
+        with name_file_in_errors(path):
+            _check_declared_sizes(path, config_dict, 10_000, 1 << 20)
+        return _build_decoder_format(config_dict, str(path), None, options).model
     with open_checkpoint(folder) as reader:
         return read_checkpoint_format(folder, reader, options).model
 
