@@ -208,7 +208,7 @@ def main() -> None:
     rows = measure(shape, OPERATIONS)
     if options.output is not None:
         result = {
-            "command": format_command("host_memory"),
+            "command": format_command("benchmarks.speed.host_memory"),
             "device": f"cpu, {platform.machine()}",
             "versions": versions("jax", "numpy", "safetensors"),
             "shape": shape,
