@@ -193,6 +193,12 @@ def _reject_trained_base(params: PyTree) -> None:
         for path, node in nodes
         if path and is_adapter_node(node) and hasattr(node, "shape")
     }
+    # A tree may begin below the outer key, such as "params".
+    adapted |= {
+        weight.partition("/")[2]: shape
+        for weight, shape in adapted.items()
+        if weight.count("/") > 1 and len(shape) > 1
+    }
     for path, array in nodes:
         name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         for weight, shape in adapted.items() if not is_adapter_node(array) else ():

@@ -18,6 +18,7 @@ from jlora.training import objectives
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import (
     default_targets,
+    frozen_patterns,
     model_from_recipe,
     objective_from_recipe,
     schemes_from_recipe,
@@ -124,7 +125,7 @@ def _check_rules(recipe: Recipe, model: Any, paths: list[str]) -> None:
         "adapter.target_pattern": main or default_targets(recipe.adapter.family),
     }
     patterns: dict[str, str] = {
-        f"frozen_modules.{n}": pattern for n, pattern in enumerate(recipe.frozen_modules)
+        f"frozen_modules.{n}": pattern for n, pattern in enumerate(frozen_patterns(recipe, model))
     }
     for field, target in targets.items():
         assert target is not None
@@ -134,7 +135,9 @@ def _check_rules(recipe: Recipe, model: Any, paths: list[str]) -> None:
             raise ValueError(f"{field}: {error} {_LISTING}") from None
     fields: dict[str, str] = {}
     for field, pattern in patterns.items():
-        given = targets.get(field, pattern)
+        number = field.removeprefix("frozen_modules.")
+        is_frozen = number != field
+        given = recipe.frozen_modules[int(number)] if is_frozen else targets[field]
         if pattern in fields:
             raise ValueError(
                 f"{field}={given!r} has no effect, as {fields[pattern]} has the same weights and "

@@ -7,6 +7,7 @@ are not attached.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,7 +252,7 @@ def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | N
 
     The order is: frozen modules, additional adapters, the model's own head, the main adapter.
     """
-    rules: dict[str, AdapterConfig | None] = dict.fromkeys(recipe.frozen_modules)
+    rules: dict[str, AdapterConfig | None] = dict.fromkeys(frozen_patterns(recipe, model))
     for rule in recipe.adapters:
         assert rule.target_pattern is not None
         rules[models.find_target_pattern(model, rule.target_pattern)] = rule.to_config()
@@ -261,6 +262,17 @@ def rules_from_recipe(recipe: Recipe, model: Any) -> dict[str, AdapterConfig | N
     targets = default_targets(main.family) if main.target_pattern is None else main.target_pattern
     rules[models.find_target_pattern(model, targets)] = main.to_config()
     return rules
+
+
+def frozen_patterns(recipe: Recipe, model: Any) -> list[str]:
+    """Returns the patterns of the frozen modules, of which names of the checkpoint are resolved."""
+    paths = models.checkpoint_mapping(model)[0]
+    return [
+        pattern
+        if any(re.search(pattern, path) for path in paths)
+        else models.find_target_pattern(model, pattern)
+        for pattern in recipe.frozen_modules
+    ]
 
 
 def default_targets(family: str) -> str:
@@ -274,7 +286,11 @@ def schemes_from_recipe(recipe: Recipe, model: Any) -> dict[str, QuantizationSch
     if options is None:
         return None
     targets = "all-linear" if options.target_pattern is None else options.target_pattern
-    return {models.find_target_pattern(model, targets): options.to_scheme()}
+    try:
+        pattern = models.find_target_pattern(model, targets)
+    except ValueError as error:
+        raise ValueError(f"quantize.target_pattern: {error}") from None
+    return {pattern: options.to_scheme()}
 
 
 def _build_base_params(

@@ -39,6 +39,14 @@ def test_module_names_match_as_in_peft(names: list[str], scan_layers: bool) -> N
     assert modules_of(model, matched(model, names)) == peft_targets(model, names) != set()
 
 
+def test_spellings_of_peft_match() -> None:
+    model = models.model_from_config(DATA / "decoders" / "llama")
+    expected = matched(model, ["q_proj", "v_proj"])
+    for spelling in ("q_proj|v_proj", "q_proj,v_proj", "q_proj, v_proj", r".*\.(q_proj|v_proj)"):
+        assert matched(model, spelling) == expected, spelling
+    assert matched(model, "ALL-LINEAR") == matched(model, "all-linear")
+
+
 def test_one_name_is_a_list_of_one() -> None:
     model = models.model_from_config(DATA / "decoders" / "llama")
     assert matched(model, "q_proj") == matched(model, ["q_proj"]) != set()
@@ -106,5 +114,7 @@ def test_unknown_targets_name_the_nearest() -> None:
         models.find_target_pattern(model, ["q_prj"])
     with pytest.raises(ValueError, match=r"'\(query' is neither the name of a module"):
         models.find_target_pattern(model, "(query")
+    with pytest.raises(ValueError, match=r"'no.such' matches nothing.*nearest modules"):
+        models.find_target_pattern(model, r"no.such")
     with pytest.raises(ValueError, match=r"targets=\[\] must be one name"):
         models.find_target_pattern(model, [])

@@ -14,7 +14,7 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 # The projections inside the layers, without heads, embeddings and the routers of experts.
 ALL_LINEAR_PATTERN = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
 
-_NAMES_PATTERN = re.compile(r"[\w.-]+(\|[\w.-]+)*")
+_NAMES_PATTERN = re.compile(r"[\w.-]+([|,]\s*[\w.-]+)*")
 
 
 def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
@@ -24,9 +24,10 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
         model: A model of `jlora.models`.
         targets: One target or several. Each is a module of the checkpoint as in PEFT's
             `target_modules`, by its last names (`q_proj`, `self_attn.q_proj`) or by all of them
-            (`model.layers.0.self_attn.q_proj`); a module of the model here (`q`); or a regular
-            expression to search in the paths of its parameters. `"q_proj|v_proj"` is two names, and
-            `"all-linear"` all projections inside the layers.
+            (`model.layers.0.self_attn.q_proj`); a module of the model here (`q`); a regular
+            expression to search in the paths of its parameters; or one that matches the complete
+            names of modules of the checkpoint. `"q_proj|v_proj"` is two names, and `"all-linear"`
+            all projections inside the layers.
 
     Raises:
         ValueError: A name matches nothing, a target is not a regular expression, or the targets
@@ -48,7 +49,7 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
         '(q|v)/kernel'
     """
     if isinstance(targets, str):
-        names = targets.split("|") if _NAMES_PATTERN.fullmatch(targets) else [targets]
+        names = re.split(r"[|,]\s*", targets) if _NAMES_PATTERN.fullmatch(targets) else [targets]
     else:
         names = list(targets)
     if not names or not all(isinstance(name, str) and name for name in names):
@@ -57,10 +58,12 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
     patterns = []
     named = {path: [False] * len(weight.slices) for path, weight in mappings[0].items()}
     for name in names:
-        if name == "all-linear":
+        if name.lower() == "all-linear":  # In any case, as in PEFT.
             patterns.append(ALL_LINEAR_PATTERN)
-        elif not _mark_modules(name, mappings, named):
-            patterns.append(_check_regular_expression(name, mappings[0]))
+        elif not _mark_modules(name, mappings, named) and not _mark_matching_modules(
+            name, mappings, named
+        ):
+            patterns.append(name)
     for path, matches in named.items():
         if any(matches) and not all(matches):
             raise ValueError(_format_partial_target(names, path, matches, mappings[0]))
@@ -98,11 +101,18 @@ def _has_last_names(tensor: str, name: str, *kinds: str) -> bool:
     return kind in kinds and f".{module}".endswith(f".{name}")
 
 
-def _check_regular_expression(pattern: str, mapping: Mapping[str, CheckpointWeight]) -> str:
-    """Returns a target that is not a module.
+def _mark_matching_modules(
+    pattern: str,
+    mappings: Sequence[Mapping[str, CheckpointWeight]],
+    named: Mapping[str, list[bool]],
+) -> bool:
+    """Marks the tensors of modules that a regular expression matches as in PEFT, but no path.
+
+    Returns:
+        Whether there are such. If not, the rules take the pattern as it is.
 
     Raises:
-        ValueError: It is no regular expression, or looks like a name and matches no path.
+        ValueError: It is no regular expression, or looks like a name and matches nothing.
     """
     try:
         compiled = re.compile(pattern)
@@ -111,9 +121,18 @@ def _check_regular_expression(pattern: str, mapping: Mapping[str, CheckpointWeig
             f"The target {pattern!r} is neither the name of a module nor a regular expression: "
             f"{error}. Escape special characters with a backslash."
         ) from error
-    if not any(compiled.search(path) for path in mapping) and _NAMES_PATTERN.fullmatch(pattern):
-        raise ValueError(_format_unknown_target(pattern, mapping))
-    return pattern
+    if any(compiled.search(path) for path in mappings[0]):
+        return False
+    found = False
+    for path, matches in named.items():
+        for i in range(len(matches)):
+            keys = (mapping[path].slices[i].key for mapping in mappings)
+            modules = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
+            if any(map(compiled.fullmatch, modules)):
+                matches[i] = found = True
+    if not found and _NAMES_PATTERN.fullmatch(pattern):
+        raise ValueError(_format_unknown_target(pattern, mappings[0]))
+    return found
 
 
 def _format_partial_target(
