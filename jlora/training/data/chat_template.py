@@ -434,11 +434,10 @@ class ChatTemplate:
             earlier = self._render_through(messages[:turn_index], text, tools, location)
             turn = through[len(earlier) :] if through.startswith(earlier) else ""
             header = len(_common_prefix(before[len(earlier) :], turn))
-            if content not in turn[header:]:
-                # The answer may begin as the rest of the prompt does.
-                place = turn.rfind(content)
-                if 0 <= place < header <= place + len(content):
-                    header = place
+            # The answer may begin as the rest of the prompt does.
+            place = turn.rfind(content)
+            if 0 <= place < header <= place + len(content):
+                header = place
             start = len(earlier) + header
             # Templates leave out the thoughts of an answer, which precede the rest.
             is_found = content.rpartition("</think>")[2].strip() in turn[header:]

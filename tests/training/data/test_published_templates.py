@@ -447,6 +447,13 @@ def test_tool_call_after_thinking_prompt(content: str | None) -> None:
     ]
 
 
+def test_unwritten_content_is_not_in_the_header() -> None:
+    text = loop("<{{ m.role }}>{{ m.content if not m.tool_calls }}</s>", "<assistant><think>")
+    call = {"role": "assistant", "content": "ant", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(ValueError, match="message 1 differently"):
+        ChatTemplate(text).render_with_spans([ONE[0], call])
+
+
 def test_answer_begins_as_the_prompt_goes_on() -> None:
     text = loop("{{ m.role }}: {{ m.content }}</s>", "assistant: Let us think.")
     chat = [ONE[0], {"role": "assistant", "content": "Let it be."}]
