@@ -48,6 +48,8 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # assistant's turn out of the loss.
 TRAINING_MARKS = ("weight", "train", "training")
 
+_USER_MESSAGE = {"role": "user", "content": "-"}
+
 # Roles of ShareGPT's `from`.
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -416,12 +418,15 @@ class ChatTemplate:
         location: str,
     ) -> CharSpan:
         """Returns the span of one assistant turn in the text of all messages."""
-        raw = messages[turn_index].get("content") or ""
-        content = raw.strip()
+        content = (messages[turn_index].get("content") or "").strip()
         through = text
         if turn_index < len(messages) - 1:
             through = self._render_through(messages[: turn_index + 1], text, tools, location)
-        before = self._render_marked(messages[:turn_index], tools, True, location)
+        before = (
+            self._render_marked(messages[:turn_index], tools, True, location)
+            if turn_index
+            else self._find_first_header(messages, tools, location)
+        )
         start = len(before)
         is_found = True
         if not through.startswith(before):
@@ -429,8 +434,10 @@ class ChatTemplate:
             earlier = self._render_through(messages[:turn_index], text, tools, location)
             turn = through[len(earlier) :] if through.startswith(earlier) else ""
             header = len(_common_prefix(before[len(earlier) :], turn))
-            if content in turn:
-                header = min(header, turn.index(content))
+            # The answer may begin as the rest of the prompt does.
+            place = turn.rfind(content)
+            if 0 <= place < header <= place + len(content):
+                header = place
             start = len(earlier) + header
             # Templates leave out the thoughts of an answer, which precede the rest.
             is_found = content.rpartition("</think>")[2].strip() in turn[header:]
@@ -444,14 +451,74 @@ class ChatTemplate:
         stripped = turn.rstrip()
         # Without an end-of-turn token, the line break ends a turn and has to be learned.
         if content and stripped.endswith(content):
-            if turn.endswith(raw) or turn == stripped:
+            rest = text[len(through) :]
+            _, marked = self._split_at_content(messages, turn_index, tools, location, after=True)
+            end = (marked or rest).removesuffix(rest)
+            if not end:
                 raise ValueError(
                     f"{location}: the chat template writes nothing after message {turn_index}, so "
                     f"a model would not learn where an answer ends. Write {{{{ eos_token }}}} "
                     f"after the content in a template of your own (data.chat_template)."
                 )
-            stripped = turn
+            if end.isspace():
+                stripped = turn
         return start, start + len(stripped)
+
+    def _find_first_header(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        location: str,
+    ) -> str:
+        """Returns the text before the answer that a chat begins with.
+
+        Many templates read the first message, so that an empty chat has no generation prompt.
+        """
+        before, _ = self._split_at_content(messages, 0, tools, location)
+        prompt = self._find_prompt(messages[0], tools, location)
+        if not prompt:  # Answers begin where the message before them ends.
+            other = self._render_marked([_USER_MESSAGE], tools, False, location)
+            return _common_prefix(before, other)
+        place = before.rfind(prompt)
+        # What is between the prompt and the content, such as thoughts, belongs to the answer.
+        return before[: place + len(prompt)] if place >= 0 else before
+
+    def _find_prompt(
+        self,
+        message: dict[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+        location: str,
+    ) -> str:
+        """Returns the generation prompt of a chat that asks again after a first answer."""
+        ended, prompted = (
+            self._render_marked([message, _USER_MESSAGE], tools, prompts, location)
+            for prompts in (False, True)
+        )
+        return prompted[len(_common_prefix(ended, prompted)) :]
+
+    def _split_at_content(
+        self,
+        messages: list[dict[str, Any]],
+        index: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        location: str,
+        *,
+        after: bool = False,
+    ) -> tuple[str, str]:
+        """Returns the text of a chat before and after a place in the content of a message.
+
+        The place is the end of the content, or its start after the thoughts. The second text is
+        empty if the template does not write the content.
+        """
+        content = messages[index].get("content") or ""
+        thoughts, closing, answer = content.rpartition("</think>")
+        parts = (content, "") if after else (thoughts + closing, answer)
+        marked = {**messages[index], "content": GENERATION_START.join(parts)}
+        changed = [*messages[:index], marked, *messages[index + 1 :]]
+        first, _, second = self._render_marked(changed, tools, False, location).partition(
+            GENERATION_START
+        )
+        return first, second
 
     def _render_through(
         self,
@@ -472,7 +539,11 @@ class ChatTemplate:
         if text.startswith(ended):
             return ended
         prompted = self._render_marked(messages, tools, True, location)
-        if len(messages) > 1:
+        if messages[-1]["role"] == "assistant" and len(messages) == 1:
+            through = prompted.removesuffix(self._find_prompt(messages[0], tools, location))
+            if text.startswith(through):
+                return through
+        elif len(messages) > 1:
             earlier, asked = (
                 self._render_marked(messages[:-1], tools, prompts, location)
                 for prompts in (False, True)

@@ -394,6 +394,73 @@ def test_published_template_marks(name: str) -> None:
     assert "".join(everything) == before[0] + text[len(before[0] + spans[0]) :]
 
 
+# Parts of headers and of end tokens, and what both have.
+SHORT = ("a", "s", "ant", "n", ">", "|>", "<", "1", "/s>")
+
+
+@pytest.mark.parametrize("name", sorted(TABLE.keys() - ENDLESS))
+def test_published_template_short_answers(name: str) -> None:
+    want, before = learned(name, TWO)
+    for answer in SHORT:
+        for place in (1, 3):
+            chat = [*TWO[:place], {"role": "assistant", "content": answer}, *TWO[place + 1 :]]
+            spans, earlier = learned(name, chat)
+            wanted, turn = list(want), place // 2
+            wanted[turn] = wanted[turn].replace(TWO[place]["content"], answer)
+            assert spans == wanted
+            assert earlier[turn] == before[turn]
+
+
+@pytest.mark.parametrize("name", sorted(TABLE.keys() - ENDLESS))
+def test_published_template_assistant_first(name: str) -> None:
+    one, chat = TABLE[name], [TWO[1], *TWO[2:]]
+    try:
+        ChatTemplate(one.text, VARIABLES).render(chat)
+    except ValueError:  # It wants the user to begin.
+        with pytest.raises(ValueError, match="rejects the messages"):
+            learned(name, chat)
+        return
+    spans, before = learned(name, chat)
+    usual, _ = learned(name, TWO)
+    assert spans[1:] == usual[1:]
+    assert spans[0].lstrip() == usual[0].lstrip()
+    # The header of some is the end of the user's turn.
+    assert before[0].endswith(one.header) or "INST" in one.header
+    assert before[1].endswith(one.header)
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_tool_call_after_thinking_prompt(content: str | None) -> None:
+    # The prompt asks for thoughts, which the turn of a call lacks.
+    text = loop(
+        "<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "<tool_call>{{ call.function.name }}</tool_call>{% endfor %}<|im_end|>\n",
+        "<|im_start|>assistant\n<think>\n",
+    )
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    chat = [ONE[0], {"role": "assistant", "content": content, "tool_calls": calls}]
+    chat += [{"role": "tool", "content": "1"}, ONE[1]]
+    rendered, spans = ChatTemplate(text).render_with_spans(chat)
+    assert [rendered[a:b] for a, b in spans] == [
+        "<tool_call>f</tool_call><|im_end|>",
+        "hello<|im_end|>",
+    ]
+
+
+def test_unwritten_content_is_not_in_the_header() -> None:
+    text = loop("<{{ m.role }}>{{ m.content if not m.tool_calls }}</s>", "<assistant><think>")
+    call = {"role": "assistant", "content": "ant", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(ValueError, match="message 1 differently"):
+        ChatTemplate(text).render_with_spans([ONE[0], call])
+
+
+def test_answer_begins_as_the_prompt_goes_on() -> None:
+    text = loop("{{ m.role }}: {{ m.content }}</s>", "assistant: Let us think.")
+    chat = [ONE[0], {"role": "assistant", "content": "Let it be."}]
+    rendered, spans = ChatTemplate(text).render_with_spans(chat)
+    assert [rendered[a:b] for a, b in spans] == ["Let it be.</s>"]
+
+
 @pytest.mark.parametrize("name", sorted(ENDLESS))
 def test_endless_template_raises(name: str) -> None:
     with pytest.raises(ValueError, match=r"row 3: the chat template writes nothing after message"):
