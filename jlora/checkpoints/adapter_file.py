@@ -94,7 +94,7 @@ def save_adapter(
         >>> jlora.load_adapter(path, params)["w"].rank
         1
     """
-    weights = _adapted_weights(params, adapter)
+    weights = find_adapted_weights(params, adapter)
     write_adapter(path, adapter, fingerprint_weights(weights, adapter), lineage)
 
 
@@ -104,6 +104,7 @@ def write_adapter(
     fingerprints: Mapping[str, str],
     lineage: Lineage | None = None,
     base_digest: BaseDigest | None = None,
+    prompt_fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves an adapter like `save_adapter`, given fingerprints instead of the base.
 
@@ -113,6 +114,7 @@ def write_adapter(
         fingerprints: Result of `fingerprint_weights` for the adapted weights.
         lineage: Origin of the adapter. None: unknown.
         base_digest: Digest of the base checkpoint, for `check_base_checkpoint`. None: unknown.
+        prompt_fields: Format of the prompts that it was trained on, of JSON values. None: unknown.
 
     Raises:
         TypeError: `adapter` is not an adapter, or `lineage` is not a `Lineage`.
@@ -139,6 +141,8 @@ def write_adapter(
     }
     if base_digest is not None:
         metadata["checkpoint"] = json.dumps(base_digest.summarize(), sort_keys=True)
+    if prompt_fields is not None:
+        metadata["prompts"] = json.dumps(dict(prompt_fields), sort_keys=True)
     replace_file_atomically(pathlib.Path(path), serialize_safetensors(tensors, metadata))
 
 
@@ -190,7 +194,7 @@ def load_adapter(
     separate = unstack_layers(adapter)
     with name_file_in_errors(path):
         adapter = match_layer_layout(separate, params)
-        weights = _adapted_weights(params, adapter)
+        weights = find_adapted_weights(params, adapter)
     if metadata.get("content", content) != content:  # Files of an older jlora have no hash.
         raise ValueError(
             f"{path} does not have the content that jlora wrote to it. Copy it again; if it was "
@@ -287,6 +291,20 @@ def read_lineage(path: str | os.PathLike[str]) -> Lineage:
     path = pathlib.Path(path)
     metadata, _ = _read_adapter_file(path)
     return lineage_from_metadata(path, metadata)
+
+
+def read_prompt_fields(path: str | os.PathLike[str]) -> Any:
+    """Returns the `prompt_fields` of an adapter file; None if it has none.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not an adapter file, is damaged, or has a newer format.
+    """
+    path = pathlib.Path(path)
+    metadata, _ = _read_adapter_file(path)
+    if "prompts" not in metadata:
+        return None
+    return parse_json(metadata["prompts"], f"{path}: 'prompts' in its metadata")
 
 
 def lineage_from_metadata(path: pathlib.Path, metadata: Mapping[str, str]) -> Lineage:
@@ -421,7 +439,7 @@ def _check_adapter_tensor_finite(name: str, value: np.ndarray) -> None:
         )
 
 
-def _adapted_weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, Any]:
+def find_adapted_weights(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the adapted weights by path, after checking that the adapter fits them."""
     flat = _tree.flatten_with_paths(params)
     return {path: flat.leaves[index] for path, index in weight_indices(flat, adapter).items()}

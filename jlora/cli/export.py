@@ -14,10 +14,14 @@ def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple
 
     The head of the base gets a weight of its own where a PEFT folder changes the head or the
     embedding alone.
+
+    Raises:
+        ValueError: The base is not the one of the adapter's run.
     """
     from jlora import models
     from jlora.peft.tied_weights import TiedWeightsError
 
+    _check_run_base(base, path)
     model, params = models.load(base, **options)
     try:
         return load_adapter_on_base(path, model, params)
@@ -49,6 +53,7 @@ def _open_base_and_adapter(base: str, path: Path) -> Iterator[tuple[Any, Any, An
     from jlora.models.hf.load import open_model
     from jlora.peft.tied_weights import TiedWeightsError
 
+    _check_run_base(base, path)
     choices: tuple[dict[str, Any], ...] = ({}, {"tie_word_embeddings": False})
     for options in choices:
         with open_model(base, **options) as (model, stored):
@@ -62,13 +67,13 @@ def _open_base_and_adapter(base: str, path: Path) -> Iterator[tuple[Any, Any, An
             return
 
 
-def _check_run_base(options: ExportOptions) -> None:
+def _check_run_base(base: str | Path, adapter: Path) -> None:
     """Checks that the base is the one of the adapter's run, with all of its weights."""
     from jlora.checkpoints.adapter_file import check_base_checkpoint
     from jlora.checkpoints.hub import resolve_checkpoint_folder
 
-    if not options.adapter.is_dir():
-        check_base_checkpoint(options.adapter, resolve_checkpoint_folder(options.base))
+    if not adapter.is_dir():
+        check_base_checkpoint(adapter, resolve_checkpoint_folder(base))
 
 
 def check_output_is_new(out: Path) -> None:
@@ -152,8 +157,9 @@ def _export_hf(options: ExportOptions) -> None:
     from jlora import models
     from jlora.checkpoints.adapter_file import read_quantization_schemes
     from jlora.merging.merge_to import merge_stored, warn_lost_updates
+    from jlora.training.prompt_format import read_prompt_format
 
-    _check_run_base(options)
+    prompt_format = read_prompt_format(options.adapter)
     opened = _open_base_and_adapter(options.base, options.adapter)
     with opened as (_, params, adapter, load_options):
         merged = merge_stored(params, adapter, options.dtype)
@@ -165,6 +171,8 @@ def _export_hf(options: ExportOptions) -> None:
             max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
             **load_options,
         )
+    if prompt_format is not None:
+        prompt_format.write_to_merged(options.out)
     warn_lost_updates(merged.report)
     print(merged)
     schemes = [] if options.adapter.is_dir() else read_quantization_schemes(options.adapter)
@@ -179,8 +187,9 @@ def _export_hf(options: ExportOptions) -> None:
 def _export_peft(options: ExportOptions) -> None:
     """Writes the PEFT folder."""
     from jlora import peft
+    from jlora.training.prompt_format import read_prompt_format
 
-    _check_run_base(options)
+    prompt_format = read_prompt_format(options.adapter)
     opened = _open_base_and_adapter(options.base, options.adapter)
     with opened as (model, params, adapter, _):
         peft.save(
@@ -192,19 +201,27 @@ def _export_peft(options: ExportOptions) -> None:
             task_type=options.task,
             file_format="vllm" if options.format == "vllm" else "peft",
         )
+    if prompt_format is not None:
+        prompt_format.write_beside_peft(options.out)
 
 
 def _export_jlora(options: ExportOptions) -> None:
     """Writes the adapter file."""
     from jlora import peft
-    from jlora.checkpoints.adapter_file import save_adapter
+    from jlora.checkpoints.adapter_file import (
+        find_adapted_weights,
+        fingerprint_weights,
+        write_adapter,
+    )
     from jlora.models.hf.load import open_model
+    from jlora.training.prompt_format import read_prompt_format
 
     if not options.adapter.is_dir():
         raise ValueError(
             f"{options.adapter} must be a PEFT folder for --format jlora. An adapter file of jlora "
             f"can be exported to hf, peft or vllm."
         )
+    prompt_format = read_prompt_format(options.adapter)
     with open_model(options.base) as (model, params):
         loaded = peft.load(options.adapter, model, params)
         if replaces_base_weights(loaded.params, params):
@@ -212,7 +229,11 @@ def _export_jlora(options: ExportOptions) -> None:
                 f"{options.adapter} also replaces weights of the base, which an adapter file "
                 f"cannot contain. Use --format hf."
             )
-        save_adapter(options.out, loaded.adapter, params)
+        fingerprints = fingerprint_weights(
+            find_adapted_weights(params, loaded.adapter), loaded.adapter
+        )
+        fields = None if prompt_format is None else prompt_format._asdict()
+        write_adapter(options.out, loaded.adapter, fingerprints, prompt_fields=fields)
 
 
 def replaces_base_weights(loaded_params: Any, params: Any) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +20,7 @@ class GenerateOptions:
     Attributes:
         model: Folder of a decoder with its tokenizer.json, or its name on the Hub.
         prompt: Message to answer, or text to continue: without a chat template, with --raw, and
-            for an adapter that was trained on other data than chats.
+            for an adapter of a run none of whose data was chats.
         adapter: Adapter file of jlora, or PEFT folder; none by default.
         raw: Continue the prompt as it is, without a chat template and a first token.
         max_new_tokens: Maximum number of new tokens.
@@ -64,7 +63,8 @@ def run_generate(options: GenerateOptions) -> None:
 
     Raises:
         FileNotFoundError: If the model has no tokenizer.
-        ValueError: If the model is not a decoder, or the prompt has no tokens.
+        ValueError: If the model is not a decoder, or not the one that the adapter was trained on,
+            or the prompt has no tokens.
     """
     import jax
     import numpy as np
@@ -112,34 +112,22 @@ def run_generate(options: GenerateOptions) -> None:
 def load_tokenizer(folder: Path, adapter: Path | None) -> tuple[Tokenizer, bool]:
     """Returns a model's tokenizer, and whether prompts are messages for its chat template.
 
-    An adapter of a run has the run's chat template beside it, and its data's format and date in
-    its lineage.
+    An adapter of a run has the format of the run's data, with its chat template, in its file or in
+    its PEFT folder. Other models get messages if they have a chat template.
 
     Args:
         folder: Folder of the model.
         adapter: Adapter file of jlora or PEFT folder; None: none.
 
     Raises:
-        FileNotFoundError: If the model has no tokenizer.
+        FileNotFoundError: If the model has no tokenizer, or the adapter's chat template is missing.
     """
-    from jlora.checkpoints.adapter_file import read_lineage
-    from jlora.training.data.chat_template import ChatTemplate
-    from jlora.training.data.tokenizer import Tokenizer
-    from jlora.training.export import CHAT_TEMPLATE_FILE
+    from jlora.training.prompt_format import PromptFormat, read_prompt_format
 
-    data: Mapping[str, Any] = {}
-    template = None
-    if adapter is not None and adapter.is_file():
-        data = (read_lineage(adapter).recipe or {}).get("data") or {}
-    date = data.get("chat_template_date")
-    now = None if date is None else datetime.datetime.fromisoformat(date)
-    if adapter is not None:
-        file = (adapter if adapter.is_dir() else adapter.parent) / CHAT_TEMPLATE_FILE
-        if file.is_file() and (adapter.is_dir() or data.get("chat_template") is not None):
-            template = ChatTemplate.from_folder(folder, text=file.read_text("utf-8"), now=now)
-    tokenizer = Tokenizer.from_folder(folder, template, now=now)
-    sources = data.get("train") or [{"format": "chat"}]
-    return tokenizer, sources[0]["format"] == "chat" and tokenizer.chat_template is not None
+    known = None if adapter is None else read_prompt_format(adapter)
+    prompt_format = PromptFormat(is_chat=True) if known is None else known
+    tokenizer = prompt_format.load_tokenizer(folder)
+    return tokenizer, prompt_format.is_chat and tokenizer.chat_template is not None
 
 
 def tokenize_prompt(tokenizer: Tokenizer, prompt: str, *, is_chat: bool, raw: bool) -> Prompt:

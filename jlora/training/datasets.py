@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,12 @@ import numpy as np
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.models.attention import SPLASH_BLOCK_SIZE
 from jlora.training.data.batch_stream import BatchStream
-from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.formats import FORMATS, get_label_names
 from jlora.training.data.packing import BatchConfig
 from jlora.training.data.sources import load_rows
 from jlora.training.data.tokenized_dataset import TokenizeConfig, TokenizedDataset
 from jlora.training.data.tokenizer import Tokenizer
+from jlora.training.prompt_format import PromptFormat
 from jlora.training.recipe.sections import Recipe, SourceSection
 
 
@@ -31,7 +30,7 @@ class Datasets(NamedTuple):
         validation: Stream of batches of an evaluation; None without validation data.
         test: Stream of batches of the test; None without test data.
         label_names: Names of the labels; None unless the task is classification.
-        end_token_ids: Special tokens with which answers of the training chats end, sorted.
+        prompt_format: Format of the training data's prompts and answers.
         source_reports: Counts of rows, examples and tokens as text, by split and path.
     """
 
@@ -40,8 +39,13 @@ class Datasets(NamedTuple):
     validation: BatchStream | None
     test: BatchStream | None
     label_names: tuple[str, ...] | None
-    end_token_ids: tuple[int, ...]
+    prompt_format: PromptFormat
     source_reports: dict[str, str]
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Special tokens with which answers of the training chats end, sorted."""
+        return self.prompt_format.end_token_ids
 
 
 def load_datasets(
@@ -60,7 +64,7 @@ def load_datasets(
         FileNotFoundError: A source or the tokenizer does not exist.
         ValueError: A row is malformed; the message names it.
     """
-    tokenizer = _load_tokenizer(recipe, folder)
+    tokenizer = PromptFormat.from_recipe(recipe, False, ()).load_tokenizer(folder)
     labels = _resolve_label_names(recipe, folder, vocab_size)
     splits: dict[str, list[TokenizedDataset]] = {"train": [], "validation": [], "test": []}
     reports = {}
@@ -98,14 +102,7 @@ def load_datasets(
         validation=make_eval_stream(splits["validation"]),
         test=make_eval_stream(splits["test"]),
         label_names=splits["train"][0].label_names,
-        end_token_ids=tuple(
-            sorted(
-                token_id
-                for source, dataset in zip(recipe.data.train, splits["train"], strict=True)
-                if source.format == "chat"
-                for token_id in find_end_token_ids(dataset, tokenizer)
-            )
-        ),
+        prompt_format=_find_prompt_format(recipe, splits["train"], tokenizer),
         source_reports=reports,
     )
 
@@ -125,6 +122,19 @@ def find_end_token_ids(dataset: TokenizedDataset, tokenizer: Tokenizer) -> set[i
     added = tokenizer.with_special_tokens.get_added_tokens_decoder()
     special = [token_id for token_id, token in added.items() if token.special]
     return {int(n) for n in np.unique(dataset.tokens[ends]) if n in special}
+
+
+def _find_prompt_format(
+    recipe: Recipe, datasets: Sequence[TokenizedDataset], tokenizer: Tokenizer
+) -> PromptFormat:
+    """Returns the format of prompts: messages if any source has some."""
+    chats = [dataset for dataset in datasets if dataset.is_chat]
+    ends = set[int]().union(*(find_end_token_ids(chat, tokenizer) for chat in chats))
+    found = PromptFormat.from_recipe(recipe, bool(chats), tuple(sorted(ends)))
+    template = tokenizer.chat_template
+    if template is None or not template.depends_on_date:
+        return found._replace(chat_template_date=None)  # Another day's run writes the same file.
+    return found
 
 
 def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) -> BatchConfig:
@@ -149,18 +159,6 @@ def _default_bucket_lengths(shortest: int, max_length: int) -> Sequence[int]:
     """Returns a power of two and the further ones that are below a length."""
     powers = range(shortest.bit_length() - 1, max_length.bit_length())
     return [2**n for n in powers if 2**n < max_length]
-
-
-def _load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
-    """Returns the tokenizer of the base, with the chat template and date of the recipe."""
-    data = recipe.data
-    date = data.chat_template_date
-    now = None if date is None else datetime.datetime.fromisoformat(date)
-    template = None
-    if data.chat_template is not None:
-        text = Path(data.chat_template).read_text(encoding="utf-8")
-        template = ChatTemplate.from_folder(folder, text=text, now=now)
-    return Tokenizer.from_folder(folder, template, now=now)
 
 
 @contextlib.contextmanager

@@ -33,13 +33,18 @@ from jlora.models.hf.load import open_model
 from jlora.optim.multi_transform import combine
 from jlora.training import sharding
 from jlora.training.data.tokenizer import Tokenizer
+from jlora.training.prompt_format import (
+    CHAT_TEMPLATE_FILE,
+    PromptFormat,
+    write_chat_template,
+)
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup, get_layer_layout_options, schemes_from_recipe
 from jlora.transform import lora_transform, merge
 
 _PEFT_READERS: tuple[Literal["peft", "vllm"], ...] = ("peft", "vllm")
 
-HEAD_FILE, CHAT_TEMPLATE_FILE = "head.safetensors", "chat_template.jinja"
+HEAD_FILE = "head.safetensors"
 
 # Fields without influence on the adapter: runs with equal adapters write equal bytes.
 _LINEAGE_EXCLUDED_FIELDS: dict[str, Any] = {
@@ -94,6 +99,7 @@ def save_adapter_and_head(
     setup: Setup,
     trainable: PyTree,
     label_names: Sequence[str] | None,
+    prompt_format: PromptFormat,
 ) -> list[Path]:
     """Writes the adapter, a new head and the recipe's chat template, in the first process only.
 
@@ -102,6 +108,7 @@ def save_adapter_and_head(
         setup: Arrays of the run.
         trainable: Trained arrays.
         label_names: Names of the labels; None unless the task is classification.
+        prompt_format: Format of the training data's prompts and answers.
 
     Returns:
         Paths of the files.
@@ -116,13 +123,14 @@ def save_adapter_and_head(
     if jax.process_index() == 0:
         fields = recipe.model_dump(mode="json", exclude=_LINEAGE_EXCLUDED_FIELDS)
         lineage = Lineage(method="jlora train", recipe=fields)
-        write_adapter(written[0], adapter, setup.fingerprints, lineage, setup.base_digest)
+        fields = None if recipe.task == "classification" else prompt_format._asdict()
+        write_adapter(written[0], adapter, setup.fingerprints, lineage, setup.base_digest, fields)
         if head is not None:
             written.append(output / HEAD_FILE)
             _write_head(written[-1], recipe, setup, head, label_names)
-        if recipe.data.chat_template is not None:
+        if prompt_format.chat_template is not None:
             written.append(output / CHAT_TEMPLATE_FILE)
-            replace_file_atomically(written[-1], Path(recipe.data.chat_template).read_bytes())
+            write_chat_template(output, prompt_format.chat_template)
     return written
 
 
@@ -131,7 +139,7 @@ def write_exports(
     setup: Setup,
     trainable: PyTree,
     label_names: Sequence[str] | None,
-    end_token_ids: Sequence[int] = (),
+    prompt_format: PromptFormat,
 ) -> list[Path]:
     """Writes the export folders of a recipe, in the first process only.
 
@@ -142,7 +150,7 @@ def write_exports(
         setup: Arrays of the run.
         trainable: Trained arrays.
         label_names: Names of the labels; None unless the task is classification.
-        end_token_ids: Tokens that end the answers of the training data.
+        prompt_format: Format of the training data's prompts and answers.
 
     Returns:
         Paths of the folders.
@@ -154,7 +162,7 @@ def write_exports(
     adapter = gather_adapter(setup, trainable)
     written = export_folders(recipe)
     if written and jax.process_index() == 0:
-        _write_export_folders(recipe, setup, adapter, label_names, end_token_ids)
+        _write_export_folders(recipe, setup, adapter, label_names, prompt_format)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jlora: written")
     return written
@@ -177,7 +185,7 @@ def _write_export_folders(
     setup: Setup,
     adapter: PyTree,
     label_names: Sequence[str] | None,
-    end_token_ids: Sequence[int],
+    prompt_format: PromptFormat,
 ) -> None:
     options, output = recipe.export, Path(recipe.output)
     layout = get_layer_layout_options(setup.model)
@@ -199,12 +207,14 @@ def _write_export_folders(
                 has_head = getattr(model.config, "num_labels", None) is not None
                 if label_names is not None and has_head:
                     _write_label_names(folder / "config.json", label_names)
-                _write_chat_format(folder, recipe, end_token_ids)
+                prompt_format.write_to_merged(folder)
                 setup.base_digest.check_unchanged(setup.folder)  # `models.save` read it too.
         for reader in _PEFT_READERS:
             if getattr(options, reader):
                 with _replace_folder(output / reader) as folder:
                     _write_peft(recipe, model, params, adapter, reader, folder)
+                    if recipe.task != "classification":
+                        prompt_format.write_beside_peft(folder)
 
 
 def _write_peft(
@@ -234,24 +244,6 @@ def _write_label_names(path: Path, label_names: Sequence[str]) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_chat_format(folder: Path, recipe: Recipe, end_token_ids: Sequence[int]) -> None:
-    """Writes the chat template and the tokens that end an answer, where training had others."""
-    if recipe.data.chat_template is not None:
-        text = Path(recipe.data.chat_template).read_text(encoding="utf-8")
-        (folder / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
-        _update_json(folder / "tokenizer_config.json", {"chat_template": text})
-    known = models.eos_token_ids(folder)
-    if new := [token_id for token_id in end_token_ids if token_id not in known]:
-        _update_json(folder / "generation_config.json", {"eos_token_id": [*known, *new]})
-
-
-def _update_json(path: Path, fields: dict[str, Any]) -> None:
-    """Sets fields of a JSON file, which is created if it does not exist."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = json.dumps({**content, **fields}, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
-
-
 def _peft_task_type(recipe: Recipe, model: Any) -> str:
     """Returns PEFT's task type; a new head is not part of PEFT's model but a separate file."""
     if recipe.task != "classification":
@@ -277,7 +269,9 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
     remove_path(replaced)
 
 
-def tokenize_prompts(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list[list[int]]:
+def tokenize_prompts(
+    recipe: Recipe, setup: Setup, tokenizer: Tokenizer, is_chat: bool
+) -> list[list[int]]:
     """Returns the tokens of the recipe's prompts, in the format of the training data.
 
     The list is empty if the task is classification.
@@ -286,7 +280,7 @@ def tokenize_prompts(recipe: Recipe, setup: Setup, tokenizer: Tokenizer) -> list
         ValueError: A prompt is too long for the model.
     """
     prompts = recipe.report.sample_prompts if recipe.task != "classification" else []
-    if recipe.data.train[0].format != "chat" or tokenizer.chat_template is None:
+    if not is_chat or tokenizer.chat_template is None:
         tokenized = [tokenizer.add_prefix(ids) for ids in tokenizer.encode(prompts)]
     else:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)

@@ -384,7 +384,9 @@ def _restore_or_init(
 def _make_measure_fn(run: _Run) -> Callable[[TrainState, Any], _Measurement]:
     """Returns a function from a state and its adapter to its test metrics and sample texts."""
     recipe, setup, datasets = run.recipe, run.setup, run.datasets
-    prompts = export.tokenize_prompts(recipe, setup, datasets.tokenizer)
+    prompts = export.tokenize_prompts(
+        recipe, setup, datasets.tokenizer, datasets.prompt_format.is_chat
+    )
     test = None if datasets.test is None else make_test_fn(setup, datasets.test)
 
     def measure(state: TrainState, adapter: Any) -> _Measurement:
@@ -431,7 +433,9 @@ def _finish(
     assert loop.stop_reason is not None
     state, best_step = _best_state(loop.state, loop.progress, run.checkpoints)
     run.checkpoints.close()
-    output_paths = export.save_adapter_and_head(recipe, setup, state.trainable, label_names)
+    output_paths = export.save_adapter_and_head(
+        recipe, setup, state.trainable, label_names, run.datasets.prompt_format
+    )
     after = measure(state, export.combine_adapter(setup, state.trainable))
     test_metrics = [*before.test_metrics, *after.test_metrics]
     if jax.process_index() == 0:
@@ -444,7 +448,7 @@ def _finish(
         output_paths += _write_results(run, state, summary, samples, console)
     # Last, because an export may fail where all other steps succeed.
     output_paths += export.write_exports(
-        recipe, setup, state.trainable, label_names, run.datasets.end_token_ids
+        recipe, setup, state.trainable, label_names, run.datasets.prompt_format
     )
     for path in output_paths:
         console(f"Wrote {path}.")

@@ -13,16 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 from _support.training_fixtures import Make
 
 import jlora
 from jlora import cli, models
-from jlora.checkpoints.adapter_file import write_adapter
+from jlora.checkpoints.adapter_file import (
+    find_adapted_weights,
+    fingerprint_weights,
+    write_adapter,
+)
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.lineage import Lineage
 from jlora.training import data, recipe
+from jlora.training.prompt_format import PromptFormat
 
 main = importlib.import_module("jlora.cli.main")
+
+HERE = pathlib.Path(__file__).parents[1]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -143,6 +152,24 @@ def test_generate_writes_prompts_as_training(
     assert prompts[-1][0] == tokenizer.add_prefix(tokenizer.encode(["hi"])[0])
 
 
+def test_generate_any_chat_source_is_chat(
+    recipe_of: Make,
+    base: pathlib.Path,
+    chats: pathlib.Path,
+    tmp_path: pathlib.Path,
+    prompts: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = tmp_path / "a.txt"
+    texts.write_text("hi")
+    sources = [{"path": str(texts), "format": "text"}, {"path": str(chats), "format": "chat"}]
+    raw = recipe_of(data={"train": sources})
+    adapter = adapter_of_run(tmp_path / "adapter.safetensors", raw)
+    assert run(capsys, "generate", base, "hi", "--adapter", adapter)[1] == "yes\n"
+    tokenizer = data.Tokenizer.from_folder(base)
+    assert tokenizer.decode(prompts[-1][0]) == "<user>hi</s><assistant>"
+
+
 def test_generate_takes_the_runs_template(
     recipe_of: Make,
     base: pathlib.Path,
@@ -162,6 +189,85 @@ def test_generate_takes_the_runs_template(
     assert tokenizer.decode(prompts[-1][0]) == "user:hi<user>assistant:"
     # The template's end of a turn ends an answer, besides the base's.
     assert set(prompts[-1][1]) == {2, 3}
+    # Alone, the file does not get the template of the base.
+    (folder / "chat_template.jinja").unlink()
+    out = tmp_path / "merged"
+    for arguments in (
+        ("generate", base, "hi", "--adapter", adapter),
+        ("export", base, adapter, out),
+    ):
+        status, _, error = run(capsys, *arguments)
+        assert status == 1
+        assert f"there is no {folder / 'chat_template.jinja'}. Copy that file" in error
+    assert not out.exists()
+
+
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + '<user>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+FORMATS = {
+    "chat": PromptFormat(True, (3,), OWN_TEMPLATE),
+    "text": PromptFormat(False),
+}
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_export_keeps_the_prompt_format(
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    prompts: Any,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    # From the file alone to a PEFT folder, back to a file, and merged from each.
+    model, params = models.load(base)
+    leaves = jlora.peft.load(HERE / "peft" / "data" / "lora", model, params).adapter
+    first, folder, back = tmp_path / "a.safetensors", tmp_path / "peft", tmp_path / "b.safetensors"
+    fingerprints = fingerprint_weights(find_adapted_weights(params, leaves), leaves)
+    write_adapter(first, leaves, fingerprints, prompt_fields=FORMATS[kind]._asdict())
+    assert run(capsys, "export", base, first, folder, "--format", "peft")[0] == 0
+    assert run(capsys, "export", base, folder, back, "--format", "jlora")[0] == 0
+    tokenizer = data.Tokenizer.from_folder(base)
+    expected = {"chat": "user:hi<user>assistant:", "text": "hi"}[kind]
+    for adapter in (first, folder, back):
+        status, _, error = run(capsys, "generate", base, "hi", "--adapter", adapter)
+        assert status == 0, error
+        assert tokenizer.decode(prompts[-1][0]) == expected
+    out = tmp_path / "merged"
+    assert run(capsys, "export", base, back, out)[0] == 0
+    assert models.eos_token_ids(out) == {"chat": (2, 3), "text": (2,)}[kind]
+    template = data.Tokenizer.from_folder(out).chat_template
+    own = {"chat": OWN_TEMPLATE, "text": tokenizer.chat_template.text}  # type: ignore[union-attr]
+    assert template is not None
+    assert template.text == own[kind]
+    # PEFT's own reader takes only the config and the tensors.
+    names = {file.name for file in folder.iterdir()}
+    assert {"prompt_format.json", "adapter_config.json"} <= names
+    assert ("chat_template.jinja" in names) == (kind == "chat")
+
+
+@pytest.mark.parametrize("fields", ["[]", '{"is_chat": 1}', '{"is_chat": true, "more": 1}', "{"])
+def test_generate_damaged_format_raises(
+    base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], fields: str
+) -> None:
+    (tmp_path / "prompt_format.json").write_text(fields)
+    status, _, error = run(capsys, "generate", base, "hi", "--adapter", tmp_path)
+    assert status == 1
+    assert str(tmp_path / "prompt_format.json") in error
+
+
+def test_generate_other_base_raises(
+    base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, adapter = shutil.copytree(base, tmp_path / "other"), tmp_path / "a.safetensors"
+    write_adapter(adapter, {}, {}, base_digest=BaseDigest.from_folder(base))
+    arrays = safetensors.numpy.load_file(other / "model.safetensors")
+    arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] * 3
+    safetensors.numpy.save_file(arrays, other / "model.safetensors")
+    status, _, error = run(capsys, "generate", other, "hi", "--adapter", adapter)
+    assert status == 1
+    assert "has other weights than the base of its run" in error
 
 
 @pytest.mark.parametrize("flag", ["--adapter"])

@@ -27,8 +27,10 @@ import jlora
 from jlora import models
 from jlora.training import TrainResult, data, recipe
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.datasets import find_end_token_ids
+from jlora.training.datasets import find_end_token_ids, load_datasets
+from jlora.training.export import tokenize_prompts
 from jlora.training.loop import NonFiniteError
+from jlora.training.prompt_format import PromptFormat, read_prompt_format
 from jlora.training.resume import resolve_defaults
 from jlora.training.setup import build_setup
 from jlora.training.sharding import make_mesh
@@ -168,6 +170,99 @@ def test_find_end_token_ids(base: pathlib.Path, learned: list[int], ends: set[in
     builder.add(0, data.TokenSequence([3, 20, *learned, 4], mask))
     builder.add(1, data.TokenSequence([3, 20, *learned], mask[:-1]))
     assert find_end_token_ids(builder.build(), tokenizer) == ends
+
+
+def write_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def pairs(tmp_path: pathlib.Path) -> dict[str, str]:
+    """Preferences of messages and of strings."""
+    rows = []
+    for animal in ANIMALS:
+        answers = {name: [{"role": "assistant", "content": f"{name}."}] for name in DPO_COLUMNS}
+        rows.append({"prompt": [{"role": "user", "content": f"a {animal}?"}], **answers})
+    strings = [{"prompt": "a", "chosen": "good", "rejected": "bad"}]
+    return {
+        "messages": write_rows(tmp_path / "messages.jsonl", rows),
+        "strings": write_rows(tmp_path / "strings.jsonl", strings),
+    }
+
+
+DPO_COLUMNS = ("chosen", "rejected")
+
+
+@pytest.mark.parametrize(
+    ("formats", "is_chat"),
+    [
+        (["chat"], True),
+        (["messages"], True),
+        (["strings"], False),
+        (["strings", "messages"], True),
+        (["text"], False),
+        (["text", "chat"], True),
+    ],
+)
+def test_load_datasets_finds_the_prompt_format(
+    recipe_of: Make,
+    base: pathlib.Path,
+    chats: pathlib.Path,
+    pairs: dict[str, str],
+    tmp_path: pathlib.Path,
+    formats: list[str],
+    is_chat: bool,
+) -> None:
+    sources = {
+        "chat": {"path": str(chats), "format": "chat"},
+        "text": {"path": write_rows(tmp_path / "t.jsonl", [{"text": "a cat"}]), "format": "text"},
+        **{name: {"path": path, "format": "preference"} for name, path in pairs.items()},
+    }
+    raw = recipe_of(
+        data={"train": [sources[name] for name in formats]},
+        report={"sample_prompts": ["a cat?"], "max_new_tokens": 4},
+    )
+    validated = recipe.validate(raw)
+    datasets = load_datasets(validated, base, 39, slice(0, 2), slice(0, 2))
+    assert datasets.prompt_format == PromptFormat(is_chat, (2,) if is_chat else ())
+    setup = types.SimpleNamespace(
+        model=types.SimpleNamespace(config=types.SimpleNamespace(max_seq_length=64))
+    )
+    prompts = tokenize_prompts(validated, setup, datasets.tokenizer, is_chat)  # type: ignore
+    expected = "<user>a cat?</s><assistant>" if is_chat else "a cat?"
+    assert datasets.tokenizer.decode(prompts[0]) == expected
+
+
+@pytest.mark.slow
+def test_train_dpo_exports_the_chat_format(
+    recipe_of: Make, base: pathlib.Path, pairs: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<user>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    raw = recipe_of(
+        data={
+            "train": [{"path": pairs["messages"], "format": "preference"}],
+            "chat_template": str(own),
+        },
+        training={"steps": 1},
+        export={"merged": True, "peft": True, "vllm": True},
+    )
+    run(raw)
+    assert models.eos_token_ids(output(raw) / "merged") == (2, 3)
+    alone = shutil.copy(output(raw) / "adapter.safetensors", tmp_path / "alone.safetensors")
+    for path in (output(raw) / "adapter.safetensors", alone, *map(output(raw).joinpath, PEFT)):
+        known = read_prompt_format(pathlib.Path(path))
+        assert known == PromptFormat(True, (3,), own.read_text())
+        assert known.load_tokenizer(base).chat_template.text == own.read_text()  # type: ignore
+    for name in ("merged", *PEFT):
+        assert (output(raw) / name / "chat_template.jinja").read_text() == own.read_text()
+
+
+PEFT = ("peft", "vllm")
 
 
 def test_train_existing_run_raises(recipe_of: Make) -> None:

@@ -166,7 +166,7 @@ def tokenize_chats(
             )
         for number, sequence in enumerate(_tokenize_rendered_chats(tokenizer, rendered)):
             builder.add(start + number, sequence)
-    return builder.build()
+    return builder.build(is_chat=True)
 
 
 def tokenize_completions(
@@ -282,15 +282,17 @@ def tokenize_preferences(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     required = ("prompt", "chosen", "rejected")
+    has_chats = False
     for start, columns in _iter_column_batches(rows, config, required, ("tools",)):
         is_chat = not isinstance(columns["chosen"][0], str)
+        has_chats |= is_chat
         tokenize = _tokenize_chat_answers if is_chat else _tokenize_text_answers
         chosen, rejected = (
             tokenize(columns, name, start, tokenizer, config) for name in ("chosen", "rejected")
         )
         for number, pair in enumerate(zip(chosen, rejected, strict=True)):
             builder.add(start + number, *pair)
-    return builder.build(sequences_per_example=2)
+    return builder.build(sequences_per_example=2, is_chat=has_chats)
 
 
 def tokenize_classification(

@@ -88,6 +88,7 @@ class TokenizedDataset(NamedTuple):
         token_type_ids: int8 (tokens,), 1 in the second of a pair of texts; None without pairs.
         stats: Counts of the tokenization.
         fingerprint: Hash of the arrays.
+        is_chat: Whether the rows were messages, which a chat template wrote.
 
     Example:
         >>> from jlora.training import data
@@ -109,6 +110,7 @@ class TokenizedDataset(NamedTuple):
     token_type_ids: np.ndarray | None
     stats: TokenizeStats
     fingerprint: str
+    is_chat: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -220,13 +222,18 @@ class TokenizedDatasetBuilder:
         self._labels.append(label)
 
     def build(
-        self, *, sequences_per_example: int = 1, label_names: Sequence[str] | None = None
+        self,
+        *,
+        sequences_per_example: int = 1,
+        label_names: Sequence[str] | None = None,
+        is_chat: bool = False,
     ) -> TokenizedDataset:
         """Returns the collected examples.
 
         Args:
             sequences_per_example: Sequences of each example: 1, or 2 for preferences.
             label_names: Names of the labels, if the rows have labels.
+            is_chat: Whether a chat template wrote the rows.
 
         Raises:
             ValueError: If there are no examples.
@@ -258,6 +265,7 @@ class TokenizedDatasetBuilder:
             token_type_ids=types if types.any() else None,
             stats=stats,
             fingerprint="",
+            is_chat=is_chat,
         )
         return dataset._replace(fingerprint=_fingerprint_dataset(dataset))
 

@@ -1,0 +1,143 @@
+"""Format in which a run's data writes prompts and ends answers, kept with its adapter."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora import models
+from jlora.checkpoints.adapter_file import read_lineage, read_prompt_fields
+from jlora.checkpoints.safetensors_io import replace_file_atomically
+from jlora.checkpoints.text_files import read_json, read_text
+from jlora.training.data.chat_template import ChatTemplate
+from jlora.training.data.tokenizer import Tokenizer
+from jlora.training.recipe.sections import Recipe
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+PROMPT_FORMAT_FILE = "prompt_format.json"  # In PEFT folders, where PEFT ignores it.
+
+
+class PromptFormat(NamedTuple):
+    """Format of a run's prompts and answers.
+
+    Attributes:
+        is_chat: Whether prompts are messages for a chat template.
+        end_token_ids: Special tokens with which answers of chats end, sorted.
+        chat_template: Text of the run's own chat template; None: that of its base.
+        chat_template_date: Day for templates that contain the date; None: the clock.
+    """
+
+    is_chat: bool
+    end_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    chat_template_date: str | None = None
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, is_chat: bool, end_token_ids: tuple[int, ...]
+    ) -> PromptFormat:
+        """Returns the format of a run, with the chat template of its recipe."""
+        file = recipe.data.chat_template
+        template = None if file is None else Path(file).read_text(encoding="utf-8")
+        return cls(is_chat, end_token_ids, template, recipe.data.chat_template_date)
+
+    @classmethod
+    def from_fields(cls, fields: Any, location: str) -> PromptFormat:
+        """Returns the format in fields of JSON, as `_asdict` returns them.
+
+        Raises:
+            ValueError: A field has another type, or does not exist.
+        """
+        is_damaged = not isinstance(fields, dict) or set(fields) - set(cls._fields)
+        if not is_damaged:
+            ends = fields.get("end_token_ids", ())
+            texts = [fields.get(name) for name in ("chat_template", "chat_template_date")]
+            is_damaged = (
+                type(fields.get("is_chat")) is not bool
+                or not isinstance(ends, list | tuple)
+                or not all(type(token_id) is int and token_id >= 0 for token_id in ends)
+                or not all(text is None or isinstance(text, str) for text in texts)
+            )
+        if is_damaged:
+            raise ValueError(
+                f"{location} is damaged: expected the fields {', '.join(cls._fields)}. Copy the "
+                f"adapter again."
+            )
+        return cls(**{**fields, "end_token_ids": tuple(ends)})
+
+    def load_tokenizer(self, folder: Path) -> Tokenizer:
+        """Returns the tokenizer of the base in a folder, with the chat template and the date."""
+        date, template = self.chat_template_date, None
+        now = None if date is None else datetime.datetime.fromisoformat(date)
+        if self.chat_template is not None:
+            template = ChatTemplate.from_folder(folder, text=self.chat_template, now=now)
+        return Tokenizer.from_folder(folder, template, now=now)
+
+    def write_beside_peft(self, folder: Path) -> None:
+        """Writes the format, and the chat template as other programs read it, to a PEFT folder."""
+        _update_json(folder / PROMPT_FORMAT_FILE, self._asdict())
+        if self.chat_template is not None:
+            write_chat_template(folder, self.chat_template)
+
+    def write_to_merged(self, folder: Path) -> None:
+        """Writes the chat template and the ends of answers that a merged checkpoint lacks."""
+        if self.chat_template is not None:
+            write_chat_template(folder, self.chat_template)
+            _update_json(folder / "tokenizer_config.json", {"chat_template": self.chat_template})
+        known = models.eos_token_ids(folder)
+        if new := [token_id for token_id in self.end_token_ids if token_id not in known]:
+            _update_json(folder / "generation_config.json", {"eos_token_id": [*known, *new]})
+
+
+def read_prompt_format(adapter: Path) -> PromptFormat | None:
+    """Returns the prompt format of an adapter; None if nothing is known of it.
+
+    Files without a format have the recipe in their lineage, and its chat template beside them. A
+    PEFT folder of another program may have a chat template.
+
+    Args:
+        adapter: Adapter file of jlora, or PEFT folder.
+
+    Raises:
+        FileNotFoundError: The recipe has a chat template, which is not there.
+        ValueError: The format is damaged.
+    """
+    if adapter.is_dir():
+        file = adapter / PROMPT_FORMAT_FILE
+        if file.is_file():
+            return PromptFormat.from_fields(read_json(file), str(file))
+        template = adapter / CHAT_TEMPLATE_FILE
+        return PromptFormat(True, (), read_text(template)) if template.is_file() else None
+    fields = read_prompt_fields(adapter)
+    if fields is not None:
+        return PromptFormat.from_fields(fields, f"{adapter}: 'prompts' in its metadata")
+    data = (read_lineage(adapter).recipe or {}).get("data")
+    sources = data.get("train") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(sources, list):
+        return None  # The recipe of another program.
+    is_chat = any(isinstance(each, dict) and each.get("format") == "chat" for each in sources)
+    text = None
+    if data.get("chat_template") is not None:
+        template = adapter.parent / CHAT_TEMPLATE_FILE
+        if not template.is_file():
+            raise FileNotFoundError(
+                f"{adapter} was trained with a chat template of its own, "
+                f"data.chat_template={data['chat_template']!r}, but there is no {template}. Copy "
+                f"that file of the run's folder beside the adapter."
+            )
+        text = read_text(template)
+    return PromptFormat(is_chat, (), text, data.get("chat_template_date"))
+
+
+def write_chat_template(folder: Path, text: str) -> None:
+    """Writes a chat template to a folder, in the file that transformers reads."""
+    replace_file_atomically(folder / CHAT_TEMPLATE_FILE, text.encode())
+
+
+def _update_json(path: Path, fields: dict[str, Any]) -> None:
+    """Sets fields of a JSON file, which is created if it does not exist."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = json.dumps({**content, **fields}, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
