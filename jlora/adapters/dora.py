@@ -154,10 +154,12 @@ class DoRALeaf(LoRALeaf):
         """Returns `g (W + s A B)` with `g = m / norm`, a factor on each output."""
         batch, _, outputs = self.axes
         norm = self.weight_norm(weight.base)
-        if not self.through_norm:
-            norm = jax.lax.stop_gradient(norm)
         sizes = self.axis_sizes
-        gain = self.magnitude / norm.reshape(*sizes.batch, *sizes.outputs)
+        norm = norm.reshape(*sizes.batch, *sizes.outputs)
+        fixed = jax.lax.stop_gradient(norm)
+        gain = self.magnitude / fixed
+        if self.through_norm:  # The gradient squares what it divides by, which here is one.
+            gain = gain * (norm / fixed) ** -1
         factors = low_rank.label_factors(self, self.a, low_rank.scale_factor(self.b, self.scale))
         return weight.add(*factors).multiply((gain, (*batch, *outputs)))
 
@@ -175,7 +177,8 @@ class DoRALeaf(LoRALeaf):
             return jax.checkpoint(norms)(self, base)
         matrices = weight_to_matrices(base, self.axes)
         # (batch, 1, fan_out)
-        largest = promote_to_float32(jnp.abs(matrices).max(-2, keepdims=True))
+        largest = jnp.abs(jax.lax.stop_gradient(matrices)).max(-2, keepdims=True)
+        largest = promote_to_float32(largest)
         a, b = low_rank.factor_matrices(self)
         size_a = as_divisor(jax.lax.stop_gradient(jnp.abs(a).max((-2, -1), keepdims=True)))
         a, b = a / size_a, b * self.scale * size_a

@@ -19,6 +19,7 @@ from jlora._tree import PyTree
 from jlora.adapters.base import get_adapter_leaves
 from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.checkpoints.stored_weight import read_weight
+from jlora.interpreter.weight import as_divisor
 from jlora.merging._validation import check_adapters, collect_bases, unify_layer_layouts
 
 Adapter = Mapping[str, Any]
@@ -188,12 +189,13 @@ def measure_interference(
 class _MatrixStats(NamedTuple):
     """Statistics of each of a weight's matrices, for n adapters."""
 
-    inner_products: Any  # (batch, n, n), of the updates.
+    inner_products: Any  # (batch, n, n), of the updates divided by their sizes.
     input_overlap: Any  # (batch, n, n)
     output_overlap: Any  # (batch, n, n)
     sign_conflicts: Any  # (batch, n, n), counts of entries.
     num_entries: Any  # (batch,)
     effective_rank: Any  # (batch, n)
+    sizes: Any  # (batch, n), the largest singular values.
 
 
 @jax.jit
@@ -202,7 +204,11 @@ def _compute_weight_stats(deltas: tuple[WeightDelta, ...]) -> _MatrixStats:
 
 
 def _compute_matrix_stats(deltas: tuple[WeightDelta, ...]) -> _MatrixStats:
-    triplets = [svd(delta) for delta in deltas]
+    # Divided by their sizes, no product of two singular values over- or underflows.
+    triplets, sizes = [], []
+    for u, s, vt in map(svd, deltas):
+        sizes.append(as_divisor(s.max()))
+        triplets.append((u, s / sizes[-1], vt))
     pairs = itertools.combinations_with_replacement(range(len(triplets)), 2)
     compared = {pair: _compare_subspaces(triplets[pair[0]], triplets[pair[1]]) for pair in pairs}
 
@@ -221,6 +227,7 @@ def _compute_matrix_stats(deltas: tuple[WeightDelta, ...]) -> _MatrixStats:
         sign_conflicts=opposed + opposed.T,
         num_entries=jnp.int32(signs[0].size),
         effective_rank=jnp.stack([_entropy_effective_rank(s) for _, s, _ in triplets]),
+        sizes=jnp.stack(sizes),
     )
 
 
@@ -261,7 +268,9 @@ def _make_pair_stats(
     stats: _MatrixStats, adapter_indices: Sequence[int], num_adapters: int, low_rank: bool
 ) -> PairStats:
     """Returns the statistics of a weight, with NaN for adapters that do not adapt it."""
-    inner = np.asarray(stats.inner_products, np.float64).sum(0)
+    sizes = np.asarray(stats.sizes, np.float64)
+    size_products = sizes[:, :, None] * sizes[:, None, :]
+    inner = (np.asarray(stats.inner_products, np.float64) * size_products).sum(0)
     squares = np.diagonal(inner)
     norms = np.sqrt(np.where(squares > 0, squares, np.nan))
     norm_products = norms[:, None] * norms

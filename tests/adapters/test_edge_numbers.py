@@ -88,6 +88,37 @@ def test_dora_norm_any_column_size_is_right(dtype: Any) -> None:
     np.testing.assert_allclose(norm, truth, rtol=2e-5)  # A's two bfloat16 parts keep 16 bits.
 
 
+@pytest.mark.parametrize("through_norm", [False, True])
+def test_dora_gradients_any_column_size(through_norm: bool) -> None:
+    rng = np.random.default_rng(1)
+    sizes = np.array([1e-34, 1e-28, 1e-20, 1, 1e19, 1e30], np.float32)
+    weight = WEIGHT * sizes
+    lora = jlora.lora_transform(
+        product, {"w": jlora.DoRA(rank=2, alpha=3, through_norm=through_norm)}
+    )
+    leaf = lora.init(jax.random.key(0), {"w": weight}, INPUTS)["w"]
+    b = (rng.normal(size=(2, 6)) * sizes).astype(np.float32)
+    leaf = dataclasses.replace(leaf, b=b, magnitude=leaf.magnitude * np.float32(1.5))
+    seen = rng.normal(size=(3, 6)) / sizes  # Each column has a loss of about one.
+
+    def loss(leaf: Any, weight: Any) -> Any:
+        return (lora.apply({"w": weight}, {"w": leaf}, INPUTS) * seen.astype(np.float32)).sum()
+
+    got, of_weight = jax.jit(jax.grad(loss, argnums=(0, 1)))(leaf, weight)
+    a, b, m, x, w = (np.float64(v) for v in (leaf.a, b, leaf.magnitude, INPUTS, weight))
+    v = w + 1.5 * a @ b
+    norm = np.linalg.norm(v, axis=0)
+    of_v = m / norm * (x.T @ seen)
+    if through_norm:
+        of_v -= m * ((x @ v) * seen).sum(0) / norm**2 * (v / norm)
+    # Sums of eight products, of which some cancel.
+    np.testing.assert_allclose(got.b * sizes, 1.5 * a.T @ of_v * sizes, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.a, 1.5 * of_v @ b.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_weight * sizes, of_v * sizes, rtol=1e-4, atol=1e-5)
+    expected = ((x @ v) * seen).sum(0) / norm
+    np.testing.assert_allclose(got.magnitude * sizes, expected * sizes, rtol=1e-4, atol=1e-5)
+
+
 def test_dora_norm_beyond_float32_raises() -> None:
     lora = jlora.lora_transform(product, jlora.DoRA(rank=2, alpha=4))
     params = {"w": np.full((8, 6), 3e38, np.float32)}  # Times the root of 8.

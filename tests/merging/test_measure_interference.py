@@ -99,6 +99,20 @@ def test_interference_cosine_of_a_stack() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e19, 1e37])
+def test_interference_any_update_size_is_same(size: float) -> None:
+    root = np.float32(np.sqrt(size))
+    given = {name: adapter["w"] for name, adapter in adapters("plain").items()}
+    scaled = {
+        name: {"w": dataclasses.replace(leaf, a=leaf.a * root, b=leaf.b * root)}
+        for name, leaf in given.items()
+    }
+    found = merging.measure_interference(scaled).per_weight["w"]
+    expected = merging.measure_interference(adapters("plain")).per_weight["w"]
+    for name in ("cosine", "input_overlap", "output_overlap", "sign_conflicts", "effective_rank"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), **CLOSE)
+
+
 def test_interference_ignores_rounding_directions() -> None:
     wide, other = lora("plain", 1, rank=4), lora("plain", 2)
     b = np.array(wide.b)

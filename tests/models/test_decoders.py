@@ -216,10 +216,10 @@ CONFLICTS: dict[str, dict[str, Any]] = {
     "experts": {**raw("qwen3_moe"), "num_experts": 3, "num_local_experts": 4},
     "activation": {**raw("gemma2"), "hidden_act": "silu"},
     "first activation": {**raw("gemma"), "hidden_act": "gelu", "hidden_activation": "silu"},
-    "windows": {**raw("qwen2_sliding"), "use_sliding_window": False},
-    "first window": {**raw("qwen2_sliding"), "max_window_layers": 0},
-    "pattern": {**raw("gemma3"), "sliding_window_pattern": 3},
-    "no positions": {**raw("smollm3"), "no_rope_layer_interval": 3},
+    "default original": {
+        **{k: v for k, v in raw("phi3").items() if k != "original_max_position_embeddings"},
+        "rope_parameters": {**raw("phi3")["rope_parameters"]},
+    },
 }
 
 
@@ -227,6 +227,59 @@ CONFLICTS: dict[str, dict[str, Any]] = {
 def test_decoder_config_conflict_raises(case: str) -> None:
     with pytest.raises(ValueError, match="two values of one setting. Keep the one"):
         decoder_config(CONFLICTS[case])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("qwen2_sliding", {"max_window_layers": 28}),  # As transformers writes it.
+        ("qwen2_sliding", {"max_window_layers": 0}),
+        ("gemma3", {"sliding_window_pattern": 3}),
+        ("smollm3", {"no_rope_layer_interval": 4}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 4}),
+    ],
+)
+def test_decoder_config_list_of_layers_wins(name: str, change: dict[str, Any]) -> None:
+    assert decoder_config({**raw(name), **change}) == decoder_config(raw(name))
+
+
+@pytest.mark.parametrize("use_window", [None, False])
+def test_decoder_config_no_window_raises(use_window: bool | None) -> None:
+    config = {**raw("qwen2_sliding"), "use_sliding_window": use_window}
+    with pytest.raises(ValueError, match="which have no window with use_sliding_window=false"):
+        decoder_config(config)
+
+
+WHOLE_HEADS = [name for name in NAMES if name not in ("phi3", "qwen2", "llama3", "llama_linear")]
+
+
+@pytest.mark.parametrize("name", WHOLE_HEADS)
+def test_decoder_config_partial_factor_ignored(name: str) -> None:
+    nested = raw(name)
+    groups = [nested["rope_parameters"]]
+    if name == "gemma3":
+        groups = [groups[0]["sliding_attention"]]
+    for group in groups:
+        group["partial_rotary_factor"] = 0.25
+    assert decoder_config(nested) == decoder_config(raw(name))
+    if name != "gemma3":  # Its full attention has frequencies of another type.
+        for config in (raw(name), old(name)):
+            changed = {**config, "partial_rotary_factor": 0.5}
+            assert decoder_config(changed) == decoder_config(raw(name))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "llama_linear", "gemma3"])
+def test_decoder_config_partial_factor_raises(name: str) -> None:
+    config = {**raw(name), "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match="partial_rotary_factor=0.5 is not .* rotates whole heads"):
+        decoder_config(config)
+    assert decoder_config({**config, "partial_rotary_factor": 1.0}) == decoder_config(raw(name))
+
+
+def test_phi3_original_length_has_default() -> None:
+    config = old("phi3", rope_scaling=LONGROPE, max_position_embeddings=8192)
+    del config["original_max_position_embeddings"]
+    assert decoder_config(config).layer_kinds[0].rope.switch_length == 4096
 
 
 BAD_NUMBERS = [float("nan"), float("inf"), -1.0, 1e308, "4", [4], True]

@@ -115,11 +115,15 @@ def _parse_rope(
     theta_name: str = "rope_theta",
     scaling_name: str = "rope_scaling",
     aliases: Mapping[str, str] = types.MappingProxyType({}),
+    partial: bool = False,
+    default_original_length: int | None = None,
 ) -> Rope:
     """Returns the rotary positions of a config.json of transformers 5 or earlier.
 
     Transformers 5 has `rope_parameters`, earlier releases `rope_theta`, `rope_scaling` and others.
-    Where a setting is in several of them, they have to be equal.
+    Where a setting is in several of them, they have to be equal. All but the families with
+    `partial` rotate whole heads: for them, transformers does not read `partial_rotary_factor` with
+    the default frequencies, and with others it makes too few to run.
 
     Args:
         reader: Reader of the config.json.
@@ -130,6 +134,9 @@ def _parse_rope(
         theta_name: Field of earlier releases with the base of the frequencies.
         scaling_name: Field of earlier releases with the other parameters. Empty: there is none.
         aliases: Other names of the rope types.
+        partial: Whether the family can rotate a part of each head, by `partial_rotary_factor`.
+        default_original_length: Value of the field `original_max_position_embeddings` where it is
+            missing, even if `rope_parameters` has another. None: the field has no default.
     """
     parameters = reader.get_dict("rope_parameters")
     location = "rope_parameters"
@@ -153,16 +160,30 @@ def _parse_rope(
             if value is not None:
                 setting = "rope_type" if name == "type" else name
                 settings.setdefault(setting, {})[f"{place}.{name}"] = value
-    for name, setting in (
-        (theta_name, "rope_theta"),
-        ("partial_rotary_factor", "partial_rotary_factor"),
-        ("original_max_position_embeddings", "original_max_position_embeddings"),
-    ):
+    names = {
+        "rope_theta": theta_name,
+        "original_max_position_embeddings": "original_max_position_embeddings",
+        "partial_rotary_factor": "partial_rotary_factor",
+    }
+    if not partial and set(settings.get("rope_type", {}).values()) <= {"default"}:
+        del names["partial_rotary_factor"]
+        settings.pop("partial_rotary_factor", None)
+    for setting, name in names.items():
         value = reader.get(name, None)
         if value is not None:
             settings.setdefault(setting, {})[name] = value
+        elif setting == "original_max_position_embeddings" and default_original_length:
+            settings.setdefault(setting, {})[f"the default of {name}"] = default_original_length
     for values in settings.values():
         reader.require_equal(values)
+    if not partial:
+        for name, value in settings.get("partial_rotary_factor", {}).items():
+            if value != 1:
+                raise ValueError(
+                    f"{reader.location}: {name}={value!r} is not implemented for model_type="
+                    f"{reader.config_dict.get('model_type')!r}, which rotates whole heads: only 1. "
+                    f"Copy the rope parameters from the checkpoint's original config.json."
+                )
     merged = {name: next(iter(values.values())) for name, values in settings.items()}
     try:
         return rope_from_config(
@@ -186,7 +207,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _full_and_sliding_layers(
-    reader: ConfigReader, ropes: Mapping[str, Rope], layer_types: list[str], *, given: bool
+    reader: ConfigReader, ropes: Mapping[str, Rope], layer_types: list[str]
 ) -> dict[str, Any]:
     """Returns the fields of layers with full attention or a sliding window.
 
@@ -194,10 +215,8 @@ def _full_and_sliding_layers(
         reader: Reader of the config.json.
         ropes: Rotary positions of each layer type.
         layer_types: Types of the layers, unless the config.json has a field `layer_types`.
-        given: `layer_types` follows from other fields of the config.json, which then have to agree
-            with its `layer_types`.
     """
-    layer_types = _parse_layer_types(reader, layer_types, given=given)
+    layer_types = _parse_layer_types(reader, layer_types)
     used = [layer_type for layer_type in (_FULL, _SLIDING) if layer_type in layer_types]
     windows = {_SLIDING: reader.get_positive_int("sliding_window")} if _SLIDING in used else {}
     return {
@@ -206,8 +225,12 @@ def _full_and_sliding_layers(
     }
 
 
-def _parse_layer_types(reader: ConfigReader, default: list[str], *, given: bool) -> list[str]:
-    """Returns the field `layer_types`, or else the default; arguments as above."""
+def _parse_layer_types(reader: ConfigReader, default: list[str]) -> list[str]:
+    """Returns the field `layer_types`, or else the default.
+
+    As in transformers, the list holds where other fields give another one: a saved config.json also
+    has their defaults.
+    """
     layer_types = reader.get_list("layer_types")
     if not layer_types:
         return default
@@ -216,9 +239,6 @@ def _parse_layer_types(reader: ConfigReader, default: list[str], *, given: bool)
             f"{reader.location}: layer_types={layer_types} must have {len(default)} entries, each "
             f"{_FULL!r} or {_SLIDING!r}."
         )
-    if given:
-        other = "the layer types that follow from the other fields about windows"
-        reader.require_equal({"layer_types": layer_types, other: default})
     return layer_types
 
 
@@ -254,13 +274,14 @@ def _parse_qwen_fields(reader: ConfigReader, **overrides: Any) -> DecoderConfig:
     layer_types = [
         _SLIDING if use_window and i >= first_sliding else _FULL for i in range(_num_layers(reader))
     ]
-    given = reader.config_dict.get("use_sliding_window") is not None and not (
-        use_window and reader.config_dict.get("max_window_layers") is None
-    )
+    if not use_window and _SLIDING in _parse_layer_types(reader, layer_types):
+        raise ValueError(
+            f"{reader.location}: layer_types has layers of {_SLIDING!r}, which have no window with "
+            f"use_sliding_window=false. Set it to true, or all layer_types to {_FULL!r}, as the "
+            f"model was trained."
+        )
     ropes = {_FULL: rope, _SLIDING: rope}
-    return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, ropes, layer_types, given=given)
-    )
+    return DecoderConfig(**common, **_full_and_sliding_layers(reader, ropes, layer_types))
 
 
 def _parse_qwen2(reader: ConfigReader) -> DecoderConfig:
@@ -379,9 +400,7 @@ def _parse_gemma2(reader: ConfigReader) -> DecoderConfig:
     rope = _parse_rope(reader, common["head_dim"])
     layer_types = [_FULL if i % 2 else _SLIDING for i in range(_num_layers(reader))]
     ropes = {_FULL: rope, _SLIDING: rope}
-    return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, ropes, layer_types, given=False)
-    )
+    return DecoderConfig(**common, **_full_and_sliding_layers(reader, ropes, layer_types))
 
 
 def _parse_gemma3(reader: ConfigReader) -> DecoderConfig:
@@ -402,12 +421,9 @@ def _parse_gemma3(reader: ConfigReader) -> DecoderConfig:
             scaling_name="",
         ),
     }
-    given = reader.config_dict.get("sliding_window_pattern") is not None
     pattern = reader.get_positive_int("sliding_window_pattern", 6)
     layer_types = [_SLIDING if (i + 1) % pattern else _FULL for i in range(_num_layers(reader))]
-    return DecoderConfig(
-        **common, **_full_and_sliding_layers(reader, ropes, layer_types, given=given)
-    )
+    return DecoderConfig(**common, **_full_and_sliding_layers(reader, ropes, layer_types))
 
 
 def _parse_phi3(reader: ConfigReader) -> DecoderConfig:
@@ -416,7 +432,9 @@ def _parse_phi3(reader: ConfigReader) -> DecoderConfig:
     )
     # Names of longrope in the first releases.
     aliases = {"su": "longrope", "yarn": "longrope"}
-    rope = _parse_rope(reader, common["head_dim"], aliases=aliases)
+    rope = _parse_rope(
+        reader, common["head_dim"], aliases=aliases, partial=True, default_original_length=4096
+    )
     window = reader.get_optional_int("sliding_window", None)
     return DecoderConfig(**common, **_uniform_layers(reader, LayerKind(window=window, rope=rope)))
 
@@ -435,15 +453,11 @@ def _parse_smollm3(reader: ConfigReader) -> DecoderConfig:
             f"{reader.location}: no_rope_layers={has_rope} must have {num_layers} entries, 1 for "
             f"layers with rotary positions and 0 for others."
         )
-    if reader.get("no_rope_layer_interval", None) is not None:
-        other = f"the list of no_rope_layer_interval={interval}"
-        reader.require_equal({"no_rope_layers": [int(flag) for flag in has_rope], other: derived})
     rope = _parse_rope(reader, common["head_dim"], 2_000_000.0)
     use_window = reader.get_bool("use_sliding_window", False)
     layer_types = _parse_layer_types(
         reader,
         [_SLIDING if use_window and not layer_has_rope else _FULL for layer_has_rope in has_rope],
-        given=reader.config_dict.get("use_sliding_window") is not None,
     )
     layers = [
         LayerKind(
