@@ -50,7 +50,10 @@ class _HeldLock:
 
 
 _held: dict[Path, _HeldLock] = {}
-_held_guard = threading.Lock()
+
+# A thread may release a lock while it takes another one, since the garbage collector may end a
+# `HostCache` at any time.
+_held_guard = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def acquire_output_lock(path: str | os.PathLike[str], owner: object = None) -> P
         OSError: The lock file cannot be written.
     """
     path, owner = Path(path).absolute(), threading.get_ident() if owner is None else owner
-    inside = path.is_dir() and not path.is_symlink()
+    inside = path.is_dir()  # Also through a link, whose folder has one lock.
     folder = path if inside else path.parent
     folder.mkdir(parents=True, exist_ok=True)
     lock_path = folder.resolve() / (LOCK_NAME if inside else f".{path.name}{LOCK_NAME}")

@@ -126,6 +126,43 @@ def test_lock_is_shared_within_a_thread_alone(tmp_path: pathlib.Path) -> None:
         pass
 
 
+def test_folder_and_its_link_have_one_lock(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with (
+        held_by_thread(tmp_path / "run"),
+        pytest.raises(OutputInUseError),
+        lock_output(tmp_path / "link"),
+    ):
+        pass
+    with lock_output(tmp_path / "link"):
+        assert output_lock.is_output_locked(tmp_path / "run")
+
+
+def test_collector_may_release_a_lock_meanwhile(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = output_lock.acquire_output_lock(tmp_path / "other", owner=object())
+    describe = output_lock._describe_process
+
+    def describe_and_collect() -> dict[str, Any]:
+        output_lock.release_output_lock(other)  # As the finalizer of a cache does.
+        return describe()
+
+    monkeypatch.setattr(output_lock, "_describe_process", describe_and_collect)
+    thread = threading.Thread(target=lock_and_release, args=(tmp_path / "one",), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert not list(tmp_path.iterdir())
+
+
+def lock_and_release(path: pathlib.Path) -> None:
+    """Takes a lock for a moment."""
+    with lock_output(path):
+        pass
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b'{"pid": "x"}', b"[" * 60_000])
 def test_damaged_lock_file_is_taken_over(text: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / output_lock.LOCK_NAME).write_bytes(text)

@@ -576,6 +576,11 @@ class ChatTemplate:
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
+        except MemoryError as error:
+            raise MemoryError(
+                f"{location}: memory ran out while {self.source} was rendered. Free memory, or "
+                f"use shorter messages."
+            ) from error
         except Exception as error:  # A template can raise anything.
             raise ValueError(
                 f"{location}: {self.source} rejects the messages ({error}). Change them to its "

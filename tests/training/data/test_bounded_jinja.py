@@ -18,6 +18,10 @@ from jlora.training.data import bounded_jinja
 from jlora.training.data.chat_template import ChatTemplate
 
 CHAT = [{"role": "user", "content": "hi"}]
+LONG = "{% set s = 'a' * 150000 %}"
+NESTED = (
+    "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+)
 DOUBLED = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x"
 
 HOSTILE = {
@@ -52,6 +56,29 @@ HOSTILE = {
     "slices": "{{ [1]|batch(999999999, 0)|list }}",
     "text": "{{ lipsum(n=999) }}",
     "range": "{{ range(999999999)|list }}",
+    "outputs": LONG + "{% for i in range(9999) %}{{ s }}{% endfor %}",
+    "captured outputs": LONG
+    + "{% set t %}{% for i in range(9999) %}{{ s }}{% endfor %}{% endset %}",
+    "join of a list": LONG + "{{ ([s] * 999)|join|length }}",
+    "join of a stream": LONG + "{{ (range(9999)|map('replace', '', s))|join|length }}",
+    "method join": LONG + "{{ ''.join([s] * 999)|length }}",
+    "many ~": LONG + "{{ s" + " ~ s" * 999 + " }}",
+    "many fields": LONG + "{{ ('{0}' * 999).format(s)|length }}",
+    "many fields of %": LONG + "{{ ('%(s)s' * 999)|format(s=s)|length }}",
+    "indents": "{{ ('a\n' * 5000)|indent(1000000)|length }}",
+    "lists of lists": NESTED + "{{ n.x }}",
+    "compared lists": NESTED + "{% set a = n.x %}" + NESTED + "{{ n.x == a }}",
+    "late lists": (
+        "{% set n, m = namespace(x=1), namespace(x=1) %}{% set n.x = [m] * 9000 %}"
+        "{% set m.x = [0] * 9000 %}{{ n }}"
+    ),
+    "kept slices": (
+        LONG + "{% set n = namespace(x=[]) %}{% for i in range(999) %}"
+        "{% set n.x = n.x + [s[i:]] %}{% endfor %}"
+    ),
+    "wrapped lines": "{{ ('a' * 1000000)|wordwrap(1)|length }}",
+    "sum of lists": "{{ (range(20000)|batch(1)|sum(start=[]))|length }}",
+    "bytes": "{{ (1).to_bytes(999999999, 'big')|length }}",
 }
 
 
@@ -115,6 +142,29 @@ def test_long_chat_is_within_the_limits() -> None:
     )
     chat = [{"role": "user", "content": "word " * 100}] * 2_000
     assert len(template.render(chat)) == 2_000 * (50 + 500 + 4)
+
+
+def test_real_operations_on_a_long_text() -> None:
+    text = (
+        "{% set c = messages[0].content %}{{ c.split('</think>')[-1]|trim|replace('a', 'b') }}"
+        "{{ messages|map(attribute='content')|join('\n') }}{{ '%s: %s' % ('x', c) }}"
+        "{{ c|indent(4) }}"
+        "{{ messages|selectattr('role', 'equalto', 'user')|list|tojson(indent=4) }}"
+        "{{ c|truncate(2000) }}{{ c.splitlines()[:3] }}{{ c.rstrip() ~ c[1:] }}"
+    )
+    values = {"messages": [{"role": "user", "content": "word word\n" * 30_000}]}
+    plain = jinja2.sandbox.ImmutableSandboxedEnvironment()
+    bounded = bounded_jinja.BoundedEnvironment()
+    assert bounded.from_string(text).render(values) == plain.from_string(text).render(values)
+
+
+def test_lack_of_memory_is_not_blamed_on_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(bounded_jinja.BoundedEnvironment, "concat", fail)
+    with pytest.raises(MemoryError, match="memory ran out while the chat template"):
+        ChatTemplate("x").render(CHAT)
 
 
 # The lowest releases without a known escape or crash by content of a file.
