@@ -36,8 +36,14 @@ if TYPE_CHECKING:
 # Rows tokenized at a time, over the machine's cores.
 _TOKENIZE_BATCH_SIZE = 1000
 
+# Columns that other libraries put into the prompt.
+_PROMPT_COLUMNS = ("system", "history", "chat_template_kwargs")
+
 # A higher number is an id in the wrong column, not a label.
 MAX_LABELS = 100_000
+
+# Values of a column, or their JSON, that say nothing.
+_EMPTY_VALUES = (None, "", [], {}, "[]", "{}", "null")
 
 _NUMBER_PATTERN = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*")
 
@@ -128,14 +134,16 @@ def tokenize_chats(
     """Tokenizes chats, with a loss on the assistant's turns.
 
     Args:
-        rows: Rows with a column `messages`, and optionally `tools`, a list or its JSON text.
+        rows: Rows with a column `messages`, and optionally `tools`, a list or its JSON text, and
+            `system`, the text of a system message before the others.
         tokenizer: Tokenizer with a chat template, which writes all special tokens.
         config: Lengths and column names.
         train_on: "assistant" for all assistant turns, "last" for the last one, or "all" for the
             complete text.
 
     Raises:
-        ValueError: If a message is invalid, or the template does not separate the turns.
+        ValueError: If a message is invalid, the template does not separate the turns, or a row has
+            a `history` or `chat_template_kwargs`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -154,11 +162,14 @@ def tokenize_chats(
     _reject_split_truncation(config)
     template = _require_chat_template(tokenizer, config)
     builder = TokenizedDatasetBuilder(config)
-    for start, columns in _iter_column_batches(rows, config, ("messages",), ("tools",)):
+    optional, refused = ("tools", "system"), ("history", "chat_template_kwargs")
+    for start, columns in _iter_column_batches(rows, config, ("messages",), optional, refused):
         rendered: list[tuple[str, list[CharSpan]]] = []
         for number, messages in enumerate(columns["messages"]):
             location = f"{config.data_name}, row {start + number}"
             tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
+            if "system" in columns and columns["system"][number]:
+                messages = _add_system_message(columns["system"][number], messages, location)
             rendered.append(
                 template.render_with_spans(
                     messages, tools=tools, train_on=train_on, location=location
@@ -182,13 +193,16 @@ def tokenize_completions(
     the texts have already, as those that were rendered before, are not added again.
 
     Args:
-        rows: Rows with columns `prompt` and `completion`.
-        tokenizer: Tokenizer with an eos token.
+        rows: Rows with columns `prompt` and `completion`: strings, used unchanged; or lists of
+            messages for the chat template, where the completion is one answer, and then optionally
+            `tools`, as for chats.
+        tokenizer: Tokenizer with an eos token for strings, with a chat template for messages.
         config: Lengths and column names.
         train_on: "completion", or "all" to train on the prompt as well.
 
     Raises:
-        ValueError: If a cell is not a string, or the tokenizer has no eos token.
+        ValueError: If a cell is neither, the tokenizer has no eos token, or a row has a `system` or
+            `history`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -207,7 +221,15 @@ def tokenize_completions(
         raise ValueError(f"train_on={train_on!r} must be completion or all.")
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
-    for start, columns in _iter_column_batches(rows, config, ("prompt", "completion")):
+    required = ("prompt", "completion")
+    for start, columns in _iter_column_batches(rows, config, required, ("tools",), _PROMPT_COLUMNS):
+        first = columns["completion"][0]
+        if isinstance(first, Sequence) and not isinstance(first, str):
+            turns = "all" if train_on == "all" else "last"
+            chats = _tokenize_chat_answers(columns, "completion", start, tokenizer, config, turns)
+            for number, sequence in enumerate(chats):
+                builder.add(start + number, sequence)
+            continue
         texts = _tokenize_answers(columns, "completion", start, tokenizer, config)
         for number, (prompt, completion) in enumerate(texts):
             builder.add(
@@ -264,7 +286,8 @@ def tokenize_preferences(
         config: Lengths and column names.
 
     Raises:
-        ValueError: If a cell is neither, or an answer is not a single assistant message.
+        ValueError: If a cell is neither, an answer is not a single assistant message, or a row has
+            a `system` or `history`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -282,7 +305,7 @@ def tokenize_preferences(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     required = ("prompt", "chosen", "rejected")
-    for start, columns in _iter_column_batches(rows, config, required, ("tools",)):
+    for start, columns in _iter_column_batches(rows, config, required, ("tools",), _PROMPT_COLUMNS):
         is_chat = not isinstance(columns["chosen"][0], str)
         tokenize = _tokenize_chat_answers if is_chat else _tokenize_text_answers
         chosen, rejected = (
@@ -367,9 +390,17 @@ _REQUIRED_COLUMNS = {
 
 
 def _iter_column_batches(
-    rows: Rows, config: TokenizeConfig, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    rows: Rows,
+    config: TokenizeConfig,
+    required: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    refused: tuple[str, ...] = (),
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Yields the number of the first row and the format's columns, for some rows at a time."""
+    """Yields the number of the first row and the format's columns, for some rows at a time.
+
+    Raises:
+        ValueError: A column is missing, or a refused one, which `columns` does not map, has values.
+    """
     present = list(getattr(rows, "column_names", None) or dict.fromkeys(k for r in rows for k in r))
     unknown = sorted(set(config.columns) - {*required, *optional})
     if unknown:
@@ -390,7 +421,9 @@ def _iter_column_batches(
             f"{format_names(present, 20)}. {_advise_columns(next(iter(missing)), names, present)}"
         )
     names = {name: columns for name, columns in names.items() if set(columns) <= set(present)}
-    nested = {c for columns in names.values() for c in columns if _has_struct_type(rows, c)}
+    used = {column for columns in names.values() for column in columns}
+    refused = tuple(column for column in refused if column in present and column not in used)
+    nested = {column for column in used if _has_struct_type(rows, column)}
     for start in range(0, len(rows), _TOKENIZE_BATCH_SIZE):
         part: Any = rows[start : start + _TOKENIZE_BATCH_SIZE]
 
@@ -401,6 +434,8 @@ def _iter_column_batches(
                 values = [row.get(column) for row in part]
             return [_drop_filled_nulls(v) for v in values] if column in nested else values
 
+        for column in refused:
+            _reject_values(column, read(column), start, names, config)
         yield (
             start,
             {
@@ -410,6 +445,51 @@ def _iter_column_batches(
                 for name, columns in names.items()
             },
         )
+
+
+def _reject_values(
+    column: str,
+    values: Sequence[Any],
+    first_row: int,
+    names: Mapping[str, list[str]],
+    config: TokenizeConfig,
+) -> None:
+    """Raises if a column that belongs to the prompt, but would be ignored, is not empty."""
+    row = next((i for i, value in enumerate(values) if value not in _EMPTY_VALUES), None)
+    if row is None:
+        return
+    if column == "chat_template_kwargs":
+        mend = (
+            "Set such variables for all rows, by `{% set NAME = ... %}` in a template "
+            "(data.chat_template) or by ChatTemplate.variables"
+        )
+    elif column == "system" and "prompt" in names:
+        prompt = format_names([column, *names["prompt"]])
+        mend = (
+            f"Join texts by `columns: {{prompt: [{prompt}]}}`; of messages, write it as the first "
+            f"of the prompt"
+        )
+    else:
+        mend = "Write its turns into the prompt, or as messages before the others (format: chat)"
+    raise ValueError(
+        f"{config.data_name}, row {first_row + row}: the column {column} would change the prompt, "
+        f"but this format does not read it. {mend}, or remove the column."
+    )
+
+
+def _add_system_message(text: Any, messages: Any, location: str) -> list[Message]:
+    """Returns the messages after a system message, which they may begin with already."""
+    if not isinstance(text, str):
+        raise ValueError(f"{location}: system={text!r} must be a string. Correct the row.")
+    messages = validate_messages(messages, location)
+    if messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages]
+    if messages[0]["content"] != text:
+        raise ValueError(
+            f"{location} has the column system and a first message of the {messages[0]['role']} "
+            f"with another text. Keep one of them."
+        )
+    return messages
 
 
 def _list_columns(config: TokenizeConfig, name: str) -> list[str]:
@@ -432,13 +512,37 @@ def _join_columns(
     return ["\n\n".join(filter(None, texts)) for texts in zip(*columns.values(), strict=True)]
 
 
+# Columns that data of questions and answers often has.
+_QUESTIONS_AND_ANSWERS = tuple(
+    (question, answer)
+    for question in ("query", "question", "instruction", "prompt", "input", "problem")
+    for answer in ("response", "answer", "output", "completion", "solution")
+    if (question, answer) != ("prompt", "completion")
+)
+
+
 def _advise_columns(missing: str, names: Mapping[str, list[str]], present: list[str]) -> str:
     """Returns advice for data that lacks a column of the format."""
     if {"instruction", "output"} <= set(present):
-        prompt = "[instruction, input]" if "input" in present else "instruction"
+        texts = [name for name in ("system", "instruction", "input") if name in present]
+        prompt = f"[{format_names(texts)}]" if len(texts) > 1 else texts[0]
         return (
             f"These are the columns of Alpaca: use format: completion and "
             f"`columns: {{prompt: {prompt}, completion: output}}`."
+        )
+    pair = next(
+        ((p, c) for p, c in _QUESTIONS_AND_ANSWERS if {p, c} <= set(present)),
+        None,
+    )
+    if pair and missing in ("messages", "prompt", "completion"):
+        use = "" if "completion" in names else "format: completion and "
+        renamed = zip(("prompt", "completion"), pair, strict=True)
+        columns = ", ".join(f"{name}: {column}" for name, column in renamed if name != column)
+        return f"These are questions and answers: use {use}`columns: {{{columns}}}`."
+    if missing == "prompt" and {"chosen", "rejected"} <= set(present) and "chosen" in names:
+        return (
+            "Here the answers contain their prompt: write it into a column prompt, as the messages "
+            "that both begin with, or, of strings, the text up to the answer, and cut it off both."
         )
     if missing == "messages" and "conversations" in present:
         return "Map the names with the source's columns: `columns: {messages: conversations}`."
@@ -632,6 +736,7 @@ def _tokenize_chat_answers(
     first_row: int,
     tokenizer: Tokenizer,
     config: TokenizeConfig,
+    train_on: TrainOn = "last",
 ) -> Iterator[TokenSequence]:
     """Returns chats with an answer each as the last message."""
     template = _require_chat_template(tokenizer, config)
@@ -643,7 +748,7 @@ def _tokenize_chat_answers(
         messages = _join_prompt_and_answer(prompt, answer, column_name, location)
         tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
         rendered.append(
-            template.render_with_spans(messages, tools=tools, train_on="last", location=location)
+            template.render_with_spans(messages, tools=tools, train_on=train_on, location=location)
         )
     return _tokenize_rendered_chats(tokenizer, rendered)
 

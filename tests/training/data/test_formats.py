@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -502,11 +503,106 @@ ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
         ("text", {"messages": said("a")}, "Use format: chat."),
         ("chat", {"prompt": "a", "completion": "b"}, "Use format: completion."),
         ("chat", {"text": "a", "label": 1}, "Use format: classification."),
+        (
+            "chat",
+            {"query": "a", "response": "b"},
+            "format: completion and `columns: {prompt: query, ",
+        ),
+        (
+            "chat",
+            {"prompt": "a", "answer": "b"},
+            "format: completion and `columns: {completion: ans",
+        ),
+        ("completion", {"question": "a", "answer": "b"}, "use `columns: {prompt: question, compl"),
+        ("chat", {**ALPACA, "system": "s"}, r"`columns: {prompt: \[system, instruction, input\],"),
+        (
+            "preference",
+            {"chosen": "a", "rejected": "b"},
+            "write it into a column prompt, as the me",
+        ),
     ],
 )
 def test_tokenize_advises_the_format(form: str, row: dict[str, Any], advice: str) -> None:
     with pytest.raises(ValueError, match=advice):
         formats.FORMATS[form]([row], with_template("chatml"), READING)
+
+
+def test_tokenize_chats_system_column(tmp_path: pathlib.Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    want = [[system, *said("a", "b")], said("a", "b"), [system, *said("a", "b")]]
+    rows = [
+        {"conversations": turns, "system": "Be brief.", "tools": "[]"},
+        {"conversations": turns, "system": ""},
+        {
+            "conversations": [{"from": "system", "value": "Be brief."}, *turns],
+            "system": "Be brief.",
+        },
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = dataclasses.replace(READING, columns={"messages": "conversations"})
+    expected = formats.tokenize_chats([{"messages": m} for m in want], TINY, READING)
+    for given in (rows, sources.load_rows(tmp_path / "a.jsonl")):
+        corpus = formats.tokenize_chats(given, TINY, reading)
+        assert corpus.fingerprint == expected.fingerprint
+    rows[2]["system"] = "Be long."
+    with pytest.raises(
+        ValueError, match="row 2 has the column system and a first message of the s"
+    ):
+        formats.tokenize_chats(rows, TINY, reading)
+
+
+@pytest.mark.parametrize(
+    ("form", "column", "value", "message"),
+    [
+        ("chat", "history", [["a", "b"]], "row 1: the column history would change .* as messages"),
+        ("chat", "chat_template_kwargs", {"x": 1}, r"by `{% set NAME = ... %}` in a template"),
+        ("completion", "system", "s", r"`columns: {prompt: \[system, prompt\]}`"),
+        ("completion", "history", [["a", "b"]], "history would change the prompt, but"),
+        ("preference", "system", "s", "of messages, write it as the first of the prompt"),
+        ("preference", "chat_template_kwargs", {"x": 1}, "chat_template_kwargs would change"),
+    ],
+)
+def test_columns_of_prompt_are_not_ignored(
+    form: str, column: str, value: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    row = {
+        "chat": {"messages": said("a", "b")},
+        "completion": {"prompt": "a", "completion": "b"},
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }[form]
+    tokenize, empty = formats.FORMATS[form], {column: type(value)()}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | empty) + "\n" + json.dumps(row | empty))
+    want = tokenize([row, row], TINY, READING).fingerprint
+    for given in ([row, row | empty], sources.load_rows(tmp_path / "a.jsonl")):
+        assert tokenize(given, TINY, READING).fingerprint == want
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(row | empty) + "\n" + json.dumps(row | {column: value})
+    )
+    for given in ([row, row | {column: value}], sources.load_rows(tmp_path / "a.jsonl")):
+        with pytest.raises(ValueError, match=message):
+            tokenize(given, TINY, READING)
+
+
+def test_columns_of_prompt_can_be_mapped() -> None:
+    reading = dataclasses.replace(READING, columns={"prompt": ["system", "prompt"]})
+    row = {"prompt": "a", "completion": "b"}
+    got = formats.tokenize_completions([{**row, "system": "s"}], TINY, reading)
+    want = formats.tokenize_completions([{**row, "prompt": "s\n\na"}], TINY, READING)
+    assert got.fingerprint == want.fingerprint
+
+
+def test_tokenize_completions_of_messages(tmp_path: pathlib.Path) -> None:
+    chat = said("a", "b", "c", "d")
+    row = {"prompt": chat[:3], "completion": chat[3:]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    for train_on, turns in (("completion", "last"), ("all", "all")):
+        want = formats.tokenize_chats([{"messages": chat}], TINY, READING, train_on=turns)
+        for given in ([row], sources.load_rows(tmp_path / "a.jsonl")):
+            got = formats.tokenize_completions(given, TINY, READING, train_on=train_on)
+            assert got.fingerprint == want.fingerprint
+    with pytest.raises(ValueError, match=r"row 0: completion must be one assistant message"):
+        formats.tokenize_completions([{"prompt": chat[:1], "completion": chat[1:]}], TINY, READING)
 
 
 def test_tokenize_preferences_render_tools() -> None:
@@ -566,7 +662,7 @@ def test_tokenize_chats_table_equals_list() -> None:
             {"completion": "out"},
             "has no column out, only prompt. Map",
         ),
-        ("completion", {"prompt": "a", "answer": "b"}, {}, "`columns: {completion: answer}`"),
+        ("completion", {"prompt": "a", "answer": "b"}, {}, "use `columns: {completion: answer}`"),
         ("text", {"text": "a"}, {"txt": "a"}, "contains txt, which the format does not have"),
         ("text", {"text": None}, {}, r"train.jsonl, row 1: text=None must be a string"),
         (
