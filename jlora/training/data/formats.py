@@ -55,11 +55,13 @@ class LabelEncoder(NamedTuple):
         names: Label names, in the order of the model's outputs.
         label2id: Class id of each name.
         data_name: Name of the data in errors.
+        has_ids: True if the type of the labels says that numbers are class ids.
     """
 
     names: tuple[str, ...]
     label2id: Mapping[str, int]
     data_name: str
+    has_ids: bool = False
 
     @classmethod
     def from_names(cls, names: Sequence[str], data_name: str) -> LabelEncoder:
@@ -77,15 +79,22 @@ class LabelEncoder(NamedTuple):
         return cls(tuple(names), label2id, data_name)
 
     def encode(self, label: Any, row_index: int) -> int:
-        """Returns the class id of a row's label, which is a name or an id.
+        """Returns the class id of a row's label, which is a name, an id, or a boolean for 0 or 1.
 
         Raises:
-            ValueError: If the label is neither.
+            ValueError: If the label is neither, or an id of one class and the name of another.
         """
         if isinstance(label, str) and label in self.label2id:
             return self.label2id[label]
-        if type(label) is int and 0 <= label < len(self.names):
-            return label
+        if isinstance(label, int) and 0 <= label < len(self.names):
+            named = {self.label2id.get(text, label) for text in (str(label), str(label).lower())}
+            if named != {label} and not self.has_ids:
+                raise ValueError(
+                    f"{self.data_name}, row {row_index}: label={label!r} is the id of the class "
+                    f"{self.names[label]!r}, but also the name of another class in {self.names}. "
+                    f"Write labels as strings, or list the names in the order of their numbers."
+                )
+            return int(label)
         raise ValueError(
             f"{self.data_name}, row {row_index}: label={label!r} must be one of "
             f"{format_names(list(self.names), 20)}, or an int below {len(self.names)}. Correct the "
@@ -96,19 +105,23 @@ class LabelEncoder(NamedTuple):
 def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
     """Returns the sorted label names; for int labels, all numbers up to the highest.
 
+    Those of booleans are "false" and "true".
+
     Raises:
-        ValueError: If the labels are neither all nonempty strings nor all ints from 0.
+        ValueError: If the labels are neither all nonempty strings, nor all ints from 0, nor all
+            booleans.
     """
-    kind = str if labels and isinstance(labels[0], str) else int
+    kind = type(labels[0]) if labels and isinstance(labels[0], str | bool) else int
     for row, label in enumerate(labels):
-        number = type(label) is int and 0 <= label < MAX_LABELS
-        if type(label) is not kind or not (number if kind is int else label):
+        if type(label) is not kind or not (label if kind is str else 0 <= label < MAX_LABELS):
             raise ValueError(
                 f"{data_name}, row {row}: label={label!r}, but labels must be all nonempty "
-                f"strings, or all ints from 0 to {MAX_LABELS - 1}. Correct the row."
+                f"strings, all ints from 0 to {MAX_LABELS - 1}, or all booleans. Correct the row."
             )
     if kind is str:
         return sorted(set(labels))
+    if kind is bool:
+        return ["false", "true"]
     return [str(number) for number in range(max(labels) + 1)]
 
 
@@ -327,7 +340,7 @@ def tokenize_classification(
 
     Args:
         rows: Rows with columns `text` and `label`, and `text_pair` for pairs. Labels are strings,
-            or ints from 0; numeric labels of a .csv file count as ints.
+            ints from 0, or booleans; numeric labels of a .csv file count as ints.
         tokenizer: Tokenizer of the model.
         config: Lengths and column names.
         label_names: Label names in the order of the class ids; None: those of the table's
@@ -353,6 +366,7 @@ def tokenize_classification(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     labels = LabelEncoder.from_names(label_names or get_label_names(rows, config), config.data_name)
+    labels = labels._replace(has_ids=_get_feature_names(rows, config) is not None)
     label_column = _read_label_column(rows, config, label_names)
     encoder = _make_truncating_tokenizer(tokenizer, config)
     for start, columns in _iter_column_batches(rows, config, ("text", "label"), ("text_pair",)):
@@ -610,13 +624,18 @@ def _require_chat_template(tokenizer: Tokenizer, config: TokenizeConfig) -> Chat
 
 def get_label_names(rows: Rows, config: TokenizeConfig) -> Sequence[str]:
     """Returns the label names of the table's features, or else those of its labels."""
-    column = _list_columns(config, "label")[0]
-    names = getattr(getattr(rows, "features", {}).get(column), "names", None)
+    names = _get_feature_names(rows, config)
     return (
         infer_label_names(_read_label_column(rows, config), config.data_name)
         if names is None
         else names
     )
+
+
+def _get_feature_names(rows: Rows, config: TokenizeConfig) -> Sequence[str] | None:
+    """Returns the label names of the table's features, or None."""
+    column = _list_columns(config, "label")[0]
+    return getattr(getattr(rows, "features", {}).get(column), "names", None)
 
 
 def _read_label_column(

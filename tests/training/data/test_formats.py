@@ -335,6 +335,42 @@ def test_labels_invalid_raise(
         formats.tokenize_classification(rows, encoder(tmp_path), READING, label_names=names)
 
 
+def test_boolean_labels_are_false_and_true(tmp_path: pathlib.Path) -> None:
+    tokenizer = encoder(tmp_path)
+    rows = [{"text": "a", "label": label} for label in (True, False, True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in (rows, sources.load_rows(tmp_path / "a.jsonl")):
+        for names in (None, ["false", "true"], ["False", "True"], ["bad", "good"]):
+            corpus = formats.tokenize_classification(given, tokenizer, READING, label_names=names)
+            assert corpus.labels is not None
+            assert corpus.labels.tolist() == [1, 0, 1]
+            assert corpus.label_names == tuple(names or ("false", "true"))
+        for names in (["true", "false"], ["True", "False"]):
+            with pytest.raises(ValueError, match="row 0: label=True is the id of the class '[fF]a"):
+                formats.tokenize_classification(given, tokenizer, READING, label_names=names)
+    rows[1]["label"] = 0
+    with pytest.raises(ValueError, match="row 1: label=0, but labels must be .* or all booleans"):
+        formats.tokenize_classification(rows, tokenizer, READING)
+
+
+def test_id_that_names_another_class_raises(tmp_path: pathlib.Path) -> None:
+    tokenizer = encoder(tmp_path)
+    rows = [{"text": "a", "label": label} for label in (1, 0)]
+    for names in (["1", "0"], ["1", "2", "3"]):
+        with pytest.raises(
+            ValueError, match="row 0: label=1 is the id of the class '[02]', but al"
+        ):
+            formats.tokenize_classification(rows, tokenizer, READING, label_names=names)
+    # The type of this table says that they are ids.
+    stars = datasets.Dataset.from_list(rows).cast_column(
+        "label", datasets.ClassLabel(names=["1", "2", "3"])
+    )
+    for names in (None, ["1", "2", "3"]):
+        corpus = formats.tokenize_classification(stars, tokenizer, READING, label_names=names)
+        assert corpus.labels is not None
+        assert (corpus.labels.tolist(), corpus.label_names) == ([1, 0], ("1", "2", "3"))
+
+
 def test_csv_labels_numeric_become_ints(tmp_path: pathlib.Path) -> None:
     tokenizer = encoder(tmp_path)
     tables = {
