@@ -113,7 +113,9 @@ def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
     """
     kind = type(labels[0]) if labels and isinstance(labels[0], str | bool) else int
     for row, label in enumerate(labels):
-        if type(label) is not kind or not (label if kind is str else 0 <= label < MAX_LABELS):
+        if type(label) is not kind or not (
+            label if isinstance(label, str) else 0 <= label < MAX_LABELS
+        ):
             raise ValueError(
                 f"{data_name}, row {row}: label={label!r}, but labels must be all nonempty "
                 f"strings, all ints from 0 to {MAX_LABELS - 1}, or all booleans. Correct the row."

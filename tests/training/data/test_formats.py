@@ -632,7 +632,8 @@ def test_tokenize_completions_of_messages(tmp_path: pathlib.Path) -> None:
     chat = said("a", "b", "c", "d")
     row = {"prompt": chat[:3], "completion": chat[3:]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    for train_on, turns in (("completion", "last"), ("all", "all")):
+    pairs: list[tuple[Any, Any]] = [("completion", "last"), ("all", "all")]
+    for train_on, turns in pairs:
         want = formats.tokenize_chats([{"messages": chat}], TINY, READING, train_on=turns)
         for given in ([row], sources.load_rows(tmp_path / "a.jsonl")):
             got = formats.tokenize_completions(given, TINY, READING, train_on=train_on)
