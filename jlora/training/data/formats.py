@@ -149,8 +149,8 @@ def tokenize_chats(
     """Tokenizes chats, with a loss on the assistant's turns.
 
     Args:
-        rows: Rows with a column `messages`, and optionally `tools`, a list or its JSON text, and
-            `system`, the text of a system message before the others.
+        rows: Rows with a column `messages`, or several that `columns` joins to it, and optionally
+            `tools`, a list or its JSON text, and `system`, the text of a first system message.
         tokenizer: Tokenizer with a chat template, which writes all special tokens.
         config: Lengths and column names.
         train_on: "assistant" for all assistant turns, "last" for the last one, or "all" for the
@@ -208,16 +208,14 @@ def tokenize_completions(
     the texts have already, as those that were rendered before, are not added again.
 
     Args:
-        rows: Rows with columns `prompt` and `completion`: strings, used unchanged; or lists of
-            messages for the chat template, where the completion is one answer, and then optionally
-            `tools`, as for chats.
-        tokenizer: Tokenizer with an eos token for strings, with a chat template for messages.
+        rows: Rows with columns `prompt` and `completion`.
+        tokenizer: Tokenizer with an eos token.
         config: Lengths and column names.
         train_on: "completion", or "all" to train on the prompt as well.
 
     Raises:
-        ValueError: If a cell is neither, the tokenizer has no eos token, or a row has a `system` or
-            `history`, which would change the prompt.
+        ValueError: If a cell is not a string, the tokenizer has no eos token, or a row has a
+            `system` or `history`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -237,14 +235,14 @@ def tokenize_completions(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     required = ("prompt", "completion")
-    for start, columns in _iter_column_batches(rows, config, required, ("tools",), _PROMPT_COLUMNS):
+    for start, columns in _iter_column_batches(rows, config, required, (), _PROMPT_COLUMNS):
         first = columns["completion"][0]
         if isinstance(first, Sequence) and not isinstance(first, str):
-            turns = "all" if train_on == "all" else "last"
-            chats = _tokenize_chat_answers(columns, "completion", start, tokenizer, config, turns)
-            for number, sequence in enumerate(chats):
-                builder.add(start + number, sequence)
-            continue
+            joined = [c for name in required for c in _list_columns(config, name)]
+            raise ValueError(
+                f"{config.data_name}: the completions are messages, not strings. Use format: chat, "
+                f"`columns: {{messages: [{format_names(joined)}]}}` and data.train_on=last."
+            )
         texts = _tokenize_answers(columns, "completion", start, tokenizer, config)
         for number, (prompt, completion) in enumerate(texts):
             builder.add(
@@ -457,7 +455,9 @@ def _iter_column_batches(
             {
                 name: read(columns[0])
                 if len(columns) == 1
-                else _join_columns({column: read(column) for column in columns}, start, config)
+                else (_join_messages if name == "messages" else _join_columns)(
+                    {column: read(column) for column in columns}, start, config
+                )
                 for name, columns in names.items()
             },
         )
@@ -535,6 +535,18 @@ _QUESTIONS_AND_ANSWERS = tuple(
     for answer in ("response", "answer", "output", "completion", "solution")
     if (question, answer) != ("prompt", "completion")
 )
+
+
+def _join_messages(
+    columns: dict[str, list[Any]], first_row: int, config: TokenizeConfig
+) -> list[list[Message]]:
+    """Returns the messages of several columns, such as a prompt and its completion, as chats."""
+    joined: list[list[Message]] = [[] for _ in next(iter(columns.values()))]
+    for name, values in columns.items():
+        for number, messages in enumerate(values):
+            location = f"{config.data_name}, row {first_row + number}, {name}"
+            joined[number] += validate_messages(messages, location)
+    return joined
 
 
 def _advise_columns(missing: str, names: Mapping[str, list[str]], present: list[str]) -> str:
@@ -757,7 +769,6 @@ def _tokenize_chat_answers(
     first_row: int,
     tokenizer: Tokenizer,
     config: TokenizeConfig,
-    train_on: TrainOn = "last",
 ) -> Iterator[TokenSequence]:
     """Returns chats with an answer each as the last message."""
     template = _require_chat_template(tokenizer, config)
@@ -769,7 +780,7 @@ def _tokenize_chat_answers(
         messages = _join_prompt_and_answer(prompt, answer, column_name, location)
         tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
         rendered.append(
-            template.render_with_spans(messages, tools=tools, train_on=train_on, location=location)
+            template.render_with_spans(messages, tools=tools, train_on="last", location=location)
         )
     return _tokenize_rendered_chats(tokenizer, rendered)
 

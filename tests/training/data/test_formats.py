@@ -628,18 +628,20 @@ def test_columns_of_prompt_can_be_mapped() -> None:
     assert got.fingerprint == want.fingerprint
 
 
-def test_tokenize_completions_of_messages(tmp_path: pathlib.Path) -> None:
+def test_tokenize_chats_joins_messages(tmp_path: pathlib.Path) -> None:
     chat = said("a", "b", "c", "d")
     row = {"prompt": chat[:3], "completion": chat[3:]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    pairs: list[tuple[Any, Any]] = [("completion", "last"), ("all", "all")]
-    for train_on, turns in pairs:
-        want = formats.tokenize_chats([{"messages": chat}], TINY, READING, train_on=turns)
-        for given in ([row], sources.load_rows(tmp_path / "a.jsonl")):
-            got = formats.tokenize_completions(given, TINY, READING, train_on=train_on)
-            assert got.fingerprint == want.fingerprint
-    with pytest.raises(ValueError, match=r"row 0: completion must be one assistant message"):
-        formats.tokenize_completions([{"prompt": chat[:1], "completion": chat[1:]}], TINY, READING)
+    reading = dataclasses.replace(READING, columns={"messages": ["prompt", "completion"]})
+    want = formats.tokenize_chats([{"messages": chat}], TINY, READING, train_on="last")
+    mend = r"format: chat, `columns: {messages: \[prompt, completion\]}` and data.train_on=last"
+    for given in ([row], sources.load_rows(tmp_path / "a.jsonl")):
+        got = formats.tokenize_chats(given, TINY, reading, train_on="last")
+        assert got.fingerprint == want.fingerprint
+        with pytest.raises(ValueError, match=mend):
+            formats.tokenize_completions(given, TINY, READING)
+    with pytest.raises(ValueError, match="row 0, completion must be a list of messages, got 'b'"):
+        formats.tokenize_chats([{**row, "completion": "b"}], TINY, reading)
 
 
 def test_tokenize_preferences_render_tools() -> None:
