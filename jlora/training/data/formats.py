@@ -36,8 +36,14 @@ if TYPE_CHECKING:
 # Rows tokenized at a time, over the machine's cores.
 _TOKENIZE_BATCH_SIZE = 1000
 
+# Columns that other libraries put into the prompt.
+_PROMPT_COLUMNS = ("system", "history", "chat_template_kwargs")
+
 # A higher number is an id in the wrong column, not a label.
 MAX_LABELS = 100_000
+
+# Values of a column, or their JSON, that say nothing.
+_EMPTY_VALUES = (None, "", [], {}, "[]", "{}", "null")
 
 _NUMBER_PATTERN = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*")
 
@@ -49,11 +55,13 @@ class LabelEncoder(NamedTuple):
         names: Label names, in the order of the model's outputs.
         label2id: Class id of each name.
         data_name: Name of the data in errors.
+        has_ids: True if the type of the labels says that numbers are class ids.
     """
 
     names: tuple[str, ...]
     label2id: Mapping[str, int]
     data_name: str
+    has_ids: bool = False
 
     @classmethod
     def from_names(cls, names: Sequence[str], data_name: str) -> LabelEncoder:
@@ -71,15 +79,22 @@ class LabelEncoder(NamedTuple):
         return cls(tuple(names), label2id, data_name)
 
     def encode(self, label: Any, row_index: int) -> int:
-        """Returns the class id of a row's label, which is a name or an id.
+        """Returns the class id of a row's label, which is a name, an id, or a boolean for 0 or 1.
 
         Raises:
-            ValueError: If the label is neither.
+            ValueError: If the label is neither, or an id of one class and the name of another.
         """
         if isinstance(label, str) and label in self.label2id:
             return self.label2id[label]
-        if type(label) is int and 0 <= label < len(self.names):
-            return label
+        if isinstance(label, int) and 0 <= label < len(self.names):
+            named = {self.label2id.get(text, label) for text in (str(label), str(label).lower())}
+            if named != {label} and not self.has_ids:
+                raise ValueError(
+                    f"{self.data_name}, row {row_index}: label={label!r} is the id of the class "
+                    f"{self.names[label]!r}, but also the name of another class in {self.names}. "
+                    f"Write labels as strings, or list the names in the order of their numbers."
+                )
+            return int(label)
         raise ValueError(
             f"{self.data_name}, row {row_index}: label={label!r} must be one of "
             f"{format_names(list(self.names), 20)}, or an int below {len(self.names)}. Correct the "
@@ -90,19 +105,25 @@ class LabelEncoder(NamedTuple):
 def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
     """Returns the sorted label names; for int labels, all numbers up to the highest.
 
+    Those of booleans are "false" and "true".
+
     Raises:
-        ValueError: If the labels are neither all nonempty strings nor all ints from 0.
+        ValueError: If the labels are neither all nonempty strings, nor all ints from 0, nor all
+            booleans.
     """
-    kind = str if labels and isinstance(labels[0], str) else int
+    kind = type(labels[0]) if labels and isinstance(labels[0], str | bool) else int
     for row, label in enumerate(labels):
-        number = type(label) is int and 0 <= label < MAX_LABELS
-        if type(label) is not kind or not (number if kind is int else label):
+        if type(label) is not kind or not (
+            label if isinstance(label, str) else 0 <= label < MAX_LABELS
+        ):
             raise ValueError(
                 f"{data_name}, row {row}: label={label!r}, but labels must be all nonempty "
-                f"strings, or all ints from 0 to {MAX_LABELS - 1}. Correct the row."
+                f"strings, all ints from 0 to {MAX_LABELS - 1}, or all booleans. Correct the row."
             )
     if kind is str:
         return sorted(set(labels))
+    if kind is bool:
+        return ["false", "true"]
     return [str(number) for number in range(max(labels) + 1)]
 
 
@@ -128,14 +149,16 @@ def tokenize_chats(
     """Tokenizes chats, with a loss on the assistant's turns.
 
     Args:
-        rows: Rows with a column `messages`, and optionally `tools`, a list or its JSON text.
+        rows: Rows with a column `messages`, or several that `columns` joins to it, and optionally
+            `tools`, a list or its JSON text, and `system`, the text of a first system message.
         tokenizer: Tokenizer with a chat template, which writes all special tokens.
         config: Lengths and column names.
         train_on: "assistant" for all assistant turns, "last" for the last one, or "all" for the
             complete text.
 
     Raises:
-        ValueError: If a message is invalid, or the template does not separate the turns.
+        ValueError: If a message is invalid, the template does not separate the turns, or a row has
+            a `history` or `chat_template_kwargs`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -154,11 +177,14 @@ def tokenize_chats(
     _reject_split_truncation(config)
     template = _require_chat_template(tokenizer, config)
     builder = TokenizedDatasetBuilder(config)
-    for start, columns in _iter_column_batches(rows, config, ("messages",), ("tools",)):
+    optional, refused = ("tools", "system"), ("history", "chat_template_kwargs")
+    for start, columns in _iter_column_batches(rows, config, ("messages",), optional, refused):
         rendered: list[tuple[str, list[CharSpan]]] = []
         for number, messages in enumerate(columns["messages"]):
             location = f"{config.data_name}, row {start + number}"
             tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
+            if "system" in columns and columns["system"][number]:
+                messages = _add_system_message(columns["system"][number], messages, location)
             rendered.append(
                 template.render_with_spans(
                     messages, tools=tools, train_on=train_on, location=location
@@ -188,7 +214,8 @@ def tokenize_completions(
         train_on: "completion", or "all" to train on the prompt as well.
 
     Raises:
-        ValueError: If a cell is not a string, or the tokenizer has no eos token.
+        ValueError: If a cell is not a string, the tokenizer has no eos token, or a row has a
+            `system` or `history`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -207,7 +234,15 @@ def tokenize_completions(
         raise ValueError(f"train_on={train_on!r} must be completion or all.")
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
-    for start, columns in _iter_column_batches(rows, config, ("prompt", "completion")):
+    required = ("prompt", "completion")
+    for start, columns in _iter_column_batches(rows, config, required, (), _PROMPT_COLUMNS):
+        first = columns["completion"][0]
+        if isinstance(first, Sequence) and not isinstance(first, str):
+            joined = [c for name in required for c in _list_columns(config, name)]
+            raise ValueError(
+                f"{config.data_name}: the completions are messages, not strings. Use format: chat, "
+                f"`columns: {{messages: [{format_names(joined)}]}}` and data.train_on=last."
+            )
         texts = _tokenize_answers(columns, "completion", start, tokenizer, config)
         for number, (prompt, completion) in enumerate(texts):
             builder.add(
@@ -264,7 +299,8 @@ def tokenize_preferences(
         config: Lengths and column names.
 
     Raises:
-        ValueError: If a cell is neither, or an answer is not a single assistant message.
+        ValueError: If a cell is neither, an answer is not a single assistant message, or a row has
+            a `system` or `history`, which would change the prompt.
 
     Example:
         >>> import tokenizers
@@ -283,7 +319,7 @@ def tokenize_preferences(
     builder = TokenizedDatasetBuilder(config)
     required = ("prompt", "chosen", "rejected")
     has_chats = False
-    for start, columns in _iter_column_batches(rows, config, required, ("tools",)):
+    for start, columns in _iter_column_batches(rows, config, required, ("tools",), _PROMPT_COLUMNS):
         is_chat = not isinstance(columns["chosen"][0], str)
         has_chats |= is_chat
         tokenize = _tokenize_chat_answers if is_chat else _tokenize_text_answers
@@ -306,7 +342,7 @@ def tokenize_classification(
 
     Args:
         rows: Rows with columns `text` and `label`, and `text_pair` for pairs. Labels are strings,
-            or ints from 0; numeric labels of a .csv file count as ints.
+            ints from 0, or booleans; numeric labels of a .csv file count as ints.
         tokenizer: Tokenizer of the model.
         config: Lengths and column names.
         label_names: Label names in the order of the class ids; None: those of the table's
@@ -332,6 +368,7 @@ def tokenize_classification(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     labels = LabelEncoder.from_names(label_names or get_label_names(rows, config), config.data_name)
+    labels = labels._replace(has_ids=_get_feature_names(rows, config) is not None)
     label_column = _read_label_column(rows, config, label_names)
     encoder = _make_truncating_tokenizer(tokenizer, config)
     for start, columns in _iter_column_batches(rows, config, ("text", "label"), ("text_pair",)):
@@ -369,9 +406,17 @@ _REQUIRED_COLUMNS = {
 
 
 def _iter_column_batches(
-    rows: Rows, config: TokenizeConfig, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    rows: Rows,
+    config: TokenizeConfig,
+    required: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    refused: tuple[str, ...] = (),
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Yields the number of the first row and the format's columns, for some rows at a time."""
+    """Yields the number of the first row and the format's columns, for some rows at a time.
+
+    Raises:
+        ValueError: A column is missing, or a refused one, which `columns` does not map, has values.
+    """
     present = list(getattr(rows, "column_names", None) or dict.fromkeys(k for r in rows for k in r))
     unknown = sorted(set(config.columns) - {*required, *optional})
     if unknown:
@@ -392,7 +437,9 @@ def _iter_column_batches(
             f"{format_names(present, 20)}. {_advise_columns(next(iter(missing)), names, present)}"
         )
     names = {name: columns for name, columns in names.items() if set(columns) <= set(present)}
-    nested = {c for columns in names.values() for c in columns if _has_struct_type(rows, c)}
+    used = {column for columns in names.values() for column in columns}
+    refused = tuple(column for column in refused if column in present and column not in used)
+    nested = {column for column in used if _has_struct_type(rows, column)}
     for start in range(0, len(rows), _TOKENIZE_BATCH_SIZE):
         part: Any = rows[start : start + _TOKENIZE_BATCH_SIZE]
 
@@ -403,15 +450,64 @@ def _iter_column_batches(
                 values = [row.get(column) for row in part]
             return [_drop_filled_nulls(v) for v in values] if column in nested else values
 
+        for column in refused:
+            _reject_values(column, read(column), start, names, config)
         yield (
             start,
             {
                 name: read(columns[0])
                 if len(columns) == 1
-                else _join_columns({column: read(column) for column in columns}, start, config)
+                else (_join_messages if name == "messages" else _join_columns)(
+                    {column: read(column) for column in columns}, start, config
+                )
                 for name, columns in names.items()
             },
         )
+
+
+def _reject_values(
+    column: str,
+    values: Sequence[Any],
+    first_row: int,
+    names: Mapping[str, list[str]],
+    config: TokenizeConfig,
+) -> None:
+    """Raises if a column that belongs to the prompt, but would be ignored, is not empty."""
+    row = next((i for i, value in enumerate(values) if value not in _EMPTY_VALUES), None)
+    if row is None:
+        return
+    if column == "chat_template_kwargs":
+        mend = (
+            "Set such variables for all rows, by `{% set NAME = ... %}` in a template "
+            "(data.chat_template) or by ChatTemplate.variables"
+        )
+    elif column == "system" and "prompt" in names:
+        prompt = format_names([column, *names["prompt"]])
+        mend = (
+            f"Join texts by `columns: {{prompt: [{prompt}]}}`; of messages, write it as the first "
+            f"of the prompt"
+        )
+    else:
+        mend = "Write its turns into the prompt, or as messages before the others (format: chat)"
+    raise ValueError(
+        f"{config.data_name}, row {first_row + row}: the column {column} would change the prompt, "
+        f"but this format does not read it. {mend}, or remove the column."
+    )
+
+
+def _add_system_message(text: Any, messages: Any, location: str) -> list[Message]:
+    """Returns the messages after a system message, which they may begin with already."""
+    if not isinstance(text, str):
+        raise ValueError(f"{location}: system={text!r} must be a string. Correct the row.")
+    messages = validate_messages(messages, location)
+    if messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages]
+    if messages[0]["content"] != text:
+        raise ValueError(
+            f"{location} has the column system and a first message of the {messages[0]['role']} "
+            f"with another text. Keep one of them."
+        )
+    return messages
 
 
 def _list_columns(config: TokenizeConfig, name: str) -> list[str]:
@@ -434,13 +530,49 @@ def _join_columns(
     return ["\n\n".join(filter(None, texts)) for texts in zip(*columns.values(), strict=True)]
 
 
+# Columns that data of questions and answers often has.
+_QUESTIONS_AND_ANSWERS = tuple(
+    (question, answer)
+    for question in ("query", "question", "instruction", "prompt", "input", "problem")
+    for answer in ("response", "answer", "output", "completion", "solution")
+    if (question, answer) != ("prompt", "completion")
+)
+
+
+def _join_messages(
+    columns: dict[str, list[Any]], first_row: int, config: TokenizeConfig
+) -> list[list[Message]]:
+    """Returns the messages of several columns, such as a prompt and its completion, as chats."""
+    joined: list[list[Message]] = [[] for _ in next(iter(columns.values()))]
+    for name, values in columns.items():
+        for number, messages in enumerate(values):
+            location = f"{config.data_name}, row {first_row + number}, {name}"
+            joined[number] += validate_messages(messages, location)
+    return joined
+
+
 def _advise_columns(missing: str, names: Mapping[str, list[str]], present: list[str]) -> str:
     """Returns advice for data that lacks a column of the format."""
     if {"instruction", "output"} <= set(present):
-        prompt = "[instruction, input]" if "input" in present else "instruction"
+        texts = [name for name in ("system", "instruction", "input") if name in present]
+        prompt = f"[{format_names(texts)}]" if len(texts) > 1 else texts[0]
         return (
             f"These are the columns of Alpaca: use format: completion and "
             f"`columns: {{prompt: {prompt}, completion: output}}`."
+        )
+    pair = next(
+        ((p, c) for p, c in _QUESTIONS_AND_ANSWERS if {p, c} <= set(present)),
+        None,
+    )
+    if pair and missing in ("messages", "prompt", "completion"):
+        use = "" if "completion" in names else "format: completion and "
+        renamed = zip(("prompt", "completion"), pair, strict=True)
+        columns = ", ".join(f"{name}: {column}" for name, column in renamed if name != column)
+        return f"These are questions and answers: use {use}`columns: {{{columns}}}`."
+    if missing == "prompt" and {"chosen", "rejected"} <= set(present) and "chosen" in names:
+        return (
+            "Here the answers contain their prompt: write it into a column prompt, as the messages "
+            "that both begin with, or, of strings, the text up to the answer, and cut it off both."
         )
     if missing == "messages" and "conversations" in present:
         return "Map the names with the source's columns: `columns: {messages: conversations}`."
@@ -508,13 +640,18 @@ def _require_chat_template(tokenizer: Tokenizer, config: TokenizeConfig) -> Chat
 
 def get_label_names(rows: Rows, config: TokenizeConfig) -> Sequence[str]:
     """Returns the label names of the table's features, or else those of its labels."""
-    column = _list_columns(config, "label")[0]
-    names = getattr(getattr(rows, "features", {}).get(column), "names", None)
+    names = _get_feature_names(rows, config)
     return (
         infer_label_names(_read_label_column(rows, config), config.data_name)
         if names is None
         else names
     )
+
+
+def _get_feature_names(rows: Rows, config: TokenizeConfig) -> Sequence[str] | None:
+    """Returns the label names of the table's features, or None."""
+    column = _list_columns(config, "label")[0]
+    return getattr(getattr(rows, "features", {}).get(column), "names", None)
 
 
 def _read_label_column(

@@ -77,7 +77,8 @@ class SourceSection(Section):
             text_pair for pairs of texts).
         columns: Names of the dataset's columns, by the names of the format, such as {messages:
             conversation}. The texts of a list of names are joined by a blank line, without empty
-            ones: {prompt: [instruction, input]}.
+            ones: {prompt: [instruction, input]}; lists of messages, one after the other:
+            {messages: [prompt, completion]}.
         weight: Passes through the source in an epoch; 0.1 is a tenth of it in each epoch, a
             different one every time. Training sources only.
         max_examples: Maximum number of rows, the first ones. null: all.

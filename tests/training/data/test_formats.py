@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -334,6 +335,42 @@ def test_labels_invalid_raise(
         formats.tokenize_classification(rows, encoder(tmp_path), READING, label_names=names)
 
 
+def test_boolean_labels_are_false_and_true(tmp_path: pathlib.Path) -> None:
+    tokenizer = encoder(tmp_path)
+    rows = [{"text": "a", "label": label} for label in (True, False, True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in (rows, sources.load_rows(tmp_path / "a.jsonl")):
+        for names in (None, ["false", "true"], ["False", "True"], ["bad", "good"]):
+            corpus = formats.tokenize_classification(given, tokenizer, READING, label_names=names)
+            assert corpus.labels is not None
+            assert corpus.labels.tolist() == [1, 0, 1]
+            assert corpus.label_names == tuple(names or ("false", "true"))
+        for names in (["true", "false"], ["True", "False"]):
+            with pytest.raises(ValueError, match="row 0: label=True is the id of the class '[fF]a"):
+                formats.tokenize_classification(given, tokenizer, READING, label_names=names)
+    rows[1]["label"] = 0
+    with pytest.raises(ValueError, match="row 1: label=0, but labels must be .* or all booleans"):
+        formats.tokenize_classification(rows, tokenizer, READING)
+
+
+def test_id_that_names_another_class_raises(tmp_path: pathlib.Path) -> None:
+    tokenizer = encoder(tmp_path)
+    rows = [{"text": "a", "label": label} for label in (1, 0)]
+    for names in (["1", "0"], ["1", "2", "3"]):
+        with pytest.raises(
+            ValueError, match="row 0: label=1 is the id of the class '[02]', but al"
+        ):
+            formats.tokenize_classification(rows, tokenizer, READING, label_names=names)
+    # The type of this table says that they are ids.
+    stars = datasets.Dataset.from_list(rows).cast_column(
+        "label", datasets.ClassLabel(names=["1", "2", "3"])
+    )
+    for names in (None, ["1", "2", "3"]):
+        corpus = formats.tokenize_classification(stars, tokenizer, READING, label_names=names)
+        assert corpus.labels is not None
+        assert (corpus.labels.tolist(), corpus.label_names) == ([1, 0], ("1", "2", "3"))
+
+
 def test_csv_labels_numeric_become_ints(tmp_path: pathlib.Path) -> None:
     tokenizer = encoder(tmp_path)
     tables = {
@@ -502,11 +539,109 @@ ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
         ("text", {"messages": said("a")}, "Use format: chat."),
         ("chat", {"prompt": "a", "completion": "b"}, "Use format: completion."),
         ("chat", {"text": "a", "label": 1}, "Use format: classification."),
+        (
+            "chat",
+            {"query": "a", "response": "b"},
+            "format: completion and `columns: {prompt: query, ",
+        ),
+        (
+            "chat",
+            {"prompt": "a", "answer": "b"},
+            "format: completion and `columns: {completion: ans",
+        ),
+        ("completion", {"question": "a", "answer": "b"}, "use `columns: {prompt: question, compl"),
+        ("chat", {**ALPACA, "system": "s"}, r"`columns: {prompt: \[system, instruction, input\],"),
+        (
+            "preference",
+            {"chosen": "a", "rejected": "b"},
+            "write it into a column prompt, as the me",
+        ),
     ],
 )
 def test_tokenize_advises_the_format(form: str, row: dict[str, Any], advice: str) -> None:
     with pytest.raises(ValueError, match=advice):
         formats.FORMATS[form]([row], with_template("chatml"), READING)
+
+
+def test_tokenize_chats_system_column(tmp_path: pathlib.Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    want = [[system, *said("a", "b")], said("a", "b"), [system, *said("a", "b")]]
+    rows = [
+        {"conversations": turns, "system": "Be brief.", "tools": "[]"},
+        {"conversations": turns, "system": ""},
+        {
+            "conversations": [{"from": "system", "value": "Be brief."}, *turns],
+            "system": "Be brief.",
+        },
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = dataclasses.replace(READING, columns={"messages": "conversations"})
+    expected = formats.tokenize_chats([{"messages": m} for m in want], TINY, READING)
+    for given in (rows, sources.load_rows(tmp_path / "a.jsonl")):
+        corpus = formats.tokenize_chats(given, TINY, reading)
+        assert corpus.fingerprint == expected.fingerprint
+    rows[2]["system"] = "Be long."
+    with pytest.raises(
+        ValueError, match="row 2 has the column system and a first message of the s"
+    ):
+        formats.tokenize_chats(rows, TINY, reading)
+
+
+@pytest.mark.parametrize(
+    ("form", "column", "value", "message"),
+    [
+        ("chat", "history", [["a", "b"]], "row 1: the column history would change .* as messages"),
+        ("chat", "chat_template_kwargs", {"x": 1}, r"by `{% set NAME = ... %}` in a template"),
+        ("completion", "system", "s", r"`columns: {prompt: \[system, prompt\]}`"),
+        ("completion", "history", [["a", "b"]], "history would change the prompt, but"),
+        ("preference", "system", "s", "of messages, write it as the first of the prompt"),
+        ("preference", "chat_template_kwargs", {"x": 1}, "chat_template_kwargs would change"),
+    ],
+)
+def test_columns_of_prompt_are_not_ignored(
+    form: str, column: str, value: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    row = {
+        "chat": {"messages": said("a", "b")},
+        "completion": {"prompt": "a", "completion": "b"},
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }[form]
+    tokenize, empty = formats.FORMATS[form], {column: type(value)()}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | empty) + "\n" + json.dumps(row | empty))
+    want = tokenize([row, row], TINY, READING).fingerprint
+    for given in ([row, row | empty], sources.load_rows(tmp_path / "a.jsonl")):
+        assert tokenize(given, TINY, READING).fingerprint == want
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(row | empty) + "\n" + json.dumps(row | {column: value})
+    )
+    for given in ([row, row | {column: value}], sources.load_rows(tmp_path / "a.jsonl")):
+        with pytest.raises(ValueError, match=message):
+            tokenize(given, TINY, READING)
+
+
+def test_columns_of_prompt_can_be_mapped() -> None:
+    reading = dataclasses.replace(READING, columns={"prompt": ["system", "prompt"]})
+    row = {"prompt": "a", "completion": "b"}
+    got = formats.tokenize_completions([{**row, "system": "s"}], TINY, reading)
+    want = formats.tokenize_completions([{**row, "prompt": "s\n\na"}], TINY, READING)
+    assert got.fingerprint == want.fingerprint
+
+
+def test_tokenize_chats_joins_messages(tmp_path: pathlib.Path) -> None:
+    chat = said("a", "b", "c", "d")
+    row = {"prompt": chat[:3], "completion": chat[3:]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    reading = dataclasses.replace(READING, columns={"messages": ["prompt", "completion"]})
+    want = formats.tokenize_chats([{"messages": chat}], TINY, READING, train_on="last")
+    mend = r"format: chat, `columns: {messages: \[prompt, completion\]}` and data.train_on=last"
+    for given in ([row], sources.load_rows(tmp_path / "a.jsonl")):
+        got = formats.tokenize_chats(given, TINY, reading, train_on="last")
+        assert got.fingerprint == want.fingerprint
+        with pytest.raises(ValueError, match=mend):
+            formats.tokenize_completions(given, TINY, READING)
+    with pytest.raises(ValueError, match="row 0, completion must be a list of messages, got 'b'"):
+        formats.tokenize_chats([{**row, "completion": "b"}], TINY, reading)
 
 
 def test_tokenize_preferences_render_tools() -> None:
@@ -566,7 +701,7 @@ def test_tokenize_chats_table_equals_list() -> None:
             {"completion": "out"},
             "has no column out, only prompt. Map",
         ),
-        ("completion", {"prompt": "a", "answer": "b"}, {}, "`columns: {completion: answer}`"),
+        ("completion", {"prompt": "a", "answer": "b"}, {}, "use `columns: {completion: answer}`"),
         ("text", {"text": "a"}, {"txt": "a"}, "contains txt, which the format does not have"),
         ("text", {"text": None}, {}, r"train.jsonl, row 1: text=None must be a string"),
         (
