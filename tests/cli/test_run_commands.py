@@ -231,10 +231,10 @@ def test_export_keeps_the_prompt_format(
     assert run(capsys, "export", base, folder, back, "--format", "jlora")[0] == 0
     tokenizer = data.Tokenizer.from_folder(base)
     expected = {"chat": "user:hi<user>assistant:", "text": "hi"}[kind]
+    assert run(capsys, "generate", base, "hi", "--adapter", folder)[0] == 0
+    assert tokenizer.decode(prompts[-1][0]) == expected
     for adapter in (first, folder, back):
-        status, _, error = run(capsys, "generate", base, "hi", "--adapter", adapter)
-        assert status == 0, error
-        assert tokenizer.decode(prompts[-1][0]) == expected
+        assert read_prompt_format(adapter) == FORMATS[kind]
     out = tmp_path / "merged"
     assert run(capsys, "export", base, back, out)[0] == 0
     assert models.eos_token_ids(out) == {"chat": (2, 3), "text": (2,)}[kind]
