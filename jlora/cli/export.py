@@ -208,13 +208,8 @@ def _export_peft(options: ExportOptions) -> None:
 def _export_jlora(options: ExportOptions) -> None:
     """Writes the adapter file."""
     from jlora import peft
-    from jlora.checkpoints.adapter_file import (
-        find_adapted_weights,
-        fingerprint_weights,
-        write_adapter,
-    )
     from jlora.models.hf.load import open_model
-    from jlora.training.prompt_format import read_prompt_format
+    from jlora.training.prompt_format import read_prompt_format, save_adapter_and_format
 
     if not options.adapter.is_dir():
         raise ValueError(
@@ -229,11 +224,7 @@ def _export_jlora(options: ExportOptions) -> None:
                 f"{options.adapter} also replaces weights of the base, which an adapter file "
                 f"cannot contain. Use --format hf."
             )
-        fingerprints = fingerprint_weights(
-            find_adapted_weights(params, loaded.adapter), loaded.adapter
-        )
-        fields = None if prompt_format is None else prompt_format._asdict()
-        write_adapter(options.out, loaded.adapter, fingerprints, prompt_fields=fields)
+        save_adapter_and_format(options.out, loaded.adapter, params, prompt_format)
 
 
 def replaces_base_weights(loaded_params: Any, params: Any) -> bool:

@@ -73,9 +73,11 @@ def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) 
     import jax
 
     from jlora import merging
-    from jlora.checkpoints.adapter_file import read_quantization_schemes, save_adapter
+    from jlora.checkpoints.adapter_file import read_quantization_schemes
     from jlora.checkpoints.lineage import Lineage, ParentAdapter, content_hash
+    from jlora.training.prompt_format import read_prompt_format, save_adapter_and_format
 
+    formats = {read_prompt_format(path) for path in options.adapters}
     adapters = [_load_adapter_of_any_format(path, model, params) for path in options.adapters]
     weights = [1.0] * len(adapters) if options.weights is None else list(options.weights)
     combined = merging.combine_adapters(
@@ -92,7 +94,8 @@ def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) 
         for path, adapter, weight in zip(options.adapters, adapters, weights, strict=True)
     )
     lineage = Lineage(parents=parents, method=_describe_merge(options, method))
-    save_adapter(options.out, combined.adapter, params, lineage)
+    prompt_format = next(iter(formats)) if len(formats) == 1 else None
+    save_adapter_and_format(options.out, combined.adapter, params, prompt_format, lineage)
     print(combined)
     if len(adapters) > 1:
         interference = merging.measure_interference(
@@ -102,6 +105,11 @@ def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) 
         if options.heat_map is not None:
             merging.save_heatmap(interference, options.heat_map)
             print(f"Wrote {options.heat_map}.")
+    if len(formats) > 1:
+        print(
+            "The adapters were trained on prompts of different formats, so the new adapter has "
+            "none: jlora generate uses the chat template of the base."
+        )
     files = [path for path in options.adapters if not path.is_dir()]
     schemes = sorted({scheme for file in files for scheme in read_quantization_schemes(file)})
     if schemes:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import models
-from jlora.checkpoints.adapter_file import read_lineage, read_prompt_fields
+from jlora.checkpoints.adapter_file import (
+    find_adapted_weights,
+    fingerprint_weights,
+    read_lineage,
+    read_prompt_fields,
+    write_adapter,
+)
+from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import replace_file_atomically
 from jlora.checkpoints.text_files import read_json, read_text
 from jlora.training.data.chat_template import ChatTemplate
@@ -50,22 +58,21 @@ class PromptFormat(NamedTuple):
         Raises:
             ValueError: A field has another type, or does not exist.
         """
-        is_damaged = not isinstance(fields, dict) or set(fields) - set(cls._fields)
-        if not is_damaged:
-            ends = fields.get("end_token_ids", ())
-            texts = [fields.get(name) for name in ("chat_template", "chat_template_date")]
-            is_damaged = (
-                type(fields.get("is_chat")) is not bool
-                or not isinstance(ends, list | tuple)
-                or not all(type(token_id) is int and token_id >= 0 for token_id in ends)
-                or not all(text is None or isinstance(text, str) for text in texts)
-            )
-        if is_damaged:
+        known = fields if isinstance(fields, dict) else {}
+        ends = known.get("end_token_ids", ())
+        texts = [known.get(name) for name in ("chat_template", "chat_template_date")]
+        if (
+            set(known) - set(cls._fields)
+            or type(known.get("is_chat")) is not bool
+            or not isinstance(ends, list | tuple)
+            or not all(type(token_id) is int and token_id >= 0 for token_id in ends)
+            or not all(text is None or isinstance(text, str) for text in texts)
+        ):
             raise ValueError(
                 f"{location} is damaged: expected the fields {', '.join(cls._fields)}. Copy the "
                 f"adapter again."
             )
-        return cls(**{**fields, "end_token_ids": tuple(ends)})
+        return cls(**{**known, "end_token_ids": tuple(ends)})
 
     def load_tokenizer(self, folder: Path) -> Tokenizer:
         """Returns the tokenizer of the base in a folder, with the chat template and the date."""
@@ -129,6 +136,19 @@ def read_prompt_format(adapter: Path) -> PromptFormat | None:
             )
         text = read_text(template)
     return PromptFormat(is_chat, (), text, data.get("chat_template_date"))
+
+
+def save_adapter_and_format(
+    path: Path,
+    adapter: Mapping[str, Any],
+    params: Any,
+    prompt_format: PromptFormat | None,
+    lineage: Lineage | None = None,
+) -> None:
+    """Saves an adapter like `jlora.save_adapter`, with its prompt format; None: unknown."""
+    fingerprints = fingerprint_weights(find_adapted_weights(params, adapter), adapter)
+    fields = None if prompt_format is None else prompt_format._asdict()
+    write_adapter(path, adapter, fingerprints, lineage, prompt_fields=fields)
 
 
 def write_chat_template(folder: Path, text: str) -> None:

@@ -27,7 +27,7 @@ from jlora.checkpoints.adapter_file import (
 from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.lineage import Lineage
 from jlora.training import data, recipe
-from jlora.training.prompt_format import PromptFormat
+from jlora.training.prompt_format import PromptFormat, read_prompt_format
 
 main = importlib.import_module("jlora.cli.main")
 
@@ -223,6 +223,7 @@ def test_export_keeps_the_prompt_format(
     # From the file alone to a PEFT folder, back to a file, and merged from each.
     model, params = models.load(base)
     leaves = jlora.peft.load(HERE / "peft" / "data" / "lora", model, params).adapter
+    leaves = dict(list(leaves.items())[:1])
     first, folder, back = tmp_path / "a.safetensors", tmp_path / "peft", tmp_path / "b.safetensors"
     fingerprints = fingerprint_weights(find_adapted_weights(params, leaves), leaves)
     write_adapter(first, leaves, fingerprints, prompt_fields=FORMATS[kind]._asdict())
@@ -230,10 +231,10 @@ def test_export_keeps_the_prompt_format(
     assert run(capsys, "export", base, folder, back, "--format", "jlora")[0] == 0
     tokenizer = data.Tokenizer.from_folder(base)
     expected = {"chat": "user:hi<user>assistant:", "text": "hi"}[kind]
+    assert run(capsys, "generate", base, "hi", "--adapter", folder)[0] == 0
+    assert tokenizer.decode(prompts[-1][0]) == expected
     for adapter in (first, folder, back):
-        status, _, error = run(capsys, "generate", base, "hi", "--adapter", adapter)
-        assert status == 0, error
-        assert tokenizer.decode(prompts[-1][0]) == expected
+        assert read_prompt_format(adapter) == FORMATS[kind]
     out = tmp_path / "merged"
     assert run(capsys, "export", base, back, out)[0] == 0
     assert models.eos_token_ids(out) == {"chat": (2, 3), "text": (2,)}[kind]
@@ -245,6 +246,26 @@ def test_export_keeps_the_prompt_format(
     names = {file.name for file in folder.iterdir()}
     assert {"prompt_format.json", "adapter_config.json"} <= names
     assert ("chat_template.jinja" in names) == (kind == "chat")
+
+
+def test_merge_keeps_an_equal_prompt_format(
+    base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, params = models.load(base)
+    leaves = jlora.peft.load(HERE / "peft" / "data" / "lora", model, params).adapter
+    leaves = dict(list(leaves.items())[:1])
+    fingerprints = fingerprint_weights(find_adapted_weights(params, leaves), leaves)
+    paths = {kind: tmp_path / f"{kind}.safetensors" for kind in FORMATS}
+    for kind, path in paths.items():
+        write_adapter(path, leaves, fingerprints, prompt_fields=FORMATS[kind]._asdict())
+    chat, text = paths.values()
+    shutil.copy(chat, tmp_path / "again.safetensors")
+    for number, other in enumerate((tmp_path / "again.safetensors", text)):
+        out = tmp_path / f"{number}.safetensors"
+        status, printed, error = run(capsys, "merge", base, out, chat, other)
+        assert status == 0, error
+        assert ("prompts of different formats" in printed) == (other == text)
+        assert read_prompt_format(out) == (None if other == text else FORMATS["chat"])
 
 
 @pytest.mark.parametrize("fields", ["[]", '{"is_chat": 1}', '{"is_chat": true, "more": 1}', "{"])
