@@ -188,20 +188,23 @@ _ZERO_FAMILIES = (
 def _pad_ranks(layers: Mapping[int, Any]) -> dict[int, Any]:
     """Returns LoRA leaves of one rank and one scale, whose products are the same.
 
-    Ranks past a layer's own are zero in both factors, and get no gradient.
+    Ranks past a layer's own are zero in both factors, and get no gradient. Where the layers' scales
+    differ, `b` is in float32, since a narrow type would round its products with their ratios.
     """
     scalings = {(leaf.rank, leaf.alpha, leaf.use_rslora) for leaf in layers.values()}
     if len(scalings) == 1:
         return dict(layers)
     rank = max(leaf.rank for leaf in layers.values())
-    scale = max(leaf.scale for leaf in layers.values())
+    scales = {leaf.scale for leaf in layers.values()}
+    scale = max(scales)
 
     def pad(leaf: Any) -> Any:
         extra = rank - leaf.rank
         a = jnp.pad(leaf.a, [(0, 0)] * (leaf.a.ndim - 1) + [(0, extra)])
         axis = len(leaf.axes.batch)  # The rank axis of b.
         b = jnp.pad(leaf.b, [(0, extra if n == axis else 0) for n in range(leaf.b.ndim)])
-        b = (promote_to_float32(b) * (leaf.scale / scale)).astype(b.dtype)
+        if len(scales) > 1:
+            b = promote_to_float32(b) * (leaf.scale / scale)
         return dataclasses.replace(leaf, a=a, b=b, rank=rank, alpha=scale * rank, use_rslora=False)
 
     return {index: pad(leaf) for index, leaf in layers.items()}

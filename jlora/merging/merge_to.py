@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _tree
+from jlora._delta import depends_on_base
 from jlora._quantized_array import maybe_dequantize
 from jlora._tree import PyTree
 from jlora.adapters.base import weight_indices
@@ -105,8 +106,8 @@ def merge_to_dtype(
     """Merges an adapter into a parameter tree of a dtype, with one rounding of each weight.
 
     Each merged weight is computed in float32 or wider. Warns where rounding removes a tenth or
-    more of a weight's update: small updates are below the spacing of a narrow dtype. A wider dtype
-    preserves them.
+    more of a weight's update: small updates are below the spacing of a narrow dtype, which a wider
+    dtype preserves, or even below that of float32.
 
     Args:
         params: The base, which is not modified.
@@ -238,17 +239,23 @@ def _merge_weight(
     Raises:
         ValueError: The merged weight is not finite.
     """
+    # The update without the base, whose sum may round it away in float32 too.
+    is_alone = not depends_on_base(adapter, path)
     row_bytes = 4 * base.size // max(1, *base.shape[:1])
     rows = max(1, _BLOCK_BYTES // max(row_bytes, 1))
     if base.ndim < 2 or rows >= base.shape[0]:
         wide = base.astype(widest_dtype(base.dtype, jnp.float32))
-        result, sums = _round_merged_weight(wide, merge({path: wide}, adapter)[path], dtype)
+        update = merge({path: jnp.zeros_like(wide)}, adapter)[path] if is_alone else None
+        merged = merge({path: wide}, adapter)[path]
+        result, sums = _round_merged_weight(wide, merged, update, dtype)
         totals = _scale_sums(sums)
     else:
         result, totals = jnp.zeros(base.shape, dtype), np.zeros(6)
         for start in range(0, base.shape[0], rows):
             size = min(rows, base.shape[0] - start)
-            block, sums = _merge_block(base, adapter, start, path=path, size=size, dtype=dtype)
+            block, sums = _merge_block(
+                base, adapter, start, path=path, size=size, dtype=dtype, is_alone=is_alone
+            )
             result = _write_block(result, block, start)
             totals += _scale_sums(sums)
     num_nonfinite, exact, rounded, squares, inner, unchanged = totals
@@ -268,9 +275,16 @@ def _merge_weight(
     return result, fidelity
 
 
-@functools.partial(jax.jit, static_argnames=("path", "size", "dtype"))
+@functools.partial(jax.jit, static_argnames=("path", "size", "dtype", "is_alone"))
 def _merge_block(
-    base: jax.Array, adapter: Any, start: Any, *, path: str, size: int, dtype: Any
+    base: jax.Array,
+    adapter: Any,
+    start: Any,
+    *,
+    path: str,
+    size: int,
+    dtype: Any,
+    is_alone: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges rows of a weight, as `_round_merged_weight` does all."""
 
@@ -278,8 +292,10 @@ def _merge_block(
         return lax.dynamic_slice_in_dim(params[path], start, size)
 
     wide = {path: base.astype(widest_dtype(base.dtype, jnp.float32))}
-    merged = lora_transform(take_rows).apply(wide, adapter, start)
-    return _round_merged_weight(take_rows(wide, start), merged, dtype)
+    apply = lora_transform(take_rows).apply
+    update = apply(jax.tree.map(jnp.zeros_like, wide), adapter, start) if is_alone else None
+    merged = apply(wide, adapter, start)
+    return _round_merged_weight(take_rows(wide, start), merged, update, dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -289,29 +305,34 @@ def _write_block(array: jax.Array, block: jax.Array, start: Any) -> jax.Array:
 
 def _scale_sums(sums: jax.Array) -> np.ndarray:
     """Returns the first six sums of `_round_merged_weight`, in float64 without their scales."""
-    *totals, update_size, base_size = np.asarray(sums, np.float64)
-    update, square = update_size**2, base_size**2
-    return np.array(totals) * np.array([1, update, update, square, update, 1])
+    *totals, exact, kept, base = np.asarray(sums, np.float64)
+    return np.array(totals) * np.array([1, exact**2, kept**2, base**2, kept * exact, 1])
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=3)
 def _round_merged_weight(
-    base: jax.Array, merged: jax.Array, dtype: Any
+    base: jax.Array, merged: jax.Array, update: jax.Array | None, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds a merged weight to a dtype and computes sums over its entries.
 
+    Args:
+        base: The base in float32 or wider.
+        merged: The merged weight in that dtype.
+        update: The exact update. None: the difference of the merged weight and the base.
+        dtype: Dtype of the result.
+
     Returns:
-        The rounded weight; and (8,): the number of entries that are not finite; the squared norms
+        The rounded weight; and (9,): the number of entries that are not finite; the squared norms
         of the exact update, the rounded update and the base, and the inner product of the updates,
         each divided by their sizes; the number of entries that the rounded update does not change;
-        and the sizes of update and base, their largest entries.
+        and the sizes of both updates and of the base, their largest entries.
     """
     rounded = merged.astype(dtype)
-    exact_update, rounded_update = merged - base, rounded.astype(base.dtype) - base
+    rounded_update = rounded.astype(base.dtype) - base
+    arrays = (merged - base if update is None else update, rounded_update, base)
     # Divided by their sizes, no square over- or underflows.
-    update_size, base_size = (as_divisor(jnp.abs(x).max()) for x in (exact_update, base))
-    exact, part = exact_update / update_size, base / base_size
-    kept = rounded_update / update_size
+    sizes = [as_divisor(jnp.abs(array).max()) for array in arrays]
+    exact, kept, part = (array / size for array, size in zip(arrays, sizes, strict=True))
     sums = [
         (~jnp.isfinite(rounded)).sum(),
         (exact**2).sum(),
@@ -319,7 +340,6 @@ def _round_merged_weight(
         (part**2).sum(),
         (kept * exact).sum(),
         (rounded_update == 0).sum(),
-        update_size,
-        base_size,
+        *sizes,
     ]
     return rounded, jnp.stack([value.astype(jnp.float32) for value in sums])

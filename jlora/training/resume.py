@@ -17,7 +17,7 @@ from jlora.training.datasets import Datasets
 from jlora.training.loop import TrainProgress
 from jlora.training.recipe.load import parse_yaml
 from jlora.training.recipe.sections import Recipe
-from jlora.training.setup import Setup
+from jlora.training.setup import Setup, get_layer_layout_options
 from jlora.training.train_step import TrainState
 
 # Fields that must not change when a run is resumed; all others may.
@@ -105,6 +105,7 @@ def collect_run_metadata(recipe: Recipe, setup: Setup, datasets: Datasets) -> di
         "tokenizer": datasets.tokenizer.fingerprint,
         "config": setup.base_digest.config,
         "base": setup.base_digest.tensors,
+        "layout": get_layer_layout_options(setup.model),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED_PACKAGES},
     }
 
@@ -122,7 +123,8 @@ def restore_run(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint is damaged or belongs to another run.
+        ValueError: The checkpoint is damaged, belongs to another run, or has the other layout of
+            layers, with `allow_changes` too.
     """
     if not checkpoints.all_steps():
         raise FileNotFoundError(
@@ -132,7 +134,9 @@ def restore_run(
     step = checkpoints.all_steps()[-1]
     saved = checkpoints.load_metadata(step)
     changed = [
-        name for name in run_metadata if run_metadata[name] != saved[name] and name != "versions"
+        name
+        for name in run_metadata
+        if name not in ("versions", "layout") and run_metadata[name] != saved[name]
     ]
     if changed and not allow_changes:
         changes = [
@@ -143,6 +147,7 @@ def restore_run(
             f"{'; '.join(changes)}. Restore these settings, or resume anyway with "
             f"allow_changes=True (--allow-changes)."
         )
+    _check_layout(checkpoints, step, saved.get("layout", {}), run_metadata["layout"])
     restored = checkpoints.restore(setup.state, step)
     if run_metadata["versions"] != saved["versions"]:
         warnings.warn(
@@ -154,6 +159,21 @@ def restore_run(
     if "evaluation" in changed:  # Scores on other data or of another metric are not comparable.
         progress.best_score, progress.best_step, progress.evals_since_best = -math.inf, None, 0
     return restored.state, progress
+
+
+def _check_layout(
+    checkpoints: CheckpointManager, step: int, saved: dict[str, Any], current: dict[str, Any]
+) -> None:
+    """Raises ValueError if a checkpoint's layers are stacked and the run's are not, or reversed."""
+    before, now = saved.get("scan_layers"), current.get("scan_layers")
+    if None not in (before, now) and before != now:
+        raise ValueError(
+            f"The checkpoint of step {step} in {checkpoints.folder} was written with "
+            f"model.scan_layers={str(before).lower()}, and this run has {str(now).lower()}: the "
+            f"arrays of its adapter and optimizer are others. Resume with "
+            f"model.scan_layers={str(before).lower()}, as the run began; the adapter that it "
+            f"writes fits both."
+        )
 
 
 def _describe_metadata_change(name: str, old: Any, new: Any) -> str:

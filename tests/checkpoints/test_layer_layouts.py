@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
@@ -121,6 +122,35 @@ def test_stack_layers_of_other_ranks_is_padded() -> None:
     stack = match_layer_layout(separate, loaded(True).params)
     assert stack["params/layers/attention/q/kernel"].rank == 3
     np.testing.assert_allclose(logits(True, stack), logits(False, separate), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_stack_layers_narrow_factors_keep_size(dtype: Any, tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    bases = {False: {f"layers_{i}": {"w": np.zeros((6, 5), np.float32)} for i in range(2)}}
+    bases[True] = {"layers": {"w": np.zeros((2, 6, 5), np.float32)}}
+    separate, expected = {}, []
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2, alpha=1))
+    fresh = lora.init(jax.random.key(0), bases[False]["layers_0"], np.ones((1, 6)))["w"]
+    for i, alpha in enumerate((1e-3, 1e3)):
+        a = jnp.asarray(rng.normal(size=(6, 2)), dtype)
+        b = jnp.asarray(rng.normal(size=(2, 5)) / 50, dtype)
+        separate[f"layers_{i}/w"] = dataclasses.replace(fresh, a=a, b=b, alpha=alpha)
+        expected.append(alpha / 2 * np.float64(a) @ np.float64(b))
+    stack = match_layer_layout(separate, bases[True])
+    jlora.save_adapter(tmp_path / "a", stack, bases[True])
+    for adapter in (stack, jlora.load_adapter(tmp_path / "a", bases[True])):
+        merged = jlora.merge(bases[True], adapter)["layers"]["w"]
+        for found, wanted in zip(np.asarray(merged), expected, strict=True):
+            assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
+    # Rounding of a narrow product, and of its sum of six.
+    x = rng.normal(size=(3, 6)).astype(dtype)
+    run = jlora.lora_transform(lambda p, x: jnp.stack([x @ w for w in p["layers"]["w"]]))
+    narrow = jax.tree.map(lambda w: w.astype(dtype), bases[True])
+    outputs = np.float64(run.apply(narrow, stack, x))
+    for found, wanted in zip(outputs, expected, strict=True):
+        exact = np.float64(x) @ wanted
+        assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(

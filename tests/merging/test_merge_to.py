@@ -78,6 +78,28 @@ def test_merge_to_dtype_zero_update_not_reported() -> None:
     assert jlora.merge_to_dtype({"w": WEIGHT}, fresh).report == {}
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 26, 100])
+@pytest.mark.parametrize("size", [1e-9, 2e-8])
+def test_merge_to_dtype_float32_loss_reported(
+    size: float, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base has a spacing of 8, the update is of one size."""
+    monkeypatch.setattr(merge_to, "_BLOCK_BYTES", block_bytes)
+    base = np.full((4, 6), 1e8, np.float32)
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=1))
+    leaf = lora.init(jax.random.key(1), {"w": base}, X[:, :4])["w"]
+    b = np.array([[1, 1, 1, 1, 1, 3.5]], np.float32) * np.float32(size * 1e8)
+    leaf = dataclasses.replace(leaf, a=np.ones((4, 1), np.float32), b=b)
+    with pytest.warns(jlora.UpdateLostWarning, match="1 of 1 updates"):
+        merged = jlora.merge_to_dtype({"w": base}, {"w": leaf})
+    update = np.broadcast_to(np.float64(b), (4, 6))
+    kept = np.float64(np.float32(base + update)) - 1e8
+    inner, exact = (kept * update).sum(), (update**2).sum()
+    cosine = inner / np.sqrt(exact * (kept**2).sum()) if kept.any() else 0
+    wanted = [inner / exact, cosine, (kept == 0).mean(), np.sqrt(exact) / np.linalg.norm(base)]
+    np.testing.assert_allclose(merged.report["w"], wanted, rtol=1e-4)
+
+
 def test_merge_to_dtype_nonfinite_raises() -> None:
     with pytest.raises(ValueError, match=r"'w' has NaN or infinite entries in float16"):
         jlora.merge_to_dtype({"w": WEIGHT}, adapter(1e6), jnp.float16)

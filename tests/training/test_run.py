@@ -602,6 +602,14 @@ def test_resume_changed_recipe_raises(
         run({**raw, "output": str(tmp_path / "run")}, resume=True)
 
 
+def test_resume_other_layer_layout_raises(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    shutil.copytree(output(whole), tmp_path / "run")
+    raw = {**whole, "model": {**whole["model"], "scan_layers": False}}
+    message = "with model.scan_layers=true, and .* false.* Resume with model.scan_layers=true"
+    with pytest.raises(ValueError, match=message):
+        run({**raw, "output": str(tmp_path / "run")}, resume=True, allow_changes=True)
+
+
 @pytest.mark.slow
 def test_resume_allow_changes(whole: dict[str, Any], tmp_path: pathlib.Path) -> None:
     raw = json.loads(json.dumps(whole))
