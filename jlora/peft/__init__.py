@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jlora._tree import PyTree
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.models.hf.load import checkpoint_mapping as list_checkpoint_mappings
-from jlora.models.hf.load import example_inputs, tied_modules
+from jlora.models.hf.load import example_inputs, is_head_tied_by_config, tied_modules
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.load import LoadedAdapter, load_peft_folder
 from jlora.peft.modules_to_save import list_checkpoint_modules, list_target_names
@@ -71,7 +71,15 @@ def load(
         2
     """
     fn, inputs, mappings = _resolve_model_fn(model, inputs, checkpoint_mapping)
-    loaded = load_peft_folder(folder, fn, params, inputs, mappings, tied_modules(model))
+    loaded = load_peft_folder(
+        folder,
+        fn,
+        params,
+        inputs,
+        mappings,
+        tied_modules(model),
+        is_head_tied=is_head_tied_by_config(model),
+    )
     _check_scaled_embedding(model, loaded.adapter)
     return loaded
 
