@@ -170,6 +170,7 @@ def save(
         save_embedding_layers=save_embedding_layers and not for_vllm,
         task_type=None if for_vllm else task_type,  # vLLM does not load a head.
         tied_modules=tied,
+        is_head_tied=is_head_tied_by_config(model),
     )
     # With transformers 4, PEFT sees a module for each expert.
     names = [*list_target_names(mappings[0]), *list_checkpoint_modules(mappings[0]), *tied]

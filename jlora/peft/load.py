@@ -807,7 +807,7 @@ class _PeftFolderReader:
             return False
         if head_indices is not None:
             return True  # PEFT leaves out the rows of a head that it ties.
-        if _is_same_table(weights, head, embedding):
+        if is_same_table(weights, head, embedding):
             raise self.make_error(
                 f"{embedding.module} has trained tokens, and {HEAD_MODULE} the same weight: PEFT "
                 f"changes both or the embedding alone, by the config.json of the base. Load the "
@@ -841,7 +841,7 @@ def _writable_weight(
     return replacements.arrays[parameter.path]
 
 
-def _is_same_table(
+def is_same_table(
     weights: Mapping[str, AdaptableWeight], head: ModuleParameter, embedding: ModuleParameter
 ) -> bool:
     """Returns True if a head has the values of an embedding, as where a checkpoint ties them."""

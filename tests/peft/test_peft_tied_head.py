@@ -336,6 +336,34 @@ def test_save_tied_table_trained_whole(tmp_path: pathlib.Path) -> None:
     assert fields["ensure_weight_tying"] is True
 
 
+@pytest.mark.parametrize(("tokens", "others"), [((3, 9), [0]), ((0,), [1])])
+def test_save_tokens_of_embedding_alone(
+    tokens: tuple[int, ...], others: list[int], tmp_path: pathlib.Path
+) -> None:
+    model, params = base(is_tied=False)
+    weights = trace_weights(model.apply, params, *example_inputs(model))
+    q = "params/layers_0/attention/q/kernel"
+    leaf = make_template_leaf(jlora.TrainableTokens(token_indices=tokens), weights[PATH])
+    delta = OTHER[: len(tokens)]
+    lora = jlora.LoRA(rank=1, alpha=1)
+    adapter = {
+        PATH: dataclasses.replace(leaf, delta=delta),
+        q: lora.init_leaf(jax.random.key(0), weights[q]),
+    }
+    peft.save(tmp_path / "out", adapter, model, params)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    # Other tokens of the head: PEFT then leaves its rows of the trained tokens alone.
+    assert fields["trainable_token_indices"] == {"embed_tokens": list(tokens), HEAD: others}
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors[f"{PREFIX}{HEAD}.{TOKENS}"], TABLE[others])
+    embedding, head = rows_of(peft.load(tmp_path / "out", model, params))
+    np.testing.assert_array_equal(head, TABLE)
+    np.testing.assert_allclose(embedding[list(tokens)], TABLE[list(tokens)] + delta, atol=1e-6)
+    adapter["params/head"] = lora.init_leaf(jax.random.key(0), weights["params/head"])
+    with pytest.raises(ValueError, match="PEFT cannot leave the rows of the head 'params/head'"):
+        peft.save(tmp_path / "other", adapter, model, params)
+
+
 def test_save_tied_table_unsupported_raises(tmp_path: pathlib.Path) -> None:
     adapter = filled(jlora.DoRA(rank=1, alpha=1))
     with pytest.raises(ValueError, match="adapters of the two would differ, with lora_embedding_A"):
