@@ -8,6 +8,7 @@ import math
 import os
 import re
 import types
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -362,8 +363,13 @@ class _PeftFolderReader:
         parameters = [self.parameters[key] for key in by_parameter]
         self._check_targets(parameters, by_expert, weights)
         modules = []
+        unused = []
         for parameter, tensors in zip(parameters, by_parameter.values(), strict=True):
             name = parameter.module
+            if not weights[parameter.path].primitives:
+                self.adapted_modules.add(name)
+                unused.append(name)
+                continue
             is_parameter = self._is_target_parameter(parameter)
             if is_parameter:
                 name = f"{parameter.module}.{parameter.name}"
@@ -387,6 +393,12 @@ class _PeftFolderReader:
             modules.append(ModuleTensors(parameter, fields, tensors))
         if by_expert:
             modules += self._join_experts(by_expert)
+        if unused:
+            warnings.warn(
+                f"{self.folder}: the adapter of {format_names(sorted(unused))} is left out, since "
+                f"the model's function does not use the weight, so that it changes no output.",
+                stacklevel=2,
+            )
         return modules
 
     def _collect_factor_bias(
