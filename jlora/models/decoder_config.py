@@ -81,6 +81,8 @@ class DecoderConfig:
         attention_softcap: Bound on the attention scores, applied by a tanh. None: no bound.
         logit_softcap: Bound on the logits, applied by a tanh. None: no bound.
         tie_word_embeddings: The head shares the weight of the embedding.
+        has_separated_head: config.json ties the head to the embedding, and the head has a weight of
+            its own here: a copy, or the stored head that differs. The outputs do not depend on it.
 
     Example:
         >>> from jlora import models
@@ -126,3 +128,4 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
+    has_separated_head: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from jlora._tree import PyTree
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.models.hf.load import checkpoint_mapping as list_checkpoint_mappings
-from jlora.models.hf.load import example_inputs, tied_modules
+from jlora.models.hf.load import example_inputs, is_head_tied_by_config, tied_modules
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.load import LoadedAdapter, load_peft_folder
 from jlora.peft.modules_to_save import list_checkpoint_modules, list_target_names
@@ -31,8 +32,11 @@ def load(
     differ from the config, targets and patterns without a match, and non-finite entries. Layers
     that the model stacks may have different ranks: they are padded with zeros, which stay zero in
     training and which `save` removes. Biases that PEFT's IA3 scales with the outputs are scaled in
-    the base. An update of the embedding alone or of the head alone needs a weight for each: load a
-    base that ties them with `models.load(..., tie_word_embeddings=False)`.
+    the base. The adapter of a weight that a function does not use is left out with a
+    `UserWarning`. An update of the embedding alone or of the head alone needs a
+    weight for each: load a base that ties them with `models.load(..., tie_word_embeddings=False)`.
+    Trained tokens of the embedding are those of the head as well where config.json of the base ties
+    the two, even if the head has a weight of its own, unless the folder has other tokens for it.
 
     Args:
         folder: Folder with adapter_config.json and adapter_model.safetensors.
@@ -71,7 +75,15 @@ def load(
         2
     """
     fn, inputs, mappings = _resolve_model_fn(model, inputs, checkpoint_mapping)
-    loaded = load_peft_folder(folder, fn, params, inputs, mappings, tied_modules(model))
+    loaded = load_peft_folder(
+        folder,
+        fn,
+        params,
+        inputs,
+        mappings,
+        tied_modules(model),
+        is_head_tied=is_head_tied_by_config(model),
+    )
     _check_scaled_embedding(model, loaded.adapter)
     return loaded
 
@@ -162,6 +174,7 @@ def save(
         save_embedding_layers=save_embedding_layers and not for_vllm,
         task_type=None if for_vllm else task_type,  # vLLM does not load a head.
         tied_modules=tied,
+        is_head_tied=is_head_tied_by_config(model),
     )
     # With transformers 4, PEFT sees a module for each expert.
     names = [*list_target_names(mappings[0]), *list_checkpoint_modules(mappings[0]), *tied]
@@ -195,12 +208,23 @@ def _check_scaled_embedding(model: Any, adapter: Mapping[str, Any]) -> None:
             )
 
 
+def _fn_with_pooler(model: Any) -> Callable[..., Any]:
+    """Returns a model's function, of the pooler's output for a pooler without a head.
+
+    The hidden states do not depend on such a pooler, which is a module for PEFT nevertheless.
+    """
+    c = model.config
+    if getattr(c, "pooler_activation", None) is None or c.num_labels is not None:
+        return model.apply
+    return functools.partial(model.apply, method="pooler_output")
+
+
 def _resolve_model_fn(
     model: Any, inputs: tuple[Any, ...], checkpoint_mapping: Mapping[str, CheckpointWeight] | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[Mapping[str, CheckpointWeight]]]:
     """Returns a function of params, its inputs, and its checkpoint mappings, one per spelling."""
     if hasattr(model, "apply"):
-        return model.apply, example_inputs(model), list_checkpoint_mappings(model)
+        return _fn_with_pooler(model), example_inputs(model), list_checkpoint_mappings(model)
     if not callable(model) or checkpoint_mapping is None or not inputs:
         raise TypeError(
             "model must be a model of jlora.models, or a function of params and inputs with "

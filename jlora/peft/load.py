@@ -8,6 +8,7 @@ import math
 import os
 import re
 import types
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +86,8 @@ def load_peft_folder(
     inputs: tuple[Any, ...],
     checkpoint_mappings: Sequence[Mapping[str, CheckpointWeight]],
     tied_modules: Mapping[str, str] = types.MappingProxyType({}),
+    *,
+    is_head_tied: bool | None = None,
 ) -> LoadedAdapter:
     """Implements `jlora.peft.load`.
 
@@ -96,6 +99,8 @@ def load_peft_folder(
         checkpoint_mappings: Checkpoint tensors of the weights, one mapping for each spelling of the
             names. The spelling that matches most names in the file is used.
         tied_modules: Path of the weight that each tied module shares, by module.
+        is_head_tied: Whether the base's config.json ties the head to the embedding, even if the
+            head has a weight of its own here; None if that is unknown.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -105,10 +110,11 @@ def load_peft_folder(
     fields, method = config.read_peft_config(folder)
     tensors = _read_peft_tensors(folder)
     mapping = max(checkpoint_mappings, key=lambda one: _count_known_names(one, tensors))
-    reader = _PeftFolderReader(folder, fields, method, tensors, mapping)
+    reader = _PeftFolderReader(folder, fields, method, tensors, mapping, is_head_tied)
     weights = trace_weights(fn, params, *inputs)
     with name_file_in_errors(folder / config.CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME):
         reader.join_tied_modules(tied_modules, weights)
+        reader.check_separated_head()
         adapter = reader.build_adapter(weights)
         replacements = reader.collect_replacements(weights)
         reader.check_all_consumed()
@@ -199,6 +205,8 @@ class _PeftFolderReader:
         bias_gains: Biases that PEFT's IA3 scales with the outputs, and their gains.
         bias_updates: Biases to which the file adds, and the updates.
         adapted_modules: Names of the modules with factors.
+        is_head_tied: Whether config.json ties the head to the embedding; None if unknown.
+        is_head_changed_by_tokens: Whether the head has the trained tokens of the embedding.
     """
 
     def __init__(
@@ -208,8 +216,11 @@ class _PeftFolderReader:
         method: PeftMethod,
         tensors: dict[str, np.ndarray],
         checkpoint_mapping: Mapping[str, CheckpointWeight],
+        is_head_tied: bool | None,
     ) -> None:
         self.folder, self.fields, self.method = folder, fields, method
+        self.is_head_tied = is_head_tied
+        self.is_head_changed_by_tokens = False
         self.remaining, self.checkpoint_mapping = tensors, checkpoint_mapping
         self.parameters = {
             (parameter.module, parameter.name): parameter
@@ -252,15 +263,72 @@ class _PeftFolderReader:
             head_fields, fields = (
                 config.fields_for_module(self.fields, self.method, name) for name in names
             )
-            alpha_field = self.method.alpha_field or ""
             join_tied_tensors(
                 self.folder,
                 pair,
                 self.remaining,
                 pair.embedding.tensor_slice.to_tensor(base),
-                (fields.get(alpha_field), head_fields.get(alpha_field)),
+                (self._factor_scale(fields), self._factor_scale(head_fields)),
                 bool(self.fields.get("ensure_weight_tying")),
             )
+
+    def _factor_scale(self, fields: ConfigFields) -> float:
+        """Returns the factor that the config puts before the product of two factors."""
+        if not self.method.alpha_field or not self.method.rank_field:
+            return 1.0
+        power = 0.5 if fields.get("use_rslora") else 1
+        return fields[self.method.alpha_field] / fields[self.method.rank_field] ** power
+
+    def check_separated_head(self) -> None:
+        """Checks that a head with a weight of its own has the tensors that the config promises.
+
+        Raises:
+            ValueError: The config gives it the embedding's update (`ensure_weight_tying`), and the
+                file does not have that for the head.
+        """
+        if not self._is_separated_head_tied():
+            return
+        saved = {name.rpartition(".")[2] for name in self.fields["modules_to_save"] or []}
+        expected = {"lora_A.weight", "lora_B.weight"}
+        for name in list(self.remaining):
+            module, _, suffix = name.rpartition(".")
+            if module.rpartition(".")[2] != "embed_tokens":
+                continue
+            wanted = set()
+            if suffix in ("lora_embedding_A", "lora_embedding_B"):
+                wanted = {f"{HEAD_MODULE}.{one}" for one in expected}
+            elif suffix == "weight" and saved & set(_TABLE_NAMES):
+                wanted = {f"{HEAD_MODULE}.weight"}
+            missing = sorted(wanted - set(self.remaining))
+            if missing:
+                raise self.make_error(
+                    f"the file lacks {format_names(missing)}, and ensure_weight_tying=True gives "
+                    f"{HEAD_MODULE} the update of {module}. A base loaded without "
+                    f"tie_word_embeddings=False does not need them."
+                )
+
+    def _is_separated_head_tied(self) -> bool:
+        """Returns True if a head with a weight of its own has the embedding's update in PEFT."""
+        return (
+            bool(self.fields.get("ensure_weight_tying"))
+            and self.is_head_tied is not False
+            and (HEAD_MODULE, "weight") in self.parameters
+        )
+
+    def _tie_head_rank(self, fields: ConfigFields, rank: int) -> None:
+        """Gives a head with the embedding's factors their rank, with the scale of its own fields.
+
+        PEFT looks up the head's alpha and rank in the patterns, but its factors are those of the
+        embedding, whose rank may have a pattern of its own.
+        """
+        embeddings = [m for m in self.modules if m.rpartition(".")[2] == "embed_tokens"]
+        ranks = {
+            config.fields_for_module(self.fields, self.method, module)["r"] for module in embeddings
+        }
+        if ranks == {rank} and rank != fields["r"]:
+            scale = self._factor_scale(fields)
+            fields["r"] = rank
+            fields["lora_alpha"] = scale * rank ** (0.5 if fields["use_rslora"] else 1)
 
     # --- factors ----------------------------------------------------------------------------------
 
@@ -295,8 +363,13 @@ class _PeftFolderReader:
         parameters = [self.parameters[key] for key in by_parameter]
         self._check_targets(parameters, by_expert, weights)
         modules = []
+        unused = []
         for parameter, tensors in zip(parameters, by_parameter.values(), strict=True):
             name = parameter.module
+            if not weights[parameter.path].primitives:
+                self.adapted_modules.add(name)
+                unused.append(name)
+                continue
             is_parameter = self._is_target_parameter(parameter)
             if is_parameter:
                 name = f"{parameter.module}.{parameter.name}"
@@ -308,6 +381,9 @@ class _PeftFolderReader:
                         tensors["lora_embedding_A"] = b.T
             fields = config.fields_for_module(self.fields, self.method, name)
             fields["is_feedforward"] = config.is_feedforward(self.fields, parameter.module)
+            has_pair = parameter.module == HEAD_MODULE and "lora_A.weight" in tensors
+            if has_pair and self._is_separated_head_tied():
+                self._tie_head_rank(fields, len(tensors["lora_A.weight"]))
             bias = self.parameters.get((parameter.module, "bias"))
             if "ia3_l" in tensors and bias and not fields["is_feedforward"]:
                 self.bias_gains.append((bias, tensors["ia3_l"].astype(np.float32)))
@@ -317,6 +393,12 @@ class _PeftFolderReader:
             modules.append(ModuleTensors(parameter, fields, tensors))
         if by_expert:
             modules += self._join_experts(by_expert)
+        if unused:
+            warnings.warn(
+                f"{self.folder}: the adapter of {format_names(sorted(unused))} is left out, since "
+                f"the model's function does not use the weight, so that it changes no output.",
+                stacklevel=2,
+            )
         return modules
 
     def _collect_factor_bias(
@@ -499,7 +581,6 @@ class _PeftFolderReader:
     def collect_replacements(self, weights: Mapping[str, AdaptableWeight]) -> _BaseReplacements:
         """Consumes the tensors that replace weights of the base."""
         replacements = _BaseReplacements({}, {})
-        token_indices = self.fields["trainable_token_indices"]
         has_biases = self.fields["bias"] != "none"
         saved_names, heads = config.saved_module_names(self.fields)
         if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
@@ -512,7 +593,7 @@ class _PeftFolderReader:
             if name.endswith(f".{TRAINABLE_TOKENS_SUFFIX}"):
                 module = name.removesuffix(f".{TRAINABLE_TOKENS_SUFFIX}")
                 self._replace_token_embeddings(
-                    replacements, weights, module, token_indices, self.remaining.pop(name)
+                    replacements, weights, module, self.remaining.pop(name), names
                 )
                 tokens.add(module)
                 continue
@@ -588,11 +669,9 @@ class _PeftFolderReader:
             return
         names = list(indices) if isinstance(indices, Mapping) else [None]
         for name in names:
-            heads = {p.head for p in self.tied_pairs if name and p.head.endswith(name)}
-            known = {p.embedding.module for p in self.tied_pairs} if heads else set(found)
-            if not any(
-                name is None or heads or module.endswith(name) for module in known & set(found)
-            ):
+            is_head = name is not None and HEAD_MODULE.endswith(name)
+            is_found = any(name is None or module.endswith(name) for module in found)
+            if not is_found and not (is_head and self.is_head_changed_by_tokens):
                 raise self.make_error(
                     f"trainable_token_indices={indices} has {name or 'tokens'}, for which the file "
                     f"has no rows."
@@ -659,18 +738,24 @@ class _PeftFolderReader:
         replacements: _BaseReplacements,
         weights: Mapping[str, AdaptableWeight],
         module: str,
-        token_indices: Any,
         tensor: np.ndarray,
+        names: Collection[str],
     ) -> None:
-        """Replaces the trained tokens of an embedding."""
+        """Replaces the trained tokens of an embedding or a head.
+
+        Args:
+            replacements: Replaced weights, to which these are added.
+            weights: Weights of the base, by path.
+            module: Module with the tokens.
+            tensor: Values of the tokens.
+            names: Names of all tensors of the file.
+        """
         parameter = self.parameters.get((module, "weight"))
-        indices = token_indices
-        if isinstance(token_indices, Mapping):
-            indices = next((r for m, r in token_indices.items() if module.endswith(m)), None)
+        indices = self._token_indices(module)
         if parameter is None or not isinstance(indices, list) or len(indices) != len(tensor):
             raise self.make_error(
                 f"{module} has {len(tensor)} trained tokens, which does not match "
-                f"trainable_token_indices={token_indices}."
+                f"trainable_token_indices={self.fields['trainable_token_indices']}."
             )
         assert parameter.tensor_slice is not None
         shape = parameter.tensor_slice.tensor_shape
@@ -681,8 +766,9 @@ class _PeftFolderReader:
             )
         head = self.parameters.get((HEAD_MODULE, "weight"))
         changed = [parameter]
-        if head and head.path != parameter.path and _is_same_table(weights, head, parameter):
-            changed.append(head)  # PEFT changes the tokens of a tied head as well.
+        if self._changes_head_tokens(weights, parameter, names):
+            self.is_head_changed_by_tokens = True
+            changed += [head] if head else []  # A tied head has no parameter of its own.
         for one in changed:
             assert one.tensor_slice is not None
             target = _writable_weight(replacements, weights, one)
@@ -693,6 +779,54 @@ class _PeftFolderReader:
         if weights[parameter.path].kind == "embedding":
             trainable_config = TrainableTokens(token_indices=tuple(indices))
             replacements.trainable_configs[parameter.path] = trainable_config
+
+    def _token_indices(self, module: str) -> list[int] | None:
+        """Returns the trained tokens that the config names for a module."""
+        indices = self.fields["trainable_token_indices"]
+        if isinstance(indices, Mapping):
+            return next((rows for name, rows in indices.items() if module.endswith(name)), None)
+        return None if module == HEAD_MODULE else indices
+
+    def _changes_head_tokens(
+        self,
+        weights: Mapping[str, AdaptableWeight],
+        embedding: ModuleParameter,
+        names: Collection[str],
+    ) -> bool:
+        """Returns True if PEFT puts the trained tokens of an embedding into the head as well.
+
+        It does so where config.json ties the two, unless the head has other tokens of its own.
+
+        Raises:
+            ValueError: The head has the same tokens of its own, or the tie is unknown.
+        """
+        if embedding.module == HEAD_MODULE or self.is_head_tied is False:
+            return False
+        head_indices = self._token_indices(HEAD_MODULE)
+        if head_indices not in (None, self._token_indices(embedding.module)):
+            return False
+        has_own_rows = f"{HEAD_MODULE}.{TRAINABLE_TOKENS_SUFFIX}" in names
+        if self.is_head_tied:
+            if has_own_rows:
+                raise self.make_error(
+                    f"the file has trained tokens of {HEAD_MODULE}, and PEFT gives it those of "
+                    f"{embedding.module}, since config.json of the base ties the two. The adapter "
+                    f"belongs to a base with tie_word_embeddings=false in its config.json."
+                )
+            return True
+        head = self.parameters.get((HEAD_MODULE, "weight"))
+        if head is None or head.path == embedding.path or has_own_rows:
+            return False
+        if head_indices is not None:
+            return True  # PEFT leaves out the rows of a head that it ties.
+        if is_same_table(weights, head, embedding):
+            raise self.make_error(
+                f"{embedding.module} has trained tokens, and {HEAD_MODULE} the same weight: PEFT "
+                f"changes both or the embedding alone, by the config.json of the base. Load the "
+                f"base with jlora.models.load, or pass a checkpoint_mapping with one weight for "
+                f"both if they are tied, and one without {HEAD_MODULE} if not."
+            )
+        return False
 
     def check_all_consumed(self) -> None:
         """Checks that no tensor of the file is unused.
@@ -719,7 +853,7 @@ def _writable_weight(
     return replacements.arrays[parameter.path]
 
 
-def _is_same_table(
+def is_same_table(
     weights: Mapping[str, AdaptableWeight], head: ModuleParameter, embedding: ModuleParameter
 ) -> bool:
     """Returns True if a head has the values of an embedding, as where a checkpoint ties them."""

@@ -227,6 +227,18 @@ def trainable_token_tensors(
     return tensors
 
 
+def base_token_tensors(
+    module: str, tokens: Sequence[int], base: BaseWeights
+) -> dict[str, np.ndarray]:
+    """Returns the base's values of tokens, as those of trained tokens; none for no tokens."""
+    if not tokens:
+        return {}
+    (parameter,) = (p for ps in base.parameters.values() for p in ps if p.module == module)
+    value = np.asarray(jax.device_get(maybe_dequantize(base.arrays[parameter.path])))
+    table = _to_checkpoint_tensor(parameter, value)
+    return {f"{module}.{TRAINABLE_TOKENS_SUFFIX}": table[list(tokens)]}
+
+
 def embedding_layer_tensors(
     modules: Sequence[PeftModule], base: BaseWeights
 ) -> dict[str, np.ndarray]:

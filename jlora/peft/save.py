@@ -31,11 +31,17 @@ from jlora.checkpoints.safetensors_io import (
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft.config import CONFIG_NAME, TASK_HEADS, build_pattern, build_selector
-from jlora.peft.load import KEY_PREFIX, SAFETENSORS_WEIGHTS_NAME
+from jlora.peft.load import (
+    HEAD_MODULE,
+    KEY_PREFIX,
+    SAFETENSORS_WEIGHTS_NAME,
+    is_same_table,
+)
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
 from jlora.peft.modules_to_save import (
     BaseWeights,
     PeftModule,
+    base_token_tensors,
     embedding_layer_tensors,
     find_head_modules,
     list_module_names,
@@ -90,6 +96,7 @@ def convert_to_peft(
     save_embedding_layers: bool,
     task_type: str | None = None,
     tied_modules: Mapping[str, str] = types.MappingProxyType({}),
+    is_head_tied: bool | None = None,
 ) -> PeftAdapter:
     """Converts an adapter to PEFT's modules and tensors.
 
@@ -103,6 +110,8 @@ def convert_to_peft(
             tasks, trained or not.
         tied_modules: Path of the weight that each tied module shares, by module. Such a module gets
             the update of the other module of its weight.
+        is_head_tied: Whether the base's config.json ties the head to the embedding, even if the
+            head has a weight of its own here; None if that is unknown.
 
     Raises:
         ValueError: PEFT does not support a part of the adapter.
@@ -197,11 +206,15 @@ def convert_to_peft(
             base.parameters[path][0].module.rpartition(".")[2]: list(leaf.token_indices)
             for path, leaf in token_leaves.items()
         }
+    head_tokens = _select_head_tokens(leaves, token_leaves, base, is_head_tied)
+    if head_tokens:
+        fields["trainable_token_indices"][HEAD_MODULE] = head_tokens
     extra_tensors = {
         **_shared_peft_tensors(method, adapter, method_leaves),
         **modules_to_save_tensors(saved_modules, full_leaves, base, tied_heads),
         **trained_bias_tensors(bias_leaves, target_modules, base),
         **trainable_token_tensors(token_leaves, base),
+        **base_token_tensors(HEAD_MODULE, head_tokens, base),
         **(embedding_layer_tensors(modules, base) if save_embedding_layers else {}),
     }
     return PeftAdapter(peft_type, modules, extra_tensors, fields)
@@ -418,6 +431,40 @@ def _make_head_modules(pair: TiedPair, modules: Sequence[PeftModule]) -> list[Pe
             )
         heads.append(PeftModule(pair.embedding._replace(module=pair.head), module.fields, tensors))
     return heads
+
+
+def _select_head_tokens(
+    leaves: Mapping[str, AdapterLeaf],
+    token_leaves: Mapping[str, TrainableTokensLeaf],
+    base: BaseWeights,
+    is_head_tied: bool | None,
+) -> list[int]:
+    """Returns tokens to list for a head with a weight of its own, so that PEFT leaves it alone.
+
+    Where config.json ties the head to the embedding, PEFT puts the embedding's tokens into the head
+    too, unless the head has other tokens of its own. Those have the values of the base.
+
+    Raises:
+        ValueError: The head is adapted, and PEFT cannot add tokens to it.
+    """
+    heads = [
+        parameter
+        for parameters in base.parameters.values()
+        for parameter in parameters
+        if (parameter.module, parameter.name) == (HEAD_MODULE, "weight")
+    ]
+    if is_head_tied is False or not token_leaves or not heads or heads[0].path in token_leaves:
+        return []
+    path, leaf = next(iter(token_leaves.items()))
+    if heads[0].path in leaves:
+        if not is_head_tied and not is_same_table(base.weights, heads[0], base.parameters[path][0]):
+            return []
+        raise ValueError(
+            f"PEFT cannot leave the rows of the head {heads[0].path!r} as they are, which the "
+            f"adapter changes, beside trained tokens of {path!r}: config.json of the base ties the "
+            f"two. Merge the adapter."
+        )
+    return [0] if tuple(leaf.token_indices) != (0,) else [1]
 
 
 def _check_ia3_biases(modules: Sequence[PeftModule], base: BaseWeights) -> None:

@@ -7,9 +7,10 @@ exchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def join_tied_tensors(
     pair: TiedPair,
     tensors: MutableMapping[str, np.ndarray],
     base_table: np.ndarray,
-    alphas: tuple[Any, Any],
+    scales: tuple[float, float],
     is_tied_by_config: bool,
 ) -> None:
     """Removes the head's tensors from those of a file, if they have the embedding's update.
@@ -82,7 +83,7 @@ def join_tied_tensors(
         pair: The two modules.
         tensors: Tensors of the file, by name.
         base_table: The base's weight, laid out as the tensors.
-        alphas: Alphas of the embedding and of the head.
+        scales: Scales of the factors of the embedding and of the head.
         is_tied_by_config: Whether the config says that both have the same update
             (`ensure_weight_tying`), so that the head's tensors may be missing.
 
@@ -103,7 +104,7 @@ def join_tied_tensors(
         np.array_equal(ours[suffix], theirs[suffix]) for suffix in ours
     )
     has_factors = any(suffix in _TRANSPOSED_SUFFIXES.values() for suffix in ours)
-    if has_factors and theirs and alphas[0] != alphas[1]:
+    if has_factors and theirs and not math.isclose(*scales):
         is_same = False
     if not is_same and (theirs or not is_tied_by_config):
         change = f"only {embedding}" if not theirs else f"only {head}" if not ours else "each alone"

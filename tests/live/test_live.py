@@ -197,6 +197,29 @@ def test_save_tied_table_in_peft(name: str, rules: Any, tmp_path: pathlib.Path) 
             False,
         ),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 9]}}, True),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [3, 9]},
+            },
+            False,
+        ),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [4, 5]},
+            },
+            True,
+        ),
+        (
+            {
+                "target_modules": ["embed_tokens", "q_proj"],
+                "ensure_weight_tying": True,
+                "rank_pattern": {"embed_tokens": 3},
+                "alpha_pattern": {"embed_tokens": 7},
+            },
+            True,
+        ),
     ],
     ids=str,
 )

@@ -224,6 +224,45 @@ def test_load_empty_fields_restrict_nothing(fields: Any, tmp_path: pathlib.Path)
     assert len(adapted(folder, LLAMA)) == 4
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_load_pooler_without_head(name: str, tmp_path: pathlib.Path) -> None:
+    name = f"encoders/{name}"
+    tensors = factors(name, "pooler.dense", "query")
+    folder = write(tmp_path / "in", tensors, target_modules=["query", "pooler.dense"])
+    model, params = base(name)
+    adapter = peft.load(folder, model, params).adapter
+    kernel = np.asarray(jlora.merge(params, adapter)["params"]["pooler"]["kernel"])
+    update = 2 * tensors["pooler.dense.lora_B.weight"] @ tensors["pooler.dense.lora_A.weight"]
+    before = np.asarray(params["params"]["pooler"]["kernel"])
+    np.testing.assert_allclose(kernel, before + update.T, atol=1e-5)
+    peft.save(tmp_path / "out", adapter, model, params)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(written) == {PREFIX + key for key in tensors}
+
+
+def test_load_unused_weight_is_left_out(tmp_path: pathlib.Path) -> None:
+    mapping = {
+        name: models.single_tensor_weight(f"net.{name}.weight", (3, 3), (1, 0))
+        for name in ("used", "spare")
+    }
+    params, x = {name: np.eye(3, dtype=np.float32) for name in mapping}, np.ones((1, 3), np.float32)
+    shape = (2, 3)
+    tensors = {
+        f"net.{name}.lora_{part}.weight": random(shape if part == "A" else shape[::-1])
+        for name in mapping
+        for part in "AB"
+    }
+    folder = write(tmp_path / "in", tensors, target_modules=["used", "spare"])
+
+    def fn(params: Any, x: Any) -> Any:
+        return x @ params["used"]
+
+    with pytest.warns(UserWarning, match=r"adapter of net\.spare is left out"):
+        loaded = peft.load(folder, fn, params, x, checkpoint_mapping=mapping)
+    assert set(loaded.adapter) == {"used"}
+    np.testing.assert_array_equal(loaded.params["spare"], params["spare"])
+
+
 @pytest.mark.parametrize(
     "fields",
     [

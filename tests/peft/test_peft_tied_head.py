@@ -112,6 +112,17 @@ APART = {
         (CHANGED, TABLE + 4 * (B @ A).T),
         "each alone",
     ),
+    "rank of the embedding": (
+        {**EMBED_FACTORS, **HEAD_FACTORS},
+        {
+            "target_modules": [EMBED],
+            "ensure_weight_tying": True,
+            "r": 1,
+            "rank_pattern": {"embed_tokens": 2},
+        },
+        (CHANGED, TABLE + 4 * (B @ A).T),
+        "each alone",
+    ),
     "embedding saved": (
         {f"{EMBED}.weight": OTHER},
         {"target_modules": [], "modules_to_save": ["embed_tokens"]},
@@ -144,6 +155,134 @@ def test_load_updates_of_tied_pair_apart(case: str, tmp_path: pathlib.Path) -> N
         peft.load(folder, *base())
     for ours, theirs in zip(tables(folder, is_tied=False), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["tied by the config", "both replaced"])
+def test_load_promised_head_missing(case: str, tmp_path: pathlib.Path) -> None:
+    tensors, fields, expected = SAME[case]
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
+    folder = folder_of(tmp_path / "in", kept, **fields)
+    with pytest.raises(ValueError, match=r"lacks lm_head.*ensure_weight_tying=True gives lm_head"):
+        peft.load(folder, *base(is_tied=False))
+    np.testing.assert_allclose(tables(folder, is_tied=True)[0], expected[0], atol=1e-5)
+
+
+def base_with_head(folder: pathlib.Path, head: np.ndarray, is_tied: bool) -> models.LoadedModel:
+    """The base with a stored head, and the field of config.json that ties it."""
+    folder.mkdir()
+    tensors = safetensors.numpy.load_file(BASE / "model.safetensors")
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    fields = json.loads((BASE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": is_tied}))
+    return models.load(folder, dtype="float32")
+
+
+def rows_of(loaded: peft.LoadedAdapter) -> tuple[np.ndarray, np.ndarray]:
+    """The embedding and the head of a base with replaced rows."""
+    params = loaded.params["params"]
+    return np.array(params["embed"]["embedding"]), np.array(params["head"]).T
+
+
+Q = "model.layers.0.self_attn.q_proj"
+Q_FACTORS = {
+    f"{Q}.lora_A.weight": np.ones((2, H), np.float32),
+    f"{Q}.lora_B.weight": np.zeros((H, 2), np.float32),
+}
+TOKENS = "token_adapter.trainable_tokens_delta"
+ROWS, HEAD_ROWS = OTHER[:2], OTHER[2:4]
+
+
+def tokens_folder(folder: pathlib.Path, indices: Any, has_head: bool) -> pathlib.Path:
+    """A folder with rows of tokens."""
+    rows = {f"{EMBED}.{TOKENS}": ROWS} | ({f"{HEAD}.{TOKENS}": HEAD_ROWS} if has_head else {})
+    fields = {"target_modules": [Q], "trainable_token_indices": indices}
+    return folder_of(folder, {**Q_FACTORS, **rows}, **fields)
+
+
+@pytest.mark.filterwarnings("ignore:.*differs from model.embed_tokens")
+@pytest.mark.parametrize(
+    ("is_tied", "shift", "head_indices", "has_rows", "changed"),
+    [
+        (False, 0, None, False, None),
+        (False, 1, None, False, None),
+        (False, 0, [3, 9], True, HEAD_ROWS),
+        (True, 1, None, False, ROWS),
+        (True, 1, [3, 9], False, ROWS),
+        (True, 1, [4, 5], True, HEAD_ROWS),
+    ],
+)
+def test_load_tokens_follow_config_tie(
+    is_tied: bool,
+    shift: int,
+    head_indices: Any,
+    has_rows: bool,
+    changed: Any,
+    tmp_path: pathlib.Path,
+) -> None:
+    model, params = base_with_head(tmp_path / "base", TABLE + shift, is_tied)
+    head_entry = {} if head_indices is None else {HEAD: head_indices}
+    indices = {"embed_tokens": [3, 9], **head_entry}
+    folder = tokens_folder(tmp_path / "in", indices, has_rows)
+    embedding, head = rows_of(peft.load(folder, model, params))
+    expected_embedding, expected_head = TABLE.copy(), TABLE + shift
+    expected_embedding[[3, 9]] = ROWS
+    if changed is not None:
+        expected_head[head_indices or [3, 9]] = changed
+    np.testing.assert_array_equal(embedding, expected_embedding)
+    np.testing.assert_array_equal(head, expected_head)
+
+
+@pytest.mark.parametrize(
+    ("head_indices", "has_rows"), [(None, False), ([3, 9], False), ([4, 5], True)]
+)
+def test_load_tokens_of_copied_head(
+    head_indices: Any, has_rows: bool, tmp_path: pathlib.Path
+) -> None:
+    indices = {"embed_tokens": [3, 9], **({} if head_indices is None else {HEAD: head_indices})}
+    folder = tokens_folder(tmp_path / "in", indices, has_rows)
+    embedding, head = rows_of(peft.load(folder, *base(is_tied=False)))
+    expected = TABLE.copy()
+    expected[[3, 9]] = ROWS
+    np.testing.assert_array_equal(embedding, expected)
+    if has_rows:
+        expected = TABLE.copy()
+        expected[head_indices] = HEAD_ROWS
+        with pytest.raises(ValueError, match="only lm_head.*tie_word_embeddings=False"):
+            peft.load(folder, *base())
+    np.testing.assert_array_equal(head, expected)
+
+
+def test_load_tokens_of_both_refused(tmp_path: pathlib.Path) -> None:
+    indices = {"embed_tokens": [3, 9], HEAD: [3, 9]}
+    folder = tokens_folder(tmp_path / "in", indices, has_head=True)
+    with pytest.raises(ValueError, match="PEFT gives it those of model.embed_tokens"):
+        peft.load(folder, *base(is_tied=False))
+    folder = tokens_folder(tmp_path / "other", {**indices, HEAD: [4, 5]}, has_head=False)
+    for is_tied in (True, False):
+        with pytest.raises(ValueError, match="has lm_head, for which the file has no rows"):
+            peft.load(folder, *base(is_tied=is_tied))
+
+
+def test_load_tokens_of_function(tmp_path: pathlib.Path) -> None:
+    def fn(params: Any, tokens: Any) -> Any:
+        return (params["table"][tokens] @ params["q"]) @ params["head"]
+
+    eye = np.eye(H, dtype=np.float32)
+    mapping = {
+        "table": models.single_tensor_weight(f"{EMBED}.weight", (V, H)),
+        "q": models.single_tensor_weight(f"{Q}.weight", (H, H), (1, 0)),
+        "head": models.single_tensor_weight("lm_head.weight", (H, V), (1, 0)),
+    }
+    inputs = np.zeros(2, np.int32)
+    folder = tokens_folder(tmp_path / "in", [3, 9], has_head=False)
+    params = {"table": TABLE, "q": eye, "head": TABLE.T}
+    with pytest.raises(ValueError, match="PEFT changes both or the embedding alone"):
+        peft.load(folder, fn, params, inputs, checkpoint_mapping=mapping)
+    params = {"table": TABLE, "q": eye, "head": OTHER.T}
+    loaded = peft.load(folder, fn, params, inputs, checkpoint_mapping=mapping)
+    np.testing.assert_array_equal(loaded.params["head"], OTHER.T)
+    np.testing.assert_array_equal(loaded.params["table"][np.array([3, 9])], ROWS)
 
 
 def filled(config: Any) -> dict[str, Any]:
@@ -195,6 +334,34 @@ def test_save_tied_table_trained_whole(tmp_path: pathlib.Path) -> None:
         np.testing.assert_allclose(tensors[f"{PREFIX}{module}.weight"], expected, atol=1e-6)
     assert fields["modules_to_save"] == ["embed_tokens", "lm_head"]
     assert fields["ensure_weight_tying"] is True
+
+
+@pytest.mark.parametrize(("tokens", "others"), [((3, 9), [0]), ((0,), [1])])
+def test_save_tokens_of_embedding_alone(
+    tokens: tuple[int, ...], others: list[int], tmp_path: pathlib.Path
+) -> None:
+    model, params = base(is_tied=False)
+    weights = trace_weights(model.apply, params, *example_inputs(model))
+    q = "params/layers_0/attention/q/kernel"
+    leaf = make_template_leaf(jlora.TrainableTokens(token_indices=tokens), weights[PATH])
+    delta = OTHER[: len(tokens)]
+    lora = jlora.LoRA(rank=1, alpha=1)
+    adapter = {
+        PATH: dataclasses.replace(leaf, delta=delta),
+        q: lora.init_leaf(jax.random.key(0), weights[q]),
+    }
+    peft.save(tmp_path / "out", adapter, model, params)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    # Other tokens of the head: PEFT then leaves its rows of the trained tokens alone.
+    assert fields["trainable_token_indices"] == {"embed_tokens": list(tokens), HEAD: others}
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors[f"{PREFIX}{HEAD}.{TOKENS}"], TABLE[others])
+    embedding, head = rows_of(peft.load(tmp_path / "out", model, params))
+    np.testing.assert_array_equal(head, TABLE)
+    np.testing.assert_allclose(embedding[list(tokens)], TABLE[list(tokens)] + delta, atol=1e-6)
+    adapter["params/head"] = lora.init_leaf(jax.random.key(0), weights["params/head"])
+    with pytest.raises(ValueError, match="PEFT cannot leave the rows of the head 'params/head'"):
+        peft.save(tmp_path / "other", adapter, model, params)
 
 
 def test_save_tied_table_unsupported_raises(tmp_path: pathlib.Path) -> None:

@@ -513,6 +513,16 @@ def tied_modules(model: Any) -> dict[str, str]:
     return {}
 
 
+def is_head_tied_by_config(model: Any) -> bool | None:
+    """Returns whether config.json ties a model's head to its embedding; None for a function.
+
+    The head may have a weight of its own nevertheless.
+    """
+    if isinstance(model, Decoder):
+        return model.config.tie_word_embeddings or model.config.has_separated_head
+    return False if hasattr(model, "apply") else None
+
+
 def _match_quantization_schemes(
     quantize: Mapping[str, QuantizationScheme | None] | None,
     weights: Mapping[str, CheckpointWeight],
@@ -562,7 +572,7 @@ def _build_decoder_format(
         )
     is_untied = config.tie_word_embeddings and (not keeps_tie or _has_other_head(reader))
     if is_untied:
-        config = dataclasses.replace(config, tie_word_embeddings=False)
+        config = dataclasses.replace(config, tie_word_embeddings=False, has_separated_head=True)
     model = _instantiate_model(Decoder, config, options)
     # Early releases stored the frequencies of rotary positions, and some a head that repeats the
     # embedding.
