@@ -23,6 +23,7 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 from jlora.peft import config
 from jlora.peft.leaf_conversion import ErrorFactory, ModuleTensors, leaf_from_modules
 from jlora.peft.methods import PEFT_METHODS
+from jlora.peft.name_patterns import share_steps
 from jlora.peft.tensor_layouts import ModuleParameter, list_module_parameters
 
 # Key of the fields of PEFT's config in the metadata of diffusers.
@@ -34,6 +35,7 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ALPHA_DTYPES = (*FLOAT_DTYPES, "F64", "I64", "I32")
 
 
+@share_steps()
 def load_lora_file(
     path: str | os.PathLike[str],
     weights: Mapping[str, AdaptableWeight],

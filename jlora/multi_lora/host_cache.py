@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import hashlib
+import os
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +31,10 @@ from jlora.checkpoints.safetensors_io import (
 from jlora.multi_lora.slots import PaddedFactors
 
 _SAFETENSORS_DTYPES = {**FLOAT_DTYPES, "F64": np.dtype(np.float64)}
+
+_FILE_NAME = re.compile(
+    rf"(\.?).+-([0-9a-f]{{16}})\.safetensors({re.escape(PARTIAL_SUFFIX)})?", re.DOTALL
+)
 
 
 class CachedAdapter(NamedTuple):
@@ -66,6 +73,9 @@ class _AdapterFile(NamedTuple):
 class HostCache:
     """Adapters by name: the most recently used in host memory, all others in files.
 
+    The files are for this cache alone. It removes them when it is garbage or the process ends, and
+    those of a killed process are removed by the next cache on the folder. Other files stay.
+
     Attributes:
         disk_writes: Number of adapters written to files so far.
         disk_reads: Number of adapters read from files so far.
@@ -93,6 +103,7 @@ class HostCache:
             )
         self._max_adapters = max_adapters
         self._folder = None if folder is None else Path(folder)
+        self._files: dict[str, _AdapterFile] = {}
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Until the cache is garbage: another one would delete and replace its files.
@@ -101,11 +112,9 @@ class HostCache:
             except OutputInUseError:
                 gc.collect()  # A bank that is no longer used, but refers to itself.
                 lock_path = acquire_output_lock(self._folder, owner=object())
-            weakref.finalize(self, release_output_lock, lock_path)
-            for partial in self._folder.glob(f".*{PARTIAL_SUFFIX}"):
-                partial.unlink(missing_ok=True)  # Of a process that was killed.
+            weakref.finalize(self, _close_folder, self._files, lock_path, os.getpid())
+            _remove_files_of_killed_caches(self._folder)
         self._in_memory: collections.OrderedDict[str, CachedAdapter] = collections.OrderedDict()
-        self._files: dict[str, _AdapterFile] = {}
         self.disk_writes = 0
         self.disk_reads = 0
 
@@ -220,3 +229,39 @@ class HostCache:
         if self._files.get(name) == file:
             del self._files[name]
         file.path.unlink(missing_ok=True)
+
+
+def _close_folder(files: Mapping[str, _AdapterFile], lock_path: Path, process: int) -> None:
+    """Removes the files of a cache and releases its folder, but not in a forked process."""
+    if os.getpid() != process:
+        return
+    try:
+        for file in files.values():
+            with contextlib.suppress(OSError):
+                file.path.unlink(missing_ok=True)
+    finally:
+        release_output_lock(lock_path)
+
+
+def _remove_files_of_killed_caches(folder: Path) -> None:
+    """Removes the files that caches wrote to a folder, whose lock this cache holds."""
+    for path in folder.iterdir():
+        name = _FILE_NAME.fullmatch(path.name)
+        if name is None or path.is_symlink() or not path.is_file():
+            continue
+        is_partial = bool(name[1] and name[3])
+        if is_partial or (not name[3] and _read_content_hash(path).startswith(name[2])):
+            path.unlink(missing_ok=True)
+
+
+def _read_content_hash(path: Path) -> str:
+    """Returns the hash in a file of a cache; a blank in another file."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata, keys = file.metadata() or {}, list(file.keys())
+    except (OSError, safetensors.SafetensorError):
+        return " "
+    is_own = set(metadata) == {"content"} and all(
+        key.rpartition("/")[2] in PaddedFactors._fields for key in keys
+    )
+    return metadata["content"] if is_own else " "

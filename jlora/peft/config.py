@@ -14,7 +14,7 @@ from jlora.checkpoints.adapter_file import ADAPTER_FILE
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
-from jlora.peft.name_patterns import check_pattern, full_match
+from jlora.peft.name_patterns import check_pattern, full_match, match_key
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -371,7 +371,7 @@ def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
     """
     entries = fields["feedforward_modules"] or []
     if isinstance(entries, str):
-        return re.fullmatch(entries, module) is not None
+        return full_match(entries, module)
     return any(module.endswith(entry) for entry in entries)
 
 
@@ -380,7 +380,7 @@ def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str
     module_fields = dict(fields)
     for name, pattern in method.patterns.items():
         for key, value in fields[pattern].items():
-            if full_match(rf"(.*\.)?({key})", module):
+            if match_key(key, module):
                 module_fields[name] = value
                 break
     return module_fields
@@ -444,7 +444,7 @@ def check_rank_patterns(
     modules = list(modules)
     for name in method.patterns.values():
         for key in fields[name]:
-            if not any(full_match(rf"(.*\.)?({key})", module) for module in modules):
+            if not any(match_key(key, module) for module in modules):
                 raise ValueError(
                     f"{name} has {_tree.shorten(key)}, which matches none of the adapter's "
                     f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"

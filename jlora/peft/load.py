@@ -31,6 +31,7 @@ from jlora.peft import config
 from jlora.peft.experts import ExpertTensors, join_expert_modules
 from jlora.peft.leaf_conversion import ModuleTensors, leaf_from_modules, make_template_leaf
 from jlora.peft.methods import PEFT_METHODS, ConfigFields, PeftMethod
+from jlora.peft.name_patterns import share_steps
 from jlora.peft.tensor_layouts import (
     ModuleParameter,
     WeightGeometry,
@@ -79,6 +80,7 @@ class LoadedAdapter(NamedTuple):
     adapter: dict[str, Any]
 
 
+@share_steps()
 def load_peft_folder(
     folder: str | os.PathLike[str],
     fn: Callable[..., Any],

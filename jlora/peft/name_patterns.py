@@ -7,9 +7,11 @@ set of positions where it may start to the set where it may end.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # The parser of `re`; it has had the same nodes since Python 3.6, and no public name.
 from re import _constants as _nodes  # type: ignore[attr-defined]
@@ -21,6 +23,57 @@ _MAX_PATTERN_LETTERS = 10_000
 
 _MAX_STEPS = 1_000_000
 
+# Of all patterns of one config together: some, and more for each name of a module.
+_MAX_SHARED_STEPS = 5_000_000
+
+_MAX_SHARED_STEPS_PER_NAME = 5_000
+
+_PLAIN_KEY = re.compile(r"[\w.-]+")
+
+
+class _SharedSteps:
+    """Steps of all patterns of one config.
+
+    Attributes:
+        steps: Number of steps so far.
+        names: Names that were matched.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.names = 0, set[str]()
+
+
+_shared_steps: contextvars.ContextVar[_SharedSteps | None] = contextvars.ContextVar(
+    "shared_steps", default=None
+)
+
+
+@contextlib.contextmanager
+def share_steps() -> Iterator[None]:
+    """Bounds the steps of all patterns in the block, or the decorated function, together."""
+    token = _shared_steps.set(_shared_steps.get() or _SharedSteps())
+    try:
+        yield
+    finally:
+        _shared_steps.reset(token)
+
+
+def match_key(key: str, name: str) -> bool:
+    """Returns whether a name ends in a key of `rank_pattern` or the like, after a dot or alone.
+
+    Raises:
+        ValueError: As `full_match` does.
+    """
+    if not _PLAIN_KEY.fullmatch(key):
+        return full_match(rf"(.*\.)?({key})", name)
+    # Letters, and dots for any letter: no search, for the long lists of real configs.
+    start = len(name) - len(key)
+    return (
+        start >= 0
+        and (not start or (name[start - 1] == "." and "\n" not in name))
+        and all(a == b or (a == "." and b != "\n") for a, b in zip(key, name[start:], strict=True))
+    )
+
 
 def full_match(pattern: str, name: str) -> bool:
     """Returns whether a regular expression matches a complete name, as `re.fullmatch` does.
@@ -30,6 +83,8 @@ def full_match(pattern: str, name: str) -> bool:
             repeats or atomic groups, which no published adapter has.
     """
     matcher = _Matcher(name)
+    if matcher.shared is not None:
+        matcher.shared.names.add(name)
     return len(name) in matcher.ends(_parse(pattern), {0}, _flags(pattern))
 
 
@@ -69,23 +124,35 @@ class _Matcher:
     Attributes:
         text: The name.
         steps: Number of steps so far.
+        shared: Steps of the config; None outside of `share_steps`.
     """
 
     def __init__(self, text: str) -> None:
-        self.text, self.steps = text, 0
+        self.text, self.steps, self.shared = text, 0, _shared_steps.get()
 
     def ends(self, sequence: Iterable[Any], starts: set[int], flags: int) -> set[int]:
         """Returns the positions where a sequence of nodes may end."""
         for operation, argument in sequence:
             if not starts:
                 break
-            self.steps += len(starts)
-            if self.steps > _MAX_STEPS:
-                raise ValueError(
-                    "A pattern takes too many steps. List the names of the modules instead."
-                )
+            # Each letter of a set such as [abc] is compared.
+            letters = len(argument) if operation is _nodes.IN else 1
+            self._count_steps(len(starts) * letters)
             starts = self._node_ends(operation, argument, starts, flags)
         return starts
+
+    def _count_steps(self, count: int) -> None:
+        self.steps += count
+        is_over = self.steps > _MAX_STEPS
+        if self.shared is not None:
+            self.shared.steps += count
+            names = len(self.shared.names)
+            limit = _MAX_SHARED_STEPS + _MAX_SHARED_STEPS_PER_NAME * names
+            is_over = is_over or self.shared.steps > limit
+        if is_over:
+            raise ValueError(
+                "The patterns take too many steps. List the names of the modules instead."
+            )
 
     def _node_ends(self, operation: Any, argument: Any, starts: set[int], flags: int) -> set[int]:
         if operation in (_nodes.LITERAL, _nodes.NOT_LITERAL, _nodes.ANY, _nodes.IN):

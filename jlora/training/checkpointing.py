@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ from jlora.checkpoints.output_lock import (
     is_output_locked,
     release_output_lock,
 )
-from jlora.checkpoints.safetensors_io import format_names
+from jlora.checkpoints.safetensors_io import PARTIAL_SUFFIX, format_names
 from jlora.training.callbacks import Callback, Request
 from jlora.training.distributed import ProcessMaximum
 from jlora.training.recipe.sections import TrainingSection
@@ -449,12 +449,15 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{uuid.uuid4().hex}"
-        with probe.open("wb") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-        probe.unlink()
+        # A name of this process, which `remove_partial_outputs` removes if it is killed.
+        probe = folder / f".probe-{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}"
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
             error.errno,

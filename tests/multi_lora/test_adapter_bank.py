@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _support.cases import moved
+from safetensors.numpy import save_file
 
 import jlora
 from jlora import multi_lora
+from jlora.multi_lora.host_cache import CachedAdapter, HostCache
+from jlora.multi_lora.slots import PaddedFactors
 
 # Sums of at most 6 products of numbers near one in float32, in another order.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -487,3 +490,31 @@ def test_unknown_name_costs_little(name: str) -> None:
     with pytest.raises(ValueError, match="not a valid adapter name") as refused:
         bank.add(name + "!", adapter(1))
     assert len(str(refused.value)) < 400
+
+
+def test_files_end_with_their_bank(tmp_path: pathlib.Path) -> None:
+    zeros = np.zeros((2, 2), np.float32)
+    factors = {"w": PaddedFactors(*[zeros] * len(PaddedFactors._fields))}
+
+    def fill(cache: HostCache) -> set[str]:
+        for name in "abc":
+            cache.add(name, CachedAdapter(name * 64, factors))
+        return {path.name for path in tmp_path.iterdir()}
+
+    own = {f"a-{'a' * 16}.safetensors", f"b-{'b' * 16}.safetensors"}
+    foreign = {f"mine-{'a' * 16}.safetensors", f"x-{'c' * 16}.safetensors", ".notes.partial"}
+    for name in foreign:
+        (tmp_path / name).write_bytes(b"of the user")
+    save_file({"w/a": zeros}, tmp_path / f"x-{'c' * 16}.safetensors", {"content": "a" * 64})
+    cache = HostCache(1, tmp_path)
+    assert fill(cache) == own | foreign | {".jlora.lock"}
+    kept = {name: (tmp_path / name).read_bytes() for name in own}
+    del cache
+    assert {path.name for path in tmp_path.iterdir()} == foreign
+    # The process of a bank was killed, also while it wrote a file.
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / f".c-{'c' * 16}.safetensors.partial").write_bytes(b"half")
+    cache = HostCache(1, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == foreign | {".jlora.lock"}
+    del cache

@@ -12,7 +12,7 @@ import pytest
 
 from jlora.peft import config
 from jlora.peft.methods import PEFT_METHODS
-from jlora.peft.name_patterns import full_match
+from jlora.peft.name_patterns import full_match, match_key, share_steps
 
 PIECES = [*"ab._0x", "\n", r"\.", "[ab]", "[^a]", r"\d", r"\W", "[0-9.]", r"[^\d]", r"\s", "(?i:B)"]
 ANCHORS = ["^", "$", r"\b", r"\B", r"\A", r"\Z", "(?<=a)", "(?<!b.)"]
@@ -99,6 +99,31 @@ def test_hostile_pattern_ends(pattern: str) -> None:
             {"rank_pattern": {pattern: 4}, "alpha_pattern": {}}, PEFT_METHODS["LORA"], modules
         )
     assert time.process_time() - start < 10
+
+
+def test_patterns_of_one_config_share_their_steps() -> None:
+    modules = [f"model.layers.{number}.self_attn.q_proj" for number in range(40)]
+    letters = "".join(chr(0x4E00 + 2 * number) for number in range(400))
+    patterns = {f"(?:.(?<=[^{letters}]))*{number}x": 4 for number in range(200)}
+    fields = {"rank_pattern": patterns, "alpha_pattern": {}}
+
+    def match_all() -> None:
+        for module in modules:
+            config.fields_for_module(fields, PEFT_METHODS["LORA"], module)
+
+    start = time.process_time()
+    assert not full_match(next(iter(patterns)), modules[0])  # Alone, it takes few steps.
+    with pytest.raises(ValueError, match="too many steps"):
+        share_steps()(match_all)()
+    assert time.process_time() - start < 10
+
+
+def test_match_key_agrees_with_re() -> None:
+    names = ("a.b", "xa.b", "x.a.b", "x.acb", "b", "a.b.c", "a\n.b", "a.b\n", "x\n.a.b", "x.a\nb")
+    for key in ("b", "a.b", "a\\.b", "x.a.b", ".b", "[ab]", "a|b", "...", "a-b"):
+        for name in names:
+            expected = re.fullmatch(rf"(.*\.)?({key})", name) is not None
+            assert match_key(key, name) == expected, (key, name)
 
 
 @pytest.mark.parametrize("pattern", [r"(a)\1", "(?>a)", "a*+", "(a)?(?(1)b|c)", "(", "a" * 20_000])

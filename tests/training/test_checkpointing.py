@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.checkpoints.safetensors_io import PARTIAL_SUFFIX
 from jlora.training import checkpointing
 from jlora.training.checkpointing import CHECKPOINT_FORMAT, CheckpointManager, check_writable
 
@@ -276,6 +278,20 @@ def test_check_writable_read_only_raises(tmp_path: pathlib.Path) -> None:
     with pytest.raises(OSError, match="is not writable"):
         check_writable(tmp_path / "run")
     tmp_path.chmod(0o700)
+
+
+def test_check_on_a_full_disk_leaves_no_file(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        # A killed process would leave a file that the next one removes.
+        assert list(tmp_path.glob(f".*{PARTIAL_SUFFIX}"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="free disk space"):
+        check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_init_on_a_file_raises(tmp_path: pathlib.Path) -> None:
