@@ -313,7 +313,7 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     if isinstance(target, str):
         matched = {target} if any(full_match(target, module) for module in modules) else set()
     else:
-        matched = {ending for module in modules for ending in _name_endings(module)}
+        matched = {ending for module in modules for ending in name_endings(module)}
     for entry in [target] if isinstance(target, str) else target:
         if entry not in matched:
             raise ValueError(
@@ -355,10 +355,10 @@ def _matches_target(target: str | Container[str], module: str) -> bool:
     """Returns True if a module matches a regular expression, or ends in a name of a list."""
     if isinstance(target, str):
         return full_match(target, module)
-    return any(ending in target for ending in _name_endings(module))
+    return any(ending in target for ending in name_endings(module))
 
 
-def _name_endings(module: str) -> Iterator[str]:
+def name_endings(module: str) -> Iterator[str]:
     """Yields the name of a module, and its parts after each dot."""
     yield module
     yield from (module[place + 1 :] for place, letter in enumerate(module) if letter == ".")

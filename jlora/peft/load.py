@@ -449,14 +449,15 @@ class _PeftFolderReader:
     ) -> None:
         """Checks that the config targets exactly the parameters with tensors in the file."""
         found = {p.module for p in parameters if p.name == "weight"} | set(by_expert)
-        if self.fields["target_modules"] is None and not self.fields["target_parameters"]:
-            return  # The targets are those of PEFT's table for the model's type.
+        fields = dict(self.fields)
+        if fields["target_modules"] is None and not fields["target_parameters"]:
+            fields["target_modules"] = self._default_targets(found)
         candidates = [module for module, name in self.parameters if name == "weight"]
         heads = [pair.head for pair in self.tied_pairs]
         # PEFT has no other method for experts.
         is_lora = self.method is PEFT_METHODS["LORA"]
         expert_modules = list(self.expert_modules) if is_lora else []
-        targets = config.match_target_modules(self.fields, [*candidates, *heads, *expert_modules])
+        targets = config.match_target_modules(fields, [*candidates, *heads, *expert_modules])
         for pair in self.tied_pairs:
             if pair.head in targets:  # Its update is that of the embedding.
                 targets = (targets - {pair.head}) | {pair.embedding.module}
@@ -490,6 +491,26 @@ class _PeftFolderReader:
                 )
         names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
         config.check_rank_patterns(self.fields, self.method, names | set(by_expert) | set(heads))
+
+    def _default_targets(self, found: Collection[str]) -> list[str]:
+        """Returns the targets that PEFT has for a model where the config names none.
+
+        Raises:
+            ValueError: PEFT has none, or others than the modules of the file.
+        """
+        endings = {ending for module in self.modules for ending in config.name_endings(module)}
+        choices = [list(one) for one in self.method.default_targets if endings.issuperset(one)]
+        for choice in choices:
+            if all(any(module.endswith(f".{name}") for module in found) for name in choice):
+                return choice
+        names = sorted({module.rpartition(".")[2] for module in found})
+        default = "has no default for this model"
+        if choices:
+            default = f"targets {' or '.join(map(str, choices))}"
+        raise self.make_error(
+            f"target_modules is null, for which PEFT {default}, and the file has tensors for "
+            f"{names}. If those are all of its modules, list them in target_modules."
+        )
 
     def _is_linear(self, module: str, weights: Mapping[str, AdaptableWeight]) -> bool:
         """Returns True for a module of PEFT's `all-linear`: not a head, an expert or a router."""

@@ -45,6 +45,8 @@ class PeftMethod(NamedTuple):
         window_sizes: Numbers of window axes of the convolutions that PEFT adapts.
         supports_bias: True if the config has a field for trained biases.
         shared_tensors: Name and layout of each tensor that all modules share, by array.
+        default_targets: Lists of modules, of which PEFT targets one where `target_modules` is null,
+            by the type of the model.
     """
 
     defaults: dict[str, Any]
@@ -60,6 +62,7 @@ class PeftMethod(NamedTuple):
     window_sizes: tuple[int, ...] = ()
     supports_bias: bool = False
     shared_tensors: Mapping[str, tuple[str, TensorLayout]] = types.MappingProxyType({})
+    default_targets: tuple[tuple[str, ...], ...] = (("q_proj", "v_proj"), ("query", "value"))
 
     def unsupported_reason(self, weight: AdaptableWeight) -> str | None:
         """Returns why PEFT cannot adapt a weight as jlora does; None if it can."""
@@ -297,6 +300,11 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     ),
     "ADALORA": PeftMethod(
         suffixes=("lora_A", "lora_B", "lora_E"),
+        default_targets=(
+            ("q_proj", "v_proj"),
+            ("query", "key", "value", "dense"),
+            ("query", "value"),
+        ),
         defaults={"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0, "fan_in_fan_out": False},
         supported_values={
             "use_dora": False,
@@ -376,6 +384,11 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         config_fields=lambda leaf, weight: {},
         rank_field=None,
         window_sizes=(2, 3),
+        default_targets=(
+            ("k_proj", "v_proj", "down_proj"),
+            ("q_proj", "v_proj", "down_proj"),
+            ("key", "value", "output.dense"),
+        ),
     ),
     "VERA": PeftMethod(
         suffixes=("vera_lambda_d", "vera_lambda_b"),

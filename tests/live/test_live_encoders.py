@@ -148,6 +148,8 @@ LORA_CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert_sequence", {"target_modules": "all-linear"}),
     ("bert_sequence", {"target_modules": ["query"], "bias": "all"}),
     ("bert_sequence", {"target_modules": ["query"], "lora_bias": True, "use_rslora": True}),
+    ("bert", {"target_modules": ["query", "dense"]}),
+    ("roberta", {"target_modules": "all-linear"}),
     ("bert_tokens", {"target_modules": ["query", "dense"]}),
     ("roberta_sequence", {"target_modules": ["query", "dense"]}),
     ("roberta_sequence", {"target_modules": "all-linear"}),

@@ -224,6 +224,27 @@ def test_load_empty_fields_restrict_nothing(fields: Any, tmp_path: pathlib.Path)
     assert len(adapted(folder, LLAMA)) == 4
 
 
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (("0.self_attn.q_proj", "0.self_attn.v_proj"), r"targets model\.layers\.1\..*no tensor"),
+        (("q_proj", "0.self_attn.v_proj"), r"targets model\.layers\.1\.self_attn\.v_proj,"),
+        (("q_proj",), r"target_modules is null, for which PEFT targets .*'q_proj', 'v_proj'"),
+        (("q_proj", "v_proj", "o_proj"), r"tensors for .*o_proj.*does not target"),
+        ((), "target_modules is null"),
+    ],
+    ids=str,
+)
+def test_load_default_targets_incomplete(
+    kept: tuple[str, ...], message: str, tmp_path: pathlib.Path
+) -> None:
+    norm = {"model.norm.weight": random(shapes(LLAMA)["model.norm.weight"])}
+    tensors = {**(factors(LLAMA, *kept) if kept else {}), **norm}
+    folder = write(tmp_path / "in", tensors, target_modules=None, modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=message):
+        peft.load(folder, *base(LLAMA))
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_load_pooler_without_head(name: str, tmp_path: pathlib.Path) -> None:
     name = f"encoders/{name}"
