@@ -389,7 +389,7 @@ def check_arguments(name: str, subject: Any, values: list[Any]) -> None:
     elif name in _REPEATING:
         parts = whole.entries * whole.depth
         if is_text and name == "indent":
-            parts = 1 + sum(subject.count(one) for one in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+            parts = 1 + sum(str(subject).count(one) for one in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
         elif is_text and name in ("expandtabs", "join", "translate"):
             parts = len(subject)
         _check_size(bound + parts * added)
@@ -397,7 +397,9 @@ def check_arguments(name: str, subject: Any, values: list[Any]) -> None:
         _check_size(_ENTRY_LETTERS * len(subject))
     elif name in ("split", "rsplit", "splitlines") and is_text:
         separator = values[0] if values and isinstance(values[0], type(subject)) else None
-        parts = subject.count(separator) if separator else len(subject) // 2
+        parts = len(subject) // 2
+        if separator:
+            parts = subject.count(separator)  # type: ignore[arg-type]
         _check_size(_ENTRY_LETTERS * parts)
 
 
