@@ -389,7 +389,8 @@ def check_arguments(name: str, subject: Any, values: list[Any]) -> None:
     elif name in _REPEATING:
         parts = whole.entries * whole.depth
         if is_text and name == "indent":
-            parts = 1 + sum(str(subject).count(one) for one in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+            text = subject if isinstance(subject, str) else subject.decode("latin-1")
+            parts = 1 + sum(text.count(one) for one in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
         elif is_text and name in ("expandtabs", "join", "translate"):
             parts = len(subject)
         _check_size(bound + parts * added)
