@@ -315,7 +315,7 @@ class _PeftFolderReader:
             and (HEAD_MODULE, "weight") in self.parameters
         )
 
-    def _tie_head_rank(self, fields: ConfigFields, rank: int) -> None:
+    def _tie_head_rank(self, fields: dict[str, Any], rank: int) -> None:
         """Gives a head with the embedding's factors their rank, with the scale of its own fields.
 
         PEFT looks up the head's alpha and rank in the patterns, but its factors are those of the
