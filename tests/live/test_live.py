@@ -175,6 +175,19 @@ def test_save_tied_table_in_peft(name: str, rules: Any, tmp_path: pathlib.Path) 
     np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), ours, **CLOSE)
 
 
+def test_save_tokens_of_copied_head_in_peft(tmp_path: pathlib.Path) -> None:
+    name, tokens_config = "llama_linear", jlora.TrainableTokens(token_indices=(3, 9))
+    model, params = models.load(DECODERS / name, dtype=jnp.float32, tie_word_embeddings=False)
+    rules = {"embed": tokens_config, "/q/": jlora.LoRA(rank=2, alpha=3)}
+    lora = jlora.lora_transform(model.apply, rules)
+    fresh = lora.init(jax.random.key(0), params, jnp.asarray(tokens()))
+    adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), fresh)
+    ours = np.asarray(lora.apply(params, adapter, tokens()))
+    peft.save(tmp_path / "out", adapter, model, params, task_type="CAUSAL_LM")
+    wrapped = hf_peft.PeftModel.from_pretrained(theirs(DECODERS / name), tmp_path / "out")
+    np.testing.assert_allclose(logits(wrapped.eval(), tokens()), ours, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("fields", "is_refused"),
     [
