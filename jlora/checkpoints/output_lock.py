@@ -11,6 +11,7 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,13 @@ LOCK_NAME = ".jlora.lock"
 
 # File systems without locks of the operating system, such as some network file systems.
 _UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+_FULL_ERRNOS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+_HOLDER_READS = 10
+
+_HOLDER_READ_SECONDS = 0.01
 
 
 class OutputInUseError(OSError):
@@ -72,11 +80,31 @@ def lock_output(path: str | os.PathLike[str]) -> Iterator[None]:
         OutputInUseError: Another process or thread holds the lock.
         OSError: The lock file cannot be written.
     """
-    lock_path = acquire_output_lock(path)
+    with name_output_in_errors(path):
+        lock_path = acquire_output_lock(path)
+        try:
+            yield
+        finally:
+            release_output_lock(lock_path)
+
+
+@contextlib.contextmanager
+def name_output_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names an output, and what to do, in errors of a full disk, which name no file.
+
+    Raises:
+        OSError: The disk is full.
+    """
     try:
         yield
-    finally:
-        release_output_lock(lock_path)
+    except OSError as error:
+        if error.errno not in _FULL_ERRNOS:
+            raise
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({os.strerror(error.errno)}). Free disk space, or use "
+            f"an output on another disk",
+        ) from error
 
 
 def acquire_output_lock(path: str | os.PathLike[str], owner: object = None) -> Path:
@@ -95,21 +123,32 @@ def acquire_output_lock(path: str | os.PathLike[str], owner: object = None) -> P
     folder = path if inside else path.parent
     folder.mkdir(parents=True, exist_ok=True)
     lock_path = folder.resolve() / (LOCK_NAME if inside else f".{path.name}{LOCK_NAME}")
+    for _ in range(_HOLDER_READS):
+        if _try_acquire(path, lock_path, owner):
+            return lock_path
+        if holder := _read_holder(lock_path):
+            raise _make_in_use_error(path, holder)
+        time.sleep(_HOLDER_READ_SECONDS)  # It has just begun, and writes who it is.
+    raise _make_in_use_error(path, {})
+
+
+def _try_acquire(path: Path, lock_path: Path, owner: object) -> bool:
+    """Returns whether this process has taken the lock, or had it for this owner."""
     with _held_guard:
         held = _held.get(lock_path)
         if held is not None:
             if held.owner != owner:
-                raise _make_in_use_error(path, lock_path)
+                raise _make_in_use_error(path, _read_holder(lock_path))
             held.count += 1
-            return lock_path
+            return True
         file = _try_open_locked(lock_path)
         if file is None:
-            raise _make_in_use_error(path, lock_path)
+            return False
         with contextlib.suppress(OSError):  # A full disk: the lock holds without a text.
             file.truncate(0)
             file.write(json.dumps(_describe_process()).encode())
         _held[lock_path] = _HeldLock(file, owner)
-    return lock_path
+        return True
 
 
 def release_output_lock(lock_path: Path) -> None:
@@ -258,8 +297,7 @@ def _read_holder(lock_path: Path) -> dict[str, Any]:
         return {}
 
 
-def _make_in_use_error(path: Path, lock_path: Path) -> OutputInUseError:
-    holder = _read_holder(lock_path)
+def _make_in_use_error(path: Path, holder: dict[str, Any]) -> OutputInUseError:
     who = "another process"
     if holder:
         who = (

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from jlora.checkpoints.output_lock import lock_output, open_locked
+from jlora.checkpoints.output_lock import lock_output, name_output_in_errors, open_locked
 from jlora.checkpoints.text_files import parse_json, read_json
 
 FLOAT_DTYPES: dict[str, Any] = {
@@ -471,7 +471,7 @@ def replace_file_atomically(path: Path, content: bytes) -> None:
         OSError: The file cannot be written; the old one is unchanged.
     """
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-    with open_locked(partial) as file:
+    with name_output_in_errors(path), open_locked(partial) as file:
         try:
             view = memoryview(content)
             while view:
@@ -497,8 +497,9 @@ def create_folder_atomically(folder: str | os.PathLike[str]) -> Iterator[Path]:
         OutputInUseError: Another process is writing it.
     """
     folder = Path(folder)
+    _check_not_exists(folder)
     with lock_output(folder):
-        _check_not_exists(folder)
+        _check_not_exists(folder)  # Another process may just have written it.
         partial = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
         remove_path(partial)
         partial.mkdir()
@@ -550,8 +551,9 @@ def write_new_safetensors(
         OutputInUseError: Another process is writing it.
     """
     path = Path(path)
+    _check_not_exists(path)
     with lock_output(path):
-        _check_not_exists(path)
+        _check_not_exists(path)  # Another process may just have written it.
         replace_file_atomically(path, serialize_safetensors(tensors, metadata))
 
 

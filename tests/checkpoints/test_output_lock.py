@@ -25,7 +25,11 @@ import jlora
 from jlora import cli, models, multi_lora, peft
 from jlora.checkpoints import OutputInUseError, output_lock
 from jlora.checkpoints.output_lock import lock_output
-from jlora.checkpoints.safetensors_io import replace_file_atomically
+from jlora.checkpoints.safetensors_io import (
+    create_folder_atomically,
+    replace_file_atomically,
+    write_new_safetensors,
+)
 from jlora.models.hf.weight_mapping import single_tensor_weight
 from jlora.rank_search import SearchOptions, search
 from jlora.training import recipe as recipes
@@ -163,6 +167,20 @@ def lock_and_release(path: pathlib.Path) -> None:
         pass
 
 
+def test_holder_is_named_once_it_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / output_lock.LOCK_NAME
+    path.touch()
+    holder = {"host": "here", "command": "x", "since": "2026", "pid": 12}
+    # The other process writes who it is while this one waits.
+    monkeypatch.setattr(output_lock.time, "sleep", lambda _: path.write_text(json.dumps(holder)))
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputInUseError, match="process 12 on here"), lock_output(tmp_path):
+            pass
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b'{"pid": "x"}', b"[" * 60_000])
 def test_damaged_lock_file_is_taken_over(text: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / output_lock.LOCK_NAME).write_bytes(text)
@@ -295,7 +313,7 @@ def test_two_managers_of_one_folder(tmp_path: pathlib.Path) -> None:
 
 def test_bank_releases_its_folder(tmp_path: pathlib.Path) -> None:
     lora, adapter = make_adapter()
-    (tmp_path / ".a-0.safetensors.partial").write_text("half")
+    (tmp_path / f".a-{16 * '0'}.safetensors.partial").write_text("half")
 
     def build() -> multi_lora.AdapterBank:
         return multi_lora.AdapterBank(
@@ -364,3 +382,42 @@ def test_saved_folders_have_equal_bytes(tmp_path: pathlib.Path, recipe_of: Make)
             WRITERS[name][0](folder, recipe_of)
             contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
         assert contents[0] == contents[1]
+
+
+def fail_with_full_disk(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_names_the_output(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", fail_with_full_disk)
+    for write in (
+        lambda path: replace_file_atomically(path, b"text"),
+        lambda path: write_new_safetensors(path, {"a": np.zeros(2)}, {}),
+        create_and_fill,
+    ):
+        message = rf"{re.escape(str(tmp_path))}/new could not be written \(No space.*Free disk"
+        with pytest.raises(OSError, match=message) as caught:
+            write(tmp_path / "new")
+        assert caught.value.errno == errno.ENOSPC
+        assert not list(tmp_path.iterdir())
+
+
+def create_and_fill(folder: pathlib.Path) -> None:
+    with create_folder_atomically(folder) as partial:
+        replace_file_atomically(partial / "file", b"text")
+
+
+def test_existing_output_is_named_before_its_lock(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(output_lock, "_open_regular", fail)
+    with pytest.raises(FileExistsError, match="exists and is left"):
+        create_and_fill(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="exists and is left"):
+        write_new_safetensors(tmp_path / "file", {}, {})
