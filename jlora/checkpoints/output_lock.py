@@ -98,7 +98,7 @@ def name_output_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL_ERRNOS:
+        if error.errno is None or error.errno not in _FULL_ERRNOS:
             raise
         raise OSError(
             error.errno,

@@ -8,7 +8,7 @@ from benchmarks.speed import host_memory
 from benchmarks.speed._tables import RESULTS
 
 
-def test_committed_peaks_follow_the_largest_tensor() -> None:
+def test_peaks_follow_the_largest_tensor() -> None:
     result = json.loads((RESULTS / "host_memory.json").read_text())
     assert result["shape"] == host_memory.SHAPES["large"]
     peaks = {row["operation"]: row["largest_tensors"] for row in result["rows"]}

@@ -212,6 +212,7 @@ def test_save_adapter_bad_lineage_raises(tmp_path: Path) -> None:
 
 def test_lineage_has_recipe_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jlora.training import export
+    from jlora.training.prompt_format import PromptFormat
     from jlora.training.recipe.sections import Recipe
 
     monkeypatch.setattr(export, "gather_adapter", lambda *_: ADAPTER)
@@ -222,7 +223,7 @@ def test_lineage_has_recipe_without_output(tmp_path: Path, monkeypatch: pytest.M
         setup: Any = types.SimpleNamespace(
             fingerprints=dict.fromkeys(ADAPTER, "0" * 32), base_digest=None
         )
-        export.save_adapter_and_head(made, setup, {}, None)
+        export.save_adapter_and_head(made, setup, {}, None, PromptFormat())
     one, two = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     recipe = read_lineage(one).recipe
