@@ -223,7 +223,7 @@ def test_lineage_has_recipe_without_output(tmp_path: Path, monkeypatch: pytest.M
         setup: Any = types.SimpleNamespace(
             fingerprints=dict.fromkeys(ADAPTER, "0" * 32), base_digest=None
         )
-        export.save_adapter_and_head(made, setup, {}, None, PromptFormat())
+        export.save_adapter_and_head(made, setup, {}, None, PromptFormat(is_chat=True))
     one, two = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     recipe = read_lineage(one).recipe
