@@ -647,9 +647,9 @@ def double_head(folder: pathlib.Path) -> None:
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def change_rope(folder: pathlib.Path) -> None:
+def change_epsilon(folder: pathlib.Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1e6}))
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
 
 
 @pytest.mark.slow
@@ -657,7 +657,7 @@ def change_rope(folder: pathlib.Path) -> None:
     ("change", "message"),
     [
         (double_head, "the weight '(lm_head|model.embed_tokens).weight' has other values"),
-        (change_rope, "config .rope_theta: .* in the checkpoint, 1000000.0 now"),
+        (change_epsilon, "config .rms_norm_eps: .* in the checkpoint, 0.001 now"),
     ],
 )
 def test_resume_base_beside_the_adapter_raises(
