@@ -126,4 +126,5 @@ def name_file_in_errors(*paths: str | os.PathLike[str]) -> Iterator[None]:
 def _mentions(message: str, path: str | os.PathLike[str]) -> bool:
     """Returns whether a message names a file, or another one of its folder."""
     folder = str(Path(path).parent)
-    return Path(path).name in message or (folder != "." and folder in message)
+    is_folder_named = any(f"{folder}{end}" in message for end in (os.sep, ": "))
+    return Path(path).name in message or (folder != "." and is_folder_named)
