@@ -7,7 +7,6 @@ import difflib
 import heapq
 import itertools
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -111,7 +110,7 @@ def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
         return
     if not isinstance(rules, Mapping):
         raise TypeError(
-            f"rules={reprlib.repr(rules)} must be one adapter config, such as "
+            f"rules={shorten(rules)} must be one adapter config, such as "
             f"jlora.LoRA(rank=8, alpha=16), or a mapping of regular expressions to configs or "
             f"None, got {type(rules).__name__}."
         )
@@ -133,7 +132,7 @@ def check_rules(rules: Any, is_config: Callable[[Any], bool]) -> None:
             ) from error
         if config is not None and not is_config(config):
             raise TypeError(
-                f"The rule {pattern!r} maps to {reprlib.repr(config)}. Map it to an adapter "
+                f"The rule {pattern!r} maps to {shorten(config)}. Map it to an adapter "
                 f"config, or to None to leave its weights frozen."
             )
 

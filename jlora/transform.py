@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -148,8 +147,8 @@ def lora_transform(
     """
     if not callable(fn):
         raise TypeError(
-            f"fn={reprlib.repr(fn)} must be a function whose first argument is the parameter tree, "
-            f"such as model.apply."
+            f"fn={_tree.shorten(fn)} must be a function whose first argument is the parameter "
+            f"tree, such as model.apply."
         )
     if _is_module(fn, "flax.linen"):
         raise TypeError(
@@ -356,6 +355,6 @@ def _check_prng_key(name: str, key: Any) -> None:
     )
     if not is_key:
         raise TypeError(
-            f"{name}={reprlib.repr(key)} must be a random key, such as jax.random.key(0), got "
+            f"{name}={_tree.shorten(key)} must be a random key, such as jax.random.key(0), got "
             f"{type(key).__name__}."
         )

@@ -158,6 +158,6 @@ def write_chat_template(folder: Path, text: str) -> None:
 
 def _update_json(path: Path, fields: dict[str, Any]) -> None:
     """Sets fields of a JSON file, which is created if it does not exist."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {}
     text = json.dumps({**content, **fields}, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    replace_file_atomically(path, text.encode())

@@ -140,11 +140,7 @@ def load(
     """
     folder = hub.resolve_checkpoint_folder(folder, revision)
     with open_checkpoint(folder) as reader:
-        checkpoint_format = read_checkpoint_format(folder, reader, options)
-        weights = match_stored_tensors(checkpoint_format, reader)
-        weight_mapping.check_checkpoint_tensors(
-            reader, weights, checkpoint_format.passthrough_pattern
-        )
+        checkpoint_format, weights = _read_checked_format(folder, reader, options)
         schemes = _match_quantization_schemes(quantize, weights)
         sharding = sharding or (lambda path, abstract_array: None)
         arrays = weight_mapping.load_weights(reader, weights, dtype, sharding, schemes)
@@ -184,13 +180,8 @@ def open_model(
     """
     folder = hub.resolve_checkpoint_folder(folder)
     with open_checkpoint(folder) as reader:
-        checkpoint_format = read_checkpoint_format(folder, reader, options)
-        weights = match_stored_tensors(checkpoint_format, reader)
-        weight_mapping.check_checkpoint_tensors(
-            reader, weights, checkpoint_format.passthrough_pattern
-        )
+        checkpoint_format, weights = _read_checked_format(folder, reader, options)
         schemes = _match_quantization_schemes(quantize, weights)
-
         sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
 
         def read(path: str) -> jax.Array:
@@ -374,11 +365,7 @@ def check_loadable(folder: str | os.PathLike[str], **options: Any) -> None:
     """
     folder = Path(folder)
     with open_checkpoint(folder) as reader:
-        checkpoint_format = read_checkpoint_format(folder, reader, options)
-        weights = match_stored_tensors(checkpoint_format, reader)
-        weight_mapping.check_checkpoint_tensors(
-            reader, weights, checkpoint_format.passthrough_pattern
-        )
+        _read_checked_format(folder, reader, options)
 
 
 def example_inputs(model: Any) -> tuple[Any, ...]:
@@ -388,6 +375,17 @@ def example_inputs(model: Any) -> tuple[Any, ...]:
         return (jax.ShapeDtypeStruct((1, *c.image_size, c.num_channels), jnp.float32),)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return (tokens, tokens) if isinstance(model, Encoder) else (tokens,)
+
+
+def _read_checked_format(
+    folder: Path, reader: CheckpointReader, options: Mapping[str, Any]
+) -> tuple[CheckpointFormat, dict[str, CheckpointWeight]]:
+    """Returns the format and the weights with their tensors, checked against the files' headers."""
+    checkpoint_format = read_checkpoint_format(folder, reader, options)
+    weights = match_stored_tensors(checkpoint_format, reader)
+    pattern = checkpoint_format.passthrough_pattern
+    weight_mapping.check_checkpoint_tensors(reader, weights, pattern)
+    return checkpoint_format, weights
 
 
 def read_checkpoint_format(
