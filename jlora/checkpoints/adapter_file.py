@@ -160,6 +160,7 @@ def load_adapter(
         The adapter, as `init` returns it.
 
     Raises:
+        TypeError: `path` is no path.
         FileNotFoundError: The file is missing.
         ValueError: The file is not an adapter file, is damaged, has a newer format, or belongs to
             another base.
@@ -177,6 +178,11 @@ def load_adapter(
         >>> jlora.load_adapter(path, {"w": 2 * params["w"]}, allow_other_base=True)["w"].a.shape
         (3, 1)
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path must be the path of an adapter file, got {type(path).__name__}. Call "
+            f"load_adapter(path, params)."
+        )
     path = pathlib.Path(path)
     metadata, tensors = _read_adapter_file(path)
     with name_file_in_errors(path):

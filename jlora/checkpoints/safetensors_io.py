@@ -468,8 +468,11 @@ def replace_file_atomically(path: Path, content: bytes) -> None:
     for each other.
 
     Raises:
+        FileNotFoundError: The folder is missing.
         OSError: The file cannot be written; the old one is unchanged.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder. Create it to write {path.name}.")
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     with name_output_in_errors(path), open_locked(partial) as file:
         try:

@@ -166,6 +166,16 @@ def test_save_adapter_nonfinite_keeps_old_file(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_save_and_load_adapter_misuse_raises(tmp_path: pathlib.Path) -> None:
+    params = {"w": np.ones((3, 2), np.float32)}
+    lora = jlora.lora_transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=1, alpha=2))
+    adapter = lora.init(jax.random.key(0), params, np.ones((1, 3), np.float32))
+    with pytest.raises(FileNotFoundError, match="no is not a folder. Create it to write a.safete"):
+        jlora.save_adapter(tmp_path / "no" / "a.safetensors", adapter, params)
+    with pytest.raises(TypeError, match=r"got dict. Call load_adapter\(path, params\)"):
+        jlora.load_adapter(params, tmp_path / "a.safetensors")  # type: ignore[arg-type]
+
+
 def test_load_adapter_missing_file_raises(tmp_path: pathlib.Path) -> None:
     one = case("dense", "float32")
     with pytest.raises(FileNotFoundError, match="not a file"):
