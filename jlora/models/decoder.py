@@ -493,7 +493,6 @@ class Decoder(nn.Module):
                     f"{name} has shape {array.shape}, input_ids {input_ids.shape}. Pass one entry "
                     f"per token."
                 )
-        batch, length = input_ids.shape
         segment_ids = None if attention_mask is None else attention_mask.astype(jnp.int32)
         if positions is None:
             if cache is not None:
@@ -507,14 +506,24 @@ class Decoder(nn.Module):
                 self._rope_tables(positions, lengths), positions, segment_ids
             )
             return self._run_layers(input_ids, context, None)[0], None
-        capacity = cache.segment_ids.shape[1]
+        if segment_ids is None:
+            segment_ids = jnp.ones(input_ids.shape, jnp.int32)
+        return self._forward_cached(input_ids, segment_ids, positions, cache)
+
+    def _forward_cached(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        """Returns the hidden states of tokens behind those of a cache, and the longer cache."""
+        length, capacity = input_ids.shape[1], cache.segment_ids.shape[1]
         if length > capacity:
             raise ValueError(
                 f"{length} tokens do not fit into a cache of capacity {capacity}. Build it with a "
                 f"larger capacity."
             )
-        if segment_ids is None:
-            segment_ids = jnp.ones((batch, length), jnp.int32)
         # JAX would overwrite the last slots and continue; an invalid id makes NaN.
         input_ids = jnp.where(cache.length + length > capacity, -1, input_ids)
         cached = {
