@@ -402,8 +402,10 @@ class ChatTemplate:
             return spans
         kept = []
         for turn in turns:
-            before, through = (
+            before, through = (  # Many templates read the first message of a chat.
                 len(_find_marked_spans(self._render_marked(part, tools, False, location)))
+                if part
+                else 0
                 for part in (messages[:turn], messages[: turn + 1])
             )
             kept += spans[before:through]

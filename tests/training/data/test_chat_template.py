@@ -270,3 +270,19 @@ def test_render_invalid_template_raises(text: str, message: str) -> None:
 def test_render_invalid_messages_raise(messages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         template("chatml").render_with_spans(messages, location="row 3")
+
+
+def test_spans_tags_of_chat_begun_by_assistant() -> None:
+    """A template that reads the first message is not given an empty chat."""
+    text = (
+        "{% if messages[0].role == 'system' %}!{% endif %}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "three", "train": False},
+    ]
+    rendered, spans = ChatTemplate(text).render_with_spans(messages)
+    assert [rendered[start:end] for start, end in spans] == ["one>"]
