@@ -27,16 +27,17 @@ def forward(params: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
 
 @functools.cache
 def make_trees() -> dict[str, Any]:
-    """An adapter of every family, quantized weights and slots."""
+    """An adapter of every family, quantized weights and slots, of made-up values."""
     trees: dict[str, Any] = {}
     for name, family in FAMILIES.items():
         path = "table" if name == "token_rows" else "w"
         lora = jlora.lora_transform(forward, {path: family.config})
-        trees[name] = lora.init(jax.random.key(0), PARAMS, X, TOKENS)
+        trees[name] = jax.eval_shape(lora.init, jax.random.key(0), PARAMS, X, TOKENS)
     for scheme in (jlora.NF4(), jlora.NF4(double_quantization=False), jlora.Int8(), jlora.FP8()):
-        trees[f"quantized {scheme}"] = jlora.quantize(PARAMS, {"w": scheme})
+        quantize = functools.partial(jlora.quantize, rules={"w": scheme})
+        trees[f"quantized {scheme}"] = jax.eval_shape(quantize, PARAMS)
     trees["slots"] = multi_lora.select_slot(multi_lora.empty_slots(trees["lora"], 2, 4), 1)
-    return trees
+    return jax.tree.map(lambda x: (np.arange(x.size) % 7).reshape(x.shape).astype(x.dtype), trees)
 
 
 def test_export_serializes_every_node() -> None:
