@@ -225,7 +225,7 @@ def test_lora_optimizer_skips_frozen_arrays(
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat", "conv_groups", "embed"])
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
     one = case_or_skip(family, layer)
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]
@@ -237,7 +237,7 @@ def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat"])
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_apply_sharded_equals_unsharded(family: str, layer: str) -> None:
     one = case_or_skip(family, layer)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -213,6 +213,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
+@pytest.mark.thin(2)
 def test_export_keeps_the_prompt_format(
     base: pathlib.Path,
     tmp_path: pathlib.Path,

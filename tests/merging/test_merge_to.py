@@ -42,6 +42,7 @@ def numpy_report(change: float) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
+@pytest.mark.thin(3, 1)
 def test_merge_to_dtype_report_agrees_with_numpy(size: float) -> None:
     params = {"w": WEIGHT.astype(jnp.bfloat16)}
     merge = lambda: jlora.merge_to_dtype(params, adapter(size))
