@@ -151,10 +151,13 @@ def make_weight(path: str, value: Any, uses: Sequence[usage.WeightUse]) -> Adapt
         value=value,
         axes=usage.infer_weight_axes(uses, len(value.shape)) or usage.WeightAxes((), (), ()),
         kind=_infer_weight_kind(classified, primitives),
-        multiplies_activations=any(use.has_data_operand for use in classified),
+        multiplies_activations=any(
+            use.has_data_operand or use.is_right_operand for use in classified
+        ),
         primitives=primitives,
         window=usage.infer_window_axes(uses),
         dense_reasons=tuple(dict.fromkeys(use.dense_reason for use in uses if use.dense_reason)),
+        is_transposed=usage.is_transposed(classified),
     )
 
 

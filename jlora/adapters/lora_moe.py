@@ -113,6 +113,8 @@ class LoRAMoE(AdapterConfig):
         if weight.dense_reasons:
             reasons = ", ".join(weight.dense_reasons)
             return f"the weight is materialized ({reasons}), but the update depends on the input"
+        if weight.is_transposed:
+            return "it is also used transposed, but its router takes the inputs of one direction"
         return super().unsupported_reason(weight)
 
     def init_leaf(self, key: jax.Array, weight: AdaptableWeight) -> LoRAMoELeaf:

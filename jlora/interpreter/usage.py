@@ -35,13 +35,15 @@ class WeightUse(NamedTuple):
         primitive: Name of the primitive.
         dense_reason: Reason for which the weight is materialized. None: the use is factored.
         axis_roles: Roles of the weight axes in a product or look-up. None: any other use.
-        has_data_operand: Whether the other operands depend on the inputs of the model.
+        has_data_operand: Whether no other operand is an unchanged weight.
+        is_right_operand: Whether it is on the right of a product, where layers have their weights.
     """
 
     primitive: str
     dense_reason: str | None
     axis_roles: dict[int, AxisRole] | None
     has_data_operand: bool = True
+    is_right_operand: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +291,8 @@ class UsageInterpreter:
                 return  # Rows with several axes, which multiply another weight.
             roles = {a: AxisRole.BATCH if a.is_gathered else role for a, role in roles.items()}
         axis_roles = self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
-        # On the left of a product of two weights is a learned activation, such as latent queries.
-        is_factor = side > 0 or has_data_operand
-        self._record_use(weight, WeightUse(name, weight.dense_reason, axis_roles, is_factor))
+        use = WeightUse(name, weight.dense_reason, axis_roles, has_data_operand, side > 0)
+        self._record_use(weight, use)
 
     def _get_lookup_roles(
         self, eqn: Any, weight: _TracedWeight, gathered: FactoredArray
@@ -448,6 +449,7 @@ def _roles_by_weight_axis(roles: dict[Axis, AxisRole]) -> dict[int, AxisRole]:
     return axis_roles
 
 
+_INPUT_ROLES = (AxisRole.INPUT, AxisRole.WINDOW)
 _ROLE_PRIORITY = (AxisRole.INPUT, AxisRole.WINDOW, AxisRole.OUTPUT, AxisRole.BATCH)
 
 
@@ -517,7 +519,7 @@ def infer_weight_axes(uses: Iterable[WeightUse], ndim: int) -> WeightAxes | None
     """Returns the axes of a weight by role, or None if no use is a product or look-up.
 
     The roles are those of one use: preferably of an embedding look-up (a tied embedding is an
-    embedding), then of a product with data.
+    embedding), then of a product with data, then of one on the right of another weight.
 
     Args:
         uses: Uses of the weight.
@@ -528,7 +530,7 @@ def infer_weight_axes(uses: Iterable[WeightUse], ndim: int) -> WeightAxes | None
         return None
     axes = [
         tuple(axis for axis in range(ndim) if roles.get(axis) in group)
-        for group in ((AxisRole.BATCH,), (AxisRole.INPUT, AxisRole.WINDOW), (AxisRole.OUTPUT,))
+        for group in ((AxisRole.BATCH,), _INPUT_ROLES, (AxisRole.OUTPUT,))
     ]
     return WeightAxes(*axes)
 
@@ -537,6 +539,13 @@ def infer_window_axes(uses: Iterable[WeightUse]) -> tuple[int, ...]:
     """Returns the input axes of a weight that are the window of a convolution."""
     roles = _select_decisive_roles(uses) or {}
     return tuple(sorted(axis for axis, role in roles.items() if role is AxisRole.WINDOW))
+
+
+def is_transposed(uses: Iterable[WeightUse]) -> bool:
+    """Whether the products of a weight contract different axes of it."""
+    roles = (use.axis_roles for use in uses if use.primitive not in _LOOKUPS)
+    inputs = {frozenset(a for a, role in r.items() if role in _INPUT_ROLES) for r in roles if r}
+    return len(inputs) > 1
 
 
 def _select_decisive_roles(uses: Iterable[WeightUse]) -> dict[int, AxisRole] | None:
@@ -548,11 +557,13 @@ def _select_decisive_roles(uses: Iterable[WeightUse]) -> dict[int, AxisRole] | N
     )
 
 
-def _use_priority(use: WeightUse, known: Sequence[WeightUse]) -> tuple[int, bool]:
+def _use_priority(use: WeightUse, known: Sequence[WeightUse]) -> tuple[int, bool, bool]:
     if is_embedding_lookup(use, known):
-        return 0, False
-    # Rows gathered for a product (one expert per token) leave the roles to the product.
-    return (2 if use.primitive in _LOOKUPS else 1), not use.has_data_operand
+        return 0, False, False
+    # Rows gathered for a product (one expert per token) leave the roles to the product. In a
+    # product of two weights, the left one is a learned activation, such as latent queries.
+    is_lookup = use.primitive in _LOOKUPS
+    return (2 if is_lookup else 1), not use.has_data_operand, not use.is_right_operand
 
 
 _LOOKUPS = ("gather", "dynamic_slice", "slice")

@@ -32,6 +32,7 @@ class AdaptableWeight(NamedTuple):
         primitives: Names of the primitives that use it.
         window: Input axes that are the window of a convolution.
         dense_reasons: Reasons for which some uses materialize it.
+        is_transposed: Whether some products contract other axes than `axes.inputs`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,6 +51,7 @@ class AdaptableWeight(NamedTuple):
     primitives: tuple[str, ...]
     window: tuple[int, ...] = ()
     dense_reasons: tuple[str, ...] = ()
+    is_transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

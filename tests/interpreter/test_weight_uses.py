@@ -81,6 +81,15 @@ def latent_queries(p: Any, x: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.einsum("qd,sd->qs", queries, x @ p["wk"])) @ x
 
 
+def spectral_norm(p: Any, x: jax.Array) -> jax.Array:
+    """One step of a power iteration whose first product is with another weight."""
+    v = p["u"] @ p["w"].T
+    v = v / jnp.linalg.norm(v)
+    u = v @ p["w"]
+    sigma = v @ p["w"] @ (u / jnp.linalg.norm(u))
+    return x @ (p["w"] / sigma)
+
+
 W = {"w": ((), (0,), (1,))}
 LAYERS = {"w": ((0,), (1,), (2,))}
 ROUTED = {"experts": ((0,), (1,), (2,)), "router": ((), (0,), (1,))}
@@ -121,6 +130,7 @@ CASES = {
     "latent_queries": Case(
         latent_queries, QUERIES, (X,), dict.fromkeys(("wk", "wq"), ((), (0,), (1,)))
     ),
+    "spectral_norm": Case(spectral_norm, {"u": PAIR["v"][0], "w": PAIR["w"]}, (X,), W),
     "cond_in_vmap": Case(
         lambda p, x: jax.vmap(
             lambda x: lax.cond(x.sum() > 0, lambda x: x @ p["v"], lambda x: x @ p["w"], x)
