@@ -73,10 +73,9 @@ def test_inspect_budget_prints_recipe_sections(
     assert sections["adapters"][-1] == biases
     assert sections["frozen_modules"] == ["layers/mlp/gate"]
     rules = rules_from_recipe(recipe.validate({**raw, **sections}), models.model_from_config(base))
-    found = {
-        pattern: config for pattern, config in rules.items() if pattern.startswith("^params/layers/")
-    }
-    assert {name.removeprefix("^params/layers/").rstrip("$") for name in found} == OF_LAYERS - {
+    start = "^params/layers/"
+    found = {pattern: config for pattern, config in rules.items() if pattern.startswith(start)}
+    assert {name.removeprefix(start).rstrip("$") for name in found} == OF_LAYERS - {
         "mlp/gate/kernel"
     }
     prices = {"q": 48, "k": 32, "v": 32, "o": 48, "up": 60, "down": 60}  # Two layers of (in + out).

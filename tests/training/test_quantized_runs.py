@@ -31,8 +31,9 @@ TOKENS = jnp.array([[3, 9, 17, 30]])
 
 def on_quantized(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, the base as the run has it, and the adapter that it wrote."""
-    schemes = schemes_from_recipe(recipe.validate(raw), models.model_from_config(raw["model"]["path"], scan_layers=True))
     base = raw["model"]["path"]
+    model = models.model_from_config(base, scan_layers=True)
+    schemes = schemes_from_recipe(recipe.validate(raw), model)
     model, params = models.load(base, dtype="float32", scan_layers=True, quantize=schemes)
     return model, params, jlora.load_adapter(output(raw) / "adapter.safetensors", params)
 
@@ -112,9 +113,9 @@ def test_resume_quantized_is_bit_exact(recipe_of: Make, tmp_path: pathlib.Path) 
     for other, message in (
         (
             {"scheme": "int8", "block_size": 4},
-                r"recipe \(quantize.scheme: nf4 in the checkpoint, int8 now; ",
+            r"recipe \(quantize.scheme: nf4 in the checkpoint, int8 now; ",
         ),
-        ({**NF4, "target_pattern": "/mlp/"}, "quantize.target_pattern: None in the checkpoint, /mlp/ now"),
+        ({**NF4, "target_pattern": "/mlp/"}, "target_pattern: None in the checkpoint, /mlp/ now"),
         (None, r"recipe \(quantize.* in the checkpoint, None now"),
     ):
         with pytest.raises(ValueError, match=message):
