@@ -234,7 +234,8 @@ def lora_transform(
 def merge(params: PyTree, adapter: Adapter, *, dequantize: bool = False) -> PyTree:
     """Returns a new parameter tree with the adapter's updates added, of the same shapes and types.
 
-    The sum is computed in float32 (or wider) and rounded once to the weight's type.
+    The sum is computed in float32 (or wider) and rounded once to the weight's type. Beyond that
+    type's range it is infinite, without an error; `merge_to_dtype` raises one.
 
     Args:
         params: The base; it is not changed.
