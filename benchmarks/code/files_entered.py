@@ -28,7 +28,9 @@ import jlora
 PACKAGE = pathlib.Path(inspect.getfile(jlora)).parent
 DECODER = PACKAGE.parent / "tests" / "models" / "data" / "decoders" / "llama"
 
-# Function that the compiled step traces, and that of the product it is traced up to.
+# Function that runs all steps, the one that the compiled step traces, and that of the product it is
+# traced up to.
+LOOP_FUNCTION = "TrainLoop.run"
 STEP_FUNCTION = "make_train_step.<locals>.step"
 DOT_GENERAL = inspect.unwrap(lax.dot_general).__code__
 
@@ -46,13 +48,16 @@ class FileRecorder:
         functions: Names of the called functions, by the path of their file in the package.
     """
 
-    def __init__(self, *, stop_at_step_product: bool = False) -> None:
+    def __init__(self, *, start: str | None = None, stop_at_step_product: bool = False) -> None:
         """Builds a recorder.
 
         Args:
+            start: Qualified name of the function at whose first call recording begins. None: it
+                begins at once.
             stop_at_step_product: True to end the recorded call at the first `dot_general` that the
                 training step traces.
         """
+        self._start = start
         self.functions: dict[str, list[str]] = collections.defaultdict(list)
         self._stop_at_step_product = stop_at_step_product
         self._in_step = False
@@ -90,6 +95,10 @@ class FileRecorder:
         path = pathlib.PurePath(code.co_filename)
         if path.is_relative_to(PACKAGE):
             self._in_step |= code.co_qualname == STEP_FUNCTION
+            if self._start == code.co_qualname:
+                self._start = None
+            if self._start is not None:
+                return
             names = self.functions[path.relative_to(PACKAGE).as_posix()]
             if code.co_qualname not in names:
                 names.append(code.co_qualname)
@@ -119,16 +128,17 @@ def record_transform() -> dict[str, FileRecorder]:
     return recorders
 
 
-def record_training(folder: pathlib.Path) -> FileRecorder:
+def record_training(folder: pathlib.Path, start: str | None = None) -> FileRecorder:
     """Trains a tiny decoder up to the first `dot_general` of the traced step.
 
     Args:
         folder: Empty folder for the base, the data and the run.
+        start: Qualified name of the function at which recording begins. None: at `train`.
     """
     from jlora.training import recipe, train
 
     run = recipe.validate(_write_run_inputs(folder))
-    recorder = FileRecorder(stop_at_step_product=True)
+    recorder = FileRecorder(start=start, stop_at_step_product=True)
     with recorder.record():
         train(run, devices=jax.devices()[:1], quiet=True)
         raise RuntimeError(f"{STEP_FUNCTION} was not traced up to a product. Was it renamed?")
@@ -166,8 +176,11 @@ def main() -> None:
     parser.add_argument("--json", metavar="OUT", help="file for the files and their functions")
     options = parser.parse_args()
     recorders = record_transform()
-    with tempfile.TemporaryDirectory() as folder:
-        recorders["train, up to the first product"] = record_training(pathlib.Path(folder))
+    starts = {"train": None, "training step": LOOP_FUNCTION}
+    for name, start in starts.items():
+        with tempfile.TemporaryDirectory() as folder:
+            recorder = record_training(pathlib.Path(folder), start)
+        recorders[f"{name}, up to the first product"] = recorder
     print("| call | files |\n|---|---|")
     for name, recorder in recorders.items():
         print(f"| {name} | {len(recorder.files)} |")

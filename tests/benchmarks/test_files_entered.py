@@ -36,10 +36,17 @@ def test_import_enters_no_file() -> None:
 
 
 @pytest.mark.slow
-def test_training_step_enters_few_files(tmp_path: pathlib.Path) -> None:
-    recorder = files_entered.record_training(tmp_path)
-    assert len(recorder.files) <= 71, recorder.files
-    assert recorder.files[0] == "training/train.py"
+@pytest.mark.parametrize(
+    ("start", "first", "bound"),
+    [(None, "training/train.py", 71), (files_entered.LOOP_FUNCTION, "training/loop.py", 50)],
+    ids=["run", "step"],
+)
+def test_training_enters_few_files(
+    tmp_path: pathlib.Path, start: str | None, first: str, bound: int
+) -> None:
+    recorder = files_entered.record_training(tmp_path, start)
+    assert len(recorder.files) <= bound, recorder.files
+    assert recorder.files[0] == first
     assert {"training/train_step.py", "training/data/prefetch.py"} <= {*recorder.files}
 
 
