@@ -1066,6 +1066,7 @@ def test_train_removes_remains_of_a_killed_run(recipe_of: Make) -> None:
     assert recipe.load(folder / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_train_outputs_follow_the_umask(recipe_of: Make) -> None:
     raw = recipe_of(training={"steps": 1}, export={"peft": True})
     previous = os.umask(0o027)
