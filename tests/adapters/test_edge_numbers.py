@@ -40,6 +40,7 @@ def relative_error(values: Any, truth: Any) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.thin(2)
 def test_apply_any_weight_size_is_right(family: str) -> None:
     fn = look_up if family == "token_rows" else product
     lora = jlora.lora_transform(fn, {"w": FAMILIES[family].config})

@@ -119,7 +119,7 @@ def close(values: Any, truth: Any, relative: float = 3e-5) -> None:
 
 
 @pytest.mark.parametrize(("family", "layer"), GRID)
-@pytest.mark.thin(4)
+@pytest.mark.thin(6)
 def test_laws_hold(family: str, layer: str) -> None:
     """One test per method and layer, because the laws share compiled programs."""
     one = case_or_skip(family, layer)
@@ -204,6 +204,7 @@ def law_explain_matches_evaluation(one: Case) -> None:
 
 
 @pytest.mark.parametrize("family", REST)
+@pytest.mark.thin(3)
 def test_lora_optimizer_skips_frozen_arrays(
     family: str,
 ) -> None:
@@ -226,7 +227,7 @@ def test_lora_optimizer_skips_frozen_arrays(
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["dense_general", "linen_scan_remat", "conv_groups", "embed"])
-@pytest.mark.thin(3)
+@pytest.mark.thin(6)
 def test_vmap_over_adapters_equals_single(family: str, layer: str) -> None:
     one = case_or_skip(family, layer)
     adapters = [moved(one.fresh, seed) for seed in (3, 4, 5)]
@@ -257,6 +258,7 @@ def test_apply_sharded_equals_unsharded(family: str, layer: str) -> None:
 
 
 @pytest.mark.parametrize("family", REST)
+@pytest.mark.thin(3)
 def test_apply_second_adapter_does_not_recompile(family: str) -> None:
     one = case("embed" if family == "token_rows" else "attention", "float32", family)
     run = jax.jit(one.lora.apply)
@@ -272,6 +274,7 @@ def test_apply_second_adapter_does_not_recompile(family: str) -> None:
 
 @pytest.mark.parametrize("family", REST)
 @pytest.mark.parametrize("layer", ["attention", "linen_scan", "conv_2d"])
+@pytest.mark.thin(2)
 def test_save_load_is_bitwise_equal(family: str, layer: str, tmp_path: Any) -> None:
     one = case_or_skip(family, layer)
     path = tmp_path / "adapter.safetensors"

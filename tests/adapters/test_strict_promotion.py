@@ -24,7 +24,7 @@ def forward(params: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.thin(4)
+@pytest.mark.thin(6)
 def test_family_under_strict_promotion(name: str) -> None:
     """bfloat16 weights with float32 factors, as trained."""
     rules = {"table" if name == "token_rows" else "w": FAMILIES[name].config}

@@ -51,7 +51,7 @@ LINEAR = sorted(set(FAMILIES) - {"token_rows"})  # Of an embedding, which is in 
 
 
 @pytest.mark.parametrize("family", LINEAR)
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 def test_match_layer_layout_keeps_function(family: str) -> None:
     stack = adapted(True, {KERNELS: FAMILIES[family].config})
     separate = match_layer_layout(stack, loaded(False).params)

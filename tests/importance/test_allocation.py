@@ -224,6 +224,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("least", [0, 1])
+@pytest.mark.thin(3)
 def test_trainable_params_equal_adapter_size(config: Any, least: int) -> None:
     params = {
         "blocks.0/w": jnp.ones((6, 5)),

@@ -297,6 +297,7 @@ def test_kernels_work_is_false_on_cpu() -> None:
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize("rank", [1, 16, 24, 64])
+@pytest.mark.thin(3)
 def test_hopper_matmul_add_lowers(rank: int, transpose_rhs: bool) -> None:
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
     product = functools.partial(hopper.hopper_matmul_add, transpose_rhs=transpose_rhs, num_sms=132)

@@ -89,7 +89,7 @@ def raw(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "scanned"), LAYOUTS)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_logits_match_transformers(name: str, scanned: bool) -> None:
     theirs = expected(name)["logits"][expected(name)["mask"] > 0]
     # Both round to float32, 1e-7 of logits up to 5, in each of some thirty products.
@@ -97,6 +97,7 @@ def test_logits_match_transformers(name: str, scanned: bool) -> None:
 
 
 @pytest.mark.parametrize(("name", "scanned"), KNOWN_LAYOUTS)
+@pytest.mark.thin(3)
 def test_logits_bfloat16_as_near_as_transformers(name: str, scanned: bool) -> None:
     known = expected(name)
     seen = known["mask"] > 0
@@ -117,6 +118,7 @@ def test_logits_float16_are_near_float32(name: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("name", "scanned"), KNOWN_LAYOUTS)
+@pytest.mark.thin(3)
 def test_generate_matches_transformers(name: str, scanned: bool, side: str) -> None:
     known, (model, params) = expected(name), loaded(name, scanned)
     ids, mask = known["input_ids"], known["mask"]
@@ -915,6 +917,7 @@ def test_sampling_params_invalid_raise(options: dict[str, Any]) -> None:
     ("name", "scanned"),
     [b if b.values[1] else a for a, b in zip(LAYOUTS, KNOWN_LAYOUTS, strict=True)],
 )
+@pytest.mark.thin(3)
 def test_save_loaded_is_bitwise_equal(name: str, scanned: bool, tmp_path: pathlib.Path) -> None:
     _, params = load.load(DATA / name, scan_layers=scanned)
     written = tmp_path / "written"

@@ -114,6 +114,7 @@ def assert_same(one: Any, two: Any) -> None:
         ),
     ],
 )
+@pytest.mark.thin(3)
 def test_encoder_outputs_match_transformers(name: str, compiled: bool) -> None:
     model, params = loaded(name)
     apply = jax.jit(model.apply) if compiled else model.apply
@@ -261,7 +262,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("name", "field", "places"), PLACES)
 @pytest.mark.thin(3)
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_dropout_is_in_place_and_follows_key(
     name: str, field: str, places: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,7 +473,7 @@ def test_encoder_axes_have_logical_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.thin(4)
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_lora_encoder_stays_factored(name: str) -> None:
     model, params = loaded(name)
     lora = jlora.lora_transform(model.apply, jlora.LoRA(rank=2, alpha=4))
@@ -705,7 +706,7 @@ CARRIED = {
 
 
 @pytest.mark.parametrize(("name", "spelling"), WRITTEN)
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_save_each_naming_is_bitwise_equal(
     name: str, spelling: str, tmp_path: pathlib.Path
 ) -> None:
@@ -749,6 +750,7 @@ def test_load_base_model_without_pooler(name: str, tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(3)
 def test_save_writes_each_weight_to_its_name(name: str, tmp_path: pathlib.Path) -> None:
     """A different number added to each weight shows a swapped pair, which a round trip hides."""
     _, params = loaded(name)

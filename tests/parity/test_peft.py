@@ -201,6 +201,7 @@ ONE_LAYER = [
 
 
 @pytest.mark.parametrize("name", ONE_LAYER)
+@pytest.mark.thin(3)
 def test_apply_and_merge_match_peft(name: str) -> None:
     tensors, fields = load(name)
     kind = next((kind for kind in FORWARD if kind in name), "linear")

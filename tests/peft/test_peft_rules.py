@@ -579,6 +579,7 @@ def test_load_wrong_expert_raises(change: Any, message: str, tmp_path: pathlib.P
 
 @pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.thin(4)
 def test_load_replaces_weights_of_any_base(
     is_quantized: bool, scan_layers: bool, tmp_path: pathlib.Path
 ) -> None:

@@ -38,7 +38,7 @@ def differences(values: Any, truth: Any) -> float:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_apply_quantized_equals_dequantized(name: str) -> None:
     one = case(name, "float32")
     packed = quantized(one)
@@ -96,6 +96,7 @@ def test_apply_every_scheme_equals_dequantized(name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["dora", "hira", "ia3", "lokr", "vera"])
+@pytest.mark.thin(3)
 def test_apply_methods_use_dequantized_base(family: str) -> None:
     one = case("linen_scan_remat", "float32", family)
     packed = quantized(one)

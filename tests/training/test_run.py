@@ -310,6 +310,7 @@ def test_train_existing_export_raises(recipe_of: Make, base: pathlib.Path) -> No
         ),
     ],
 )
+@pytest.mark.thin(3)
 def test_train_unsupported_export_raises(
     recipe_of: Make, lora: dict[str, Any], export: str, message: str
 ) -> None:
@@ -592,7 +593,7 @@ def test_resume_on_another_mesh_is_close(whole: dict[str, Any], tmp_path: pathli
         ),
     ],
 )
-@pytest.mark.thin(3)
+@pytest.mark.thin(9)
 def test_resume_changed_recipe_raises(
     whole: dict[str, Any], tmp_path: pathlib.Path, change: Any, message: str
 ) -> None:
