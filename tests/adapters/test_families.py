@@ -119,7 +119,7 @@ def close(values: Any, truth: Any, relative: float = 3e-5) -> None:
 
 
 @pytest.mark.parametrize(("family", "layer"), GRID)
-@pytest.mark.thin(6)
+@pytest.mark.thin(4)
 def test_laws_hold(family: str, layer: str) -> None:
     """One test per method and layer, because the laws share compiled programs."""
     one = case_or_skip(family, layer)

@@ -64,7 +64,6 @@ def assert_as_accurate(values: Any, other: Any, truth: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_both_types(NAMES))
-@pytest.mark.thin(2)
 def test_apply_equals_merge(name: str, dtype: str) -> None:
     one = case(name, dtype)
     merged = jax.jit(one.fn)(one.lora.merge(one.params, one.adapter), *one.inputs)
