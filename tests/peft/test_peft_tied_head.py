@@ -123,6 +123,20 @@ APART = {
         (CHANGED, TABLE + 4 * (B @ A).T),
         "each alone",
     ),
+    "rank-stabilized": (
+        {**EMBED_FACTORS, **HEAD_FACTORS},
+        {
+            "target_modules": [EMBED],
+            "ensure_weight_tying": True,
+            "use_rslora": True,
+            "r": 1,
+            "rank_pattern": {"embed_tokens": 2},
+            "lora_alpha": 2,
+            "alpha_pattern": {"embed_tokens": 4},
+        },
+        (TABLE + 4 / np.sqrt(2) * (B @ A).T, TABLE + 2 * (B @ A).T),
+        "each alone",
+    ),
     "embedding saved": (
         {f"{EMBED}.weight": OTHER},
         {"target_modules": [], "modules_to_save": ["embed_tokens"]},
