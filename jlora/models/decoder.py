@@ -576,8 +576,10 @@ class Decoder(nn.Module):
             before = self._text_lengths(cache.positions, cache.segment_ids)
             assert before is not None
             assert lengths is not None
-            crosses = [((before > switch) != (lengths > switch)).any() for switch in switches]
-            crosses = functools.reduce(jnp.logical_or, crosses) & (cache.length > 0)
+            # Slots that are filled now have no keys yet.
+            is_kept = (jnp.arange(capacity) < cache.length) & (cache.segment_ids > 0)
+            crosses = [((before > switch) != (lengths > switch)) & is_kept for switch in switches]
+            crosses = functools.reduce(jnp.logical_or, crosses).any()
             hidden, kv = nn.cond(crosses, recompute_cache, extend_cache, self, kv)
         else:
             hidden, kv = extend_cache(self, kv)

@@ -252,6 +252,18 @@ def test_decoder_config_no_window_raises(use_window: bool | None) -> None:
         decoder_config(config)
 
 
+def test_decoder_config_mistral_layer_types() -> None:
+    types = ["full_attention", "sliding_attention"]
+    mixed = decoder_config({**raw("mistral"), "layer_types": types})
+    assert [mixed.layer_kinds[kind].window for kind in mixed.layer_kind_ids] == [None, 4]
+    uniform = decoder_config(raw("mistral"))
+    assert [uniform.layer_kinds[kind].window for kind in uniform.layer_kind_ids] == [4, 4]
+    bare = {name: value for name, value in raw("mistral").items() if name != "sliding_window"}
+    assert decoder_config(bare).layer_kinds[0].window == 4096
+    with pytest.raises(ValueError, match="sliding_window=None must be a positive integer"):
+        decoder_config({**raw("mistral"), "layer_types": types, "sliding_window": None})
+
+
 WHOLE_HEADS = [name for name in NAMES if name not in ("phi3", "qwen2", "llama3", "llama_linear")]
 
 

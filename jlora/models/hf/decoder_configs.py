@@ -207,7 +207,10 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _full_and_sliding_layers(
-    reader: ConfigReader, ropes: Mapping[str, Rope], layer_types: list[str]
+    reader: ConfigReader,
+    ropes: Mapping[str, Rope],
+    layer_types: list[str],
+    default_window: int | None = None,
 ) -> dict[str, Any]:
     """Returns the fields of layers with full attention or a sliding window.
 
@@ -215,10 +218,13 @@ def _full_and_sliding_layers(
         reader: Reader of the config.json.
         ropes: Rotary positions of each layer type.
         layer_types: Types of the layers, unless the config.json has a field `layer_types`.
+        default_window: Window if the config.json has no field `sliding_window`.
     """
     layer_types = _parse_layer_types(reader, layer_types)
     used = [layer_type for layer_type in (_FULL, _SLIDING) if layer_type in layer_types]
-    windows = {_SLIDING: reader.get_positive_int("sliding_window")} if _SLIDING in used else {}
+    windows = {}
+    if _SLIDING in used:
+        windows[_SLIDING] = reader.get_positive_int("sliding_window", default_window)
     return {
         "layer_kinds": tuple(LayerKind(window=windows.get(t), rope=ropes[t]) for t in used),
         "layer_kind_ids": tuple(used.index(layer_type) for layer_type in layer_types),
@@ -257,8 +263,12 @@ def _parse_llama(reader: ConfigReader) -> DecoderConfig:
 def _parse_mistral(reader: ConfigReader) -> DecoderConfig:
     common = _parse_common_fields(reader)
     window = reader.get_optional_int("sliding_window", 4096)
-    kind = LayerKind(window=window, rope=_parse_rope(reader, common["head_dim"]))
-    return DecoderConfig(**common, **_uniform_layers(reader, kind))
+    ropes = dict.fromkeys((_FULL, _SLIDING), _parse_rope(reader, common["head_dim"]))
+    # With `layer_types`, transformers reads the config.json as one of Ministral.
+    layer_types = [_FULL if window is None else _SLIDING] * _num_layers(reader)
+    default_window = None if "sliding_window" in reader.config_dict else 4096
+    layers = _full_and_sliding_layers(reader, ropes, layer_types, default_window)
+    return DecoderConfig(**common, **layers)
 
 
 def _parse_qwen_fields(reader: ConfigReader, **overrides: Any) -> DecoderConfig:
