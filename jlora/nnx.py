@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
 
     `train` is True for training mode and False for evaluation mode (`module.train()` and
     `module.eval()`); None keeps the mode in which the module was given. A method with an argument
-    `train` gets it instead.
+    `train`, `training`, `is_training`, `deterministic` or `use_running_average` gets that instead.
 
     Variables that a call updates, such as batch statistics and caches, are those of `params` again
     at the next call, with a warning: evaluation mode uses the stored statistics.
@@ -83,9 +83,9 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
         _refuse_rngs_objects(args, kwargs)
         module = nnx.merge(graph, params, copy=True)
         if train is not None:
-            if "train" in parameter_names:
-                kwargs["train"] = train
-            else:
+            modes = _mode_arguments(train, parameter_names, len(args))
+            kwargs = {**modes, **kwargs}
+            if not modes:
                 (module.train if train else module.eval)()
         if rngs is not None:
             if "rngs" in parameter_names:
@@ -144,6 +144,27 @@ def update_nnx(module: Any, params: PyTree) -> None:
 def _copy_variables(state: PyTree) -> PyTree:
     """Returns a state of new variables. JAX's arrays are immutable, NumPy's are copied."""
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, state)
+
+
+def _mode_arguments(
+    train: bool, parameter_names: Iterable[str], num_positional: int
+) -> dict[str, bool]:
+    """Returns the arguments by which a method takes the mode, except those given by position."""
+    return {
+        name: train == _TRAINS_IF_TRUE[name]
+        for name in list(parameter_names)[num_positional:]
+        if name in _TRAINS_IF_TRUE
+    }
+
+
+# Names by which methods of Flax take the mode, and whether True means training.
+_TRAINS_IF_TRUE = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
 
 
 def _refuse_rngs_objects(*arguments: Any) -> None:

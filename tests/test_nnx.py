@@ -187,6 +187,33 @@ def test_train_selects_the_mode_of_the_call() -> None:
     chex.assert_trees_all_equal(fn(params, X), evaluated)
 
 
+class Noisy(nnx.Module):
+    """A dropout whose mode is an argument of each method, under one of Flax's names."""
+
+    def __init__(self) -> None:
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+
+    def train_(self, x: jax.Array, train: bool = True) -> jax.Array:
+        return self.drop(x, deterministic=not train)
+
+    def training_(self, x: jax.Array, *, training: bool = True) -> jax.Array:
+        return self.drop(x, deterministic=not training)
+
+    def deterministic_(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+        return self.drop(x, deterministic=deterministic)
+
+    def evaluation_(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        return self.drop(x, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("method", ["train_", "training_", "deterministic_", "evaluation_"])
+def test_train_reaches_the_argument_of_a_method(method: str) -> None:
+    fn, params = jlora.from_nnx(Noisy(), method=method)
+    np.testing.assert_array_equal(fn(params, X, train=False), X)
+    dropped = fn(params, X, train=True, rngs=jax.random.key(0))
+    assert 0 < (np.asarray(dropped) == 0).mean() < 1
+
+
 @pytest.mark.filterwarnings("ignore:The BatchNorm")
 def test_frozen_randomness_warns_by_name() -> None:
     fn, params = jlora.from_nnx(Trained(nnx.Rngs(params=0, dropout=1)))
