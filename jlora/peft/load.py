@@ -53,6 +53,9 @@ _TABLE_NAMES = ("embed_tokens", "lm_head")
 
 _TASK_HEAD_NAMES = {name for names in config.TASK_HEADS.values() for name in names}
 
+# Modules of the copies of a saved module that hold a bias: the module, and the path inside it.
+_BIAS_COPY = re.compile(r"(.*?)\.(?:modules_to_save(?:\.default)?|original_module)((?:\..+)?)")
+
 # Module of the head in checkpoints of decoders.
 HEAD_MODULE = "lm_head"
 
@@ -620,8 +623,8 @@ class _PeftFolderReader:
                 )
                 tokens.add(module)
                 continue
-            copied = re.fullmatch(r"(.*)\.(modules_to_save|original_module)", module)
-            if copied and has_biases and f"{copied[1]}.{parameter_name}" in names:
+            copied = _BIAS_COPY.fullmatch(module)
+            if copied and has_biases and f"{copied[1]}{copied[2]}.{parameter_name}" in names:
                 self.remaining.pop(name)  # PEFT writes a saved module's bias three times.
                 continue
             is_wrapped = module.endswith(".base_layer")

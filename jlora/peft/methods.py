@@ -372,7 +372,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         tensor_layouts=_hira_layouts,
         families=("hira",),
         config_fields=lambda leaf, weight: {"r": leaf.rank, "hira_dropout": leaf.dropout},
-        patterns={"r": "rank_pattern"},
+        # PEFT's HiRA has the field `rank_pattern` and does not read it.
         window_sizes=(1, 2, 3),
     ),
     "IA3": PeftMethod(

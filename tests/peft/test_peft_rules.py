@@ -342,6 +342,31 @@ def test_load_targets_leave_out_saved_modules(target: Any, tmp_path: pathlib.Pat
     assert not any("pooler" in path or "classifier" in path for path in adapted(folder, ROBERTA))
 
 
+def test_load_biases_of_a_saved_container(tmp_path: pathlib.Path) -> None:
+    head = [f"classifier.{part}.{name}" for part in ("dense", "out_proj") for name in PARTS]
+    trained = {key: random(shapes(ROBERTA)[key]) for key in head}
+    tensors = factors(ROBERTA, "query") | trained
+    for key, value in trained.items():
+        if key.endswith("bias"):  # As PEFT writes them with `bias="all"`.
+            inner = key.removeprefix("classifier.")
+            tensors[f"classifier.modules_to_save.default.{inner}"] = value
+            tensors[f"classifier.original_module.{inner}"] = np.zeros_like(value)
+    tensors |= stored(ROBERTA, *[key for key in shapes(ROBERTA) if is_body_bias(key)])
+    folder = write(
+        tmp_path / "in", tensors, target_modules=["query"], bias="all", task_type="SEQ_CLS"
+    )
+    loaded = peft.load(folder, *base(ROBERTA))
+    for key, value in trained.items():
+        np.testing.assert_array_equal(loaded_tensor(loaded.params, ROBERTA, key), value)
+
+
+PARTS = ("weight", "bias")
+
+
+def is_body_bias(key: str) -> bool:
+    return key.endswith(".bias") and not key.startswith("classifier")
+
+
 @pytest.mark.parametrize("peft_type", ["LORA", "HIRA", "IA3"])
 def test_load_saved_container_of_each_family(peft_type: str, tmp_path: pathlib.Path) -> None:
     saved = {key: random(s) for key, s in shapes(LLAMA).items() if ".0.mlp." in key}
@@ -369,6 +394,17 @@ def test_load_saved_container_of_each_family(peft_type: str, tmp_path: pathlib.P
     for key, value in saved.items():
         np.testing.assert_array_equal(loaded_tensor(loaded.params, LLAMA, key), value)
     assert len(adapted(folder, LLAMA)) == 3
+
+
+def test_load_hira_ignores_rank_pattern(tmp_path: pathlib.Path) -> None:
+    tensors = {
+        key.replace("lora_", "hira_").removesuffix(".weight"): value
+        for key, value in factors(LLAMA, "q_proj").items()
+    }
+    fields = {"peft_type": "HIRA", "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 3}}
+    folder = write(tmp_path / "in", tensors, **fields)
+    leaves = peft.load(folder, *base(LLAMA)).adapter
+    assert {leaf.rank for leaf in leaves.values()} == {2}
 
 
 def test_load_complete_tables_are_the_base(tmp_path: pathlib.Path) -> None:
