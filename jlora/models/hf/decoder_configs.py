@@ -263,10 +263,11 @@ def _parse_llama(reader: ConfigReader) -> DecoderConfig:
 def _parse_mistral(reader: ConfigReader) -> DecoderConfig:
     common = _parse_common_fields(reader)
     window = reader.get_optional_int("sliding_window", 4096)
-    ropes = dict.fromkeys((_FULL, _SLIDING), _parse_rope(reader, common["head_dim"]))
+    rope = _parse_rope(reader, common["head_dim"])
     # With `layer_types`, transformers reads the config.json as one of Ministral.
     layer_types = [_FULL if window is None else _SLIDING] * _num_layers(reader)
     default_window = None if "sliding_window" in reader.config_dict else 4096
+    ropes = {_FULL: rope, _SLIDING: rope}
     layers = _full_and_sliding_layers(reader, ropes, layer_types, default_window)
     return DecoderConfig(**common, **layers)
 
