@@ -1,4 +1,4 @@
-"""Bounds on the files that a reader has to follow. They may only decrease."""
+"""Bounds on the files that a reader has to follow. Those of calls and of a step only decrease."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_import_enters_no_file() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "first", "bound"),
-    [(None, "training/train.py", 71), (files_entered.LOOP_FUNCTION, "training/loop.py", 50)],
+    # The run's bound was 63 before outputs were locked, bases hashed and recipes checked first.
+    [(None, "training/train.py", 71), (files_entered.LOOP_FUNCTION, "training/loop.py", 28)],
     ids=["run", "step"],
 )
 def test_training_enters_few_files(

@@ -393,6 +393,25 @@ def test_longrope_past_switch_uses_long_factors() -> None:
         np.testing.assert_allclose(sin, amplitude * np.sin(angles), atol=2e-6)
 
 
+def test_cache_is_recomputed_at_the_switch_alone() -> None:
+    model, params = loaded("phi3")  # Other frequencies past 8 tokens.
+    step = jax.jit(model.apply)
+    ids = np.random.default_rng(3).integers(3, 44, (1, 11))
+    slots = np.arange(11)[None]
+    cache = models.init_cache(model, 1, 12)
+    cache = step(params, ids[:, :7], None, slots[:, :7], cache)[1]
+    for length in range(7, 11):
+        new = slice(length, length + 1)
+        # Stays in the first slot unless the keys are computed anew.
+        marked = jax.tree.map(lambda keys: keys.at[:, :, 0].add(1), cache.keys)
+        known = cache._replace(keys=marked)
+        keys = step(params, ids[:, new], None, slots[:, new], known)[1].keys
+        pairs = zip(jax.tree.leaves(keys), jax.tree.leaves(marked), strict=True)
+        is_kept = all(np.array_equal(one[:, :, 0], other[:, :, 0]) for one, other in pairs)
+        assert is_kept == (length != 8), length
+        cache = step(params, ids[:, new], None, slots[:, new], cache)[1]
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 
