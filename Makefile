@@ -30,7 +30,9 @@ test: lint
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(TESTS)
 
-# The laws and the core, for a second Python and JAX, without the packages and files below.
+# The laws and the core, for a second Python and JAX: every third case of each test, without the
+# packages and files below. `make test-core EVERY=1` runs all cases.
+EVERY ?= 3
 LATER := tests/benchmarks tests/cli tests/docs tests/examples tests/importance tests/kernels \
 	tests/parity tests/peft tests/planning tests/rank_search tests/models/test_encoders.py \
 	tests/merging/test_fusion.py tests/merging/test_gates.py tests/merging/test_mixing.py \
@@ -38,7 +40,7 @@ LATER := tests/benchmarks tests/cli tests/docs tests/examples tests/importance t
 	tests/training/test_kill_and_resume.py tests/training/test_offloaded_run.py \
 	tests/training/test_quantized_runs.py
 test-core: $(VENV)/.tools
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(LATER:%=--ignore=%) tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --every $(EVERY) $(LATER:%=--ignore=%) tests
 
 # The code and tables of README.md and docs/, and the examples of docstrings.
 test-docs: $(VENV)/.tools

@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         "max_cpu_seconds", "CPU seconds that a test without a marker may take", default="0"
     )
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="run every N-th case of each test"
+    )
 
 
 @contextlib.contextmanager
@@ -121,8 +124,11 @@ class CpuLimit:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases of a test as slow, but for every n-th of those under `thin(n, first)`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the cases of a test as slow, but for every n-th of those under `thin(n, first)`.
+
+    `--every N` then leaves out all but every N-th case of each test that is not slow.
+    """
     counts: collections.Counter[str] = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("thin")
@@ -133,6 +139,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if counts[name] % every != first:
             item.add_marker(pytest.mark.slow)
         counts[name] += 1
+    every = config.getoption("--every")
+    if every > 1:
+        counts.clear()
+        kept, left_out = [], []
+        for item in items:
+            name = item.nodeid.partition("[")[0]
+            if item.get_closest_marker("slow"):
+                kept.append(item)  # Its own group: `-m` decides.
+                continue
+            (left_out if counts[name] % every else kept).append(item)
+            counts[name] += 1
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_configure(config: pytest.Config) -> None:

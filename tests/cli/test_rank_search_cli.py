@@ -192,17 +192,8 @@ def test_killed_search_resumes_to_same_result(
         "training": {"steps": 24, "save_steps": 3, "save_interval_minutes": None},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    words = ["rank-search", str(tmp_path / "recipe.yaml"), "--ranks", "1,2", "--seeds", "2"]
-    words += [
-        "--targets",
-        "all,mlp",
-        "--lr-multipliers",
-        "1",
-        "--alpha-over-rank",
-        "2",
-        "--num-rungs",
-        "2",
-    ]
+    options = "--ranks 1,2 --seeds 2 --targets all --lr-multipliers 1 --alpha-over-rank 2"
+    words = ["rank-search", str(tmp_path / "recipe.yaml"), *options.split(), "--num-rungs", "2"]
     whole = jlora(*words)
     _, error = whole.communicate(timeout=900)
     assert whole.returncode == 0, error

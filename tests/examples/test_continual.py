@@ -84,14 +84,14 @@ SMALLER = """
 import dataclasses, pathlib, sys
 from examples import continual
 settings = dataclasses.replace(continual.SETTINGS, texts_per_package=50)
-continual.run(pathlib.Path(sys.argv[1]), settings, range(2))
+continual.run(pathlib.Path(sys.argv[1]), settings, range(1))
 """
 
 
 @needs_checkpoint
 @pytest.mark.slow
 def test_orthogonal_adapters_forget_less(tmp_path):
-    """On the quickstart's task split in two, half of its texts, and two seeds."""
+    """On the quickstart's task split in two, half of its texts, and one seed."""
     # In a process without the tests' XLA flags, which trade run time for compile time.
     environment = {
         k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")

@@ -31,19 +31,13 @@ SMALL = {
     "head_dim": 128,
     "num_layers": 5,
 }
-LLAMA_8B = {
+LLAMA_70B = {
     "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "num_layers": 32,
-}
-LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
     "intermediate_size": 28672,
     "num_heads": 64,
+    "num_kv_heads": 8,
+    "head_dim": 128,
     "num_layers": 80,
 }
 RANK = 16
@@ -255,7 +249,6 @@ def test_compile_step_too_large_raises() -> None:
 @pytest.mark.parametrize(
     ("size", "name", "sizes", "options"),
     [
-        (LLAMA_8B, "v6e:4x4", {"fsdp": 8, "tensor": 2}, {"rows": 16, "remat": "save_projections"}),
         (LLAMA_70B, "v5p:8x8x8", {"fsdp": 128, "tensor": 4}, {"rows": 128}),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
