@@ -26,6 +26,7 @@ from _support.training_runs import After, assert_same, measured, output, run, st
 
 import jlora
 from jlora import models
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.training import TrainResult, data, recipe
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.datasets import find_end_token_ids, load_datasets
@@ -259,6 +260,9 @@ def test_train_dpo_exports_the_chat_format(
         known = read_prompt_format(pathlib.Path(path))
         assert known == PromptFormat(True, (3,), own.read_text())
         assert known.load_tokenizer(base).chat_template.text == own.read_text()  # type: ignore
+    for name in PEFT:  # They know their base.
+        digest = json.loads((output(raw) / name / "base_digest.json").read_text())
+        assert digest == BaseDigest.from_folder(base).summarize()
     for name in ("merged", *PEFT):
         assert (output(raw) / name / "chat_template.jinja").read_text() == own.read_text()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from jlora.checkpoints.text_files import name_file_in_errors, read_json, read_text
+from jlora.checkpoints.text_files import name_file_in_errors, read_optional_json, read_text
 from jlora.training.data.chat_template import ChatTemplate, find_chat_template, load_special_tokens
 
 # Letters of several alphabets, most of which are not in a small vocabulary.
@@ -203,7 +203,7 @@ def load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
         ValueError: If it is damaged, or cannot encode a text.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise FileNotFoundError(
             f"{file} is missing. Use the folder of a checkpoint with its tokenizer; "
             f"`save_pretrained` of a fast tokenizer of transformers writes the file."
@@ -222,7 +222,7 @@ def load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _read_optional_json(folder: Path, file_name: str) -> Mapping[str, Any]:
-    return read_json(folder / file_name) if (folder / file_name).is_file() else {}
+    return read_optional_json(folder / file_name) or {}
 
 
 def _find_special_token_id(
