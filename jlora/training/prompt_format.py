@@ -19,7 +19,7 @@ from jlora.checkpoints.adapter_file import (
 from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import replace_file_atomically
-from jlora.checkpoints.text_files import read_optional_json, read_optional_text
+from jlora.checkpoints.text_files import read_optional_json, read_optional_text, read_text
 from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.recipe.sections import Recipe
@@ -49,7 +49,7 @@ class PromptFormat(NamedTuple):
     ) -> PromptFormat:
         """Returns the format of a run, with the chat template of its recipe."""
         file = recipe.data.chat_template
-        template = None if file is None else Path(file).read_text(encoding="utf-8")
+        template = None if file is None else read_text(Path(file))
         return cls(is_chat, end_token_ids, template, recipe.data.chat_template_date)
 
     @classmethod

@@ -236,6 +236,23 @@ def test_load_datasets_finds_the_prompt_format(
     assert datasets.tokenizer.decode(prompts[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "own.jinja is not text in UTF-8"),
+        (b"{% if %}", "the chat template of .*own.jinja, line 1 is not valid Jinja"),
+    ],
+)
+def test_load_datasets_names_the_template(
+    recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "own.jinja").write_bytes(content)
+    raw = recipe_of()
+    raw["data"]["chat_template"] = str(tmp_path / "own.jinja")
+    with pytest.raises(ValueError, match=message):
+        load_datasets(recipe.validate(raw), base, 39, slice(0, 2), slice(0, 2))
+
+
 @pytest.mark.slow
 def test_train_dpo_exports_the_chat_format(
     recipe_of: Make, base: pathlib.Path, pairs: dict[str, str], tmp_path: pathlib.Path

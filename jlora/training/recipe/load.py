@@ -117,6 +117,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        IsADirectoryError: If the path is a folder.
         ValueError: If the file is not valid YAML, or not a valid recipe; the message lists the
             invalid fields, up to 20, with their values.
 
@@ -133,7 +134,13 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         32
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        inner = path / "recipe.yaml"
+        mend = f"Give {inner}" if inner.is_file() else "Give a recipe, which is a YAML file"
+        raise IsADirectoryError(f"{path} is a folder. {mend}.")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} is not a recipe, which is a YAML file. Give that.")
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} is not a file. Create one with `jlora init > {path}`.")
     raw = parse_yaml(read_text(path), str(path))
     if not isinstance(raw, dict):
