@@ -463,7 +463,7 @@ def test_resume_other_base_raises(
     assert searched(raw, resume=True).finished
 
 
-def test_search_base_changed_between_trials_raises(
+def test_search_changed_base_raises(
     raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changed(given: Recipe, **options: Any) -> TrainResult:

@@ -36,7 +36,7 @@ class _RecipeYamlLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._num_nodes += 1
         if self._num_nodes > _MAX_YAML_VALUES:
-            raise yaml.composer.ComposerError(
+            raise yaml.MarkedYAMLError(
                 None, None, f"more than {_MAX_YAML_VALUES:,} values", self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
