@@ -34,7 +34,7 @@ from jlora.adapters.layer_layout import (
     unstack_layers,
     unstack_leaf,
 )
-from jlora.checkpoints.base_digest import BaseDigest
+from jlora.checkpoints.base_digest import BASE_DIGEST_FILE, OTHER_BASE, BaseDigest
 from jlora.checkpoints.lineage import (
     Lineage,
     adapter_arrays,
@@ -47,7 +47,7 @@ from jlora.checkpoints.safetensors_io import (
     serialize_safetensors,
 )
 from jlora.checkpoints.stored_weight import read_weight
-from jlora.checkpoints.text_files import name_file_in_errors, parse_json
+from jlora.checkpoints.text_files import name_file_in_errors, parse_json, read_optional_json
 from jlora.interpreter.terms import WeightAxes
 from jlora.quantization.qarray import QArray, quantize_like
 
@@ -213,31 +213,43 @@ def load_adapter(
     return adapter
 
 
-def check_base_checkpoint(path: str | os.PathLike[str], folder: pathlib.Path) -> None:
+def check_base_checkpoint(
+    path: str | os.PathLike[str], folder: pathlib.Path, digest: BaseDigest | None = None
+) -> None:
     """Checks that a checkpoint folder is the one that a run trained an adapter on.
 
-    Files of `save_adapter`, which has no folder, are not checked.
+    Files of `save_adapter`, and PEFT folders of `peft.save` and of other programs, which have no
+    digest of a base, are not checked.
 
     Args:
-        path: Adapter file.
-        folder: Folder of the base, all of whose files are read.
+        path: Adapter file, or PEFT folder.
+        folder: Folder of the base.
+        digest: Digest of the base. None: all files of the folder are read for it.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the folder has other weights or another config.json.
     """
     path = pathlib.Path(path)
-    metadata, _ = _read_adapter_file(path)
-    if "checkpoint" not in metadata:
+    if path.is_dir():
+        expected = read_optional_json(path / BASE_DIGEST_FILE)
+    else:
+        metadata, _ = _read_adapter_file(path)
+        is_known = "checkpoint" in metadata
+        expected = _read_json_metadata(path, metadata, "checkpoint") if is_known else None
+    if expected is None:
         return
-    expected = _read_json_metadata(path, metadata, "checkpoint")
-    actual = BaseDigest.from_folder(folder).summarize()
-    changed = [name for name in actual if expected.get(name) != actual[name]]
-    if changed:
-        what = {"tensors": "other weights", "config": "another config.json"}[changed[0]]
+    actual = (BaseDigest.from_folder(folder) if digest is None else digest).summarize()
+    if not all(isinstance(expected.get(name), str) for name in actual):
+        place = path / BASE_DIGEST_FILE if path.is_dir() else f"{path}: 'checkpoint'"
         raise ValueError(
-            f"{path} was trained on another base: {folder} has {what} than the base of its run, "
-            f"even where the adapter changes nothing. Use the base of the run."
+            f"{place} is damaged: expected the digests {', '.join(actual)}. Copy the adapter again."
+        )
+    changed = [name for name in actual if expected[name] != actual[name]]
+    if changed:
+        raise ValueError(
+            f"{path} was trained on another base: {folder} has {OTHER_BASE[changed[0]]} than the "
+            f"base of its run, even where the adapter changes nothing. Use the base of the run."
         )
 
 

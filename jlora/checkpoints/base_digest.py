@@ -12,7 +12,17 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint, read_json
+from jlora.checkpoints.safetensors_io import (
+    CheckpointReader,
+    open_checkpoint,
+    read_json,
+    replace_file_atomically,
+)
+
+BASE_DIGEST_FILE = "base_digest.json"  # In PEFT folders, where PEFT ignores it.
+
+# Names of the parts of a base that differ, in errors.
+OTHER_BASE = {"tensors": "other weights", "config": "another config.json"}
 
 # Fields of config.json that describe the file and not the model.
 _DESCRIPTIVE_FIELDS = frozenset({"_name_or_path", "transformers_version"})
@@ -40,11 +50,11 @@ class BaseDigest(NamedTuple):
             FileNotFoundError: A file is missing.
             ValueError: A file is damaged.
         """
-        config = read_json(folder / "config.json")
         with (
             open_checkpoint(folder) as reader,
             concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as executor,
         ):
+            config = read_json(folder / "config.json")
             names = sorted(reader.headers)
             hashes = executor.map(lambda name: _hash_tensor(reader, name), names)
             tensors = dict(zip(names, hashes, strict=True))
@@ -57,6 +67,11 @@ class BaseDigest(NamedTuple):
             name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
             for name, part in (("tensors", self.tensors), ("config", self.config))
         }
+
+    def write_beside_peft(self, folder: Path) -> None:
+        """Writes the summary to a PEFT folder, for `check_base_checkpoint`."""
+        text = json.dumps(self.summarize(), indent=2, sort_keys=True) + "\n"
+        replace_file_atomically(folder / BASE_DIGEST_FILE, text.encode())
 
     def check_unchanged(self, folder: Path) -> None:
         """Checks that a folder still has this checkpoint.

@@ -29,6 +29,7 @@ def resolve_checkpoint_folder(
         valid name on the Hub is returned unchanged.
 
     Raises:
+        NotADirectoryError: The path is a file.
         FileNotFoundError: The Hub has no such name, or access to it is restricted.
         OSError: The Hub cannot be reached.
 
@@ -39,6 +40,12 @@ def resolve_checkpoint_folder(
         True
     """
     path = Path(name_or_path)
+    if path.is_file():
+        kind = ", and may be an adapter" if path.suffix == ".safetensors" else ""
+        raise NotADirectoryError(
+            f"{path} is a file{kind}. Give the folder of the base model, or its owner/name on the "
+            f"Hub."
+        )
     if path.is_dir() or not isinstance(name_or_path, str) or not _REPO_ID.fullmatch(name_or_path):
         return path
     # Imported here: a local folder needs no network.

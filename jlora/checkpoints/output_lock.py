@@ -69,9 +69,10 @@ def lock_output(path: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the lock of an output while the block runs.
 
     The lock is one of the operating system, which ends with the process, on `.jlora.lock` in an
-    existing folder, or on a hidden file next to a new folder or file. The file has the process,
-    host, command and time, for the error of a second process. Blocks of one thread may hold the
-    lock of the same output in each other.
+    existing folder, or on a hidden file next to a new folder or file, which also counts once the
+    folder exists. The file has the process, host, command and time, for the error of a second
+    process. Blocks of one thread may hold the lock of the same output in each other. A forked
+    process does not hold the locks of the process that it was forked from.
 
     Args:
         path: Folder or file that is written. A missing parent folder is created.
@@ -119,13 +120,37 @@ def acquire_output_lock(path: str | os.PathLike[str], owner: object = None) -> P
         OSError: The lock file cannot be written.
     """
     path, owner = Path(path).absolute(), threading.get_ident() if owner is None else owner
-    inside = path.is_dir()  # Also through a link, whose folder has one lock.
-    folder = path if inside else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_path = folder.resolve() / (LOCK_NAME if inside else f".{path.name}{LOCK_NAME}")
+    while True:
+        is_folder = path.is_dir()
+        inside, beside = _lock_paths(path)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = inside if is_folder else beside
+        _acquire(path, lock_path, owner)
+        try:
+            if path.is_dir() and os.path.lexists(beside):
+                # Who began before there was a folder holds the lock beside it.
+                _acquire(path, beside, owner)
+                release_output_lock(beside)
+        except BaseException:
+            release_output_lock(lock_path)
+            raise
+        if path.is_dir() == is_folder:
+            return lock_path
+        release_output_lock(lock_path)  # The folder has just been made.
+
+
+def _lock_paths(path: Path) -> tuple[Path, Path]:
+    """Returns the lock file in a folder, and the one beside a path that is no folder yet."""
+    # A link to a folder has the locks of the folder.
+    real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    return real / LOCK_NAME, real.parent / f".{real.name}{LOCK_NAME}"
+
+
+def _acquire(path: Path, lock_path: Path, owner: object) -> None:
+    """Takes a lock, or raises an error that names its holder."""
     for _ in range(_HOLDER_READS):
         if _try_acquire(path, lock_path, owner):
-            return lock_path
+            return
         if holder := _read_holder(lock_path):
             raise _make_in_use_error(path, holder)
         time.sleep(_HOLDER_READ_SECONDS)  # It has just begun, and writes who it is.
@@ -152,9 +177,14 @@ def _try_acquire(path: Path, lock_path: Path, owner: object) -> bool:
 
 
 def release_output_lock(lock_path: Path) -> None:
-    """Releases a lock that `acquire_output_lock` took, once for each time that it was taken."""
+    """Releases a lock that `acquire_output_lock` took, once for each time that it was taken.
+
+    A process that was forked meanwhile has no lock to release.
+    """
     with _held_guard:
-        held = _held[lock_path]
+        held = _held.get(lock_path)
+        if held is None:
+            return
         held.count -= 1
         if held.count:
             return
@@ -165,20 +195,36 @@ def release_output_lock(lock_path: Path) -> None:
         held.file.close()
 
 
+def _forget_locks() -> None:
+    """Leaves the locks of a process to it alone, in a process that was forked from it."""
+    global _held_guard
+    _held_guard = threading.RLock()  # Another thread may have held it.
+    for held in _held.values():
+        held.file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
 def is_output_locked(path: str | os.PathLike[str]) -> bool:
     """Returns whether a process, this one included, holds the lock of an existing folder."""
-    lock_path = Path(path).resolve() / LOCK_NAME
     with _held_guard:
-        if lock_path in _held:
-            return True
-        if not lock_path.is_file():
-            return False
-        file = _try_open_locked(lock_path)
-        if file is None:
-            return True
-        lock_path.unlink(missing_ok=True)  # Of a process that was killed.
-        file.close()
+        return any(map(_is_lock_held, _lock_paths(Path(path).absolute())))
+
+
+def _is_lock_held(lock_path: Path) -> bool:
+    if lock_path in _held:
+        return True
+    if not lock_path.is_file():
         return False
+    file = _try_open_locked(lock_path)
+    if file is None:
+        return True
+    lock_path.unlink(missing_ok=True)  # Of a process that was killed.
+    file.close()
+    return False
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from jlora.checkpoints.output_lock import lock_output, name_output_in_errors, open_locked
-from jlora.checkpoints.text_files import parse_json, read_json
+from jlora.checkpoints.text_files import check_regular_file, parse_json, read_json
 
 FLOAT_DTYPES: dict[str, Any] = {
     "F16": np.dtype(np.float16),
@@ -217,11 +217,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Iterator[CheckpointReader
     file_names, weight_map = _checkpoint_file_names(folder)
     with contextlib.ExitStack() as stack:
         for name in file_names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder / name}, which {SAFE_WEIGHTS_INDEX_NAME} names, is missing or not a "
-                    f"regular file. Copy the folder again from its source."
-                )
+            check_regular_file(folder / name)
         files = {name: _TensorFile(folder / name, stack) for name in file_names}
         reader = CheckpointReader(files, folder)
         if not reader.headers:
@@ -253,8 +249,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         FileNotFoundError: The file is missing or not a regular file.
         ValueError: The file is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or not a regular file.")
+    check_regular_file(path)
     with contextlib.ExitStack() as stack:
         try:  # Without the block, which may fail for another reason.
             file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
@@ -296,9 +291,9 @@ def read_finite_tensor(
 def _checkpoint_file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """Returns the weight files of a folder, and the file of each tensor if there is an index."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
+    if os.path.lexists(folder / SAFE_WEIGHTS_NAME):
         return [SAFE_WEIGHTS_NAME], None
-    if not index.is_file():
+    if not os.path.lexists(index):
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is not a folder. Pass the folder of a checkpoint, or its owner/name on "
@@ -513,6 +508,32 @@ def create_folder_atomically(folder: str | os.PathLike[str]) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def replace_folder_atomically(folder: Path) -> Iterator[Path]:
+    """Replaces a folder, which its writer creates, when the block ends.
+
+    The caller holds the lock of the folder, or of the one around it. Whenever the process is
+    killed, `folder` is the old one, the new one, or missing, and complete.
+
+    Yields:
+        Path of a temporary folder, to be created by the block.
+    """
+    partial = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
+    replaced = folder.with_name(f".{folder.name}{REPLACED_SUFFIX}")
+    remove_path(partial)
+    remove_path(replaced)
+    try:
+        yield partial
+        sync_folder(partial)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    except BaseException:
+        remove_path(partial)
+        raise
+    remove_path(replaced)
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,6 +56,20 @@ def _exceeds_depth(value: Any, limit: int) -> bool:
     return True
 
 
+def check_regular_file(path: Path) -> None:
+    """Checks that a path is a file, or a link to one, before it is opened.
+
+    Raises:
+        FileNotFoundError: It is missing, a folder, a pipe, or a link to nothing.
+    """
+    if path.is_file():
+        return
+    reason = "is not a regular file" if os.path.lexists(path) else "is missing"
+    if path.is_symlink() and not path.exists():
+        reason = f"is a link to {os.readlink(path)}, which does not exist"
+    raise FileNotFoundError(f"{path} {reason}. {_COPY_AGAIN}")
+
+
 def read_text(path: Path) -> str:
     """Reads a text file in UTF-8.
 
@@ -63,8 +77,7 @@ def read_text(path: Path) -> str:
         FileNotFoundError: The file is missing or not a regular file.
         ValueError: The file is not UTF-8, or has more than 256 MB.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or not a regular file.")
+    check_regular_file(path)
     if path.stat().st_size > _MAX_TEXT_BYTES:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes, more than the {_MAX_TEXT_BYTES:,} that a "
@@ -89,6 +102,28 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} must contain a JSON object, got {type(content).__name__}. {_COPY_AGAIN}"
         )
     return dict(content)
+
+
+def read_optional_text(path: Path) -> str | None:
+    """Reads a text file in UTF-8; None if nothing has its name.
+
+    A folder, or a link to a file that does not exist, is not a missing file.
+
+    Raises:
+        FileNotFoundError: The file is not a regular file.
+        ValueError: The file is not UTF-8, or has more than 256 MB.
+    """
+    return read_text(path) if os.path.lexists(path) else None
+
+
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file that contains an object; None if nothing has its name.
+
+    Raises:
+        FileNotFoundError: The file is not a regular file.
+        ValueError: The file is not JSON, has more than 100 levels, or is not an object.
+    """
+    return read_json(path) if os.path.lexists(path) else None
 
 
 @contextlib.contextmanager

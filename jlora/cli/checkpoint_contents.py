@@ -18,6 +18,7 @@ from jlora.checkpoints.safetensors_io import (
     open_safetensors,
 )
 from jlora.checkpoints.text_files import (
+    check_regular_file,
     name_file_in_errors,
     parse_json,
     read_json,
@@ -64,7 +65,8 @@ def inspect_path(path: str | os.PathLike[str]) -> InspectResult:
         (path / CONFIG_NAME, _inspect_peft_folder),
         (path / "config.json", _inspect_model_folder),
     ):
-        if file.is_file():
+        if os.path.lexists(file) and not file.is_dir():
+            check_regular_file(file)
             with name_file_in_errors(file):
                 return inspect_file(path)
     mend = "" if path.exists() else " It does not exist."

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from jlora.checkpoints.base_digest import BaseDigest
 
 
 def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple[Any, Any, Any]:
@@ -19,9 +22,11 @@ def load_base_and_adapter(base: str | Path, path: Path, **options: Any) -> tuple
         ValueError: The base is not the one of the adapter's run.
     """
     from jlora import models
+    from jlora.checkpoints.adapter_file import check_base_checkpoint
+    from jlora.checkpoints.hub import resolve_checkpoint_folder
     from jlora.peft.tied_weights import TiedWeightsError
 
-    _check_run_base(base, path)
+    check_base_checkpoint(path, resolve_checkpoint_folder(base))
     model, params = models.load(base, **options)
     try:
         return load_adapter_on_base(path, model, params)
@@ -47,13 +52,23 @@ def load_adapter_on_base(path: Path, model: Any, params: Any) -> tuple[Any, Any,
     return model, params, load_adapter(path, params)
 
 
+class _OpenedAdapter(NamedTuple):
+    """Model, stored parameters, adapter, the options of the model, and the base's digest."""
+
+    model: Any
+    params: Any
+    adapter: Any
+    options: dict[str, Any]
+    digest: BaseDigest
+
+
 @contextlib.contextmanager
-def _open_base_and_adapter(base: str, path: Path) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
-    """Yields the same with stored weights, and the options that the base was opened with."""
+def _open_base_and_adapter(base: str, path: Path) -> Iterator[_OpenedAdapter]:
+    """Yields the same with stored weights."""
     from jlora.models.hf.load import open_model
     from jlora.peft.tied_weights import TiedWeightsError
 
-    _check_run_base(base, path)
+    digest = check_adapter_bases(base, [path])
     choices: tuple[dict[str, Any], ...] = ({}, {"tie_word_embeddings": False})
     for options in choices:
         with open_model(base, **options) as (model, stored):
@@ -63,17 +78,25 @@ def _open_base_and_adapter(base: str, path: Path) -> Iterator[tuple[Any, Any, An
                 if options:
                     raise
                 continue
-            yield (*loaded, options)
+            yield _OpenedAdapter(*loaded, options, digest)
             return
 
 
-def _check_run_base(base: str | Path, adapter: Path) -> None:
-    """Checks that the base is the one of the adapter's run, with all of its weights."""
+def check_adapter_bases(base: str | Path, adapters: Sequence[Path]) -> BaseDigest:
+    """Returns the digest of a base, after checking that the adapters' runs had the same.
+
+    Raises:
+        ValueError: A run had other weights, or another config.json.
+    """
     from jlora.checkpoints.adapter_file import check_base_checkpoint
+    from jlora.checkpoints.base_digest import BaseDigest
     from jlora.checkpoints.hub import resolve_checkpoint_folder
 
-    if not adapter.is_dir():
-        check_base_checkpoint(adapter, resolve_checkpoint_folder(base))
+    folder = resolve_checkpoint_folder(base)
+    digest = BaseDigest.from_folder(folder)
+    for adapter in adapters:
+        check_base_checkpoint(adapter, folder, digest)
+    return digest
 
 
 def check_output_is_new(out: Path) -> None:
@@ -156,23 +179,26 @@ def _export_hf(options: ExportOptions) -> None:
     """Writes the merged checkpoint, and prints how much of each update remains after rounding."""
     from jlora import models
     from jlora.checkpoints.adapter_file import read_quantization_schemes
+    from jlora.checkpoints.safetensors_io import replace_folder_atomically
     from jlora.merging.merge_to import merge_stored, warn_lost_updates
     from jlora.training.prompt_format import read_prompt_format
 
-    prompt_format = read_prompt_format(options.adapter)
-    opened = _open_base_and_adapter(options.base, options.adapter)
-    with opened as (_, params, adapter, load_options):
-        merged = merge_stored(params, adapter, options.dtype)
+    with (
+        _open_base_and_adapter(options.base, options.adapter) as opened,
+        replace_folder_atomically(options.out) as folder,
+    ):
+        prompt_format = read_prompt_format(options.adapter, opened.model)
+        merged = merge_stored(opened.params, opened.adapter, options.dtype)
         models.save(
-            options.out,
+            folder,
             merged.params,
             options.base,
             dtype=options.dtype,
             max_shard_size=int((options.shard_gb or _DEFAULT_SHARD_GB) * 1e9),
-            **load_options,
+            **opened.options,
         )
-    if prompt_format is not None:
-        prompt_format.write_to_merged(options.out)
+        if prompt_format is not None:
+            prompt_format.write_to_merged(folder)
     warn_lost_updates(merged.report)
     print(merged)
     schemes = [] if options.adapter.is_dir() else read_quantization_schemes(options.adapter)
@@ -187,22 +213,26 @@ def _export_hf(options: ExportOptions) -> None:
 def _export_peft(options: ExportOptions) -> None:
     """Writes the PEFT folder."""
     from jlora import peft
+    from jlora.checkpoints.safetensors_io import replace_folder_atomically
     from jlora.training.prompt_format import read_prompt_format
 
-    prompt_format = read_prompt_format(options.adapter)
-    opened = _open_base_and_adapter(options.base, options.adapter)
-    with opened as (model, params, adapter, _):
+    with (
+        _open_base_and_adapter(options.base, options.adapter) as opened,
+        replace_folder_atomically(options.out) as folder,
+    ):
+        prompt_format = read_prompt_format(options.adapter, opened.model)
         peft.save(
-            options.out,
-            adapter,
-            model,
-            params,
+            folder,
+            opened.adapter,
+            opened.model,
+            opened.params,
             base_model_name_or_path=options.base_name or options.base,
             task_type=options.task,
             file_format="vllm" if options.format == "vllm" else "peft",
         )
-    if prompt_format is not None:
-        prompt_format.write_beside_peft(options.out)
+        opened.digest.write_beside_peft(folder)
+        if prompt_format is not None:
+            prompt_format.write_beside_peft(folder)
 
 
 def _export_jlora(options: ExportOptions) -> None:
@@ -216,15 +246,16 @@ def _export_jlora(options: ExportOptions) -> None:
             f"{options.adapter} must be a PEFT folder for --format jlora. An adapter file of jlora "
             f"can be exported to hf, peft or vllm."
         )
-    prompt_format = read_prompt_format(options.adapter)
+    digest = check_adapter_bases(options.base, [options.adapter])
     with open_model(options.base) as (model, params):
+        prompt_format = read_prompt_format(options.adapter, model)
         loaded = peft.load(options.adapter, model, params)
         if replaces_base_weights(loaded.params, params):
             raise ValueError(
                 f"{options.adapter} also replaces weights of the base, which an adapter file "
                 f"cannot contain. Use --format hf."
             )
-        save_adapter_and_format(options.out, loaded.adapter, params, prompt_format)
+        save_adapter_and_format(options.out, loaded.adapter, params, prompt_format, digest)
 
 
 def replaces_base_weights(loaded_params: Any, params: Any) -> bool:

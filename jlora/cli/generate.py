@@ -126,7 +126,7 @@ def load_tokenizer(folder: Path, adapter: Path | None) -> tuple[Tokenizer, bool]
 
     known = None if adapter is None else read_prompt_format(adapter)
     prompt_format = PromptFormat(is_chat=True) if known is None else known
-    tokenizer = prompt_format.load_tokenizer(folder)
+    tokenizer = prompt_format.load_tokenizer(folder, f"the chat template of {adapter}")
     return tokenizer, prompt_format.is_chat and tokenizer.chat_template is not None
 
 

@@ -47,7 +47,7 @@ def run_inspect(options: InspectOptions) -> None:
     if options.importance is None:
         flags = {"--batches": options.batches, "--budget": options.budget}
         reject_without_importance({**flags, " ".join(options.overrides): options.overrides})
-        if options.path.suffix in _RECIPE_SUFFIXES:
+        if options.path.suffix in _RECIPE_SUFFIXES and options.path.exists():
             raise ValueError(
                 f"{options.path} is a recipe. Add --importance to measure the weights of its base, "
                 f"such as --importance stable_rank, or --targets to list them. It is not a "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jlora.cli.export import check_output_is_new, replaces_base_weights
+from jlora.cli.export import check_adapter_bases, check_output_is_new, replaces_base_weights
+
+if TYPE_CHECKING:
+    from jlora.checkpoints.base_digest import BaseDigest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ def run_merge(options: MergeOptions) -> None:
     """Writes the combined adapter, and prints its fidelity and the adapters' interference.
 
     Raises:
-        ValueError: If options are invalid, or an adapter cannot be combined.
+        ValueError: If options are invalid, an adapter cannot be combined, or its run had another
+            base.
         FileExistsError: If an output exists.
         OutputInUseError: If another process is writing it.
         ModuleNotFoundError: If a heat map is requested without matplotlib.
@@ -64,11 +68,14 @@ def _merge_adapters(options: MergeOptions, method: Any) -> None:
     """Combines the adapters of the options, whose outputs no other process writes."""
     from jlora.models.hf.load import open_model
 
+    digest = check_adapter_bases(options.base, options.adapters)
     with open_model(options.base) as (model, params):
-        _merge_on_base(options, method, model, params)
+        _merge_on_base(options, method, model, params, digest)
 
 
-def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) -> None:
+def _merge_on_base(
+    options: MergeOptions, method: Any, model: Any, params: Any, digest: BaseDigest
+) -> None:
     """Combines the adapters of the options on their base, of stored weights."""
     import jax
 
@@ -77,7 +84,7 @@ def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) 
     from jlora.checkpoints.lineage import Lineage, ParentAdapter, content_hash
     from jlora.training.prompt_format import read_prompt_format, save_adapter_and_format
 
-    formats = {read_prompt_format(path) for path in options.adapters}
+    formats = {read_prompt_format(path, model) for path in options.adapters}
     adapters = [_load_adapter_of_any_format(path, model, params) for path in options.adapters]
     weights = [1.0] * len(adapters) if options.weights is None else list(options.weights)
     combined = merging.combine_adapters(
@@ -95,7 +102,7 @@ def _merge_on_base(options: MergeOptions, method: Any, model: Any, params: Any) 
     )
     lineage = Lineage(parents=parents, method=_describe_merge(options, method))
     prompt_format = next(iter(formats)) if len(formats) == 1 else None
-    save_adapter_and_format(options.out, combined.adapter, params, prompt_format, lineage)
+    save_adapter_and_format(options.out, combined.adapter, params, prompt_format, digest, lineage)
     print(combined)
     if len(adapters) > 1:
         interference = merging.measure_interference(

@@ -75,6 +75,7 @@ def load_recipe(options: TrainOptions) -> Any:
     A resumed run continues with the recipe in its output folder, which has the overrides of its
     start.
     """
+    from jlora.checkpoints.text_files import read_optional_text
     from jlora.training import recipe
     from jlora.training.recipe.load import find_replaced_length
     from jlora.training.resume import list_changes
@@ -83,7 +84,7 @@ def load_recipe(options: TrainOptions) -> Any:
     loaded = recipe.load(options.recipe, options.overrides)
     replaced = find_replaced_length(options.recipe, loaded)
     saved = Path(loaded.output) / RECIPE_FILE
-    is_begun = saved.is_file() and saved.stat().st_size > 0  # A full disk leaves an empty file.
+    is_begun = bool(read_optional_text(saved))  # A full disk leaves an empty file.
     if not options.resume or not is_begun or saved.samefile(options.recipe):
         if replaced is not None:
             print(f"The overrides replace {replaced} of {options.recipe}.", file=sys.stderr)

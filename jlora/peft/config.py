@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -166,13 +167,13 @@ def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
         ValueError: The config requires an unsupported feature, or has an unknown field.
     """
     path = folder / CONFIG_NAME
-    if not path.exists() and (folder / ADAPTER_FILE).is_file():
+    if not os.path.lexists(path) and (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} is not a PEFT folder: it has no {CONFIG_NAME}. Pass "
             f"{folder / ADAPTER_FILE}, an adapter of jlora."
         )
     others = [one.parent.name for one in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
-    if not path.exists() and others:
+    if not os.path.lexists(path) and others:
         raise FileNotFoundError(
             f"{path} is missing. PEFT saves an adapter that is not called 'default' in a folder of "
             f"its name: pass {folder / others[0]}."

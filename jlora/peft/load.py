@@ -165,7 +165,7 @@ def _read_peft_tensors(folder: Path) -> dict[str, np.ndarray]:
         ValueError: The file is damaged or empty, or has an unsupported dtype or a non-finite entry.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file() and any(folder.glob("*.bin")):
+    if not os.path.lexists(path) and any(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} must have {SAFETENSORS_WEIGHTS_NAME}. Files that end in .bin are not "
             f"opened, since they can run code. Load the adapter in PEFT and save it again."

@@ -20,6 +20,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
+from jlora.checkpoints import hub
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.output_lock import lock_output
 from jlora.checkpoints.safetensors_io import remove_partial_outputs
 from jlora.rank_search.report import write_search_report
@@ -215,7 +217,7 @@ def search(
         FileExistsError: The folder has a search already and `resume` is False.
         FileNotFoundError: There is no search to resume, or the base or data are missing.
         ValueError: The recipe has no validation data, a setting is not possible, all trials
-            diverged, or the search to resume is of another recipe, data or number of rungs.
+            diverged, or the search to resume is of another recipe, base, data or number of rungs.
         OutputInUseError: Another process is writing the output folder.
         TrainingInterrupted: SIGTERM or SIGINT arrived; all progress is saved.
 
@@ -264,6 +266,8 @@ def _search_locked(
     remove_partial_outputs(Path(recipe.output))
     steps = _get_trial_steps(recipe, options)
     study = _open_study(recipe, options, steps, resume, command, devices or jax.devices())
+    base = hub.resolve_checkpoint_folder(recipe.model.path, recipe.model.revision)
+    study.check_base(BaseDigest.from_folder(base).summarize())
     timeout = math.inf if options.timeout_minutes is None else 60 * options.timeout_minutes
     runner = TrialRunner(
         _pin_recipe_date(recipe, study),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from jlora.checkpoints.base_digest import OTHER_BASE
 from jlora.checkpoints.safetensors_io import format_names, replace_file_atomically
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.rank_search.selection import DIVERGED
@@ -97,7 +99,7 @@ class SearchOptions:
 
 # Types of the values that search.json has and a search computes with.
 _SAVED_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "data"), (dict,)),
+    **dict.fromkeys(("recipe", "data", "base"), (dict,)),
     "date": (str,),
     "seconds": (int, float),
 }
@@ -237,8 +239,8 @@ class Study:
 
     Attributes:
         folder: Output folder of the search.
-        metadata: Recipe, options, fingerprints of the data, results, and the seconds of all
-            processes of the search up to the last save.
+        metadata: Recipe, options, digests of the base, fingerprints of the data, results, and the
+            seconds of all processes of the search up to the last save.
         trials: Trials by name, in the order of their first use.
 
     Example:
@@ -269,7 +271,7 @@ class Study:
         Raises:
             FileExistsError: The folder has a study already.
         """
-        if (folder / STUDY_FILE).exists():
+        if os.path.lexists(folder / STUDY_FILE):
             raise FileExistsError(
                 f"{folder} has a search already, which is left unchanged. Continue it with "
                 f"--resume, or set another --output."
@@ -294,7 +296,7 @@ class Study:
                 number of rungs.
         """
         path = folder / STUDY_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise FileNotFoundError(
                 f"{path} is missing: there is no search to resume. Start without --resume."
             )
@@ -331,6 +333,23 @@ class Study:
         """Returns the trial of a setting and seed, added without measurements if it is new."""
         trial = Trial(stage, setting, seed, total_steps)
         return self.trials.setdefault(trial.name, trial)
+
+    def check_base(self, summary: Mapping[str, str]) -> None:
+        """Records the base of the trials and compares it with that of earlier ones.
+
+        Args:
+            summary: Digests of the base, as `BaseDigest.summarize` returns them.
+
+        Raises:
+            ValueError: Earlier trials had another base.
+        """
+        recorded = self.metadata.setdefault("base", dict(summary))
+        if changed := [name for name in summary if recorded.get(name) != summary[name]]:
+            raise ValueError(
+                f"The base has {OTHER_BASE[changed[0]]} than in earlier trials in "
+                f"{self.folder / STUDY_FILE}, so that scores cannot be compared. Restore the "
+                f"base, or start a new search with another --output."
+            )
 
     def check_data(self, seed: int, fingerprints: Mapping[str, str | None]) -> None:
         """Records the data of a trial and compares it with that of earlier trials.

@@ -13,7 +13,8 @@ import jax
 
 from jlora import models
 from jlora.checkpoints import hub
-from jlora.checkpoints.text_files import name_file_in_errors, read_json
+from jlora.checkpoints.safetensors_io import remove_path
+from jlora.checkpoints.text_files import name_file_in_errors, read_optional_json
 from jlora.rank_search.selection import DIVERGED, ScoreSummary, summarize_scores
 from jlora.rank_search.study import Study, Trial, TrialSetting
 from jlora.training import recipe as recipes
@@ -198,9 +199,10 @@ class TrialRunner:
                 quiet=True,
             )
         except NonFiniteError:
+            self._check_inputs(trial)
             trial.stop_reason = "diverged"
         else:
-            self._study.check_data(trial.seed, self._program_cache.data_fingerprints)
+            self._check_inputs(trial)
             if train_result.stop_reason == "paused":
                 value = train_result.paused_eval_metrics[self.metric]
                 _record_trial_value(trial, until, value, "paused")
@@ -208,6 +210,15 @@ class TrialRunner:
                 result = _read_run_result(folder)
                 assert result is not None
                 _record_run_result(trial, result, self.metric, folder)
+
+    def _check_inputs(self, trial: Trial) -> None:
+        """Compares the base and the data of a trial, which has just run, with those of others."""
+        try:
+            self._study.check_base(self._program_cache.base_summary)
+            self._study.check_data(trial.seed, self._program_cache.data_fingerprints)
+        except ValueError:
+            remove_path(self._study.folder / TRIALS_FOLDER / trial.name)  # Not to be resumed.
+            raise
 
     def _format_result(self, trial: Trial, until: int) -> str:
         score = trial.score(until, self.metric)
@@ -229,8 +240,7 @@ def _read_run_result(folder: Path) -> Mapping[str, Any] | None:
     Raises:
         ValueError: The file is damaged.
     """
-    path = folder / RESULT_FILE
-    return read_json(path) if path.is_file() else None
+    return read_optional_json(folder / RESULT_FILE)
 
 
 def _record_run_result(trial: Trial, result: Mapping[str, Any], metric: str, folder: Path) -> None:

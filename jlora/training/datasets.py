@@ -64,7 +64,8 @@ def load_datasets(
         FileNotFoundError: A source or the tokenizer does not exist.
         ValueError: A row is malformed; the message names it.
     """
-    tokenizer = PromptFormat.from_recipe(recipe, False, ()).load_tokenizer(folder)
+    source = f"the chat template of {recipe.data.chat_template}"
+    tokenizer = PromptFormat.from_recipe(recipe, False, ()).load_tokenizer(folder, source)
     labels = _resolve_label_names(recipe, folder, vocab_size)
     splits: dict[str, list[TokenizedDataset]] = {"train": [], "validation": [], "test": []}
     reports = {}

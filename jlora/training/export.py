@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,9 @@ from jlora._tree import PyTree
 from jlora.checkpoints.adapter_file import ADAPTER_FILE, write_adapter
 from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import (
-    PARTIAL_SUFFIX,
-    REPLACED_SUFFIX,
-    remove_path,
     replace_file_atomically,
+    replace_folder_atomically,
     serialize_safetensors,
-    sync_folder,
 )
 from jlora.convert import rebase_to_original
 from jlora.merging.merge_to import merge_stored, warn_lost_updates
@@ -201,7 +197,7 @@ def _write_export_folders(
         if options.merged:
             dtype = options.merged_dtype
             merged = merge_stored(params, adapter, dtype)
-            with _replace_folder(output / "merged") as folder:
+            with replace_folder_atomically(output / "merged") as folder:
                 models.save(folder, merged.params, setup.folder, dtype=dtype, **layout)
                 warn_lost_updates(merged.report)
                 has_head = getattr(model.config, "num_labels", None) is not None
@@ -211,8 +207,9 @@ def _write_export_folders(
                 setup.base_digest.check_unchanged(setup.folder)  # `models.save` read it too.
         for reader in _PEFT_READERS:
             if getattr(options, reader):
-                with _replace_folder(output / reader) as folder:
+                with replace_folder_atomically(output / reader) as folder:
                     _write_peft(recipe, model, params, adapter, reader, folder)
+                    setup.base_digest.write_beside_peft(folder)
                     if recipe.task != "classification":
                         prompt_format.write_beside_peft(folder)
 
@@ -249,24 +246,6 @@ def _peft_task_type(recipe: Recipe, model: Any) -> str:
     if recipe.task != "classification":
         return "CAUSAL_LM"
     return "FEATURE_EXTRACTION" if getattr(model.config, "num_labels", None) is None else "SEQ_CLS"
-
-
-@contextlib.contextmanager
-def _replace_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to write to, which replaces `folder` at the end.
-
-    Whenever the process is killed, `folder` is the old one, the new one, or missing, and complete.
-    """
-    partial = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
-    replaced = folder.with_name(f".{folder.name}{REPLACED_SUFFIX}")
-    remove_path(partial)
-    remove_path(replaced)
-    yield partial
-    sync_folder(partial)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    remove_path(replaced)
 
 
 def tokenize_prompts(

@@ -15,7 +15,7 @@ import jax
 
 from jlora import _tree, models
 from jlora.checkpoints.safetensors_io import PARTIAL_SUFFIX
-from jlora.checkpoints.text_files import name_file_in_errors, parse_json
+from jlora.checkpoints.text_files import check_regular_file, name_file_in_errors, parse_json
 from jlora.optim.multi_transform import FULL, param_labels
 from jlora.training.callbacks import Callback, MetricValues
 
@@ -166,8 +166,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         >>> read_metrics(path)
         [{'step': 1, 'train/loss': 2.5}]
     """
-    if not Path(path).is_file():
+    if not os.path.lexists(path):
         return []
+    check_regular_file(Path(path))
     lines = []
     *complete, _ = Path(path).read_bytes().split(b"\n")  # A kill leaves a part of the last line.
     for number, text in enumerate(complete, start=1):

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jlora.checkpoints.text_files import check_regular_file
 from jlora.training.data.sources import hash_local_files
 from jlora.training.datasets import Datasets
 from jlora.training.recipe.sections import Recipe
@@ -32,6 +33,7 @@ class ProgramCache:
     Attributes:
         data_fingerprints: Fingerprints of the last run's data by "train" and "validation"; None
             without validation data.
+        base_summary: Digests of the last run's base, as `BaseDigest.summarize` returns them.
 
     Example:
         >>> from jlora.training import ProgramCache
@@ -55,6 +57,7 @@ class ProgramCache:
         self._max_programs = max_programs
         self._datasets: dict[str, tuple[str, Datasets]] = {}
         self.data_fingerprints: dict[str, str | None] = {}
+        self.base_summary: dict[str, str] = {}
         self._programs: dict[str, tuple[MeshJitted, MeshJitted]] = {}
 
     def get_datasets(
@@ -92,7 +95,9 @@ class ProgramCache:
             mode="json", exclude={*_SECTIONS_OUTSIDE_PROGRAMS, "seed", "data"}
         )
         # The values of config.json are constants of a program.
-        config = None if setup.base_digest is None else setup.base_digest.config
+        digest = setup.base_digest
+        config = None if digest is None else digest.config
+        self.base_summary = {} if digest is None else digest.summarize()
         fields = {"task": recipe.task, "steps": total_steps, "labels": num_labels}
         key = _make_cache_key({**dumped, **fields, "config": config}, setup.mesh)
         programs = self._programs.pop(key, (setup.train_step, setup.eval_step))
@@ -110,6 +115,8 @@ def _hash_data_files(recipe: Recipe, folder: Path) -> str:
     files = sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])
     if data.chat_template is not None:
         files.append(Path(data.chat_template))
+    for file in files:
+        check_regular_file(file)
     hashes = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
     return repr((contents, hashes))
 

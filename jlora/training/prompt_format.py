@@ -16,9 +16,10 @@ from jlora.checkpoints.adapter_file import (
     read_prompt_fields,
     write_adapter,
 )
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.lineage import Lineage
 from jlora.checkpoints.safetensors_io import replace_file_atomically
-from jlora.checkpoints.text_files import read_json, read_text
+from jlora.checkpoints.text_files import read_optional_json, read_optional_text, read_text
 from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.recipe.sections import Recipe
@@ -48,7 +49,7 @@ class PromptFormat(NamedTuple):
     ) -> PromptFormat:
         """Returns the format of a run, with the chat template of its recipe."""
         file = recipe.data.chat_template
-        template = None if file is None else Path(file).read_text(encoding="utf-8")
+        template = None if file is None else read_text(Path(file))
         return cls(is_chat, end_token_ids, template, recipe.data.chat_template_date)
 
     @classmethod
@@ -60,26 +61,36 @@ class PromptFormat(NamedTuple):
         """
         known = fields if isinstance(fields, dict) else {}
         ends = known.get("end_token_ids", ())
-        texts = [known.get(name) for name in ("chat_template", "chat_template_date")]
-        if (
-            set(known) - set(cls._fields)
-            or type(known.get("is_chat")) is not bool
-            or not isinstance(ends, list | tuple)
-            or not all(type(token_id) is int and token_id >= 0 for token_id in ends)
-            or not all(text is None or isinstance(text, str) for text in texts)
-        ):
+        template, date = known.get("chat_template"), known.get("chat_template_date")
+        expected = {
+            f"the fields {', '.join(cls._fields)}": not set(known) - set(cls._fields),
+            "is_chat, true or false": type(known.get("is_chat")) is bool,
+            "end_token_ids, a list of token ids": isinstance(ends, list | tuple)
+            and all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in ends),
+            "chat_template, a text or null": template is None or isinstance(template, str),
+            "chat_template_date, such as 2026-01-31, or null": date is None or _is_date(date),
+        }
+        if wrong := [name for name, is_right in expected.items() if not is_right]:
             raise ValueError(
-                f"{location} is damaged: expected the fields {', '.join(cls._fields)}. Copy the "
-                f"adapter again."
+                f"{location} is damaged: expected {'; '.join(wrong)}. Copy the adapter again."
             )
+        if template is not None:
+            ChatTemplate(template, source=f"{location}: chat_template").check_syntax()
         return cls(**{**known, "end_token_ids": tuple(ends)})
 
-    def load_tokenizer(self, folder: Path) -> Tokenizer:
-        """Returns the tokenizer of the base in a folder, with the chat template and the date."""
+    def load_tokenizer(self, folder: Path, source: str = "the chat template") -> Tokenizer:
+        """Returns the tokenizer of the base in a folder, with the chat template and the date.
+
+        Args:
+            folder: Folder of the base.
+            source: Name of the format's own chat template in errors.
+        """
         date, template = self.chat_template_date, None
         now = None if date is None else datetime.datetime.fromisoformat(date)
         if self.chat_template is not None:
-            template = ChatTemplate.from_folder(folder, text=self.chat_template, now=now)
+            template = ChatTemplate.from_folder(
+                folder, text=self.chat_template, now=now, source=source
+            )
         return Tokenizer.from_folder(folder, template, now=now)
 
     def write_beside_peft(self, folder: Path) -> None:
@@ -98,7 +109,15 @@ class PromptFormat(NamedTuple):
             _update_json(folder / "generation_config.json", {"eos_token_id": [*known, *new]})
 
 
-def read_prompt_format(adapter: Path) -> PromptFormat | None:
+def _is_date(text: Any) -> bool:
+    """Returns whether a value is a date as recipes have it, with dashes."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except (TypeError, ValueError):
+        return False
+
+
+def read_prompt_format(adapter: Path, model: Any = None) -> PromptFormat | None:
     """Returns the prompt format of an adapter; None if nothing is known of it.
 
     Files without a format have the recipe in their lineage, and its chat template beside them. A
@@ -106,17 +125,35 @@ def read_prompt_format(adapter: Path) -> PromptFormat | None:
 
     Args:
         adapter: Adapter file of jlora, or PEFT folder.
+        model: Model of the base, whose vocabulary has the ends of answers. None: not compared.
 
     Raises:
         FileNotFoundError: The recipe has a chat template, which is not there.
-        ValueError: The format is damaged.
+        ValueError: The format is damaged, or of another vocabulary.
     """
+    prompt_format = _read_any_prompt_format(adapter)
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    ends = () if prompt_format is None else prompt_format.end_token_ids
+    if vocab_size is not None and (beyond := [end for end in ends if end >= vocab_size]):
+        raise ValueError(
+            f"{adapter}: its prompts end with the token {beyond[0]}, but the base has "
+            f"{vocab_size:,} tokens. Use the base of its run, or copy the adapter again."
+        )
+    return prompt_format
+
+
+def _read_any_prompt_format(adapter: Path) -> PromptFormat | None:
     if adapter.is_dir():
         file = adapter / PROMPT_FORMAT_FILE
-        if file.is_file():
-            return PromptFormat.from_fields(read_json(file), str(file))
-        template = adapter / CHAT_TEMPLATE_FILE
-        return PromptFormat(True, (), read_text(template)) if template.is_file() else None
+        fields = read_optional_json(file)
+        template = read_optional_text(adapter / CHAT_TEMPLATE_FILE)
+        if fields is not None:
+            return PromptFormat.from_fields(fields, str(file))
+        if template is None:
+            return None
+        return PromptFormat.from_fields(
+            {"is_chat": True, "chat_template": template}, str(adapter / CHAT_TEMPLATE_FILE)
+        )
     fields = read_prompt_fields(adapter)
     if fields is not None:
         return PromptFormat.from_fields(fields, f"{adapter}: 'prompts' in its metadata")
@@ -128,14 +165,16 @@ def read_prompt_format(adapter: Path) -> PromptFormat | None:
     text = None
     if data.get("chat_template") is not None:
         template = adapter.parent / CHAT_TEMPLATE_FILE
-        if not template.is_file():
+        text = read_optional_text(template)
+        if text is None:
             raise FileNotFoundError(
                 f"{adapter} was trained with a chat template of its own, "
                 f"data.chat_template={data['chat_template']!r}, but there is no {template}. Copy "
                 f"that file of the run's folder beside the adapter."
             )
-        text = read_text(template)
-    return PromptFormat(is_chat, (), text, data.get("chat_template_date"))
+    date = data.get("chat_template_date")
+    fields = {"is_chat": is_chat, "chat_template": text, "chat_template_date": date}
+    return PromptFormat.from_fields(fields, f"{adapter}: its recipe")
 
 
 def save_adapter_and_format(
@@ -143,12 +182,22 @@ def save_adapter_and_format(
     adapter: Mapping[str, Any],
     params: Any,
     prompt_format: PromptFormat | None,
+    base_digest: BaseDigest,
     lineage: Lineage | None = None,
 ) -> None:
-    """Saves an adapter like `jlora.save_adapter`, with its prompt format; None: unknown."""
+    """Saves an adapter like `jlora.save_adapter`, with its prompt format and its base's digest.
+
+    Args:
+        path: File to write.
+        adapter: Adapter.
+        params: Base parameters that it belongs to.
+        prompt_format: Prompt format of the adapter. None: unknown.
+        base_digest: Digest of the checkpoint that `params` are from.
+        lineage: Origin of the adapter. None: unknown.
+    """
     fingerprints = fingerprint_weights(find_adapted_weights(params, adapter), adapter)
     fields = None if prompt_format is None else prompt_format._asdict()
-    write_adapter(path, adapter, fingerprints, lineage, prompt_fields=fields)
+    write_adapter(path, adapter, fingerprints, lineage, base_digest, fields)
 
 
 def write_chat_template(folder: Path, text: str) -> None:
@@ -158,6 +207,6 @@ def write_chat_template(folder: Path, text: str) -> None:
 
 def _update_json(path: Path, fields: dict[str, Any]) -> None:
     """Sets fields of a JSON file, which is created if it does not exist."""
-    content = read_json(path) if path.is_file() else {}
+    content = read_optional_json(path) or {}
     text = json.dumps({**content, **fields}, indent=2, ensure_ascii=False) + "\n"
     replace_file_atomically(path, text.encode())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.checkpoints.text_files import name_file_in_errors, read_text
+from jlora.checkpoints.text_files import name_file_in_errors, read_optional_text
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.datasets import Datasets
@@ -53,8 +53,9 @@ def resolve_defaults(
         ValueError: The saved recipe is damaged.
     """
     saved: Any = {"data": {}, "model": {}}
-    if resume and saved_recipe_path.is_file():
-        saved = parse_yaml(read_text(saved_recipe_path), str(saved_recipe_path))
+    text = read_optional_text(saved_recipe_path) if resume else None
+    if text is not None:
+        saved = parse_yaml(text, str(saved_recipe_path))
     data, model = recipe.data, recipe.model
     with name_file_in_errors(saved_recipe_path):
         if data.chat_template_date is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -277,13 +278,13 @@ def _prepare_output_folder(recipe: Recipe, resume: bool) -> Path:
             )
     if not resume and jax.process_index() == 0:
         steps = [path for path in (output / CHECKPOINTS_DIR).glob("*") if path.name.isdigit()]
-        if steps or (output / export.ADAPTER_FILE).exists():
+        if steps or os.path.lexists(output / export.ADAPTER_FILE):
             raise FileExistsError(
                 f"output={str(output)!r} has a run already, which was not changed. Continue it "
                 f"with resume=True (--resume), or use another output."
             )
         for folder in exports:
-            if folder.exists():
+            if os.path.lexists(folder):
                 raise FileExistsError(
                     f"{folder} exists already and was not changed. Remove it, or use another "
                     f"output."
@@ -361,7 +362,7 @@ def _resolve_base_folder(recipe: Recipe) -> Path:
     except OSError as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
         raise kind(f"model.path={recipe.model.path!r}: {error}") from error
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         reason = "is not a folder" if not folder.is_dir() else "has no config.json"
         raise FileNotFoundError(
             f"model.path={recipe.model.path!r} {reason}. Use the folder of a checkpoint, or its "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import struct
@@ -24,6 +26,7 @@ import jlora
 from jlora import cli, diffusers, models, peft
 from jlora.adapters import WeightAxes
 from jlora.checkpoints import adapter_file
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.checkpoints.safetensors_io import serialize_safetensors
 from jlora.cli.checkpoint_contents import inspect_path
 from jlora.importance import Importance, WeightScore
@@ -36,6 +39,7 @@ from jlora.training.checkpointing import CheckpointManager
 from jlora.training.data.chat_template import ChatTemplate
 from jlora.training.data.tokenizer import Tokenizer
 from jlora.training.metrics import read_metrics
+from jlora.training.prompt_format import PromptFormat, read_prompt_format
 from jlora.training.resume import resolve_defaults
 
 PARAMS = {"w": np.arange(30, dtype=np.float32).reshape(6, 5)}
@@ -186,6 +190,19 @@ def read_peft(folder: pathlib.Path) -> Any:
     return peft.load(folder / "peft", product, PARAMS, X, checkpoint_mapping=MAPPING)
 
 
+def read_prompts(folder: pathlib.Path) -> Any:
+    known = read_prompt_format(folder / "peft")
+    assert known is not None
+    known.load_tokenizer(folder / "base")
+
+
+def read_digest(folder: pathlib.Path) -> Any:
+    adapter_file.check_base_checkpoint(folder / "peft", folder, DIGEST)
+
+
+DIGEST = BaseDigest({"hidden_size": 4}, {"w": "0"})
+
+
 def read_diffusers(folder: pathlib.Path) -> Any:
     return diffusers.load(
         folder / "lora.safetensors", product, PARAMS, X, checkpoint_mapping=MAPPING
@@ -261,6 +278,9 @@ KINDS: dict[str, Kind] = {
     "adapter": Kind("adapter.safetensors", mutate_safetensors, read_adapter),
     "peft weights": Kind("peft/adapter_model.safetensors", mutate_safetensors, read_peft),
     "peft config": Kind("peft/adapter_config.json", mutate_json, read_peft),
+    "prompt format": Kind("peft/prompt_format.json", mutate_json, read_prompts),
+    "peft template": Kind("peft/chat_template.jinja", mutate_bytes, read_prompts),
+    "base digest": Kind("peft/base_digest.json", mutate_json, read_digest),
     "diffusers": Kind("lora.safetensors", mutate_safetensors, read_diffusers),
     "importance": Kind("importance.json", mutate_json, read_importance),
     "model weights": Kind("base/model-00001-of-*.safetensors", mutate_safetensors, read_model),
@@ -288,6 +308,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: pathlib.Path) -> path
     lineage = jlora.checkpoints.Lineage(method="trained", recipe={"model": {"path": "b"}})
     jlora.save_adapter(folder / "adapter.safetensors", adapter, PARAMS, lineage)
     peft.save(folder / "peft", adapter, product, PARAMS, X, checkpoint_mapping=MAPPING)
+    PromptFormat(True, (2,), TEMPLATE, "2026-01-31").write_beside_peft(folder / "peft")
+    DIGEST.write_beside_peft(folder / "peft")
     diffusers.save(
         folder / "lora.safetensors", adapter, product, PARAMS, X, checkpoint_mapping=MAPPING
     )
@@ -322,6 +344,8 @@ def fuzz(kind: Kind, folder: pathlib.Path, seeds: range) -> None:
     (file,) = folder.glob(kind.file)
     content = file.read_bytes()
     kind.read(folder)
+    if kind.file == "peft/chat_template.jinja":
+        (folder / "peft" / "prompt_format.json").unlink()  # A folder of another program.
     for seed in seeds:
         mutated = kind.mutate(content, random.Random(seed))
         file.write_bytes(mutated)
@@ -331,7 +355,8 @@ def fuzz(kind: Kind, folder: pathlib.Path, seeds: range) -> None:
                 kind.read(folder)
             except (ValueError, OSError) as error:
                 message = str(error)
-                assert file.name in message, (seed, mutated[:2000], message)
+                is_known = kind.read is read_digest and "trained on another base" in message
+                assert is_known or file.name in message, (seed, mutated[:2000], message)
             except BaseException as error:
                 raise AssertionError((seed, mutated[:2000])) from error
 
@@ -405,6 +430,36 @@ def test_damaged_file_is_named(name: str, copied: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_1000_damaged_files_are_named(name: str, copied: pathlib.Path) -> None:
     fuzz(KINDS[name], copied, range(1000))
+
+
+def make_dangling(path: pathlib.Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def make_loop(path: pathlib.Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "importance"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, make_dangling, make_loop])
+def test_irregular_file_is_named(
+    name: str, make: Callable[[pathlib.Path], None], copied: pathlib.Path
+) -> None:
+    # None of them is a missing file, and a FIFO that is opened would never answer.
+    kind = KINDS[name]
+    (file,) = copied.glob(kind.file)
+    file.unlink()
+    make(file)
+    with pytest.raises((ValueError, OSError), match=re.escape(file.name)):
+        kind.read(copied)
+
+
+def test_save_keeps_no_link_to_nothing(folder: pathlib.Path, copied: pathlib.Path) -> None:
+    (copied / "base" / "tokenizer.model").symlink_to("nowhere")
+    _, params = models.load(folder / "base")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.model is a link to nowhere, which do"):
+        models.save(copied / "out", params, copied / "base")
+    assert not (copied / "out").exists()
 
 
 # --- commands, terminals and disks ----------------------------------------------------------------

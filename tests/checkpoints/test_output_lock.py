@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -141,6 +142,56 @@ def test_folder_and_its_link_have_one_lock(tmp_path: pathlib.Path) -> None:
         pass
     with lock_output(tmp_path / "link"):
         assert output_lock.is_output_locked(tmp_path / "run")
+
+
+def test_lock_holds_once_the_folder_exists(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "new"
+    with held_by_thread(path):
+        path.mkdir()
+        assert output_lock.is_output_locked(path)
+        with pytest.raises(OutputInUseError), lock_output(path):
+            pass
+        assert not list(path.iterdir())
+    with lock_output(path), lock_output(tmp_path / "other"):
+        (tmp_path / "other").mkdir()
+        with lock_output(tmp_path / "other"):  # The same thread.
+            pass
+        assert output_lock.is_output_locked(tmp_path / "other")
+    assert not output_lock.is_output_locked(tmp_path / "other")
+    assert {file.name for file in tmp_path.rglob("*")} == {"new", "other"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_forked_process_holds_no_lock(tmp_path: pathlib.Path) -> None:
+    def run_child() -> int:
+        try:
+            with lock_output(tmp_path):
+                return 1
+        except OutputInUseError:
+            output_lock.release_output_lock(lock_path)  # As at the end of a block.
+            return 2 if output_lock._held else 0
+
+    with held_by_thread(tmp_path / "other"):  # Whose lock the parent alone holds, too.
+        lock_path = output_lock.acquire_output_lock(tmp_path)
+        child = os.fork()
+        if not child:
+            os._exit(run_child())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert lock_path.exists()
+        reader, writer = os.pipe()
+        sleeping = os.fork()  # A child that outlives its parent does not keep the lock.
+        if not sleeping:
+            os.write(writer, b"forked")
+            while True:
+                signal.pause()
+        try:
+            assert os.read(reader, 6) == b"forked"
+            with lock_path.open("rb") as file:
+                output_lock.release_output_lock(lock_path)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.kill(sleeping, signal.SIGKILL)
+            os.waitpid(sleeping, 0)
 
 
 def test_collector_may_release_a_lock_meanwhile(

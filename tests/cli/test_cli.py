@@ -30,6 +30,8 @@ main = importlib.import_module("jlora.cli.main")
 HERE = pathlib.Path(__file__).parents[1]
 BASE = HERE / "models" / "data" / "decoders" / "llama"
 PEFT = HERE / "peft" / "data"
+RECIPES = HERE.parent / "examples" / "recipes"
+ADAPTER = "adapter_model.safetensors"
 WORDS = {f"w{number}": number for number in range(44)}
 
 
@@ -262,7 +264,16 @@ def test_export_hf_rounded_update_warns(
     ("arguments", "message"),
     [
         (("inspect", "nothing"), "is neither an adapter file"),
-        (("inspect", "recipe.yaml"), "is a recipe. Add --importance"),
+        (("inspect", "recipe.yaml"), "recipe.yaml is neither an adapter file nor a folder"),
+        (("inspect", "recipe.yaml"), "It does not exist."),
+        (("inspect", RECIPES / "chat.yaml"), "is a recipe. Add --importance"),
+        (("generate", PEFT / "lora" / ADAPTER, "hi"), f"{ADAPTER} is a file, and may be an adap"),
+        (("export", BASE / "config.json", PEFT / "lora", "out"), "config.json is a file. Give th"),
+        (("merge", PEFT / "lora" / ADAPTER, "out", PEFT / "lora"), "Give the folder of the base"),
+        (("generate", "nothing", "hi"), "nothing is not a folder. Pass the folder of a check"),
+        (("train", BASE), "llama is a folder. Give a recipe, which is a YAML file."),
+        (("plan", RECIPES), "recipes is a folder. Give a recipe, which is a YAML file."),
+        (("rank-search", PEFT / "lora" / ADAPTER), "is not a recipe, which is a YAML file."),
         (("inspect", BASE / "config.json"), "is damaged"),
         (
             ("inspect", BASE / "model.safetensors"),

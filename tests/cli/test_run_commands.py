@@ -19,6 +19,7 @@ from _support.training_fixtures import Make
 
 import jlora
 from jlora import cli, models
+from jlora.checkpoints import safetensors_io
 from jlora.checkpoints.adapter_file import (
     find_adapted_weights,
     fingerprint_weights,
@@ -279,17 +280,148 @@ def test_generate_damaged_format_raises(
     assert str(tmp_path / "prompt_format.json") in error
 
 
-def test_generate_other_base_raises(
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("chat_template_date", "yesterday", "chat_template_date, such as 2026-01-31, or null"),
+        ("chat_template_date", "20260131", "chat_template_date, such as 2026-01-31, or null"),
+        ("chat_template_date", 3, "chat_template_date, such as 2026-01-31, or null"),
+        ("end_token_ids", [10**12], "end_token_ids, a list of token ids"),
+        ("end_token_ids", [4_000], "prompts end with the token 4000, but the base has 44 tokens"),
+        ("chat_template", "{% if %}", "chat_template, line 1 is not valid Jinja"),
+    ],
+)
+def test_export_wrong_prompt_format_raises(
+    first_leaf: tuple[Any, Any],
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    field: str,
+    value: Any,
+    message: str,
+) -> None:
+    params, leaf = first_leaf
+    path, out = tmp_path / "a.safetensors", tmp_path / "out"
+    fields = {**FORMATS["chat"]._asdict(), field: value}
+    fingerprints = fingerprint_weights(find_adapted_weights(params, leaf), leaf)
+    write_adapter(path, leaf, fingerprints, prompt_fields=fields)
+    for arguments in (("export", base, path, out), ("merge", base, out, path)):
+        status, _, error = run(capsys, *arguments)
+        assert status == 1
+        assert message in error
+        assert f"{path}: " in error
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_generate_names_the_template_file(
     base: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other, adapter = shutil.copytree(base, tmp_path / "other"), tmp_path / "a.safetensors"
-    write_adapter(adapter, {}, {}, base_digest=BaseDigest.from_folder(base))
-    arrays = safetensors.numpy.load_file(other / "model.safetensors")
-    arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] * 3
-    safetensors.numpy.save_file(arrays, other / "model.safetensors")
-    status, _, error = run(capsys, "generate", other, "hi", "--adapter", adapter)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    status, _, error = run(capsys, "generate", base, "hi", "--adapter", tmp_path)
     assert status == 1
-    assert "has other weights than the base of its run" in error
+    assert f"the chat template of {tmp_path} rejects the messages" in error
+
+
+# --- the base of the run --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_leaf(base: pathlib.Path) -> tuple[Any, Any]:
+    """Parameters of the base, and an adapter of one of its weights."""
+    model, params = models.load(base)
+    leaves = jlora.peft.load(HERE / "peft" / "data" / "lora", model, params).adapter
+    return params, dict(list(leaves.items())[:1])
+
+
+@pytest.fixture(scope="module")
+def of_run(
+    first_leaf: tuple[Any, Any], base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """A folder with an adapter file that has the digest of its base."""
+    params, leaf = first_leaf
+    folder = tmp_path_factory.mktemp("run")
+    fingerprints = fingerprint_weights(find_adapted_weights(params, leaf), leaf)
+    digest = BaseDigest.from_folder(base)
+    write_adapter(
+        folder / "a.safetensors", leaf, fingerprints, None, digest, FORMATS["chat"]._asdict()
+    )
+    return folder
+
+
+def write_other_base(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A copy of the base with other embeddings, which the adapters do not change."""
+    shutil.copytree(base, folder)
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] * 3
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+OTHER = "has other weights than the base of its run"
+
+
+def test_commands_keep_the_runs_base(
+    of_run: pathlib.Path,
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Each output knows the base, and so does the output of the output.
+    file, folder = of_run / "a.safetensors", tmp_path / "peft"
+    merged, back = tmp_path / "merged.safetensors", tmp_path / "back.safetensors"
+    assert run(capsys, "export", base, file, folder, "--format", "peft")[0] == 0
+    assert run(capsys, "merge", base, merged, folder)[0] == 0
+    assert run(capsys, "export", base, folder, back, "--format", "jlora")[0] == 0
+    other = write_other_base(base, tmp_path / "other")
+    before = sorted(tmp_path.iterdir())
+    for adapter in (file, folder, merged, back):
+        for arguments in (
+            ("generate", other, "hi", "--adapter", adapter),
+            ("merge", other, tmp_path / "out.safetensors", adapter),
+            ("export", other, adapter, tmp_path / "out", "--format", "hf"),
+            ("export", other, adapter, tmp_path / "out", "--format", "peft"),
+            ("export", other, adapter, tmp_path / "out", "--format", "jlora"),
+        ):
+            is_file_to_file = arguments[-1] == "jlora" and not adapter.is_dir()
+            status, _, error = run(capsys, *arguments)
+            assert status == 1
+            assert OTHER in error or is_file_to_file, arguments
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("file_format", ["hf", "peft"])
+def test_killed_export_leaves_no_folder(
+    of_run: pathlib.Path,
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file_format: str,
+) -> None:
+    def read_files(folder: pathlib.Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    class Killed(BaseException):
+        """Ends the command as SIGKILL would."""
+
+    def kill(*_: Any) -> None:
+        monkeypatch.setattr(safetensors_io, "remove_path", lambda _: None)
+        raise Killed
+
+    file, out = of_run / "a.safetensors", tmp_path / "out"
+    command = ("export", base, file, out, "--format", file_format)
+    for name in ("write_to_merged", "write_beside_peft"):
+        monkeypatch.setattr(PromptFormat, name, kill)
+    with pytest.raises(Killed):
+        run(capsys, *command)
+    assert not out.exists()
+    assert [one.name for one in tmp_path.iterdir()] == [".out.partial"]
+    monkeypatch.undo()
+    assert run(capsys, *command)[0] == 0
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    whole = tmp_path / "whole"
+    assert run(capsys, "export", base, file, whole, "--format", file_format)[0] == 0
+    assert read_files(out) == read_files(whole)
 
 
 @pytest.mark.parametrize("flag", ["--adapter"])

@@ -9,11 +9,13 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import pytest
+import safetensors.numpy
 import yaml
 from _support.training_fixtures import Make
 from jax.experimental.compilation_cache import compilation_cache
@@ -428,6 +430,56 @@ def test_resume_other_data_raises(
         ValueError, match="The validation data differs from that of earlier trials in"
     ):
         searched(raw, resume=True)
+
+
+def change_base(folder: pathlib.Path) -> None:
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    safetensors.numpy.save_file(
+        {name: array * 2 for name, array in arrays.items()}, folder / "model.safetensors"
+    )
+
+
+def test_resume_other_base_raises(
+    raw: dict[str, Any], runs: Runs, encoder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "base")
+    raw["model"]["path"] = str(folder)
+    runs.kill = (4, True)
+    with pytest.raises(Killed):
+        searched(raw)
+    change_base(folder)
+    before = len(runs.calls)
+    message = r"The base has other weights than in earlier trials in .*search.json, so that scores"
+    with pytest.raises(ValueError, match=message):
+        searched(raw, resume=True)
+    assert len(runs.calls) == before
+    # Other settings of the same weights.
+    shutil.copy(encoder / "model.safetensors", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match="The base has another config.json than"):
+        searched(raw, resume=True)
+    shutil.copy(encoder / "config.json", folder)
+    assert searched(raw, resume=True).finished
+
+
+def test_search_changed_base_raises(
+    raw: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(given: Recipe, **options: Any) -> TrainResult:
+        outcome = runs.train(given, **options)
+        options["program_cache"].base_summary = {"tensors": "1", "config": "2"}
+        return outcome
+
+    monkeypatch.setattr(trials, "train", changed)
+    with pytest.raises(ValueError, match="The base has other weights than in earlier trials"):
+        searched(raw)
+    # Its result is not taken for one of the base.
+    folder = pathlib.Path(raw["output"]) / "trials"
+    assert not list(folder.iterdir())
+    monkeypatch.setattr(trials, "train", runs.train)
+    assert searched(raw, resume=True).finished
+    assert runs.calls[0][0].output == runs.calls[1][0].output
 
 
 @pytest.mark.parametrize(

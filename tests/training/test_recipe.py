@@ -597,7 +597,17 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         (GOOD_YAML + "seed: &a {<<: *a}\n", "contains itself"),
         ("[" * 20_000, "not valid YAML"),
         (GOOD_YAML + "seed: " + "[" * 200 + "]" * 200 + "\n", "more than 100 levels"),
-        (GOOD_YAML + LAUGHS, "more than 1,000,000 values"),
+        (GOOD_YAML + LAUGHS, "more than 50,000 values"),
+        (GOOD_YAML + "seed: [" + "1," * 60_000 + "]\n", "YAML: more than 50,000 values"),
+        (GOOD_YAML + "#" * 1_000_000, "has 1,000,068 letters, more than 1,000,000"),
+        (GOOD_YAML + "seed: 1" + ":1" * 300_000 + "\n", "seed='1:1:1:1.*valid integer"),
+        (GOOD_YAML + "seed: !!int '1" + ":1" * 300_000 + "'\n", "is not a number, or too long"),
+        (GOOD_YAML + "seed: " + "9" * 300_000 + "\n", "is not a number, or too long"),
+        (GOOD_YAML + "1: a\n", "the key 1 is not text"),
+        (GOOD_YAML + "[1]: a\n", r"the key \[1\] is not text"),
+        (GOOD_YAML + "".join(f"k{n}: 1\n" for n in range(8_000)), "and 7,980 more"),
+        (GOOD_YAML + f"{'k' * 500}: 1\n{'k' * 500}: 1\n", "duplicate keys"),
+        (GOOD_YAML + f"? {'adapte' * 150_000}\n: 1\n", "Unknown field 'adapteadapte"),
         ("a: !!python/object:os.system {}\n", "could not determine a constructor"),
     ],
 )
@@ -608,7 +618,14 @@ def test_load_hostile_yaml_raises(text: str, message: str, tmp_path: pathlib.Pat
     with pytest.raises(ValueError, match=message) as caught:
         recipe.load(path)
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 30_000
     assert time.process_time() - start < 2
+
+
+def test_load_yaml_times_are_text(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD_YAML.replace("output: o", "output: 1:30"))
+    assert recipe.load(path).output == "1:30"
 
 
 def test_load_yaml_merges_anchors(tmp_path: pathlib.Path) -> None:

@@ -26,6 +26,7 @@ from _support.training_runs import After, assert_same, measured, output, run, st
 
 import jlora
 from jlora import models
+from jlora.checkpoints.base_digest import BaseDigest
 from jlora.training import TrainResult, data, recipe
 from jlora.training.checkpointing import CheckpointManager
 from jlora.training.datasets import find_end_token_ids, load_datasets
@@ -235,6 +236,23 @@ def test_load_datasets_finds_the_prompt_format(
     assert datasets.tokenizer.decode(prompts[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "own.jinja is not text in UTF-8"),
+        (b"{% if %}", "the chat template of .*own.jinja, line 1 is not valid Jinja"),
+    ],
+)
+def test_load_datasets_names_the_template(
+    recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "own.jinja").write_bytes(content)
+    raw = recipe_of()
+    raw["data"]["chat_template"] = str(tmp_path / "own.jinja")
+    with pytest.raises(ValueError, match=message):
+        load_datasets(recipe.validate(raw), base, 39, slice(0, 2), slice(0, 2))
+
+
 @pytest.mark.slow
 def test_train_dpo_exports_the_chat_format(
     recipe_of: Make, base: pathlib.Path, pairs: dict[str, str], tmp_path: pathlib.Path
@@ -259,6 +277,9 @@ def test_train_dpo_exports_the_chat_format(
         known = read_prompt_format(pathlib.Path(path))
         assert known == PromptFormat(True, (3,), own.read_text())
         assert known.load_tokenizer(base).chat_template.text == own.read_text()  # type: ignore
+    for name in PEFT:  # They know their base.
+        digest = json.loads((output(raw) / name / "base_digest.json").read_text())
+        assert digest == BaseDigest.from_folder(base).summarize()
     for name in ("merged", *PEFT):
         assert (output(raw) / name / "chat_template.jinja").read_text() == own.read_text()
 

@@ -24,7 +24,7 @@ from jlora._tree import PyTree
 from jlora.checkpoints import hub
 from jlora.checkpoints.safetensors_io import CheckpointReader, open_checkpoint
 from jlora.checkpoints.stored_weight import StoredWeight
-from jlora.checkpoints.text_files import name_file_in_errors, read_json
+from jlora.checkpoints.text_files import name_file_in_errors, read_json, read_optional_json
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder
 from jlora.models.hf import weight_mapping
@@ -327,6 +327,7 @@ def eos_token_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
         Token ids; empty if neither file has any.
 
     Raises:
+        FileNotFoundError: A file is a folder, or a link to nothing.
         ValueError: A file is damaged.
 
     Example:
@@ -339,7 +340,7 @@ def eos_token_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        value = (read_optional_json(path) or {}).get("eos_token_id")
         if value is None:
             continue
         token_ids = value if isinstance(value, list) else [value]

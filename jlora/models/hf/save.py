@@ -24,7 +24,7 @@ from jlora.checkpoints.safetensors_io import (
     open_checkpoint,
     write_shards,
 )
-from jlora.checkpoints.text_files import read_json
+from jlora.checkpoints.text_files import check_regular_file, read_json
 from jlora.models.hf import weight_mapping
 from jlora.models.hf.load import (
     match_checkpoint_names,
@@ -225,7 +225,8 @@ def _copy_companion_files(source: Path, folder: Path) -> None:
     for subfolder in ("*_Pooling", "*_Dense", "*_LayerNorm", "additional_chat_templates"):
         files += source.glob(f"{subfolder}/*")
     for file in files:
-        if file.is_file():
+        if not file.is_dir():
+            check_regular_file(file)  # A link to nothing is not left out.
             copy = folder / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)

@@ -63,6 +63,19 @@ _REPEATING = (
     "zfill",
 )
 
+# Which may compare each letter of a text with each of an argument.
+_SEARCHING = ("lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim")
+
+_MAX_COMPARISONS = 100_000_000
+
+# Encodings and error handlers whose time and result grow with the text alone.
+_CODEC_ARGUMENTS = (
+    *("ascii", "latin-1", "latin1", "iso-8859-1", "utf-8", "utf8", "utf-16", "utf-32"),
+    *("ignore", "replace", "strict"),
+)
+
+_CODEC_NAMES = ", ".join(_CODEC_ARGUMENTS)
+
 # Which make a value of every letter of a text.
 _LETTER_BY_LETTER = (
     "batch",
@@ -377,6 +390,12 @@ def check_arguments(name: str, subject: Any, values: list[Any]) -> None:
     if any(isinstance(value, int) and abs(value) > _MAX_INTEGER for value in values):
         _check_size(bound * added)
     is_text = isinstance(subject, str | bytes)
+    if is_text and name in _SEARCHING:
+        letters = max((len(value) for value in values if isinstance(value, str | bytes)), default=0)
+        if len(subject) * letters > _MAX_COMPARISONS:
+            raise jinja2.TemplateRuntimeError(
+                f"it compares {len(subject):,} letters with {letters:,} in {name}"
+            )
     if name in ("format", "format_map"):
         check_format(str(subject))
         fields = str(subject).count("%") + str(subject).count("{")
@@ -394,6 +413,12 @@ def check_arguments(name: str, subject: Any, values: list[Any]) -> None:
         elif is_text and name in ("expandtabs", "join", "translate"):
             parts = len(subject)
         _check_size(bound + parts * added)
+    elif name in ("encode", "decode") and is_text:
+        for value in values:
+            if str(value).lower().replace("_", "-") not in _CODEC_ARGUMENTS:
+                raise jinja2.TemplateRuntimeError(
+                    f"it uses the encoding {str(value)[:40]!r}, and not {_CODEC_NAMES}"
+                )
     elif name in _LETTER_BY_LETTER and is_text:
         _check_size(_ENTRY_LETTERS * len(subject))
     elif name in ("split", "rsplit", "splitlines") and is_text:

@@ -18,7 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 
 from jlora.checkpoints.safetensors_io import format_names
-from jlora.checkpoints.text_files import read_json, read_text
+from jlora.checkpoints.text_files import read_optional_json, read_optional_text
 from jlora.training.data.bounded_jinja import BoundedEnvironment
 
 Message = Mapping[str, Any]
@@ -38,8 +38,6 @@ TrainOn = Literal["assistant", "last", "all"]
 SPECIAL_TOKEN_KEYS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-
-_JINJA_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -268,6 +266,7 @@ class ChatTemplate:
         text: str | None = None,
         variables: Mapping[str, Any] | None = None,
         now: datetime.datetime | None = None,
+        source: str = "the chat template",
     ) -> ChatTemplate:
         """Returns a checkpoint folder's template, of chat_template.jinja or tokenizer_config.json.
 
@@ -276,6 +275,7 @@ class ChatTemplate:
             text: Template to use with the folder's special tokens; None: the folder's own.
             variables: Variables to add to the special tokens, or to replace them.
             now: Date and time for `strftime_now`; None: the clock.
+            source: Name of `text` in errors.
 
         Raises:
             ValueError: If the folder has no template.
@@ -283,16 +283,24 @@ class ChatTemplate:
         folder = Path(folder)
         variables = {**load_special_tokens(folder), **(variables or {})}
         if text is not None:
-            return cls(text, variables, now)
+            return cls(text, variables, now, source)
         file = folder / "chat_template.jinja"
-        if not file.is_file():
+        if not os.path.lexists(file):
             file = folder / "tokenizer_config.json"
         return cls(_load_template_text(folder), variables, now, f"the chat template of {file}")
 
     @property
     def depends_on_date(self) -> bool:
         """True if the template calls `strftime_now`, so that its texts depend on `now`."""
-        return "strftime_now" in _JINJA_COMMENT.sub("", self.text)
+        return "strftime_now" in _remove_comments(self.text)
+
+    def check_syntax(self) -> None:
+        """Checks that the template is Jinja, before messages are there.
+
+        Raises:
+            ValueError: It is not.
+        """
+        _ = self._compiled
 
     def render(
         self,
@@ -649,6 +657,18 @@ def _tojson(
     )
 
 
+def _remove_comments(text: str) -> str:
+    """Returns a template without its comments, in a time that grows with its length alone."""
+    kept, end = [], 0
+    while (start := text.find("{#", end)) >= 0:
+        closing = text.find("#}", start + 2)
+        if closing < 0:
+            break
+        kept.append(text[end:start])
+        end = closing + 2
+    return "".join([*kept, text[end:]])
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -657,9 +677,7 @@ def load_special_tokens(folder: Path) -> dict[str, str]:
     """Returns the special tokens of a tokenizer's folder, such as bos_token, by their key."""
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            continue
-        content = read_json(folder / name)
+        content = read_optional_json(folder / name) or {}
         for key in SPECIAL_TOKEN_KEYS:
             token = content.get(key)
             token = token.get("content") if isinstance(token, dict) else token
@@ -682,13 +700,15 @@ def find_chat_template(folder: Path) -> str | None:
     """Returns the text of a folder's chat template, or None.
 
     Raises:
+        FileNotFoundError: If its file is not a regular file.
         ValueError: If the folder has several templates and none is named default, or its file is
             damaged.
     """
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return read_text(file)
-    template = read_json(config).get("chat_template") if config.is_file() else None
+    text = read_optional_text(folder / "chat_template.jinja")
+    if text is not None:
+        return text
+    config = folder / "tokenizer_config.json"
+    template = (read_optional_json(config) or {}).get("chat_template")
     if template is None or isinstance(template, str):
         return template
     entries = template if isinstance(template, list) else [template]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import tokenizers
 
 from jlora.checkpoints.safetensors_io import format_names
+from jlora.checkpoints.text_files import name_file_in_errors
 from jlora.training.data.chat_template import (
     CharSpan,
     ChatTemplate,
@@ -132,11 +133,21 @@ def parse_numeric_labels(labels: Sequence[str], label_names: Sequence[str] | Non
 
     Strings also remain where `label_names` assigns a numeric name to another class id. Empty labels
     remain, so that a later error names their row.
+
+    Raises:
+        ValueError: Two labels are the same number, such as 01 and 1.
     """
     texts = {label for label in labels if label}
     if not all(_NUMBER_PATTERN.fullmatch(label) for label in texts):
         return labels
     numbers = {label: float(label) if "." in label else int(label) for label in texts}
+    texts_by_number: dict[float, str] = {}
+    for text, number in sorted(numbers.items()):
+        if texts_by_number.setdefault(number, text).strip() != text.strip():
+            raise ValueError(
+                f"the labels {texts_by_number[number]!r} and {text!r} are the same number. Write "
+                f"them alike, or name one of them by a word."
+            )
     class_ids = {name: class_id for class_id, name in enumerate(label_names or ())}
     if any(class_ids.get(label, number) != number for label, number in numbers.items()):
         return labels
@@ -376,7 +387,9 @@ def tokenize_classification(
         if "text_pair" in columns:
             pairs = _get_string_column(columns, "text_pair", start, config)
             inputs = list(zip(inputs, pairs, strict=True))
-        for number, encoding in enumerate(encoder.encode_batch(inputs)):
+        with name_file_in_errors(tokenizer.source):
+            encodings = encoder.encode_batch(inputs)
+        for number, encoding in enumerate(encodings):
             label = labels.encode(label_column[start + number], start + number)
             added = _find_doubled_tokens(encoding)
             ids, types = (np.delete(x, added) for x in (encoding.ids, encoding.type_ids))
@@ -663,7 +676,8 @@ def _read_label_column(
     labels = [label for _, columns in batches for label in columns["label"]]
     untyped = getattr(getattr(rows, "info", None), "builder_name", None) == "csv"
     strings = untyped and all(isinstance(label, str) for label in labels)
-    return parse_numeric_labels(labels, label_names) if strings else labels
+    with name_file_in_errors(config.data_name):
+        return parse_numeric_labels(labels, label_names) if strings else labels
 
 
 def _find_doubled_tokens(encoding: tokenizers.Encoding) -> list[int]:
@@ -707,7 +721,8 @@ def _tokenize_rendered_chats(
 ) -> Iterator[TokenSequence]:
     """Yields the tokens of texts, with a loss on those that overlap a span."""
     texts = [text for text, _ in rendered_chats]
-    encodings = tokenizer.without_special_tokens.encode_batch(texts)
+    with name_file_in_errors(tokenizer.source):
+        encodings = tokenizer.without_special_tokens.encode_batch(texts)
     for encoding, (_, spans) in zip(encodings, rendered_chats, strict=True):
         offsets = np.array(encoding.offsets).reshape(-1, 2)
         yield TokenSequence(encoding.ids, tokens_in_spans(offsets, spans))

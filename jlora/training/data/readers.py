@@ -67,6 +67,12 @@ def _read_csv_header(file: Path) -> list[str]:
     _, names = next(_iter_csv_lines(file), (0, []))
     if not names:
         raise ValueError(f"{file} is empty. Use a file with at least one row.")
+    separator = next((one for one in ";\t|" if len(names) == 1 and one in names[0]), None)
+    if separator is not None:
+        raise ValueError(
+            f"{file}: the first line separates its columns by {separator!r}. Save the file with "
+            f"commas."
+        )
     if len(set(names)) != len(names):
         raise ValueError(
             f"{file}: the first line names columns twice: {format_names(names, 20)}. Rename them."

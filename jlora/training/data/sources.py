@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jlora.checkpoints.safetensors_io import format_names
+from jlora.checkpoints.text_files import check_regular_file
 from jlora.training.data.readers import (
     read_csv_table,
     read_json_table,
@@ -128,7 +129,19 @@ def _is_local_path(path: str | os.PathLike[str]) -> bool:
 
 
 def _find_data_files(path: str | os.PathLike[str], split: str) -> list[Path]:
-    """Returns the data files of a path, sorted by name."""
+    """Returns the data files of a path, sorted by name.
+
+    Raises:
+        FileNotFoundError: There is none, or one is not a regular file.
+        ValueError: No file belongs to the split.
+    """
+    files = _match_data_files(path, split)
+    for file in files:
+        check_regular_file(file)  # A pipe that is opened would never answer.
+    return files
+
+
+def _match_data_files(path: str | os.PathLike[str], split: str) -> list[Path]:
     if glob.has_magic(str(path)) and not os.path.exists(path):
         files = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
         if not files:
@@ -137,7 +150,7 @@ def _find_data_files(path: str | os.PathLike[str], split: str) -> list[Path]:
     path = Path(path)
     if path.is_dir():
         return _select_split_files(path, split)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(
             f"path={str(path)!r} is neither a local file or folder nor an `owner/name` on the Hub. "
             f"Check the name."

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from jlora.checkpoints.text_files import name_file_in_errors, read_json, read_text
+from jlora.checkpoints.text_files import name_file_in_errors, read_optional_json, read_text
 from jlora.training.data.chat_template import ChatTemplate, find_chat_template, load_special_tokens
 
 # Letters of several alphabets, most of which are not in a small vocabulary.
@@ -33,6 +33,7 @@ class Tokenizer(NamedTuple):
         pad_token_id: Id of the padding token; 0 if the folder defines none, as padding is masked.
         chat_template: Chat template, or None.
         fingerprint: Hash of all of these; equal ones give equal tokens.
+        source: Path of tokenizer.json, for errors.
 
     Example:
         >>> import tempfile, tokenizers
@@ -55,6 +56,7 @@ class Tokenizer(NamedTuple):
     pad_token_id: int
     chat_template: ChatTemplate | None
     fingerprint: str
+    source: str = "tokenizer.json"
 
     @classmethod
     def from_folder(
@@ -101,7 +103,8 @@ class Tokenizer(NamedTuple):
             )
             if chat_template.depends_on_date and chat_template.now is not None:
                 digest.update(chat_template.now.isoformat().encode())
-        return cls(plain, full, prefix, bos, eos, pad or 0, chat_template, digest.hexdigest())
+        fingerprint, source = digest.hexdigest(), str(folder / "tokenizer.json")
+        return cls(plain, full, prefix, bos, eos, pad or 0, chat_template, fingerprint, source)
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +113,7 @@ class Tokenizer(NamedTuple):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, without special tokens around it."""
-        with name_file_in_errors("tokenizer.json"):
+        with name_file_in_errors(self.source):
             encodings = self.without_special_tokens.encode_batch_fast(list(texts))
         return [encoding.ids for encoding in encodings]
 
@@ -126,9 +129,10 @@ class Tokenizer(NamedTuple):
         found: list[list[int] | None] = [None] * len(texts)
         for anchor in _ANCHORS:
             missing = [number for number, ids in enumerate(found) if ids is None]
-            encodings = self.without_special_tokens.encode_batch(
-                [anchor + texts[number] for number in missing]
-            )
+            with name_file_in_errors(self.source):
+                encodings = self.without_special_tokens.encode_batch(
+                    [anchor + texts[number] for number in missing]
+                )
             for number, encoding in zip(missing, encodings, strict=True):
                 first = [start for start, end in encoding.offsets if end > len(anchor)]
                 if not first or first[0] >= len(anchor):  # No token has parts of both.
@@ -162,7 +166,8 @@ class Tokenizer(NamedTuple):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, special tokens included."""
-        return self.with_special_tokens.decode(list(ids), skip_special_tokens=False)
+        with name_file_in_errors(self.source):
+            return self.with_special_tokens.decode(list(ids), skip_special_tokens=False)
 
 
 # Texts that continuations are encoded behind; one of them is a token of its own.
@@ -203,7 +208,12 @@ def load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
         ValueError: If it is damaged, or cannot encode a text.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder. Pass the folder of a checkpoint, or its owner/name on the "
+            f"Hub."
+        )
+    if not os.path.lexists(file):
         raise FileNotFoundError(
             f"{file} is missing. Use the folder of a checkpoint with its tokenizer; "
             f"`save_pretrained` of a fast tokenizer of transformers writes the file."
@@ -222,7 +232,7 @@ def load_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _read_optional_json(folder: Path, file_name: str) -> Mapping[str, Any]:
-    return read_json(folder / file_name) if (folder / file_name).is_file() else {}
+    return read_optional_json(folder / file_name) or {}
 
 
 def _find_special_token_id(

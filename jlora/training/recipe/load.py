@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import inspect
 import os
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
+from jlora._tree import shorten
 from jlora.checkpoints.text_files import name_file_in_errors, read_text
 from jlora.training.recipe.base import UNKNOWN_TAG, Section, TaggedSection
 from jlora.training.recipe.config_sections import ADAPTER_SECTIONS, QUANTIZATION_SECTIONS
@@ -24,7 +26,35 @@ from jlora.training.recipe.sections import Recipe
 
 
 class _RecipeYamlLoader(yaml.SafeLoader):
-    """YAML loader with 1e-4 as a float, 2026-01-31 as text, and an error for duplicate keys."""
+    """YAML loader with 1e-4 as a float, 2026-01-31 and 1:30 as text, and keys of text, each once.
+
+    Its time grows with the length of the text alone.
+    """
+
+    _num_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._num_nodes += 1
+        if self._num_nodes > _MAX_YAML_VALUES:
+            raise yaml.MarkedYAMLError(
+                None, None, f"more than {_MAX_YAML_VALUES:,} values", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        # YAML 1.1 has numbers of base 60, of which PyYAML adds up the digits.
+        is_base_60 = tag in _NUMBER_TAGS and ":" in value
+        return self.DEFAULT_SCALAR_TAG if is_base_60 else tag
+
+    def construct_number(self, node: Any) -> int | float:
+        text = self.construct_scalar(node)
+        if ":" in text or len(text) > _MAX_NUMBER_LETTERS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text[:40]!r} is not a number, or too long", node.start_mark
+            )
+        is_int = node.tag == _NUMBER_TAGS[0]
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [
@@ -32,17 +62,33 @@ class _RecipeYamlLoader(yaml.SafeLoader):
             for key, _ in node.value
             if key.tag != "tag:yaml.org,2002:merge"  # Keys of a merge have lower precedence.
         ]
-        duplicates = {str(key) for key in keys if keys.count(key) > 1}
-        if duplicates:
+        # Equal hashes of numbers are easily found.
+        if other := [key for key in keys if not isinstance(key, str)]:
             raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate keys {sorted(duplicates)}", node.start_mark
+                None, None, f"the key {shorten(other[0])} is not text", node.start_mark
+            )
+        counts = collections.Counter(keys)
+        if duplicates := sorted(key for key, count in counts.items() if count > 1):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate keys {shorten(duplicates)}", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
 
 _MAX_YAML_DEPTH = 100
 
-_MAX_YAML_VALUES = 1_000_000
+_MAX_YAML_VALUES = 50_000
+
+_MAX_YAML_LETTERS = 1_000_000
+
+_MAX_NUMBER_LETTERS = 400
+
+_MAX_LISTED_ERRORS = 20
+
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+for _tag in _NUMBER_TAGS:
+    _RecipeYamlLoader.add_constructor(_tag, _RecipeYamlLoader.construct_number)
 
 _RecipeYamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -71,8 +117,9 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not valid YAML, or not a valid recipe; the message lists every
-            invalid field with its value.
+        IsADirectoryError: If the path is a folder.
+        ValueError: If the file is not valid YAML, or not a valid recipe; the message lists the
+            invalid fields, up to 20, with their values.
 
     Example:
         >>> import pathlib, tempfile
@@ -87,7 +134,13 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         32
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        inner = path / "recipe.yaml"
+        mend = f"Give {inner}" if inner.is_file() else "Give a recipe, which is a YAML file"
+        raise IsADirectoryError(f"{path} is a folder. {mend}.")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} is not a recipe, which is a YAML file. Give that.")
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} is not a file. Create one with `jlora init > {path}`.")
     raw = parse_yaml(read_text(path), str(path))
     if not isinstance(raw, dict):
@@ -118,7 +171,8 @@ def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
         source: Name of the recipe in errors.
 
     Raises:
-        ValueError: If the recipe is invalid; the message lists every invalid field with its value.
+        ValueError: If the recipe is invalid; the message lists the invalid fields, up to 20, with
+            their values.
 
     Example:
         >>> from jlora.training import recipe
@@ -130,8 +184,12 @@ def validate(raw: Mapping[str, Any], source: str = "The recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except pydantic.ValidationError as error:
-        lines = "\n".join(f"  {_format_validation_error(details)}" for details in error.errors())
-        raise ValueError(f"{source} is not a valid recipe:\n{lines}") from None
+        errors = error.errors(include_url=False, include_context=False)
+        lines = [_format_validation_error(details) for details in errors[:_MAX_LISTED_ERRORS]]
+        if len(errors) > len(lines):
+            lines.append(f"and {len(errors) - len(lines):,} more.")
+        text = "\n".join(f"  {line}" for line in lines)
+        raise ValueError(f"{source} is not a valid recipe:\n{text}") from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -252,9 +310,13 @@ def parse_yaml(text: str, source: str) -> Any:
         source: Name of the file or flag in errors.
 
     Raises:
-        ValueError: The text is not valid YAML, refers to its own parents, or has more than 100
-            levels or, with the repetitions of its anchors, a million values.
+        ValueError: The text is not valid YAML, refers to its own parents, or has more than a
+            million letters, 100 levels or, with the repetitions of its anchors, 50,000 values.
     """
+    if len(text) > _MAX_YAML_LETTERS:
+        raise ValueError(
+            f"{source} has {len(text):,} letters, more than {_MAX_YAML_LETTERS:,}. Remove some."
+        )
     with name_file_in_errors(source):
         try:
             node = yaml.compose(text, _RecipeYamlLoader)
@@ -308,7 +370,8 @@ def _format_validation_error(details: Any) -> str:
     """Returns a line with the field, its value, the error, and the field's description."""
     loc, kind = details["loc"], details["type"]
     # The tags of families and schemes are part of pydantic's path, but not of the file's.
-    path = ".".join(str(part) for part in loc if part not in (*_TAGGED_SECTIONS, UNKNOWN_TAG))
+    parts = [str(part) for part in loc if part not in (*_TAGGED_SECTIONS, UNKNOWN_TAG)]
+    path = ".".join(part if len(part) <= 100 else f"{part[:97]}..." for part in parts)
     message = details["msg"].removeprefix("Value error, ")
     section = _find_section(loc[:-1])
     if kind == "extra_forbidden":
@@ -319,7 +382,7 @@ def _format_validation_error(details: Any) -> str:
         return f"{path} is missing.{description}"
     if kind == "value_error" and isinstance(details["input"], Mapping | Section):
         return f"{path}: {message}" if path else message
-    return f"{path}={details['input']!r}: {message.rstrip('.')}.{description}"
+    return f"{path}={shorten(details['input'], 1000)}: {message.rstrip('.')}.{description}"
 
 
 def _format_unknown_field(path: str, name: str, section: type[Section]) -> str:
@@ -341,7 +404,7 @@ def _format_unknown_field(path: str, name: str, section: type[Section]) -> str:
     elsewhere = [other for other in _field_paths(Recipe) if other.rpartition(".")[2] == name]
     if elsewhere:
         return f"Unknown field {path!r}. Did you mean {' or '.join(map(repr, elsewhere))}?"
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name[:100], names, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     return f"Unknown field {path!r}. {hint}Expected one of {', '.join(names)}."
 

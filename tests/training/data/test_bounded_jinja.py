@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import pathlib
+import re
 import time
 import tomllib
 import tracemalloc
@@ -97,6 +98,32 @@ def test_hostile_template_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert time.process_time() - start < 4
 
 
+# Calls whose time grows with the square of a text, and the reason for their errors.
+QUADRATIC = {
+    "(s ~ 'é').encode('punycode')": "encoding 'punycode'",
+    "s.encode(encoding='idna')": "encoding 'idna'",
+    "(s ~ 'é').encode('ascii', 'namereplace')": "encoding 'namereplace'",
+    "s.encode().decode('PUNYCODE')": "encoding 'PUNYCODE'",
+    "s.rfind(t)": "150,000 letters with 40,001 in rfind",
+    "s.rindex(t, 3)": "in rindex",
+    "s.rsplit(t, 1)": "in rsplit",
+    "s.rsplit(maxsplit=1, sep=t)": "in rsplit",
+    "s.rpartition(t)": "in rpartition",
+    "s.encode().rfind(t.encode())": "in rfind",
+    "s.strip(t)": "in strip",
+    "s.lstrip(t)": "in lstrip",
+    "s.rstrip(t)": "in rstrip",
+    "s|trim(t)": "in trim",
+}
+
+
+@pytest.mark.parametrize("call", QUADRATIC)
+def test_quadratic_call_is_an_error(call: str) -> None:
+    text = LONG + "{% set t = 'b' ~ s[:40000] %}{{ (" + call + ")|length }}"
+    with pytest.raises(ValueError, match=re.escape(QUADRATIC[call])):
+        ChatTemplate(text).render(CHAT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template_ends_by_its_limits(name: str) -> None:
@@ -119,6 +146,8 @@ HARMLESS = (
     "{% set n.found = true %}{% break %}{% endif %}{% endfor %}{{ n.found }}",
     "{{ messages[0]|tojson }}{{ messages[::-1]|length }}"
     "{{ messages|selectattr('role', 'equalto', 'user')|list|count }}",
+    "{{ 'a</think>b'.rsplit('</think>', 1)[-1] }}{{ 'xaab'.rfind('a') }}{{ 'xaax'.strip('x') }}"
+    "{{ 'é'.encode('UTF_8')|length }}{{ 'é'.encode('ascii', errors='ignore').decode() }}",
     "{{ 'x y z'.split(' ')[-1].lstrip().center(9) }}{{ [1, 2]|sum }}{{ {'a': 1}|dictsort }}",
 )
 

@@ -141,6 +141,9 @@ def test_render_with_fixed_date() -> None:
         ("{# No #}{% if x %}{% set date = strftime_now('%d') %}{% endif %}{# date #}", True),
         ("{{ messages[0].content }}", False),
         ("{# Without\nstrftime_now. #}{{ messages[0].content }}", False),
+        ("{#} strftime_now #}{{ 1 }}", False),
+        ("{# A comment. #}{# Without an end: strftime_now", True),
+        ("{#" * 500_000, False),
     ],
 )
 def test_depends_on_date_of_templates(text: str, dated: bool) -> None:

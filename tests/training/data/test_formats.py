@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -97,6 +98,28 @@ def test_tokenizer_special_tokens_of_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_tokenizer_that_fails_names_its_file(tmp_path: pathlib.Path) -> None:
+    # The library gives up a regular expression that takes too many steps.
+    encoder(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    file.write_text(json.dumps({**content, "pre_tokenizer": {**pattern, "invert": False}}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    text = "a" * 200 + "X"
+    reading = TokenizeConfig(max_seq_length=400)
+    for encode in (
+        lambda: tokenizer.encode([text]),
+        lambda: tokenizer.encode_continuations([text]),
+        lambda: formats.tokenize_texts([{"text": text}], tokenizer, reading),
+        lambda: formats.tokenize_classification(
+            [{"text": text, "label": 0}, {"text": "b", "label": 1}], tokenizer, reading
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            encode()
 
 
 def test_tokenizer_fingerprint_covers_template() -> None:
@@ -403,6 +426,7 @@ def test_csv_labels_numeric_become_ints(tmp_path: pathlib.Path) -> None:
         (["", "1", "0"], "row 0: label='', but labels"),
         (["0", "-1"], "row 1: label=-1, but labels"),
         (["0.0", "1.5"], r"row 0: label=0\.0, but labels"),
+        (["01", "1", "0"], "the labels '01' and '1' are the same number"),
     ],
 )
 def test_csv_labels_invalid_raise(cells: list[str], message: str, tmp_path: pathlib.Path) -> None:

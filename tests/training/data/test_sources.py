@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import pathlib
+import re
+from collections.abc import Callable
 
 import datasets
 import pytest
@@ -117,6 +119,32 @@ def test_load_rows_csv_cells_are_text(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a-2.csv").write_text("prompt,answer\na,b\n")
     with pytest.raises(ValueError, match=r"a-2\.csv has the columns prompt, answer, but .*a-1"):
         sources.load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_load_rows_csv_other_separator_raises(separator: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt{separator}completion\na, b{separator}c\n")
+    message = f"a.csv: the first line separates its columns by {separator!r}. Save the file with"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sources.load_rows(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text(f"text\na{separator}b\n")
+    assert sources.load_rows(tmp_path / "a.csv").to_list() == [{"text": f"a{separator}b"}]
+
+
+def make_dangling(path: pathlib.Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, make_dangling])
+def test_load_rows_irregular_file_raises(
+    make: Callable[[pathlib.Path], None], tmp_path: pathlib.Path
+) -> None:
+    # A dangling link is not left out, and a pipe that is opened would never answer.
+    (tmp_path / "a.txt").write_text("one\n")
+    make(tmp_path / "b.txt")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(FileNotFoundError, match=r"b\.txt is (not a regular file|a link to no)"):
+            sources.load_rows(path)
 
 
 def test_load_rows_drops_byte_order_mark(tmp_path: pathlib.Path) -> None:
