@@ -66,6 +66,8 @@ _CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "argum
 
 _CALL_MESSAGE = {"role": "assistant", "content": "-", "tool_calls": [_CALL]}
 
+_RESULT_FIELDS = {"name": "f", "tool_call_id": _CALL["id"]}
+
 # Texts of content to find out what a template writes. Filters such as trim and upper leave these
 # characters as they are, and Python escapes them where a template writes a list by mistake.
 _CONTENT_MARKS = ("\ue000", "\ue001")
@@ -103,7 +105,7 @@ def validate_messages(messages: Any, location: str) -> list[dict[str, Any]]:
         messages = _parse_messages(messages, location)
     if not isinstance(messages, Sequence) or not messages:
         raise ValueError(
-            f"{location} must be a list of messages, got {_abbreviate_repr(messages)}. Use "
+            f"{location} must be a list of messages, got {abbreviate_repr(messages)}. Use "
             f'[{{"role": "user", "content": "..."}}, ...].'
         )
     return [
@@ -118,7 +120,7 @@ def _parse_messages(text: str, location: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{location} must be a list of messages, got {_abbreviate_repr(text)}. Use "
+            f"{location} must be a list of messages, got {abbreviate_repr(text)}. Use "
             f'[{{"role": "user", "content": "..."}}, ...], or the format text for plain texts.'
         ) from error
 
@@ -128,7 +130,7 @@ def _normalize_message(message: Any, location: str) -> dict[str, Any]:
         message = _from_sharegpt(message, location)
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(
-            f"{location} must have the fields role and content, got {_abbreviate_repr(message)}."
+            f"{location} must have the fields role and content, got {abbreviate_repr(message)}."
         )
     if message["role"] not in ROLES:
         raise ValueError(
@@ -149,7 +151,7 @@ def _normalize_message(message: Any, location: str) -> dict[str, Any]:
     is_call = plain.get("tool_calls") or plain.get("function_call")
     if not isinstance(content, str | list) and not (content is None and is_call):
         raise ValueError(
-            f"{location}: content={_abbreviate_repr(content)} must be a string; only a message "
+            f"{location}: content={abbreviate_repr(content)} must be a string; only a message "
             f"with tool_calls may omit it."
         )
     return plain
@@ -166,7 +168,7 @@ def _parse_tool_calls(calls: Any, location: str) -> list[Any]:
     calls = [] if calls is None else calls
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise ValueError(
-            f"{location}: tool_calls={_abbreviate_repr(text)} must be a list of objects, or the "
+            f"{location}: tool_calls={abbreviate_repr(text)} must be a list of objects, or the "
             f"JSON of one. Use "
             f'[{{"type": "function", "function": {{"name": "...", "arguments": {{...}}}}}}].'
         ) from error
@@ -179,7 +181,7 @@ def _from_sharegpt(message: Mapping[str, Any], location: str) -> dict[str, Any]:
     if role is None or "value" not in message:
         raise ValueError(
             f"{location}: a message with from needs one of {', '.join(_SHAREGPT_ROLES)} there, and "
-            f"a value, got {_abbreviate_repr(message)}. Use role and content."
+            f"a value, got {abbreviate_repr(message)}. Use role and content."
         )
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": role, "content": message["value"], **rest}
@@ -193,7 +195,7 @@ def _normalize_parts(parts: list[Any], location: str) -> list[dict[str, Any]] | 
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{location}: content={_abbreviate_repr(parts)} must be a string or a list of "
+                f"{location}: content={abbreviate_repr(parts)} must be a string or a list of "
                 f'parts such as {{"type": "text", "text": "..."}}. Leave other parts out.'
             )
         if part.get("type", "text") != "text":
@@ -263,7 +265,7 @@ def is_trained(message: Mapping[str, Any], location: str) -> bool | None:
     other = next((name for name in _OTHER_MARKS if message.get(name) not in (None, "", [])), None)
     if other is not None:
         raise ValueError(
-            f"{location}: {other}={_abbreviate_repr(message[other])} is a mark for training of "
+            f"{location}: {other}={abbreviate_repr(message[other])} is a mark for training of "
             f"another format. Mark whole messages of the assistant, by weight: 0 or train: false, "
             f"or remove the field."
         )
@@ -290,7 +292,8 @@ def _common_prefix(one: str, two: str) -> str:
     return common if is_closed else common[:opening]
 
 
-def _abbreviate_repr(value: Any) -> str:
+def abbreviate_repr(value: Any) -> str:
+    """Returns the repr of a value of the data for an error, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -307,9 +310,9 @@ class ChatTemplate:
             change.
         source: Name of the template in errors, such as its file.
 
-    Content reaches the template as it is, text or a list of text parts. A template that reads only
-    one of them gets that one, where transformers would write the list as Python does, or leave the
-    text out.
+    Content reaches the template as it is: text, a list of text parts, or null beside calls. A
+    template that reads only text, or only parts, gets that form, where transformers would write a
+    list as Python does, or leave the text out.
 
     References:
         `apply_chat_template` of transformers, whose renderings are reproduced.
@@ -720,14 +723,15 @@ class ChatTemplate:
             ) from error
 
     def _convert_content(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns a message whose content is text, or parts, as the template reads it.
+        """Returns a message whose content is text, parts or null, as the template reads it.
 
-        Templates that read text alone write a list of parts as Python does, and those that read
-        parts alone leave text out, without an error.
+        Templates that read text alone write a list of parts, and null, as Python does, and those
+        that read parts alone leave text out, without an error.
         """
         content = message.get("content")
-        texts = list_texts(content)
-        text = "".join(texts)
+        if content is None and "content" in message and not self._reads_null:
+            return {**message, "content": ""}
+        text = "".join(list_texts(content))
         one_part = [{"type": "text", "text": text}]
         for form in (content, text, one_part) if content else ():
             if self._writes_content(message["role"], form):
@@ -735,37 +739,50 @@ class ChatTemplate:
         return message
 
     def _writes_content(self, role: str, content: Any) -> bool:
-        """Returns whether the template writes content of such a form: text, a part, or parts."""
+        """Returns whether the template writes content of such a form: text, one part, or parts.
+
+        That is tried once, in a short chat.
+        """
         number = min(len(content), 2) if isinstance(content, list) else 0
-        known = self._written_forms.get((role, number))
-        if known is not None:
-            return known
-        marks = _CONTENT_MARKS[: max(number, 1)]
-        parts = [{"type": "text", "text": mark} for mark in marks]
-        probe = {"role": role, "content": parts if number else marks[0]}
-        messages = [probe]
-        if role in ("system", "developer"):
-            messages = [probe, self._convert_content(_USER_MESSAGE)]
-        elif role == "assistant":
-            messages = [self._convert_content(_USER_MESSAGE), probe]
-        elif role != "user":
-            probe |= {"name": "f", "tool_call_id": _CALL["id"]}
-            messages = [self._convert_content(m) for m in (_USER_MESSAGE, _CALL_MESSAGE)] + [probe]
-        given = {"messages": messages, "tools": None, "documents": None}
-        try:
-            text = self._compiled.render(
-                {**self.variables, **given, "add_generation_prompt": False}
-            )
-        except Exception:  # A template can raise anything.
-            text = ""
-        is_written = all(mark in text for mark in marks)
-        self._written_forms[role, number] = is_written
-        return is_written
+        if (role, number) not in self._written_forms:
+            marks = _CONTENT_MARKS[: max(number, 1)]
+            parts = [{"type": "text", "text": mark} for mark in marks]
+            text = self._render_probe({"role": role, "content": parts if number else marks[0]})
+            self._written_forms[role, number] = all(mark in (text or "") for mark in marks)
+        return self._written_forms[role, number]
 
     @functools.cached_property
     def _written_forms(self) -> dict[tuple[str, int], bool]:
         """By role and number of parts, 0 for text: whether the template writes such content."""
         return {}
+
+    @functools.cached_property
+    def _reads_null(self) -> bool:
+        """Whether the template reads null content beside calls, rather than writes None."""
+        null, empty = (
+            self._render_probe({"role": "assistant", "content": content, "tool_calls": [_CALL]})
+            for content in (None, "")
+        )
+        return empty is None or (null is not None and null.count("None") <= empty.count("None"))
+
+    def _render_probe(self, probe: dict[str, Any]) -> str | None:
+        """Returns the text of a short chat with a message; None if the template raises."""
+        before: list[dict[str, Any]] = []
+        after: list[dict[str, Any]] = []
+        if probe["role"] in ("system", "developer"):
+            after = [_USER_MESSAGE]
+        elif probe["role"] == "assistant":
+            before = [_USER_MESSAGE]
+        elif probe["role"] != "user":
+            before, probe = [_USER_MESSAGE, _CALL_MESSAGE], {**probe, **_RESULT_FIELDS}
+        chat = [*map(self._convert_content, before), probe, *map(self._convert_content, after)]
+        given = {"messages": chat, "tools": None, "documents": None}
+        try:
+            return self._compiled.render(
+                {**self.variables, **given, "add_generation_prompt": False}
+            )
+        except Exception:  # A template can raise anything.
+            return None
 
     @functools.cached_property
     def _has_generation_tags(self) -> bool:
@@ -898,7 +915,7 @@ def find_chat_template(folder: Path) -> str | None:
         isinstance(text, str) for pair in by_name.items() for text in pair
     ):
         raise ValueError(
-            f"{config}: chat_template={_abbreviate_repr(template)} must be a text, or a list of "
+            f"{config}: chat_template={abbreviate_repr(template)} must be a text, or a list of "
             f"mappings with distinct names and their templates. Copy it again from its source."
         )
     if "default" not in by_name:

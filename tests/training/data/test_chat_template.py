@@ -174,6 +174,24 @@ def test_render_keeps_nulls_of_arguments() -> None:
     assert ChatTemplate("{{ messages[1].content is none }}").render(messages) == "True"
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("{{ messages[1].content }}|", "|"),
+        ("{{ messages[1].content + '|' }}", "|"),
+        ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", ""),
+        ("{{ messages[1].content is none }}", "True"),
+        ("{{ messages[1].content or '-' }}", "-"),
+        ("None: {{ messages[1].content }}", "None: "),
+    ],
+)
+def test_render_writes_no_null_content(text: str, want: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    messages = [{"role": "user", "content": ""}]
+    messages += [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert ChatTemplate(text).render(messages) == want
+
+
 def test_render_keeps_every_field() -> None:
     message = {"role": "user", "content": "Hi", "name": "Ada", "extra": {"a": [1, None]}}
     text = "{{ messages[0].name }} {{ messages[0].extra | tojson }}"

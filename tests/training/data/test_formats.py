@@ -413,6 +413,27 @@ def test_csv_labels_invalid_raise(cells: list[str], message: str, tmp_path: path
         )
 
 
+def test_csv_labels_of_one_number_raise(tmp_path: pathlib.Path) -> None:
+    """The labels 01 and 1 may be one class, or two."""
+    file, tokenizer = tmp_path / "a.csv", encoder(tmp_path)
+    message = "is the same number as the label"
+    for cells, row in (("01 1 0", 1), ("1 0 +1", 2), ("0 1 1.0", 2)):
+        file.write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells.split()))
+        with pytest.raises(ValueError, match=f"row {row}: label=.* {message}"):
+            formats.tokenize_classification(sources.load_rows(file), tokenizer, READING)
+    file.write_text("text,label\na,01\na,1\na,0\n")
+    names = ["0", "1", "01"]
+    corpus = formats.tokenize_classification(
+        sources.load_rows(file), tokenizer, READING, label_names=names
+    )
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [2, 1, 0]
+    file.write_text("text,label\na, 1\na,1\na,0\n")  # Blanks do not count.
+    corpus = formats.tokenize_classification(sources.load_rows(file), tokenizer, READING)
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [1, 1, 0]
+
+
 def test_csv_labels_numeric_names_stay_text(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1\na,9\n")
     reading = TokenizeConfig(max_seq_length=400, data_name="a.csv")
@@ -552,6 +573,53 @@ ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
         ("completion", {"question": "a", "answer": "b"}, "use `columns: {prompt: question, compl"),
         ("chat", {**ALPACA, "system": "s"}, r"`columns: {prompt: \[system, instruction, input\],"),
         (
+            "completion",
+            {**ALPACA, "system_prompt": "s"},
+            r"use format: completion and `columns: {prompt: \[system_prompt, instruction, input\],",
+        ),
+        (
+            "chat",
+            {"instruction": "a", "input": "b", "response": "c"},
+            r"format: completion and `columns: {prompt: \[instruction, input\], completion: resp",
+        ),
+        (
+            "completion",
+            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+            r"use `columns: {prompt: \[instruction, context\], completion: response}`",
+        ),
+        (
+            "chat",
+            {"context": "a", "question": "b", "answer": "c"},
+            r"{prompt: \[context, question\], completion: answer}",
+        ),
+        (
+            "chat",
+            {"system_prompt": "a", "question": "b", "response": "c"},
+            r"{prompt: \[system_prompt, question\], completion: response}",
+        ),
+        ("chat", {"id": 1, "conversation": []}, "`columns: {messages: conversation}`"),
+        (
+            "chat",
+            {"conversations": [], "system_prompt": "s"},
+            "`columns: {messages: conversations, system: system_prompt}`",
+        ),
+        (
+            "preference",
+            {"prompt": "a", "completion": "b", "label": False},
+            "with a label .KTO., not pairs: .* remove the rows whose label is false, and use fo",
+        ),
+        (
+            "preference",
+            {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
+            r"use `columns: {prompt: \[system, question\]}`",
+        ),
+        (
+            "classification",
+            {"premise": "a", "hypothesis": "b", "label": 1},
+            "pairs of texts: use `columns: {text: premise, text_pair: hypothesis}`",
+        ),
+        ("completion", {"prompt;completion": "a;b"}, "seem to be separated by ';': save the file"),
+        (
             "preference",
             {"chosen": "a", "rejected": "b"},
             "write it into a column prompt, as the me",
@@ -592,6 +660,16 @@ def test_tokenize_chats_system_column(tmp_path: pathlib.Path) -> None:
     ("form", "column", "value", "message"),
     [
         ("chat", "history", [["a", "b"]], "row 1: the column history would change .* as messages"),
+        ("chat", "system_prompt", "s", "Map it by `columns: {system: system_prompt}`"),
+        ("chat", "documents", [{"text": "a"}], "documents would change .* into the prompt or a me"),
+        ("chat", "functions", [{"name": "f"}], "as the column tools with entries such as"),
+        ("chat", "images", ["a.png"], "A language model does not read it"),
+        ("chat", "greeting", "s", "the column greeting would change the prompt, .* `{% set NAME"),
+        ("completion", "system_message", "s", r"`columns: {prompt: \[system_message, prompt\]}`"),
+        ("completion", "tools", [{"name": "f"}], "tools would change .* Write it into the prompt"),
+        ("completion", "images", ["a.png"], "A language model does not read it"),
+        ("preference", "system_prompt", "s", r"`columns: {prompt: \[system_prompt, prompt\]}`"),
+        ("preference", "tools", [{"name": "f"}], "tools would change the prompt"),
         ("chat", "chat_template_kwargs", {"x": 1}, r"by `{% set NAME = ... %}` in a template"),
         ("completion", "system", "s", r"`columns: {prompt: \[system, prompt\]}`"),
         ("completion", "history", [["a", "b"]], "history would change the prompt, but"),
@@ -607,17 +685,88 @@ def test_columns_of_prompt_are_not_ignored(
         "completion": {"prompt": "a", "completion": "b"},
         "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
     }[form]
+    template = TINY.chat_template
+    assert template is not None
+    greeted = dataclasses.replace(template, text=template.text + "{{ greeting }}")
+    tokenizer = TINY._replace(chat_template=greeted)
     tokenize, empty = formats.FORMATS[form], {column: type(value)()}
     (tmp_path / "a.jsonl").write_text(json.dumps(row | empty) + "\n" + json.dumps(row | empty))
-    want = tokenize([row, row], TINY, READING).fingerprint
+    want = tokenize([row, row], tokenizer, READING).fingerprint
     for given in ([row, row | empty], sources.load_rows(tmp_path / "a.jsonl")):
-        assert tokenize(given, TINY, READING).fingerprint == want
+        assert tokenize(given, tokenizer, READING).fingerprint == want
     (tmp_path / "a.jsonl").write_text(
         json.dumps(row | empty) + "\n" + json.dumps(row | {column: value})
     )
     for given in ([row, row | {column: value}], sources.load_rows(tmp_path / "a.jsonl")):
         with pytest.raises(ValueError, match=message):
-            tokenize(given, TINY, READING)
+            tokenize(given, tokenizer, READING)
+
+
+def test_advised_columns_lead_to_a_run() -> None:
+    """What the advice names is in the prompt, in its order."""
+    row = {"system_prompt": "s", "input": "c", "instruction": "a", "context": "b", "output": "d"}
+    columns = {"prompt": ["system_prompt", "instruction", "context", "input"]}
+    with pytest.raises(ValueError, match=r"prompt: \[system_prompt, instruction, context, input\]"):
+        formats.tokenize_completions([row], TINY, READING)
+    reading = dataclasses.replace(READING, columns={**columns, "completion": "output"})
+    got = formats.tokenize_completions([row], TINY, reading)
+    want = [{"prompt": "s\n\na\n\nb\n\nc", "completion": "d"}]
+    assert got.fingerprint == formats.tokenize_completions(want, TINY, READING).fingerprint
+
+
+@pytest.mark.parametrize("label", [False, "False", "false"])
+def test_answers_labeled_false_are_not_learned(label: Any) -> None:
+    row = {"prompt": "a", "completion": "b", "label": True}
+    want = formats.tokenize_completions([{"prompt": "a", "completion": "b"}], TINY, READING)
+    assert formats.tokenize_completions([row], TINY, READING).fingerprint == want.fingerprint
+    with pytest.raises(ValueError, match=r"row 1: label=.* not to be learned .KTO."):
+        formats.tokenize_completions([row, {**row, "label": label}], TINY, READING)
+    chat = {"prompt": said("a"), "completion": said("", "b")[1:], "label": label}
+    reading = dataclasses.replace(READING, columns={"messages": ["prompt", "completion"]})
+    with pytest.raises(ValueError, match=r"row 0: label=.* not to be learned .KTO."):
+        formats.tokenize_chats([chat], TINY, reading)
+
+
+def test_tools_that_template_ignores_raise() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    row = {"messages": said("a", "b"), "tools": json.dumps(tools)}
+    pair = {"prompt": said("a"), "chosen": said("", "b")[1:], "rejected": said("", "c")[1:]}
+    message = "row 1 has tools, but the chat template does not read them"
+    for form, given in (("chat", row), ("preference", {**pair, "tools": tools})):
+        empty = {**given, "tools": None}
+        with pytest.raises(ValueError, match=message):
+            formats.FORMATS[form]([empty, given], with_template("chatml"), READING)
+        formats.FORMATS[form]([empty, given], with_template("llama3"), READING)
+
+
+def test_tokenize_chats_reads_parts(tmp_path: pathlib.Path) -> None:
+    """Parts of content, calls as JSON, and a system message reach the template from every file."""
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = TINY._replace(chat_template=ChatTemplate(text))
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    system = {"role": "system", "content": [{"type": "text", "text": "s"}]}
+    calls = json.dumps([{"function": {"name": "f", "arguments": {}}}])
+    chat = [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]
+    chat += [{"role": "assistant", "content": "", "tool_calls": calls}]
+    row = {"messages": chat, "system": "s"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    frame = {"messages": json.dumps(chat), "system": "s"}
+    datasets.Dataset.from_list([frame]).to_csv(str(tmp_path / "a.csv"))
+    for given in ([row], *(sources.load_rows(tmp_path / f"a.{kind}") for kind in ("jsonl", "csv"))):
+        corpus = formats.tokenize_chats(given, tokenizer, READING)
+        tokens, learnt = pieces(corpus, 0)
+        assert TINY.decode(learnt) == "[b][c]<|im_end|>f<|im_end|>"
+        assert "system\n[s]<|im_end|>" in TINY.decode(tokens)
+    prompt = [system, {"role": "user", "content": "a"}]
+    spelled = [{"role": "system", "content": "s"}, {"role": "user", "content": parts[:0] or "a"}]
+    answers = {"chosen": [*spelled, said("", "b")[1]], "rejected": said("", "c")[1:]}
+    pair = formats.tokenize_preferences([{"prompt": prompt, **answers}], tokenizer, READING)
+    assert TINY.decode(pieces(pair, 0)[1]) == "b<|im_end|>"
 
 
 def test_columns_of_prompt_can_be_mapped() -> None:
@@ -713,6 +862,13 @@ def test_tokenize_chats_table_equals_list() -> None:
         ("chat", {"messages": "a"}, {}, "train.jsonl, row 1 must be a list of messages, got 'a'"),
         ("chat", {"messages": said("a"), "tools": "{"}, {}, "row 1: tools is not valid JSON"),
         ("preference", {"prompt": "a", "chosen": 1, "rejected": ""}, {}, "row 1: chosen=1 must be"),
+        (
+            "preference",
+            {"prompt": said("a"), "chosen": "b", "rejected": "c"},
+            {},
+            r"row 1: prompt=\[.{1,60} must be a string. Use strings in all columns, or messages in",
+        ),
+        ("completion", {"prompt": said("a"), "completion": "b"}, {}, "with messages in all of the"),
     ],
 )
 def test_tokenize_invalid_rows_raise(
