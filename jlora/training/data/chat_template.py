@@ -729,8 +729,9 @@ class ChatTemplate:
         that read parts alone leave text out, without an error.
         """
         content = message.get("content")
-        if content is None and "content" in message and not self._reads_null:
-            return {**message, "content": ""}
+        if content is None and "content" in message:
+            is_read = message.get("tool_calls") and self._reads_null
+            return message if is_read else {**message, "content": ""}
         text = "".join(list_texts(content))
         one_part = [{"type": "text", "text": text}]
         for form in (content, text, one_part) if content else ():

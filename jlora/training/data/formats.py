@@ -501,9 +501,10 @@ def _iter_column_batches(
 
 
 def _has_messages(rows: Rows, config: TokenizeConfig) -> bool:
-    """Returns whether the answers of preferences are messages, by the first row."""
+    """Returns whether the answers of preferences are messages, by the first that is not null."""
     column = _list_columns(config, "chosen")[0]
-    return len(rows) > 0 and not isinstance(rows[0].get(column, ""), str)
+    answers: Iterator[Any] = (row.get(column) for row in rows)
+    return not isinstance(next((each for each in answers if each is not None), ""), str)
 
 
 def _list_prompt_columns(template: ChatTemplate | None) -> tuple[str, ...]:
@@ -598,8 +599,10 @@ def _join_columns(
         for number, value in enumerate(values):
             if value is not None and not isinstance(value, str):
                 raise ValueError(
-                    f"{config.data_name}, row {first_row + number}: {name}={value!r} must be a "
-                    f"string to be joined with other columns. Correct or remove the row."
+                    f"{config.data_name}, row {first_row + number}: {name}="
+                    f"{abbreviate_repr(value)} must be a string to be joined with other columns. "
+                    f"Correct or remove the row; a text before messages is their first message, of "
+                    f"the role system."
                 )
     return ["\n\n".join(filter(None, texts)) for texts in zip(*columns.values(), strict=True)]
 

@@ -281,6 +281,7 @@ def test_render_parts_without_nulls_or_type() -> None:
         ("{{ m.parts }}", in_parts("assistant", "b"), "does not write its content"),
         ("{{ m.content }}", {"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "'f'"),
         ("{{ m.content }}", {"content": "", "function_call": {"name": "f"}}, "tool_calls rather"),
+        ("{{ m.content }}", {"content": None, "function_call": {"name": "f"}}, "tool_calls rather"),
     ],
 )
 def test_spans_unwritten_answers_raise(written: str, answer: dict[str, Any], message: str) -> None:

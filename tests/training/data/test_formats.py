@@ -544,6 +544,8 @@ def test_tokenize_joins_columns() -> None:
         assert got.fingerprint == formats.tokenize_completions(want, TINY, READING).fingerprint
     with pytest.raises(ValueError, match=r"row 0: input=3 must be a string to be joined"):
         formats.tokenize_completions([{**rows[0], "input": 3}], TINY, reading)
+    with pytest.raises(ValueError, match=r"input=\[.{1,60} must be .* their first message, of the"):
+        formats.tokenize_completions([{**rows[0], "input": said("a", "b")}], TINY, reading)
 
 
 ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
@@ -888,6 +890,18 @@ def test_tokenize_invalid_rows_raise(
     reading = TokenizeConfig(max_seq_length=400, data_name="train.jsonl", columns=columns)
     with pytest.raises(ValueError, match=message):
         formats.FORMATS[form]([first, row], TINY, reading)
+
+
+def test_preferences_form_is_of_first_answer() -> None:
+    """Null is neither text nor messages."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(ValueError, match="row 0: chosen=None must be a string"):
+        formats.tokenize_preferences([{**row, "chosen": None}, row], TINY, READING)
+    chat = {"prompt": "a", "chosen": said("", "b")[1:], "rejected": said("", "c")[1:]}
+    with pytest.raises(ValueError, match="row 1, chosen must be a list of messages, got 'b'"):
+        formats.tokenize_preferences([chat, row], TINY, READING)
+    with pytest.raises(ValueError, match=r"row 1: chosen=\[.* Use strings in all columns, or mess"):
+        formats.tokenize_preferences([row, chat], TINY, READING)
 
 
 def test_preferences_two_answer_messages_raise() -> None:
