@@ -793,12 +793,26 @@ class ChatTemplate:
 
     @functools.cached_property
     def undeclared_variables(self) -> frozenset[str]:
-        """Variables that the template reads and that neither it nor `variables` defines.
+        """Variables that the template may read before it sets them, without `variables`.
 
         Those of every chat, such as messages and tools, are among them.
         """
         read = jinja2.meta.find_undeclared_variables(self._syntax_tree)
         return frozenset(read - self.variables.keys() - self._compiled.globals.keys())
+
+    @functools.cached_property
+    def input_variables(self) -> frozenset[str]:
+        """Those of `undeclared_variables` that the template never sets, or has a default for."""
+        nodes = jinja2.nodes
+        names = self._syntax_tree.find_all(nodes.Name)
+        own = {name.name for name in names if name.ctx != "load"}
+        asked = [
+            node.node
+            for node in self._syntax_tree.find_all((nodes.Test, nodes.Filter))
+            if node.name in ("defined", "undefined", "none", "default", "d")
+        ]
+        defaults = {node.name for node in asked if isinstance(node, nodes.Name)}
+        return self.undeclared_variables - (own - defaults)
 
     @functools.cached_property
     def _syntax_tree(self) -> jinja2.nodes.Template:

@@ -509,7 +509,7 @@ def _has_messages(rows: Rows, config: TokenizeConfig) -> bool:
 
 def _list_prompt_columns(template: ChatTemplate | None) -> tuple[str, ...]:
     """Returns the columns that would change a prompt: those of other libraries, and variables."""
-    variables = set() if template is None else template.undeclared_variables
+    variables = set() if template is None else template.input_variables
     return (*_PROMPT_COLUMNS, *sorted(variables - {"messages", *_PROMPT_COLUMNS}))
 
 

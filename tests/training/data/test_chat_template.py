@@ -342,6 +342,24 @@ def test_undeclared_variables_of_template() -> None:
     assert read == {"messages", "thinking"}
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("{{ thinking }}", {"thinking"}),
+        (
+            "{% if messages %}{% set role = 1 %}{% else %}{% set role = 2 %}{% endif %}{{ role }}",
+            set(),
+        ),
+        ("{% if not day is defined %}{% set day = 1 %}{% endif %}{{ day }}", {"day"}),
+        ("{% set mode = mode | default('a') %}{{ mode }}", {"mode"}),
+        ("{% for part in messages %}{{ part.role is defined }}{% endfor %}", set()),
+        ("{% macro f(part) %}{{ part }}{% endmacro %}{{ f(messages) }}", set()),
+    ],
+)
+def test_input_variables_of_template(text: str, read: set[str]) -> None:
+    assert ChatTemplate("{{ messages }}" + text).input_variables == read | {"messages"}
+
+
 def test_render_text_parts_and_sharegpt() -> None:
     chat = template("chatml")
     want = chat.render(said("one two", "three"))
