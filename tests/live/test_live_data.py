@@ -13,9 +13,9 @@ import pytest
 
 for package, version in (("torch", None), ("transformers", "5.0"), ("peft", None)):
     pytest.importorskip(package, minversion=version)
+chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
 
 from safetensors.torch import load_file  # noqa: E402
-from transformers.utils import chat_template_utils  # noqa: E402
 
 from jlora.training.data import ChatTemplate  # noqa: E402
 

@@ -503,7 +503,8 @@ def _iter_column_batches(
 def _has_messages(rows: Rows, config: TokenizeConfig) -> bool:
     """Returns whether the answers of preferences are messages, by the first that is not null."""
     column = _list_columns(config, "chosen")[0]
-    answers: Iterator[Any] = (row.get(column) for row in rows)
+    table: Any = rows
+    answers = (row.get(column) for row in table)
     return not isinstance(next((each for each in answers if each is not None), ""), str)
 
 
