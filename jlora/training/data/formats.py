@@ -124,7 +124,7 @@ def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
 
     Raises:
         ValueError: If the labels are neither all nonempty strings, nor all ints from 0, nor all
-            booleans.
+            booleans, or two strings differ in blanks alone.
     """
     kind = type(labels[0]) if labels and isinstance(labels[0], str | bool) else int
     for row, label in enumerate(labels):
@@ -136,6 +136,15 @@ def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
                 f"strings, all ints from 0 to {MAX_LABELS - 1}, or all booleans. Correct the row."
             )
     if kind is str:
+        first: dict[str, str] = {}
+        for row, label in enumerate(labels):
+            other = first.setdefault(label.strip(), label)
+            if other != label:
+                raise ValueError(
+                    f"{data_name}, row {row}: label={label!r} differs from the label {other!r} in "
+                    f"blanks alone. Write one class in one way; or, if they are two, list both in "
+                    f"label_names (classification.labels of a recipe)."
+                )
         return sorted(set(labels))
     if kind is bool:
         return ["false", "true"]
@@ -474,7 +483,7 @@ def _iter_column_batches(
     names = {name: columns for name, columns in names.items() if set(columns) <= set(present)}
     used = {column for columns in names.values() for column in columns}
     refused = tuple(column for column in refused if column in present and column not in used)
-    nested = {column for column in used if _has_struct_type(rows, column)}
+    nested = {column for column in (*used, *refused) if _has_struct_type(rows, column)}
     for start in range(0, len(rows), _TOKENIZE_BATCH_SIZE):
         part: Any = rows[start : start + _TOKENIZE_BATCH_SIZE]
 
@@ -523,10 +532,13 @@ def _reject_values(
 ) -> None:
     """Raises if a column that belongs to the prompt, but would be ignored, is not empty."""
 
-    def is_read(value: Any) -> bool:
-        return str(value).lower() == "false" if column == "label" else value not in _EMPTY_VALUES
+    def is_lost(value: Any) -> bool:
+        if column == "label":
+            return str(value).lower() == "false"
+        is_plain = value is None or isinstance(value, str | list | dict)
+        return not (is_plain and value in _EMPTY_VALUES)
 
-    row = next((i for i, value in enumerate(values) if is_read(value)), None)
+    row = next((i for i, value in enumerate(values) if is_lost(value)), None)
     if row is None:
         return
     if column == "label":
@@ -747,18 +759,26 @@ def _read_tools(
 ) -> Any:
     """Returns a row's tool schemas, which tables often store as JSON text, as their fields differ.
 
+    The list is JSON, or each of its schemas.
+
     Raises:
-        ValueError: The text is not JSON, or the template does not read tools.
+        ValueError: They are not a list of schemas, or the template does not read tools.
     """
     tools = columns["tools"][row] if "tools" in columns else None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{location}: tools is not valid JSON ({error}). Use a list of schemas, or its "
-                f"JSON."
-            ) from error
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if isinstance(tools, Sequence):
+            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{location}: tools is not valid JSON ({error}). Use a list of schemas, or its JSON."
+        ) from error
+    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    if tools and not is_list:
+        raise ValueError(
+            f"{location}: tools={abbreviate_repr(tools)} must be a list of schemas such as "
+            f'{{"type": "function", "function": {{...}}}}, or its JSON.'
+        )
     if tools and "tools" not in template.undeclared_variables:
         raise ValueError(
             f"{location} has tools, but {template.source} does not read them, so that the prompt "

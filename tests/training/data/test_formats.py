@@ -324,6 +324,7 @@ def test_label_names_of_table_features(tmp_path: pathlib.Path) -> None:
         ),
         ([0, 2], ["a", "b"], "row 1: label=2 must be one of a, b, or an int below 2"),
         (["a", "a"], None, r"label_names=\['a'\] must be at least two distinct names"),
+        (["a", "b", " a"], None, "row 2: label=' a' differs from the label 'a' in blanks alone"),
         (["a", "b"], ["a", "b", "a"], "must be at least two distinct names"),
     ],
 )
@@ -704,6 +705,19 @@ def test_columns_of_prompt_are_not_ignored(
             tokenize(given, tokenizer, READING)
 
 
+def test_columns_of_structs_without_values_pass() -> None:
+    """Such a type has null for the fields of other rows."""
+    row = {"messages": said("a", "b"), "chat_template_kwargs": {}}
+    other = {**row, "chat_template_kwargs": {"thinking": True}}
+    table = datasets.Dataset.from_list([row, other])
+    assert table[0]["chat_template_kwargs"] == {"thinking": None}
+    with pytest.raises(ValueError, match="row 1: the column chat_template_kwargs would change"):
+        formats.tokenize_chats(table, TINY, READING)
+    seen = {**row, "images": np.zeros(2)}
+    with pytest.raises(ValueError, match="row 0: the column images would change the prompt"):
+        formats.tokenize_chats([seen], TINY, READING)
+
+
 def test_advised_columns_lead_to_a_run() -> None:
     """What the advice names is in the prompt, in its order."""
     row = {"system_prompt": "s", "input": "c", "instruction": "a", "context": "b", "output": "d"}
@@ -800,6 +814,10 @@ def test_tokenize_preferences_render_tools() -> None:
     messages, tokenizer = said("a", "b"), with_template("llama3")
     row = {"prompt": messages[:1], "chosen": messages[1:], "rejected": said("", "c")[1:]}
     chat = {"messages": messages}
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
+        chats = [{**chat, "tools": given} for given in (tools, [tool])]
+        corpus = formats.tokenize_chats(chats, tokenizer, READING)
+        assert pieces(corpus, 0) == pieces(corpus, 1)
     for tools in ({"tools": [tool]}, {"tools": json.dumps([tool])}, {}):
         pair = formats.tokenize_preferences([{**row, **tools}], tokenizer, READING)
         want = formats.tokenize_chats([{**chat, **tools}], tokenizer, READING)
@@ -863,6 +881,14 @@ def test_tokenize_chats_table_equals_list() -> None:
         ),
         ("chat", {"messages": "a"}, {}, "train.jsonl, row 1 must be a list of messages, got 'a'"),
         ("chat", {"messages": said("a"), "tools": "{"}, {}, "row 1: tools is not valid JSON"),
+        ("chat", {"messages": said("a"), "tools": ["{"]}, {}, "row 1: tools is not valid JSON"),
+        (
+            "chat",
+            {"messages": said("a"), "tools": {"name": "f"}},
+            {},
+            "row 1: tools={'na.* must",
+        ),
+        ("chat", {"messages": said("a"), "tools": "[3]"}, {}, r"row 1: tools=\[3\] must be a list"),
         ("preference", {"prompt": "a", "chosen": 1, "rejected": ""}, {}, "row 1: chosen=1 must be"),
         (
             "preference",
