@@ -777,12 +777,13 @@ class ChatTemplate:
         elif probe["role"] != "user":
             before, probe = [_USER_MESSAGE, _CALL_MESSAGE], {**probe, **_RESULT_FIELDS}
         chat = [*map(self._convert_content, before), probe, *map(self._convert_content, after)]
-        given = {"messages": chat, "tools": None, "documents": None}
+        given = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": False}
+        compiled = self._compiled
         try:
-            return self._compiled.render(
-                {**self.variables, **given, "add_generation_prompt": False}
-            )
-        except Exception:  # A template can raise anything.
+            return compiled.render({**self.variables, **given})
+        except Exception as error:  # A template can raise anything.
+            if type(error) is jinja2.TemplateRuntimeError:
+                raise  # A limit of time or memory, which any chat would meet.
             return None
 
     @functools.cached_property
