@@ -236,8 +236,9 @@ def _resolve_label_names(recipe: Recipe, folder: Path, vocab_size: int) -> Seque
     if all(names == lists[0] for names in lists):
         return lists[0]
     union = {name for names in lists for name in names}
-    # Numbers are sorted by value, so that 2 comes before 10.
-    return sorted(union, key=int if all(name.isdigit() for name in union) else None)
+    if all(name.isdecimal() for name in union):  # Numbers by value, so that 2 comes before 10.
+        return sorted(union, key=lambda name: (int(name), name))
+    return sorted(union)
 
 
 def read_head_labels(folder: Path) -> list[str] | None:

@@ -253,6 +253,21 @@ def test_load_datasets_names_the_template(
         load_datasets(recipe.validate(raw), base, 39, slice(0, 2), slice(0, 2))
 
 
+def test_load_datasets_orders_labels_of_sources(
+    recipe_of: Make, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """By value, and names of one number by their text, in every process."""
+    labels = (["1", "0001", "10"], ["2", "01", "001", "1"])
+    paths = [
+        write_rows(tmp_path / f"{n}.jsonl", [{"text": "a", "label": label} for label in names])
+        for n, names in enumerate(labels)
+    ]
+    sources = [{"path": path, "format": "classification"} for path in paths]
+    validated = recipe.validate(recipe_of(data={"train": sources}))
+    datasets = load_datasets(validated, base, 39, slice(0, 2), slice(0, 2))
+    assert datasets.label_names == ("0001", "001", "01", "1", "2", "10")
+
+
 @pytest.mark.slow
 def test_train_dpo_exports_the_chat_format(
     recipe_of: Make, base: pathlib.Path, pairs: dict[str, str], tmp_path: pathlib.Path

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 
@@ -39,14 +40,35 @@ SPECIAL_TOKEN_KEYS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Marks of a message for training, in the formats of OpenAI, Axolotl and ms-swift: 0 or false leaves
+# an assistant's turn out of the loss.
+TRAINING_MARKS = ("weight", "train", "training", "loss", "loss_scale")
 
-
-# Marks of a message for training, in the formats of OpenAI and Axolotl: 0 or false leaves an
-# assistant's turn out of the loss.
-TRAINING_MARKS = ("weight", "train", "training")
+# Marks of other programs, of parts of a message or with another meaning of true.
+_OTHER_MARKS = (
+    "train_detail",
+    "training_detail",
+    "train_on",
+    "trainable",
+    "learn",
+    "ignore",
+    "mask",
+    "masked",
+    "loss_mask",
+)
 
 _USER_MESSAGE = {"role": "user", "content": "-"}
+
+# Some templates want ids of nine characters.
+_CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+_CALL_MESSAGE = {"role": "assistant", "content": "-", "tool_calls": [_CALL]}
+
+_RESULT_FIELDS = {"name": "f", "tool_call_id": _CALL["id"]}
+
+# Texts of content to find out what a template writes. Filters such as trim and upper leave these
+# characters as they are, and Python escapes them where a template writes a list by mistake.
+_CONTENT_MARKS = ("\ue000", "\ue001")
 
 # Roles of ShareGPT's `from`.
 _SHAREGPT_ROLES = {
@@ -63,23 +85,25 @@ _SHAREGPT_ROLES = {
 def validate_messages(messages: Any, location: str) -> list[dict[str, Any]]:
     """Returns the messages for a template, as plain dicts.
 
-    Fields reach the template as they are, with three exceptions. Null fields of a message or of a
-    tool call are left out, since tables fill every message with nulls for the fields that only
-    others have; `content` and everything in a call's arguments stay. Content in text parts is
-    joined. Messages of ShareGPT, with `from` and `value`, get `role` and `content`.
+    Fields reach the template as they are, with three exceptions. Null fields of a message, of a
+    part of its content or of a tool call are left out, since tables fill every message with nulls
+    for the fields that only others have; `content` and everything in a call's arguments stay.
+    `tool_calls` may be JSON text. Messages of ShareGPT, with `from` and `value`, get `role` and
+    `content`.
 
     Args:
         messages: Messages, or their JSON text.
         location: Name of the messages in errors.
 
     Raises:
-        ValueError: If a message has no role of `ROLES`, or content that is not text.
+        ValueError: If a message has no role of `ROLES`, or content that is neither text nor a list
+            of text parts.
     """
     if isinstance(messages, str):
         messages = _parse_messages(messages, location)
     if not isinstance(messages, Sequence) or not messages:
         raise ValueError(
-            f"{location} must be a list of messages, got {_abbreviate_repr(messages)}. Use "
+            f"{location} must be a list of messages, got {abbreviate_repr(messages)}. Use "
             f'[{{"role": "user", "content": "..."}}, ...].'
         )
     return [
@@ -94,7 +118,7 @@ def _parse_messages(text: str, location: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{location} must be a list of messages, got {_abbreviate_repr(text)}. Use "
+            f"{location} must be a list of messages, got {abbreviate_repr(text)}. Use "
             f'[{{"role": "user", "content": "..."}}, ...], or the format text for plain texts.'
         ) from error
 
@@ -104,29 +128,49 @@ def _normalize_message(message: Any, location: str) -> dict[str, Any]:
         message = _from_sharegpt(message, location)
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(
-            f"{location} must have the fields role and content, got {_abbreviate_repr(message)}."
+            f"{location} must have the fields role and content, got {abbreviate_repr(message)}."
         )
     if message["role"] not in ROLES:
         raise ValueError(
             f"{location}: role={message['role']!r} must be one of {', '.join(ROLES)}. Rename it."
         )
-    _reject_generation_markers(message, location)
     plain = {
         key: _to_plain(value)
         for key, value in message.items()
         if value is not None or key == "content"
     }
-    if isinstance(plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_drop_nulls_of_call(call) for call in plain["tool_calls"]]
+    if "tool_calls" in plain:
+        calls = _parse_tool_calls(plain["tool_calls"], location)
+        plain["tool_calls"] = [_drop_nulls_of_call(call) for call in calls]
     if isinstance(plain.get("content"), list):
-        plain["content"] = _join_text_parts(plain["content"], location)
+        plain["content"] = _normalize_parts(plain["content"], location)
+    _reject_generation_markers(plain, location)
     content = plain.get("content")
-    if not isinstance(content, str) and not (content is None and plain.get("tool_calls")):
+    is_call = plain.get("tool_calls") or plain.get("function_call")
+    if not isinstance(content, str | list) and not (content is None and is_call):
         raise ValueError(
-            f"{location}: content={_abbreviate_repr(content)} must be a string; only a message "
+            f"{location}: content={abbreviate_repr(content)} must be a string; only a message "
             f"with tool_calls may omit it."
         )
     return plain
+
+
+def _parse_tool_calls(calls: Any, location: str) -> list[Any]:
+    """Returns the calls of a message, which tables of text columns have as JSON."""
+    text, error = calls, None
+    if isinstance(text, str):
+        try:
+            calls = json.loads(text) if text.strip() else []
+        except (ValueError, RecursionError) as caught:
+            error = caught
+    calls = [] if calls is None else calls
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(
+            f"{location}: tool_calls={abbreviate_repr(text)} must be a list of objects, or the "
+            f"JSON of one. Use "
+            f'[{{"type": "function", "function": {{"name": "...", "arguments": {{...}}}}}}].'
+        ) from error
+    return calls
 
 
 def _from_sharegpt(message: Mapping[str, Any], location: str) -> dict[str, Any]:
@@ -135,18 +179,21 @@ def _from_sharegpt(message: Mapping[str, Any], location: str) -> dict[str, Any]:
     if role is None or "value" not in message:
         raise ValueError(
             f"{location}: a message with from needs one of {', '.join(_SHAREGPT_ROLES)} there, and "
-            f"a value, got {_abbreviate_repr(message)}. Use role and content."
+            f"a value, got {abbreviate_repr(message)}. Use role and content."
         )
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": role, "content": message["value"], **rest}
 
 
-def _join_text_parts(parts: list[Any], location: str) -> str:
-    """Returns the text of content in parts, `{"type": "text", "text": "..."}`."""
+def _normalize_parts(parts: list[Any], location: str) -> list[dict[str, Any]] | str:
+    """Returns content in parts, `{"type": "text", "text": "..."}`, without null fields.
+
+    A list without parts is an empty text.
+    """
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{location}: content={_abbreviate_repr(parts)} must be a string or a list of "
+                f"{location}: content={abbreviate_repr(parts)} must be a string or a list of "
                 f'parts such as {{"type": "text", "text": "..."}}. Leave other parts out.'
             )
         if part.get("type", "text") != "text":
@@ -154,13 +201,26 @@ def _join_text_parts(parts: list[Any], location: str) -> str:
                 f"{location}: content has a part of type {part['type']!r}, which a language model "
                 f"does not read. Use parts of type text."
             )
-    return "".join(part["text"] for part in parts)
+    parts = [{k: v for k, v in part.items() if v is not None} for part in parts]
+    return [{"type": "text", **part} for part in parts] or ""
 
 
-def _drop_nulls_of_call(call: Any) -> Any:
+def list_texts(content: Any) -> list[str]:
+    """Returns the texts of a message's content, which is text, a list of text parts, or null."""
+    if isinstance(content, list):
+        return [part["text"] for part in content]
+    return [content or ""]
+
+
+def _replace_texts(content: Any, texts: Sequence[str]) -> Any:
+    """Returns content of the same form with other texts."""
+    if isinstance(content, list):
+        return [{**part, "text": text} for part, text in zip(content, texts, strict=True)]
+    return texts[0]
+
+
+def _drop_nulls_of_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tool call without null fields; those in its arguments are data."""
-    if not isinstance(call, Mapping):
-        return call
     call = {key: value for key, value in call.items() if value is not None}
     function = call.get("function")
     if isinstance(function, Mapping):
@@ -197,8 +257,16 @@ def is_trained(message: Mapping[str, Any], location: str) -> bool | None:
     """Returns the mark of a message for training; None without one.
 
     Raises:
-        ValueError: The mark is neither 0 or 1 nor a boolean, or the message has two that differ.
+        ValueError: The mark is neither 0 or 1 nor a boolean, the message has two that differ, or
+            one of another format.
     """
+    other = next((name for name in _OTHER_MARKS if message.get(name) not in (None, "", [])), None)
+    if other is not None:
+        raise ValueError(
+            f"{location}: {other}={abbreviate_repr(message[other])} is a mark for training of "
+            f"another format. Mark whole messages of the assistant, by weight: 0 or train: false, "
+            f"or remove the field."
+        )
     marks = {name: message[name] for name in TRAINING_MARKS if name in message}
     for name, mark in marks.items():
         if not isinstance(mark, bool | int | float) or mark not in (0, 1):
@@ -222,7 +290,8 @@ def _common_prefix(one: str, two: str) -> str:
     return common if is_closed else common[:opening]
 
 
-def _abbreviate_repr(value: Any) -> str:
+def abbreviate_repr(value: Any) -> str:
+    """Returns the repr of a value of the data for an error, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -238,6 +307,10 @@ class ChatTemplate:
             `depends_on_date` and the run may be resumed on another day, when the texts would
             change.
         source: Name of the template in errors, such as its file.
+
+    Content reaches the template as it is: text, a list of text parts, or null beside calls. A
+    template that reads only text, or only parts, gets that form, where transformers would write a
+    list as Python does, or leave the text out.
 
     References:
         `apply_chat_template` of transformers, whose renderings are reproduced.
@@ -339,8 +412,8 @@ class ChatTemplate:
         The token that ends a turn belongs to its span; the blank or line break that a template
         writes after that token does not. In a template with `{% generation %}` tags, the tags
         define the spans. For other templates, the text up to an answer is rendered without and
-        with it. An assistant message with `weight: 0`, `train: false` or `training: false` has no
-        span.
+        with it. An assistant message with `weight: 0`, or false as `train`, `training` or `loss`,
+        has no span.
 
         Args:
             messages: Messages, each with a role and content.
@@ -351,7 +424,8 @@ class ChatTemplate:
 
         Raises:
             ValueError: If a message is invalid, the template raises, renders an earlier turn
-                differently once more messages follow, or writes nothing after an answer.
+                differently once more messages follow, leaves out an answer or its calls, or writes
+                nothing after an answer; or if a mark for training disagrees with `train_on`.
         """
         if train_on not in get_args(TrainOn):
             raise ValueError(
@@ -366,12 +440,18 @@ class ChatTemplate:
         left_out = [turn for turn in turns if marks[turn] is False]
         marked = self._render_marked(messages, tools, False, location)
         text = GENERATION_MARKERS.sub("", marked)
+        turns = [turn for turn in turns if turn not in left_out]
         if train_on == "all":
             gaps = self._assistant_spans(messages, left_out, marked, text, tools, location)
             starts, ends = [0, *(gap[1] for gap in gaps)], [*(gap[0] for gap in gaps), len(text)]
-            return text, [span for span in zip(starts, ends, strict=True) if span[0] < span[1]]
-        turns = [turn for turn in turns if turn not in left_out]
-        return text, self._assistant_spans(messages, turns, marked, text, tools, location)
+            spans = [span for span in zip(starts, ends, strict=True) if span[0] < span[1]]
+        else:
+            for turn in turns:
+                self._check_content_is_written(messages, turn, text, tools, location)
+            spans = self._assistant_spans(messages, turns, marked, text, tools, location)
+        for turn in turns:
+            self._check_calls_are_written(messages[turn], text, f"{location}, message {turn}")
+        return text, spans
 
     def _read_training_marks(
         self, messages: Sequence[Message], train_on: TrainOn, location: str
@@ -388,7 +468,53 @@ class ChatTemplate:
                     f"that for all of them. Mark assistant messages only."
                 )
             marks.append(mark)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = next((i for i in answers[:-1] if marks[i]), None)
+        if train_on == "last" and marked is not None:
+            raise ValueError(
+                f"{location}, message {marked} is marked for the loss, but only the last answer "
+                f"of a chat counts for it with data.train_on=last, and in preferences. Use "
+                f"format: chat and data.train_on=assistant, or remove the mark."
+            )
         return marks
+
+    def _check_content_is_written(
+        self,
+        messages: list[dict[str, Any]],
+        index: int,
+        text: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        location: str,
+    ) -> None:
+        """Raises if the text of a chat lacks the content of an answer."""
+        message = messages[index]
+        if message.get("tool_calls"):  # Many templates leave out the content beside calls.
+            return
+        content = list_texts(message.get("content"))[-1].rpartition("</think>")[2].strip()
+        # Templates may leave out thoughts, which are before the last line.
+        if not content or content.splitlines()[-1].strip() in text:
+            return
+        _, written = self._split_at_content(messages, index, tools, location)
+        if not written:
+            raise ValueError(
+                f"{location}, message {index}: {self.source} does not write its content, so that "
+                f"the model would not learn it. Use another template."
+            )
+
+    def _check_calls_are_written(
+        self, message: Mapping[str, Any], text: str, location: str
+    ) -> None:
+        """Raises if the text of a chat lacks the calls of an answer."""
+        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        calls += [message["function_call"]] if message.get("function_call") else []
+        names = [call["name"] for call in calls if isinstance(call, Mapping) and "name" in call]
+        missing = next((name for name in names if str(name) not in text), None)
+        if missing is not None:
+            raise ValueError(
+                f"{location}: {self.source} does not write its call of {missing!r}, so that the "
+                f"model would not learn it. Use a template for tools, and tool_calls rather than "
+                f"function_call; or write the call in the content."
+            )
 
     def _assistant_spans(
         self,
@@ -402,7 +528,7 @@ class ChatTemplate:
         """Returns the spans of some assistant turns in the text of all messages."""
         if not turns:
             return []
-        if not _GENERATION_TAG.search(self.text):
+        if not self._has_generation_tags:
             return [self._assistant_span(messages, turn, text, tools, location) for turn in turns]
         spans = _find_marked_spans(marked_text)
         others = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in turns]
@@ -428,7 +554,8 @@ class ChatTemplate:
         location: str,
     ) -> CharSpan:
         """Returns the span of one assistant turn in the text of all messages."""
-        content = (messages[turn_index].get("content") or "").strip()
+        texts = list_texts(messages[turn_index].get("content"))
+        first, content = texts[0].strip(), texts[-1].strip()
         through = text
         if turn_index < len(messages) - 1:
             through = self._render_through(messages[: turn_index + 1], text, tools, location)
@@ -445,8 +572,8 @@ class ChatTemplate:
             turn = through[len(earlier) :] if through.startswith(earlier) else ""
             header = len(_common_prefix(before[len(earlier) :], turn))
             # The answer may begin as the rest of the prompt does.
-            place = turn.rfind(content)
-            if 0 <= place < header <= place + len(content):
+            place = turn.rfind(first)
+            if 0 <= place < header <= place + len(first):
                 header = place
             start = len(earlier) + header
             # Templates leave out the thoughts of an answer, which precede the rest.
@@ -521,9 +648,14 @@ class ChatTemplate:
         empty if the template does not write the content.
         """
         content = messages[index].get("content") or ""
-        thoughts, closing, answer = content.rpartition("</think>")
-        parts = (content, "") if after else (thoughts + closing, answer)
-        marked = {**messages[index], "content": GENERATION_START.join(parts)}
+        texts = list_texts(content)
+        if after:
+            texts[-1] += GENERATION_START
+        else:
+            part = next((n for n in reversed(range(len(texts))) if "</think>" in texts[n]), 0)
+            thoughts, closing, answer = texts[part].rpartition("</think>")
+            texts[part] = f"{thoughts}{closing}{GENERATION_START}{answer}"
+        marked = {**messages[index], "content": _replace_texts(content, texts)}
         changed = [*messages[:index], marked, *messages[index + 1 :]]
         first, _, second = self._render_marked(changed, tools, False, location).partition(
             GENERATION_START
@@ -579,7 +711,8 @@ class ChatTemplate:
                 {
                     **self.variables,
                     "messages": [
-                        {key: m[key] for key in m if key not in TRAINING_MARKS} for m in messages
+                        self._convert_content({k: m[k] for k in m if k not in TRAINING_MARKS})
+                        for m in messages
                     ],
                     "tools": None if tools is None else _to_plain(tools),
                     "documents": None,
@@ -596,6 +729,103 @@ class ChatTemplate:
                 f"{location}: {self.source} rejects the messages ({error}). Change them to its "
                 f"format, or use another template."
             ) from error
+
+    def _convert_content(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Returns a message whose content is text, parts or null, as the template reads it.
+
+        Templates that read text alone write a list of parts, and null, as Python does, and those
+        that read parts alone leave text out, without an error.
+        """
+        content = message.get("content")
+        if content is None and "content" in message:
+            is_read = message.get("tool_calls") and self._reads_null
+            return message if is_read else {**message, "content": ""}
+        text = "".join(list_texts(content))
+        one_part = [{"type": "text", "text": text}]
+        for form in (content, text, one_part) if content else ():
+            if self._writes_content(message["role"], form):
+                return message if form is content else {**message, "content": form}
+        return message
+
+    def _writes_content(self, role: str, content: Any) -> bool:
+        """Returns whether the template writes content of such a form: text, one part, or parts.
+
+        That is tried once, in a short chat.
+        """
+        number = min(len(content), 2) if isinstance(content, list) else 0
+        if (role, number) not in self._written_forms:
+            marks = _CONTENT_MARKS[: max(number, 1)]
+            parts = [{"type": "text", "text": mark} for mark in marks]
+            text = self._render_probe({"role": role, "content": parts if number else marks[0]})
+            self._written_forms[role, number] = all(mark in (text or "") for mark in marks)
+        return self._written_forms[role, number]
+
+    @functools.cached_property
+    def _written_forms(self) -> dict[tuple[str, int], bool]:
+        """By role and number of parts, 0 for text: whether the template writes such content."""
+        return {}
+
+    @functools.cached_property
+    def _reads_null(self) -> bool:
+        """Whether the template reads null content beside calls, rather than writes None."""
+        null, empty = (
+            self._render_probe({"role": "assistant", "content": content, "tool_calls": [_CALL]})
+            for content in (None, "")
+        )
+        return empty is None or (null is not None and null.count("None") <= empty.count("None"))
+
+    def _render_probe(self, probe: dict[str, Any]) -> str | None:
+        """Returns the text of a short chat with a message; None if the template raises."""
+        before: list[dict[str, Any]] = []
+        after: list[dict[str, Any]] = []
+        if probe["role"] in ("system", "developer"):
+            after = [_USER_MESSAGE]
+        elif probe["role"] == "assistant":
+            before = [_USER_MESSAGE]
+        elif probe["role"] != "user":
+            before, probe = [_USER_MESSAGE, _CALL_MESSAGE], {**probe, **_RESULT_FIELDS}
+        chat = [*map(self._convert_content, before), probe, *map(self._convert_content, after)]
+        given = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": False}
+        compiled = self._compiled
+        try:
+            return compiled.render({**self.variables, **given})
+        except Exception as error:  # A template can raise anything.
+            if type(error) is jinja2.TemplateRuntimeError:
+                raise  # A limit of time or memory, which any chat would meet.
+            return None
+
+    @functools.cached_property
+    def _has_generation_tags(self) -> bool:
+        """Whether the template has `{% generation %}` tags, outside of comments and raw parts."""
+        blocks = self._syntax_tree.find_all(jinja2.nodes.CallBlock)
+        return any(isinstance(block.call.node, jinja2.nodes.ExtensionAttribute) for block in blocks)
+
+    @functools.cached_property
+    def undeclared_variables(self) -> frozenset[str]:
+        """Variables that the template may read before it sets them, without `variables`.
+
+        Those of every chat, such as messages and tools, are among them.
+        """
+        read = jinja2.meta.find_undeclared_variables(self._syntax_tree)
+        return frozenset(read - self.variables.keys() - self._compiled.globals.keys())
+
+    @functools.cached_property
+    def input_variables(self) -> frozenset[str]:
+        """Those of `undeclared_variables` that the template never sets, or has a default for."""
+        nodes = jinja2.nodes
+        names = self._syntax_tree.find_all(nodes.Name)
+        own = {name.name for name in names if name.ctx != "load"}
+        asked = [
+            node.node
+            for node in self._syntax_tree.find_all((nodes.Test, nodes.Filter))
+            if node.name in ("defined", "undefined", "none", "default", "d")
+        ]
+        defaults = {node.name for node in asked if isinstance(node, nodes.Name)}
+        return self.undeclared_variables - (own - defaults)
+
+    @functools.cached_property
+    def _syntax_tree(self) -> jinja2.nodes.Template:
+        return self._compiled.environment.parse(self.text)
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
@@ -721,7 +951,7 @@ def find_chat_template(folder: Path) -> str | None:
         isinstance(text, str) for pair in by_name.items() for text in pair
     ):
         raise ValueError(
-            f"{config}: chat_template={_abbreviate_repr(template)} must be a text, or a list of "
+            f"{config}: chat_template={abbreviate_repr(template)} must be a text, or a list of "
             f"mappings with distinct names and their templates. Copy it again from its source."
         )
     if "default" not in by_name:

@@ -19,8 +19,11 @@ from jlora.training.data.chat_template import (
     ChatTemplate,
     Message,
     TrainOn,
+    abbreviate_repr,
+    list_texts,
     validate_messages,
 )
+from jlora.training.data.readers import find_other_separator
 from jlora.training.data.tokenized_dataset import (
     TokenizeConfig,
     TokenizedDataset,
@@ -37,8 +40,20 @@ if TYPE_CHECKING:
 # Rows tokenized at a time, over the machine's cores.
 _TOKENIZE_BATCH_SIZE = 1000
 
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+
+_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+
 # Columns that other libraries put into the prompt.
-_PROMPT_COLUMNS = ("system", "history", "chat_template_kwargs")
+_PROMPT_COLUMNS = (
+    *_SYSTEM_COLUMNS,
+    "history",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template_kwargs",
+    *_MEDIA_COLUMNS,
+)
 
 # A higher number is an id in the wrong column, not a label.
 MAX_LABELS = 100_000
@@ -110,7 +125,7 @@ def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
 
     Raises:
         ValueError: If the labels are neither all nonempty strings, nor all ints from 0, nor all
-            booleans.
+            booleans, or two strings differ in blanks alone.
     """
     kind = type(labels[0]) if labels and isinstance(labels[0], str | bool) else int
     for row, label in enumerate(labels):
@@ -122,35 +137,48 @@ def infer_label_names(labels: Sequence[Any], data_name: str) -> list[str]:
                 f"strings, all ints from 0 to {MAX_LABELS - 1}, or all booleans. Correct the row."
             )
     if kind is str:
+        first: dict[str, str] = {}
+        for row, label in enumerate(labels):
+            other = first.setdefault(label.strip(), label)
+            if other != label:
+                raise ValueError(
+                    f"{data_name}, row {row}: label={label!r} differs from the label {other!r} in "
+                    f"blanks alone. Write one class in one way; or, if they are two, list both in "
+                    f"label_names (classification.labels of a recipe)."
+                )
         return sorted(set(labels))
     if kind is bool:
         return ["false", "true"]
     return [str(number) for number in range(max(labels) + 1)]
 
 
-def parse_numeric_labels(labels: Sequence[str], label_names: Sequence[str] | None) -> Sequence[Any]:
+def parse_numeric_labels(
+    labels: Sequence[str], label_names: Sequence[str] | None, data_name: str
+) -> Sequence[Any]:
     """Returns the labels of an untyped table: numbers if all are numeric, otherwise strings.
 
     Strings also remain where `label_names` assigns a numeric name to another class id. Empty labels
     remain, so that a later error names their row.
 
     Raises:
-        ValueError: Two labels are the same number, such as 01 and 1.
+        ValueError: Two labels are one number, such as 01 and 1, which may be one class or two.
     """
-    texts = {label for label in labels if label}
+    texts = dict.fromkeys(label for label in labels if label)
     if not all(_NUMBER_PATTERN.fullmatch(label) for label in texts):
         return labels
     numbers = {label: float(label) if "." in label else int(label) for label in texts}
-    texts_by_number: dict[float, str] = {}
-    for text, number in sorted(numbers.items()):
-        if texts_by_number.setdefault(number, text).strip() != text.strip():
-            raise ValueError(
-                f"the labels {texts_by_number[number]!r} and {text!r} are the same number. Write "
-                f"them alike, or name one of them by a word."
-            )
     class_ids = {name: class_id for class_id, name in enumerate(label_names or ())}
     if any(class_ids.get(label, number) != number for label, number in numbers.items()):
         return labels
+    first_texts: dict[float, str] = {}
+    for row, label in enumerate(labels):
+        other = first_texts.setdefault(numbers[label], label) if label else label
+        if other.strip() != label.strip():
+            raise ValueError(
+                f"{data_name}, row {row}: label={label!r} is the same number as the label "
+                f"{other!r}. Write one class in one way; or, if they are two, list the names of "
+                f"both in label_names (classification.labels of a recipe)."
+            )
     return [numbers.get(label, label) for label in labels]
 
 
@@ -169,7 +197,8 @@ def tokenize_chats(
 
     Raises:
         ValueError: If a message is invalid, the template does not separate the turns, or a row has
-            a `history` or `chat_template_kwargs`, which would change the prompt.
+            a value that would change the prompt and is not read: a `history`, `images`, another
+            variable of the template, or tools for a template without them.
 
     Example:
         >>> import tokenizers
@@ -188,12 +217,14 @@ def tokenize_chats(
     _reject_split_truncation(config)
     template = _require_chat_template(tokenizer, config)
     builder = TokenizedDatasetBuilder(config)
-    optional, refused = ("tools", "system"), ("history", "chat_template_kwargs")
+    optional, refused = ("tools", "system"), _list_prompt_columns(template)
+    if len(_list_columns(config, "messages")) > 1:  # Prompts and answers, as in KTO.
+        refused += ("label",)
     for start, columns in _iter_column_batches(rows, config, ("messages",), optional, refused):
         rendered: list[tuple[str, list[CharSpan]]] = []
         for number, messages in enumerate(columns["messages"]):
             location = f"{config.data_name}, row {start + number}"
-            tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
+            tools = _read_tools(columns, number, template, location)
             if "system" in columns and columns["system"][number]:
                 messages = _add_system_message(columns["system"][number], messages, location)
             rendered.append(
@@ -226,7 +257,8 @@ def tokenize_completions(
 
     Raises:
         ValueError: If a cell is not a string, the tokenizer has no eos token, or a row has a
-            `system` or `history`, which would change the prompt.
+            value that would change the prompt and is not read, such as `system` or `history`, or
+            a `label` of false, as answers that are not to be learned.
 
     Example:
         >>> import tokenizers
@@ -246,13 +278,15 @@ def tokenize_completions(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     required = ("prompt", "completion")
-    for start, columns in _iter_column_batches(rows, config, required, (), _PROMPT_COLUMNS):
-        first = columns["completion"][0]
-        if isinstance(first, Sequence) and not isinstance(first, str):
+    refused = (*_PROMPT_COLUMNS, "label")
+    for start, columns in _iter_column_batches(rows, config, required, (), refused):
+        cells = [cell for name in required for cell in columns[name]]
+        if any(isinstance(cell, Sequence) and not isinstance(cell, str) for cell in cells):
             joined = [c for name in required for c in _list_columns(config, name)]
             raise ValueError(
                 f"{config.data_name}: the completions are messages, not strings. Use format: chat, "
-                f"`columns: {{messages: [{format_names(joined)}]}}` and data.train_on=last."
+                f"`columns: {{messages: [{format_names(joined)}]}}` and data.train_on=last, with "
+                f"messages in all of these columns."
             )
         texts = _tokenize_answers(columns, "completion", start, tokenizer, config)
         for number, (prompt, completion) in enumerate(texts):
@@ -311,7 +345,7 @@ def tokenize_preferences(
 
     Raises:
         ValueError: If a cell is neither, an answer is not a single assistant message, or a row has
-            a `system` or `history`, which would change the prompt.
+            a value that would change the prompt and is not read, such as `system` or `history`.
 
     Example:
         >>> import tokenizers
@@ -329,17 +363,17 @@ def tokenize_preferences(
     _reject_split_truncation(config)
     builder = TokenizedDatasetBuilder(config)
     required = ("prompt", "chosen", "rejected")
-    has_chats = False
-    for start, columns in _iter_column_batches(rows, config, required, ("tools",), _PROMPT_COLUMNS):
-        is_chat = not isinstance(columns["chosen"][0], str)
-        has_chats |= is_chat
+    is_chat = _has_messages(rows, config)
+    template = _require_chat_template(tokenizer, config) if is_chat else None
+    optional, refused = (("tools",) if is_chat else ()), _list_prompt_columns(template)
+    for start, columns in _iter_column_batches(rows, config, required, optional, refused):
         tokenize = _tokenize_chat_answers if is_chat else _tokenize_text_answers
         chosen, rejected = (
             tokenize(columns, name, start, tokenizer, config) for name in ("chosen", "rejected")
         )
         for number, pair in enumerate(zip(chosen, rejected, strict=True)):
             builder.add(start + number, *pair)
-    return builder.build(sequences_per_example=2, is_chat=has_chats)
+    return builder.build(sequences_per_example=2, is_chat=is_chat)
 
 
 def tokenize_classification(
@@ -452,7 +486,7 @@ def _iter_column_batches(
     names = {name: columns for name, columns in names.items() if set(columns) <= set(present)}
     used = {column for columns in names.values() for column in columns}
     refused = tuple(column for column in refused if column in present and column not in used)
-    nested = {column for column in used if _has_struct_type(rows, column)}
+    nested = {column for column in (*used, *refused) if _has_struct_type(rows, column)}
     for start in range(0, len(rows), _TOKENIZE_BATCH_SIZE):
         part: Any = rows[start : start + _TOKENIZE_BATCH_SIZE]
 
@@ -478,6 +512,20 @@ def _iter_column_batches(
         )
 
 
+def _has_messages(rows: Rows, config: TokenizeConfig) -> bool:
+    """Returns whether the answers of preferences are messages, by the first that is not null."""
+    column = _list_columns(config, "chosen")[0]
+    table: Any = rows
+    answers = (row.get(column) for row in table)
+    return not isinstance(next((each for each in answers if each is not None), ""), str)
+
+
+def _list_prompt_columns(template: ChatTemplate | None) -> tuple[str, ...]:
+    """Returns the columns that would change a prompt: those of other libraries, and variables."""
+    variables = set() if template is None else template.input_variables
+    return (*_PROMPT_COLUMNS, *sorted(variables - {"messages", *_PROMPT_COLUMNS}))
+
+
 def _reject_values(
     column: str,
     values: Sequence[Any],
@@ -486,22 +534,47 @@ def _reject_values(
     config: TokenizeConfig,
 ) -> None:
     """Raises if a column that belongs to the prompt, but would be ignored, is not empty."""
-    row = next((i for i, value in enumerate(values) if value not in _EMPTY_VALUES), None)
+
+    def is_lost(value: Any) -> bool:
+        if column == "label":
+            return str(value).lower() == "false"
+        is_plain = value is None or isinstance(value, str | list | dict)
+        return not (is_plain and value in _EMPTY_VALUES)
+
+    row = next((i for i, value in enumerate(values) if is_lost(value)), None)
     if row is None:
         return
-    if column == "chat_template_kwargs":
+    if column == "label":
+        raise ValueError(
+            f"{config.data_name}, row {first_row + row}: label={values[row]!r} marks an answer "
+            f"that is not to be learned (KTO), but this format learns all answers. Remove such "
+            f"rows, or pair them with good answers (format: preference)."
+        )
+    if column in _SYSTEM_COLUMNS:
+        if "prompt" in names:
+            prompt = format_names([column, *names["prompt"]])
+            mend = (
+                f"Join texts by `columns: {{prompt: [{prompt}]}}`; of messages, write it as the "
+                f"first of the prompt"
+            )
+        else:
+            mend = f"Map it by `columns: {{system: {column}}}`"
+    elif column == "history":
+        mend = "Write its turns into the prompt, or as messages before the others (format: chat)"
+    elif column in ("tools", "functions"):
+        mend = (
+            "Write it into the prompt, or, of messages, as the column tools with entries such as "
+            '{"type": "function", "function": {...}}'
+        )
+    elif column == "documents":
+        mend = "Write their text into the prompt or a message"
+    elif column in _MEDIA_COLUMNS:
+        mend = "A language model does not read it: use rows without it"
+    else:
         mend = (
             "Set such variables for all rows, by `{% set NAME = ... %}` in a template "
             "(data.chat_template) or by ChatTemplate.variables"
         )
-    elif column == "system" and "prompt" in names:
-        prompt = format_names([column, *names["prompt"]])
-        mend = (
-            f"Join texts by `columns: {{prompt: [{prompt}]}}`; of messages, write it as the first "
-            f"of the prompt"
-        )
-    else:
-        mend = "Write its turns into the prompt, or as messages before the others (format: chat)"
     raise ValueError(
         f"{config.data_name}, row {first_row + row}: the column {column} would change the prompt, "
         f"but this format does not read it. {mend}, or remove the column."
@@ -515,12 +588,17 @@ def _add_system_message(text: Any, messages: Any, location: str) -> list[Message
     messages = validate_messages(messages, location)
     if messages[0]["role"] not in ("system", "developer"):
         return [{"role": "system", "content": text}, *messages]
-    if messages[0]["content"] != text:
+    if "".join(list_texts(messages[0]["content"])) != text:
         raise ValueError(
             f"{location} has the column system and a first message of the {messages[0]['role']} "
             f"with another text. Keep one of them."
         )
     return messages
+
+
+def _join_texts(message: Message) -> Message:
+    """Returns a message whose content is one text."""
+    return {**message, "content": "".join(list_texts(message.get("content")))}
 
 
 def _list_columns(config: TokenizeConfig, name: str) -> list[str]:
@@ -537,19 +615,12 @@ def _join_columns(
         for number, value in enumerate(values):
             if value is not None and not isinstance(value, str):
                 raise ValueError(
-                    f"{config.data_name}, row {first_row + number}: {name}={value!r} must be a "
-                    f"string to be joined with other columns. Correct or remove the row."
+                    f"{config.data_name}, row {first_row + number}: {name}="
+                    f"{abbreviate_repr(value)} must be a string to be joined with other columns. "
+                    f"Correct or remove the row; a text before messages is their first message, of "
+                    f"the role system."
                 )
     return ["\n\n".join(filter(None, texts)) for texts in zip(*columns.values(), strict=True)]
-
-
-# Columns that data of questions and answers often has.
-_QUESTIONS_AND_ANSWERS = tuple(
-    (question, answer)
-    for question in ("query", "question", "instruction", "prompt", "input", "problem")
-    for answer in ("response", "answer", "output", "completion", "solution")
-    if (question, answer) != ("prompt", "completion")
-)
 
 
 def _join_messages(
@@ -564,37 +635,91 @@ def _join_messages(
     return joined
 
 
+# Columns that data of questions and answers often has; the first in the order of a prompt.
+_QUESTION_COLUMNS = ("instruction", "context", "question", "query", "problem", "prompt", "input")
+
+_ANSWER_COLUMNS = ("response", "answer", "output", "completion", "solution")
+
+_CHAT_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+
+# Columns of pairs of texts in data with labels.
+_PAIR_COLUMNS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("sentence_A", "sentence_B"),
+    ("question", "sentence"),
+    ("question", "context"),
+    ("query", "passage"),
+)
+
+
 def _advise_columns(missing: str, names: Mapping[str, list[str]], present: list[str]) -> str:
-    """Returns advice for data that lacks a column of the format."""
-    if {"instruction", "output"} <= set(present):
-        texts = [name for name in ("system", "instruction", "input") if name in present]
-        prompt = f"[{format_names(texts)}]" if len(texts) > 1 else texts[0]
+    """Returns advice for data that lacks a column of the format.
+
+    Columns that belong to the prompt are all in it.
+    """
+    separator = find_other_separator(present)
+    if separator is not None:
         return (
-            f"These are the columns of Alpaca: use format: completion and "
-            f"`columns: {{prompt: {prompt}, completion: output}}`."
+            f"The names seem to be separated by {separator!r}: save the file as CSV with commas, "
+            f"and with quotes around texts that contain commas."
         )
-    pair = next(
-        ((p, c) for p, c in _QUESTIONS_AND_ANSWERS if {p, c} <= set(present)),
-        None,
-    )
-    if pair and missing in ("messages", "prompt", "completion"):
-        use = "" if "completion" in names else "format: completion and "
-        renamed = zip(("prompt", "completion"), pair, strict=True)
-        columns = ", ".join(f"{name}: {column}" for name, column in renamed if name != column)
-        return f"These are questions and answers: use {use}`columns: {{{columns}}}`."
-    if missing == "prompt" and {"chosen", "rejected"} <= set(present) and "chosen" in names:
+    asked = [name for name in (*_SYSTEM_COLUMNS, *_QUESTION_COLUMNS) if name in present]
+    answers = [name for name in _ANSWER_COLUMNS if name in present]
+    prompt = {"prompt": asked}
+    if "chosen" in names and "chosen" not in present and "rejected" not in present:
+        if answers and "label" in present:
+            return (
+                "These are single answers with a label (KTO), not pairs: write two answers to one "
+                "prompt into the columns chosen and rejected. Or learn the good ones alone: remove "
+                "the rows whose label is false, and use format: completion."
+            )
+    elif missing == "prompt" and "chosen" in names:
+        if asked:
+            return f"Map the names with the source's columns: use {_format_columns(prompt)}."
         return (
             "Here the answers contain their prompt: write it into a column prompt, as the messages "
             "that both begin with, or, of strings, the text up to the answer, and cut it off both."
         )
-    if missing == "messages" and "conversations" in present:
-        return "Map the names with the source's columns: `columns: {messages: conversations}`."
+    if (
+        missing in ("messages", "prompt", "completion")
+        and answers
+        and set(asked) & {*_QUESTION_COLUMNS}
+    ):
+        kind = "the columns of Alpaca" if {"instruction", "output"} <= set(present) else ""
+        columns = _format_columns({**prompt, "completion": answers[:1]})
+        use = [] if "completion" in names and columns and not kind else ["format: completion"]
+        if kind or columns:
+            kind = kind or "questions and answers"
+            return f"These are {kind}: use {' and '.join([*use, *filter(None, [columns])])}."
+    chats = [name for name in _CHAT_COLUMNS if name in present]
+    if missing == "messages" and chats:
+        system = [name for name in _SYSTEM_COLUMNS if name in present]
+        columns = _format_columns({"messages": chats[:1], "system": system[:1]})
+        return f"Map the names with the source's columns: {columns}."
+    pair = next((pair for pair in _PAIR_COLUMNS if set(pair) <= set(present)), None)
+    if missing == "text" and "label" in names and pair:
+        columns = _format_columns({"text": pair[:1], "text_pair": pair[1:]})
+        return f"These are pairs of texts: use {columns}."
     for name, required in _REQUIRED_COLUMNS.items():
         if missing not in required and set(required) <= set(present):
             return f"Use format: {name}."
     used = {column for columns in names.values() for column in columns}
     other = next((column for column in present if column not in used), "NAME")
     return f"Map the names with the source's columns, such as `columns: {{{missing}: {other}}}`."
+
+
+def _format_columns(columns: Mapping[str, Sequence[str]]) -> str:
+    """Returns `columns` as a recipe writes it; empty if every name is that of the format."""
+    fields = [
+        f"{name}: {found[0] if len(found) == 1 else f'[{format_names(list(found), 20)}]'}"
+        for name, found in columns.items()
+        if found and list(found) != [name]
+    ]
+    return f"`columns: {{{', '.join(fields)}}}`" if fields else ""
 
 
 def _has_struct_type(rows: Rows, column: str) -> bool:
@@ -623,23 +748,47 @@ def _get_string_column(
 ) -> list[str]:
     for number, value in enumerate(columns[column_name]):
         if not isinstance(value, str):
+            is_list = isinstance(value, Sequence)
+            mend = "Use strings in all columns, or messages in all" if is_list else "Correct"
             raise ValueError(
-                f"{config.data_name}, row {first_row + number}: {column_name}={value!r} must be a "
-                f"string. Correct or remove the row."
+                f"{config.data_name}, row {first_row + number}: {column_name}="
+                f"{abbreviate_repr(value)} must be a string. {mend}, or remove the row."
             )
     return columns[column_name]
 
 
-def _parse_tools(tools: Any, location: str) -> Any:
-    """Returns the tool schemas; tables often store them as JSON text, as their fields differ."""
-    if not isinstance(tools, str):
-        return tools or None
+def _read_tools(
+    columns: Mapping[str, list[Any]], row: int, template: ChatTemplate, location: str
+) -> Any:
+    """Returns a row's tool schemas, which tables often store as JSON text, as their fields differ.
+
+    The list is JSON, or each of its schemas.
+
+    Raises:
+        ValueError: They are not a list of schemas, or the template does not read tools.
+    """
+    tools = columns["tools"][row] if "tools" in columns else None
     try:
-        return json.loads(tools) or None
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if isinstance(tools, Sequence):
+            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{location}: tools is not valid JSON ({error}). Use a list of schemas, or its JSON."
         ) from error
+    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    if tools and not is_list:
+        raise ValueError(
+            f"{location}: tools={abbreviate_repr(tools)} must be a list of schemas such as "
+            f'{{"type": "function", "function": {{...}}}}, or its JSON.'
+        )
+    if tools and "tools" not in template.undeclared_variables:
+        raise ValueError(
+            f"{location} has tools, but {template.source} does not read them, so that the prompt "
+            f"would lack them. Use a template that writes tools (data.chat_template), write them "
+            f"into a system message, or remove the column."
+        )
+    return tools or None
 
 
 def _require_chat_template(tokenizer: Tokenizer, config: TokenizeConfig) -> ChatTemplate:
@@ -676,8 +825,7 @@ def _read_label_column(
     labels = [label for _, columns in batches for label in columns["label"]]
     untyped = getattr(getattr(rows, "info", None), "builder_name", None) == "csv"
     strings = untyped and all(isinstance(label, str) for label in labels)
-    with name_file_in_errors(config.data_name):
-        return parse_numeric_labels(labels, label_names) if strings else labels
+    return parse_numeric_labels(labels, label_names, config.data_name) if strings else labels
 
 
 def _find_doubled_tokens(encoding: tokenizers.Encoding) -> list[int]:
@@ -795,7 +943,7 @@ def _tokenize_chat_answers(
     ):
         location = f"{config.data_name}, row {first_row + number}"
         messages = _join_prompt_and_answer(prompt, answer, column_name, location)
-        tools = _parse_tools(columns["tools"][number], location) if "tools" in columns else None
+        tools = _read_tools(columns, number, template, location)
         rendered.append(
             template.render_with_spans(messages, tools=tools, train_on="last", location=location)
         )
@@ -810,7 +958,9 @@ def _join_prompt_and_answer(
         prompt = [{"role": "user", "content": prompt}]
     prompt = validate_messages(prompt, f"{location}, prompt")
     answer = validate_messages(answer, f"{location}, {column_name}")
-    if answer[: len(prompt)] == prompt:
+    if [_join_texts(message) for message in answer[: len(prompt)]] == [
+        _join_texts(message) for message in prompt
+    ]:
         answer = answer[len(prompt) :]
     roles = [message["role"] for message in answer]
     if roles != ["assistant"]:

@@ -55,7 +55,7 @@ def _read_csv_files(files: Sequence[Path]) -> pa.Table:
                 f"{file} has the columns {format_names(header, 20)}, but {files[0]} has "
                 f"{format_names(columns, 20)}. Use files with the same columns."
             )
-        rows = _iter_csv_rows(file, len(header))
+        rows = _iter_csv_rows(file, header)
         while part := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
             cells = dict(zip(header, zip(*part, strict=True), strict=True))
             tables.append(pa.table(cells, schema=schema))
@@ -80,13 +80,22 @@ def _read_csv_header(file: Path) -> list[str]:
     return names
 
 
-def _iter_csv_rows(file: Path, num_columns: int) -> Iterator[list[str]]:
+def find_other_separator(names: Sequence[str]) -> str | None:
+    """Returns the character that separates names in one column, as spreadsheets write; or None."""
+    return next((mark for mark in ";\t|" if mark in names[0]), None) if len(names) == 1 else None
+
+
+def _iter_csv_rows(file: Path, header: Sequence[str]) -> Iterator[list[str]]:
     """Yields the cells of every row after the header."""
     for number, cells in itertools.islice(_iter_csv_lines(file), 1, None):
-        if len(cells) != num_columns:
+        if len(cells) != len(header):
+            separator = find_other_separator(header)
+            mend = "Correct or remove the row; quote text that contains commas"
+            if separator is not None:
+                mend = f"The names seem to be separated by {separator!r}: save it with commas"
             raise ValueError(
-                f"{file}:{number} has {len(cells)} cells, but the first line names {num_columns} "
-                f"columns. Correct or remove the row; quote text that contains commas."
+                f"{file}:{number} has {len(cells)} cells, but the first line names {len(header)} "
+                f"columns. {mend}."
             )
         yield cells
 

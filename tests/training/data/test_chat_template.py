@@ -177,10 +177,190 @@ def test_render_keeps_nulls_of_arguments() -> None:
     assert ChatTemplate("{{ messages[1].content is none }}").render(messages) == "True"
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("{{ messages[1].content }}|", "|"),
+        ("{{ messages[1].content + '|' }}", "|"),
+        ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", ""),
+        ("{{ messages[1].content is none }}", "True"),
+        ("{{ messages[1].content or '-' }}", "-"),
+        ("None: {{ messages[1].content }}", "None: "),
+    ],
+)
+def test_render_writes_no_null_content(text: str, want: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    messages = [{"role": "user", "content": ""}]
+    messages += [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert ChatTemplate(text).render(messages) == want
+
+
 def test_render_keeps_every_field() -> None:
     message = {"role": "user", "content": "Hi", "name": "Ada", "extra": {"a": [1, None]}}
     text = "{{ messages[0].name }} {{ messages[0].extra | tojson }}"
     assert ChatTemplate(text).render([message]) == 'Ada {"a": [1, null]}'
+
+
+def in_parts(role: str, *texts: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+
+LOOP = "{% for m in messages %}<{{ m.role }}>"
+END = "</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+OF_PARTS = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text | trim }}{% endif %}"
+# What a template writes of the content "one " and " two", and of the content "b", as transformers
+# renders them, except that content of the other form is left out there, or an error.
+CONTENT_TEMPLATES = {
+    "text": (LOOP + "{{ '' + m.content }}" + END, "one  two", "b"),
+    "written": (LOOP + "{{ m.content }}" + END, "one  two", "b"),
+    "parts": (LOOP + OF_PARTS + "{% endfor %}" + END, "onetwo", "b"),
+    "first": (LOOP + "{{ m.content[0].text }}" + END, "one  two", "b"),
+    "both": (
+        LOOP + "{% if m.content is string %}{{ m.content }}{% else %}" + OF_PARTS
+        + "{% endfor %}{% endif %}" + END,
+        "onetwo",
+        "b",
+    ),
+    "json": (
+        LOOP + "{{ m.content | tojson }}" + END,
+        '[{"type": "text", "text": "one "}, {"type": "text", "text": " two"}]',
+        '"b"',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTENT_TEMPLATES)
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
+def test_render_content_as_template_reads_it(name: str, role: str) -> None:
+    text, of_parts, of_text = CONTENT_TEMPLATES[name]
+    chat = [in_parts(role, "one ", " two"), {"role": role, "content": "b"}]
+    want = f"<{role}>{of_parts}</s><{role}>{of_text}</s>"
+    assert ChatTemplate(text).render(chat) == want
+
+
+@pytest.mark.parametrize("name", CONTENT_TEMPLATES)
+def test_spans_of_content_in_parts(name: str) -> None:
+    text, of_parts, of_text = CONTENT_TEMPLATES[name]
+    answer = in_parts("assistant", "one ", " two")
+    chat = [*said("a"), answer, *said("c", "b"), *said("d"), answer]
+    rendered, spans = ChatTemplate(text).render_with_spans(chat)
+    want = [f"{of_parts}</s>", f"{of_text}</s>", f"{of_parts}</s>"]
+    assert [rendered[start:end] for start, end in spans] == want
+
+
+def test_spans_of_parts_after_thinking_prompt() -> None:
+    text = CONTENT_TEMPLATES["parts"][0].replace("<assistant>{%", "<assistant><think>{%")
+    chat = [*said("a"), in_parts("assistant", "<think>x</think>", "yes"), *said("b", "no")]
+    rendered, spans = ChatTemplate(text).render_with_spans(chat)
+    assert [rendered[a:b] for a, b in spans] == ["x</think>yes</s>", "no</s>"]
+
+
+def test_roles_read_content_in_own_forms() -> None:
+    """As in templates of models that see images, where users alone write parts."""
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}|{% else %}{{ m.content + '</s>' }}"
+        "{% endif %}{% endfor %}"
+    )
+    chat = [*said("a"), in_parts("assistant", "b"), in_parts("user", "c", "d"), *said("", "e")[1:]]
+    assert ChatTemplate(text).render(chat) == "a|b</s>cd|e</s>"
+
+
+def test_render_parts_without_nulls_or_type() -> None:
+    text = "{% for p in messages[0].content %}{{ p | tojson }}{% endfor %}"
+    chat = [{"role": "user", "content": [{"text": "a", "type": "text", "image": None}]}]
+    assert ChatTemplate(text).render(chat) == '{"type": "text", "text": "a"}'
+    chat = [{"role": "user", "content": [{"text": "a"}]}]
+    assert ChatTemplate(text).render(chat) == '{"type": "text", "text": "a"}'
+    assert template("chatml").render([{"role": "user", "content": []}]) == template(
+        "chatml"
+    ).render(said(""))
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "message"),
+    [
+        ("", {"content": "b"}, "message 1: the chat template does not write its content"),
+        ("{{ m.parts }}", in_parts("assistant", "b"), "does not write its content"),
+        ("{{ m.content }}", {"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "'f'"),
+        ("{{ m.content }}", {"content": "", "function_call": {"name": "f"}}, "tool_calls rather"),
+        ("{{ m.content }}", {"content": None, "function_call": {"name": "f"}}, "tool_calls rather"),
+    ],
+)
+def test_spans_unwritten_answers_raise(written: str, answer: dict[str, Any], message: str) -> None:
+    text = "{% for m in messages %}<{{ m.role[0] }}>" + written + "<e>{% endfor %}"
+    chat = [*said("a"), {"role": "assistant", **answer}]
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(text).render_with_spans(chat)
+    chat[1]["train"] = False
+    assert ChatTemplate(text).render_with_spans(chat)[1] == []
+
+
+def test_spans_of_changed_content_are_found() -> None:
+    text = "{% for m in messages %}<{{ m.content | tojson | upper }}>{% endfor %}"
+    rendered, spans = ChatTemplate(text).render_with_spans(said("a", 'b "c"'))
+    assert [rendered[a:b] for a, b in spans] == ['<"B \\"C\\"">']
+
+
+def test_render_tool_calls_of_json_text() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}]
+    chat = [*said("a"), {"role": "assistant", "content": None, "tool_calls": calls}]
+    written = [chat[0], {**chat[1], "tool_calls": json.dumps(calls)}]
+    want = ChatTemplate(JSON_CALLS).render_with_spans(chat)
+    assert json.dumps(calls) in want[0]
+    assert ChatTemplate(JSON_CALLS).render_with_spans(written) == want
+    for empty in ("", "[]", "null", None):
+        chat = [*said("a"), {"role": "assistant", "content": "b", "tool_calls": empty}]
+        assert ChatTemplate("{{ messages[1].tool_calls or 'none' }}").render(chat) == "none"
+    for wrong in ("[", "[1]", "{}", {"name": "f"}, ["f"], "\\ufdd0"):
+        chat = [*said("a"), {"role": "assistant", "content": "b", "tool_calls": wrong}]
+        with pytest.raises(ValueError, match="message 1: tool_calls=.* must be a list of objects"):
+            template("chatml").render(chat)
+    hidden = '[{"function": {"name": "\\ufdd0"}}]'
+    chat = [*said("a"), {"role": "assistant", "content": "b", "tool_calls": hidden}]
+    with pytest.raises(ValueError, match=r"contains U\+FDD0"):
+        template("chatml").render(chat)
+
+
+@pytest.mark.parametrize(
+    "unread", ["{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}"]
+)
+def test_spans_tags_that_are_text_count_not(unread: str) -> None:
+    chat, messages = template("chatml"), said("a", "b", "c", "d")
+    text, spans = ChatTemplate(unread + chat.text, VARIABLES).render_with_spans(messages)
+    assert [text[start:end] for start, end in spans] == ["b<|im_end|>", "d<|im_end|>"]
+
+
+@pytest.mark.parametrize("tag", ["generation", "- generation", "generation -", "+ generation"])
+def test_spans_tags_in_every_spelling(tag: str) -> None:
+    text = "{% for m in messages %}{{ m.content }}:{%" + tag + "%}{{ m.role }}"
+    text += "{% endgeneration %}{% endfor %}"
+    rendered, spans = ChatTemplate(text).render_with_spans(said("a", "b"))
+    assert [rendered[a:b] for a, b in spans] == ["user", "assistant"]
+
+
+def test_undeclared_variables_of_template() -> None:
+    text = "{{ bos_token }}{% set x = 1 %}{{ x }}{{ strftime_now('%d') }}{{ messages }}{# no #}"
+    read = ChatTemplate(text + "{% if thinking %}{% endif %}", VARIABLES).undeclared_variables
+    assert read == {"messages", "thinking"}
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("{{ thinking }}", {"thinking"}),
+        (
+            "{% if messages %}{% set role = 1 %}{% else %}{% set role = 2 %}{% endif %}{{ role }}",
+            set(),
+        ),
+        ("{% if not day is defined %}{% set day = 1 %}{% endif %}{{ day }}", {"day"}),
+        ("{% set mode = mode | default('a') %}{{ mode }}", {"mode"}),
+        ("{% for part in messages %}{{ part.role is defined }}{% endfor %}", set()),
+        ("{% macro f(part) %}{{ part }}{% endmacro %}{{ f(messages) }}", set()),
+    ],
+)
+def test_input_variables_of_template(text: str, read: set[str]) -> None:
+    assert ChatTemplate("{{ messages }}" + text).input_variables == read | {"messages"}
 
 
 def test_render_text_parts_and_sharegpt() -> None:
@@ -198,7 +378,15 @@ def test_render_text_parts_and_sharegpt() -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "generation"])
 @pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0, "train": False}]
+    "mark",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"training": False},
+        {"loss": False},
+        {"loss_scale": 0.0},
+        {"weight": 0, "train": False},
+    ],
 )
 def test_spans_leave_out_marked_messages(name: str, mark: dict[str, Any]) -> None:
     chat, messages = template(name), said("a", "b", "c", "d", "e", "f")
@@ -221,12 +409,17 @@ def test_spans_leave_out_marked_messages(name: str, mark: dict[str, Any]) -> Non
         (1, {"train": True, "weight": 0}, "assistant", "disagree. Keep one"),
         (0, {"train": True}, "assistant", "message 0: a message of the user is marked for the"),
         (0, {"weight": 0}, "all", "message of the user is marked out of the loss, but .*=all sets"),
+        (0, {"loss": True}, "assistant", "message 0: a message of the user is marked for the"),
+        (1, {"loss_scale": 0.3}, "assistant", "loss_scale=0.3 must be 0 or 1"),
+        (1, {"train_detail": [{"train": False}]}, "assistant", "train_detail=.* of another format"),
+        (0, {"mask": True}, "all", "message 0: mask=True is a mark for training of another"),
+        (1, {"weight": 1}, "last", "row 3, message 1 is marked for the loss, but only the last an"),
     ],
 )
 def test_spans_invalid_marks_raise(
     number: int, mark: dict[str, Any], train_on: Any, message: str
 ) -> None:
-    messages = said("a", "b")
+    messages: list[dict[str, Any]] = list(said("a", "b", "c", "d"))
     messages[number] = {**messages[number], **mark}
     with pytest.raises(ValueError, match=message):
         template("chatml").render_with_spans(messages, train_on=train_on, location="row 3")

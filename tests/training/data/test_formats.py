@@ -347,6 +347,7 @@ def test_label_names_of_table_features(tmp_path: pathlib.Path) -> None:
         ),
         ([0, 2], ["a", "b"], "row 1: label=2 must be one of a, b, or an int below 2"),
         (["a", "a"], None, r"label_names=\['a'\] must be at least two distinct names"),
+        (["a", "b", " a"], None, "row 2: label=' a' differs from the label 'a' in blanks alone"),
         (["a", "b"], ["a", "b", "a"], "must be at least two distinct names"),
     ],
 )
@@ -435,6 +436,27 @@ def test_csv_labels_invalid_raise(cells: list[str], message: str, tmp_path: path
         formats.tokenize_classification(
             sources.load_rows(tmp_path / "a.csv"), encoder(tmp_path), READING
         )
+
+
+def test_csv_labels_of_one_number_raise(tmp_path: pathlib.Path) -> None:
+    """The labels 01 and 1 may be one class, or two."""
+    file, tokenizer = tmp_path / "a.csv", encoder(tmp_path)
+    message = "is the same number as the label"
+    for cells, row in (("01 1 0", 1), ("1 0 +1", 2), ("0 1 1.0", 2)):
+        file.write_text("text,label\n" + "".join(f"a,{cell}\n" for cell in cells.split()))
+        with pytest.raises(ValueError, match=f"row {row}: label=.* {message}"):
+            formats.tokenize_classification(sources.load_rows(file), tokenizer, READING)
+    file.write_text("text,label\na,01\na,1\na,0\n")
+    names = ["0", "1", "01"]
+    corpus = formats.tokenize_classification(
+        sources.load_rows(file), tokenizer, READING, label_names=names
+    )
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [2, 1, 0]
+    file.write_text("text,label\na, 1\na,1\na,0\n")  # Blanks do not count.
+    corpus = formats.tokenize_classification(sources.load_rows(file), tokenizer, READING)
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [1, 1, 0]
 
 
 def test_csv_labels_numeric_names_stay_text(tmp_path: pathlib.Path) -> None:
@@ -547,6 +569,8 @@ def test_tokenize_joins_columns() -> None:
         assert got.fingerprint == formats.tokenize_completions(want, TINY, READING).fingerprint
     with pytest.raises(ValueError, match=r"row 0: input=3 must be a string to be joined"):
         formats.tokenize_completions([{**rows[0], "input": 3}], TINY, reading)
+    with pytest.raises(ValueError, match=r"input=\[.{1,60} must be .* their first message, of the"):
+        formats.tokenize_completions([{**rows[0], "input": said("a", "b")}], TINY, reading)
 
 
 ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
@@ -575,6 +599,53 @@ ALPACA = {"instruction": "Add.", "input": "1", "output": "3"}
         ),
         ("completion", {"question": "a", "answer": "b"}, "use `columns: {prompt: question, compl"),
         ("chat", {**ALPACA, "system": "s"}, r"`columns: {prompt: \[system, instruction, input\],"),
+        (
+            "completion",
+            {**ALPACA, "system_prompt": "s"},
+            r"use format: completion and `columns: {prompt: \[system_prompt, instruction, input\],",
+        ),
+        (
+            "chat",
+            {"instruction": "a", "input": "b", "response": "c"},
+            r"format: completion and `columns: {prompt: \[instruction, input\], completion: resp",
+        ),
+        (
+            "completion",
+            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+            r"use `columns: {prompt: \[instruction, context\], completion: response}`",
+        ),
+        (
+            "chat",
+            {"context": "a", "question": "b", "answer": "c"},
+            r"{prompt: \[context, question\], completion: answer}",
+        ),
+        (
+            "chat",
+            {"system_prompt": "a", "question": "b", "response": "c"},
+            r"{prompt: \[system_prompt, question\], completion: response}",
+        ),
+        ("chat", {"id": 1, "conversation": []}, "`columns: {messages: conversation}`"),
+        (
+            "chat",
+            {"conversations": [], "system_prompt": "s"},
+            "`columns: {messages: conversations, system: system_prompt}`",
+        ),
+        (
+            "preference",
+            {"prompt": "a", "completion": "b", "label": False},
+            "with a label .KTO., not pairs: .* remove the rows whose label is false, and use fo",
+        ),
+        (
+            "preference",
+            {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
+            r"use `columns: {prompt: \[system, question\]}`",
+        ),
+        (
+            "classification",
+            {"premise": "a", "hypothesis": "b", "label": 1},
+            "pairs of texts: use `columns: {text: premise, text_pair: hypothesis}`",
+        ),
+        ("completion", {"prompt;completion": "a;b"}, "seem to be separated by ';': save the file"),
         (
             "preference",
             {"chosen": "a", "rejected": "b"},
@@ -616,6 +687,16 @@ def test_tokenize_chats_system_column(tmp_path: pathlib.Path) -> None:
     ("form", "column", "value", "message"),
     [
         ("chat", "history", [["a", "b"]], "row 1: the column history would change .* as messages"),
+        ("chat", "system_prompt", "s", "Map it by `columns: {system: system_prompt}`"),
+        ("chat", "documents", [{"text": "a"}], "documents would change .* into the prompt or a me"),
+        ("chat", "functions", [{"name": "f"}], "as the column tools with entries such as"),
+        ("chat", "images", ["a.png"], "A language model does not read it"),
+        ("chat", "greeting", "s", "the column greeting would change the prompt, .* `{% set NAME"),
+        ("completion", "system_message", "s", r"`columns: {prompt: \[system_message, prompt\]}`"),
+        ("completion", "tools", [{"name": "f"}], "tools would change .* Write it into the prompt"),
+        ("completion", "images", ["a.png"], "A language model does not read it"),
+        ("preference", "system_prompt", "s", r"`columns: {prompt: \[system_prompt, prompt\]}`"),
+        ("preference", "tools", [{"name": "f"}], "tools would change the prompt"),
         ("chat", "chat_template_kwargs", {"x": 1}, r"by `{% set NAME = ... %}` in a template"),
         ("completion", "system", "s", r"`columns: {prompt: \[system, prompt\]}`"),
         ("completion", "history", [["a", "b"]], "history would change the prompt, but"),
@@ -631,17 +712,101 @@ def test_columns_of_prompt_are_not_ignored(
         "completion": {"prompt": "a", "completion": "b"},
         "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
     }[form]
+    template = TINY.chat_template
+    assert template is not None
+    greeted = dataclasses.replace(template, text=template.text + "{{ greeting }}")
+    tokenizer = TINY._replace(chat_template=greeted)
     tokenize, empty = formats.FORMATS[form], {column: type(value)()}
     (tmp_path / "a.jsonl").write_text(json.dumps(row | empty) + "\n" + json.dumps(row | empty))
-    want = tokenize([row, row], TINY, READING).fingerprint
+    want = tokenize([row, row], tokenizer, READING).fingerprint
     for given in ([row, row | empty], sources.load_rows(tmp_path / "a.jsonl")):
-        assert tokenize(given, TINY, READING).fingerprint == want
+        assert tokenize(given, tokenizer, READING).fingerprint == want
     (tmp_path / "a.jsonl").write_text(
         json.dumps(row | empty) + "\n" + json.dumps(row | {column: value})
     )
     for given in ([row, row | {column: value}], sources.load_rows(tmp_path / "a.jsonl")):
         with pytest.raises(ValueError, match=message):
-            tokenize(given, TINY, READING)
+            tokenize(given, tokenizer, READING)
+
+
+def test_columns_of_structs_without_values_pass() -> None:
+    """Such a type has null for the fields of other rows."""
+    row = {"messages": said("a", "b"), "chat_template_kwargs": {}}
+    other = {**row, "chat_template_kwargs": {"thinking": True}}
+    table = datasets.Dataset.from_list([row, other])
+    assert table[0]["chat_template_kwargs"] == {"thinking": None}
+    with pytest.raises(ValueError, match="row 1: the column chat_template_kwargs would change"):
+        formats.tokenize_chats(table, TINY, READING)
+    seen = {**row, "images": np.zeros(2)}
+    with pytest.raises(ValueError, match="row 0: the column images would change the prompt"):
+        formats.tokenize_chats([seen], TINY, READING)
+
+
+def test_advised_columns_lead_to_a_run() -> None:
+    """What the advice names is in the prompt, in its order."""
+    row = {"system_prompt": "s", "input": "c", "instruction": "a", "context": "b", "output": "d"}
+    columns = {"prompt": ["system_prompt", "instruction", "context", "input"]}
+    with pytest.raises(ValueError, match=r"prompt: \[system_prompt, instruction, context, input\]"):
+        formats.tokenize_completions([row], TINY, READING)
+    reading = dataclasses.replace(READING, columns={**columns, "completion": "output"})
+    got = formats.tokenize_completions([row], TINY, reading)
+    want = [{"prompt": "s\n\na\n\nb\n\nc", "completion": "d"}]
+    assert got.fingerprint == formats.tokenize_completions(want, TINY, READING).fingerprint
+
+
+@pytest.mark.parametrize("label", [False, "False", "false"])
+def test_answers_labeled_false_are_not_learned(label: Any) -> None:
+    row = {"prompt": "a", "completion": "b", "label": True}
+    want = formats.tokenize_completions([{"prompt": "a", "completion": "b"}], TINY, READING)
+    assert formats.tokenize_completions([row], TINY, READING).fingerprint == want.fingerprint
+    with pytest.raises(ValueError, match=r"row 1: label=.* not to be learned .KTO."):
+        formats.tokenize_completions([row, {**row, "label": label}], TINY, READING)
+    chat = {"prompt": said("a"), "completion": said("", "b")[1:], "label": label}
+    reading = dataclasses.replace(READING, columns={"messages": ["prompt", "completion"]})
+    with pytest.raises(ValueError, match=r"row 0: label=.* not to be learned .KTO."):
+        formats.tokenize_chats([chat], TINY, reading)
+
+
+def test_tools_that_template_ignores_raise() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    row = {"messages": said("a", "b"), "tools": json.dumps(tools)}
+    pair = {"prompt": said("a"), "chosen": said("", "b")[1:], "rejected": said("", "c")[1:]}
+    message = "row 1 has tools, but the chat template does not read them"
+    for form, given in (("chat", row), ("preference", {**pair, "tools": tools})):
+        empty = {**given, "tools": None}
+        with pytest.raises(ValueError, match=message):
+            formats.FORMATS[form]([empty, given], with_template("chatml"), READING)
+        formats.FORMATS[form]([empty, given], with_template("llama3"), READING)
+
+
+def test_tokenize_chats_reads_parts(tmp_path: pathlib.Path) -> None:
+    """Parts of content, calls as JSON, and a system message reach the template from every file."""
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = TINY._replace(chat_template=ChatTemplate(text))
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    system = {"role": "system", "content": [{"type": "text", "text": "s"}]}
+    calls = json.dumps([{"function": {"name": "f", "arguments": {}}}])
+    chat = [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]
+    chat += [{"role": "assistant", "content": "", "tool_calls": calls}]
+    row = {"messages": chat, "system": "s"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    frame = {"messages": json.dumps(chat), "system": "s"}
+    datasets.Dataset.from_list([frame]).to_csv(str(tmp_path / "a.csv"))
+    for given in ([row], *(sources.load_rows(tmp_path / f"a.{kind}") for kind in ("jsonl", "csv"))):
+        corpus = formats.tokenize_chats(given, tokenizer, READING)
+        tokens, learnt = pieces(corpus, 0)
+        assert TINY.decode(learnt) == "[b][c]<|im_end|>f<|im_end|>"
+        assert "system\n[s]<|im_end|>" in TINY.decode(tokens)
+    prompt = [system, {"role": "user", "content": "a"}]
+    spelled = [{"role": "system", "content": "s"}, {"role": "user", "content": parts[:0] or "a"}]
+    answers = {"chosen": [*spelled, said("", "b")[1]], "rejected": said("", "c")[1:]}
+    pair = formats.tokenize_preferences([{"prompt": prompt, **answers}], tokenizer, READING)
+    assert TINY.decode(pieces(pair, 0)[1]) == "b<|im_end|>"
 
 
 def test_columns_of_prompt_can_be_mapped() -> None:
@@ -673,6 +838,10 @@ def test_tokenize_preferences_render_tools() -> None:
     messages, tokenizer = said("a", "b"), with_template("llama3")
     row = {"prompt": messages[:1], "chosen": messages[1:], "rejected": said("", "c")[1:]}
     chat = {"messages": messages}
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
+        chats = [{**chat, "tools": given} for given in (tools, [tool])]
+        corpus = formats.tokenize_chats(chats, tokenizer, READING)
+        assert pieces(corpus, 0) == pieces(corpus, 1)
     for tools in ({"tools": [tool]}, {"tools": json.dumps([tool])}, {}):
         pair = formats.tokenize_preferences([{**row, **tools}], tokenizer, READING)
         want = formats.tokenize_chats([{**chat, **tools}], tokenizer, READING)
@@ -736,7 +905,22 @@ def test_tokenize_chats_table_equals_list() -> None:
         ),
         ("chat", {"messages": "a"}, {}, "train.jsonl, row 1 must be a list of messages, got 'a'"),
         ("chat", {"messages": said("a"), "tools": "{"}, {}, "row 1: tools is not valid JSON"),
+        ("chat", {"messages": said("a"), "tools": ["{"]}, {}, "row 1: tools is not valid JSON"),
+        (
+            "chat",
+            {"messages": said("a"), "tools": {"name": "f"}},
+            {},
+            "row 1: tools={'na.* must",
+        ),
+        ("chat", {"messages": said("a"), "tools": "[3]"}, {}, r"row 1: tools=\[3\] must be a list"),
         ("preference", {"prompt": "a", "chosen": 1, "rejected": ""}, {}, "row 1: chosen=1 must be"),
+        (
+            "preference",
+            {"prompt": said("a"), "chosen": "b", "rejected": "c"},
+            {},
+            r"row 1: prompt=\[.{1,60} must be a string. Use strings in all columns, or messages in",
+        ),
+        ("completion", {"prompt": said("a"), "completion": "b"}, {}, "with messages in all of the"),
     ],
 )
 def test_tokenize_invalid_rows_raise(
@@ -756,6 +940,18 @@ def test_tokenize_invalid_rows_raise(
     reading = TokenizeConfig(max_seq_length=400, data_name="train.jsonl", columns=columns)
     with pytest.raises(ValueError, match=message):
         formats.FORMATS[form]([first, row], TINY, reading)
+
+
+def test_preferences_form_is_of_first_answer() -> None:
+    """Null is neither text nor messages."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(ValueError, match="row 0: chosen=None must be a string"):
+        formats.tokenize_preferences([{**row, "chosen": None}, row], TINY, READING)
+    chat = {"prompt": "a", "chosen": said("", "b")[1:], "rejected": said("", "c")[1:]}
+    with pytest.raises(ValueError, match="row 1, chosen must be a list of messages, got 'b'"):
+        formats.tokenize_preferences([chat, row], TINY, READING)
+    with pytest.raises(ValueError, match=r"row 1: chosen=\[.* Use strings in all columns, or mess"):
+        formats.tokenize_preferences([row, chat], TINY, READING)
 
 
 def test_preferences_two_answer_messages_raise() -> None:
