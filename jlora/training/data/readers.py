@@ -67,7 +67,7 @@ def _read_csv_header(file: Path) -> list[str]:
     _, names = next(_iter_csv_lines(file), (0, []))
     if not names:
         raise ValueError(f"{file} is empty. Use a file with at least one row.")
-    separator = next((one for one in ";\t|" if len(names) == 1 and one in names[0]), None)
+    separator = find_other_separator(names)
     if separator is not None:
         raise ValueError(
             f"{file}: the first line separates its columns by {separator!r}. Save the file with "
@@ -89,13 +89,9 @@ def _iter_csv_rows(file: Path, header: Sequence[str]) -> Iterator[list[str]]:
     """Yields the cells of every row after the header."""
     for number, cells in itertools.islice(_iter_csv_lines(file), 1, None):
         if len(cells) != len(header):
-            separator = find_other_separator(header)
-            mend = "Correct or remove the row; quote text that contains commas"
-            if separator is not None:
-                mend = f"The names seem to be separated by {separator!r}: save it with commas"
             raise ValueError(
                 f"{file}:{number} has {len(cells)} cells, but the first line names {len(header)} "
-                f"columns. {mend}."
+                f"columns. Correct or remove the row; quote text that contains commas."
             )
         yield cells
 
