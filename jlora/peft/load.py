@@ -53,6 +53,14 @@ _TABLE_NAMES = ("embed_tokens", "lm_head")
 
 _TASK_HEAD_NAMES = {name for names in config.TASK_HEADS.values() for name in names}
 
+# Parts of an error that are from the files may be longer.
+_MAX_REASON_LETTERS = 2_000
+
+# Modules of torch without parameters, for which `modules_to_save` has no effect.
+_MODULE_WITHOUT_PARAMETERS = re.compile(
+    r"(?:.*[._])?(?:dropout|drop|drop_path|act|act_fn|activation|activation_fn|rotary_emb|identity)"
+)
+
 # Modules of the copies of a saved module that hold a bias: the module, and the path inside it.
 _BIAS_COPY = re.compile(r"(.*?)\.(?:modules_to_save(?:\.default)?|original_module)((?:\..+)?)")
 
@@ -198,6 +206,7 @@ class _PeftFolderReader:
         folder: The folder, for errors.
         fields: Fields of the config.
         method: PEFT method of the adapter.
+        target_parameters: Entries of `target_parameters`.
         remaining: Tensors that are not consumed yet, by name.
         checkpoint_mapping: Checkpoint tensors of the model's weights.
         parameters: Parameters of the model's modules, by module and name.
@@ -224,6 +233,7 @@ class _PeftFolderReader:
         is_head_tied: bool | None,
     ) -> None:
         self.folder, self.fields, self.method = folder, fields, method
+        self.target_parameters = frozenset(fields["target_parameters"] or [])
         self.is_head_tied = is_head_tied
         self.is_head_changed_by_tokens = False
         self.remaining, self.checkpoint_mapping = tensors, checkpoint_mapping
@@ -244,6 +254,8 @@ class _PeftFolderReader:
         self.bias_gains: list[tuple[ModuleParameter, np.ndarray]] = []
 
     def make_error(self, reason: str) -> ValueError:
+        if len(reason) > _MAX_REASON_LETTERS:
+            reason = f"{reason[:_MAX_REASON_LETTERS]}..."
         return ValueError(
             f"{self.folder / config.CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}: {reason} Use "
             f"the two files of one `save_pretrained` call, with the "
@@ -440,9 +452,8 @@ class _PeftFolderReader:
 
     def _is_target_parameter(self, parameter: ModuleParameter) -> bool:
         """Returns True if an entry of `target_parameters` names a parameter."""
-        name = f"{parameter.module}.{parameter.name}"
-        targets = self.fields["target_parameters"] or []
-        return any(name == target or name.endswith(f".{target}") for target in targets)
+        endings = config.name_endings(f"{parameter.module}.{parameter.name}")
+        return not self.target_parameters.isdisjoint(endings)
 
     def _check_targets(
         self,
@@ -486,11 +497,11 @@ class _PeftFolderReader:
             raise self.make_error(
                 f"the file has tensors for {format_names(extra)}, which the config does not target."
             )
+        endings = {e for p in wanted for e in config.name_endings(f"{p.module}.{p.name}")}
         for target in self.fields["target_parameters"] or []:
-            names = [f"{p.module}.{p.name}" for p in wanted]
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if target not in endings:
                 raise self.make_error(
-                    f"target_parameters has {target!r}, which the model does not have."
+                    f"target_parameters has {_tree.shorten(target)}, which the model does not have."
                 )
         names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
         config.check_rank_patterns(self.fields, self.method, names | set(by_expert) | set(heads))
@@ -556,15 +567,13 @@ class _PeftFolderReader:
 
         PEFT wraps a module with two adapted parameters twice; the first parameter is the inner one.
         """
-        targets = self.fields["target_parameters"] or []
-        targeted = [
-            key for key in candidates if any(f"{key[0]}.{key[1]}".endswith(t) for t in targets)
-        ]
+        targeted = [key for key in candidates if self._is_target_parameter(self.parameters[key])]
         if len(targeted) == 1 and not is_inner:
             return targeted[0]
         if len(targeted) != 2:
             raise self.make_error(
-                f"target_parameters={targets} must name the parameters of the experts."
+                f"target_parameters={_tree.shorten(sorted(self.target_parameters))} must name the "
+                f"parameters of the experts."
             )
         # In the order of the module: gate and up before down.
         return sorted(targeted, key=lambda key: key[1] == "down_proj")[0 if is_inner else 1]
@@ -612,6 +621,7 @@ class _PeftFolderReader:
         if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
             saved_names.append(HEAD_MODULE)  # PEFT adds the head to the embedding.
         names = set(self.remaining)
+        saved = config.SavedModules([*saved_names, *heads])
         replaced: set[tuple[str, str]] = set()
         tokens: set[str] = set()
         for name in list(self.remaining):
@@ -629,9 +639,7 @@ class _PeftFolderReader:
                 continue
             is_wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-            is_saved = any(
-                _is_saved_module(module, saved_name) for saved_name in [*saved_names, *heads]
-            )
+            is_saved = bool(saved.matches(module))
             is_trained_bias = parameter_name == "bias" and has_biases
             # PEFT writes complete embeddings and heads whose vocabulary was resized.
             is_table = module.rpartition(".")[2] in _TABLE_NAMES
@@ -669,22 +677,31 @@ class _PeftFolderReader:
         replaced: Collection[tuple[str, str]],
     ) -> None:
         """Checks that the file has all parameters of the modules that are trained completely."""
-        tied_heads = {pair.head: pair.embedding for pair in self.tied_pairs}
-        missing = []
-        for saved_name in [*saved_names, *heads]:
-            matches = [k for k in self.parameters if _is_saved_module(k[0], saved_name)]
-            tied = [one for head, one in tied_heads.items() if _is_saved_module(head, saved_name)]
-            matches += [(parameter.module, parameter.name) for parameter in tied]
-            if not matches and saved_name in saved_names and saved_name not in heads:
-                if saved_name in _TASK_HEAD_NAMES and self.fields["task_type"] in config.TASK_HEADS:
-                    continue  # PEFT adds all usual names of a head to the config.
+        saved = config.SavedModules([*saved_names, *heads])
+        places = [(key[0], key) for key in self.parameters]
+        places += [
+            (pair.head, (pair.embedding.module, pair.embedding.name)) for pair in self.tied_pairs
+        ]
+        found: set[str] = set()
+        promised: set[tuple[str, str]] = set()
+        for module, key in places:
+            names = saved.matches(module)
+            found |= names
+            promised |= {key} if names else set()
+        for saved_name in saved_names:
+            if saved_name in found or saved_name in heads:
+                continue
+            if saved_name in _TASK_HEAD_NAMES and self.fields["task_type"] in config.TASK_HEADS:
+                continue  # PEFT adds all usual names of a head to the config.
+            if not _MODULE_WITHOUT_PARAMETERS.fullmatch(saved_name):
                 raise self.make_error(
-                    f"modules_to_save has {saved_name!r}, which the model does not have."
+                    f"modules_to_save has {_tree.shorten(saved_name)}, which the model does not "
+                    f"have."
                 )
-            missing += [f"{module}.{name}" for module, name in set(matches) - set(replaced)]
+        missing = sorted(f"{module}.{name}" for module, name in promised - set(replaced))
         if missing:
             raise self.make_error(
-                f"the file lacks {format_names(sorted(set(missing)))}, which modules_to_save or "
+                f"the file lacks {format_names(missing)}, which modules_to_save or "
                 f"task_type promise."
             )
 
@@ -699,14 +716,16 @@ class _PeftFolderReader:
             is_found = any(name is None or module.endswith(name) for module in found)
             if not is_found and not (is_head and self.is_head_changed_by_tokens):
                 raise self.make_error(
-                    f"trainable_token_indices={indices} has {name or 'tokens'}, for which the file "
-                    f"has no rows."
+                    f"trainable_token_indices={_tree.shorten(indices)} has "
+                    f"{name[:200] if name else 'tokens'}, for which the file has no rows."
                 )
 
     def _check_biases(self, replaced: Collection[tuple[str, str]]) -> None:
         """Checks that the file has the biases of the config's mode."""
         biases = {module for module, name in self.parameters if name == "bias"}
-        biases = {m for m in biases if not config.is_inside_saved_module(self.fields, m)}
+        names, heads = config.saved_module_names(self.fields)
+        saved = config.SavedModules([*names, *heads])
+        biases = {module for module in biases if not saved.contains(module)}
         if self.fields["bias"] != "all":
             biases &= self.adapted_modules
         missing = sorted(module for module in biases if (module, "bias") not in replaced)
@@ -781,14 +800,14 @@ class _PeftFolderReader:
         if parameter is None or not isinstance(indices, list) or len(indices) != len(tensor):
             raise self.make_error(
                 f"{module} has {len(tensor)} trained tokens, which does not match "
-                f"trainable_token_indices={self.fields['trainable_token_indices']}."
+                f"trainable_token_indices={_tree.shorten(self.fields['trainable_token_indices'])}."
             )
         assert parameter.tensor_slice is not None
         shape = parameter.tensor_slice.tensor_shape
         if tensor.shape[1:] != shape[1:] or max(indices) >= shape[0]:
             raise self.make_error(
-                f"{module} has trained tokens of shape {tensor.shape} for the indices {indices} of "
-                f"an embedding of shape {shape}."
+                f"{module} has trained tokens of shape {tensor.shape} for the indices "
+                f"{_tree.shorten(indices)} of an embedding of shape {shape}."
             )
         head = self.parameters.get((HEAD_MODULE, "weight"))
         changed = [parameter]
@@ -891,12 +910,3 @@ def is_same_table(
             parameter.tensor_slice.to_tensor(value[weight_region(parameter.tensor_slice)])
         )
     return np.array_equal(*tables)
-
-
-def _is_saved_module(module: str, saved_name: str) -> bool:
-    """Returns True if an entry of `modules_to_save` matches a module or one of its parents.
-
-    PEFT compares the ends of names, without a dot before them.
-    """
-    ends = (position for position, letter in enumerate(f"{module}.") if letter == ".")
-    return any(module[:end].endswith(saved_name) for end in ends)

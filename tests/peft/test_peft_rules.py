@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -300,13 +301,49 @@ def test_load_invalid_pattern_raises(fields: Any, tmp_path: pathlib.Path) -> Non
         peft.load(folder, *base(LLAMA))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": [f"m{n}" for n in range(50_000)]}, "'m0', which the model does not"),
+        ({"target_parameters": [f"m{n}" for n in range(50_000)]}, "'m0', which the model does not"),
+        ({"trainable_token_indices": [1] * 50_000}, "has tokens, for which the file has no rows"),
+        ({"trainable_token_indices": {"m" * 10**5: [1]}}, "for which the file has no rows"),
+    ],
+    ids=["names", "parameters", "tokens", "module"],
+)
+def test_load_of_long_lists_ends_fast(fields: Any, message: str, tmp_path: pathlib.Path) -> None:
+    folder = write(tmp_path / "in", factors(LLAMA, *QV), target_modules=QV, **fields)
+    model, params = base(LLAMA)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        peft.load(folder, model, params)
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 3_000
+
+
+@pytest.mark.parametrize("name", ["dropout", "embeddings.dropout", "intermediate_act_fn"])
+def test_load_saved_module_without_parameters(name: str, tmp_path: pathlib.Path) -> None:
+    tensors = factors(BERT, "query") | stored(BERT, "classifier.weight", "classifier.bias")
+    saved = {"modules_to_save": ["classifier", name]}
+    folder = write(tmp_path / "in", tensors, target_modules=["query"], **saved)
+    assert len(adapted(folder, BERT)) == 2
+    folder = write(tmp_path / "other", tensors, target_modules=["query"], modules_to_save=["act.x"])
+    with pytest.raises(ValueError, match=r"'act\.x', which the model does not have"):
+        adapted(folder, BERT)
+
+
 def test_load_layers_select_listed_layers(tmp_path: pathlib.Path) -> None:
     tensors = {k: v for k, v in factors(LLAMA, *QV).items() if ".1." in k}
     folder = write(tmp_path / "in", tensors, target_modules=QV, layers_to_transform=1)
     assert len(adapted(folder, LLAMA)) == 2
     full = [key.removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     folder = write(tmp_path / "full", tensors, target_modules=full, layers_to_transform=[0])
-    with pytest.raises(ValueError, match="layers_to_transform has"):
+    assert len(adapted(folder, LLAMA)) == 2  # Complete names are in no list of layers.
+    mixed = {"target_modules": [*full, "k_proj"], "layers_to_transform": [0, 1]}
+    folder = write(tmp_path / "mixed", {**tensors, **factors(LLAMA, "k_proj")}, **mixed)
+    assert len(adapted(folder, LLAMA)) == 4
+    folder = write(tmp_path / "other", tensors, **mixed, layers_pattern="block")
+    with pytest.raises(ValueError, match=r"has \[0, 1\], and the targets are in the layers \[\]"):
         adapted(folder, LLAMA)
 
 
