@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from _support.peft_numpy import PREFIX
+from _support.peft_numpy import PREFIX, PeftReading
 
 import jlora
 from jlora import models, peft
@@ -793,3 +793,74 @@ def test_save_gemma_norm_is_a_norm(tmp_path: pathlib.Path) -> None:
     again = peft.load(tmp_path / "out", *base(name))
     assert again.adapter[norm].family == "full"
     np.testing.assert_allclose(again.params["params"]["layers_1"]["mlp_norm"]["scale"], expected)
+
+
+def kronecker_sizes(size: int) -> tuple[int, int]:
+    """The two factors of a size that differ least, the smaller one first."""
+    small = max(n for n in range(1, size + 1) if size % n == 0 and n * n <= size)
+    return small, size // small
+
+
+def hadamard_tensors(module: str, shape: tuple[int, ...], rank: int) -> Tensors:
+    return {
+        f"{module}.hada_w{n}_{side}": random((shape[0], rank) if side == "a" else (rank, shape[1]))
+        for n in (1, 2)
+        for side in "ab"
+    }
+
+
+def kronecker_tensors(module: str, shape: tuple[int, ...], rank: int) -> Tensors:
+    (out, rest), (inp, channels) = map(kronecker_sizes, shape)
+    if rank >= max(rest, channels) / 2:
+        return {
+            f"{module}.lokr_w1": random((out, inp)),
+            f"{module}.lokr_w2": random((rest, channels)),
+        }
+    return {
+        f"{module}.lokr_w1": random((out, inp)),
+        f"{module}.lokr_w2_a": random((rest, rank)),
+        f"{module}.lokr_w2_b": random((rank, channels)),
+    }
+
+
+STACKS = [("LOHA", (2, 3)), ("LOHA", (2, 2)), ("LOKR", (1, 1)), ("LOKR", (3, 2)), ("LOKR", (1, 2))]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("method", "ranks"), STACKS)
+def test_load_patterns_of_stacked_layers(
+    method: str, ranks: tuple[int, int], scan_layers: bool, tmp_path: pathlib.Path
+) -> None:
+    make = hadamard_tensors if method == "LOHA" else kronecker_tensors
+    modules = [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    tensors: Tensors = {}
+    for module, rank in zip(modules, ranks, strict=True):
+        tensors |= make(module, shapes(LLAMA)[f"{module}.weight"], rank)
+    folder = write(
+        tmp_path / "in",
+        tensors,
+        **({"decompose_factor": -1, "decompose_both": False} if method == "LOKR" else {}),
+        peft_type=method,
+        use_effective_conv2d=False,
+        target_modules=["q_proj"],
+        r=2,
+        alpha=4,
+        rank_pattern={f"{number}.self_attn.q_proj": rank for number, rank in enumerate(ranks)},
+        alpha_pattern={"layers.0.self_attn.q_proj": 7},
+    )
+    model, params = models.load(MODELS / LLAMA, dtype="float32", scan_layers=scan_layers)
+    if scan_layers and method == "LOKR" and ranks == (1, 2):  # A product of factors, and a matrix.
+        with pytest.raises(ValueError, match=r"tensors cannot be one stack\. Load .*scan_layers=F"):
+            peft.load(folder, model, params)
+        return
+    loaded = peft.load(folder, model, params)
+    merged = jax.device_get(jax.jit(jlora.merge)(loaded.params, loaded.adapter))
+    flat = {
+        "/".join(str(k.key) for k in path): value
+        for path, value in jax.tree_util.tree_flatten_with_path(merged)[0]
+    }
+    get = models.make_tensor_getter(models.checkpoint_mapping(model)[0], flat)
+    file = safetensors.numpy.load_file(MODELS / LLAMA / "model.safetensors")
+    theirs = PeftReading(folder, {m: file[f"{m}.weight"] for m in modules}, set()).merged
+    for module in modules:
+        np.testing.assert_allclose(get(f"{module}.weight"), theirs[module], atol=1e-4)
