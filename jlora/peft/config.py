@@ -162,6 +162,9 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     ),
 }
 
+# Ranks of the modules that AdaLoRA has pruned, by their names.
+PRUNED_RANKS = "pruned_ranks"
+
 _SAVE_PRETRAINED_HINT = "Use the two files of one `save_pretrained` call."
 
 # The longest real files name each module of each expert some times, in a few MB.
@@ -238,12 +241,9 @@ def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any],
             fields[name] = fields[name] if value is None and fields[name] is not None else value
         elif name not in _IGNORED_FIELDS and value not in (None, False, "", [], {}):
             unknown.append(_format_field(name, value))
-    if peft_type == "ADALORA" and fields["rank_pattern"]:
-        raise ValueError(
-            f"{path}: rank_pattern must be empty for AdaLoRA. The ranks of this adapter were "
-            f"pruned, and its file does not record the scale of the training. Save it without the "
-            f"pattern, or merge it with PEFT."
-        )
+    if peft_type == "ADALORA":
+        fields[PRUNED_RANKS] = _count_kept_ranks(path, fields)
+        fields["rank_pattern"] = {}
     _check_number_of_patterns(path, fields)
     for name, value in fields.items():
         if name in _FIELD_VALIDATORS and not _FIELD_VALIDATORS[name](value):
@@ -271,6 +271,27 @@ def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any],
 def _format_field(name: str, value: Any) -> str:
     """Returns a field for an error message, with a bounded length."""
     return f"{name[:100]}={_tree.shorten(value)}"
+
+
+def _count_kept_ranks(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the rank of each module in AdaLoRA's `rank_pattern`, which marks the ranks it keeps.
+
+    Raises:
+        ValueError: The field is not a mapping from singular values to marks of all ranks.
+    """
+    pattern, ranks = fields["rank_pattern"], {}
+    is_mapping = isinstance(pattern, Mapping)
+    for name, kept in pattern.items() if is_mapping else ():
+        module, _, parameter = name.removesuffix(".default").rpartition(".")
+        if parameter == "lora_E" and _is_list_of(kept, bool) and len(kept) == fields["init_r"]:
+            ranks[module] = sum(kept)
+    if not is_mapping or len(ranks) != len(pattern):
+        raise ValueError(
+            f"{path}: {_format_field('rank_pattern', pattern)} must have a list of "
+            f"init_r={_tree.shorten(fields['init_r'], 20)} times true or false for the lora_E of "
+            f"each module. {_SAVE_PRETRAINED_HINT}"
+        )
+    return ranks
 
 
 def _check_number_of_patterns(path: Path, fields: Mapping[str, Any]) -> None:
@@ -460,6 +481,11 @@ def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str
         pattern = values.first_match(module)
         if pattern is not None:
             module_fields[name] = values[pattern]
+    kept = fields.get(PRUNED_RANKS, {}).get(module)
+    if kept is not None and method.alpha_field:
+        # The scale is that of the training, with all ranks.
+        module_fields["init_r"] = kept
+        module_fields[method.alpha_field] = fields[method.alpha_field] * kept / fields["init_r"]
     return module_fields
 
 
@@ -531,3 +557,9 @@ def check_rank_patterns(
                 f"{name} has {_tree.shorten(unmatched)}, which matches none of the adapter's "
                 f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
             )
+    unknown = sorted(set(fields.get(PRUNED_RANKS, ())) - set(modules))
+    if unknown:
+        raise ValueError(
+            f"rank_pattern has {_tree.shorten(unknown[0])}, which is none of the adapter's "
+            f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
+        )

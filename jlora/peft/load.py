@@ -405,6 +405,8 @@ class _PeftFolderReader:
             if "ia3_l" in tensors and bias and not fields["is_feedforward"]:
                 self.bias_gains.append((bias, tensors["ia3_l"].astype(np.float32)))
             self.adapted_modules.add(parameter.module)
+            if self._is_pruned_away(name, tensors):
+                continue
             if self.fields.get("lora_bias"):
                 self._collect_factor_bias(parameter, fields, tensors)
             modules.append(ModuleTensors(parameter, fields, tensors))
@@ -417,6 +419,19 @@ class _PeftFolderReader:
                 stacklevel=2,
             )
         return modules
+
+    def _is_pruned_away(self, module: str, tensors: Mapping[str, np.ndarray]) -> bool:
+        """Returns True for a module of which AdaLoRA keeps no rank.
+
+        Raises:
+            ValueError: The file has values for it.
+        """
+        ranks = self.fields.get(config.PRUNED_RANKS, {})
+        if ranks.get(module) != 0:
+            return False
+        if any(tensor.size for tensor in tensors.values()):
+            raise self.make_error(f"rank_pattern keeps no rank of {module}, which has values.")
+        return True
 
     def _collect_factor_bias(
         self, parameter: ModuleParameter, fields: ConfigFields, tensors: dict[str, np.ndarray]

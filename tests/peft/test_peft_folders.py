@@ -398,7 +398,7 @@ def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
             put(target_parameters=["mlp.experts.down_proj"]),
             "must name the parameters of the experts",
         ),
-        ("adalora", put(rank_pattern={"q": [True, False]}), "ranks of this adapter were pruned"),
+        ("adalora", put(rank_pattern={"q": [True, False]}), "rank_pattern=.* must have a list of"),
         ("vera", put(save_projection=False), "save_projection=False is not supported"),
         ("lora", put(auto_mapping={"base_model_class": "x", "parent_library": "os"}), None),
         ("lora", put(base_model_name_or_path="https://elsewhere/model"), None),

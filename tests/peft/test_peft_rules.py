@@ -853,6 +853,12 @@ def test_load_patterns_of_stacked_layers(
         with pytest.raises(ValueError, match=r"tensors cannot be one stack\. Load .*scan_layers=F"):
             peft.load(folder, model, params)
         return
+    assert_peft_merges_same(folder, model, params)
+
+
+def assert_peft_merges_same(folder: pathlib.Path, model: Any, params: Any) -> None:
+    """Checks the query projections of the Llama against PEFT's equations."""
+    modules = [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
     loaded = peft.load(folder, model, params)
     merged = jax.device_get(jax.jit(jlora.merge)(loaded.params, loaded.adapter))
     flat = {
@@ -864,3 +870,47 @@ def test_load_patterns_of_stacked_layers(
     theirs = PeftReading(folder, {m: file[f"{m}.weight"] for m in modules}, set()).merged
     for module in modules:
         np.testing.assert_allclose(get(f"{module}.weight"), theirs[module], atol=1e-4)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("counts", [(1, 3), (4, 2), (0, 2)], ids=str)
+def test_load_pruned_adalora(
+    counts: tuple[int, int], scan_layers: bool, tmp_path: pathlib.Path
+) -> None:
+    tensors, pattern = {}, {}
+    for number, kept in enumerate(counts):
+        module = f"model.layers.{number}.self_attn.q_proj"
+        width = shapes(LLAMA)[f"{module}.weight"][0]
+        pattern[f"{module}.lora_E"] = [rank < kept for rank in range(4)]
+        tensors[f"{module}.lora_A"] = random((kept, width))
+        tensors[f"{module}.lora_E"] = random((kept, 1))
+        tensors[f"{module}.lora_B"] = random((width, kept))
+    fields = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    folder = write(tmp_path / "in", tensors, **fields, rank_pattern=pattern)
+    model, params = models.load(MODELS / LLAMA, dtype="float32", scan_layers=scan_layers)
+    assert_peft_merges_same(folder, model, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "message"),
+    [
+        ("q_proj.lora_E", [True, False], "'q_proj', which is none of the adapter's 2 modules"),
+        ("model.layers.0.self_attn.q_proj.lora_E", [True], "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_E", [1, 0], "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_A", [True, False], "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_E", 2, "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_E", [False, False], "keeps no rank of"),
+    ],
+)
+def test_load_wrong_pruning_raises(
+    name: str, kept: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    tensors = {
+        f"model.layers.{number}.self_attn.q_proj.lora_{part}": random(shape)
+        for number in (0, 1)
+        for part, shape in (("A", (2, 12)), ("E", (2, 1)), ("B", (12, 2)))
+    }
+    fields = {"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    folder = write(tmp_path / "in", tensors, **fields, rank_pattern={name: kept})
+    with pytest.raises(ValueError, match=message):
+        peft.load(folder, *base(LLAMA))
