@@ -145,6 +145,7 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "lora_bias": _is_bool,
     "lora_dropout": _is_dropout_rate,
     "modules_to_save": _allow_none(_is_list_of),
+    "save_only_topk_weights": _is_bool,
     "target_modules": _allow_none(_is_module_selector),
     "target_parameters": _allow_none(_is_list_of),
     "task_type": _allow_none(lambda value: isinstance(value, str)),

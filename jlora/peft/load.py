@@ -23,7 +23,12 @@ from jlora._tree import PyTree, is_quantized
 from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
 from jlora.adapters.trainable_tokens import TrainableTokens
-from jlora.checkpoints.safetensors_io import format_names, open_safetensors, read_finite_tensor
+from jlora.checkpoints.safetensors_io import (
+    FLOAT_DTYPES,
+    format_names,
+    open_safetensors,
+    read_finite_tensor,
+)
 from jlora.checkpoints.text_files import name_file_in_errors
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
@@ -42,14 +47,16 @@ from jlora.peft.tensor_layouts import (
     weight_region,
 )
 from jlora.peft.tied_weights import TiedPair, find_tied_pairs, join_tied_tensors
+from jlora.peft.top_k_logits import INDICES_SUFFIX, restore_logits
 from jlora.rules import trace_weights
 
 KEY_PREFIX = "base_model.model."
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 
-# Modules whose complete weight PEFT may write without being asked.
-_TABLE_NAMES = ("embed_tokens", "lm_head")
+# Modules whose complete weight PEFT may write without being asked: the embeddings of tokens, and
+# the heads that may share their weights.
+_TABLE_NAMES = ("embed_tokens", "lm_head", "word_embeddings")
 
 _TASK_HEAD_NAMES = {name for names in config.TASK_HEADS.values() for name in names}
 
@@ -66,6 +73,9 @@ _BIAS_COPY = re.compile(r"(.*?)\.(?:modules_to_save(?:\.default)?|original_modul
 
 # Module of the head in checkpoints of decoders.
 HEAD_MODULE = "lm_head"
+
+# Types of indices in the files of VB-LoRA.
+_INDEX_DTYPES = ("U8", "I16", "I32", "I64")
 
 TRAINABLE_TOKENS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
@@ -126,6 +136,7 @@ def load_peft_folder(
     reader = _PeftFolderReader(folder, fields, method, tensors, mapping, is_head_tied)
     weights = trace_weights(fn, params, *inputs)
     with name_file_in_errors(folder / config.CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME):
+        reader.restore_logits()
         reader.join_tied_modules(tied_modules, weights)
         reader.check_separated_head()
         adapter = reader.build_adapter(weights)
@@ -181,7 +192,9 @@ def _read_peft_tensors(folder: Path) -> dict[str, np.ndarray]:
     tensors = {}
     with open_safetensors(path) as file:
         for key in file.keys():  # noqa: SIM118 -- the file is not a mapping
-            tensors[key.removeprefix(KEY_PREFIX)] = read_finite_tensor(file, key, path)
+            dtypes = _INDEX_DTYPES if key.endswith(INDICES_SUFFIX) else tuple(FLOAT_DTYPES)
+            name = key.removeprefix(KEY_PREFIX)
+            tensors[name] = read_finite_tensor(file, key, path, dtypes)
     if not tensors:
         raise ValueError(f"{path} has no tensors. Save the adapter again.")
     return tensors
@@ -261,6 +274,16 @@ class _PeftFolderReader:
             f"the two files of one `save_pretrained` call, with the "
             f"model of the adapter."
         )
+
+    def restore_logits(self) -> None:
+        """Puts logits in the place of their largest ones.
+
+        Raises:
+            ValueError: These do not fit the config.
+        """
+        bank = self.remaining.get("base_model.vblora_vector_bank")
+        if self.fields.get("save_only_topk_weights") and bank is not None:
+            self.remaining = restore_logits(self.remaining, len(bank), self.make_error)
 
     def join_tied_modules(
         self, tied_modules: Mapping[str, str], weights: Mapping[str, AdaptableWeight]

@@ -453,6 +453,15 @@ def test_load_complete_tables_are_the_base(tmp_path: pathlib.Path) -> None:
     assert len(loaded.adapter) == 4  # Nothing but the factors is trained on.
 
 
+def test_load_resized_words_of_encoder(tmp_path: pathlib.Path) -> None:
+    table = stored(BERT, "word_embeddings.weight")
+    folder = write(tmp_path / "in", factors(BERT, "query") | table, target_modules=["query"])
+    loaded = peft.load(folder, *base(BERT))
+    for key, value in table.items():
+        np.testing.assert_array_equal(loaded_tensor(loaded.params, BERT, key), value)
+    assert len(loaded.adapter) == 2
+
+
 def test_load_equal_copies_leave_the_base(tmp_path: pathlib.Path) -> None:
     model, params = base(LLAMA)
     tensors = factors(LLAMA, "q_proj", "lm_head")
@@ -886,6 +895,7 @@ def test_load_pruned_adalora(
         tensors[f"{module}.lora_E"] = random((kept, 1))
         tensors[f"{module}.lora_B"] = random((width, kept))
     fields = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    fields |= {"r": 16, "use_rslora": True}  # Of LoRA, which PEFT does not read here.
     folder = write(tmp_path / "in", tensors, **fields, rank_pattern=pattern)
     model, params = models.load(MODELS / LLAMA, dtype="float32", scan_layers=scan_layers)
     assert_peft_merges_same(folder, model, params)
