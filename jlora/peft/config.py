@@ -547,6 +547,11 @@ def check_rank_patterns(
 ) -> None:
     """Checks that each entry of `rank_pattern` and the like matches a module.
 
+    Args:
+        fields: Fields of the config.
+        method: PEFT method of the adapter.
+        modules: Names of the model's modules, adapted or not.
+
     Raises:
         ValueError: An entry matches no module.
     """
@@ -555,12 +560,12 @@ def check_rank_patterns(
         unmatched = _pattern_values(fields, name).first_unmatched(modules)
         if unmatched is not None:
             raise ValueError(
-                f"{name} has {_tree.shorten(unmatched)}, which matches none of the adapter's "
+                f"{name} has {_tree.shorten(unmatched)}, which matches none of the model's "
                 f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
             )
     unknown = sorted(set(fields.get(PRUNED_RANKS, ())) - set(modules))
     if unknown:
         raise ValueError(
-            f"rank_pattern has {_tree.shorten(unknown[0])}, which is none of the adapter's "
+            f"rank_pattern has {_tree.shorten(unknown[0])}, which is none of the model's "
             f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
         )

@@ -541,8 +541,10 @@ class _PeftFolderReader:
                 raise self.make_error(
                     f"target_parameters has {_tree.shorten(target)}, which the model does not have."
                 )
-        names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
-        config.check_rank_patterns(self.fields, self.method, names | set(by_expert) | set(heads))
+        # PEFT ignores the entries for modules that it does not adapt.
+        names = {*self.modules, *heads, *self.expert_modules}
+        names |= {f"{parameter.module}.{parameter.name}" for parameter in whole}
+        config.check_rank_patterns(self.fields, self.method, names)
 
     def _default_targets(self, found: Collection[str]) -> list[str]:
         """Returns the targets that PEFT has for a model where the config names none.

@@ -453,6 +453,18 @@ def test_load_complete_tables_are_the_base(tmp_path: pathlib.Path) -> None:
     assert len(loaded.adapter) == 4  # Nothing but the factors is trained on.
 
 
+def test_load_pattern_of_other_modules_is_unused(tmp_path: pathlib.Path) -> None:
+    tensors = {k: v for k, v in factors(LLAMA, "q_proj").items() if ".1." in k}
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    patterns = {"alpha_pattern": {"0.self_attn.q_proj": 9}, "rank_pattern": {".*up_proj": 5}}
+    folder = write(tmp_path / "in", tensors, **fields, **patterns)
+    (leaf,) = peft.load(folder, *base(LLAMA)).adapter.values()
+    assert (leaf.rank, leaf.alpha) == (2, 4)
+    folder = write(tmp_path / "other", tensors, **fields, rank_pattern={"2.self_attn.q_proj": 5})
+    with pytest.raises(ValueError, match="'2.self_attn.q_proj', which matches none of the model's"):
+        peft.load(folder, *base(LLAMA))
+
+
 def test_load_resized_words_of_encoder(tmp_path: pathlib.Path) -> None:
     table = stored(BERT, "word_embeddings.weight")
     folder = write(tmp_path / "in", factors(BERT, "query") | table, target_modules=["query"])
@@ -904,7 +916,7 @@ def test_load_pruned_adalora(
 @pytest.mark.parametrize(
     ("name", "kept", "message"),
     [
-        ("q_proj.lora_E", [True, False], "'q_proj', which is none of the adapter's 2 modules"),
+        ("q_proj.lora_E", [True, False], "'q_proj', which is none of the model's"),
         ("model.layers.0.self_attn.q_proj.lora_E", [True], "init_r=2 times true or false"),
         ("model.layers.0.self_attn.q_proj.lora_E", [1, 0], "init_r=2 times true or false"),
         ("model.layers.0.self_attn.q_proj.lora_A", [True, False], "init_r=2 times true or false"),
