@@ -126,8 +126,8 @@ def name_file_in_errors(*paths: str | os.PathLike[str]) -> Iterator[None]:
             raise
         if not isinstance(error, ValueError):
             raise ValueError(
-                f"{names}: a value has the wrong type or range ({type(error).__name__}: {error}). "
-                f"{_COPY_AGAIN}"
+                f"{names}: a value has the wrong type or range ({type(error).__name__}: "
+                f"{str(error)[:500]}). {_COPY_AGAIN}"
             ) from error
         raise ValueError(f"{names}: {error}") from error
 
