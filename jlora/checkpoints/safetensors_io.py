@@ -582,6 +582,7 @@ def write_new_safetensors(
 
 
 def format_names(names: list[str], max_names: int = 6) -> str:
-    """Returns the first names, and the number of the others."""
+    """Returns the first names, cut off after 200 letters, and the number of the others."""
     others = [f"and {len(names) - max_names} more"] if len(names) > max_names else []
-    return ", ".join([*names[:max_names], *others])
+    shown = [name if len(name) <= 200 else f"{name[:197]}..." for name in names[:max_names]]
+    return ", ".join([*shown, *others])

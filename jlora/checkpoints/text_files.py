@@ -70,17 +70,21 @@ def check_regular_file(path: Path) -> None:
     raise FileNotFoundError(f"{path} {reason}. {_COPY_AGAIN}")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int = _MAX_TEXT_BYTES) -> str:
     """Reads a text file in UTF-8.
+
+    Args:
+        path: Path of the file.
+        max_bytes: Largest size of the file, by default 256 MB.
 
     Raises:
         FileNotFoundError: The file is missing or not a regular file.
-        ValueError: The file is not UTF-8, or has more than 256 MB.
+        ValueError: The file is not UTF-8, or too large.
     """
     check_regular_file(path)
-    if path.stat().st_size > _MAX_TEXT_BYTES:
+    if path.stat().st_size > max_bytes:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, more than the {_MAX_TEXT_BYTES:,} that a "
+            f"{path} has {path.stat().st_size:,} bytes, more than the {max_bytes:,} that a "
             f"text file may have. {_COPY_AGAIN}"
         )
     try:
@@ -89,14 +93,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not text in UTF-8 ({error}). {_COPY_AGAIN}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = _MAX_TEXT_BYTES) -> dict[str, Any]:
     """Reads a JSON file that contains an object.
+
+    Args:
+        path: Path of the file.
+        max_bytes: Largest size of the file, by default 256 MB.
 
     Raises:
         FileNotFoundError: The file is missing or not a regular file.
-        ValueError: The file is not JSON, has more than 100 levels, or is not an object.
+        ValueError: The file is too large, is not JSON, has more than 100 levels, or is not an
+            object.
     """
-    content = parse_json(read_text(path), str(path))
+    content = parse_json(read_text(path, max_bytes), str(path))
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} must contain a JSON object, got {type(content).__name__}. {_COPY_AGAIN}"
@@ -152,8 +161,8 @@ def name_file_in_errors(*paths: str | os.PathLike[str]) -> Iterator[None]:
             raise
         if not isinstance(error, ValueError):
             raise ValueError(
-                f"{names}: a value has the wrong type or range ({type(error).__name__}: {error}). "
-                f"{_COPY_AGAIN}"
+                f"{names}: a value has the wrong type or range ({type(error).__name__}: "
+                f"{str(error)[:500]}). {_COPY_AGAIN}"
             ) from error
         raise ValueError(f"{names}: {error}") from error
 

@@ -74,7 +74,7 @@ def load_lora_file(
                 _make_module_tensors(parameter, weight, tensors, fields, make_error)
             )
         if fields:
-            config.check_rank_patterns(fields, PEFT_METHODS["LORA"], module_tensors)
+            config.check_rank_patterns(fields, PEFT_METHODS["LORA"], parameters)
         method = PEFT_METHODS["LORA"]
         return {
             path: leaf_from_modules(method, weights[path], modules, make_error)

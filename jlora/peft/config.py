@@ -15,7 +15,13 @@ from jlora.checkpoints.adapter_file import ADAPTER_FILE
 from jlora.checkpoints.safetensors_io import format_names
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
 from jlora.peft.methods import PEFT_METHODS, PeftMethod
-from jlora.peft.name_patterns import check_pattern, full_match, match_key
+from jlora.peft.name_patterns import (
+    LayerPatterns,
+    PatternValues,
+    check_pattern,
+    full_match,
+    is_plain_pattern,
+)
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -74,6 +80,8 @@ COMMON_DEFAULTS: dict[str, Any] = {
 
 def _is_regex(value: Any) -> bool:
     """Returns True for a valid regular expression."""
+    if isinstance(value, str) and is_plain_pattern(value):
+        return True
     try:
         return isinstance(value, str) and check_pattern(value) is None
     except ValueError:
@@ -82,6 +90,8 @@ def _is_regex(value: Any) -> bool:
 
 def _is_inner_regex(value: Any) -> bool:
     """Returns True for a regular expression that can be a part of another one."""
+    if isinstance(value, str) and is_plain_pattern(value):
+        return True
     return isinstance(value, str) and _is_regex(value) and _is_regex(f"(?:{value})")
 
 
@@ -136,6 +146,7 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "lora_bias": _is_bool,
     "lora_dropout": _is_dropout_rate,
     "modules_to_save": _allow_none(_is_list_of),
+    "save_only_topk_weights": _is_bool,
     "target_modules": _allow_none(_is_module_selector),
     "target_parameters": _allow_none(_is_list_of),
     "task_type": _allow_none(lambda value: isinstance(value, str)),
@@ -153,7 +164,21 @@ _FIELD_VALIDATORS: dict[str, Callable[[Any], bool]] = {
     ),
 }
 
+# Ranks of the modules that AdaLoRA has pruned, by their names.
+PRUNED_RANKS = "pruned_ranks"
+
 _SAVE_PRETRAINED_HINT = "Use the two files of one `save_pretrained` call."
+
+# The longest real files name each module of each expert some times, in a few MB.
+_MAX_CONFIG_BYTES = 20_000_000
+
+# Fields with regular expressions. One in `target_modules` and `exclude_modules` is a text.
+_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern", "layers_pattern")
+
+# Letters of all regular expressions of a config, with those for the parsing of each one.
+_MAX_PATTERN_LETTERS = 200_000
+
+_LETTERS_PER_PATTERN = 100
 
 
 def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
@@ -178,7 +203,7 @@ def read_peft_config(folder: Path) -> tuple[dict[str, Any], PeftMethod]:
             f"{path} is missing. PEFT saves an adapter that is not called 'default' in a folder of "
             f"its name: pass {folder / others[0]}."
         )
-    raw = read_json(path)
+    raw = read_json(path, _MAX_CONFIG_BYTES)
     with name_file_in_errors(path):
         return validate_config(path, raw)
 
@@ -198,14 +223,15 @@ def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any],
     """
     if "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw):
         raise ValueError(
-            f"{path} is of MLX (fine_tune_type={raw.get('fine_tune_type')!r}), and not of PEFT. "
+            f"{path} is of MLX ({_format_field('fine_tune_type', raw.get('fine_tune_type'))}), and "
+            f"not of PEFT. "
             f"Convert the adapter to PEFT's format, or fuse it into its base with mlx_lm.fuse."
         )
     peft_type = str(raw.get("peft_type", "")).upper()
     if peft_type not in PEFT_METHODS:
         raise ValueError(
-            f"{path}: peft_type={raw.get('peft_type')!r} is not supported. It must be one of "
-            f"{sorted(PEFT_METHODS)}."
+            f"{path}: {_format_field('peft_type', raw.get('peft_type'))} is not supported. It must "
+            f"be one of {sorted(PEFT_METHODS)}."
         )
     method = PEFT_METHODS[peft_type]
     fields = {**COMMON_DEFAULTS, **method.defaults}
@@ -216,17 +242,15 @@ def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any],
         elif name in fields:
             fields[name] = fields[name] if value is None and fields[name] is not None else value
         elif name not in _IGNORED_FIELDS and value not in (None, False, "", [], {}):
-            unknown.append(f"{name}={value!r}")
-    if peft_type == "ADALORA" and fields["rank_pattern"]:
-        raise ValueError(
-            f"{path}: rank_pattern must be empty for AdaLoRA. The ranks of this adapter were "
-            f"pruned, and its file does not record the scale of the training. Save it without the "
-            f"pattern, or merge it with PEFT."
-        )
+            unknown.append(_format_field(name, value))
+    if peft_type == "ADALORA":
+        fields[PRUNED_RANKS] = _count_kept_ranks(path, fields)
+        fields["rank_pattern"] = {}
+    _check_number_of_patterns(path, fields)
     for name, value in fields.items():
         if name in _FIELD_VALIDATORS and not _FIELD_VALIDATORS[name](value):
             raise ValueError(
-                f"{path}: {name}={value!r} must have the type that PEFT writes. "
+                f"{path}: {_format_field(name, value)} must have the type that PEFT writes. "
                 f"{_SAVE_PRETRAINED_HINT}"
             )
     if unknown:
@@ -238,9 +262,55 @@ def validate_config(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any],
         value: Any = fields.get(name) if name else 1
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(
-                f"{path}: {name}={value!r} must be a positive number. {_SAVE_PRETRAINED_HINT}"
+                f"{path}: {_format_field(str(name), value)} must be a positive number. "
+                f"{_SAVE_PRETRAINED_HINT}"
             )
+    for name in method.patterns.values():
+        fields[name] = PatternValues(fields[name])
     return fields, method
+
+
+def _format_field(name: str, value: Any) -> str:
+    """Returns a field for an error message, with a bounded length."""
+    return f"{name[:100]}={_tree.shorten(value)}"
+
+
+def _count_kept_ranks(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the rank of each module in AdaLoRA's `rank_pattern`, which marks the ranks it keeps.
+
+    Raises:
+        ValueError: The field is not a mapping from singular values to marks of all ranks.
+    """
+    pattern, ranks = fields["rank_pattern"], {}
+    is_mapping = isinstance(pattern, Mapping)
+    for name, kept in pattern.items() if is_mapping else ():
+        module, _, parameter = name.removesuffix(".default").rpartition(".")
+        if parameter == "lora_E" and _is_list_of(kept, bool) and len(kept) == fields["init_r"]:
+            ranks[module] = sum(kept)
+    if not is_mapping or len(ranks) != len(pattern):
+        raise ValueError(
+            f"{path}: {_format_field('rank_pattern', pattern)} must have a list of "
+            f"init_r={_tree.shorten(fields['init_r'], 20)} times true or false for the lora_E of "
+            f"each module. {_SAVE_PRETRAINED_HINT}"
+        )
+    return ranks
+
+
+def _check_number_of_patterns(path: Path, fields: Mapping[str, Any]) -> None:
+    letters = 0
+    for name in _PATTERN_FIELDS:
+        value = fields.get(name)
+        patterns = value if isinstance(value, list | Mapping) else ()
+        letters += sum(
+            len(one) + _LETTERS_PER_PATTERN
+            for one in patterns
+            if isinstance(one, str) and not is_plain_pattern(one)
+        )
+    if letters > _MAX_PATTERN_LETTERS:
+        raise ValueError(
+            f"{path}: rank_pattern and the like have too many or too long regular expressions. "
+            f"List the names of the modules instead."
+        )
 
 
 def _check_supported_value(path: Path, name: str, value: Any, supported: Any) -> None:
@@ -250,7 +320,7 @@ def _check_supported_value(path: Path, name: str, value: Any, supported: Any) ->
         if not allowed[0] and value in (None, False, [], {}):
             return  # Another spelling of "off".
         raise ValueError(
-            f"{path}: {name}={value!r} is not supported. It must be "
+            f"{path}: {_format_field(name, value)} is not supported. It must be "
             f"{' or '.join(map(repr, allowed))}; the adapter would lack the feature otherwise."
         )
 
@@ -279,10 +349,44 @@ def saved_module_names(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]
     return names, [head for head in heads if head not in names]
 
 
-def is_inside_saved_module(fields: Mapping[str, Any], module: str) -> bool:
-    """Returns True if PEFT does not adapt a module because one around it is saved completely."""
-    names = itertools.chain(*saved_module_names(fields))
-    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
+class SavedModules:
+    """The entries of `modules_to_save`, and the modules that they match.
+
+    Args:
+        names: The entries, and the heads that PEFT adds for the task.
+
+    Example:
+        >>> from jlora.peft.config import SavedModules
+        >>> saved = SavedModules(["norm", "score"])
+        >>> saved.matches("model.final_norm"), saved.contains("model.final_norm")
+        ({'norm'}, False)
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self.lengths = sorted({len(name) for name in self.names})
+
+    def matches(self, module: str) -> set[str]:
+        """Returns the entries that match a module or one of its parents.
+
+        PEFT compares the ends of names, without a dot before them.
+        """
+        ends = (place for place, letter in enumerate(f"{module}.") if letter == ".")
+        return {
+            module[end - length : end]
+            for end in ends
+            for length in self.lengths
+            if length <= end and module[end - length : end] in self.names
+        }
+
+    def contains(self, module: str) -> bool:
+        """Returns True if PEFT does not adapt a module because one around it is saved."""
+        parts = module.split(".")
+        return any(
+            ".".join(parts[start:end]) in self.names
+            for end in range(1, len(parts) + 1)
+            for start in range(end)
+        )
 
 
 def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> set[str]:
@@ -303,11 +407,11 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     excluded = fields["exclude_modules"]
     if excluded and not isinstance(excluded, str):
         excluded = dict.fromkeys(excluded)
+    saved = SavedModules(itertools.chain(*saved_module_names(fields)))
     candidates = [
         module
         for module in modules
-        if not (excluded and _matches_target(excluded, module))
-        and not is_inside_saved_module(fields, module)
+        if not (excluded and _matches_target(excluded, module)) and not saved.contains(module)
     ]
     if is_all_linear(fields):
         return set(candidates)
@@ -328,28 +432,23 @@ def match_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> s
     if isinstance(target, str) or layers is None or layers == []:
         return selected
     # A module that is listed with its complete name is selected in every layer.
-    indices = {module: _layer_index(fields, module) for module in selected - set(target)}
+    patterns = fields["layers_pattern"] or []
+    layer_patterns = LayerPatterns([patterns] if isinstance(patterns, str) else patterns)
+    indices = {module: layer_patterns.layer_number(module) for module in selected - set(target)}
     wanted = {layers} if isinstance(layers, int) else set(layers)
     missing = sorted(wanted - set(indices.values()))
-    if missing:
+    if missing and indices:
+        found = sorted({index for index in indices.values() if index is not None})
         raise ValueError(
-            f"layers_to_transform has {missing}, and the targets are in the layers "
-            f"{sorted({index for index in indices.values() if index is not None})}. This adapter "
-            f"belongs to another model."
+            f"layers_to_transform has [{_format_numbers(missing)}], and the targets are in the "
+            f"layers [{_format_numbers(found)}]. This adapter belongs to another model, or "
+            f"layers_pattern is not the name of its list of layers."
         )
     return {module for module in selected if module in target or indices[module] in wanted}
 
 
-def _layer_index(fields: Mapping[str, Any], module: str) -> int | None:
-    """Returns the number of a module's layer; None for a module outside of the layers."""
-    patterns = fields["layers_pattern"] or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # Without a pattern, the list of layers is inside another module.
-        start = r"(?:^|.*?\.)" if fields["layers_pattern"] else r".*?\."
-        match = re.match(rf"{start}(?:{pattern})\.(\d+)\.", module)
-        if match:
-            return int(match[1])
-    return None
+def _format_numbers(numbers: list[int]) -> str:
+    return format_names([_tree.shorten(number, 20) for number in numbers])
 
 
 def _matches_target(target: str | Container[str], module: str) -> bool:
@@ -373,18 +472,28 @@ def is_feedforward(fields: Mapping[str, Any], module: str) -> bool:
     entries = fields["feedforward_modules"] or []
     if isinstance(entries, str):
         return full_match(entries, module)
-    return any(module.endswith(entry) for entry in entries)
+    return module.endswith(tuple(entries))
 
 
 def fields_for_module(fields: Mapping[str, Any], method: PeftMethod, module: str) -> dict[str, Any]:
     """Returns the fields with a module's own values, from the first pattern that matches it."""
     module_fields = dict(fields)
-    for name, pattern in method.patterns.items():
-        for key, value in fields[pattern].items():
-            if match_key(key, module):
-                module_fields[name] = value
-                break
+    for name, field in method.patterns.items():
+        values = _pattern_values(fields, field)
+        pattern = values.first_match(module)
+        if pattern is not None:
+            module_fields[name] = values[pattern]
+    kept = fields.get(PRUNED_RANKS, {}).get(module)
+    if kept is not None and method.alpha_field:
+        # The scale is that of the training, with all ranks.
+        module_fields["init_r"] = kept
+        module_fields[method.alpha_field] = fields[method.alpha_field] * kept / fields["init_r"]
     return module_fields
+
+
+def _pattern_values(fields: Mapping[str, Any], field: str) -> PatternValues:
+    values = fields[field]
+    return values if isinstance(values, PatternValues) else PatternValues(values)
 
 
 def build_pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
@@ -439,14 +548,25 @@ def check_rank_patterns(
 ) -> None:
     """Checks that each entry of `rank_pattern` and the like matches a module.
 
+    Args:
+        fields: Fields of the config.
+        method: PEFT method of the adapter.
+        modules: Names of the model's modules, adapted or not.
+
     Raises:
         ValueError: An entry matches no module.
     """
     modules = list(modules)
     for name in method.patterns.values():
-        for key in fields[name]:
-            if not any(match_key(key, module) for module in modules):
-                raise ValueError(
-                    f"{name} has {_tree.shorten(key)}, which matches none of the adapter's "
-                    f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
-                )
+        unmatched = _pattern_values(fields, name).first_unmatched(modules)
+        if unmatched is not None:
+            raise ValueError(
+                f"{name} has {_tree.shorten(unmatched)}, which matches none of the model's "
+                f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
+            )
+    unknown = sorted(set(fields.get(PRUNED_RANKS, ())) - set(modules))
+    if unknown:
+        raise ValueError(
+            f"rank_pattern has {_tree.shorten(unknown[0])}, which is none of the model's "
+            f"{len(modules)} modules. {_SAVE_PRETRAINED_HINT}"
+        )

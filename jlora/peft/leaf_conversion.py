@@ -27,6 +27,10 @@ _GAINS = {"l"}
 # Arrays without a value for a layer of a stack that is not adapted.
 _NEEDED_OF_ALL = {"magnitude", "logits_a"}
 
+# Arrays in which an update with an alpha is linear: the first of them that a leaf has takes the
+# scales of a stack whose modules differ.
+_SCALED = ("b", "b1", "w1")
+
 ErrorFactory = Callable[[str], ValueError]
 
 
@@ -75,14 +79,17 @@ def leaf_from_modules(
     scales = [_config_scaling(config) for config in configs]
     config = configs[int(np.argmax(ranks))]
     if len(set(ranks)) > 1 or len(set(scales)) > 1:
-        if not hasattr(config, "use_rslora"):
+        forms = {frozenset(module.tensors) for module in modules}
+        if not hasattr(config, "alpha") or len(forms) > 1:
             raise make_error(
                 f"{weight.path} stacks modules of ranks {sorted(set(ranks))} and scales "
-                f"{sorted(set(scales))}, which only LoRA can pad. Load the model with "
+                f"{sorted(set(scales))}, whose tensors cannot be one stack. Load the model with "
                 f"scan_layers=False."
             )
-        config = dataclasses.replace(config, alpha=max(scales) * max(ranks), use_rslora=False)
+        plain = {"use_rslora": False} if hasattr(config, "use_rslora") else {}
+        config = dataclasses.replace(config, alpha=max(scales) * max(ranks), **plain)
     leaf = make_template_leaf(config, weight)
+    scaled = next((name for name in _SCALED if name in leaf.shapes()), None)
     # All modules are checked before memory is allocated, since a config may claim any rank.
     module_arrays = [_module_arrays(method, leaf, weight, module, make_error) for module in modules]
     arrays = {
@@ -99,7 +106,7 @@ def leaf_from_modules(
             )
     for module, scale, values in zip(modules, scales, module_arrays, strict=True):
         for name, value in values.items():
-            if name == "b" and scale != _config_scaling(config):
+            if name == scaled and scale != _config_scaling(config):
                 value = value * np.float32(scale / _config_scaling(config))
             # Ranks past a module's own stay zero in both factors, and get no gradient.
             region = tuple(slice(0, n) for n in value.shape)

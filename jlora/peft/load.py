@@ -23,7 +23,12 @@ from jlora._tree import PyTree, is_quantized
 from jlora.adapters.base import AdapterConfig, SharedArrays
 from jlora.adapters.full import BitFit, FullDelta
 from jlora.adapters.trainable_tokens import TrainableTokens
-from jlora.checkpoints.safetensors_io import format_names, open_safetensors, read_finite_tensor
+from jlora.checkpoints.safetensors_io import (
+    FLOAT_DTYPES,
+    format_names,
+    open_safetensors,
+    read_finite_tensor,
+)
 from jlora.checkpoints.text_files import name_file_in_errors
 from jlora.interpreter.weight import AdaptableWeight
 from jlora.models.hf.weight_mapping import CheckpointWeight
@@ -42,22 +47,35 @@ from jlora.peft.tensor_layouts import (
     weight_region,
 )
 from jlora.peft.tied_weights import TiedPair, find_tied_pairs, join_tied_tensors
+from jlora.peft.top_k_logits import INDICES_SUFFIX, restore_logits
 from jlora.rules import trace_weights
 
 KEY_PREFIX = "base_model.model."
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 
-# Modules whose complete weight PEFT may write without being asked.
-_TABLE_NAMES = ("embed_tokens", "lm_head")
+# Modules whose complete weight PEFT may write without being asked: the embeddings of tokens, and
+# the heads that may share their weights.
+_TABLE_NAMES = ("embed_tokens", "lm_head", "word_embeddings")
 
 _TASK_HEAD_NAMES = {name for names in config.TASK_HEADS.values() for name in names}
+
+# Parts of an error that are from the files may be longer.
+_MAX_REASON_LETTERS = 2_000
+
+# Modules of torch without parameters, for which `modules_to_save` has no effect.
+_MODULE_WITHOUT_PARAMETERS = re.compile(
+    r"(?:.*[._])?(?:dropout|drop|drop_path|act|act_fn|activation|activation_fn|rotary_emb|identity)"
+)
 
 # Modules of the copies of a saved module that hold a bias: the module, and the path inside it.
 _BIAS_COPY = re.compile(r"(.*?)\.(?:modules_to_save(?:\.default)?|original_module)((?:\..+)?)")
 
 # Module of the head in checkpoints of decoders.
 HEAD_MODULE = "lm_head"
+
+# Types of indices in the files of VB-LoRA.
+_INDEX_DTYPES = ("U8", "I16", "I32", "I64")
 
 TRAINABLE_TOKENS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
@@ -118,6 +136,7 @@ def load_peft_folder(
     reader = _PeftFolderReader(folder, fields, method, tensors, mapping, is_head_tied)
     weights = trace_weights(fn, params, *inputs)
     with name_file_in_errors(folder / config.CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME):
+        reader.restore_logits()
         reader.join_tied_modules(tied_modules, weights)
         reader.check_separated_head()
         adapter = reader.build_adapter(weights)
@@ -173,7 +192,9 @@ def _read_peft_tensors(folder: Path) -> dict[str, np.ndarray]:
     tensors = {}
     with open_safetensors(path) as file:
         for key in file.keys():  # noqa: SIM118 -- the file is not a mapping
-            tensors[key.removeprefix(KEY_PREFIX)] = read_finite_tensor(file, key, path)
+            dtypes = _INDEX_DTYPES if key.endswith(INDICES_SUFFIX) else tuple(FLOAT_DTYPES)
+            name = key.removeprefix(KEY_PREFIX)
+            tensors[name] = read_finite_tensor(file, key, path, dtypes)
     if not tensors:
         raise ValueError(f"{path} has no tensors. Save the adapter again.")
     return tensors
@@ -198,6 +219,7 @@ class _PeftFolderReader:
         folder: The folder, for errors.
         fields: Fields of the config.
         method: PEFT method of the adapter.
+        target_parameters: Entries of `target_parameters`.
         remaining: Tensors that are not consumed yet, by name.
         checkpoint_mapping: Checkpoint tensors of the model's weights.
         parameters: Parameters of the model's modules, by module and name.
@@ -224,6 +246,7 @@ class _PeftFolderReader:
         is_head_tied: bool | None,
     ) -> None:
         self.folder, self.fields, self.method = folder, fields, method
+        self.target_parameters = frozenset(fields["target_parameters"] or [])
         self.is_head_tied = is_head_tied
         self.is_head_changed_by_tokens = False
         self.remaining, self.checkpoint_mapping = tensors, checkpoint_mapping
@@ -244,11 +267,23 @@ class _PeftFolderReader:
         self.bias_gains: list[tuple[ModuleParameter, np.ndarray]] = []
 
     def make_error(self, reason: str) -> ValueError:
+        if len(reason) > _MAX_REASON_LETTERS:
+            reason = f"{reason[:_MAX_REASON_LETTERS]}..."
         return ValueError(
             f"{self.folder / config.CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}: {reason} Use "
             f"the two files of one `save_pretrained` call, with the "
             f"model of the adapter."
         )
+
+    def restore_logits(self) -> None:
+        """Puts logits in the place of their largest ones.
+
+        Raises:
+            ValueError: These do not fit the config.
+        """
+        bank = self.remaining.get("base_model.vblora_vector_bank")
+        if self.fields.get("save_only_topk_weights") and bank is not None:
+            self.remaining = restore_logits(self.remaining, len(bank), self.make_error)
 
     def join_tied_modules(
         self, tied_modules: Mapping[str, str], weights: Mapping[str, AdaptableWeight]
@@ -393,6 +428,8 @@ class _PeftFolderReader:
             if "ia3_l" in tensors and bias and not fields["is_feedforward"]:
                 self.bias_gains.append((bias, tensors["ia3_l"].astype(np.float32)))
             self.adapted_modules.add(parameter.module)
+            if self._is_pruned_away(name, tensors):
+                continue
             if self.fields.get("lora_bias"):
                 self._collect_factor_bias(parameter, fields, tensors)
             modules.append(ModuleTensors(parameter, fields, tensors))
@@ -405,6 +442,19 @@ class _PeftFolderReader:
                 stacklevel=2,
             )
         return modules
+
+    def _is_pruned_away(self, module: str, tensors: Mapping[str, np.ndarray]) -> bool:
+        """Returns True for a module of which AdaLoRA keeps no rank.
+
+        Raises:
+            ValueError: The file has values for it.
+        """
+        ranks = self.fields.get(config.PRUNED_RANKS, {})
+        if ranks.get(module) != 0:
+            return False
+        if any(tensor.size for tensor in tensors.values()):
+            raise self.make_error(f"rank_pattern keeps no rank of {module}, which has values.")
+        return True
 
     def _collect_factor_bias(
         self, parameter: ModuleParameter, fields: ConfigFields, tensors: dict[str, np.ndarray]
@@ -440,9 +490,8 @@ class _PeftFolderReader:
 
     def _is_target_parameter(self, parameter: ModuleParameter) -> bool:
         """Returns True if an entry of `target_parameters` names a parameter."""
-        name = f"{parameter.module}.{parameter.name}"
-        targets = self.fields["target_parameters"] or []
-        return any(name == target or name.endswith(f".{target}") for target in targets)
+        endings = config.name_endings(f"{parameter.module}.{parameter.name}")
+        return not self.target_parameters.isdisjoint(endings)
 
     def _check_targets(
         self,
@@ -486,14 +535,16 @@ class _PeftFolderReader:
             raise self.make_error(
                 f"the file has tensors for {format_names(extra)}, which the config does not target."
             )
+        endings = {e for p in wanted for e in config.name_endings(f"{p.module}.{p.name}")}
         for target in self.fields["target_parameters"] or []:
-            names = [f"{p.module}.{p.name}" for p in wanted]
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if target not in endings:
                 raise self.make_error(
-                    f"target_parameters has {target!r}, which the model does not have."
+                    f"target_parameters has {_tree.shorten(target)}, which the model does not have."
                 )
-        names = {p.module for p in parameters} | {f"{p.module}.{p.name}" for p in wanted}
-        config.check_rank_patterns(self.fields, self.method, names | set(by_expert) | set(heads))
+        # PEFT ignores the entries for modules that it does not adapt.
+        names = {*self.modules, *heads, *self.expert_modules}
+        names |= {f"{parameter.module}.{parameter.name}" for parameter in whole}
+        config.check_rank_patterns(self.fields, self.method, names)
 
     def _default_targets(self, found: Collection[str]) -> list[str]:
         """Returns the targets that PEFT has for a model where the config names none.
@@ -556,15 +607,13 @@ class _PeftFolderReader:
 
         PEFT wraps a module with two adapted parameters twice; the first parameter is the inner one.
         """
-        targets = self.fields["target_parameters"] or []
-        targeted = [
-            key for key in candidates if any(f"{key[0]}.{key[1]}".endswith(t) for t in targets)
-        ]
+        targeted = [key for key in candidates if self._is_target_parameter(self.parameters[key])]
         if len(targeted) == 1 and not is_inner:
             return targeted[0]
         if len(targeted) != 2:
             raise self.make_error(
-                f"target_parameters={targets} must name the parameters of the experts."
+                f"target_parameters={_tree.shorten(sorted(self.target_parameters))} must name the "
+                f"parameters of the experts."
             )
         # In the order of the module: gate and up before down.
         return sorted(targeted, key=lambda key: key[1] == "down_proj")[0 if is_inner else 1]
@@ -612,6 +661,7 @@ class _PeftFolderReader:
         if self.fields.get("ensure_weight_tying") and f"{HEAD_MODULE}.weight" in self.remaining:
             saved_names.append(HEAD_MODULE)  # PEFT adds the head to the embedding.
         names = set(self.remaining)
+        saved = config.SavedModules([*saved_names, *heads])
         replaced: set[tuple[str, str]] = set()
         tokens: set[str] = set()
         for name in list(self.remaining):
@@ -629,9 +679,7 @@ class _PeftFolderReader:
                 continue
             is_wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-            is_saved = any(
-                _is_saved_module(module, saved_name) for saved_name in [*saved_names, *heads]
-            )
+            is_saved = bool(saved.matches(module))
             is_trained_bias = parameter_name == "bias" and has_biases
             # PEFT writes complete embeddings and heads whose vocabulary was resized.
             is_table = module.rpartition(".")[2] in _TABLE_NAMES
@@ -669,22 +717,31 @@ class _PeftFolderReader:
         replaced: Collection[tuple[str, str]],
     ) -> None:
         """Checks that the file has all parameters of the modules that are trained completely."""
-        tied_heads = {pair.head: pair.embedding for pair in self.tied_pairs}
-        missing = []
-        for saved_name in [*saved_names, *heads]:
-            matches = [k for k in self.parameters if _is_saved_module(k[0], saved_name)]
-            tied = [one for head, one in tied_heads.items() if _is_saved_module(head, saved_name)]
-            matches += [(parameter.module, parameter.name) for parameter in tied]
-            if not matches and saved_name in saved_names and saved_name not in heads:
-                if saved_name in _TASK_HEAD_NAMES and self.fields["task_type"] in config.TASK_HEADS:
-                    continue  # PEFT adds all usual names of a head to the config.
+        saved = config.SavedModules([*saved_names, *heads])
+        places = [(key[0], key) for key in self.parameters]
+        places += [
+            (pair.head, (pair.embedding.module, pair.embedding.name)) for pair in self.tied_pairs
+        ]
+        found: set[str] = set()
+        promised: set[tuple[str, str]] = set()
+        for module, key in places:
+            names = saved.matches(module)
+            found |= names
+            promised |= {key} if names else set()
+        for saved_name in saved_names:
+            if saved_name in found or saved_name in heads:
+                continue
+            if saved_name in _TASK_HEAD_NAMES and self.fields["task_type"] in config.TASK_HEADS:
+                continue  # PEFT adds all usual names of a head to the config.
+            if not _MODULE_WITHOUT_PARAMETERS.fullmatch(saved_name):
                 raise self.make_error(
-                    f"modules_to_save has {saved_name!r}, which the model does not have."
+                    f"modules_to_save has {_tree.shorten(saved_name)}, which the model does not "
+                    f"have."
                 )
-            missing += [f"{module}.{name}" for module, name in set(matches) - set(replaced)]
+        missing = sorted(f"{module}.{name}" for module, name in promised - set(replaced))
         if missing:
             raise self.make_error(
-                f"the file lacks {format_names(sorted(set(missing)))}, which modules_to_save or "
+                f"the file lacks {format_names(missing)}, which modules_to_save or "
                 f"task_type promise."
             )
 
@@ -699,14 +756,16 @@ class _PeftFolderReader:
             is_found = any(name is None or module.endswith(name) for module in found)
             if not is_found and not (is_head and self.is_head_changed_by_tokens):
                 raise self.make_error(
-                    f"trainable_token_indices={indices} has {name or 'tokens'}, for which the file "
-                    f"has no rows."
+                    f"trainable_token_indices={_tree.shorten(indices)} has "
+                    f"{name[:200] if name else 'tokens'}, for which the file has no rows."
                 )
 
     def _check_biases(self, replaced: Collection[tuple[str, str]]) -> None:
         """Checks that the file has the biases of the config's mode."""
         biases = {module for module, name in self.parameters if name == "bias"}
-        biases = {m for m in biases if not config.is_inside_saved_module(self.fields, m)}
+        names, heads = config.saved_module_names(self.fields)
+        saved = config.SavedModules([*names, *heads])
+        biases = {module for module in biases if not saved.contains(module)}
         if self.fields["bias"] != "all":
             biases &= self.adapted_modules
         missing = sorted(module for module in biases if (module, "bias") not in replaced)
@@ -781,14 +840,14 @@ class _PeftFolderReader:
         if parameter is None or not isinstance(indices, list) or len(indices) != len(tensor):
             raise self.make_error(
                 f"{module} has {len(tensor)} trained tokens, which does not match "
-                f"trainable_token_indices={self.fields['trainable_token_indices']}."
+                f"trainable_token_indices={_tree.shorten(self.fields['trainable_token_indices'])}."
             )
         assert parameter.tensor_slice is not None
         shape = parameter.tensor_slice.tensor_shape
         if tensor.shape[1:] != shape[1:] or max(indices) >= shape[0]:
             raise self.make_error(
-                f"{module} has trained tokens of shape {tensor.shape} for the indices {indices} of "
-                f"an embedding of shape {shape}."
+                f"{module} has trained tokens of shape {tensor.shape} for the indices "
+                f"{_tree.shorten(indices)} of an embedding of shape {shape}."
             )
         head = self.parameters.get((HEAD_MODULE, "weight"))
         changed = [parameter]
@@ -891,12 +950,3 @@ def is_same_table(
             parameter.tensor_slice.to_tensor(value[weight_region(parameter.tensor_slice)])
         )
     return np.array_equal(*tables)
-
-
-def _is_saved_module(module: str, saved_name: str) -> bool:
-    """Returns True if an entry of `modules_to_save` matches a module or one of its parents.
-
-    PEFT compares the ends of names, without a dot before them.
-    """
-    ends = (position for position, letter in enumerate(f"{module}.") if letter == ".")
-    return any(module[:end].endswith(saved_name) for end in ends)

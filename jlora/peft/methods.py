@@ -305,13 +305,16 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             ("query", "key", "value", "dense"),
             ("query", "value"),
         ),
-        defaults={"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0, "fan_in_fan_out": False},
-        supported_values={
-            "use_dora": False,
-            "use_rslora": False,
-            "layer_replication": None,
+        defaults={
+            "init_r": 12,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "fan_in_fan_out": False,
+            # Fields of LoRA that PEFT's AdaLoRA has and does not read.
             "r": 8,
+            "use_rslora": False,
         },
+        supported_values={"use_dora": False, "layer_replication": None},
         make_config=_adalora_config,
         tensor_layouts=_adalora_layouts,
         families=("adalora",),
@@ -421,8 +424,8 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "topk": 2,
             "vblora_dropout": 0.0,
             "fan_in_fan_out": False,
+            "save_only_topk_weights": False,
         },
-        supported_values={"save_only_topk_weights": False},
         make_config=_vb_lora_config,
         tensor_layouts=lambda leaf, weight: {
             "logits_a": ("vblora_logits_A", TensorLayout("r x v", "r x v")),

@@ -101,10 +101,11 @@ class PeftReading:
         return magnitude.reshape(norm.shape) * value / norm
 
     def adalora(self, module: str, w: np.ndarray) -> np.ndarray:
-        assert not self.config.get("rank_pattern")
-        r, alpha = self.config["init_r"], self.config["lora_alpha"]
+        all_ranks, alpha = self.config["init_r"], self.config["lora_alpha"]
+        kept = (self.config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+        r = all_ranks if kept is None else sum(kept)
         a = self.take(module, "lora_A", r, w.shape[1]) * self.take(module, "lora_E", r, 1)
-        return w + alpha / (r + 1e-5) * self.take(module, "lora_B", w.shape[0], r) @ a
+        return w + alpha / (all_ranks + 1e-5) * self.take(module, "lora_B", w.shape[0], r) @ a
 
     def hira(self, module: str, w: np.ndarray) -> np.ndarray:
         return w * (1 + self.factors(module, w, "hira_", "", self.config["r"]))

@@ -265,6 +265,8 @@ def test_load_adapter_of_tied_pair(fields: Any, is_refused: bool, tmp_path: path
             {"target_modules": ["q_proj"], "layers_to_transform": [], "layers_pattern": None},
         ),
         ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
+        ("llama", {"target_modules": ["lm_head"], "layers_to_transform": [1]}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "mlp.act_fn"]}),
         ("llama", {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.0.mlp"]}),
         ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
         ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
@@ -298,6 +300,39 @@ def test_load_folder_of_peft(name: str, fields: Any, tmp_path: pathlib.Path) -> 
         if scan_layers and "layers_to_transform" in fields:
             continue
         model, params = models.load(DECODERS / name, dtype=jnp.float32, scan_layers=scan_layers)
+        loaded = peft.load(tmp_path / "out", model, params)
+        merged = jlora.merge(loaded.params, loaded.adapter)
+        np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["adalora", "loha", "lokr"])
+def test_load_ranks_by_layer_of_peft(method: str, tmp_path: pathlib.Path) -> None:
+    patterns = {
+        "rank_pattern": {"1.self_attn.q_proj": 3},
+        "alpha_pattern": {"0.self_attn.q_proj": 7},
+    }
+    config: Any = {
+        "adalora": lambda: hf_peft.AdaLoraConfig(
+            init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules=["q_proj"]
+        ),
+        "loha": lambda: hf_peft.LoHaConfig(r=2, alpha=5, target_modules=["q_proj"], **patterns),
+        "lokr": lambda: hf_peft.LoKrConfig(r=2, alpha=5, target_modules=["q_proj"], **patterns),
+    }[method]()
+    wrapped = hf_peft.get_peft_model(theirs(DECODERS / "llama"), config)
+    torch.manual_seed(3)
+    pruning = {}
+    for name, parameter in wrapped.base_model.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        if name.endswith("lora_E.default"):
+            pruning[name] = [rank != len(pruning) for rank in range(4)]
+            parameter.data[len(pruning) - 1] = 0
+    if pruning:
+        wrapped.peft_config["default"].rank_pattern = pruning
+    expected = logits(wrapped.eval(), tokens())
+    wrapped.save_pretrained(tmp_path / "out")
+    for scan_layers in (False, True):
+        model, params = models.load(DECODERS / "llama", dtype=jnp.float32, scan_layers=scan_layers)
         loaded = peft.load(tmp_path / "out", model, params)
         merged = jlora.merge(loaded.params, loaded.adapter)
         np.testing.assert_allclose(np.asarray(model.apply(merged, tokens())), expected, **CLOSE)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import random
 import re
 import time
 import warnings
+from typing import Any
 
 import pytest
 
 from jlora.peft import config
 from jlora.peft.methods import PEFT_METHODS
-from jlora.peft.name_patterns import full_match, match_key, share_steps
+from jlora.peft.name_patterns import LayerPatterns, PatternValues, full_match, share_steps
 
 PIECES = [*"ab._0x", "\n", r"\.", "[ab]", "[^a]", r"\d", r"\W", "[0-9.]", r"[^\d]", r"\s", "(?i:B)"]
 ANCHORS = ["^", "$", r"\b", r"\B", r"\A", r"\Z", "(?<=a)", "(?<!b.)"]
@@ -118,12 +120,58 @@ def test_patterns_of_one_config_share_their_steps() -> None:
     assert time.process_time() - start < 10
 
 
-def test_match_key_agrees_with_re() -> None:
+KEYS = [
+    *("b", "a.b", "a\\.b", "x.a.b", ".b", "[ab]", "a|b", "...", "a-b", "^b", "^a.b", "^x.a.b"),
+    *("b$", "a..b", r"\w", r"a\-b", "b.c", "a.b.c"),
+]
+
+
+def test_pattern_values_agree_with_re() -> None:
     names = ("a.b", "xa.b", "x.a.b", "x.acb", "b", "a.b.c", "a\n.b", "a.b\n", "x\n.a.b", "x.a\nb")
-    for key in ("b", "a.b", "a\\.b", "x.a.b", ".b", "[ab]", "a|b", "...", "a-b"):
+    names += ("x.a-b", "aab", "x.a..b", "a..b")
+    rng = random.Random(0)
+    for _ in range(300):
+        keys = rng.sample(KEYS, rng.randrange(1, 7))
+        values = PatternValues(dict.fromkeys(keys, 1))
+        matches = {n: [k for k in keys if re.fullmatch(rf"(.*\.)?({k})", n)] for n in names}
         for name in names:
-            expected = re.fullmatch(rf"(.*\.)?({key})", name) is not None
-            assert match_key(key, name) == expected, (key, name)
+            assert values.first_match(name) == next(iter(matches[name]), None), (keys, name)
+        found = {key for name in names for key in matches[name]}
+        assert values.first_unmatched(names) == next((k for k in keys if k not in found), None)
+
+
+def peft_layer(patterns: list[str], name: str) -> int | None:
+    """PEFT's own expression for the number of a layer."""
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
+        if match:
+            return int(match[1])
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(match[1]) if match and not patterns else None
+
+
+def test_layer_patterns_agree_with_peft() -> None:
+    rng = random.Random(0)
+    patterns = [
+        "layers",
+        "h",
+        "a.h",
+        "model.layers",
+        "layers?",
+        "h|layers",
+        r"\w",
+        "[a-m]",
+    ]
+    found = set()
+    for _ in range(2_000):
+        name = ".".join(rng.choices(["layers", "h", "a", "0", "12", "model", "hh"], k=6))
+        chosen = rng.sample(patterns, rng.randrange(4))
+        expected = peft_layer(chosen, name)
+        assert LayerPatterns(chosen).layer_number(name) == expected, (chosen, name)
+        found.add(expected)
+    assert found == {None, 0, 12}
+    with pytest.raises(ValueError, match=r"'l.\*', which finds the layers \[0, 12\]"):
+        LayerPatterns(["l.*"]).layer_number("layers.0.a.12.b")
 
 
 @pytest.mark.parametrize("pattern", [r"(a)\1", "(?>a)", "a*+", "(a)?(?(1)b|c)", "(", "a" * 20_000])
@@ -140,3 +188,48 @@ def test_long_lists_of_modules_are_matched_fast() -> None:
         config.match_target_modules({**config.COMMON_DEFAULTS, "target_modules": entries}, modules)
     assert len(str(caught.value)) < 1_000
     assert time.process_time() - start < 2
+
+
+COUNT = 20_000
+NAMES = [f"m{number}" for number in range(COUNT)]
+OPERATORS = [f"(?:[a-z.]+)*m{number}" for number in range(1_500)]
+COSTLY: dict[str, dict[str, Any]] = {
+    **{
+        field: {field: NAMES}
+        for field in ("modules_to_save", "exclude_modules", "feedforward_modules")
+    },
+    "many layers": {"layers_to_transform": list(range(COUNT))},
+    "layers_pattern": {"layers_to_transform": [0], "layers_pattern": NAMES},
+    "dots of layers": {"layers_to_transform": [0], "layers_pattern": ["a." + n for n in NAMES]},
+    "groups of layers": {"layers_to_transform": [0], "layers_pattern": OPERATORS},
+    "nested layers": {"layers_to_transform": [0], "layers_pattern": "(?:(?:[a-z_.0-9]+)+)+!"},
+    "rank_pattern": {"rank_pattern": dict.fromkeys(NAMES, 4)},
+    "alpha_pattern of groups": {"alpha_pattern": dict.fromkeys(OPERATORS, 4)},
+    "too many groups": {"alpha_pattern": {f".*q_proj|m{n}": 4 for n in range(COUNT)}},
+    "dots": {"rank_pattern": {f"{n:020b}".replace("1", "."): 4 for n in range(5_000)}},
+    "unknown": {f"f{number}": "x" * 1_000 for number in range(COUNT)},
+    "tokens": {"trainable_token_indices": [-1] * COUNT},
+    **{
+        field: {field: "x" * 10**6}
+        for field in ("bias", "r", "lora_alpha", "peft_type", "init_lora_weights", "layers_pattern")
+    },
+    "a long name": {"x" * 10**6: 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_costly_config_ends_fast(case: str) -> None:
+    modules = [f"model.layers.{number}.attn.{name}_proj" for number in range(32) for name in "qk"]
+    raw = {"peft_type": "LORA", "target_modules": ["q_proj"], "fine_tune_type": None}
+    start, message = time.process_time(), ""
+    try:
+        with share_steps():
+            fields, method = config.validate_config(pathlib.Path("x.json"), raw | COSTLY[case])
+            for module in config.match_target_modules(fields, modules):
+                config.fields_for_module(fields, method, module)
+                config.is_feedforward(fields, module)
+            config.check_rank_patterns(fields, method, modules)
+    except ValueError as error:
+        message = str(error)
+    assert time.process_time() - start < 1.5
+    assert len(message) < 2_000

@@ -398,7 +398,7 @@ def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
             put(target_parameters=["mlp.experts.down_proj"]),
             "must name the parameters of the experts",
         ),
-        ("adalora", put(rank_pattern={"q": [True, False]}), "ranks of this adapter were pruned"),
+        ("adalora", put(rank_pattern={"q": [True, False]}), "rank_pattern=.* must have a list of"),
         ("vera", put(save_projection=False), "save_projection=False is not supported"),
         ("lora", put(auto_mapping={"base_model_class": "x", "parent_library": "os"}), None),
         ("lora", put(base_model_name_or_path="https://elsewhere/model"), None),
@@ -486,6 +486,56 @@ def test_load_wrong_tensors_raise(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         peft.load(spoilt(tmp_path, name, tensors=change), *base_of(name))
+
+
+def keep_top_k(tensors: dict[str, np.ndarray]) -> None:
+    """Replaces the logits of VB-LoRA as PEFT's `save_only_topk_weights` does."""
+    for key in [key for key in tensors if "vblora_logits" in key]:
+        logits = tensors.pop(key).astype(np.float64)
+        indices = np.argsort(-logits, axis=-1)[..., :2]
+        weights = np.exp(np.take_along_axis(logits, indices, -1))
+        weights /= weights.sum(-1, keepdims=True)
+        tensors[f"{key}_topk_indices"] = indices.astype(np.uint8)
+        tensors[f"{key}_topk_weights"] = np.ascontiguousarray(weights[..., :-1], np.float32)
+
+
+def test_load_top_k_weights_agrees_with_logits(tmp_path: pathlib.Path) -> None:
+    assert config_of(DATA / "vblora")["topk"] == 2
+    folder = spoilt(tmp_path, "vblora", put(save_only_topk_weights=True), keep_top_k)
+    params, adapter = peft.load(folder, *base_of("vblora"))
+    merge = jax.jit(jlora.merge)
+    theirs = jax.tree.leaves(merge(*loaded("vblora")))
+    for ours, other in zip(jax.tree.leaves(merge(params, adapter)), theirs, strict=True):
+        np.testing.assert_allclose(ours, other, atol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapter))
+
+
+VB_KEY = f"{Q0}.vblora_logits_A"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{VB_KEY}_topk_weights"), "lacks _topk_indices or _topk_weights"),
+        (lambda t: t.update({f"{VB_KEY}_topk_weights": t[f"{VB_KEY}_topk_weights"] + 1}), "sum of"),
+        (lambda t: t[f"{VB_KEY}_topk_indices"].fill(1), "different indices"),
+        (lambda t: t[f"{VB_KEY}_topk_indices"].fill(200), "below num_vectors"),
+        (lambda t: t.update({f"{VB_KEY}_topk_weights": np.ones(2, np.float32)}), "one number less"),
+        (
+            lambda t: t.update({"base_model.vblora_vector_bank": np.ones((10**7, 2), np.float32)}),
+            "more than the 100,000,000",
+        ),
+    ],
+    ids=["no weights", "weights", "equal", "range", "shape", "size"],
+)
+def test_load_wrong_top_k_weights_raise(change: Any, message: str, tmp_path: pathlib.Path) -> None:
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        keep_top_k(tensors)
+        change(tensors)
+
+    folder = spoilt(tmp_path, "vblora", put(save_only_topk_weights=True), spoil)
+    with pytest.raises(ValueError, match=message):
+        peft.load(folder, *base_of("vblora"))
 
 
 def test_load_adapter_of_another_model_raises() -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from _support.peft_numpy import PREFIX
+from _support.peft_numpy import PREFIX, PeftReading
 
 import jlora
 from jlora import models, peft
@@ -300,13 +301,49 @@ def test_load_invalid_pattern_raises(fields: Any, tmp_path: pathlib.Path) -> Non
         peft.load(folder, *base(LLAMA))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": [f"m{n}" for n in range(50_000)]}, "'m0', which the model does not"),
+        ({"target_parameters": [f"m{n}" for n in range(50_000)]}, "'m0', which the model does not"),
+        ({"trainable_token_indices": [1] * 50_000}, "has tokens, for which the file has no rows"),
+        ({"trainable_token_indices": {"m" * 10**5: [1]}}, "for which the file has no rows"),
+    ],
+    ids=["names", "parameters", "tokens", "module"],
+)
+def test_load_of_long_lists_ends_fast(fields: Any, message: str, tmp_path: pathlib.Path) -> None:
+    folder = write(tmp_path / "in", factors(LLAMA, *QV), target_modules=QV, **fields)
+    model, params = base(LLAMA)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        peft.load(folder, model, params)
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 3_000
+
+
+@pytest.mark.parametrize("name", ["dropout", "embeddings.dropout", "intermediate_act_fn"])
+def test_load_saved_module_without_parameters(name: str, tmp_path: pathlib.Path) -> None:
+    tensors = factors(BERT, "query") | stored(BERT, "classifier.weight", "classifier.bias")
+    saved = {"modules_to_save": ["classifier", name]}
+    folder = write(tmp_path / "in", tensors, target_modules=["query"], **saved)
+    assert len(adapted(folder, BERT)) == 2
+    folder = write(tmp_path / "other", tensors, target_modules=["query"], modules_to_save=["act.x"])
+    with pytest.raises(ValueError, match=r"'act\.x', which the model does not have"):
+        adapted(folder, BERT)
+
+
 def test_load_layers_select_listed_layers(tmp_path: pathlib.Path) -> None:
     tensors = {k: v for k, v in factors(LLAMA, *QV).items() if ".1." in k}
     folder = write(tmp_path / "in", tensors, target_modules=QV, layers_to_transform=1)
     assert len(adapted(folder, LLAMA)) == 2
     full = [key.removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     folder = write(tmp_path / "full", tensors, target_modules=full, layers_to_transform=[0])
-    with pytest.raises(ValueError, match="layers_to_transform has"):
+    assert len(adapted(folder, LLAMA)) == 2  # Complete names are in no list of layers.
+    mixed = {"target_modules": [*full, "k_proj"], "layers_to_transform": [0, 1]}
+    folder = write(tmp_path / "mixed", {**tensors, **factors(LLAMA, "k_proj")}, **mixed)
+    assert len(adapted(folder, LLAMA)) == 4
+    folder = write(tmp_path / "other", tensors, **mixed, layers_pattern="block")
+    with pytest.raises(ValueError, match=r"has \[0, 1\], and the targets are in the layers \[\]"):
         adapted(folder, LLAMA)
 
 
@@ -414,6 +451,27 @@ def test_load_complete_tables_are_the_base(tmp_path: pathlib.Path) -> None:
     for key, value in tables.items():
         np.testing.assert_array_equal(loaded_tensor(loaded.params, LLAMA, key), value)
     assert len(loaded.adapter) == 4  # Nothing but the factors is trained on.
+
+
+def test_load_pattern_of_other_modules_is_unused(tmp_path: pathlib.Path) -> None:
+    tensors = {k: v for k, v in factors(LLAMA, "q_proj").items() if ".1." in k}
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    patterns = {"alpha_pattern": {"0.self_attn.q_proj": 9}, "rank_pattern": {".*up_proj": 5}}
+    folder = write(tmp_path / "in", tensors, **fields, **patterns)
+    (leaf,) = peft.load(folder, *base(LLAMA)).adapter.values()
+    assert (leaf.rank, leaf.alpha) == (2, 4)
+    folder = write(tmp_path / "other", tensors, **fields, rank_pattern={"2.self_attn.q_proj": 5})
+    with pytest.raises(ValueError, match="'2.self_attn.q_proj', which matches none of the model's"):
+        peft.load(folder, *base(LLAMA))
+
+
+def test_load_resized_words_of_encoder(tmp_path: pathlib.Path) -> None:
+    table = stored(BERT, "word_embeddings.weight")
+    folder = write(tmp_path / "in", factors(BERT, "query") | table, target_modules=["query"])
+    loaded = peft.load(folder, *base(BERT))
+    for key, value in table.items():
+        np.testing.assert_array_equal(loaded_tensor(loaded.params, BERT, key), value)
+    assert len(loaded.adapter) == 2
 
 
 def test_load_equal_copies_leave_the_base(tmp_path: pathlib.Path) -> None:
@@ -756,3 +814,125 @@ def test_save_gemma_norm_is_a_norm(tmp_path: pathlib.Path) -> None:
     again = peft.load(tmp_path / "out", *base(name))
     assert again.adapter[norm].family == "full"
     np.testing.assert_allclose(again.params["params"]["layers_1"]["mlp_norm"]["scale"], expected)
+
+
+def kronecker_sizes(size: int) -> tuple[int, int]:
+    """The two factors of a size that differ least, the smaller one first."""
+    small = max(n for n in range(1, size + 1) if size % n == 0 and n * n <= size)
+    return small, size // small
+
+
+def hadamard_tensors(module: str, shape: tuple[int, ...], rank: int) -> Tensors:
+    return {
+        f"{module}.hada_w{n}_{side}": random((shape[0], rank) if side == "a" else (rank, shape[1]))
+        for n in (1, 2)
+        for side in "ab"
+    }
+
+
+def kronecker_tensors(module: str, shape: tuple[int, ...], rank: int) -> Tensors:
+    (out, rest), (inp, channels) = map(kronecker_sizes, shape)
+    if rank >= max(rest, channels) / 2:
+        return {
+            f"{module}.lokr_w1": random((out, inp)),
+            f"{module}.lokr_w2": random((rest, channels)),
+        }
+    return {
+        f"{module}.lokr_w1": random((out, inp)),
+        f"{module}.lokr_w2_a": random((rest, rank)),
+        f"{module}.lokr_w2_b": random((rank, channels)),
+    }
+
+
+STACKS = [("LOHA", (2, 3)), ("LOHA", (2, 2)), ("LOKR", (1, 1)), ("LOKR", (3, 2)), ("LOKR", (1, 2))]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("method", "ranks"), STACKS)
+def test_load_patterns_of_stacked_layers(
+    method: str, ranks: tuple[int, int], scan_layers: bool, tmp_path: pathlib.Path
+) -> None:
+    make = hadamard_tensors if method == "LOHA" else kronecker_tensors
+    modules = [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    tensors: Tensors = {}
+    for module, rank in zip(modules, ranks, strict=True):
+        tensors |= make(module, shapes(LLAMA)[f"{module}.weight"], rank)
+    folder = write(
+        tmp_path / "in",
+        tensors,
+        **({"decompose_factor": -1, "decompose_both": False} if method == "LOKR" else {}),
+        peft_type=method,
+        use_effective_conv2d=False,
+        target_modules=["q_proj"],
+        r=2,
+        alpha=4,
+        rank_pattern={f"{number}.self_attn.q_proj": rank for number, rank in enumerate(ranks)},
+        alpha_pattern={"layers.0.self_attn.q_proj": 7},
+    )
+    model, params = models.load(MODELS / LLAMA, dtype="float32", scan_layers=scan_layers)
+    if scan_layers and method == "LOKR" and ranks == (1, 2):  # A product of factors, and a matrix.
+        with pytest.raises(ValueError, match=r"tensors cannot be one stack\. Load .*scan_layers=F"):
+            peft.load(folder, model, params)
+        return
+    assert_peft_merges_same(folder, model, params)
+
+
+def assert_peft_merges_same(folder: pathlib.Path, model: Any, params: Any) -> None:
+    """Checks the query projections of the Llama against PEFT's equations."""
+    modules = [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    loaded = peft.load(folder, model, params)
+    merged = jax.device_get(jax.jit(jlora.merge)(loaded.params, loaded.adapter))
+    flat = {
+        "/".join(str(k.key) for k in path): value
+        for path, value in jax.tree_util.tree_flatten_with_path(merged)[0]
+    }
+    get = models.make_tensor_getter(models.checkpoint_mapping(model)[0], flat)
+    file = safetensors.numpy.load_file(MODELS / LLAMA / "model.safetensors")
+    theirs = PeftReading(folder, {m: file[f"{m}.weight"] for m in modules}, set()).merged
+    for module in modules:
+        np.testing.assert_allclose(get(f"{module}.weight"), theirs[module], atol=1e-4)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("counts", [(1, 3), (4, 2), (0, 2)], ids=str)
+def test_load_pruned_adalora(
+    counts: tuple[int, int], scan_layers: bool, tmp_path: pathlib.Path
+) -> None:
+    tensors, pattern = {}, {}
+    for number, kept in enumerate(counts):
+        module = f"model.layers.{number}.self_attn.q_proj"
+        width = shapes(LLAMA)[f"{module}.weight"][0]
+        pattern[f"{module}.lora_E"] = [rank < kept for rank in range(4)]
+        tensors[f"{module}.lora_A"] = random((kept, width))
+        tensors[f"{module}.lora_E"] = random((kept, 1))
+        tensors[f"{module}.lora_B"] = random((width, kept))
+    fields = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    fields |= {"r": 16, "use_rslora": True}  # Of LoRA, which PEFT does not read here.
+    folder = write(tmp_path / "in", tensors, **fields, rank_pattern=pattern)
+    model, params = models.load(MODELS / LLAMA, dtype="float32", scan_layers=scan_layers)
+    assert_peft_merges_same(folder, model, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "message"),
+    [
+        ("q_proj.lora_E", [True, False], "'q_proj', which is none of the model's"),
+        ("model.layers.0.self_attn.q_proj.lora_E", [True], "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_E", [1, 0], "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_A", [True, False], "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_E", 2, "init_r=2 times true or false"),
+        ("model.layers.0.self_attn.q_proj.lora_E", [False, False], "keeps no rank of"),
+    ],
+)
+def test_load_wrong_pruning_raises(
+    name: str, kept: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    tensors = {
+        f"model.layers.{number}.self_attn.q_proj.lora_{part}": random(shape)
+        for number in (0, 1)
+        for part, shape in (("A", (2, 12)), ("E", (2, 1)), ("B", (12, 2)))
+    }
+    fields = {"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    folder = write(tmp_path / "in", tensors, **fields, rank_pattern={name: kept})
+    with pytest.raises(ValueError, match=message):
+        peft.load(folder, *base(LLAMA))
