@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jlora import _tree
 from jlora._tree import PyTree
@@ -301,7 +302,7 @@ def _is_same(value: Any, other: Any) -> bool | None:
     """Whether two arrays have the same bytes; None while they are traced."""
     if value is other:
         return True
-    if isinstance(value, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    if isinstance(value, Tracer) or isinstance(other, Tracer):
         return None
     if value.dtype != other.dtype or value.shape != other.shape:
         return False

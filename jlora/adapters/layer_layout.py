@@ -227,7 +227,8 @@ def _count_levels(path: str, leaf: AdapterLeaf) -> int:
             for axes, array in arrays
             if array is not None and level in axes
         ]
-        if not all(has_entries) or not (is_full or leaf.axes.batch[level : level + 1] == (level,)):
+        is_batch = is_full or leaf.axes.batch[level : level + 1] == (level,)
+        if not has_entries or not all(has_entries) or not is_batch:
             return level
     return levels
 

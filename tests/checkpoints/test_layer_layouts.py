@@ -394,3 +394,12 @@ def test_match_layer_layout_two_places_raises() -> None:
     base = {"layers": params["layers"], "layers_7": params["layers_0"]}
     stack = match_layer_layout({**separate, **fourth}, base)
     assert set(stack) == {"layers/w", "layers_7/w"}
+
+
+def test_save_adapter_of_giant_shape_raises(tmp_path: pathlib.Path) -> None:
+    # The declared number of layers, of which the arrays have three.
+    params, adapter = small("both")
+    giant = {"layers/w": dataclasses.replace(adapter["layers/w"], shape=(10**12, 4, 4))}
+    assert len(content_hash(giant)) == 64
+    with pytest.raises(ValueError, match=r"built for a weight of shape \(1000000000000, 4, 4\)"):
+        jlora.save_adapter(tmp_path / "a", giant, params)
