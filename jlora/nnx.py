@@ -46,7 +46,8 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
 
     Raises:
         TypeError: The module is not an NNX module. From `fn`: an argument contains a
-            `flax.nnx.Rngs`, whose counts could not advance.
+            `flax.nnx.Rngs`, whose counts could not advance, or `rngs` is neither a key nor a
+            mapping.
         ValueError: The module has no such method. From `fn`: it has no random stream of that name.
 
     Example:
@@ -85,6 +86,11 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
         params: PyTree, *args: Any, rngs: Any = None, train: bool | None = None, **kwargs: Any
     ) -> Any:
         _refuse_rngs_objects(args, kwargs)
+        if not (rngs is None or isinstance(rngs, Mapping | jax.Array | np.ndarray)):
+            raise TypeError(
+                f"rngs={_tree.shorten(rngs)} must be a key or a mapping of keys by the name of a "
+                f"random stream. Pass jax.random.key(seed)."
+            )
 
         def call(replaced: Mapping[str, Any] | None = None) -> _Call:
             module = nnx.merge(graph, params, copy=True)

@@ -361,6 +361,8 @@ def test_wrong_random_numbers_raise() -> None:
     with pytest.raises(TypeError, match=r"Rngs.*Pass keys as rngs="):
         fn(params, X, nnx.Rngs(dropout=1))
     fn, params = jlora.from_nnx(Trained(nnx.Rngs(params=0, dropout=1)))
+    with pytest.raises(TypeError, match=r"rngs=3 must be a key.*Pass jax.random.key\(seed\)"):
+        fn(params, X, rngs=3)
     with pytest.raises(ValueError, match=r"key for 'droput'.*\['dropout'\]"):
         fn(params, X, rngs={"droput": jax.random.key(0)})
 
