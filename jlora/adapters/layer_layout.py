@@ -86,6 +86,9 @@ def match_weight_shapes(
         return dict(adapter)
     matched = {path: node for path, node in adapter.items() if path not in others}
     layers_by_path = unstack_leaves(others, matched)
+    for path in [path for path in layers_by_path if path in layers_by_path[path]]:
+        if _count_levels(path, others[path]):  # A stack whose layers have the names of others.
+            matched[path] = layers_by_path.pop(path)[path]
     names = [name for layers in layers_by_path.values() for name in layers]
     places = locate_layers([*matched, *names], shapes)
     members: dict[str, dict[tuple[int, ...], AdapterLeaf]] = {}  # By the path of the stack.
@@ -96,15 +99,15 @@ def match_weight_shapes(
         for name, leaf in layers.items():
             place = places.get(name, LayerPlace(name, ()))
             if place.indices:
-                members.setdefault(place.path, {})[place.indices] = leaf
+                layers_of_stack = members.setdefault(place.path, {})
+                if place.indices in layers_of_stack:
+                    raise ValueError(_overlap_error(place.path, layers_of_stack))
+                layers_of_stack[place.indices] = leaf
             else:
                 matched[name] = leaf
     for path, layers in members.items():
         if path in matched:
-            raise ValueError(
-                f"The adapter has both {path!r} and layers {sorted(layers)[:6]} beside it, and "
-                f"params has only the stack. Use the base that it was trained on."
-            )
+            raise ValueError(_overlap_error(path, layers))
         matched[path] = _stack_levels(path, layers, shapes[path])
     return matched
 
@@ -258,6 +261,13 @@ def _find_places(name: str, prefixes: set[str], paths: Collection[str]) -> list[
     return [place for place in found if place.path in paths]
 
 
+def _overlap_error(path: str, layers: Collection[tuple[int, ...]]) -> str:
+    return (
+        f"The adapter has both {path!r} and layers {sorted(layers)[:6]} of it, and params has only "
+        f"the stack. Use the base that it was trained on."
+    )
+
+
 def _place_error(name: str, places: Sequence[LayerPlace]) -> str:
     return (
         f"The adapter's {name!r} may be a part of {' or of '.join(repr(p.path) for p in places)}, "
@@ -310,6 +320,8 @@ def _stack_levels(
     by_index: dict[int, dict[tuple[int, ...], AdapterLeaf]] = {}
     for (index, *rest), leaf in layers.items():
         by_index.setdefault(index, {})[tuple(rest)] = leaf
+    if any(() in inner and len(inner) > 1 for inner in by_index.values()):
+        raise ValueError(_overlap_error(path, layers))
     stacks = {
         index: inner[()] if () in inner else _stack_levels(path, inner, shape[1:])
         for index, inner in by_index.items()
@@ -321,7 +333,7 @@ def _stack_leaves(
     path: str, layers: Mapping[int, AdapterLeaf], shape: tuple[int, ...]
 ) -> AdapterLeaf:
     """Returns the leaf of a stack of this shape from the leaves of its layers, by index."""
-    num_layers = shape[0]
+    num_layers = shape[0] if shape else 0
     if max(layers) >= num_layers or any(leaf.shape != shape[1:] for leaf in layers.values()):
         raise ValueError(
             f"The adapter has layers {sorted(layers)} of shapes "

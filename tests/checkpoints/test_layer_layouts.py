@@ -16,7 +16,8 @@ from _support.cases import FAMILIES, moved
 
 import jlora
 from jlora import merging, models, multi_lora
-from jlora.adapters import match_layer_layout
+from jlora.adapters import WeightAxes, match_layer_layout
+from jlora.adapters.full import FullDeltaLeaf
 from jlora.checkpoints import content_hash
 
 LLAMA = pathlib.Path(__file__).parent.parent / "models" / "data" / "decoders" / "llama"
@@ -387,8 +388,20 @@ def test_match_layer_layout_two_places_raises() -> None:
     separate = match_layer_layout({"layers/w": adapter["layers/w"]}, apart)
     with pytest.raises(ValueError, match="'layers_0/w' may be a part of 'layers_0/w' or of"):
         match_layer_layout(separate, params)
-    with pytest.raises(ValueError, match=r"has both 'layers/w' and layers \[\(0,\)\] beside it"):
+    with pytest.raises(ValueError, match=r"has both 'layers/w' and layers \[\(0,\)\] of it"):
         match_layer_layout(adapter, {"layers": params["layers"]})
+    delta = FullDeltaLeaf(delta=jnp.ones(3), shape=(3,), axes=WeightAxes((), (), ()))
+    overlapping = dict.fromkeys(["layers_1/layers/w", "layers_1/layers_1/w"], adapter["layers_0/w"])
+    with pytest.raises(ValueError, match=r"has both 'layers/layers/w' and layers \[\(1,\), \(1, 1"):
+        match_layer_layout(overlapping, {"layers": {"layers": {"w": np.ones((2, 4, 4))}}})
+    # Neither stack has its layers' names for itself.
+    crossed = {"layers/layers_1/w": delta, "layers_1/layers/w": delta}
+    base = {"layers": {"layers": {"w": np.ones((3, 3), np.float32)}}}
+    assert set(match_layer_layout(crossed, base)) == set(crossed)
+    with pytest.raises(ValueError, match=r"\(2 such of 2\), which params does not"):
+        jlora.merge(base, crossed)
+    with pytest.raises(ValueError, match="which stacks 0 layers"):
+        match_layer_layout({"layers_0/w": delta}, {"layers": {"w": np.float32(1)}})
     # Not told apart by a stack that has no such layer.
     fourth = {"layers_7/w": adapter["layers_0/w"]}
     base = {"layers": params["layers"], "layers_7": params["layers_0"]}
