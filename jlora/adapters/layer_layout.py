@@ -144,10 +144,19 @@ def locate_layers(
             raise ValueError(_place_error(name, found))
         if found:
             places[name] = found[0]
-    filled = {place.path for place in places.values() if place.indices}
+    filled: dict[str, set[tuple[int, ...]]] = {}
+    for path, indices in places.values():
+        if indices:
+            filled.setdefault(path, set()).add(indices)
+
+    def is_missing(place: LayerPlace) -> bool:
+        """Whether a stack has other layers of the adapter, and not this one."""
+        starts = {place.indices[: level + 1] for level in range(len(place.indices))}
+        return bool(starts) and place.path in filled and not starts & filled[place.path]
+
     for name in names if filled else ():
         found = find(name) if name in shapes else []
-        if any(place.indices and place.path in filled for place in found):
+        if any(map(is_missing, found)):
             raise ValueError(_place_error(name, found))
     return places
 

@@ -15,7 +15,7 @@ import safetensors
 from _support.cases import FAMILIES, moved
 
 import jlora
-from jlora import merging, models, multi_lora
+from jlora import _tree, merging, models, multi_lora
 from jlora.adapters import WeightAxes, match_layer_layout
 from jlora.adapters.full import FullDeltaLeaf
 from jlora.checkpoints import content_hash
@@ -416,3 +416,53 @@ def test_save_adapter_of_giant_shape_raises(tmp_path: pathlib.Path) -> None:
     assert len(content_hash(giant)) == 64
     with pytest.raises(ValueError, match=r"built for a weight of shape \(1000000000000, 4, 4\)"):
         jlora.save_adapter(tmp_path / "a", giant, params)
+
+
+def random_tree(rng: np.random.Generator) -> dict[str, Any]:
+    """Paths of names that layers have, in any order."""
+    tree: dict[str, Any] = {}
+    for _ in range(rng.integers(1, 6)):
+        *outer, last = rng.choice(["layers", "layers_0", "layers_1", "m"], rng.integers(1, 4))
+        node = tree
+        for key in outer:
+            node = node.setdefault(key, {})
+        node.setdefault(last, {})["w"] = np.zeros((2,) * rng.integers(1, 4), np.float32)
+    return tree
+
+
+def random_adapter(rng: np.random.Generator, params: Any) -> dict[str, Any]:
+    flat = _tree.flatten_with_paths(params)
+    return {
+        path: FullDeltaLeaf(
+            delta=jax.device_put(rng.normal(size=leaf.shape).astype(np.float32)),
+            shape=leaf.shape,
+            axes=WeightAxes((), (), ()),
+        )
+        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        if rng.integers(4)
+    }
+
+
+def entries(adapter: Any) -> np.ndarray:
+    values = np.concatenate([np.ravel(leaf.delta) for leaf in adapter.values()] + [np.zeros(0)])
+    return np.sort(values[values != 0])
+
+
+def test_random_trees_lose_no_layer(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    matched = 0
+    for number in range(400):
+        params, other = random_tree(rng), random_tree(rng)
+        adapter = random_adapter(rng, params)
+        if number % 10 == 0:
+            jlora.save_adapter(tmp_path / "a", adapter, params)
+            loaded = jlora.load_adapter(tmp_path / "a", params, allow_other_base=True)
+            assert_same(loaded, {path: adapter[path] for path in loaded})
+            assert len(loaded) == len(adapter)
+        try:  # Errors are fine, lost entries are not.
+            found = match_layer_layout(adapter, other)
+        except ValueError:
+            continue
+        matched += set(found) != set(adapter)
+        np.testing.assert_array_equal(entries(found), entries(adapter))
+    assert matched > 20
