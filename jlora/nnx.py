@@ -86,11 +86,7 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
         params: PyTree, *args: Any, rngs: Any = None, train: bool | None = None, **kwargs: Any
     ) -> Any:
         _refuse_rngs_objects(args, kwargs)
-        if not (rngs is None or isinstance(rngs, Mapping | jax.Array | np.ndarray)):
-            raise TypeError(
-                f"rngs={_tree.shorten(rngs)} must be a key or a mapping of keys by the name of a "
-                f"random stream. Pass jax.random.key(seed)."
-            )
+        _check_keys(rngs)
 
         def call(replaced: Mapping[str, Any] | None = None) -> _Call:
             module = nnx.merge(graph, params, copy=True)
@@ -241,6 +237,14 @@ def _refuse_rngs_objects(*arguments: Any) -> None:
             "A flax.nnx.Rngs is no argument of a pure function: its counts would stay where they "
             "are, so that every call draws the same numbers. Pass keys as rngs=, such as "
             "rngs={'dropout': key}, another one at every step."
+        )
+
+
+def _check_keys(rngs: Any) -> None:
+    if not (rngs is None or isinstance(rngs, Mapping | jax.Array | np.ndarray)):
+        raise TypeError(
+            f"rngs={_tree.shorten(rngs)} must be a key or a mapping of keys by the name of a "
+            f"random stream. Pass jax.random.key(seed)."
         )
 
 

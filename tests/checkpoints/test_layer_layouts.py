@@ -394,6 +394,9 @@ def test_match_layer_layout_two_places_raises() -> None:
     overlapping = dict.fromkeys(["layers_1/layers/w", "layers_1/layers_1/w"], adapter["layers_0/w"])
     with pytest.raises(ValueError, match=r"has both 'layers/layers/w' and layers \[\(1,\), \(1, 1"):
         match_layer_layout(overlapping, {"layers": {"layers": {"w": np.ones((2, 4, 4))}}})
+    twice = dict.fromkeys(["layers/layers_0/w", "layers_0/layers/w"], adapter["layers_0/w"])
+    with pytest.raises(ValueError, match=r"has both 'layers/layers/w' and layers \[\(0,\)\] of it"):
+        match_layer_layout(twice, {"layers": {"layers": {"w": np.ones((2, 4, 4))}}})
     # Neither stack has its layers' names for itself.
     crossed = {"layers/layers_1/w": delta, "layers_1/layers/w": delta}
     base = {"layers": {"layers": {"w": np.ones((3, 3), np.float32)}}}
