@@ -24,7 +24,10 @@ Adapter = dict[str, Any]
 Rules = AdapterConfig | Mapping[str, AdapterConfig | None]
 
 # The use that a config with these supported kinds needs, for the error when no weight has it.
-_EXPECTED_USE = {frozenset({"bias"}): "is a bias"}
+_EXPECTED_USE = {
+    frozenset({"bias"}): "is a bias",
+    frozenset({"embedding"}): "is an embedding, whose rows are looked up",
+}
 
 
 class AdaptationPlan(NamedTuple):
@@ -85,9 +88,12 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
 
     if not isinstance(rules, Mapping):
         refusals: list[str] = []
+        tied = ""
         for path in leaves:
             weight = weight_at(path)
             if not rules.selects(weight):
+                if weight.kind == "embedding" and weight.multiplies_activations:
+                    tied = f", except embeddings such as {path!r}, which only a mapping adapts"
                 continue
             refusal = _get_refusal(weight, rules)
             if refusal is None:
@@ -98,7 +104,8 @@ def match_rules(rules: Rules, traced: TracedCall) -> AdaptationPlan:
             expected = _EXPECTED_USE.get(
                 rules.supported_kinds, "feeds a matrix product or convolution"
             )
-            reason = refusals[0] if refusals else f"None of the {len(leaves)} weights {expected}."
+            none = f"None of the {len(leaves)} weights {expected}{tied}."
+            reason = refusals[0] if refusals else none
             plan.errors.append(
                 ValueError(
                     f"rules={rules!r} adapts nothing. {reason} lora.explain(params, ...) lists the "

@@ -116,7 +116,7 @@ def test_fn_changes_neither_params_nor_module(build: Callable[..., nnx.Module]) 
     chex.assert_trees_all_close(module(X), first, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:(The .* is in training mode|A call updated)")
+@pytest.mark.filterwarnings("ignore:(The .* is in training mode|A call updated|update_nnx leaves)")
 @pytest.mark.parametrize("build", MODULES)
 def test_module_and_params_are_apart(build: Callable[..., nnx.Module]) -> None:
     module = build(nnx.Rngs(params=0, dropout=1))
@@ -134,6 +134,22 @@ def test_numpy_variables_are_copied() -> None:
     _, params = jlora.from_nnx(module)
     module.kernel.get_value()[...] = 7
     np.testing.assert_array_equal(jax.tree.leaves(params["kernel"])[0], 1)
+
+
+def test_donation_leaves_the_other_alone() -> None:
+    module = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    expected = np.asarray(module(X))
+    fn, params = jlora.from_nnx(module)
+    jax.jit(lambda params: jax.tree.map(lambda w: 2 * w, params), donate_argnums=0)(params)
+    np.testing.assert_array_equal(module(X), expected)
+    fn, params = jlora.from_nnx(module)
+
+    @nnx.jit(donate_argnums=0)
+    def double(module: nnx.Module) -> None:
+        module.kernel[...] = 2 * module.kernel[...]
+
+    double(module)
+    np.testing.assert_array_equal(fn(params, X), expected)
 
 
 def test_merged_update_is_applied_once() -> None:
@@ -221,6 +237,104 @@ def test_frozen_randomness_warns_by_name() -> None:
         fn(params, X)
 
 
+class Randomized(nnx.Module):
+    """Random numbers of the user's own, and a dropout whose call sets the mode."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.rngs, self.drop = rngs, nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def noise(self, x: jax.Array) -> jax.Array:
+        return x + self.rngs.noise.normal(x.shape)
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        return self.drop(x, deterministic=False)
+
+    @nnx.jit
+    def compiled(self, x: jax.Array) -> jax.Array:
+        return self.drop(x) + self.rngs.noise.normal(x.shape)
+
+    def scanned(self, x: jax.Array) -> jax.Array:
+        @nnx.scan(in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=2)
+        def run(x: jax.Array, module: Randomized) -> jax.Array:
+            return module.drop(x)
+
+        return run(x, self)
+
+
+def warnings_of(fn: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fn(*args, **options)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("method", "owner"),
+    [
+        ("noise", "Randomized"),
+        ("dropped", "Dropout 'drop'"),
+        ("compiled", "Randomized"),
+        ("scanned", None),
+    ],
+)
+def test_drawn_numbers_warn_by_owner(method: str, owner: str | None, compiled: bool) -> None:
+    module = Randomized(nnx.Rngs(noise=0, dropout=1))
+    fn, params = jlora.from_nnx(module, method=method)
+    run = jax.jit(fn, static_argnames="train") if compiled else fn
+    found = warnings_of(run, params, X)
+    assert [text.partition(" draws the same numbers")[0] for text in found] == (
+        [f"The {owner}"] if owner else []
+    )
+    assert warnings_of(run, params, X, rngs=jax.random.key(0)) == []
+    # A stream that the keys leave out draws the same numbers.
+    other = "noise" if "dropped" in method else "dropout"
+    found = warnings_of(run, params, X, rngs={other: jax.random.key(0)}, train=False)
+    assert len(found) == len([owner] if owner else [])
+    assert all("every step." in text for text in found)  # No more of evaluation mode.
+
+
+class Averaged(nnx.Module):
+    """Statistics of the user's own, and a normalization whose call sets the mode."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
+        self.mean = nnx.BatchStat(jnp.zeros(6))
+        self.cache = nnx.Cache((jnp.zeros(2), jnp.zeros(3)))
+
+    def own(self, x: jax.Array) -> jax.Array:
+        self.mean[...] = (self.mean[...] + x.mean(0)) / 2
+        return x - self.mean[...]
+
+    def batch(self, x: jax.Array) -> jax.Array:
+        return self.norm(x, use_running_average=False)
+
+    @nnx.jit
+    def compiled(self, x: jax.Array) -> jax.Array:
+        return self.norm(x) - self.mean[...]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("own", "A call updated the BatchStat 'mean' (1 such variables), and the update is lost"),
+        ("batch", "The BatchNorm 'norm' is in training mode: it normalizes by the batch"),
+        ("compiled", None),
+    ],
+)
+def test_lost_statistics_warn(method: str, start: str | None, compiled: bool) -> None:
+    fn, params = jlora.from_nnx(Averaged(nnx.Rngs(0)), method=method)
+    found = warnings_of(jax.jit(fn) if compiled else fn, params, X)
+    assert [text[: len(start or "")] for text in found] == ([start] if start else [])
+
+
+def test_keys_of_a_zero_state_do_not_warn() -> None:
+    module = nnx.RNN(nnx.SimpleCell(6, 2, rngs=nnx.Rngs(0)))
+    fn, params = jlora.from_nnx(module)
+    assert warnings_of(fn, params, X[None]) == []
+
+
 def test_lost_cache_and_counts_warn_by_name() -> None:
     attention = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=True, rngs=nnx.Rngs(0))
     attention.init_cache((2, 5, 6))
@@ -247,6 +361,8 @@ def test_wrong_random_numbers_raise() -> None:
     with pytest.raises(TypeError, match=r"Rngs.*Pass keys as rngs="):
         fn(params, X, nnx.Rngs(dropout=1))
     fn, params = jlora.from_nnx(Trained(nnx.Rngs(params=0, dropout=1)))
+    with pytest.raises(TypeError, match=r"rngs=3 must be a key.*Pass jax.random.key\(seed\)"):
+        fn(params, X, rngs=3)
     with pytest.raises(ValueError, match=r"key for 'droput'.*\['dropout'\]"):
         fn(params, X, rngs={"droput": jax.random.key(0)})
 
@@ -332,6 +448,30 @@ def test_nnx_invalid_module_or_params_raises() -> None:
     with pytest.raises(ValueError, match=r"'bias'.*\(4,\).*\(5,\)"):
         jlora.update_nnx(module, other)
     np.testing.assert_array_equal(module.kernel[...], before)
+    # Not a module of another type without a word.
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jlora.from_nnx(module)[1])
+    with pytest.raises(
+        ValueError, match=r"has bfloat16 of shape \(5,\) .* float32 of shape \(5,\)"
+    ):
+        jlora.update_nnx(module, half)
+
+
+def test_update_nnx_keeps_the_statistics() -> None:
+    module = Trained(nnx.Rngs(params=0, dropout=1))
+    _, params = jlora.from_nnx(module)
+    module(X)
+    mean, count = np.array(module.norm.mean[...]), int(module.drop.rngs.count[...])
+    doubled = jax.tree.map(lambda leaf: leaf, params)
+    doubled["out"]["kernel"][...] = 2 * module.out.kernel[...]
+    with pytest.warns(UserWarning, match=r"leaves 'norm/mean' \(2 statistics or caches\)"):
+        jlora.update_nnx(module, doubled)
+    np.testing.assert_array_equal(module.norm.mean[...], mean)
+    assert mean.any()
+    assert int(module.drop.rngs.count[...]) == count == 1
+    chex.assert_trees_all_equal(module.out.kernel[...], 2 * params["out"]["kernel"][...])
+    module.norm.mean[...] = params["norm"]["mean"][...]
+    module.norm.var[...] = params["norm"]["var"][...]
+    assert warnings_of(jlora.update_nnx, module, params) == []
 
 
 def test_from_nnx_other_method_is_called() -> None:

@@ -209,6 +209,16 @@ def test_init_model_without_products_raises() -> None:
     lora = jlora.lora_transform(lambda p, x: x * p["scale"], CONFIG)
     with pytest.raises(ValueError, match="None of the 1 weights feeds a matrix product"):
         lora.init(jax.random.key(0), {"scale": jnp.ones(4)}, jnp.ones((2, 4)))
+    tied = lambda p, tokens: p["table"][tokens] @ p["table"].T
+    params, tokens = {"table": jnp.ones((4, 3))}, jnp.array([1, 2])
+    message = "matrix product or convolution, except embeddings such as 'table', which only a map"
+    with pytest.raises(ValueError, match=message):
+        jlora.lora_transform(tied, CONFIG).init(jax.random.key(0), params, tokens)
+    rows = jlora.TrainableTokens(token_indices=(1,))
+    with pytest.raises(ValueError, match="None of the 1 weights is an embedding, whose rows"):
+        jlora.lora_transform(lambda p, x: x @ p["table"], rows).init(
+            jax.random.key(0), params, jnp.ones((2, 4))
+        )
 
 
 @pytest.mark.parametrize(

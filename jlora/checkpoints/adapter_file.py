@@ -29,16 +29,16 @@ from jlora.adapters.base import (
     weight_indices,
 )
 from jlora.adapters.layer_layout import (
+    locate_layers,
     match_layer_layout,
-    split_layer_path,
+    name_layers,
     unstack_layers,
-    unstack_leaf,
 )
 from jlora.checkpoints.base_digest import BASE_DIGEST_FILE, OTHER_BASE, BaseDigest
 from jlora.checkpoints.lineage import (
     Lineage,
     adapter_arrays,
-    compute_content_hash,
+    content_hash,
     describe_adapter,
 )
 from jlora.checkpoints.safetensors_io import (
@@ -67,9 +67,9 @@ def save_adapter(
     """Saves an adapter to one safetensors file, atomically replacing a file of that name.
 
     The file names layers one by one, `layers_0/...`, also where the model stacks them, so that it
-    fits both. Its metadata contains the families, axes, ranks and scales; a fingerprint of every
-    adapted weight of the base, so that `load_adapter` detects another base; the content hash; and
-    the lineage.
+    fits both; a stack in a base that also has a weight `layers_0/...` is kept as it is. Its
+    metadata contains the families, axes, ranks and scales; a fingerprint of every adapted weight of
+    the base, so that `load_adapter` detects another base; the content hash; and the lineage.
 
     Args:
         path: File to write; its folder must exist.
@@ -94,8 +94,7 @@ def save_adapter(
         >>> jlora.load_adapter(path, params)["w"].rank
         1
     """
-    weights = find_adapted_weights(params, adapter)
-    write_adapter(path, adapter, fingerprint_weights(weights, adapter), lineage)
+    write_adapter(path, adapter, fingerprint_base(params, adapter), lineage)
 
 
 def write_adapter(
@@ -111,7 +110,7 @@ def write_adapter(
     Args:
         path: File to write; its folder must exist.
         adapter: Adapter, with all its arrays on this host.
-        fingerprints: Result of `fingerprint_weights` for the adapted weights.
+        fingerprints: Result of `fingerprint_base` or `fingerprint_weights`.
         lineage: Origin of the adapter. None: unknown.
         base_digest: Digest of the base checkpoint, for `check_base_checkpoint`. None: unknown.
         prompt_fields: Format of the prompts that it was trained on, of JSON values. None: unknown.
@@ -121,7 +120,8 @@ def write_adapter(
         ValueError: `adapter` contains an array that is not finite.
     """
     check_adapter(adapter)
-    adapter = unstack_layers(adapter)
+    content = content_hash(adapter)
+    adapter = unstack_layers(adapter, fingerprints)
     lineage = Lineage() if lineage is None else lineage
     if not isinstance(lineage, Lineage):
         raise TypeError(
@@ -136,7 +136,7 @@ def write_adapter(
         "version": str(FORMAT_VERSION),
         "adapter": json.dumps(describe_adapter(adapter), sort_keys=True),
         "base": json.dumps(dict(fingerprints), sort_keys=True),
-        "content": compute_content_hash(describe_adapter(adapter), tensors),
+        "content": content,
         "lineage": lineage.to_json(),
     }
     if base_digest is not None:
@@ -187,8 +187,7 @@ def load_adapter(
     metadata, tensors = _read_adapter_file(path)
     with name_file_in_errors(path):
         description = _read_json_metadata(path, metadata, "adapter")
-        content = compute_content_hash(description, tensors)
-        adapter = {
+        stored = {
             weight_path: _build_leaf_from_description(path, weight_path, leaf_description, tensors)
             for weight_path, leaf_description in description.items()
         }
@@ -197,10 +196,10 @@ def load_adapter(
             f"{path} contains tensors that its description does not name: {sorted(tensors)[:3]}. "
             f"It was changed after jlora wrote it; save the adapter again."
         )
-    separate = unstack_layers(adapter)
     with name_file_in_errors(path):
-        adapter = match_layer_layout(separate, params)
+        adapter = match_layer_layout(stored, params)
         weights = find_adapted_weights(params, adapter)
+        content = content_hash(stored)
     if metadata.get("content", content) != content:  # Files of an older jlora have no hash.
         raise ValueError(
             f"{path} does not have the content that jlora wrote to it. Copy it again; if it was "
@@ -209,7 +208,7 @@ def load_adapter(
     if not allow_other_base:
         with name_file_in_errors(path):
             fingerprints = _read_json_metadata(path, metadata, "base")
-            _check_base_fingerprints(path, fingerprints, weights, get_adapter_leaves(separate))
+            _check_base_fingerprints(path, fingerprints, weights, get_adapter_leaves(stored))
     return adapter
 
 
@@ -374,24 +373,36 @@ def read_quantization_schemes(path: str | os.PathLike[str]) -> list[str]:
         return sorted({str(spec["scheme"]) for spec in specs if spec is not None})
 
 
+def fingerprint_base(params: PyTree, adapter: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the fingerprints of the weights that an adapter adapts, after checking its fit.
+
+    Raises:
+        TypeError: `adapter` is not an adapter.
+        ValueError: `adapter` does not fit `params`.
+    """
+    find_adapted_weights(params, adapter)
+    flat = _tree.flatten_with_paths(params)
+    return fingerprint_weights(dict(zip(flat.paths, flat.leaves, strict=True)), adapter)
+
+
 def fingerprint_weights(weights: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the fingerprints of the adapted weights, of each layer for stacked layers.
+    """Returns the fingerprints of the adapted weights by their paths in a file.
+
+    They are of each layer for stacked layers, and of a whole stack where another weight has the
+    name of a layer of it.
 
     Args:
-        weights: Weights by path.
+        weights: Weights of the base by path, also those that are not adapted.
         adapter: Adapter of these weights.
     """
-    fingerprints: dict[str, str] = {}
-    for path, leaf in get_adapter_leaves(adapter).items():
-        layers = unstack_leaf(path, leaf)
-        if not layers:
-            fingerprints[path] = fingerprint(weights[path])
-        for index, layer_path in enumerate(layers):
-            fingerprints[layer_path] = fingerprint(weights[path], index)
-    return fingerprints
+    return {
+        name: fingerprint(weights[place.path], place.indices)
+        for places in name_layers(get_adapter_leaves(adapter), weights).values()
+        for name, place in places.items()
+    }
 
 
-def fingerprint(weight: Any, layer: int | None = None) -> str:
+def fingerprint(weight: Any, layer: Sequence[int] = ()) -> str:
     """Returns a hash of a weight's shape and of entries spread over it.
 
     Entries are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16
@@ -400,11 +411,11 @@ def fingerprint(weight: Any, layer: int | None = None) -> str:
 
     Args:
         weight: Array or quantized weight.
-        layer: Index of a layer in a stack, whose fingerprint is that of the layer alone. None: the
-            weight is no stack.
+        layer: Indices of a layer along the first axes of a stack, whose fingerprint is that of the
+            layer alone. Empty: the whole weight.
     """
     weight = read_weight(weight)
-    shape = weight.shape if layer is None else weight.shape[1:]
+    shape = weight.shape[len(layer) :]
     if not isinstance(weight, QArray):
         entries = _sample_weight_entries(weight, layer).astype(ml_dtypes.bfloat16)
         return _hash_arrays([entries], shape)
@@ -412,13 +423,12 @@ def fingerprint(weight: Any, layer: int | None = None) -> str:
     return f"{json.dumps(weight.spec, sort_keys=True)} {_hash_arrays(samples, shape)}"
 
 
-def _sample_weight_entries(array: Any, layer: int | None) -> np.ndarray:
-    shape = array.shape if layer is None else array.shape[1:]
+def _sample_weight_entries(array: Any, layer: Sequence[int]) -> np.ndarray:
+    shape = array.shape[len(layer) :]
     if not shape:
         array, shape = array.reshape(*array.shape, 1), (1,)
     indices = np.unravel_index(_choose_sample_indices(math.prod(shape)), shape)
-    if layer is not None:
-        indices = (np.array(layer), *indices)
+    indices = (*map(np.array, layer), *indices)
     if isinstance(array, jax.Array):
         is_on_host = array.is_fully_addressable and len(array.devices()) == 1
         if not is_on_host or next(iter(array.devices())).platform != "cpu":
@@ -554,12 +564,14 @@ def _check_base_fingerprints(
             f"{sorted(set(expected) ^ set(leaves))[:3]}. It was changed after jlora wrote it; "
             f"save the adapter again."
         )
-    members: dict[str, list[tuple[str, int | None]]] = {}  # By the path of the weight.
-    for name in expected:
-        index, stack = (None, name) if name in weights else split_layer_path(name)
-        members.setdefault(stack, []).append((name, index))
+    shapes = {weight_path: tuple(weight.shape) for weight_path, weight in weights.items()}
+    located = locate_layers(expected, shapes)
+    members: dict[str, list[tuple[str, tuple[int, ...]]]] = {}  # By the path of the weight.
+    for name, place in located.items():
+        members.setdefault(place.path, []).append((name, place.indices))
     residual: list[str] = []
-    other: list[str] = []
+    # Of a stack that is separate layers here.
+    other = [name for name in expected if name not in located]
     quantized_as: str | None = None
     for weight_path, places in members.items():
         weight = read_weight(weights[weight_path])  # Once for all comparisons.
@@ -614,10 +626,10 @@ def _quantization_spec(expected_fingerprint: Any) -> dict[str, Any] | None:
     return spec
 
 
-def _matches_if_quantized(weight: Any, layer: int | None, expected_fingerprint: Any) -> bool:
+def _matches_if_quantized(weight: Any, layer: tuple[int, ...], expected_fingerprint: Any) -> bool:
     """Whether a fingerprint is that of a weight, or of one layer of it, after quantization."""
     spec = _quantization_spec(expected_fingerprint)
     if isinstance(weight, QArray) or spec is None:
         return False
-    quantized = quantize_like(weight if layer is None else weight[layer], spec)
+    quantized = quantize_like(weight[layer] if layer else weight, spec)
     return quantized is not None and fingerprint(quantized) == expected_fingerprint

@@ -147,7 +147,7 @@ def _eval_scan(context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[An
         body,
         (jnp.int32(0), moving),
         [stack.arrays for stack in stacks],
-        length=eqn.params["length"],
+        length=None if stacks else eqn.params["length"],  # A symbolic one is that of the stacks.
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )

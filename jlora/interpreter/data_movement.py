@@ -27,7 +27,7 @@ from jlora.interpreter.primitive_rules import (
     get_base,
     movement_rule,
 )
-from jlora.interpreter.terms import Axis, AxisGroups, Operand, Term, flat_size
+from jlora.interpreter.terms import Axis, AxisGroups, Operand, Term, flat_size, is_longer
 
 
 @movement_rule("copy", "name", "pvary", "reduce_precision", "sharding_constraint", "reshard")
@@ -282,7 +282,7 @@ def _slice_rule(
         weight = weight and slice_weight_axis(
             weight,
             place,
-            len(range(start, limit, stride)),
+            eqn.outvars[0].aval.shape[place],
             lambda array, dim, kept=(start, limit, stride): lax.slice_in_dim(
                 array, *kept, axis=dim
             ),
@@ -318,7 +318,7 @@ def _dynamic_slice_rule(
     eqn: Any, weights: OptionalWeights, values: Sequence[Any]
 ) -> list[FactoredArray] | None:
     weight = weights[0]
-    is_lookup = weight is not None and _is_row_lookup(eqn, weight, values)
+    is_row = weight is not None and _is_row_lookup(eqn, weight, values[1:])
     for place, length in enumerate(eqn.params["slice_sizes"]):
         weight = weight and slice_weight_axis(
             weight,
@@ -328,34 +328,36 @@ def _dynamic_slice_rule(
                 array, start, length, dim
             ),
         )
-    if weight is not None and is_lookup:
-        # The axis that was cut goes with the next operation, so that the row's own is marked.
-        for axis in weight.axes:
-            marked = Axis(axis.size, axis.weight_axis, is_gathered=True)
-            weight = weight.replace_axis(axis, (marked,), lambda array, dim: array)
-    return _wrap_weight(weight)
+    return _wrap_weight(_mark_row(weight) if weight is not None and is_row else weight)
 
 
-def _is_row_lookup(eqn: Any, weight: FactoredArray, values: Sequence[Any]) -> bool:
+def _mark_row(weight: FactoredArray) -> FactoredArray:
+    """Marks the axes of one row that was looked up, since the axis of the rows goes with it."""
+    for axis in weight.axes:
+        marked = Axis(axis.size, axis.weight_axis, is_gathered=True)
+        weight = weight.replace_axis(axis, (marked,), lambda array, dim: array)
+    return weight
+
+
+def _is_row_lookup(eqn: Any, weight: FactoredArray, indices: Sequence[Any]) -> bool:
     """Whether one row is looked up by the inputs of the model (an embedding of one token).
 
     A matrix is one of a stack (a layer, an expert) instead, and so is what a constant selects; the
     analysis of uses has an empty tuple for that.
     """
-    cut = list_sliced_dimensions(eqn)
-    row = [n for place, n in enumerate(weight.shape) if place not in cut and n > 1]
+    cut = list_looked_up_dimensions(eqn)
+    row = [n for place, n in enumerate(weight.shape) if place not in cut and is_longer(n, 1)]
     by_inputs = any(
-        not _compat.is_literal(eqn.invars[place + 1])
-        and not (isinstance(values[place + 1], tuple) and not values[place + 1])
-        for place in cut
+        not _compat.is_literal(atom) and not (isinstance(index, tuple) and not index)
+        for atom, index in zip(eqn.invars[1:], indices, strict=True)
     )
     return by_inputs and len(row) <= 1 and eqn.outvars[0].aval.size == math.prod(row)
 
 
-def list_sliced_dimensions(eqn: Any) -> list[int]:
-    """Lists the dimensions that a `dynamic_slice` makes shorter."""
+def list_looked_up_dimensions(eqn: Any) -> list[int]:
+    """Lists the dimensions that a `dynamic_slice` or `gather` makes shorter."""
     sizes = zip(eqn.params["slice_sizes"], eqn.invars[0].aval.shape, strict=True)
-    return [place for place, (length, size) in enumerate(sizes) if length < size]
+    return [place for place, (length, size) in enumerate(sizes) if is_longer(size, length)]
 
 
 def slice_weight_axis(
@@ -369,7 +371,7 @@ def slice_weight_axis(
     if flat_size(group) == length:
         return weight
     # Axes of length one that a reshape merged into this one are not what is cut.
-    longer = [axis for axis in group if axis.size > 1] or list(group)
+    longer = [axis for axis in group if is_longer(axis.size, 1)] or list(group)
     if len(longer) != 1:
         return None
     (axis,) = longer
@@ -470,6 +472,29 @@ def _pad_rule(
     return _wrap_weight(weight)
 
 
+def _is_window(eqn: Any) -> bool:
+    """Whether a `gather` cuts one window of several rows, as slices of a symbolic length do."""
+    is_filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    sizes = eqn.params["slice_sizes"]
+    has_rows = any(is_longer(sizes[place], 1) for place in list_looked_up_dimensions(eqn))
+    return eqn.invars[1].aval.ndim == 1 and has_rows and not is_filled
+
+
+def _cut_window(eqn: Any, weight: FactoredArray, indices: Any) -> FactoredArray | None:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    window: FactoredArray | None = weight
+    for column, place in enumerate(numbers.start_index_map):
+        window = window and slice_weight_axis(
+            window,
+            place,
+            sizes[place],
+            lambda array, dim, column=column, length=sizes[place]: lax.dynamic_slice_in_dim(
+                array, indices[column], length, dim
+            ),
+        )
+    return window and squeeze_weight_axes(window, set(numbers.collapsed_slice_dims))
+
+
 @movement_rule("gather")
 def _gather_rule(
     eqn: Any, weights: OptionalWeights, values: Sequence[Any]
@@ -479,6 +504,8 @@ def _gather_rule(
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if weight is None or weights[1] is not None or numbers.operand_batching_dims:
         return None
+    if _is_window(eqn):
+        return _wrap_weight(_cut_window(eqn, weight, indices))
     # An index into a dimension that is taken whole has no effect (a batch of `dynamic_slice`).
     is_clipped = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
     rows = {
@@ -555,4 +582,6 @@ def _gather_rule(
     # model masks.
     gains = tuple(look_up(gain, 1) for gain in weight.gains)
     terms = tuple(term.gather(functools.partial(look_up, fill=0)) for term in weight.terms)
-    return [FactoredArray(None, tuple(groups), weight.path, gains, terms)]
+    found = FactoredArray(None, tuple(groups), weight.path, gains, terms)
+    is_row = not batch and _is_row_lookup(eqn, weight, values[1:])
+    return [_mark_row(found) if is_row else found]

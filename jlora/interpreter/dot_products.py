@@ -31,6 +31,7 @@ from jlora.interpreter.terms import (
     contract_shared,
     contraction_order,
     flat_size,
+    is_longer,
     label_dimensions,
     reshape,
     split_axes,
@@ -67,7 +68,7 @@ def _dot_axis_roles(eqn: Any, side: int, weight: FactoredArray) -> AxisRoles | D
 
 def is_matrix_lookup(roles: AxisRoles) -> bool:
     """Whether a weight that was looked up is a matrix for each index (an expert), and not a row."""
-    own = {role for axis, role in roles.items() if not axis.is_gathered and axis.size > 1}
+    own = {role for axis, role in roles.items() if not axis.is_gathered and is_longer(axis.size, 1)}
     return len(own) < len(roles) and {AxisRole.INPUT, AxisRole.OUTPUT} <= own
 
 

@@ -127,13 +127,22 @@ MoveFn = Callable[[Any, OptionalWeights, Sequence[Any]], Sequence[FactoredArray 
 class MovementRule(Rule):
     """A primitive that moves entries.
 
-    Attributes:
+    Args:
         move: `(eqn, weights, values)` to the outputs without their bases. `weights` has None for
             plain arrays. None where the operands cannot be moved alike.
     """
 
     def __init__(self, move: MoveFn) -> None:
-        self.move = move
+        self._move = move
+
+    def move(
+        self, eqn: Any, weights: OptionalWeights, values: Sequence[Any]
+    ) -> Sequence[FactoredArray | None] | None:
+        """Returns the result of the function; None too where a symbolic length would decide."""
+        try:
+            return self._move(eqn, weights, values)
+        except jax.errors.InconclusiveDimensionOperation:
+            return None
 
     def evaluate(self, context: EvalContext, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
         del context

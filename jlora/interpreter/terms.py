@@ -92,6 +92,14 @@ def flat_size(axes: Sequence[Axis]) -> int:
     return math.prod(axis.size for axis in axes)
 
 
+def is_longer(size: Any, other: Any) -> bool:
+    """Whether a length is greater than another; True where a symbolic one may be."""
+    try:
+        return bool(size > other)
+    except jax.errors.InconclusiveDimensionOperation:
+        return True
+
+
 def split_axes(array: Any, groups: Sequence[tuple[Axis, ...]]) -> Operand:
     """Returns the array with each dimension split into the axes of its group."""
     axes = tuple(axis for group in groups for axis in group)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jlora.interpreter import _compat
-from jlora.interpreter.data_movement import list_sliced_dimensions, match_scalar_scaling
+from jlora.interpreter.data_movement import list_looked_up_dimensions, match_scalar_scaling
 from jlora.interpreter.dot_products import is_matrix_lookup
 from jlora.interpreter.factored_array import FactoredArray
 from jlora.interpreter.primitive_rules import (
@@ -25,7 +25,7 @@ from jlora.interpreter.primitive_rules import (
     SubProgram,
     SubProgramRule,
 )
-from jlora.interpreter.terms import Axis, WeightAxes
+from jlora.interpreter.terms import Axis, WeightAxes, is_longer
 
 
 class WeightUse(NamedTuple):
@@ -247,12 +247,12 @@ class UsageInterpreter:
             return None  # The result is an activation (a class token before patches).
         arrays = [weight.array if i == side else None for i in range(len(values))]
         moved = [array for array in rule.move(eqn, arrays, values) or () if array is not None]
-        if not moved or (moved[0].is_gathered and weight.dense_reason):
+        if not moved:
             return None
         if moved[0].is_gathered and not weight.array.is_gathered:
             by_data = any(_is_data_value(value) for value in values[1:])
-            roles = self._get_lookup_roles(eqn, weight, moved[0])
-            self._record_use(weight, WeightUse(name, None, roles, by_data))
+            roles = self._get_lookup_roles(eqn, weight)
+            self._record_use(weight, WeightUse(name, weight.dense_reason, roles, by_data))
             weight = dataclasses.replace(weight, is_reordered=not by_data)
         return [dataclasses.replace(weight, array=array) for array in moved]
 
@@ -294,21 +294,18 @@ class UsageInterpreter:
         use = WeightUse(name, weight.dense_reason, axis_roles, has_data_operand, side > 0)
         self._record_use(weight, use)
 
-    def _get_lookup_roles(
-        self, eqn: Any, weight: _TracedWeight, gathered: FactoredArray
-    ) -> dict[int, AxisRole]:
+    def _get_lookup_roles(self, eqn: Any, weight: _TracedWeight) -> dict[int, AxisRole]:
         """Returns the roles in a look-up: indexed axes are inputs, the others outputs."""
-        if eqn.primitive.name == "dynamic_slice":
-            indexed = {
-                axis
-                for place in list_sliced_dimensions(eqn)
-                for axis in weight.array.axis_groups[place]
-            }
-            axes = weight.array.axes
-        else:
-            axes = gathered.axes
-            indexed = {axis for axis in axes if axis.is_gathered}
-        roles = {a: AxisRole.INPUT if a in indexed else AxisRole.OUTPUT for a in axes}
+        places = list_looked_up_dimensions(eqn)
+        if not places:  # Of the only row of a table.
+            places = eqn.params["dimension_numbers"].start_index_map
+        if len(places) == len(weight.array.axis_groups):
+            places = places[:-1]  # Single entries: those of a row have its indices in common.
+        indexed = {axis for place in places for axis in weight.array.axis_groups[place]}
+        roles = {
+            axis: AxisRole.INPUT if axis in indexed else AxisRole.OUTPUT
+            for axis in weight.array.axes
+        }
         return self._fill_batch_roles(weight, _roles_by_weight_axis(roles))
 
     def _fill_batch_roles(
@@ -324,9 +321,11 @@ class UsageInterpreter:
             return None
         shape = self._weight_shapes[weight.array.path]
         axes = [
-            axis for axis in weight.array.axes if axis.weight_axis is not None and axis.size > 1
+            axis
+            for axis in weight.array.axes
+            if axis.weight_axis is not None and is_longer(axis.size, 1)
         ]
-        cut = {axis for axis in axes if axis.size < shape[axis.weight_axis or 0]}
+        cut = {axis for axis in axes if is_longer(shape[axis.weight_axis or 0], axis.size)}
         if not cut or len(axes) == len(cut):
             return None
         roles = {axis: AxisRole.INPUT if axis in cut else AxisRole.OUTPUT for axis in axes}
@@ -358,14 +357,14 @@ class UsageInterpreter:
             self._record_use(weight, WeightUse(name, dense_reason, lookup, _is_data_value(rest)))
         source = eqn.invars[side].aval
         results = [out.aval for out in eqn.outvars]
-        is_repeated = any(result.size > source.size for result in results) or any(
-            axis.weight_axis is None and axis.size > 1 for axis in weight.array.axes
+        is_repeated = any(is_longer(result.size, source.size) for result in results) or any(
+            axis.weight_axis is None and is_longer(axis.size, 1) for axis in weight.array.axes
         )
         if _is_data_value(rest) or (reason in ("add", "sub") and is_repeated):
             return None  # A bias is repeated along the other axes of what it is added to.
         if [result.shape for result in results] == [source.shape]:
             return [dataclasses.replace(weight, dense_reason=weight.dense_reason or reason)]
-        is_smaller = any(result.size < source.size for result in results)
+        is_smaller = any(is_longer(source.size, result.size) for result in results)
         if is_smaller and not (reason.startswith("reduce") and _are_matrices(results)):
             return None  # A norm, or entries of the weight.
         # Such as a weight that is written into a larger array.
@@ -379,7 +378,7 @@ class UsageInterpreter:
 
 
 def _are_matrices(results: Sequence[Any]) -> bool:
-    return all(sum(n > 1 for n in result.shape) > 1 for result in results)
+    return all(sum(is_longer(n, 1) for n in result.shape) > 1 for result in results)
 
 
 def _add_dense_reason(weight: _TracedWeight, reason: str) -> _TracedWeight:
@@ -444,7 +443,9 @@ def _roles_by_weight_axis(roles: dict[Axis, AxisRole]) -> dict[int, AxisRole]:
     axis_roles: dict[int, AxisRole] = {}
     for weight_axis in {axis.weight_axis for axis in roles if axis.weight_axis is not None}:
         parts = {axis: role for axis, role in roles.items() if axis.weight_axis == weight_axis}
-        part_roles = {role for axis, role in parts.items() if axis.size > 1} or set(parts.values())
+        part_roles = {role for axis, role in parts.items() if is_longer(axis.size, 1)} or set(
+            parts.values()
+        )
         axis_roles[weight_axis] = next(role for role in _ROLE_PRIORITY if role in part_roles)
     return axis_roles
 

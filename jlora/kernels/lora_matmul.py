@@ -104,6 +104,8 @@ def select_kernel_device(x: Any, w: Any, rank: int, *, transpose_rhs: bool) -> K
     if jax.sharding.get_abstract_mesh().size > 1:
         return None
     m, k = math.prod(x.shape[:-1]), x.shape[-1]
+    if not isinstance(m, int):  # A symbolic length, of which no tiles can be made.
+        return None
     n = w.shape[0] if transpose_rhs else w.shape[1]
     sizes = (k, n), (n, k)  # The gradient has the transposed product.
     if requested == "tpu":

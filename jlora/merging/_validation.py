@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jlora import _tree
 from jlora._delta import depends_on_base
 from jlora._tree import PyTree
 from jlora.adapters.base import AdapterLeaf, get_adapter_leaves, get_array_fields, weight_indices
-from jlora.adapters.layer_layout import match_layer_layout, unstack_layers
+from jlora.adapters.layer_layout import match_layer_layout, name_layers, unstack_layers
 from jlora.adapters.lora_moe import LoRAMoELeaf
 
 Adapter = Mapping[str, Any]
@@ -60,13 +60,38 @@ def check_adapters(adapters: Any) -> None:
 def unify_layer_layouts(
     adapters: Sequence[Adapter], params: PyTree | None = None
 ) -> list[dict[str, Any]]:
-    """Returns adapters whose layers have one layout: that of params, or else separate if any is."""
+    """Returns adapters whose layers have one layout: that of params, or else separate if any is.
+
+    Raises:
+        ValueError: An adapter does not fit `params`; or `params` is None, one adapter has a stack
+            and another only some of its layers, which may as well be weights beside the stack.
+    """
     if params is not None:
         return [match_layer_layout(adapter, params) for adapter in adapters]
     unstacked = [unstack_layers(adapter) for adapter in adapters]
     same = [set(adapter) == set(other) for adapter, other in zip(adapters, unstacked, strict=True)]
-    is_mixed = len(set(same)) > 1
-    return unstacked if is_mixed else [dict(adapter) for adapter in adapters]
+    if len(set(same)) < 2:
+        return [dict(adapter) for adapter in adapters]
+    for path, layers in _separated_stacks(adapters, unstacked):
+        for adapter in adapters:
+            missing = [layer for layer in layers if layer not in adapter]
+            if 0 < len(missing) < len(layers):
+                raise ValueError(
+                    f"One adapter has {path!r}, and another some of its layers but not "
+                    f"{missing[0]!r}: they may be other weights. Convert both to one layout first, "
+                    f"with jlora.adapters.match_layer_layout(adapter, params)."
+                )
+    return unstacked
+
+
+def _separated_stacks(
+    adapters: Sequence[Adapter], unstacked: Sequence[Adapter]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields the paths of stacks that were separated, with the paths of their layers."""
+    for adapter, separate in zip(adapters, unstacked, strict=True):
+        for path, layers in name_layers(adapter).items():
+            if path in adapter and path not in separate:
+                yield path, list(layers)
 
 
 def collect_bases(adapters: Iterable[Adapter], params: PyTree | None) -> dict[str, Any]:

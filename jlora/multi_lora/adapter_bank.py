@@ -181,19 +181,34 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """Names of all adapters, sorted."""
+        """Names of all adapters, sorted.
+
+        Raises:
+            TypeError: Read inside a traced function.
+        """
+        _refuse_trace("AdapterBank.names")
         with self._lock:
             return sorted(self._host_cache)
 
     @property
     def resident(self) -> dict[str, int]:
-        """Slots of the adapters on the devices by name, the least recently used first."""
+        """Slots of the adapters on the devices by name, the least recently used first.
+
+        Raises:
+            TypeError: Read inside a traced function.
+        """
+        _refuse_trace("AdapterBank.resident")
         with self._lock:
             return dict(self._slot_by_name)
 
     @property
     def stats(self) -> BankStats:
-        """Counts of operations so far."""
+        """Counts of operations so far.
+
+        Raises:
+            TypeError: Read inside a traced function.
+        """
+        _refuse_trace("AdapterBank.stats")
         with self._lock:
             return BankStats(
                 self._num_compilations,
@@ -209,7 +224,9 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: The bank has no adapter of that name.
+            TypeError: Called inside a traced function.
         """
+        _refuse_trace("AdapterBank.content_hash")
         with self._lock:
             self._check_known([name])
             return self._host_cache.content_hash(name)
@@ -260,6 +277,7 @@ class AdapterBank:
                     f"name={name!r} is in use by another adapter. Set replace=True to replace it."
                 )
             self._host_cache.add(name, CachedAdapter.from_adapter(adapter, factors))
+            self._empty_donated_slots()
             if name in self._slot_by_name:
                 self._write_slot(self._slot_by_name[name], factors)
 
@@ -301,7 +319,9 @@ class AdapterBank:
 
         The two results belong together: pass both to one call of `apply_per_example`, which may be
         inside `jax.jit`. They stay as they are when other threads load, replace or remove adapters.
-        The next load then copies all slots once, because it cannot write into those of a batch.
+        The next load then copies all slots once, because it cannot write into those of a batch. A
+        program that takes the memory of the slots (`donate_argnums`) makes the bank load adapters
+        anew for its next batch, and breaks batches that other threads run with these slots.
 
         Args:
             names: Adapter name of each example; None for the bare base.
@@ -345,9 +365,11 @@ class AdapterBank:
                 f"names={names!r} must be a sequence with one name for each example, such as "
                 f"[{names!r}]."
             )
+        names = list(names)
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         with self._lock:
             self._check_known(distinct)
+            self._empty_donated_slots()
             if len(distinct) > self._num_slots - 1:
                 raise BankFullError(
                     f"The batch uses {len(distinct)} adapters, but slots={self._num_slots}, of "
@@ -430,6 +452,18 @@ class AdapterBank:
         self._write_slot(self._free_slots[-1], factors)
         self._slot_by_name[name] = self._free_slots.pop()
         self._num_loads += 1
+
+    def _empty_donated_slots(self) -> None:
+        """Empties all slots if a caller's program took their memory; the host has the adapters."""
+        arrays = jax.tree.leaves(self._slots)
+        if not any(array.is_deleted() for array in arrays):
+            return
+        self._slots = jax.tree.map(
+            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self._slots
+        )
+        self._slots_are_shared = False
+        self._slot_by_name.clear()
+        self._free_slots = list(range(self._num_slots - 1, 0, -1))
 
     def _write_slot(self, slot: int, factors: Mapping[str, PaddedFactors]) -> None:
         # A batch of slots_for may still use the buffers, which set_slot would take.

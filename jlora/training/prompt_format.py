@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from jlora import models
 from jlora.checkpoints.adapter_file import (
-    find_adapted_weights,
-    fingerprint_weights,
+    fingerprint_base,
     read_lineage,
     read_prompt_fields,
     write_adapter,
@@ -195,7 +194,7 @@ def save_adapter_and_format(
         base_digest: Digest of the checkpoint that `params` are from.
         lineage: Origin of the adapter. None: unknown.
     """
-    fingerprints = fingerprint_weights(find_adapted_weights(params, adapter), adapter)
+    fingerprints = fingerprint_base(params, adapter)
     fields = None if prompt_format is None else prompt_format._asdict()
     write_adapter(path, adapter, fingerprints, lineage, base_digest, fields)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from _support.cases import moved
 from _support.layer_zoo import normal
-from jax import lax
+from flax import linen as nn
+from jax import export, lax
 
 import jlora
 
@@ -21,6 +22,7 @@ EXPERTS = {"experts": normal(1, (5, 6, 4), np.float32), "router": normal(2, (6, 
 MATRIX = {"w": normal(2, (6, 4), np.float32)}
 STACK = {"w": normal(1, (3, 6, 6), np.float32), "bias": normal(2, (3, 6), np.float32)}
 X = normal(3, (3, 6), np.float32)
+EMBED, ROWS = nn.Embed(10, 6), {"embedding": TABLE["table"]}
 TOKEN, TOKENS = jnp.int32(3), jnp.array([1, 2, 5])
 
 
@@ -113,6 +115,54 @@ CASES = {
         (TOKENS,),
         W,
         ("table",),
+    ),
+    "row_by_take": Case(  # A row outside the table is NaN.
+        lambda p, t: (
+            jnp.nan_to_num(jnp.take(p["table"], t, 0) + jnp.take(p["table"], 99, 0)) @ p["w"]
+        ),
+        TABLE,
+        (TOKEN,),
+        W,
+        ("table",),
+    ),
+    "row_by_take_in_scan": Case(
+        lambda p, t: lax.scan(lambda c, i: (c + jnp.take(p["table"], i, 0), None), 0.0 * X[0], t),
+        TABLE,
+        (TOKENS,),
+        {},
+        ("table",),
+    ),
+    "row_of_embed": Case(
+        lambda p, t: EMBED.apply({"params": p}, t), ROWS, (TOKEN,), {}, ("embedding",)
+    ),
+    "row_or_last": Case(
+        lambda p, t: p["table"].at[t].get(mode="clip") @ p["w"], TABLE, (TOKEN,), W, ("table",)
+    ),
+    "row_or_a_constant": Case(
+        lambda p, t: p["table"].at[t + 50].get(mode="fill", fill_value=3.0) @ p["w"],
+        TABLE,
+        (TOKEN,),
+        W,
+        ("table",),
+    ),
+    "entries_of_rows": Case(
+        lambda p, t: p["table"][t[:, None], np.arange(6)] @ p["w"], TABLE, (TOKENS,), W, ("table",)
+    ),
+    "rows_without_padding": Case(
+        lambda p, t: p["table"].at[0].set(0.0)[t] @ p["w"], TABLE, (TOKENS - 1,), W, ("table",)
+    ),
+    "rows_of_unit_length": Case(
+        lambda p, t: (p["table"] / jnp.linalg.norm(p["table"], axis=1, keepdims=True))[t] @ p["w"],
+        TABLE,
+        (TOKEN,),
+        W,
+        ("table",),
+    ),
+    "expert_without_the_first": Case(
+        lambda p, x, t: jnp.einsum("nd,ndf->nf", x, p["experts"].at[0].set(0.0)[t]),
+        EXPERTS,
+        (X, TOKENS - 1),
+        {"experts": ((0,), (1,), (2,))},
     ),
     "rows_of_candidates": Case(
         lambda p, x, t: jnp.einsum("nd,cd->nc", x, p["table"][t]),
@@ -226,6 +276,79 @@ def test_followed_uses_stay_factored(name: str) -> None:
     jax.eval_shape(lora.apply, params, adapter, *inputs)
     rows = {row.path: row for row in lora.explain(params, *inputs).rows}
     assert all(rows[path].dense_reasons == () for path in axes)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "reasons"),
+    [
+        ("row_by_take", "table", ()),
+        ("row_of_embed", "embedding", ()),
+        ("rows_without_padding", "table", ("scatter",)),
+        ("expert_without_the_first", "experts", ("scatter",)),
+    ],
+)
+def test_explain_of_a_lookup(name: str, path: str, reasons: tuple[str, ...]) -> None:
+    fn, params, inputs, _, _ = CASES[name]
+    rules = {path: jlora.LoRA(rank=2, alpha=4)}
+    lora = jlora.lora_transform(fn, rules)
+    (row,) = [row for row in lora.explain(params, *inputs).rows if row.path == path]
+    assert row.dense_reasons == reasons
+    strict = jlora.lora_transform(fn, rules, allow_materialize=False)
+    adapter = lora.init(jax.random.key(0), params, *inputs)
+    if not reasons:
+        jax.eval_shape(strict.apply, params, adapter, *inputs)
+        return
+    with pytest.raises(ValueError, match=f"'{path}' would be materialized for {reasons[0]}"):
+        jax.eval_shape(strict.apply, params, adapter, *inputs)
+
+
+def of_texts(p: Any, tokens: jax.Array) -> jax.Array:
+    """Embeddings with positions, a bias in each row, and a tied head over all tokens at once."""
+    batch, length = tokens.shape
+    x = p["table"][tokens] + p["positions"][:length]
+    x = x @ p["w"] + jnp.broadcast_to(p["bias"], (batch, length, 4))
+    return x.reshape(batch * length, 4) @ p["w"].T @ p["table"].T
+
+
+TEXTS = {**TABLE, "positions": normal(3, (9, 6), np.float32), "bias": normal(4, (4,), np.float32)}
+
+
+def test_symbolic_lengths_are_followed() -> None:
+    batch, length = export.symbolic_shape("b, n", constraints=["n <= 9"])
+    shapes = jax.ShapeDtypeStruct((batch, length), np.int32)
+    tokens = np.array([[1, 2, 5], [0, 9, 3]], np.int32)
+    config = jlora.LoRA(rank=2, alpha=4)
+    rules = {"table|positions|w$": config, "bias": jlora.BitFit()}
+    lora = jlora.lora_transform(of_texts, rules)
+    adapter = lora.init(jax.random.key(0), TEXTS, shapes)
+    chex.assert_trees_all_equal(adapter, lora.init(jax.random.key(0), TEXTS, tokens))
+    rows, expected = (lora.explain(TEXTS, x).rows for x in (shapes, tokens))
+    assert rows == expected
+    adapter = moved(adapter)
+    program = export.export(jax.jit(lora.apply))(TEXTS, adapter, shapes)
+    for inputs in (tokens, tokens[:1, :1]):
+        merged = of_texts(lora.merge(TEXTS, adapter), inputs)
+        np.testing.assert_allclose(
+            program.call(TEXTS, adapter, inputs), merged, rtol=1e-4, atol=1e-4
+        )
+
+
+def sum_over_batch(p: Any, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda c, row: (c + row @ p["w"], None), jnp.zeros((4,), x.dtype), x)[0]
+
+
+@pytest.mark.parametrize("fn", [sum_over_batch, lambda p, x: x[None] @ p["w"]])
+def test_symbolic_batch_in_loops_and_kernels(fn: Callable[..., Any]) -> None:
+    # Kernels, which are for bfloat16, have a fixed number of tiles.
+    params = {"w": jnp.asarray(MATRIX["w"], jnp.bfloat16)}
+    x = jnp.asarray(X, jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct((export.symbolic_shape("b")[0], 6), jnp.bfloat16)
+    lora = jlora.lora_transform(fn, jlora.LoRA(rank=2, alpha=4))
+    adapter = moved(lora.init(jax.random.key(0), params, shape))
+    assert lora.explain(params, shape).rows == lora.explain(params, x).rows
+    program = export.export(jax.jit(lora.apply))(params, adapter, shape)
+    expected = jax.jit(lora.apply)(params, adapter, x)
+    np.testing.assert_array_equal(program.call(params, adapter, x), expected)
 
 
 def test_loop_counter_is_no_lookup() -> None:

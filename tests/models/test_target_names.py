@@ -42,8 +42,16 @@ def test_module_names_match_as_in_peft(names: list[str], scan_layers: bool) -> N
 def test_spellings_of_peft_match() -> None:
     model = models.model_from_config(DATA / "decoders" / "llama")
     expected = matched(model, ["q_proj", "v_proj"])
-    for spelling in ("q_proj|v_proj", "q_proj,v_proj", "q_proj, v_proj", r".*\.(q_proj|v_proj)"):
+    lists = [
+        "['q_proj', 'v_proj']",
+        '["q_proj","v_proj"]',
+        "[q_proj, v_proj]",
+        "('q_proj', 'v_proj',)",
+    ]
+    regular = [r".*\.(q_proj|v_proj)", "/[qv]/", "(q|v)/kernel"]
+    for spelling in ("q_proj|v_proj", "q_proj,v_proj", "q_proj, v_proj", *lists, *regular):
         assert matched(model, spelling) == expected, spelling
+    assert matched(model, "['q_proj']") == matched(model, "q_proj")
     assert matched(model, "ALL-LINEAR") == matched(model, "all-linear")
 
 
@@ -72,6 +80,35 @@ def test_regular_expressions_and_all_linear() -> None:
     assert matched(model, ["/(q|v)/kernel$", "down_proj"]) == {
         f"params/layers/{name}/kernel" for name in ("attention/q", "attention/v", "mlp/down")
     }
+
+
+def test_pattern_with_two_meanings_raises() -> None:
+    # The router to PEFT, and the experts' projections by their paths here.
+    model = models.model_from_config(DATA / "decoders" / "qwen3_moe", scan_layers=True)
+    message = (
+        r"searched in the paths .* 'params/layers/moe/down', .*mlp.gate' and not the same.*gate'"
+    )
+    with pytest.raises(ValueError, match=message):
+        models.find_target_pattern(model, ".*(gate|up|down)")
+    assert modules_of(model, matched(model, r".*\.gate")) == peft_targets(model, ["gate"])
+    projections = ["gate_proj", "up_proj", "down_proj"]
+    assert modules_of(model, matched(model, "moe/(gate_up|down)$")) == peft_targets(
+        model, projections
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*", r".*(proj|attn).*", r".*\.(q|k|v)_.*", r".*(q|v).*", "layers"]
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_patterns_match_as_in_peft(name: str, pattern: str) -> None:
+    model = models.model_from_config(DATA / "decoders" / name, scan_layers=True)
+    keys = (p.key for w in models.checkpoint_mapping(model)[0].values() for p in w.slices)
+    modules = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
+    matrices = {module for module in modules if "norm" not in module}
+    expected = {module for module in matrices if re.fullmatch(pattern, module)}
+    found = modules_of(model, matched(model, pattern)) & matrices
+    assert found == (expected or {module for module in matrices if pattern in module})
 
 
 def test_one_layer_of_a_stack_raises() -> None:

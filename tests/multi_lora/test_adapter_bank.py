@@ -380,6 +380,10 @@ def test_bank_methods_refuse_traces() -> None:
         "AdapterBank.add": lambda x: bank.add("b", jax.tree.map(lambda y: y + x.sum(), adapter(2))),
         "AdapterBank.remove": lambda x: bank.remove("a"),
         "AdapterBank was": lambda x: bank_of(2),
+        "AdapterBank.names": lambda x: x * len(bank.names),
+        "AdapterBank.resident": lambda x: x * bank.resident["a"],
+        "AdapterBank.stats": lambda x: x * bank.stats.hits,
+        "AdapterBank.content_hash": lambda x: x * len(bank.content_hash("a")),
     }
     for message, call in calls.items():
         with pytest.raises(TypeError, match=f"{message}.*traced function.*bank.slots_for"):
@@ -402,6 +406,26 @@ def test_slots_for_batch_outlives_later_loads() -> None:
     bank.replace("a", adapter(3))
     actual = multi_lora.apply_per_example(lora, params, *batch, X[:1])
     np.testing.assert_allclose(actual, lora.apply(params, adapter(1), X[:1]), **FLOAT32)
+
+
+@pytest.mark.parametrize("next_call", ["apply", "slots_for", "replace"])
+def test_slots_for_donated_load_anew(next_call: str) -> None:
+    lora, params, _ = make_model()
+    bank, adapters = bank_of(3), {"a": adapter(1), "b": adapter(2)}
+    for name, one in adapters.items():
+        bank.add(name, one)
+    slots, _ = bank.slots_for(iter(["a", "b"]))
+    take = jax.jit(lambda slots: jax.tree.map(lambda x: 2 * x, slots), donate_argnums=0)
+    take(slots)
+    assert jax.tree.leaves(slots)[0].is_deleted()
+    if next_call == "replace":
+        adapters["a"] = adapter(3)
+        bank.replace("a", adapters["a"])
+    if next_call == "slots_for":
+        outputs = multi_lora.apply_per_example(lora, params, *bank.slots_for(["b"]), X[:1])
+        np.testing.assert_allclose(outputs, lora.apply(params, adapters["b"], X[:1]), **FLOAT32)
+    check_outputs(bank, ["a", None, "b"], adapters)
+    assert sorted(bank.resident.values()) == [1, 2]
 
 
 def test_slots_for_threads_get_their_adapters() -> None:

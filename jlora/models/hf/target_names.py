@@ -14,6 +14,7 @@ from jlora.models.hf.weight_mapping import CheckpointWeight
 # The projections inside the layers, without heads, embeddings and the routers of experts.
 ALL_LINEAR_PATTERN = r"/layers?(_\d+)?/.*(?<!router)/(kernel|gate_up|down)$"
 
+_NAME_PATTERN = re.compile(r"[\w.-]+")
 _NAMES_PATTERN = re.compile(r"[\w.-]+([|,]\s*[\w.-]+)*")
 
 
@@ -26,12 +27,13 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
             `target_modules`, by its last names (`q_proj`, `self_attn.q_proj`) or by all of them
             (`model.layers.0.self_attn.q_proj`); a module of the model here (`q`); a regular
             expression to search in the paths of its parameters; or one that matches the complete
-            names of modules of the checkpoint. `"q_proj|v_proj"` is two names, and `"all-linear"`
-            all projections inside the layers.
+            names of modules of the checkpoint. `"q_proj|v_proj"` is two names, as is the text of a
+            list, `"['q_proj', 'v_proj']"`, and `"all-linear"` all projections inside the layers.
 
     Raises:
-        ValueError: A name matches nothing, a target is not a regular expression, or the targets
-            name some of the modules that are one weight here, such as one layer of a stack.
+        ValueError: A name matches nothing, a target is not a regular expression, a regular
+            expression matches paths here and the names of other modules, or the targets name some
+            of the modules that are one weight here, such as one layer of a stack.
 
     References:
         The matching of module names: PEFT, `LoraConfig.target_modules`.
@@ -48,10 +50,7 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
         >>> models.find_target_pattern(model, "(q|v)/kernel")
         '(q|v)/kernel'
     """
-    if isinstance(targets, str):
-        names = re.split(r"[|,]\s*", targets) if _NAMES_PATTERN.fullmatch(targets) else [targets]
-    else:
-        names = list(targets)
+    names = _split_names(targets) if isinstance(targets, str) else list(targets)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"targets={targets!r} must be one name or several, such as 'q_proj'.")
     mappings = checkpoint_mapping(model)
@@ -71,6 +70,24 @@ def find_target_pattern(model: Any, targets: str | Sequence[str]) -> str:
     if paths:
         patterns.append(f"^({'|'.join(map(re.escape, paths))})$")
     return patterns[0] if len(patterns) == 1 else "|".join(f"({p})" for p in patterns)
+
+
+def _split_names(text: str) -> list[str]:
+    """Returns the names in a text such as `q_proj|v_proj` or that of a list; else the text alone.
+
+    A list is in brackets and has commas or quotes, which a set of characters hardly has.
+    """
+    if _NAMES_PATTERN.fullmatch(text):
+        return re.split(r"[|,]\s*", text)
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in ("[]", "()"):
+        inner = inner[1:-1].strip().removesuffix(",")
+    quoted = [name.strip() for name in inner.split(",")]
+    names = [
+        name[1:-1] if name[:1] == name[-1:] and name[:1] in ("'", '"') else name for name in quoted
+    ]
+    is_list = all(map(_NAME_PATTERN.fullmatch, names)) and (len(names) > 1 or names != quoted)
+    return names if is_list else [text]
 
 
 def _mark_modules(
@@ -112,7 +129,8 @@ def _mark_matching_modules(
         Whether there are such. If not, the rules take the pattern as it is.
 
     Raises:
-        ValueError: It is no regular expression, or looks like a name and matches nothing.
+        ValueError: It is no regular expression, looks like a name and matches nothing, or matches
+            paths and the names of other modules.
     """
     try:
         compiled = re.compile(pattern)
@@ -121,18 +139,47 @@ def _mark_matching_modules(
             f"The target {pattern!r} is neither the name of a module nor a regular expression: "
             f"{error}. Escape special characters with a backslash."
         ) from error
-    if any(compiled.search(path) for path in mappings[0]):
-        return False
-    found = False
+    by_name, by_path = set(), set()  # Matrices, as paths with the number of the tensor.
     for path, matches in named.items():
         for i in range(len(matches)):
-            keys = (mapping[path].slices[i].key for mapping in mappings)
-            modules = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
+            keys = [mapping[path].slices[i].key for mapping in mappings]
+            modules = [key.removesuffix(".weight") for key in keys if key.endswith(".weight")]
             if any(map(compiled.fullmatch, modules)):
-                matches[i] = found = True
-    if not found and _NAMES_PATTERN.fullmatch(pattern):
+                by_name.add((path, i))
+            if modules and compiled.search(path):
+                by_path.add((path, i))
+    if any(compiled.search(path) for path in mappings[0]):
+        matrices = {
+            (path, i)
+            for path, weight in mappings[0].items()
+            for i, part in enumerate(weight.slices)
+            if len(part.tensor_shape) > 1
+        }
+        if by_name & matrices and by_name & matrices != by_path & matrices:
+            raise ValueError(_format_two_targets(pattern, by_name, by_path, mappings[0]))
+        return False
+    for path, i in by_name:
+        named[path][i] = True
+    if not by_name and _NAMES_PATTERN.fullmatch(pattern):
         raise ValueError(_format_unknown_target(pattern, mappings[0]))
-    return found
+    return bool(by_name)
+
+
+def _format_two_targets(
+    pattern: str,
+    by_name: set[tuple[str, int]],
+    by_path: set[tuple[str, int]],
+    mapping: Mapping[str, CheckpointWeight],
+) -> str:
+    first = min(path for path, _ in by_path)
+    path, i = min(by_name - by_path or by_name)
+    module = mapping[path].slices[i].key.rpartition(".")[0]
+    return (
+        f"The target {pattern!r} has two meanings: searched in the paths of the parameters it "
+        f"matches {first!r}, and as PEFT matches it, with the complete names of modules, "
+        f"{module!r} and not the same weights. Give a list of names, such as "
+        f"[{module.rpartition('.')[2]!r}], or a path, such as {re.escape(first) + '$'!r}."
+    )
 
 
 def _format_partial_target(
