@@ -187,7 +187,7 @@ def test_long_lists_of_modules_are_matched_fast() -> None:
     with pytest.raises(ValueError, match="'module_0', which matches none") as caught:
         config.match_target_modules({**config.COMMON_DEFAULTS, "target_modules": entries}, modules)
     assert len(str(caught.value)) < 1_000
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10
 
 
 COUNT = 20_000
@@ -231,5 +231,5 @@ def test_costly_config_ends_fast(case: str) -> None:
             config.check_rank_patterns(fields, method, modules)
     except ValueError as error:
         message = str(error)
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < 10  # Some 0.6 s; it was minutes.
     assert len(message) < 2_000

@@ -317,7 +317,7 @@ def test_load_of_long_lists_ends_fast(fields: Any, message: str, tmp_path: pathl
     start = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         peft.load(folder, model, params)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10  # It was minutes.
     assert len(str(caught.value)) < 3_000
 
 
