@@ -13,7 +13,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Halves the compilation time. Later releases have no choice of emitters, and an unknown flag
     # ends the process.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
+if os.environ["JAX_PLATFORMS"] == "cpu":  # Level 0 makes kernels of GPUs compile for minutes.
+    os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 # Workers and later runs share compiled programs, by text of the program, flags and versions. The
 # compilation of many thousand small programs is most of the time of the tests.

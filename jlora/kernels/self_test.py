@@ -67,24 +67,27 @@ def _measure_kernel_errors(rank: int) -> Iterator[float]:
     for transpose_rhs in (False, True):
         product = functools.partial(hopper.hopper_matmul_add, transpose_rhs=transpose_rhs)
         yield _relative_error(
-            _compile_and_call(product, x, w.T.copy() if transpose_rhs else w, t, b), expected
+            compile_and_call(product, x, w.T.copy() if transpose_rhs else w, t, b), expected
         )
     if rank <= hopper.MAX_LORA_GRADS_RANK:
         dy = draw(8192, 1024)
-        u, db = _compile_and_call(hopper.lora_grads, dy, t, b)
+        u, db = compile_and_call(hopper.lora_grads, dy, t, b)
         yield _relative_error(u, _to_float32_numpy(dy) @ _to_float32_numpy(b).T)
         yield _relative_error(db, _to_float32_numpy(t).T @ _to_float32_numpy(dy))
 
 
-def _compile_and_call(fn: Callable[..., Any], *arrays: Any) -> Any:
+def compile_and_call(fn: Callable[..., Any], *arrays: Any) -> Any:
     """Compiles a function and calls it, also while another program is traced.
 
     A plain call would become part of that program.
     """
+    device = jax.devices()[0]
+    # Nothing here is worth a search for the fastest products.
+    options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if device.platform == "gpu" else {}
     # Settings of the caller must not make the test fail.
-    on_device = jax.default_device(jax.devices()[0])
+    on_device = jax.default_device(device)
     with on_device, jax.transfer_guard("allow"), jax.disable_jit(False):
-        return jax.jit(fn).lower(*arrays).compile()(*arrays)
+        return jax.jit(fn).lower(*arrays).compile(compiler_options=options or None)(*arrays)
 
 
 def _to_float32_numpy(array: Any) -> np.ndarray[Any, Any]:

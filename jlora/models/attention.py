@@ -1,20 +1,30 @@
-"""Causal attention over packed or padded texts, with the device's fused kernel where it has one."""
+"""Attention over packed or padded texts, with the device's fused kernel where it has one."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax.core.spmd import get_logical_axis_rules
 from flax.linen import spmd
+from jax import lax
 from jax.sharding import PartitionSpec
 
-AttentionImplementation = Literal["xla", "cudnn", "splash"]
+from jlora.models.attention_kernels import (
+    AttentionCase,
+    AttentionKernel,
+    TextLayout,
+    get_platform,
+    select_kernel,
+)
+from jlora.models.splash_attention import splash_attention
+from jlora.models.tokamax_attention import tokamax_attention
 
-SPLASH_BLOCK_SIZE = 128  # The splash kernel takes lengths that are multiples of it.
+AttentionImplementation = Literal["xla", "cudnn", "splash", "tokamax"]
 
 
 def attend(
@@ -31,6 +41,7 @@ def attend(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    text_layout: TextLayout = "any",
     implementation: AttentionImplementation | None = None,
 ) -> jax.Array:
     """Computes attention outputs (batch, queries, heads, dim), like the queries.
@@ -57,11 +68,15 @@ def attend(
         causal: Hides later keys.
         window: Number of keys that a query attends to, itself included. None: all of them.
         softcap: Bound on the scores, applied by a tanh. None: no bound.
-        implementation: "xla" forms the scores of all pairs. "cudnn" and "splash" do not: "cudnn"
-            runs on NVIDIA GPUs, in half precision and without softcap, and "splash" on TPUs. None:
-            the fastest that applies (cuDNN only without segments) to the devices of
-            `jax.set_mesh`, which may be of another kind than the local ones, or to JAX's default
-            devices.
+        text_layout: Order of the texts of a full sequence, which the caller promises: kernels that
+            do not form the scores of all pairs need it. "packed": the tokens of a text are
+            adjacent. "padded": each row is one text, with padding behind it. "any": no promise.
+        implementation: "xla" forms the scores of all pairs. The others do not, and take only full
+            sequences: "cudnn" (with segments of the layout "any" or "packed", it reads a mask of
+            all pairs) and "tokamax" run on NVIDIA GPUs in half precision, and "splash" runs on
+            TPUs. "cudnn" takes no softcap, and "tokamax" no segments of the layout "any". None: the
+            fastest that applies to the devices of `jax.set_mesh`, which may be of another kind than
+            the local ones, or to JAX's default devices.
 
     Raises:
         ValueError: The inputs do not fit together, or the implementation does not support them.
@@ -76,94 +91,193 @@ def attend(
         raise ValueError(
             "key_segment_ids without query_segment_ids have no effect. Pass both, or neither."
         )
-    if implementation is None:
-        implementation = _select_attention_kernel(
-            query,
-            is_full_sequence=is_full_sequence,
-            has_segments=query_segment_ids is not None,
-            softcap=softcap,
-        )
-    if implementation == "splash":
-        if not is_full_sequence or not causal:
-            raise ValueError(
-                "implementation='splash' supports only causal self-attention over a full sequence. "
-                "Use 'xla' with a cache or with causal=False."
-            )
-        return _splash_attention(query, key, value, query_segment_ids, scale, window, softcap)
-    if implementation == "xla" and query.dtype == jnp.float16 and _get_platform() == "cpu":
-        # XLA for CPUs does not sum products of float16 in float32.
-        wide = (x.astype(jnp.float32) for x in (query, key, value))
-        return attend(
-            *wide,
-            scale=scale,
-            query_slots=query_slots,
-            query_segment_ids=query_segment_ids,
-            key_segment_ids=key_segment_ids,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-            implementation="xla",
-        ).astype(query.dtype)
     if implementation == "cudnn" and softcap is not None:
         raise ValueError(
             f"implementation='cudnn' does not support softcap={softcap}. Use 'xla', or None."
         )
-    if softcap is None and is_full_sequence and query_segment_ids is None:
+    # A cache has keys of its own, and slots and positions that differ.
+    if is_full_sequence and query_positions is None and key_segment_ids is None:
+        case = make_case(
+            query,
+            key,
+            text_layout=None if query_segment_ids is None else text_layout,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+        )
+        kernel = _choose_kernel(case, implementation)
+        return _run_kernel(query, key, value, query_segment_ids, kernel, case, scale)
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(
+            f"implementation={implementation!r} supports only self-attention over a full sequence. "
+            f"Use 'xla' with a cache."
+        )
+    slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
+    mask = _make_mask(
+        slots,
+        jnp.arange(key.shape[1])[None],
+        slots if query_positions is None else query_positions,
+        key_positions,
+        query_segment_ids,
+        key_segment_ids,
+        causal=causal,
+        window=window,
+    )
+    return _masked_attention(query, key, value, mask, implementation or "xla", scale, softcap)
+
+
+def make_case(
+    query: Any,
+    key: Any,
+    *,
+    text_layout: TextLayout | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> AttentionCase:
+    """Returns the case of a self-attention over whole rows.
+
+    Args:
+        query: Array or shape (batch, length, heads, dim).
+        key: Array or shape (batch, length, kv_heads, dim).
+        text_layout: As for `attend`; None without segments.
+        causal: As for `attend`.
+        window: As for `attend`.
+        softcap: As for `attend`.
+    """
+    return AttentionCase(
+        dtype=jnp.dtype(query.dtype).name,
+        length=query.shape[1],
+        num_heads=query.shape[2],
+        num_kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        text_layout=text_layout,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def choose_kernel(case: AttentionCase) -> AttentionKernel:
+    """Returns the kernel that `attend` chooses for a case on the present devices.
+
+    Args:
+        case: Case of the attention.
+    """
+    return select_kernel(case, _run_kernel)
+
+
+def _choose_kernel(
+    case: AttentionCase, implementation: AttentionImplementation | None
+) -> AttentionKernel:
+    """Returns the kernel of an implementation, checked to support a case."""
+    if implementation is None:
+        return choose_kernel(case)
+    if implementation == "splash" and not case.causal:
+        raise ValueError(
+            "implementation='splash' supports only causal self-attention over a full sequence. "
+            "Use 'xla' with causal=False."
+        )
+    if implementation != "tokamax":
+        return implementation
+    if case.text_layout == "any":
+        raise ValueError(
+            "implementation='tokamax' needs rows in which the tokens of a text are adjacent. Pass "
+            "text_layout='packed' or 'padded' if they are, or use None."
+        )
+    kernel = select_kernel(case, _run_kernel, only_tokamax=True)
+    if kernel == "xla":
+        raise ValueError(
+            f"implementation='tokamax' needs the library, an NVIDIA GPU of compute capability 8.0 "
+            f"or more, and bfloat16 or float16, and this is {case.dtype} on "
+            f"{jax.devices()[0].device_kind}. Use None, for the best one that there is."
+        )
+    return kernel
+
+
+def _run_kernel(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    kernel: AttentionKernel,
+    case: AttentionCase,
+    scale: float,
+) -> jax.Array:
+    """Computes self-attention over whole rows with a kernel that supports the case."""
+    options = {"scale": scale, "window": case.window, "softcap": case.softcap}
+    if kernel == "splash":
+        return _run_on_shards(
+            functools.partial(splash_attention, **options), query, key, value, segment_ids
+        )
+    if kernel in ("mosaic", "triton"):
+        fused = functools.partial(tokamax_attention, kernel=kernel, causal=case.causal, **options)
+        return _run_on_shards(fused, query, key, value, segment_ids)
+    if kernel == "xla" and query.dtype == jnp.float16 and get_platform() == "cpu":
+        # XLA for CPUs does not sum products of float16 in float32.
+        wide = [x.astype(jnp.float32) for x in (query, key, value)]
+        out = _run_kernel(wide[0], wide[1], wide[2], segment_ids, kernel, case, scale)
+        return out.astype(query.dtype)
+    has_lengths = kernel == "cudnn" and case.text_layout == "padded"
+    if case.softcap is None and (segment_ids is None or has_lengths):
+        lengths = None if segment_ids is None else jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+        reach = None if case.window is None else case.window - 1
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
             scale=scale,
-            is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0 if causal else window - 1),
-            implementation=implementation,
+            is_causal=case.causal,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if reach is None else (reach, 0 if case.causal else reach),
+            implementation=kernel,
         )
-    slots = jnp.arange(query.shape[1])[None] if query_slots is None else query_slots
-    mask = _make_causal_mask(slots, key.shape[1], causal)
+    slots = jnp.arange(query.shape[1])[None]
+    mask = _make_mask(
+        slots, slots, slots, None, segment_ids, None, causal=case.causal, window=case.window
+    )
+    return _masked_attention(query, key, value, mask, kernel, scale, case.softcap)
+
+
+def _make_mask(
+    query_slots: jax.Array,
+    key_slots: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array | None,
+    query_segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    *,
+    causal: bool,
+    window: int | None,
+) -> jax.Array:
+    """Returns (batch or 1, queries, keys), True where a query may attend to a key."""
+    distance = query_slots[:, :, None] - key_slots[:, None, :]
+    mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
     if window is not None:
-        positions = slots if query_positions is None else query_positions
-        keys = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
-        mask &= abs(positions[:, :, None] - keys[:, None, :]) < window
+        keys = key_slots if key_positions is None else key_positions
+        mask &= abs(query_positions[:, :, None] - keys[:, None, :]) < window
     if query_segment_ids is not None:
-        key_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
-        same_segment = (
-            query_segment_ids[:, :, None] == key_ids[:, None, :]
-        )  # (batch, queries, keys)
-        mask &= same_segment & (key_ids[:, None, :] != 0)
+        keys = query_segment_ids if key_segment_ids is None else key_segment_ids
+        mask &= (query_segment_ids[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
+    return mask
+
+
+def _masked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    implementation: Any,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention with a mask of (batch or 1, queries, keys)."""
     if softcap is None:
         return jax.nn.dot_product_attention(
             query, key, value, scale=scale, mask=mask[:, None], implementation=implementation
         )
     return _softcapped_attention(query, key, value, mask, scale, softcap)
-
-
-def _make_causal_mask(query_slots: jax.Array, num_keys: int, causal: bool) -> jax.Array:
-    """Returns (batch or 1, queries, keys), True where a query may attend to a key."""
-    distance = query_slots[:, :, None] - jnp.arange(num_keys)
-    return distance >= 0 if causal else jnp.ones_like(distance, bool)
-
-
-def _get_platform() -> str:
-    """Returns the platform of the devices that JAX computes on, or compiles for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def _select_attention_kernel(
-    query: jax.Array, *, is_full_sequence: bool, has_segments: bool, softcap: float | None
-) -> AttentionImplementation:
-    """Returns the fastest implementation for the devices that JAX computes on, or compiles for."""
-    platform = _get_platform()
-    _, length, _, dim = query.shape
-    if platform == "tpu" and is_full_sequence and length % SPLASH_BLOCK_SIZE == 0:
-        return "splash"
-    is_half = query.dtype in (jnp.bfloat16, jnp.float16)
-    is_supported = is_full_sequence and not has_segments and dim % 8 == 0 and dim <= 128
-    if platform == "gpu" and is_half and is_supported and softcap is None:
-        return "cudnn"
-    return "xla"
 
 
 def _softcapped_attention(
@@ -186,31 +300,19 @@ def _softcapped_attention(
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 
-def _splash_attention(
+def _run_on_shards(
+    kernel: Callable[..., jax.Array],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     segment_ids: jax.Array | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    *,
-    interpret: bool = False,
 ) -> jax.Array:
-    """Runs JAX's Pallas kernel for TPUs on every device's own texts and heads.
+    """Runs a kernel on every device's own texts and heads.
 
     The compiler cannot partition a kernel. If the models' logical axis names are bound to a mesh,
     each device runs the kernel on its shard; heads are replicated where the mesh does not divide
     them.
     """
-    if query.shape[1] % SPLASH_BLOCK_SIZE:
-        raise ValueError(
-            f"implementation='splash' takes lengths that are multiples of {SPLASH_BLOCK_SIZE}, "
-            f"got {query.shape[1]}. Pad the texts, or use 'xla'."
-        )
-    kernel = functools.partial(
-        _run_splash_kernel, scale=scale, window=window, softcap=softcap, interpret=interpret
-    )
     mesh = jax.sharding.get_abstract_mesh()
     mesh_axes = spmd.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
     if mesh.empty or mesh_axes is None or not get_logical_axis_rules():
@@ -235,43 +337,26 @@ def _mesh_axes_if_divisible(mesh: Any, axis_names: Any, *dim_sizes: int) -> Any:
     return None if any(size % num_shards for size in dim_sizes) else axis_names
 
 
-def _run_splash_kernel(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interpret: bool,
-) -> jax.Array:
-    """Runs the kernel on one device; it forms no array of all pairs."""
-    # Imported here: Pallas takes a second to import, and only TPUs need it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as splash,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as masks,
-    )
+def has_layout(segment_ids: jax.Array, text_layout: TextLayout) -> jax.Array:
+    """Returns whether each row (batch,) keeps the promise of a layout of `attend`.
 
-    _, length, heads, dim = query.shape
-    shape = (length, length)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    attention = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads),
-        attn_logits_soft_cap=softcap,
-        interpret=interpret,
-    )
-    # The lanes of a TPU are 128 wide; dimensions of zeros change no score.
-    padded_dim = math.ceil(dim / 128) * 128
-    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded_dim - dim)))
-    # (batch, heads, length, padded_dim)
-    query, key, value = (jnp.swapaxes(pad(x), 1, 2) for x in (query * scale, key, value))
-    result: Any
-    if segment_ids is None:
-        result = jax.vmap(attention)(query, key, value)
-    else:
-        ids = splash.SegmentIds(segment_ids, segment_ids)
-        result = jax.vmap(attention)(query, key, value, segment_ids=ids)
-    return jnp.swapaxes(result, 1, 2)[..., :dim].astype(value.dtype)
+    Texts are numbered in their order in the row; 0 is padding.
+
+    Args:
+        segment_ids: (batch, length), the text of each token.
+        text_layout: Layout of the rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> has_layout(jnp.array([[1, 1, 2, 0], [1, 2, 1, 0], [0, 1, 0, 1]]), "packed").tolist()
+        [True, False, False]
+    """
+    if text_layout == "any":
+        return jnp.ones(segment_ids.shape[:1], bool)
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    if text_layout == "padded":
+        begins_again = (segment_ids != before) & (segment_ids != 0)
+        return ~jnp.any(begins_again[:, 1:], axis=1)
+    largest = lax.cummax(before, axis=1)
+    is_first = (segment_ids != before) & (segment_ids != 0)
+    return ~jnp.any(is_first & (segment_ids <= largest), axis=1)

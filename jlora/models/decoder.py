@@ -23,7 +23,8 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from jlora.kernels.lora_matmul import products_saveable
-from jlora.models.attention import AttentionImplementation, attend
+from jlora.models.attention import AttentionImplementation, attend, has_layout, make_case
+from jlora.models.attention_kernels import AttentionCase, TextLayout
 from jlora.models.decoder_config import DecoderConfig
 from jlora.models.layers import ACTIVATIONS, mark_invalid_ids, partitioned_init, remat_elementwise
 from jlora.models.losses import chunked_cross_entropy, compute_logits
@@ -127,6 +128,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     dtype: Any
     attention_implementation: AttentionImplementation | None
+    text_layout: TextLayout
 
     @nn.compact
     def __call__(
@@ -201,6 +203,7 @@ class Attention(nn.Module):
             key_positions=context.key_positions,
             window=self.config.layer_kinds[kind].window,
             softcap=self.config.attention_softcap,
+            text_layout=self.text_layout,
             # Initialization may use a text of one token, which no fused kernel takes.
             implementation=None if self.is_initializing() else self.attention_implementation,
         )
@@ -280,6 +283,7 @@ class Block(nn.Module):
     is_moe: bool
     dtype: Any
     attention_implementation: AttentionImplementation | None
+    text_layout: TextLayout
 
     @nn.compact
     def __call__(
@@ -291,7 +295,9 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
-        attention = Attention(c, self.dtype, self.attention_implementation, name="attention")
+        attention = Attention(
+            c, self.dtype, self.attention_implementation, self.text_layout, name="attention"
+        )
         out, kv = attention(norm(name="attention_norm")(x), kind, context, kv)
         x = x + (norm(name="post_attention_norm")(out) if c.post_norms else out)
         if self.is_moe:
@@ -315,6 +321,10 @@ class Decoder(nn.Module):
         dtype: dtype of the computation. None: that of the weights.
         attention_implementation: Kernel of the attention, see `jlora.models.attention.attend`.
             None: the fastest that applies.
+        text_layout: Order of the texts in a row, which kernels without an array of all pairs of
+            tokens need on a GPU: "packed" for texts behind each other, numbered in their order;
+            "padded" for one text a row with padding behind it. The outputs of a row that is laid
+            out otherwise are NaN. "any": any order. It has no effect with a cache.
 
     Example:
         >>> import jax
@@ -337,6 +347,22 @@ class Decoder(nn.Module):
     remat_policy: RematPolicy = "none"
     dtype: Any = None
     attention_implementation: AttentionImplementation | None = None
+    text_layout: TextLayout = "any"
+
+    def attention_cases(self, length: int, dtype: Any) -> list[AttentionCase]:
+        """Returns the cases of attention of the layers, for rows with segments and no cache.
+
+        Args:
+            length: Number of tokens of a row.
+            dtype: dtype of the queries.
+        """
+        c = self.config
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+        query = shape((1, length, c.num_heads, c.head_dim))
+        key = shape((1, length, c.num_kv_heads, c.head_dim))
+        windows = dict.fromkeys(kind.window for kind in c.layer_kinds)
+        make = functools.partial(make_case, query, key, text_layout=self.text_layout, causal=True)
+        return [make(window=window, softcap=c.attention_softcap) for window in windows]
 
     @property
     def can_scan_layers(self) -> bool:
@@ -366,7 +392,11 @@ class Decoder(nn.Module):
                 static_argnums=static,
             )
         is_moe = self._is_moe_layer
-        options = {"dtype": self.dtype, "attention_implementation": self.attention_implementation}
+        options = {
+            "dtype": self.dtype,
+            "attention_implementation": self.attention_implementation,
+            "text_layout": self.text_layout,
+        }
         if self.scan_layers:
             if not self.can_scan_layers:
                 raise ValueError(
@@ -501,6 +531,9 @@ class Decoder(nn.Module):
         if segment_ids is not None:  # Padding may be any id.
             input_ids = jnp.where(segment_ids == 0, 0, input_ids)
         if cache is None:
+            if segment_ids is not None:  # An invalid id makes NaN.
+                is_right = has_layout(segment_ids, self.text_layout)
+                input_ids = jnp.where(is_right[:, None], input_ids, -1)
             lengths = self._text_lengths(positions, segment_ids)
             context = _AttentionContext(
                 self._rope_tables(positions, lengths), positions, segment_ids

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 
+from jlora.models.attention import has_layout, make_case
+from jlora.models.attention_kernels import AttentionCase, TextLayout
 from jlora.models.layers import (
     ACTIVATIONS,
     feed_forward,
@@ -144,6 +146,7 @@ class Attention(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    text_layout: TextLayout
 
     @nn.compact
     def __call__(self, hidden: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
@@ -156,6 +159,7 @@ class Attention(nn.Module):
             dropout=c.attention_dropout,
             deterministic=deterministic,
             dtype=self.dtype,
+            text_layout=self.text_layout,
         )
         out = nn.Dropout(c.output_dropout)(out, deterministic)
         return layer_norm(c.norm_eps, self.dtype, "norm")(hidden + out)
@@ -182,9 +186,10 @@ class Block(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    text_layout: TextLayout
 
     def setup(self) -> None:
-        self.attention = Attention(self.config, self.dtype)
+        self.attention = Attention(self.config, self.dtype, self.text_layout)
         self.mlp = Mlp(self.config, self.dtype)
 
     def __call__(self, hidden: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
@@ -200,6 +205,8 @@ class Encoder(nn.Module):
     Attributes:
         config: Sizes and architecture.
         dtype: dtype of the computation. None: that of the weights.
+        text_layout: "padded" promises that padding is behind the tokens of a row, which a GPU's
+            kernels need; the outputs of another row are NaN. "any": padding may be anywhere.
 
     Example:
         >>> import jax
@@ -223,11 +230,27 @@ class Encoder(nn.Module):
 
     config: EncoderConfig
     dtype: Any = None
+    text_layout: TextLayout = "any"
+
+    def attention_cases(self, length: int, dtype: Any) -> list[AttentionCase]:
+        """Returns the case of attention of the layers, in a list.
+
+        Args:
+            length: Number of tokens of a row.
+            dtype: dtype of the queries.
+        """
+        c = self.config
+        head_dim = c.hidden_size // c.num_heads
+        query = jax.ShapeDtypeStruct((1, length, c.num_heads, head_dim), dtype)
+        layout = self.text_layout
+        return [
+            make_case(query, query, text_layout=layout, causal=False, window=None, softcap=None)
+        ]
 
     def setup(self) -> None:
         c = self.config
         self.embeddings = Embeddings(c, self.dtype)
-        self.layer = [Block(c, self.dtype) for _ in range(c.num_layers)]
+        self.layer = [Block(c, self.dtype, self.text_layout) for _ in range(c.num_layers)]
         if c.pooler_activation is not None:
             init = partitioned_init("embed", "pooled")
             self.pooler = nn.Dense(c.hidden_size, dtype=self.dtype, kernel_init=init)
@@ -283,10 +306,11 @@ class Encoder(nn.Module):
         input_ids = jnp.where(is_token, input_ids, self.config.pad_token_id or 0)
         if token_type_ids is not None:
             token_type_ids = jnp.where(is_token, token_type_ids, 0)
-        mask = is_token[:, None, None, :]  # (batch, heads, query, key)
+        is_right = has_layout(is_token.astype(jnp.int32), self.text_layout)
+        input_ids = jnp.where(is_right[:, None], input_ids, -1)  # An invalid id makes NaN.
         hidden = self.embeddings(input_ids, token_type_ids, deterministic)
         for layer in self.layer:
-            hidden = layer(hidden, mask, deterministic)
+            hidden = layer(hidden, is_token, deterministic)
         return hidden
 
     def pooler_output(

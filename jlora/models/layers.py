@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 
+from jlora.models.attention import attend, choose_kernel, make_case
+from jlora.models.attention_kernels import TextLayout
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -68,13 +71,14 @@ def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
 
 def self_attention(
     hidden: jax.Array,
-    mask: jax.Array | None,
+    attention_mask: jax.Array | None,
     *,
     num_heads: int,
     use_bias: bool,
     dropout: float,
     deterministic: bool,
     dtype: Any,
+    text_layout: TextLayout = "any",
 ) -> jax.Array:
     """Computes multi-head self-attention outputs (batch, length, width) inside a module's call.
 
@@ -82,13 +86,13 @@ def self_attention(
 
     Args:
         hidden: (batch, length, width).
-        mask: Broadcast to (batch, heads, queries, keys), False where a key is hidden. None: no key
-            is hidden.
+        attention_mask: (batch, length), 0 or False where a key is hidden. None: no key is hidden.
         num_heads: Number of heads, which must divide the width.
         use_bias: The query, key and value projections have biases.
         dropout: Dropout rate of the attention weights.
         deterministic: Turns dropout off.
         dtype: dtype of the computation. None: that of the weights.
+        text_layout: Order of tokens and padding, as in `jlora.models.attention.attend`.
     """
     width, head_shape = hidden.shape[-1], (*hidden.shape[:-1], num_heads, -1)
     init = partitioned_init("embed", "heads")
@@ -97,17 +101,46 @@ def self_attention(
         for name in ("query", "key", "value")
     )
     query, key, value = (x.reshape(head_shape) for x in (query, key, value))
+    has_dropout = dropout > 0 and not deterministic  # Of the weights, which kernels do not form.
+    layout = None if attention_mask is None else text_layout
+    case = make_case(query, key, text_layout=layout, causal=False, window=None, softcap=None)
+    if not has_dropout and choose_kernel(case) != "xla":
+        ids = None if attention_mask is None else attention_mask.astype(jnp.int32)
+        scale = query.shape[-1] ** -0.5
+        context = attend(
+            query,
+            key,
+            value,
+            scale=scale,
+            query_segment_ids=ids,
+            causal=False,
+            text_layout=text_layout,
+        ).reshape(hidden.shape)
+    else:
+        context = _masked_context(query, key, value, attention_mask, dropout, deterministic)
+    init = partitioned_init("heads", "embed")
+    return nn.Dense(width, dtype=dtype, name="output", kernel_init=init)(context)
+
+
+def _masked_context(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    attention_mask: jax.Array | None,
+    dropout: float,
+    deterministic: bool,
+) -> jax.Array:
+    """Returns attention outputs (batch, length, width) from the weights of all pairs."""
     # (batch, heads, queries, keys)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
     # The softmax sums in float32 for every dtype of the hidden states.
     scores = scores.astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    if attention_mask is not None:
+        is_token = attention_mask.astype(bool)[:, None, None, :]
+        scores = jnp.where(is_token, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     weights = nn.Dropout(dropout)(weights, deterministic)
-    context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(hidden.shape)
-    init = partitioned_init("heads", "embed")
-    return nn.Dense(width, dtype=dtype, name="output", kernel_init=init)(context)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*query.shape[:2], -1)
 
 
 def feed_forward(

@@ -8,6 +8,7 @@ from jlora.training.distributed import initialize_distributed
 from jlora.training.loop import NonFiniteError
 from jlora.training.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from jlora.training.program_cache import ProgramCache
+from jlora.training.progress import describe_attention
 from jlora.training.recipe import Recipe
 from jlora.training.setup import Setup, build_setup
 from jlora.training.sharding import (
@@ -42,6 +43,7 @@ __all__ = [
     "WandbLogger",
     "build_setup",
     "check_batch_size",
+    "describe_attention",
     "init_train_state",
     "initialize_distributed",
     "make_mesh",

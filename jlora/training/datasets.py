@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.checkpoints.text_files import name_file_in_errors, read_json
-from jlora.models.attention import SPLASH_BLOCK_SIZE
+from jlora.models.splash_attention import SPLASH_BLOCK_SIZE
 from jlora.training.data.batch_stream import BatchStream
 from jlora.training.data.formats import FORMATS, get_label_names
 from jlora.training.data.packing import BatchConfig
@@ -141,7 +141,7 @@ def _find_prompt_format(
 def make_batch_config(recipe: Recipe, batch_size: int, accumulation_steps: int) -> BatchConfig:
     """Returns the shape of a recipe's batches."""
     data = recipe.data
-    packing = data.packing and recipe.task == "language"
+    packing = recipe.packs_rows
     buckets = None
     if not packing:
         shortest = SPLASH_BLOCK_SIZE if recipe.model.attention_implementation == "splash" else 32

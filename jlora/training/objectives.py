@@ -17,9 +17,9 @@ from jlora._tree import PyTree
 from jlora.adapters.adalora import AdaLoRALeaf
 from jlora.adapters.base import is_adapter_node
 from jlora.adapters.lora_moe import LoRAMoELeaf
-from jlora.models.attention import SPLASH_BLOCK_SIZE
 from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder, mean_pool
+from jlora.models.splash_attention import SPLASH_BLOCK_SIZE
 from jlora.optim.multi_transform import combine
 from jlora.optim.regularizers import orthogonal_regularizer
 from jlora.training.recipe.sections import ClassificationSection, DPOSection, OptimizerSection
@@ -80,10 +80,14 @@ def make_lm_objective(model: Any, rules: Rules, options: OptimizerSection) -> Ob
             options,
         )
 
-    # The splash kernel takes no shorter text.
-    length = SPLASH_BLOCK_SIZE if model.attention_implementation == "splash" else 2
+    # Kernels take no shorter text.
+    length = SPLASH_BLOCK_SIZE if _has_attention_kernel(model) else 2
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     return Objective(lora, (tokens,) * 4, loss, _lm_token_mask)
+
+
+def _has_attention_kernel(model: Any) -> bool:
+    return getattr(model, "attention_implementation", None) in ("splash", "tokamax")
 
 
 def _lm_token_mask(batch: Any) -> jax.Array:
@@ -200,8 +204,8 @@ def make_classification_objective(
         width = model.config.hidden_size
         return {"kernel": jnp.zeros((width, num_labels)), "bias": jnp.zeros(num_labels)}
 
-    is_splash = getattr(model, "attention_implementation", None) == "splash"
-    tokens = jax.ShapeDtypeStruct((1, SPLASH_BLOCK_SIZE if is_splash else 2), jnp.int32)
+    length = SPLASH_BLOCK_SIZE if _has_attention_kernel(model) else 2
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     example_inputs = (tokens,) * (3 if has_types else 2)
     return Objective(lora, example_inputs, loss, token_mask, None if has_head else init_head)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from tqdm import tqdm
 
-from jlora import _tree
+from jlora import _tree, models
+from jlora.models.attention import choose_kernel
 from jlora.quantization.quantize import quantization_summary
 from jlora.training.callbacks import Callback, MetricValues
 from jlora.training.metrics import (
@@ -24,6 +25,7 @@ from jlora.training.metrics import (
 )
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
+from jlora.training.sharding import use_mesh
 
 if TYPE_CHECKING:
     from jlora.training.loop import TrainLoop
@@ -191,6 +193,33 @@ def describe_quantized_base(setup: Setup) -> dict[str, str]:
     """Returns a row "quantized" about the quantized weights of the base; empty without any."""
     summary = quantization_summary(setup.frozen["base"])
     return {} if summary is None else {"quantized": str(summary)}
+
+
+def describe_attention(recipe: Recipe, setup: Setup) -> str:
+    """Returns the kernels of a run's attention, for rows of the largest length.
+
+    Args:
+        recipe: Recipe of the run.
+        setup: Setup of the run.
+
+    Example:
+        >>> from jlora.training import build_setup, describe_attention, make_mesh, recipe
+        >>> run = recipe.load("recipe.yaml")  # doctest: +SKIP
+        >>> setup = build_setup(run, make_mesh({}), total_steps=1)  # doctest: +SKIP
+        >>> describe_attention(run, setup)  # doctest: +SKIP
+        'tokamax (mosaic)'
+    """
+    implementation = getattr(setup.model, "attention_implementation", None)
+    if implementation in ("xla", "cudnn", "splash") or isinstance(setup.model, models.ViT):
+        return implementation or "xla"
+    weights = _tree.flatten_with_paths(setup.frozen["base"]).leaves
+    dtype = setup.model.dtype or max(weights, key=lambda leaf: leaf.size).dtype
+    with use_mesh(setup.mesh):
+        cases = setup.model.attention_cases(recipe.data.max_seq_length, dtype)
+        kernels = list(dict.fromkeys(choose_kernel(case) for case in cases))
+    return ", ".join(
+        f"tokamax ({kernel})" if kernel in ("mosaic", "triton") else kernel for kernel in kernels
+    )
 
 
 def compilation_line(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jlora import _tree, models
 from jlora._tree import PyTree
 from jlora.explain import Explanation
-from jlora.models.attention import SPLASH_BLOCK_SIZE
+from jlora.models import tokamax_attention
+from jlora.models.splash_attention import SPLASH_BLOCK_SIZE
 from jlora.optim.offload import check_host_memory
 from jlora.training import objectives
 from jlora.training.recipe.sections import Recipe
@@ -73,26 +74,32 @@ def check_attention(recipe: Recipe, model: Any, devices: Iterable[Any]) -> None:
     """
     implementation = recipe.model.attention_implementation
     field = f"model.attention_implementation={implementation}"
-    if implementation in (None, "xla"):
+    if implementation in ("auto", "xla"):
         return
     if not isinstance(model, models.Decoder):
         raise ValueError(f"{field} applies only to decoders. Leave it out.")
-    platform = {"cudnn": "gpu", "splash": "tpu"}[implementation]
+    platform = "tpu" if implementation == "splash" else "gpu"
     found = sorted({device.platform for device in devices} - {platform})
     if found:
         raise ValueError(
-            f"{field} needs devices of the kind {platform}, got {', '.join(found)}. Use null, for "
+            f"{field} needs devices of the kind {platform}, got {', '.join(found)}. Use auto, for "
             f"the best one of the device, or xla."
         )
-    if implementation == "cudnn":
+    if implementation == "tokamax" and not tokamax_attention.is_installed():
+        raise ValueError(
+            f'{field} needs tokamax, which is not installed: pip install "jlora[gpu]" on Python '
+            f"3.12 or newer. Or use auto, for the best one that there is."
+        )
+    if implementation in ("cudnn", "tokamax"):
         dtype = recipe.model.compute_dtype or recipe.model.dtype
         if dtype == "float32":
             raise ValueError(
                 f"{field} computes in bfloat16 or float16, not in float32. Set "
-                f"model.compute_dtype, or use null."
+                f"model.compute_dtype, or use auto."
             )
-        if getattr(model.config, "attention_softcap", None) is not None:
-            raise ValueError(f"{field} does not support the softcap of this base. Use null.")
+        has_softcap = getattr(model.config, "attention_softcap", None) is not None
+        if implementation == "cudnn" and has_softcap:
+            raise ValueError(f"{field} does not support the softcap of this base. Use auto.")
         return
     lengths = [recipe.data.max_seq_length, *(recipe.data.buckets or ())]
     wrong = [length for length in lengths if length % SPLASH_BLOCK_SIZE]

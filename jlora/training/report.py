@@ -26,7 +26,12 @@ from jlora.convert import delta
 from jlora.quantization.quantize import quantization_summary
 from jlora.training.datasets import Datasets
 from jlora.training.metrics import eval_values, is_eval_line, is_train_line
-from jlora.training.progress import count_params, describe_quantized_base, trainable_params_line
+from jlora.training.progress import (
+    count_params,
+    describe_attention,
+    describe_quantized_base,
+    trainable_params_line,
+)
 from jlora.training.recipe.sections import Recipe
 from jlora.training.setup import Setup
 
@@ -102,7 +107,7 @@ class PromptSample(NamedTuple):
 # --- result.json and tables -----------------------------------------------------------------------
 
 
-def make_result_json(setup: Setup, run_summary: RunSummary) -> dict[str, Any]:
+def make_result_json(recipe: Recipe, setup: Setup, run_summary: RunSummary) -> dict[str, Any]:
     """Returns the contents of result.json, for programs.
 
     "validation" has the means of the evaluation at the best step, "test" those before and after
@@ -120,6 +125,7 @@ def make_result_json(setup: Setup, run_summary: RunSummary) -> dict[str, Any]:
         "trainable_params": trainable,
         "base": base,
         "quantized": None if quantized is None else quantized._asdict(),
+        "attention": describe_attention(recipe, setup),
         "seconds": round(run_summary.step_seconds, 1),
         "data_wait_s": round(run_summary.data_wait_s, 3),
         "device": setup.mesh.devices.flat[0].device_kind,
@@ -137,6 +143,7 @@ def make_run_overview(
         "base": recipe.model.path,
         **describe_quantized_base(setup),
         "parameters": trainable_params_line(setup),
+        "attention": describe_attention(recipe, setup),
         "steps": f"{len(steps)} of {run_summary.total_steps}",
         "time": f"{seconds} s, including {waited} s of waiting for data",
         "loss": f"{_format_mean_loss(steps[:10])} (first 10 steps), "

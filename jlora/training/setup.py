@@ -203,14 +203,17 @@ def model_from_recipe(recipe: Recipe, folder: Path) -> Any:
         folder: Folder of the base, which has config.json.
     """
     options = recipe.model
+    implementation = options.attention_implementation
     model = models.model_from_config(folder)
     if isinstance(model, models.Decoder):
         scan_layers = options.scan_layers
         model = model.clone(
             scan_layers=model.can_scan_layers if scan_layers is None else scan_layers,
             remat_policy=options.remat_policy,
-            attention_implementation=options.attention_implementation,
+            attention_implementation=None if implementation == "auto" else implementation,
         )
+    if not isinstance(model, models.ViT):
+        model = model.clone(text_layout="packed" if recipe.packs_rows else "padded")
     dtype = options.compute_dtype
     if dtype is None and _has_float16_weights(recipe, folder):
         dtype = "float32"  # Gradients below 6e-8 are zero in float16.
@@ -330,7 +333,11 @@ def _build_initial_adapter(
     shardings = make_tree_shardings(mesh, shapes, adapter_specs(shapes, specs))
     if abstract:
         return _make_abstract_arrays(shapes, shardings)
-    return jax.jit(init, out_shardings=shardings)(key, base)
+    if jax.process_count() > 1:
+        return jax.jit(init, out_shardings=shardings)(key, base)
+    # One program of random numbers for every weight would compile for a minute on a GPU. Without
+    # jit, weights of one shape share their programs.
+    return jax.device_put(init(key, base), shardings)
 
 
 def _build_train_state(

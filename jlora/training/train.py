@@ -41,6 +41,7 @@ from jlora.training.progress import (
     ProgressBar,
     ThroughputMeter,
     compilation_line,
+    describe_attention,
     describe_quantized_base,
     trainable_params_line,
 )
@@ -345,6 +346,7 @@ def _build_run(
     if program_cache is not None:
         setup = program_cache.reuse_programs(recipe, setup, steps, num_labels)
     console(trainable_params_line(setup))
+    console(f"attention: {describe_attention(recipe, setup)}")
     if recipe.quantize is not None:
         for name, value in describe_quantized_base(setup).items():
             console(f"{name}: {value}")
@@ -497,7 +499,7 @@ def _write_results(
         update_norms=_compute_update_norms(setup, state),
         samples=samples,
     )
-    result = report.make_result_json(setup, summary)
+    result = report.make_result_json(recipe, setup, summary)
     _write_result(output / RESULT_FILE, {**result, "versions": versions})
     for name, value in overview.items():
         console(f"{name}: {value}")

@@ -615,7 +615,8 @@ def test_encoder_config_ignores_other_fields(name: str) -> None:
 
 def test_load_encoder_decoder_option_raises() -> None:
     with pytest.raises(
-        TypeError, match=r"Unknown options \['scan_layers'\] of Encoder, which has \[\]"
+        TypeError,
+        match=r"Unknown options \['scan_layers'\] of Encoder, which has \['text_layout'\]",
     ):
         load.load(DATA / "bert", scan_layers=True)
 

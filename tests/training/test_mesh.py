@@ -26,6 +26,7 @@ from jlora.models.decoder import Decoder
 from jlora.models.encoder import Encoder, EncoderConfig
 from jlora.models.hf.decoder_configs import decoder_config
 from jlora.models.layers import partitioned_init
+from jlora.models.splash_attention import splash_attention
 from jlora.models.vit import ViT, ViTConfig
 from jlora.training import sharding
 
@@ -397,9 +398,13 @@ def test_splash_attention_on_a_mesh_is_exact(heads: tuple[int, int]) -> None:
     k, v = jnp.asarray(rng.normal(size=(2, 4, 128, heads[1], 6)), jnp.float32)
     segments = jnp.asarray(np.repeat([[1, 2], [1, 3]] * 2, [50, 78], axis=1), jnp.int32)
 
+    splash = functools.partial(
+        splash_attention, scale=0.3, window=None, softcap=None, interpret=True
+    )
+
     def total(arrays: Any, kernel: bool) -> jax.Array:
         if kernel:
-            out = attention._splash_attention(*arrays, segments, 0.3, None, None, interpret=True)
+            out = attention._run_on_shards(splash, *arrays, segments)
         else:
             out = attention.attend(
                 *arrays, scale=0.3, query_segment_ids=segments, implementation="xla"
@@ -420,7 +425,7 @@ def test_splash_attention_on_a_mesh_is_exact(heads: tuple[int, int]) -> None:
 def test_splash_attention_without_axes_is_unsplit() -> None:
     x = jnp.ones((2, 128, 2, 8))
     run = lambda: jax.make_jaxpr(
-        lambda x: attention._splash_attention(x, x, x, None, 1.0, None, None, interpret=True)
+        lambda x: attention._run_on_shards(lambda q, k, v, ids: q + k + v, x, x, x, None)
     )(x)
     assert "shard_map" not in str(run())
     with jax.set_mesh(sharding.make_mesh({})):

@@ -93,6 +93,8 @@ def test_train_refuses_before_reading_data(
             {},
             None,
         ),
+        ("gpu", {"attention_implementation": "tokamax"}, {}, 'pip install "jlora.gpu."'),
+        ("tpu", {"attention_implementation": "tokamax"}, {}, "of the kind gpu, got tpu"),
         ("gpu", {"attention_implementation": "splash"}, {}, "of the kind tpu, got gpu"),
         ("tpu", {"attention_implementation": "splash"}, {}, "multiple of 128, got 64"),
         ("tpu", {}, {}, None),

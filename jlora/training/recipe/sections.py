@@ -51,7 +51,8 @@ class ModelSection(Section):
             step is faster with separate layers.
         remat_policy: Activations that a decoder's backward pass recomputes to save memory: none;
             save_projections, all but the outputs of projections; full, all of a layer.
-        attention_implementation: xla, cudnn or splash. null: the best one for the device.
+        attention_implementation: Kernel of the attention: xla, cudnn, tokamax or splash. auto: the
+            fastest one that works on the device.
     """
 
     path: NonEmptyStr = Field(examples=["base"])
@@ -60,7 +61,7 @@ class ModelSection(Section):
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scan_layers: bool | None = None
     remat_policy: Literal["none", "save_projections", "full"] = "none"
-    attention_implementation: Literal["xla", "cudnn", "splash"] | None = None
+    attention_implementation: Literal["auto", "xla", "cudnn", "tokamax", "splash"] = "auto"
 
 
 class SourceSection(Section):
@@ -515,6 +516,11 @@ class Recipe(Section):
     def task(self) -> TaskName:
         """Task of the data's formats."""
         return _TASK_BY_FORMAT[self.data.train[0].format]
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a row may hold several texts, which only language modeling knows apart."""
+        return self.data.packing and self.task == "language"
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Recipe:

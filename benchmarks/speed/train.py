@@ -1,14 +1,18 @@
-"""Training step of a recipe over several GPUs of one host, compared with one GPU.
+"""Training step that `jlora train` runs for a recipe, on one GPU or several of one host.
 
-On a CPU, in seconds, with XLA_FLAGS=--xla_force_host_platform_device_count=2:
-`python -m benchmarks.speed.multi_gpu --tiny --mesh fsdp=2`. On GPUs:
-`python -m benchmarks.speed.multi_gpu --shape 8b --mesh fsdp=2 --output 8b_fsdp2.json`, with one
-process for each row, so that the memory peak belongs to that row.
+On a CPU, in seconds: `python -m benchmarks.speed.train --tiny`, and on two devices, with
+XLA_FLAGS=--xla_force_host_platform_device_count=2, also `--mesh fsdp=2`. On GPUs:
+`python -m benchmarks.speed.train --shape 8b --mesh fsdp=2 --output 8b_fsdp2.json`, with one process
+for each row, so that the memory peak belongs to that row.
 
-Model, sharding, task, optimizer and step are those of `jlora train` with a recipe; only the weights
-are random. With `--restored-from data=1`, the state is first written as a checkpoint on that mesh
-and restored on this one. `python -m benchmarks.speed._tables` prints the tables of
-benchmarks/README.md.
+Model, sharding, task, optimizer, rows and step are those of `jlora train` with a recipe; only the
+weights are random. The rows are packed from texts of Python's standard library, about eight in
+each, by jlora's own planner. `--one-text` fills each row with one text, `--without-segments` also
+hides from the attention that there are texts, and `--method floor` trains the first norm alone, so
+that the gradient reaches every activation and no product has an adapter.
+
+With `--restored-from data=1`, the state is first written as a checkpoint on that mesh and restored
+on this one. `python -m benchmarks.speed._tables` prints the tables of benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -18,17 +22,20 @@ import functools
 import json
 import math
 import pathlib
+import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from benchmarks.speed import _common
+from benchmarks.speed import _common, input_pipeline
 from benchmarks.speed.train_step import (
     LIBRARIES,
     SCHEMES,
@@ -36,13 +43,27 @@ from benchmarks.speed.train_step import (
     random_matrices,
 )
 from jlora import planning, training
-from jlora.training import CheckpointManager, Setup, TrainState, build_setup, init_train_state
+from jlora.models import Decoder
+from jlora.training import (
+    CheckpointManager,
+    Setup,
+    TrainState,
+    build_setup,
+    describe_attention,
+    init_train_state,
+)
 from jlora.training import recipe as recipes
-from jlora.training.data import LMBatch
+from jlora.training.data import BatchConfig, BatchStream, LMBatch, TokenizeConfig, tokenize_texts
 
 # FLOP/s of dense bfloat16 products at the boost clock, by device name. NVIDIA H100 and H200 Tensor
 # Core GPU datasheets, SXM; their figures with sparsity are twice these.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+
+
+ADAPTER = {"rank": _common.RANK, "alpha": float(_common.ALPHA)}
+FLOOR = {"family": "FullDelta", "target_pattern": r"layers(_0)?/attention_norm/scale"}
+
+TEXTS_PER_ROW = 8
 
 
 def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any) -> Any:
@@ -59,9 +80,10 @@ def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options:
                 "dtype": "bfloat16",
                 "compute_dtype": "float32" if options.float32 else "bfloat16",
                 "scan_layers": options.stacked,
+                "attention_implementation": options.attention,
                 "remat_policy": options.remat_policy,
             },
-            "adapter": {"rank": _common.RANK, "alpha": float(_common.ALPHA)},
+            "adapter": FLOOR if options.method == "floor" else ADAPTER,
             "data": {
                 "train": [{"path": "none.txt", "format": "text"}],
                 "max_seq_length": options.length or shape.length,
@@ -114,25 +136,40 @@ def _compiled_random_matrices(
 
 def init_state(setup: Setup, base: Any) -> tuple[TrainState, Any]:
     """Returns the initial state, with the recipe's shardings, and the adapter's frozen part."""
-
-    def fresh(key: jax.Array, base: Any) -> Any:
-        trained, frozen = jlora.partition(
-            setup.objective.lora.init(key, base, *setup.objective.example_inputs)
-        )
-        return init_train_state({"adapter": trained}, setup.optimizer), frozen
-
-    abstract = (setup.state, setup.frozen["adapter"])
-    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    shardings = jax.tree.map(lambda array: array.sharding, (setup.state, setup.frozen["adapter"]))
     with training.use_mesh(setup.mesh):
-        return jax.jit(fresh, out_shardings=shardings)(jax.random.key(2), base)
+        adapter = setup.objective.lora.init(
+            jax.random.key(2), base, *setup.objective.example_inputs
+        )
+        trained, frozen = jlora.partition(adapter)
+        state = jax.jit(init_train_state, static_argnums=1)({"adapter": trained}, setup.optimizer)
+        return jax.device_put((state, frozen), shardings)
 
 
-def random_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch:
+def packed_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch:
+    """Returns rows of packed texts of the standard library, the same on every mesh."""
+    texts = [row for row in input_pipeline.texts(files=60) if len(row["text"]) > length // 4]
+    tokenizer = input_pipeline.train_tokenizer(texts, min(vocabulary, 4000))
+    reading = TokenizeConfig(max_seq_length=length // 7, truncation="split")
+    dataset = tokenize_texts(datasets.Dataset.from_list(texts), tokenizer, reading)
+    stream = BatchStream([dataset], BatchConfig(batch_size=rows, seq_length=length))
+    batch = next(iter(stream.batches(epochs=1)))[1].arrays
+    assert isinstance(batch, LMBatch)
+    return put_batch(mesh, batch)
+
+
+def one_text_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch:
     """Returns full rows of random tokens, the same on every mesh."""
     text = np.random.default_rng(3).integers(0, vocabulary, (1, rows, length + 1), np.int32)
     ones = np.ones((1, rows, length), np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
-    batch = LMBatch(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
+    return put_batch(
+        mesh, LMBatch(text[..., :-1], text[..., 1:], ones.astype(np.float32), ones, positions)
+    )
+
+
+def put_batch(mesh: Mesh, batch: LMBatch) -> LMBatch:
+    """Returns a batch with its rows split over the mesh."""
     batch_sharding = NamedSharding(mesh, PartitionSpec(None, training.BATCH_AXES))
     return jax.tree.map(lambda array: jax.device_put(array, batch_sharding), batch)
 
@@ -152,12 +189,18 @@ class MeshRun:
         self.state, adapter = init_state(self.setup, base)
         self.frozen = {"base": base, "adapter": adapter}
         vocabulary = _common.SHAPES[options.shape].vocabulary
-        self.batch = random_batch(self.mesh, rows, recipe.data.max_seq_length, vocabulary)
+        make_batch = one_text_batch if options.one_text else packed_batch
+        self.batch = make_batch(self.mesh, rows, recipe.data.max_seq_length, vocabulary)
+        self.attention = describe_attention(recipe, self.setup)
 
     def compile(self) -> Any:
         """Returns the compiled `(state, frozen, batch, key)` to the next state and metrics."""
+        return self.lower().compile()
+
+    def lower(self) -> Any:
+        """Returns the lowered step."""
         arguments = (self.state, self.frozen, self.batch, jax.random.key(4))
-        return self.setup.train_step.lower(*arguments).compile()
+        return self.setup.train_step.lower(*arguments)
 
     def advance(self, compiled: Any) -> jax.Array:
         """Runs one step and returns its loss, possibly still in computation."""
@@ -218,7 +261,15 @@ def measure(options: Any) -> _common.Row:
         run = MeshRun(sizes, rows, options, pathlib.Path(folder))
         if options.restored_from:
             details["restored"] = restore_from_mesh(run, rows, options, pathlib.Path(folder))
-    compiled = run.compile()
+    details["attention"] = run.attention
+    details["texts_per_row"] = float(np.asarray(run.batch.segment_ids).max(axis=-1).mean())
+    details["share_of_tokens"] = float(np.mean(np.asarray(run.batch.segment_ids) > 0))
+    start = time.perf_counter()
+    lowered = run.lower()
+    details["lower_s"] = round(time.perf_counter() - start, 1)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    details["compile_s"] = round(time.perf_counter() - start, 1)
     losses = run.advance_steps(compiled, options.losses)
 
     timing = _common.time_steps(
@@ -232,7 +283,7 @@ def measure(options: Any) -> _common.Row:
         format_method(options),
         options,
         timing,
-        script="benchmarks.speed.multi_gpu",
+        script="benchmarks.speed.train",
         libraries=LIBRARIES,
         # The other mesh of --restored-from has used memory of its own.
         peak_gib=None if options.restored_from or None in peaks else max(peaks),  # type: ignore
@@ -274,6 +325,11 @@ def restore_from_mesh(
     return {"from": options.restored_from, "losses_before": losses, "equal": True}
 
 
+def attend_rows(attend: Any, *arrays: jax.Array, **options: Any) -> jax.Array:
+    """Attention over whole rows, as if each were one text."""
+    return attend(*arrays, **{**options, "query_segment_ids": None})
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 
@@ -307,7 +363,11 @@ def format_mesh(sizes: Mapping[str, int]) -> str:
 
 def format_method(options: Any) -> str:
     """Returns the method's name in the row."""
-    extras = [format_mesh(options.mesh)]
+    extras = ["floor"] * (options.method == "floor")
+    extras += [format_mesh(options.mesh)]
+    extras += [f"attention {options.attention}"] * (options.attention != "auto")
+    extras += ["one text a row"] * options.one_text
+    extras += ["no segments"] * options.without_segments
     extras += [options.quantize] * (options.quantize != "none")
     extras += ["layers in a stack"] * options.stacked
     extras += [f"remat_policy={options.remat_policy}"] * (options.remat_policy != "none")
@@ -318,6 +378,11 @@ def format_method(options: Any) -> str:
 def main() -> None:
     """Measures and writes."""
     parser = _common.build_parser(__doc__)
+    parser.add_argument("--method", choices=["lora", "floor"], default="lora")
+    attentions = ("auto", "xla", "cudnn", "tokamax")
+    parser.add_argument("--attention", choices=attentions, default="auto")
+    parser.add_argument("--one-text", action="store_true", help="one text in each row")
+    parser.add_argument("--without-segments", action="store_true", help="attention over rows")
     parser.add_argument("--mesh", type=parse_mesh, default="data=1", help="such as fsdp=2")
     parser.add_argument("--quantize", choices=["nf4", "none"], default="none")
     parser.add_argument("--batch", type=int, help="sequences per card; default: the shape's")
@@ -332,6 +397,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.losses < 1:
         parser.error(f"--losses {options.losses} must be at least 1, to record the first loss.")
+    if options.without_segments:
+        # There is no such option for those who train: each row would be taken for one text.
+        decoder: Any = sys.modules[Decoder.__module__]
+        decoder.attend = functools.partial(attend_rows, decoder.attend)
     precision = "highest" if options.float32 else None
     with jax.default_matmul_precision(precision):
         _common.finish(measure(options), options.output)

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.speed import _common, _tables, multi_gpu
+from benchmarks.speed import _common, _tables, train
 
 TINY = _common.SHAPES["tiny"]
 
 
 def measured(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
     output = folder / "row.json"
-    words = ["multi_gpu", "--tiny", "--steps", "1", "--repeats", "1", f"--output={output}"]
+    words = ["train", "--tiny", "--steps", "1", "--repeats", "1", f"--output={output}"]
     monkeypatch.setattr(sys, "argv", [*words, *options])
-    multi_gpu.main()
+    train.main()
     return json.loads(output.read_text())
 
 
@@ -60,7 +60,7 @@ def test_restored_from_other_mesh_continues(
     options = ["--quantize=nf4", "--rows=2", "--losses=2", "--stacked", "--remat-policy=full"]
     row = measured(tmp_path, monkeypatch, "--mesh", second, "--restored-from", first, *options)
     restored = row["details"]["restored"]
-    assert (restored["from"], restored["equal"]) == (multi_gpu.parse_mesh(first), True)
+    assert (restored["from"], restored["equal"]) == (train.parse_mesh(first), True)
     # It continues below the other mesh's last loss, and does not restart.
     losses = restored["losses_before"] + row["details"]["losses"]
     assert losses == sorted(losses, reverse=True)
@@ -73,7 +73,7 @@ def test_useful_flops_of_tiny_shape() -> None:
     factors = TINY.lora_size()
     pairs = 2 * 4 * 16 * 3 / 2  # Layers, heads, their width, and half of all places.
     wanted = 3 * (2 * 2 * matrices + 3 * 2 * factors + 3 * 2 * 2 * pairs)
-    assert multi_gpu.useful_flops(TINY, 1, 3) == wanted
+    assert train.useful_flops(TINY, 1, 3) == wanted
 
 
 def row(cards: int, tokens_per_s: int, **more: Any) -> Any:
@@ -113,13 +113,13 @@ def test_max_loss_difference_other_batch_raises() -> None:
 @pytest.mark.parametrize("text", ["fsdp", "rows=2", "fsdp=0", "fsdp=2,fsdp=2", ""])
 def test_parse_mesh_invalid_raises(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a mesh. Use axes of"):
-        multi_gpu.parse_mesh(text)
+        train.parse_mesh(text)
     with pytest.raises(argparse.ArgumentTypeError, match="requires 16 devices, but there are 8"):
-        multi_gpu.parse_mesh("data=4,fsdp=4")
+        train.parse_mesh("data=4,fsdp=4")
 
 
 def test_parse_and_format_mesh() -> None:
-    assert multi_gpu.parse_mesh("fsdp=2,tensor=4") == {"data": 1, "fsdp": 2, "tensor": 4}
-    assert multi_gpu.format_mesh(multi_gpu.parse_mesh("data=1")) == "one card"
-    assert multi_gpu.peak_flops("NVIDIA H200") == 989.4e12
-    assert multi_gpu.peak_flops("cpu") is None
+    assert train.parse_mesh("fsdp=2,tensor=4") == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert train.format_mesh(train.parse_mesh("data=1")) == "one card"
+    assert train.peak_flops("NVIDIA H200") == 989.4e12
+    assert train.peak_flops("cpu") is None
