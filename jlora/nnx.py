@@ -22,8 +22,9 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
 
     `fn(params, *args, rngs=None, train=None, **kwargs)` returns the module's output and modifies
     neither `params` nor the module. `params` is a copy: it does not follow later changes of the
-    module, nor the module those of `params`, also where a program takes their memory
-    (`donate_argnums`). A module that is not needed any more can be deleted to free its own.
+    module, nor the module those of `params`. Both hold the same JAX arrays, which cannot change:
+    weights are in memory once. A program that takes the memory of one (`donate_argnums`) takes it
+    from both; donate `jax.tree.map(jnp.copy, params)` to keep the module.
 
     `rngs` is a key, or a mapping of keys by the name of a random stream (`{"dropout": key}`):
     random streams of the module start from it, and a method with an argument `rngs` gets a
@@ -78,8 +79,8 @@ def from_nnx(module: Any, method: str = "__call__") -> tuple[Callable[..., Any],
     if not callable(getattr(module, method, None)):
         raise ValueError(f"method={method!r} must be a method of {type(module).__name__}.")
     graph, params = nnx.split(module)
-    # The variables of the split state, and their memory, are the module's own.
-    params = jax.tree.map(_copy_array, params)
+    # The variables of the split state are the module's own.
+    params = jax.tree.map(_copy_if_numpy, params)
     parameter_names = inspect.signature(getattr(module, method)).parameters
 
     def fn(
@@ -192,12 +193,6 @@ class _Call(NamedTuple):
     module: Any
     before: dict[str, tuple[Any, Any]]
     after: dict[str, tuple[Any, Any]]
-
-
-def _copy_array(leaf: Any) -> Any:
-    """Returns an array in memory of its own, placed like the old one."""
-    is_jax = isinstance(leaf, jax.Array)
-    return jax.device_put(leaf, may_alias=False) if is_jax else _copy_if_numpy(leaf)
 
 
 def _copy_if_numpy(leaf: Any) -> Any:
