@@ -15,6 +15,7 @@ from jlora import models
 from jlora.models import attention, attention_kernels, decoder_config, tokamax_attention
 from jlora.models.attention import attend, has_layout
 from jlora.models.attention_kernels import AttentionCase
+from jlora.models.splash_attention import splash_attention
 
 PACKED = np.repeat([[1, 2, 0, 0], [1, 2, 3, 0]], [5, 4, 2, 1], axis=1)  # 12 tokens
 PADDED = (PACKED == 1).astype(int)
@@ -77,6 +78,31 @@ def test_attend_is_the_definition(
     given = None if segments is None else jnp.asarray(segments)
     out = attend(*arrays, query_segment_ids=given, implementation="xla", **options)
     np.testing.assert_allclose(np.where(ids[..., None, None] > 0, out, 0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("has_segments", [True, False])
+def test_splash_attention_is_the_definition(
+    has_segments: bool, window: int | None, softcap: float | None
+) -> None:
+    """In Pallas's interpreter; TPUs have the kernel."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 128, 4, 6))
+    key, value = rng.normal(size=(2, 2, 128, 2, 6))
+    ids = np.repeat([[1, 2], [1, 3]], [50, 78], axis=1) if has_segments else np.ones((2, 128), int)
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    expected = attend_each(query, key, value, ids, causal=True, **options)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+    given = jnp.asarray(ids, jnp.int32) if has_segments else None
+    out = splash_attention(*arrays, given, interpret=True, **options)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_attend_of_part_of_a_row_needs_slots() -> None:
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="need query_slots"):
+        attend(x[:, :2], x, x, scale=1.0)
 
 
 # --- layouts of rows -----------------------------------------------------------------------------
