@@ -107,7 +107,7 @@ KINDS = ["dense_general", "kv_einsum", "linen_scan_axis_one", "conv_2d", "conv_g
 
 @pytest.mark.parametrize("layer", [*KINDS, "experts"])
 @pytest.mark.parametrize("name", STARTS)
-@pytest.mark.thin(6)
+@pytest.mark.thin(9)
 def test_inits_start_at_base_on_all_layers(name: str, layer: str) -> None:
     made = BY_NAME[layer]
     fn, params, inputs = made.make(jnp.float32)
@@ -266,7 +266,7 @@ CONVERTED = {
 
 @pytest.mark.parametrize("family", CONVERTED)
 @pytest.mark.parametrize("layer", ["kv_einsum", "linen_scan"])
-@pytest.mark.thin(6)
+@pytest.mark.thin(9)
 def test_to_lora_is_best_approximation(family: str, layer: str) -> None:
     one = case(layer, "float32", family)
     changes = jlora.delta(one.params, one.adapter)

@@ -629,6 +629,7 @@ def test_lora_moe_without_known_input_raises() -> None:
     ids=lambda config: type(config).__name__,
 )
 @pytest.mark.filterwarnings("ignore:.*exceeds the weight's own rank")
+@pytest.mark.thin(2)
 def test_dropout_acts_on_update_input(config: Any) -> None:
     x = np.eye(6, dtype=np.float32)
     lora, params, adapter = build(config, x=x)

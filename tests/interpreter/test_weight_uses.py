@@ -251,6 +251,7 @@ def merge_with_numpy(params: Any, adapter: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thin(2)
 def test_weight_uses_are_followed(name: str) -> None:
     fn, params, inputs, axes, embeddings = CASES[name]
     config = jlora.LoRA(rank=2, alpha=4)

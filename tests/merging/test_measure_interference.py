@@ -100,6 +100,7 @@ def test_interference_cosine_of_a_stack() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-25, 1e19, 1e37])
+@pytest.mark.thin(4)
 def test_interference_any_update_size_is_same(size: float) -> None:
     root = np.float32(np.sqrt(size))
     given = {name: adapter["w"] for name, adapter in adapters("plain").items()}

@@ -83,6 +83,7 @@ def test_attend_is_the_definition(
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("has_segments", [True, False])
+@pytest.mark.thin(3)
 def test_splash_attention_is_the_definition(
     has_segments: bool, window: int | None, softcap: float | None
 ) -> None:

@@ -218,6 +218,7 @@ COSTLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", COSTLY)
+@pytest.mark.thin(2)
 def test_costly_config_ends_fast(case: str) -> None:
     modules = [f"model.layers.{number}.attn.{name}_proj" for number in range(32) for name in "qk"]
     raw = {"peft_type": "LORA", "target_modules": ["q_proj"], "fine_tune_type": None}

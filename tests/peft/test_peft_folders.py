@@ -82,7 +82,7 @@ BOTH = [
 
 
 @pytest.mark.parametrize(("name", "scanned"), BOTH)
-@pytest.mark.thin(6)
+@pytest.mark.thin(9)
 def test_load_apply_agrees_with_peft(name: str, scanned: bool) -> None:
     model, _ = base_of(name, scanned)
     params, adapter = loaded(name, scanned)
@@ -107,7 +107,7 @@ def assert_same_function(model: Any, params: Any, one: Any, other: Any, given: A
 
 
 @pytest.mark.parametrize(("name", "scanned"), BOTH)
-@pytest.mark.thin(6, 1)
+@pytest.mark.thin(9, 1)
 def test_save_writes_the_tensors_of_peft(name: str, scanned: bool, tmp_path: pathlib.Path) -> None:
     model, _ = base_of(name, scanned)
     params, adapter = loaded(name, scanned)

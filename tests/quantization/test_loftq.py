@@ -126,7 +126,7 @@ def test_loftq_matches_algorithm_1(steps: int, stabilized: bool) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.thin(6)
+@pytest.mark.thin(9)
 def test_loftq_layer_kinds_match_algorithm_1(name: str, steps: int) -> None:
     one = case(name, "float32")
     base, initialized = jlora.loftq(one.params, one.fresh, rules_for(one), iterations=steps)
@@ -180,7 +180,7 @@ def test_loftq_methods_start_at_same_weight(config: Any) -> None:
     [(name, "lora") for name in KINDS]
     + [(name, family) for name in ("fused_qkv", "embed", "conv_2d") for family in STARTED[1:]],
 )
-@pytest.mark.thin(6)
+@pytest.mark.thin(9)
 def test_loftq_is_nearer_than_quantize(name: str, family: str) -> None:
     one = case(name, "float32", family)
     plain = jlora.quantize(one.params, rules_for(one))

@@ -1090,6 +1090,7 @@ def test_train_bytes_are_equal_on_another_day(
     assert written[0] == written[1] != {}
 
 
+@pytest.mark.slow
 def test_train_removes_remains_of_a_killed_run(recipe_of: Make) -> None:
     raw = recipe_of(training={"steps": 1})
     folder = output(raw)
