@@ -17,7 +17,7 @@ FOREIGN_VENV ?= .venv-foreign
 LIVE := transformers==5.23.0 torch==2.13.0 peft==0.21.2
 LIVE_VENV ?= .venv-live
 
-.PHONY: quickstart test test-slow test-core test-docs test-foreign test-live lint format clean
+.PHONY: quickstart test fuzz test-slow test-core test-docs test-foreign test-live lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/prepare_data.py quickstart
@@ -25,6 +25,10 @@ quickstart: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# 1,000 damaged files of every kind; `make test-slow` has 300.
+fuzz: $(VENV)/.tools
+	NUM_DAMAGED=1000 $(BIN)/python -m pytest -n 2 -m slow tests/checkpoints/test_fuzzed_folders.py
 
 # Every way to adapt on every kind of layer, long runs, and plans of large models.
 test-slow: $(VENV)/.tools

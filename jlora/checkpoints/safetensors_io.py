@@ -217,7 +217,13 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Iterator[CheckpointReader
     file_names, weight_map = _checkpoint_file_names(folder)
     with contextlib.ExitStack() as stack:
         for name in file_names:
-            check_regular_file(folder / name)
+            try:
+                check_regular_file(folder / name)
+            except FileNotFoundError as error:
+                if weight_map is None:
+                    raise
+                index = folder / SAFE_WEIGHTS_INDEX_NAME
+                raise FileNotFoundError(f"{index} names {name}. {error}") from error
         files = {name: _TensorFile(folder / name, stack) for name in file_names}
         reader = CheckpointReader(files, folder)
         if not reader.headers:

@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax.core.spmd import get_logical_axis_rules
 from flax.linen import spmd
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.models.attention_kernels import (
     AttentionCase,
     AttentionKernel,
     TextLayout,
-    get_platform,
-    select_kernel,
+    select_gpu_kernel,
 )
-from jlora.models.splash_attention import splash_attention
+from jlora.models.splash_attention import SPLASH_BLOCK_SIZE, splash_attention
 from jlora.models.tokamax_attention import tokamax_attention
 
 AttentionImplementation = Literal["xla", "cudnn", "splash", "tokamax"]
@@ -159,12 +157,24 @@ def make_case(
 
 
 def choose_kernel(case: AttentionCase) -> AttentionKernel:
-    """Returns the kernel that `attend` chooses for a case on the present devices.
+    """Returns the kernel that `attend` chooses for the devices that JAX compiles for.
 
     Args:
         case: Case of the attention.
     """
-    return select_kernel(case, _run_kernel)
+    platform = _get_platform()
+    if not isinstance(case.length, int):  # Exported for any length.
+        return "xla"
+    if platform == "tpu":
+        fits = case.causal and case.length % SPLASH_BLOCK_SIZE == 0
+        return "splash" if fits else "xla"
+    return select_gpu_kernel(case, _run_kernel) if platform == "gpu" else "xla"
+
+
+def _get_platform() -> str:
+    """Returns the platform of the devices that JAX computes on, or compiles for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _choose_kernel(
@@ -185,7 +195,8 @@ def _choose_kernel(
             "implementation='tokamax' needs rows in which the tokens of a text are adjacent. Pass "
             "text_layout='packed' or 'padded' if they are, or use None."
         )
-    kernel = select_kernel(case, _run_kernel, only_tokamax=True)
+    is_gpu = _get_platform() == "gpu"
+    kernel = select_gpu_kernel(case, _run_kernel, only_tokamax=True) if is_gpu else "xla"
     if kernel == "xla":
         raise ValueError(
             f"implementation='tokamax' needs the library, an NVIDIA GPU of compute capability 8.0 "
@@ -213,7 +224,7 @@ def _run_kernel(
     if kernel in ("mosaic", "triton"):
         fused = functools.partial(tokamax_attention, kernel=kernel, causal=case.causal, **options)
         return _run_on_shards(fused, query, key, value, segment_ids)
-    if kernel == "xla" and query.dtype == jnp.float16 and get_platform() == "cpu":
+    if kernel == "xla" and query.dtype == jnp.float16 and _get_platform() == "cpu":
         # XLA for CPUs does not sum products of float16 in float32.
         wide = [x.astype(jnp.float32) for x in (query, key, value)]
         out = _run_kernel(wide[0], wide[1], wide[2], segment_ids, kernel, case, scale)
@@ -335,28 +346,3 @@ def _mesh_axes_if_divisible(mesh: Any, axis_names: Any, *dim_sizes: int) -> Any:
     )
     num_shards = math.prod(mesh.shape[name] for name in names)
     return None if any(size % num_shards for size in dim_sizes) else axis_names
-
-
-def has_layout(segment_ids: jax.Array, text_layout: TextLayout) -> jax.Array:
-    """Returns whether each row (batch,) keeps the promise of a layout of `attend`.
-
-    Texts are numbered in their order in the row; 0 is padding.
-
-    Args:
-        segment_ids: (batch, length), the text of each token.
-        text_layout: Layout of the rows.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> has_layout(jnp.array([[1, 1, 2, 0], [1, 2, 1, 0], [0, 1, 0, 1]]), "packed").tolist()
-        [True, False, False]
-    """
-    if text_layout == "any":
-        return jnp.ones(segment_ids.shape[:1], bool)
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-    if text_layout == "padded":
-        begins_again = (segment_ids != before) & (segment_ids != 0)
-        return ~jnp.any(begins_again[:, 1:], axis=1)
-    largest = lax.cummax(before, axis=1)
-    is_first = (segment_ids != before) & (segment_ids != 0)
-    return ~jnp.any(is_first & (segment_ids <= largest), axis=1)

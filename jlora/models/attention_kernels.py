@@ -15,7 +15,6 @@ import numpy as np
 
 from jlora.kernels.self_test import compile_and_call
 from jlora.models import tokamax_attention
-from jlora.models.splash_attention import SPLASH_BLOCK_SIZE
 
 AttentionKernel = Literal["xla", "cudnn", "splash", "mosaic", "triton"]
 TextLayout = Literal["any", "packed", "padded"]
@@ -58,16 +57,10 @@ class AttentionCase(NamedTuple):
 RunKernel = Callable[..., jax.Array]
 
 
-def get_platform() -> str:
-    """Returns the platform of the devices that JAX computes on, or compiles for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def select_kernel(
+def select_gpu_kernel(
     case: AttentionCase, attention: RunKernel, *, only_tokamax: bool = False
 ) -> AttentionKernel:
-    """Returns the fastest kernel for the devices that JAX computes on, or compiles for.
+    """Returns the fastest kernel for GPUs.
 
     On a GPU of this process, a kernel is tried before its first use: its outputs and gradients must
     be those of masked attention in float32. A kernel that fails is named in a warning, and the next
@@ -79,13 +72,7 @@ def select_kernel(
             kernel.
         only_tokamax: Whether other kernels are left out, except xla, which comes last.
     """
-    platform = get_platform()
-    if not isinstance(case.length, int):  # Exported for any length.
-        return "xla"
-    if platform == "tpu":
-        fits = case.causal and case.length % SPLASH_BLOCK_SIZE == 0
-        return "splash" if fits else "xla"
-    if platform != "gpu" or case.dtype not in ("bfloat16", "float16"):
+    if case.dtype not in ("bfloat16", "float16"):
         return "xla"
     candidates = list_gpu_kernels(case, _get_compute_capability())
     if jax.default_backend() != "gpu":  # Compiled for another machine: there is nothing to try on.
@@ -187,7 +174,7 @@ def find_failure(kernel: AttentionKernel, case: AttentionCase, attention: RunKer
     Args:
         kernel: Kernel to try.
         case: Case of the attention; its length is a multiple of 4.
-        attention: As for `select_kernel`.
+        attention: As for `select_gpu_kernel`.
     """
     rng = np.random.default_rng(0)
 

@@ -23,10 +23,16 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from jlora.kernels.lora_matmul import products_saveable
-from jlora.models.attention import AttentionImplementation, attend, has_layout, make_case
+from jlora.models.attention import AttentionImplementation, attend, make_case
 from jlora.models.attention_kernels import AttentionCase, TextLayout
 from jlora.models.decoder_config import DecoderConfig
-from jlora.models.layers import ACTIVATIONS, mark_invalid_ids, partitioned_init, remat_elementwise
+from jlora.models.layers import (
+    ACTIVATIONS,
+    has_layout,
+    mark_invalid_ids,
+    partitioned_init,
+    remat_elementwise,
+)
 from jlora.models.losses import chunked_cross_entropy, compute_logits
 from jlora.models.rope import apply_rope
 

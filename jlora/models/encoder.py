@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 
-from jlora.models.attention import has_layout, make_case
+from jlora.models.attention import make_case
 from jlora.models.attention_kernels import AttentionCase, TextLayout
 from jlora.models.layers import (
     ACTIVATIONS,
     feed_forward,
+    has_layout,
     layer_norm,
     mark_invalid_ids,
     partitioned_init,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
+from jax import lax
 
 from jlora.models.attention import attend, choose_kernel, make_case
 from jlora.models.attention_kernels import TextLayout
@@ -141,6 +142,31 @@ def _masked_context(
     weights = jax.nn.softmax(scores).astype(value.dtype)
     weights = nn.Dropout(dropout)(weights, deterministic)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*query.shape[:2], -1)
+
+
+def has_layout(segment_ids: jax.Array, text_layout: TextLayout) -> jax.Array:
+    """Returns whether each row (batch,) keeps the promise of a layout of `attend`.
+
+    Texts are numbered in their order in the row; 0 is padding.
+
+    Args:
+        segment_ids: (batch, length), the text of each token.
+        text_layout: Layout of the rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> has_layout(jnp.array([[1, 1, 2, 0], [1, 2, 1, 0], [0, 1, 0, 1]]), "packed").tolist()
+        [True, False, False]
+    """
+    if text_layout == "any":
+        return jnp.ones(segment_ids.shape[:1], bool)
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    if text_layout == "padded":
+        begins_again = (segment_ids != before) & (segment_ids != 0)
+        return ~jnp.any(begins_again[:, 1:], axis=1)
+    largest = lax.cummax(before, axis=1)
+    is_first = (segment_ids != before) & (segment_ids != 0)
+    return ~jnp.any(is_first & (segment_ids <= largest), axis=1)
 
 
 def feed_forward(

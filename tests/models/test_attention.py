@@ -13,8 +13,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jlora import models
 from jlora.models import attention, attention_kernels, decoder_config, tokamax_attention
-from jlora.models.attention import attend, has_layout
+from jlora.models.attention import attend
 from jlora.models.attention_kernels import AttentionCase
+from jlora.models.layers import has_layout
 from jlora.models.splash_attention import splash_attention
 
 PACKED = np.repeat([[1, 2, 0, 0], [1, 2, 3, 0]], [5, 4, 2, 1], axis=1)  # 12 tokens
@@ -280,7 +281,7 @@ def test_list_gpu_kernels_without_tokamax(
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose default device looks like a Hopper GPU with tokamax."""
-    monkeypatch.setattr(attention_kernels, "get_platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "_get_platform", lambda: "gpu")
     monkeypatch.setattr(attention_kernels.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention_kernels, "_get_compute_capability", lambda: 9.0)
     monkeypatch.setattr(tokamax_attention, "is_installed", lambda: True)
@@ -338,7 +339,7 @@ def test_select_kernel_tries_before_use(
 ) -> None:
     run = run_with(broken)
     for _ in range(2):  # One test and one warning each.
-        assert attention_kernels.select_kernel(small(CASE), run) == expected
+        assert attention_kernels.select_gpu_kernel(small(CASE), run) == expected
     messages = [str(warning.message) for warning in recwarn]
     assert len(messages) == len(reasons)
     for message, reason in zip(messages, reasons, strict=True):
@@ -386,8 +387,8 @@ def test_attend_implementation_unsupported_raises(options: dict[str, Any], messa
 def test_attention_cases_are_those_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run prints is about the attention that runs."""
     seen: list[AttentionCase] = []
-    monkeypatch.setattr(attention, "choose_kernel", lambda case: seen.append(case) or "xla")
     model, params = tiny_decoder()
+    monkeypatch.setattr(attention, "choose_kernel", lambda case: seen.append(case) or "xla")
     ids = jnp.ones((2, 6), jnp.int32)
     model.apply(params, ids, ids)
     assert model.attention_cases(6, "float32") == seen
