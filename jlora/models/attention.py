@@ -104,7 +104,10 @@ def attend(
             softcap=softcap,
         )
         kernel = _choose_kernel(case, implementation)
-        return _run_kernel(query, key, value, query_segment_ids, kernel, case, scale)
+        run = functools.partial(_run_kernel, kernel=kernel, case=case, scale=scale)
+        if kernel in ("splash", "mosaic", "triton"):  # The compiler cannot partition them.
+            return _run_on_shards(run, query, key, value, query_segment_ids)
+        return run(query, key, value, query_segment_ids)
     if implementation not in (None, "xla", "cudnn"):
         raise ValueError(
             f"implementation={implementation!r} supports only self-attention over a full sequence. "
@@ -215,15 +218,17 @@ def _run_kernel(
     case: AttentionCase,
     scale: float,
 ) -> jax.Array:
-    """Computes self-attention over whole rows with a kernel that supports the case."""
+    """Computes self-attention over whole rows with a kernel that supports the case.
+
+    The kernels of `_run_on_shards` run on one device.
+    """
     options = {"scale": scale, "window": case.window, "softcap": case.softcap}
     if kernel == "splash":
-        return _run_on_shards(
-            functools.partial(splash_attention, **options), query, key, value, segment_ids
-        )
+        return splash_attention(query, key, value, segment_ids, **options)
     if kernel in ("mosaic", "triton"):
-        fused = functools.partial(tokamax_attention, kernel=kernel, causal=case.causal, **options)
-        return _run_on_shards(fused, query, key, value, segment_ids)
+        return tokamax_attention(
+            query, key, value, segment_ids, kernel=kernel, causal=case.causal, **options
+        )
     if kernel == "xla" and query.dtype == jnp.float16 and _get_platform() == "cpu":
         # XLA for CPUs does not sum products of float16 in float32.
         wide = [x.astype(jnp.float32) for x in (query, key, value)]

@@ -9,23 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _support.attention_cases import ATTENTION_CASE as CASE
 
 from jlora.models import attention, attention_kernels
-from jlora.models.attention_kernels import AttentionCase
 
-pytestmark = pytest.mark.gpu
-
-CASE = AttentionCase(
-    dtype="bfloat16",
-    length=256,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=64,
-    text_layout="packed",
-    causal=True,
-    window=None,
-    softcap=None,
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
 
 
 @pytest.mark.parametrize("heads", [(8, 2, 128), (8, 8, 64), (7, 1, 96), (4, 2, 256)], ids=str)

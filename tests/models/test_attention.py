@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _support.attention_cases import ATTENTION_CASE as CASE
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jlora import models
@@ -17,20 +18,10 @@ from jlora.models.attention import attend
 from jlora.models.attention_kernels import AttentionCase
 from jlora.models.layers import has_layout
 from jlora.models.splash_attention import splash_attention
+from jlora.training import sharding
 
 PACKED = np.repeat([[1, 2, 0, 0], [1, 2, 3, 0]], [5, 4, 2, 1], axis=1)  # 12 tokens
 PADDED = (PACKED == 1).astype(int)
-CASE = AttentionCase(
-    dtype="bfloat16",
-    length=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    text_layout="packed",
-    causal=True,
-    window=None,
-    softcap=None,
-)
 
 
 def attend_each(
@@ -345,6 +336,26 @@ def test_select_kernel_tries_before_use(
     for message, reason in zip(messages, reasons, strict=True):
         assert reason in message
         assert "heads of 8 and packed texts" in message
+
+
+def test_kernel_is_tried_on_one_device_of_a_mesh(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Also while a step over several devices is traced, whose axes do not divide the test's."""
+    seen = []
+
+    def run(query: Any, *rest: Any) -> Any:
+        seen.append(query.shape)
+        return run_with({})(query, *rest)
+
+    x = jnp.ones((16, 256, 4, 8), jnp.bfloat16)
+    with sharding.use_mesh(sharding.make_mesh({"data": 8})):
+        traced = jax.jit(
+            lambda x: attention_kernels.select_gpu_kernel(small(CASE), run) == "mosaic" and x
+        )
+        assert traced(x).shape == x.shape
+    assert set(seen) == {(2, 256, 2, 8)}
+    assert not recwarn.list
 
 
 def test_select_kernel_other_devices_is_xla() -> None:
