@@ -9,6 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Level 0 omits the optimization of machine code, which would be most of the time of the tests. The
 # HLO of products and fusions, which the laws inspect, is the same.
 _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# One piece of machine code a program: the default splits each into 32, which takes longer for
+# programs as small as those of the tests.
+_FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Halves the compilation time. Later releases have no choice of emitters, and an unknown flag
     # ends the process.
