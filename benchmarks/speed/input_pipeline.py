@@ -78,6 +78,13 @@ def docstrings(source: str) -> Iterator[str]:
 
 def train_tokenizer(rows: Rows, vocabulary: int) -> data.Tokenizer:
     """Returns a tokenizer trained on the texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(rows, vocabulary, pathlib.Path(folder))
+        return data.Tokenizer.from_folder(folder)
+
+
+def write_tokenizer(rows: Rows, vocabulary: int, folder: pathlib.Path) -> None:
+    """Writes the files of a tokenizer trained on the texts to an existing folder."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -87,11 +94,8 @@ def train_tokenizer(rows: Rows, vocabulary: int) -> data.Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator((row["text"] for row in rows[::10]), trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        bpe.save(f"{folder}/tokenizer.json")
-        config = pathlib.Path(folder) / "tokenizer_config.json"
-        config.write_text('{"eos_token": "</s>"}')
-        return data.Tokenizer.from_folder(folder)
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
 
 
 def median_s(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:

@@ -9,7 +9,8 @@ Model, sharding, task, optimizer, rows and step are those of `jlora train` with 
 weights are random. The rows are packed from texts of Python's standard library, about eight in
 each, by jlora's own planner. `--one-text` fills each row with one text, `--without-segments` also
 hides from the attention that there are texts, and `--method floor` trains the first norm alone, so
-that the gradient reaches every activation and no product has an adapter.
+that the gradient reaches every activation and no product has an adapter. `--loop-steps 60` also
+runs `jlora train` for that many steps, on a base that is written to a temporary folder.
 
 With `--restored-from data=1`, the state is first written as a checkpoint on that mesh and restored
 on this one. `python -m benchmarks.speed._tables` prints the tables of benchmarks/README.md.
@@ -31,7 +32,9 @@ from typing import Any
 import datasets
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
@@ -42,9 +45,10 @@ from benchmarks.speed.train_step import (
     flatten_with_paths,
     random_matrices,
 )
-from jlora import planning, training
+from jlora import models, planning, training
 from jlora.models import Decoder
 from jlora.training import (
+    Callback,
     CheckpointManager,
     Setup,
     TrainState,
@@ -53,24 +57,41 @@ from jlora.training import (
     init_train_state,
 )
 from jlora.training import recipe as recipes
-from jlora.training.data import BatchConfig, BatchStream, LMBatch, TokenizeConfig, tokenize_texts
+from jlora.training.data import (
+    BatchConfig,
+    BatchStream,
+    LMBatch,
+    TokenizeConfig,
+    Tokenizer,
+    tokenize_texts,
+)
 
 # FLOP/s of dense bfloat16 products at the boost clock, by device name. NVIDIA H100 and H200 Tensor
 # Core GPU datasheets, SXM; their figures with sparsity are twice these.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 
+TEXTS_FILE = "texts.jsonl"
 ADAPTER = {"rank": _common.RANK, "alpha": float(_common.ALPHA)}
 FLOOR = {"family": "FullDelta", "target_pattern": r"layers(_0)?/attention_norm/scale"}
 
 TEXTS_PER_ROW = 8
+CHARACTERS_PER_TOKEN = 4  # Of the tokenizer that is trained on the texts.
+TEXT_FILES = 60
+# Steps of a run that are not measured: the first one compiles, and the next fill the queues.
+LOOP_WARM_UP = 5
 
 
-def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any) -> Any:
-    """Returns the recipe of the step, whose base is a folder with only a config.json."""
+def make_recipe(
+    folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any, steps: int = 10_000
+) -> Any:
+    """Returns the recipe of the step, whose base is a folder with texts and without weights."""
     shape = _common.SHAPES[options.shape]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_common.llama_config(shape)))
+    texts = make_texts(options.length or shape.length)
+    (folder / TEXTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in texts))
+    input_pipeline.write_tokenizer(texts, min(shape.vocabulary, 4000), folder)
     quantize = {} if options.quantize == "none" else {"quantize": {"scheme": options.quantize}}
     return recipes.validate(
         {
@@ -85,7 +106,7 @@ def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options:
             },
             "adapter": FLOOR if options.method == "floor" else ADAPTER,
             "data": {
-                "train": [{"path": "none.txt", "format": "text"}],
+                "train": [{"path": str(folder / TEXTS_FILE), "format": "text"}],
                 "max_seq_length": options.length or shape.length,
             },
             "batch": {"size": rows},
@@ -94,7 +115,7 @@ def make_recipe(folder: pathlib.Path, sizes: dict[str, int], rows: int, options:
                 "schedule": "constant",
                 "warmup_ratio": 0.0,
             },
-            "training": {"steps": 10_000},
+            "training": {"steps": steps},
             "mesh": sizes,
             **quantize,
         }
@@ -146,13 +167,26 @@ def init_state(setup: Setup, base: Any) -> tuple[TrainState, Any]:
         return jax.device_put((state, frozen), shardings)
 
 
-def packed_batch(mesh: Mesh, rows: int, length: int, vocabulary: int) -> LMBatch:
-    """Returns rows of packed texts of the standard library, the same on every mesh."""
-    texts = [row for row in input_pipeline.texts(files=60) if len(row["text"]) > length // 4]
-    tokenizer = input_pipeline.train_tokenizer(texts, min(vocabulary, 4000))
-    reading = TokenizeConfig(max_seq_length=length // 7, truncation="split")
+def make_texts(length: int) -> input_pipeline.Rows:
+    """Returns texts of the standard library, of which about eight fill a row of `length` tokens."""
+    size = length * CHARACTERS_PER_TOKEN // TEXTS_PER_ROW
+    return [
+        {"text": row["text"][start : start + size]}
+        for row in input_pipeline.texts(files=TEXT_FILES)
+        for start in range(0, len(row["text"]), size)
+        if len(row["text"]) - start >= size // 4
+    ]
+
+
+def packed_batch(mesh: Mesh, recipe: training.Recipe) -> LMBatch:
+    """Returns the recipe's first packed rows, the same on every mesh."""
+    length = recipe.data.max_seq_length
+    source = recipe.data.train[0].path
+    texts = [json.loads(line) for line in pathlib.Path(source).read_text().splitlines()]
+    tokenizer = Tokenizer.from_folder(recipe.model.path)
+    reading = TokenizeConfig(max_seq_length=length)
     dataset = tokenize_texts(datasets.Dataset.from_list(texts), tokenizer, reading)
-    stream = BatchStream([dataset], BatchConfig(batch_size=rows, seq_length=length))
+    stream = BatchStream([dataset], BatchConfig(batch_size=recipe.batch.size, seq_length=length))
     batch = next(iter(stream.batches(epochs=1)))[1].arrays
     assert isinstance(batch, LMBatch)
     return put_batch(mesh, batch)
@@ -188,9 +222,11 @@ class MeshRun:
         base = random_base(self.setup.frozen["base"], SCHEMES[options.quantize])
         self.state, adapter = init_state(self.setup, base)
         self.frozen = {"base": base, "adapter": adapter}
-        vocabulary = _common.SHAPES[options.shape].vocabulary
-        make_batch = one_text_batch if options.one_text else packed_batch
-        self.batch = make_batch(self.mesh, rows, recipe.data.max_seq_length, vocabulary)
+        if options.one_text:
+            vocabulary = _common.SHAPES[options.shape].vocabulary
+            self.batch = one_text_batch(self.mesh, rows, recipe.data.max_seq_length, vocabulary)
+        else:
+            self.batch = packed_batch(self.mesh, recipe)
         self.attention = describe_attention(recipe, self.setup)
 
     def compile(self) -> Any:
@@ -211,6 +247,65 @@ class MeshRun:
         """Runs several steps and returns their losses."""
         losses = [self.advance(compiled) for _ in range(steps)]
         return [float(loss) for loss in losses]
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+class StepClock(Callback):
+    """Records when the steps of a run end.
+
+    Attributes:
+        end_times: Seconds of a clock at the end of each step.
+        num_texts: Texts in the rows of each step.
+    """
+
+    def __init__(self) -> None:
+        self.end_times: list[float] = []
+        self.num_texts: list[int] = []
+
+    def on_step_end(self, loop: Any, step: int, metrics: Mapping[str, float]) -> None:
+        """Records a step."""
+        self.end_times.append(time.perf_counter())
+        self.num_texts.append(sum(len(row) for row in loop.finished_step.batch.example_ids))
+
+
+def write_weights(folder: pathlib.Path) -> None:
+    """Writes random weights in bfloat16 for the config of a folder."""
+    weights = models.checkpoint_mapping(models.model_from_config(folder))[0].values()
+    pool = np.random.default_rng(0).normal(0, 0.02, 2**20 + 1).astype(ml_dtypes.bfloat16)
+    tensors = {
+        part.key: np.ones(part.tensor_shape, ml_dtypes.bfloat16)
+        if "norm" in part.key
+        else np.resize(pool, part.tensor_shape)
+        for weight in weights
+        for part in weight.slices
+    }
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def measure_loop(
+    folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any
+) -> dict[str, Any]:
+    """Runs `jlora train` and returns its time per step, start to end, and that of its start."""
+    recipe = make_recipe(folder, sizes, rows, options, steps=options.loop_steps)
+    write_weights(folder)
+    clock = StepClock()
+    start = time.perf_counter()
+    devices = jax.devices()[: math.prod(sizes.values())]
+    training.train(recipe, callbacks=[clock], devices=devices, quiet=True)
+    times = clock.end_times
+    steps = len(times) - LOOP_WARM_UP
+    seconds = (times[-1] - times[LOOP_WARM_UP - 1]) / steps
+    result = json.loads((pathlib.Path(recipe.output) / training.RESULT_FILE).read_text())
+    return {
+        "steps": len(times),
+        "step_ms": round(1e3 * seconds, 3),
+        "tokens_per_s": round(rows * recipe.data.max_seq_length / seconds),
+        "first_step_s": round(times[0] - start, 1),
+        "data_wait_s": result["data_wait_s"],
+        "texts_per_row": sum(clock.num_texts) / (len(times) * rows),
+    }
 
 
 # --- the row -------------------------------------------------------------------------------------
@@ -299,6 +394,11 @@ def measure(options: Any) -> _common.Row:
     details["collectives"] = list_collectives(compiled)
     details["losses"] = losses
     details["share_of_peak"] = peak and 1e3 * flops / row.step_ms / (cards * peak)
+    if options.loop_steps:
+        del run, compiled  # The run has arrays of its own.
+        with tempfile.TemporaryDirectory() as folder:
+            loop = measure_loop(pathlib.Path(folder), sizes, rows, options)
+        details["loop"] = {**loop, "share_of_step": row.step_ms / loop["step_ms"]}
     return row
 
 
@@ -393,10 +493,13 @@ def main() -> None:
     parser.add_argument("--remat-policy", choices=policies, default="none")
     parser.add_argument("--float32", action="store_true", help="to compare losses, not speed")
     parser.add_argument("--losses", type=int, default=20, help="first steps with recorded losses")
+    parser.add_argument("--loop-steps", type=int, default=0, help="steps of `jlora train`")
     parser.add_argument("--restored-from", type=parse_mesh, help="mesh that saves the checkpoint")
     options = parser.parse_args()
     if options.losses < 1:
         parser.error(f"--losses {options.losses} must be at least 1, to record the first loss.")
+    if options.loop_steps and options.loop_steps <= LOOP_WARM_UP:
+        parser.error(f"--loop-steps {options.loop_steps} must be above {LOOP_WARM_UP}.")
     if options.without_segments:
         # There is no such option for those who train: each row would be taken for one text.
         decoder: Any = sys.modules[Decoder.__module__]

@@ -190,24 +190,73 @@ def find_failure(kernel: AttentionKernel, case: AttentionCase, attention: RunKer
         segments = np.repeat(rows, ends, axis=1).astype(np.int32)
         arrays[3][segments == 0] = 0  # Outputs of padding have no meaning.
 
-    def evaluate(name: AttentionKernel, query: Any, key: Any, value: Any, out: Any) -> Any:
+    is_token = True if segments is None else (segments > 0)[..., None, None]
+
+    def evaluate(query: Any, key: Any, value: Any, out_gradient: Any) -> Any:
         def run(*inputs: Any) -> jax.Array:
-            return attention(*inputs, segments, name, case, case.head_dim**-0.5)
+            return attention(*inputs, segments, kernel, case, case.head_dim**-0.5)
 
         result, vjp = jax.vjp(run, query, key, value)
-        is_token = True if segments is None else jnp.asarray(segments > 0)[..., None, None]
-        return (jnp.where(is_token, result, 0), *vjp(out))
+        return (jnp.where(is_token, result, 0), *vjp(out_gradient))
 
     narrow = [array.astype(case.dtype) for array in arrays]
-    wide = [array.astype(np.float32) for array in narrow]
     try:
-        found = compile_and_call(functools.partial(evaluate, kernel), *narrow)
+        found = compile_and_call(evaluate, *narrow)
     except Exception as error:  # The compilers of kernels may raise anything.
         return f"{type(error).__name__}: {error}"
-    with jax.default_matmul_precision("highest"):
-        expected = compile_and_call(functools.partial(evaluate, "xla"), *wide)
-    for one, other in zip(map(np.asarray, found), map(np.asarray, expected), strict=True):
-        error = np.linalg.norm(one.astype(np.float32) - other) / np.linalg.norm(other)
+    mask = _make_numpy_mask(case, segments)
+    expected = _differentiate_attention(*(array.astype(np.float32) for array in narrow), mask, case)
+    expected[0] = np.where(is_token, expected[0], 0)
+    for one, other in zip(found, expected, strict=True):
+        error = np.linalg.norm(np.asarray(one).astype(np.float32) - other) / np.linalg.norm(other)
         if not error < _MAX_RELATIVE_ERROR:
             return f"results are off by {error:.1e}"
     return None
+
+
+def _make_numpy_mask(
+    case: AttentionCase, segments: np.ndarray[Any, Any] | None
+) -> np.ndarray[Any, Any]:
+    """Returns (batch or 1, 1, length, length), True where a query may attend to a key."""
+    distance = np.arange(case.length)[:, None] - np.arange(case.length)
+    mask = abs(distance) < (case.length if case.window is None else case.window)
+    mask &= (distance >= 0) | (not case.causal)
+    if segments is None:
+        return mask[None, None]
+    return (mask & (segments[:, :, None] == segments[:, None, :]))[:, None]
+
+
+def _differentiate_attention(
+    query: np.ndarray[Any, Any],
+    key: np.ndarray[Any, Any],
+    value: np.ndarray[Any, Any],
+    out_gradient: np.ndarray[Any, Any],
+    mask: np.ndarray[Any, Any],
+    case: AttentionCase,
+) -> list[np.ndarray[Any, Any]]:
+    """Returns the output of attention and the gradients of query, key and value, in NumPy.
+
+    A program of JAX would take longer to compile than the kernel itself.
+    """
+    group = case.num_heads // case.num_kv_heads
+    scale = case.head_dim**-0.5
+    q, g = query.swapaxes(1, 2), out_gradient.swapaxes(1, 2)  # (batch, heads, length, dim)
+    k, v = (np.repeat(x.swapaxes(1, 2), group, axis=1) for x in (key, value))
+    scores, slope = q @ k.mT * scale, np.float32(scale)
+    if case.softcap is not None:
+        bounded = np.tanh(scores / case.softcap)
+        scores, slope = case.softcap * bounded, scale * (1 - bounded**2)
+    scores = np.where(mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    weight_gradient = g @ v.mT
+    mean = (weights * weight_gradient).sum(axis=-1, keepdims=True)
+    score_gradient = weights * (weight_gradient - mean) * slope
+    batch, _, length, dim = q.shape
+
+    def sum_groups(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return x.reshape(batch, case.num_kv_heads, group, length, dim).sum(axis=2)
+
+    results = [weights @ v, score_gradient @ k]
+    results += [sum_groups(score_gradient.mT @ q), sum_groups(weights.mT @ g)]
+    return [x.swapaxes(1, 2) for x in results]

@@ -8,6 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,6 +66,37 @@ def test_restored_from_other_mesh_continues(
     losses = restored["losses_before"] + row["details"]["losses"]
     assert losses == sorted(losses, reverse=True)
     assert row["method"].endswith("nf4, layers in a stack, remat_policy=full")
+
+
+@pytest.mark.slow
+def test_benchmark_compiles_the_step_of_train(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = []
+
+    class Lower(train.StepClock):
+        def on_step_end(self, loop: Any, step: int, metrics: Any) -> None:
+            super().on_step_end(loop, step, metrics)
+            if step == 1:
+                batch, key = loop.finished_step.batch.arrays, jax.random.key(4)
+                step_args = (loop.state, loop.setup.frozen, batch, key)
+                programs.append(loop.setup.train_step.lower(*step_args).as_text())
+
+    lower = train.MeshRun.lower
+
+    def kept(run: Any) -> Any:
+        lowered = lower(run)
+        programs.append(lowered.as_text())
+        return lowered
+
+    monkeypatch.setattr(train, "StepClock", Lower)
+    monkeypatch.setattr(train.MeshRun, "lower", kept)
+    options = ("--loop-steps=6", "--losses=1", "--quantize=nf4", "--stacked")
+    details = measured(tmp_path, monkeypatch, *options)["details"]
+    of_benchmark, of_train = programs
+    assert of_benchmark == of_train
+    assert details["loop"]["steps"] == 6
+    assert details["loop"]["texts_per_row"] > 2
 
 
 def test_useful_flops_of_tiny_shape() -> None:

@@ -31,7 +31,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def started(arguments: list[str], devices: int = 1, **options: Any) -> subprocess.Popen[str]:
     """A process of its own, with quick compilation."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        f"--xla_cpu_parallel_codegen_split_count=1"
+    )
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.Popen(
