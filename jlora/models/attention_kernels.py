@@ -205,7 +205,8 @@ def find_failure(kernel: AttentionKernel, case: AttentionCase, attention: RunKer
     except Exception as error:  # The compilers of kernels may raise anything.
         return f"{type(error).__name__}: {error}"
     mask = _make_numpy_mask(case, segments)
-    expected = _differentiate_attention(*(array.astype(np.float32) for array in narrow), mask, case)
+    wide = [array.astype(np.float32) for array in narrow]
+    expected = _differentiate_attention(wide[0], wide[1], wide[2], wide[3], mask, case)
     expected[0] = np.where(is_token, expected[0], 0)
     for one, other in zip(found, expected, strict=True):
         error = np.linalg.norm(np.asarray(one).astype(np.float32) - other) / np.linalg.norm(other)

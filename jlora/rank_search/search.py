@@ -6,7 +6,6 @@ learning rate and alpha, and last a confirmation against the original recipe.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
 from jlora.checkpoints import hub
@@ -43,10 +41,16 @@ from jlora.rank_search.trials import (
     setting_from_recipe,
 )
 from jlora.training.checkpointing import check_writable
+from jlora.training.compilation_cache import persistent_compilation_cache
 from jlora.training.progress import Console
 from jlora.training.recipe.sections import Recipe
 
 _CACHE_FOLDER = "cache"
+# Each of the many short trials would compile even the smallest programs anew.
+_CACHE_SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 _VERSIONED_PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
@@ -280,7 +284,7 @@ def _search_locked(
     console(staged.describe_cost(steps))
     stages: list[SearchStage] = []
     finished = True
-    with persistent_compilation_cache(study.folder / _CACHE_FOLDER):
+    with persistent_compilation_cache(study.folder / _CACHE_FOLDER, **_CACHE_SETTINGS):
         try:
             for stage in staged.run(runner):
                 stages.append(stage)
@@ -365,30 +369,3 @@ def _record_stages(study: Study, stages: Sequence[SearchStage], rung_scores: Run
         for setting, scores in rung_scores.items()
     ]
     study.save()
-
-
-@contextlib.contextmanager
-def persistent_compilation_cache(folder: Path) -> Iterator[None]:
-    """Enables JAX's persistent compilation cache in a folder, for later processes to reuse.
-
-    A cache folder that the user has set stays in use.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    previous = {name: getattr(jax.config, name) for name in settings}
-    if previous["jax_compilation_cache_dir"] is not None:
-        yield
-        return
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        # JAX fixes the folder, or the absence of one, when it first compiles.
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in previous.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -118,7 +119,9 @@ class ProgressBar(Callback):
         assert self._bar is not None
         text = self._throughput.format_step(metrics)  # Each step counts for the speed.
         now, total = time.monotonic(), loop.total_steps
-        self._first = self._first or (step, now)
+        if self._first is None:
+            self._first = step, now
+            self._console(f"the first step took {metrics['seconds']:.1f} s with its compilation")
         if not self._is_terminal and step < total and now - self._last_log_time < _LOG_INTERVAL_S:
             return
         line = f"{_label(f'step {step}/{total}', total)}{text}{self._eta(step, total, now)}"
@@ -222,13 +225,16 @@ def describe_attention(recipe: Recipe, setup: Setup) -> str:
     )
 
 
-def compilation_line(metrics: Sequence[Mapping[str, Any]]) -> str:
+def compilation_line(metrics: Sequence[Mapping[str, Any]], cache_folder: Path | None = None) -> str:
     """Returns the line that announces the compilation of the training step.
 
     Args:
         metrics: Lines of an earlier metrics.jsonl in the output folder. The first step of a run
             includes the compilation, so its seconds are the estimate; empty if there are none.
+        cache_folder: Folder in which compiled programs are kept; None: they are not.
     """
     first = next((line for line in metrics if is_train_line(line)), None)
-    estimate = "" if first is None else f"; {first['seconds']:.0f} s last time"
-    return f"compiling the training step (once{estimate})"
+    parts = ["once"]
+    parts += [] if first is None else [f"{first['seconds']:.0f} s last time"]
+    parts += [] if cache_folder is None else [f"compiled programs are kept in {cache_folder}"]
+    return f"compiling the training step ({'; '.join(parts)})"

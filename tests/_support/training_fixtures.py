@@ -6,11 +6,13 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import pytest
 import tokenizers
+from jax.experimental.compilation_cache import compilation_cache
 
 DATA = pathlib.Path(__file__).parents[1] / "models" / "data"
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,:?!'-"
@@ -49,6 +51,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     shutil.copytree(DATA / "encoders" / "bert", folder)
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_cache() -> Iterator[None]:
+    """Disables the compilation cache of the tests, as for a user who has not enabled one."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
 
 
 ANIMALS = ["cat", "dog", "cow", "hen", "owl", "pig", "fox", "bee", "ant", "eel"]

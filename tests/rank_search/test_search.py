@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ import pytest
 import safetensors.numpy
 import yaml
 from _support.training_fixtures import Make
-from jax.experimental.compilation_cache import compilation_cache
 
 from jlora.rank_search import trials
 from jlora.rank_search.search import SearchResult
@@ -576,46 +575,6 @@ def test_search_files_report_result(raw: dict[str, Any], runs: Runs) -> None:
     }
     assert (first["stop_reason"], first["trainable_params"]) == ("max_steps", 12)
     assert list(first["values"]) == ["8"]
-
-
-@pytest.fixture(scope="module")
-def no_cache() -> Iterator[None]:
-    """Disables the compilation cache of the tests, as for a user who has not enabled one."""
-    folder = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
-
-
-def test_compilation_cache_restores_config(tmp_path: pathlib.Path, no_cache: None) -> None:
-    def settings() -> tuple[Any, ...]:
-        config = jax.config
-        return (
-            config.jax_compilation_cache_dir,
-            config.jax_persistent_cache_min_compile_time_secs,
-            config.jax_persistent_cache_min_entry_size_bytes,
-        )
-
-    def died() -> None:
-        with search.persistent_compilation_cache(tmp_path / "cache"):
-            assert settings() == (str(tmp_path / "cache"), 0.0, -1)
-            raise Killed
-
-    before = settings()
-    with pytest.raises(Killed):
-        died()
-    assert settings() == before
-
-
-def test_compilation_cache_keeps_user_folder(tmp_path: pathlib.Path, no_cache: None) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    try:
-        with search.persistent_compilation_cache(tmp_path / "cache"):
-            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,6 +62,10 @@ def test_compilation_line_has_first_step_time() -> None:
     steps = [{"step": n, **METRICS, "seconds": 41.8 if n == 1 else 0.5} for n in (1, 2, 3)]
     found = progress.compilation_line([{"step": 0, "eval/loss": 2.0}, *steps])
     assert found == "compiling the training step (once; 42 s last time)"
+    found = progress.compilation_line([], pathlib.Path("/home/a/programs"))
+    assert found == (
+        "compiling the training step (once; compiled programs are kept in /home/a/programs)"
+    )
 
 
 def loop_of(total_steps: int, step: int = 0) -> Any:
@@ -80,7 +85,7 @@ def test_bar_prints_every_30_s_and_the_last(clock: Any, lines: Any) -> None:
     with opened(loop) as bar:
         clock.now += 2
         bar.on_step_end(loop, 119, METRICS)
-        assert lines() == []
+        assert lines() == ["the first step took 1.0 s with its compilation"]
         clock.now += 29
         bar.on_step_end(loop, 120, METRICS)
         # 378 steps are left, of 29 s each; the first step of the process does not count.
@@ -126,7 +131,7 @@ def test_progress_bar_on_a_terminal(
         bar.on_step_end(loop, 2, METRICS)
         bar._bar.refresh()
     out, error = capsys.readouterr()
-    assert out == ""
+    assert out == "the first step took 1.0 s with its compilation\n"
     assert "step 1/4  loss 0.906  1,340 tok/s  1.2 GiB" in error
     assert "step 2/4  loss 0.906  1,340 tok/s  1.2 GiB  ETA 0:00:02" in error
 
