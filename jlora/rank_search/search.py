@@ -41,9 +41,9 @@ from jlora.rank_search.trials import (
     setting_from_recipe,
 )
 from jlora.training.checkpointing import check_writable
-from jlora.training.compilation_cache import persistent_compilation_cache
 from jlora.training.progress import Console
 from jlora.training.recipe.sections import Recipe
+from jlora.training.runtime import persistent_compilation_cache
 
 _CACHE_FOLDER = "cache"
 # Each of the many short trials would compile even the smallest programs anew.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from jlora.training.callbacks import Callback, Request
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.distributed import initialize_distributed
 from jlora.training.loop import NonFiniteError
 from jlora.training.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from jlora.training.program_cache import ProgramCache
 from jlora.training.progress import describe_attention
 from jlora.training.recipe import Recipe
+from jlora.training.runtime import initialize_distributed
 from jlora.training.setup import Setup, build_setup
 from jlora.training.sharding import (
     BATCH_AXES,

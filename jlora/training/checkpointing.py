@@ -33,8 +33,8 @@ from jlora.checkpoints.output_lock import (
 )
 from jlora.checkpoints.safetensors_io import PARTIAL_SUFFIX, format_names
 from jlora.training.callbacks import Callback, Request
-from jlora.training.distributed import ProcessMaximum
 from jlora.training.recipe.sections import TrainingSection
+from jlora.training.runtime import ProcessMaximum
 
 if TYPE_CHECKING:
     from jlora.training.loop import TrainLoop

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from jlora.training.callbacks import Callback, Request
-from jlora.training.distributed import ProcessMaximum
+from jlora.training.runtime import ProcessMaximum
 
 if TYPE_CHECKING:
     from jlora.training.checkpointing import CheckpointManager

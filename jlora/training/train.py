@@ -21,11 +21,9 @@ from jlora.checkpoints.safetensors_io import remove_partial_outputs, replace_fil
 from jlora.training import export, report, sharding
 from jlora.training.callbacks import Callback
 from jlora.training.checkpointing import CheckpointManager, CheckpointSaver, check_writable
-from jlora.training.compilation_cache import user_compilation_cache
 from jlora.training.data.batch_stream import StreamPosition
 from jlora.training.data_loader import local_rows, prefetch_to_device
 from jlora.training.datasets import Datasets, load_datasets
-from jlora.training.distributed import initialize_distributed
 from jlora.training.evaluation import Evaluator, make_eval_fn, make_test_fn
 from jlora.training.loop import NonFiniteGuard, TrainLoop, TrainProgress
 from jlora.training.metrics import (
@@ -55,6 +53,7 @@ from jlora.training.resume import (
     resolve_defaults,
     restore_run,
 )
+from jlora.training.runtime import initialize_distributed, user_compilation_cache
 from jlora.training.setup import Setup, build_setup, model_from_recipe
 from jlora.training.signals import SignalHandler
 from jlora.training.train_step import TrainState

@@ -20,8 +20,8 @@ from _support.training_runs import After, measured, output, run, stop
 from jlora.training import Callback, ProgramCache, Request, WandbLogger, recipe, report, train
 from jlora.training.callbacks import Evaluation
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.distributed import ProcessMaximum
 from jlora.training.loop import TrainLoop, TrainProgress
+from jlora.training.runtime import ProcessMaximum
 from jlora.training.sharding import make_mesh
 from jlora.training.signals import SignalHandler, TrainingInterrupted
 

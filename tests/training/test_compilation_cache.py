@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jlora.training.compilation_cache import persistent_compilation_cache, user_compilation_cache
+from jlora.training.runtime import persistent_compilation_cache, user_compilation_cache
 
 
 class KilledError(Exception):
@@ -67,6 +67,10 @@ def test_later_run_finds_its_program(home: pathlib.Path) -> None:
 
     before = settings()
     jax.monitoring.register_event_listener(listen)
+    # JAX would stay with the first folder.
+    jax.config.update("jax_compilation_cache_dir", str(home / "earlier"))
+    jax.jit(lambda x: x @ x - 54321)(jnp.ones((3, 3)))
+    jax.config.update("jax_compilation_cache_dir", None)
     for found in (0, 1):
         with user_compilation_cache() as folder:
             assert folder == home / "jlora" / "programs"
@@ -75,6 +79,7 @@ def test_later_run_finds_its_program(home: pathlib.Path) -> None:
             jax.jit(lambda x: x @ x + 12345)(jnp.ones((3, 3)))
         assert bool(hits) == bool(found)
         hits.clear()
+    assert any(folder.iterdir())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert settings() == before
 

@@ -22,9 +22,9 @@ import yaml
 from _support.training_fixtures import Make
 
 from jlora.training.checkpointing import CheckpointManager
-from jlora.training.distributed import get_distributed_init_args
 from jlora.training.metrics import read_metrics
 from jlora.training.recipe.sections import DistributedSection
+from jlora.training.runtime import get_distributed_init_args
 
 ROOT = pathlib.Path(__file__).parents[2]
 
