@@ -124,7 +124,27 @@ def attend(
         causal=causal,
         window=window,
     )
-    return _masked_attention(query, key, value, mask, implementation or "xla", scale, softcap)
+    attend_masked = functools.partial(
+        _masked_attention,
+        mask=mask,
+        implementation=implementation or "xla",
+        scale=scale,
+        softcap=softcap,
+    )
+    return _run_wide_on_cpu(attend_masked, query, key, value)
+
+
+def _run_wide_on_cpu(
+    attend_fn: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array
+) -> jax.Array:
+    """Computes attention in float32 where a CPU has arrays of float16.
+
+    XLA for CPUs does not sum products of float16 in float32.
+    """
+    if query.dtype != jnp.float16 or _get_platform() != "cpu":
+        return attend_fn(query, key, value)
+    wide = [x.astype(jnp.float32) for x in (query, key, value)]
+    return attend_fn(wide[0], wide[1], wide[2]).astype(query.dtype)
 
 
 def make_case(
@@ -229,11 +249,27 @@ def _run_kernel(
         return tokamax_attention(
             query, key, value, segment_ids, kernel=kernel, causal=case.causal, **options
         )
-    if kernel == "xla" and query.dtype == jnp.float16 and _get_platform() == "cpu":
-        # XLA for CPUs does not sum products of float16 in float32.
-        wide = [x.astype(jnp.float32) for x in (query, key, value)]
-        out = _run_kernel(wide[0], wide[1], wide[2], segment_ids, kernel, case, scale)
-        return out.astype(query.dtype)
+    return _run_wide_on_cpu(
+        functools.partial(
+            _run_xla_or_cudnn, segment_ids=segment_ids, kernel=kernel, case=case, scale=scale
+        ),
+        query,
+        key,
+        value,
+    )
+
+
+def _run_xla_or_cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    kernel: Any,
+    case: AttentionCase,
+    scale: float,
+) -> jax.Array:
+    """Computes self-attention over whole rows by `jax.nn`, with lengths or a mask."""
     has_lengths = kernel == "cudnn" and case.text_layout == "padded"
     if case.softcap is None and (segment_ids is None or has_lengths):
         lengths = None if segment_ids is None else jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)

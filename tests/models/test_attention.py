@@ -92,6 +92,30 @@ def test_splash_attention_is_the_definition(
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"query_segment_ids": PACKED},
+        {"query_segment_ids": PACKED, "softcap": 2.0},
+        {"query_slots": np.array([[3, 7, 11]])},
+        {"query_slots": np.array([[3, 7, 11]]), "softcap": 2.0},
+    ],
+    ids=["one text", "packed", "softcap", "cache", "cache and softcap"],
+)
+def test_attend_float16_on_cpu(options: dict[str, Any]) -> None:
+    """Also over a cache, whose product with a mask XLA refuses in float16."""
+    rng = np.random.default_rng(0)
+    count = 3 if "query_slots" in options else 12
+    arrays = [rng.normal(size=(2, n, h, 8)).astype(np.float16) for n, h in ((count, 4), (12, 2))]
+    narrow = [jnp.asarray(x) for x in (*arrays, arrays[1])]
+    given = {name: jnp.asarray(x) if name != "softcap" else x for name, x in options.items()}
+    out = attend(*narrow, scale=0.7, **given)
+    expected = attend(*(x.astype(jnp.float32) for x in narrow), scale=0.7, **given)
+    assert out.dtype == jnp.float16
+    np.testing.assert_array_equal(out, expected.astype(jnp.float16))
+
+
 def test_attend_of_part_of_a_row_needs_slots() -> None:
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="need query_slots"):
