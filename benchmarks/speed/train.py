@@ -287,7 +287,7 @@ def write_weights(folder: pathlib.Path) -> None:
 def measure_loop(
     folder: pathlib.Path, sizes: dict[str, int], rows: int, options: Any
 ) -> dict[str, Any]:
-    """Runs `jlora train` and returns its time per step, start to end, and that of its start."""
+    """Runs `jlora train` and returns the mean time of its steps after the warm-up."""
     recipe = make_recipe(folder, sizes, rows, options, steps=options.loop_steps)
     write_weights(folder)
     clock = StepClock()

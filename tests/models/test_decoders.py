@@ -136,6 +136,15 @@ def test_generate_matches_transformers(name: str, scanned: bool, side: str) -> N
     np.testing.assert_array_equal(written.lengths, ended)
 
 
+@pytest.mark.parametrize("name", ["llama", slow("gemma2")])
+def test_generate_float16_matches_transformers(name: str) -> None:
+    known, (model, params) = expected(name), loaded(name, True, "float16")
+    ids, mask, new = known["input_ids"], known["mask"], known["tokens"].shape[1]
+    sampling = SamplingParams(eos_token_ids=(2,))
+    written = generate(model, params, ids, mask, max_new_tokens=new, sampling=sampling)
+    np.testing.assert_array_equal(written.tokens, known["tokens"])
+
+
 def test_generate_data_has_early_end() -> None:
     assert any(2 in expected(name)["tokens"] for name in NAMES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import stat
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +59,22 @@ def test_cache_keeps_the_users_folder(home: pathlib.Path) -> None:
     assert not (home / "jlora").exists()
 
 
-def test_later_run_finds_its_program(home: pathlib.Path) -> None:
-    hits = []
+@pytest.fixture
+def hits() -> Iterator[list[str]]:
+    """Programs that were found in a cache."""
+    found = []
 
     def listen(event: str, **_: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
-            hits.append(event)
+            found.append(event)
 
-    before = settings()
     jax.monitoring.register_event_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_listener(listen)
+
+
+def test_later_run_finds_its_program(home: pathlib.Path, hits: list[str]) -> None:
+    before = settings()
     # JAX would stay with the first folder.
     jax.config.update("jax_compilation_cache_dir", str(home / "earlier"))
     jax.jit(lambda x: x @ x - 54321)(jnp.ones((3, 3)))
